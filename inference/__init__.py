@@ -1,0 +1,1 @@
+"""What is done to a program: samplers, kernels, the online mixture, adaptation, prediction."""

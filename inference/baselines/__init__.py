@@ -1,0 +1,1 @@
+"""The methods LiFT is compared with, one algorithm a file."""

@@ -1,0 +1,751 @@
+"""Pyro kernels: thin shells that hand a program to :mod:`sgld` and :mod:`sgld_gibbs`.
+
+This is the only file that knows ``pyro.infer.mcmc``. What it has to know: ``setup`` is called before
+``initial_params`` and must start afresh; ``end_warmup`` is never called, so steps are counted here; ``transforms``
+must be a dict from the start; ``logging`` is called at every step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pyro.infer import MCMC as _PyroMCMC
+from pyro.infer.autoguide.initialization import init_to_mean
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
+
+from pyro_lift.inference import sgld, sgld_gibbs
+from pyro_lift.inference.accumulator import Accumulator, GradientTable, langevin_limit
+from pyro_lift.inference.conjugate import NormalPair, depends, find_pairs
+from pyro_lift.inference.program import Evaluation, Program
+from pyro_lift.inference.sgld import Integrator
+from pyro_lift.inference.sgld_gibbs import PhiUpdate, Settings, SGLDGibbsState, Structure
+from pyro_lift.inference.stability import CURVATURE_DIMENSIONS, DEFAULT_SHARE, curvature_limit, largest_curvature
+from pyro_lift.inference.store import ThetaStore, make_store
+from pyro_lift.options import check_choice, check_number, named_options
+from pyro_lift.schedules import Schedule, as_schedule, constant
+
+__all__ = ["MCMC", "SGLD", "SGLDGibbs"]
+
+log = logging.getLogger("pyro_lift")
+
+Model = Callable[..., Any]
+Scan = Literal["round_robin", "random"]
+#: How often the log's numbers are brought to the host: on CUDA each time costs a synchronisation.
+LOG_EVERY = 50
+
+
+class MCMC(_PyroMCMC):
+    """Pyro's own :class:`pyro.infer.MCMC` with a default for the number of draws.
+
+    ``MCMC(SGLDGibbs(model)).run()`` therefore runs as written, for a model whose data is bound in.
+    """
+
+    def __init__(self, kernel: MCMCKernel, num_samples: int = 2000, **options: Any) -> None:
+        super().__init__(kernel, num_samples=num_samples, **options)
+
+
+class Draw(NamedTuple):
+    """What is kept of each draw for the sample_stats group; tensors stay on their device until they are asked for."""
+
+    log_likelihood: Tensor
+    grad_norm: Tensor
+    step_size: float
+    refused: bool
+    task: int
+
+
+class _Kernel(MCMCKernel):
+    """What both kernels share: counting, seeding, thinning, statistics. Not for use by itself."""
+
+    def __init__(self, model: Model, thinning: int, init_strategy: Callable[..., Tensor]) -> None:
+        if not callable(model):
+            raise TypeError(f"model={model!r}: expected a Pyro program, that is a function.")
+        check_number("thinning", thinning, least=1, open_below=False, whole=True)
+        self.model = model
+        self.thinning = thinning
+        self.init_strategy = init_strategy
+        self.transforms: dict[str, Any] = {}
+        self._preset: dict[str, Tensor] | None = None
+        self._generator: torch.Generator | None = None
+        self._noise_generator: torch.Generator | None = None
+        self._warmup_steps = 0
+        self._draws: list[Draw] = []
+        self._last_log: tuple[int, dict[str, str]] = (-LOG_EVERY, {})
+        super().__init__()
+
+    # A torch.Generator cannot be sent to a spawned worker, and Pyro would wait for that worker for ever.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_generator": None, "_noise_generator": None}
+
+    def _begin(self, warmup_steps: int) -> None:
+        self._warmup_steps = warmup_steps
+        self._draws = []
+        self._last_log = (-LOG_EVERY, {})
+        # One draw from the global stream: `pyro.set_rng_seed` then governs the chain, which has a stream of its own.
+        seed = int(torch.randint(2**62, ()))
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def _noise_from(self, values: Mapping[str, Tensor]) -> None:
+        """The noise's generator lives where the values do; on the CPU it is the one for indices."""
+        assert self._generator is not None
+        device = next(iter(values.values())).device if values else torch.device("cpu")
+        self._noise_generator = self._generator
+        if device.type != "cpu":
+            self._noise_generator = torch.Generator(device=device).manual_seed(self._generator.initial_seed())
+
+    def _keep(self, info: sgld.SGLDInfo | sgld_gibbs.SGLDGibbsInfo, task: int) -> None:
+        self._draws.append(Draw(info.log_likelihood, info.grad_norm, info.step_size, info.refused, task))
+
+    def _log(self, step: int, info: sgld.SGLDInfo | sgld_gibbs.SGLDGibbsInfo | None, phase: str) -> dict[str, str]:
+        if info is not None and step - self._last_log[0] >= LOG_EVERY:
+            text = {"phase": phase, "loglik": f"{float(info.log_likelihood):.3e}", "step": f"{info.step_size:.1e}"}
+            self._last_log = (step, text)
+        return dict(self._last_log[1])
+
+    def diagnostics(self) -> dict[str, Any]:
+        """``divergences``: draws whose gradient was clipped. ``sample_stats``: one list per statistic, per draw."""
+        stats = {
+            "log_likelihood": [float(d.log_likelihood) for d in self._draws],
+            "grad_norm": [float(d.grad_norm) for d in self._draws],
+            "step_size": [d.step_size for d in self._draws],
+            "diverging": [d.refused for d in self._draws],
+            "task": [d.task for d in self._draws],
+        }
+        return {
+            "divergences": [i for i, d in enumerate(self._draws) if d.refused],
+            "sample_stats": stats,
+            "report": self.report(),
+        }
+
+    def report(self) -> dict[str, float | str]:
+        """Dimensionless step sizes and what was learned at set-up."""
+        return {}
+
+    def cleanup(self) -> None:
+        """Nothing to release; Pyro calls it twice."""
+
+
+class SGLD(_Kernel):
+    r"""Stochastic gradient Langevin dynamics on every latent site of a program (Eq. 6 and 18).
+
+    .. math:: x' = x + \tfrac{\eta}{2}\,\nabla \log p(x, D) + \sqrt{T\,\eta}\;\xi, \qquad \xi \sim \mathcal N(0, I)
+
+    There is no Metropolis test: a Gaussian target of precision P is sampled with covariance
+    ``T (P - (eta/4) P^2)^{-1}`` instead of ``T P^{-1}``.
+
+    Args:
+        model: a Pyro program. Minibatches are its own plates with ``subsample_size``; latent sites must stand
+            outside those.
+        step_size: eta, or a function of the number of steps; None measures the curvature at the start and takes a
+            twentieth of the largest stable step (small programs).
+        temperature: T, multiplies the noise's variance; 0 turns SGLD into gradient ascent.
+        n_inflate: power on the likelihood.
+        integrator: ``"euler"``, or ``"exponential"``, which is exact for normal (or mixture of normals) priors.
+        preconditioner: None or ``"rms"``: an RMS preconditioner that adapts in the warm-up and is frozen after it.
+        decay: of the preconditioner's moving average.
+        damping: of the preconditioner, relative to its mean.
+        second_moment: a moving average to begin with, by site.
+        thinning: transitions per draw, after the warm-up.
+        init_strategy: where sites start, a function of ``pyro.infer.autoguide.initialization``.
+        check_stability: refuse a step size that cannot be stable at the start.
+
+    Raises:
+        ValueError: an option out of range; at set-up, a program without latent sites, with discrete ones, with
+            latent sites inside a subsampled plate, or a step size past its limit.
+        DivergedError: a loss or gradient that is not finite; the last good state is in ``state``.
+
+    References:
+        Bayesian learning via stochastic gradient Langevin dynamics, Welling and Teh, 2011.
+    """
+
+    @named_options
+    def __init__(
+        self,
+        model: Model,
+        step_size: float | Schedule | None = None,
+        *,
+        temperature: float = 1.0,
+        n_inflate: float = 1.0,
+        integrator: Integrator = "euler",
+        preconditioner: Literal["rms"] | None = None,
+        decay: float = 0.99,
+        damping: float = 0.1,
+        second_moment: Mapping[str, Tensor] | None = None,
+        thinning: int = 1,
+        init_strategy: Callable[..., Tensor] = init_to_mean,
+        check_stability: bool = True,
+    ) -> None:
+        super().__init__(model, thinning, init_strategy)
+        _check_common(temperature, n_inflate, integrator, preconditioner, decay, damping)
+        self._schedule = None if step_size is None else as_schedule(step_size)
+        self.temperature = temperature
+        self.n_inflate = n_inflate
+        self.integrator: Integrator = integrator
+        self.decay = decay if preconditioner == "rms" else None
+        self.damping = damping
+        self.second_moment = dict(second_moment or {})
+        self.check_stability = check_stability
+        self.state = sgld.SGLDState(0, {}, {})
+        self._info: sgld.SGLDInfo | None = None
+        self._report: dict[str, float | str] = {}
+        self._coupled: frozenset[str] = frozenset()
+        self._program: Program | None = None
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Read the program, check it and the step size, and put the chain at its start."""
+        self._begin(warmup_steps)
+        program = self._program = Program(self.model, None, args, kwargs, self.init_strategy)
+        _refuse_discrete(program.peek(self._generator)[0])
+        run = program.run(self._preset or {}, {}, None, self._generator)
+        _check_latents(run)
+        self._coupled = _coupled(run.latents)
+        self.transforms = _transforms(run)
+        position = {name: site.leaf.detach() for name, site in run.latents.items()}
+        self._noise_from(position)
+        self._step_size = self._checked_step_size(run)
+        self.state = sgld.SGLDState(0, position, dict(self.second_moment))
+
+    def _checked_step_size(self, run: Evaluation) -> Schedule:
+        curvature = _curvature(run, self.n_inflate, wanted=self._schedule is None)
+        limit = curvature_limit(curvature)
+        if self._schedule is None:
+            schedule = _default_step(curvature)
+        else:
+            schedule = self._schedule
+        eta = schedule(0)
+        self._report = {"step_size": eta, "curvature": math.nan if curvature is None else curvature}
+        euler = self.integrator == "euler" and self.decay is None
+        if self.check_stability and euler and eta >= limit:
+            raise ValueError(_too_large("step_size", eta, limit, "4 / (largest curvature at the start)"))
+        if self.check_stability and euler:
+            _check_prior_steps(run, eta, {})
+        return schedule
+
+    @property
+    def initial_params(self) -> dict[str, Tensor]:
+        """Where the chain starts, unconstrained."""
+        return dict(self.state.position)
+
+    @initial_params.setter
+    def initial_params(self, params: dict[str, Tensor]) -> None:
+        self._preset = dict(params)
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One transition in the warm-up, ``thinning`` of them after it."""
+        if params is not self.state.position:
+            self.state = self.state._replace(position=dict(params))
+        adapt = self.state.step < self._warmup_steps
+        for _ in range(1 if adapt else self.thinning):
+            self.state, self._info = sgld.step(
+                self.state,
+                self._density,
+                step_size=self._step_size,
+                temperature=self.temperature,
+                integrator=self.integrator,
+                decay=self.decay,
+                damping=self.damping,
+                adapt=adapt,
+                generator=self._noise_generator,
+            )
+        if not adapt and self._info is not None:
+            self._keep(self._info, -1)
+        return dict(self.state.position)
+
+    def _density(self, position: dict[str, Tensor]) -> sgld.Drift:
+        assert self._program is not None
+        run = self._program.run(position, {}, None, self._generator)
+        return run.drift(run.latents, self._coupled, self.n_inflate)
+
+    def logging(self) -> dict[str, str]:
+        """For Pyro's progress bar."""
+        phase = "burn-in" if self.state.step <= self._warmup_steps else "sample"
+        return self._log(self.state.step, self._info, phase)
+
+    def report(self) -> dict[str, float | str]:
+        """Step size and curvature (largest, at the start)."""
+        return dict(self._report)
+
+
+class SGLDGibbs(_Kernel):
+    r"""SGLD-Gibbs for hierarchical programs: the task plate is the Gibbs block (Eq. 9-11).
+
+    The kernel reads the program: sites outside the plate are global (phi), latent sites inside it local (theta and
+    whatever else belongs to one task), observed sites the likelihood. A visit chooses a block of tasks, moves their
+    theta by SGLD given phi, and then phi given all theta.
+
+    Args:
+        model: a Pyro program with ``pyro.plate(plate, N, subsample_size=1)``, vectorised or iterated over (tasks of
+            unequal shapes). A plate without ``subsample_size`` is one block of all N tasks when vectorised.
+        plate: name of the task plate.
+        step_size: eta of Eq. 10: eta/2 times the gradient of the full-data log density, sqrt(eta) noise; a number
+            or a function of the number of visits. None measures the curvature at the start and takes a twentieth of
+            the largest stable step (small programs).
+        phi_update: ``"gibbs"`` draws phi exactly, for phi normal and theta normal around it; ``"langevin"`` takes
+            the step of Eq. 9 with an accumulator.
+        accumulator: of the Langevin step: ``"exact"``, ``"table"`` (the paper's), ``"single"``;
+            see :mod:`pyro_lift.inference.accumulator`.
+        single_scale: ``"N"`` or ``"1"``, the factor on a single task's gradient.
+        phi_step_size: eta of Eq. 9; None takes ``step_size``.
+        integrator: of theta's step: ``"exponential"`` (exact for normal priors) or ``"euler"`` (the paper's).
+        temperature: T, multiplies the variance of all noise, of phi and of theta.
+        n_inflate: power on the likelihood.
+        block_size: B, tasks per visit; None takes the plate's own ``subsample_size``.
+        scan: ``"round_robin"`` or ``"random"``.
+        thinning: visits per draw, after the warm-up.
+        theta_steps_per_visit: SGLD steps of the block before phi moves.
+        preconditioner: None or ``"rms"``: adapts in the warm-up, frozen after it, one for all tasks.
+        decay: of the preconditioner's moving average.
+        damping: of the preconditioner, relative to its mean.
+        sgd_steps: of the warm-up's visits, how many are joint training by Adam of one vector shared by all tasks.
+            They need a normal pair; the chain starts where they end.
+        sgd_step_size: learning rate of those.
+        max_grad_norm: likelihood gradients above it are scaled down to it and counted as divergences; it changes
+            the target.
+        site_step_scale: factor on the step size by local family, e.g. ``{"head": 10.0}``.
+        store: where theta lives between visits: ``"auto"``, ``"device"``, or a store.
+        init_strategy: where sites start. Local sites centred on a global one start at it.
+        check_stability: refuse step sizes that cannot be stable.
+
+    Raises:
+        ValueError, TypeError: an option out of range or unknown; at set-up, a program that this kernel cannot
+            sample, with the reason and the way out.
+        DivergedError: a loss or gradient that is not finite; names task and step, the last good state is kept.
+
+    References:
+        Learning to fine-tune: Bayesian meta-learning of LoRA adapters (LiFT), section 2.3.
+    """
+
+    @named_options
+    def __init__(
+        self,
+        model: Model,
+        plate: str = "tasks",
+        *,
+        step_size: float | Schedule | None = None,
+        phi_update: PhiUpdate = "gibbs",
+        accumulator: Accumulator = "exact",
+        single_scale: Literal["N", "1"] = "N",
+        phi_step_size: float | Schedule | None = None,
+        integrator: Integrator = "exponential",
+        temperature: float = 1.0,
+        n_inflate: float = 1.0,
+        block_size: int | None = None,
+        scan: Scan = "round_robin",
+        thinning: int = 1,
+        theta_steps_per_visit: int = 1,
+        preconditioner: Literal["rms"] | None = None,
+        decay: float = 0.99,
+        damping: float = 0.1,
+        sgd_steps: int = 0,
+        sgd_step_size: float | Schedule = 1e-3,
+        max_grad_norm: float | None = None,
+        site_step_scale: Mapping[str, float] | None = None,
+        store: str | ThetaStore = "auto",
+        init_strategy: Callable[..., Tensor] = init_to_mean,
+        check_stability: bool = True,
+    ) -> None:
+        super().__init__(model, thinning, init_strategy)
+        _check_common(temperature, n_inflate, integrator, preconditioner, decay, damping)
+        check_choice("phi_update", phi_update, ["gibbs", "langevin"])
+        check_choice("accumulator", accumulator, ["exact", "table", "single"])
+        check_choice("single_scale", single_scale, ["N", "1"])
+        check_choice("scan", scan, ["round_robin", "random"])
+        if isinstance(store, str):
+            check_choice("store", store, ["auto", "device"])
+        check_number("theta_steps_per_visit", theta_steps_per_visit, least=1, open_below=False, whole=True)
+        check_number("sgd_steps", sgd_steps, open_below=False, whole=True)
+        if block_size is not None:
+            check_number("block_size", block_size, least=1, open_below=False, whole=True)
+        if max_grad_norm is not None:
+            check_number("max_grad_norm", max_grad_norm)
+        for family, factor in (site_step_scale or {}).items():
+            check_number(f"site_step_scale[{family!r}]", factor)
+        self.plate = plate
+        self.block_size = block_size
+        self.scan: Scan = scan
+        self.sgd_steps = sgd_steps
+        self.store_kind = store
+        self.check_stability = check_stability
+        self._schedule = None if step_size is None else as_schedule(step_size)
+        self._phi_schedule = None if phi_step_size is None else as_schedule(phi_step_size)
+        self._settings = partial(
+            Settings,
+            phi_update=phi_update,
+            accumulator=accumulator,
+            single_scale=single_scale,
+            integrator=integrator,
+            temperature=temperature,
+            n_inflate=n_inflate,
+            decay=decay if preconditioner == "rms" else None,
+            damping=damping,
+            theta_steps_per_visit=theta_steps_per_visit,
+            max_grad_norm=max_grad_norm,
+            sgd_step_size=as_schedule(sgd_step_size),
+            site_step_scale=dict(site_step_scale or {}),
+        )
+        self.settings = self._settings(step_size=constant(1.0), phi_step_size=constant(1.0))
+        self.state = SGLDGibbsState(0, {}, {}, {}, {}, {})
+        self.store: ThetaStore | None = None
+        self.structure: Structure | None = None
+        self._program: Program | None = None
+        self._info: sgld_gibbs.SGLDGibbsInfo | None = None
+        self._report: dict[str, float | str] = {}
+
+    # -------------------------------------------------------------------------------------------- set-up
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Read the program, check it and the step sizes, and put the chain at its start."""
+        if self.sgd_steps > warmup_steps:
+            raise ValueError(
+                f"sgd_steps={self.sgd_steps} is more than the warm-up's {warmup_steps} visits; the SGD visits are the "
+                "first part of the warm-up. Raise warmup_steps or lower sgd_steps."
+            )
+        self._begin(warmup_steps)
+        program = self._program = Program(self.model, self.plate, args, kwargs, self.init_strategy)
+        peeked, subsampled = program.peek(self._generator)
+        _check_plate(self.plate, peeked)
+        _refuse_discrete(peeked)
+        num_tasks = peeked.plates[self.plate].size
+        sequential = any(site.task is not None for site in peeked.locals.values())
+        block = self._block(num_tasks, peeked.plates[self.plate].taken, subsampled[self.plate], sequential)
+        index = torch.arange(block)
+        run = program.run(self._preset or {}, {}, index, self._generator)
+        _check_block(run, self.plate)
+        self.transforms = {k: t for k, t in _transforms(run).items() if k in run.globals}
+        pairs, reasons = find_pairs(program, run, index, self._generator)
+        self._check_phi_update(pairs, reasons, num_tasks, block)
+        start = {pair.family: run.globals[name].leaf.detach().clone() for name, pair in pairs.items()}
+        self.structure = Structure(
+            num_tasks, block, sequential, pairs, reasons, _coupled(run.locals), _reruns(run), start
+        )
+        if self.settings.phi_update == "langevin" and self.settings.accumulator == "table":
+            self.structure.table = GradientTable(num_tasks // block)
+        phi = {name: site.leaf.detach().clone() for name, site in run.globals.items()}
+        self._noise_from(phi)
+        self._check_saddle(run)
+        self._set_steps(run)
+        self.store = make_store(self.store_kind, num_tasks)
+        self.state = sgld_gibbs.init(self.structure, phi)
+
+    def _block(self, num_tasks: int, declared: int, subsampled: bool, sequential: bool) -> int:
+        if subsampled:
+            if self.block_size not in (None, declared):
+                raise ValueError(
+                    f"block_size={self.block_size}, but the program takes subsample_size={declared} of the plate "
+                    f"{self.plate!r}. Give the plate subsample_size={self.block_size}, or leave block_size out."
+                )
+            return declared
+        if self.block_size is not None:
+            if self.block_size > num_tasks:
+                raise ValueError(f"block_size={self.block_size} is more than the plate's {num_tasks} tasks.")
+            return self.block_size
+        # A program that iterates over its plate takes any indices; a vectorised one that never asked for a
+        # subsample may hold the data of all tasks, so it is one block.
+        return 1 if sequential else num_tasks
+
+    def _check_phi_update(
+        self, pairs: Mapping[str, NormalPair], reasons: Mapping[str, str], num_tasks: int, block: int
+    ) -> None:
+        settings = self.settings
+        if not pairs and not reasons:
+            raise ValueError(
+                f"the program has no latent site outside the plate {self.plate!r}: its tasks share nothing. "
+                "Use SGLD for independent tasks."
+            )
+        exact = settings.phi_update == "gibbs" or settings.accumulator == "exact"
+        if exact and reasons:
+            site, reason = next(iter(reasons.items()))
+            name = "gibbs" if settings.phi_update == "gibbs" else "exact"
+            raise ValueError(
+                f"{name!r} needs every global site normal and the mean of one normal local family, and {site!r} is "
+                f'not: {reason}. Use phi_update="langevin", accumulator="table", which works for any program.'
+            )
+        if settings.accumulator == "table" and settings.phi_update == "langevin" and num_tasks % block:
+            raise ValueError(
+                f'accumulator="table" stores one gradient per block, and {num_tasks} tasks are no whole number of '
+                f"blocks of {block}. Use a block_size that divides {num_tasks}."
+            )
+        if self.sgd_steps and not pairs:
+            site, reason = next(iter(reasons.items()))
+            raise ValueError(
+                f"sgd_steps={self.sgd_steps} trains one vector shared by all tasks, which needs a normal local family "
+                f"around a global site; {site!r} is none: {reason}. Leave sgd_steps at 0."
+            )
+
+    def _check_saddle(self, run: Evaluation) -> None:
+        """Adapters at zero have gradients that are exactly zero, and no chain would ever leave."""
+        drift = run.drift(run.locals, self.structure.coupled if self.structure else (), self.settings.n_inflate)
+        sgld.check_finite(drift, 0, (0,))
+        if run.log_likelihood.requires_grad and all(not g.any() for g in drift.gradient.values()):
+            raise ValueError(
+                "the likelihood's gradient is exactly zero at the start, for every local site: a saddle, as adapters "
+                "at zero are. Start elsewhere: init_strategy=init_to_value(values={'phi': adapter.initial}) or "
+                "MCMC(..., initial_params={'phi': ...})."
+            )
+
+    def _set_steps(self, run: Evaluation) -> None:
+        """Choose or check the step sizes, and report them without dimensions."""
+        assert self.structure is not None
+        settings, structure = self.settings, self.structure
+        curvature = _curvature(run, settings.n_inflate, wanted=self._schedule is None)
+        schedule = self._schedule or _default_step(curvature)
+        eta = schedule(0)
+        phi_schedule = self._phi_schedule
+        if phi_schedule is None:
+            phi_schedule = schedule
+            if self._schedule is None and structure.pairs and settings.phi_update == "langevin":
+                limits = [langevin_limit(settings.accumulator, p, structure.num_tasks) for p in structure.pairs.values()]
+                phi_schedule = constant(DEFAULT_SHARE * min(limits))
+        self.settings = self._settings(step_size=schedule, phi_step_size=phi_schedule)
+        self._report = self._dimensionless(eta, phi_schedule(0), curvature)
+        log.info("dimensionless steps at the start: %s", self._report)
+        if not self.check_stability:
+            return
+        if settings.integrator == "euler" and settings.decay is None:
+            _check_prior_steps(run, eta, settings.site_step_scale)
+            limit = curvature_limit(curvature)
+            if eta >= limit:
+                raise ValueError(_too_large("step_size", eta, limit, "4 / (largest curvature at the start)"))
+        if settings.phi_update == "langevin":
+            for pair in structure.pairs.values():
+                limit = langevin_limit(settings.accumulator, pair, structure.num_tasks // structure.block_size)
+                if settings.accumulator != "single" and phi_schedule(0) >= limit:
+                    formula = "4 β²/N" if settings.accumulator == "exact" else "π² β²/N²"
+                    raise ValueError(_too_large("phi_step_size", phi_schedule(0), limit, formula))
+
+    def _dimensionless(self, eta: float, phi_eta: float, curvature: float | None) -> dict[str, float | str]:
+        assert self.structure is not None
+        report: dict[str, float | str] = {
+            "step_size": eta,
+            "curvature": math.nan if curvature is None else curvature,
+            "phi_update": self.settings.phi_update,
+            "block_size": float(self.structure.block_size),
+        }
+        for name, pair in self.structure.pairs.items():
+            variance = float(pair.local_variance.min())
+            report[f"a_theta ({name})"] = eta / (2.0 * variance)
+            report[f"a_phi ({name})"] = (
+                0.5 * phi_eta * (self.structure.num_tasks / variance + float(pair.prior_precision.max()))
+                if self.settings.phi_update == "langevin"
+                else 0.0
+            )
+        return report
+
+    def report(self) -> dict[str, float | str]:
+        """Step sizes without dimensions: below 2 the Euler step is stable, far below 1 its bias is small.
+
+        ``a_theta`` = eta / (2 beta^2): a theta_i forgets phi in 1/a_theta visits. ``a_phi`` is the same of Eq. 9.
+        """
+        return dict(self._report)
+
+    # -------------------------------------------------------------------------------------------- sampling
+
+    @property
+    def initial_params(self) -> dict[str, Tensor]:
+        """Where phi starts, unconstrained."""
+        return dict(self.state.phi)
+
+    @initial_params.setter
+    def initial_params(self, params: dict[str, Tensor]) -> None:
+        self._preset = dict(params)
+
+    @property
+    def phase(self) -> Literal["sgd", "burn-in", "sample"]:
+        """Of the next visit: SGD warm-up, burn-in, or sampling."""
+        if self.state.step < self.sgd_steps:
+            return "sgd"
+        return "burn-in" if self.state.step < self._warmup_steps else "sample"
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One visit in the warm-up, ``thinning`` of them after it; returns phi."""
+        self.state = self.state._replace(phi=dict(params))
+        phase = self.phase
+        for _ in range(self.thinning if phase == "sample" else 1):
+            self._visit()
+        if phase == "sample" and self._info is not None:
+            self._keep(self._info, self._info.tasks[0])
+        return dict(self.state.phi)
+
+    def _visit(self) -> None:
+        assert self._program is not None and self.structure is not None and self.store is not None
+        if self.sgd_steps and self.state.step == self.sgd_steps:
+            self.state = sgld_gibbs.end_of_sgd(self.state, self.structure, self.store)
+        self.state, self._info = sgld_gibbs.step(
+            self.state,
+            self._program,
+            self.structure,
+            self.store,
+            self._next_block(),
+            self.settings,
+            phase=self.phase,
+            generator=self._generator,
+            noise_generator=self._noise_generator,
+        )
+
+    def _next_block(self) -> Tensor:
+        assert self.structure is not None
+        N, B = self.structure.num_tasks, self.structure.block_size
+        if self.scan == "round_robin":
+            return (self.state.step * B + torch.arange(B)) % N
+        if self.structure.table is not None:
+            block = torch.randint(N // B, (), generator=self._generator)
+            return block * B + torch.arange(B)
+        return torch.randperm(N, generator=self._generator)[:B]
+
+    def theta(self, task: int) -> dict[str, Tensor]:
+        """The latest values of one task's local sites, by family, unconstrained."""
+        if self.structure is None or self.store is None:
+            raise RuntimeError("the kernel has not run yet.")
+        values = sgld_gibbs.task_values(self.structure, self.store, (task,))
+        if values is None:
+            raise KeyError(f"task {task} was never visited.")
+        if self.structure.sequential:
+            return dict(values[task])
+        layout = {site.family: site.plate_dim for site in self.structure.layouts[None]}
+        return {family: value.squeeze(layout[family]) for family, value in values[None].items()}
+
+    def logging(self) -> dict[str, str]:
+        """For Pyro's progress bar."""
+        return self._log(self.state.step, self._info, self._info.phase if self._info else "")
+
+
+# ------------------------------------------------------------------------------------------------ checks at the door
+
+
+def _check_common(
+    temperature: float, n_inflate: float, integrator: str, preconditioner: str | None, decay: float, damping: float
+) -> None:
+    check_number("temperature", temperature, open_below=False)
+    check_number("n_inflate", n_inflate)
+    check_choice("integrator", integrator, ["exponential", "euler"])
+    if preconditioner is not None:
+        check_choice("preconditioner", preconditioner, ["rms"])
+    check_number("damping", damping, open_below=False)
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"decay={decay!r}: expected at least 0 and below 1.")
+
+
+def _check_plate(plate: str, run: Evaluation) -> None:
+    if plate not in run.plates:
+        known = ", ".join(map(repr, run.plates)) or "none"
+        raise ValueError(
+            f"the program has no plate named {plate!r} (its plates: {known}). Name the task plate with "
+            f'SGLDGibbs(model, plate="..."), and write it as pyro.plate("...", N, subsample_size=1).'
+        )
+    for name, size in run.plates.items():
+        if size.size == 0:
+            raise ValueError(f"the plate {name!r} is empty: a task without data cannot be trained on. Leave it out.")
+    if not run.locals:
+        raise ValueError(
+            f"the plate {plate!r} holds no latent site, so there is nothing to sample for a task. Sample each task's "
+            f'own variable inside it: with pyro.plate({plate!r}, N, subsample_size=1): pyro.sample("theta", ...).'
+        )
+
+
+def _check_block(run: Evaluation, plate: str) -> None:
+    """A vectorised program must have followed the indices it was given."""
+    taken = run.plates[plate].taken
+    for site in run.locals.values():
+        if site.task is None and site.plate_dim is not None and site.leaf.shape[site.plate_dim] != taken:
+            raise ValueError(
+                f"the local site {site.name!r} has size {site.leaf.shape[site.plate_dim]} along the plate {plate!r}, "
+                f"where {taken} tasks were asked for. Index by what the plate gives: "
+                f"with pyro.plate({plate!r}, N, subsample_size={taken}) as index: ..."
+            )
+    for site in run.locals.values():
+        if site.scale != 1.0:
+            raise ValueError(
+                f"the local site {site.name!r} stands inside a second subsampled plate (scale {site.scale:g}): its "
+                "value would belong to other rows at each visit. Take it out of that plate."
+            )
+
+
+def _refuse_discrete(run: Evaluation) -> None:
+    for name, site in run.latents.items():
+        if site.fn.support.is_discrete:
+            raise ValueError(
+                f"the latent site {name!r} is discrete ({type(site.fn).__name__}); no gradient can move it. "
+                "Marginalise it out, or write it as a mixture."
+            )
+
+
+def _check_latents(run: Evaluation) -> None:
+    if not run.latents:
+        raise ValueError("the program has no latent site: there is nothing to sample.")
+    for name, site in run.latents.items():
+        if site.scale != 1.0:
+            raise ValueError(
+                f"the latent site {name!r} stands inside a subsampled plate (scale {site.scale:g}): its value would "
+                "belong to other rows at each step. Use SGLDGibbs, or a plate without subsample_size."
+            )
+    drift = run.drift(run.latents)
+    sgld.check_finite(drift, 0)
+
+
+def _transforms(run: Evaluation) -> dict[str, Any]:
+    return {name: site.transform.inv for name, site in run.latents.items() if site.transform is not None}
+
+
+def _coupled(sites: Mapping[str, Any]) -> frozenset[str]:
+    """Families whose distribution hangs on another of the sites."""
+    return frozenset(
+        site.family
+        for name, site in sites.items()
+        if any(depends(site.log_prob_at(site.leaf.detach()), other.leaf) for k, other in sites.items() if k != name)
+    )
+
+
+def _reruns(run: Evaluation) -> bool:
+    direct = any(depends(run.log_likelihood, site.leaf) for site in run.globals.values())
+    return direct or bool(_coupled(run.locals))
+
+
+def _curvature(run: Evaluation, n_inflate: float, wanted: bool) -> float | None:
+    """Largest curvature of the block's density in its local sites; None where it is too large to measure."""
+    sites = run.locals or run.latents
+    size = sum(site.leaf.numel() for site in sites.values())
+    if size > CURVATURE_DIMENSIONS:
+        if wanted:
+            raise ValueError(
+                f"step_size=None measures the curvature at the start, which is done up to {CURVATURE_DIMENSIONS} "
+                f"coordinates; this program has {size}. Please pass a value for step_size."
+            )
+        return None
+    curvature = largest_curvature(
+        n_inflate * run.log_likelihood + run.log_prior(sites), [site.leaf for site in sites.values()]
+    )
+    if wanted and (curvature is None or not curvature > 0.0):
+        raise ValueError(
+            f"step_size=None measures the curvature at the start, which gave {curvature}. "
+            "Please pass a value for step_size."
+        )
+    return curvature
+
+
+def _default_step(curvature: float | None) -> Schedule:
+    return constant(DEFAULT_SHARE * curvature_limit(curvature))
+
+
+def _check_prior_steps(run: Evaluation, eta: float, scale: Mapping[str, float]) -> None:
+    for site in (run.locals or run.latents).values():
+        prior = site.gaussian()
+        if prior is not None:
+            limit = 4.0 / float(prior.precision.max())
+            own = eta * scale.get(site.family, 1.0)
+            if own >= limit:
+                raise ValueError(_too_large(f"step_size (site {site.name!r})", own, limit, "4 β²"))
+
+
+def _too_large(name: str, value: float, limit: float, formula: str) -> str:
+    return (
+        f"{name}={value:g} is past its stability limit {limit:g} = {formula}: the chain would grow without bound. "
+        f"Use a value well below it ({DEFAULT_SHARE * limit:g} keeps the bias near 5 %), or "
+        'integrator="exponential" for theta and phi_update="gibbs" for phi, which have no such limit; '
+        "check_stability=False tries anyway."
+    )

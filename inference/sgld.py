@@ -1,0 +1,254 @@
+"""Stochastic gradient Langevin dynamics, as a pure step on a dict of tensors (Eq. 6, 10 and 18).
+
+Everywhere in this package a step size eta means ``theta + (eta / 2) * gradient + sqrt(eta) * noise``, the gradient
+being that of the *full-data* log density: a minibatch's sum scaled by N/b, never a mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_lift.models.priors import LocalGaussian
+from pyro_lift.schedules import Schedule
+
+__all__ = [
+    "DivergedError",
+    "Drift",
+    "Integrator",
+    "SGLDInfo",
+    "SGLDState",
+    "euler",
+    "exponential",
+    "init",
+    "precondition",
+    "step",
+    "update_second_moment",
+]
+
+Integrator = Literal["euler", "exponential"]
+
+
+class DivergedError(RuntimeError):
+    """A chain met a loss or a gradient that is not finite; its last good state is kept.
+
+    Attributes:
+        step: the number of transitions completed before.
+        tasks: the tasks being visited; empty for a program without a task plate.
+    """
+
+    def __init__(self, message: str, step: int, tasks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.step = step
+        self.tasks = tasks
+
+
+class Drift(NamedTuple):
+    """What a density tells the sampler at a position.
+
+    Attributes:
+        log_likelihood: scalar, summed over the full data (an estimate where the program subsamples).
+        gradient: per site, the gradient of everything but the site's own Gaussian prior.
+        gaussian: per site, that Gaussian prior (or the one that touches a mixture); None where ``gradient``
+            already holds the prior.
+    """
+
+    log_likelihood: Tensor
+    gradient: dict[str, Tensor]
+    gaussian: dict[str, LocalGaussian | None]
+
+
+class SGLDState(NamedTuple):
+    """Steps taken, position, and the running mean square of the gradient (empty without preconditioner)."""
+
+    step: int
+    position: dict[str, Tensor]
+    second_moment: dict[str, Tensor]
+
+
+class SGLDInfo(NamedTuple):
+    """What a reader of the log wants to know of one step."""
+
+    log_likelihood: Tensor
+    grad_norm: Tensor
+    step_size: float
+    refused: bool
+
+
+def euler(
+    x: Tensor,
+    gradient: Tensor,
+    prior: LocalGaussian | None,
+    *,
+    step_size: float,
+    temperature: float,
+    noise: Tensor,
+    preconditioner: Tensor | float = 1.0,
+) -> Tensor:
+    r"""The Euler-Maruyama step of the paper.
+
+    .. math:: x' = x + \tfrac{\eta}{2} P\,(G - p\,(x - c)) + \sqrt{T\,\eta\,P}\;\xi
+
+    On a Gaussian target with precision ``L`` (G and prior together, P = 1) it is stable for eta < 4/L and leaves
+    the variance ``T / (L - (eta/4) L^2)`` instead of ``T / L``.
+
+    Args:
+        x: position.
+        gradient: G, gradient of the full-data log likelihood (and of the prior, if ``prior`` is None).
+        prior: c and p, mean and precision of a Gaussian prior.
+        step_size: eta.
+        temperature: T, multiplies the variance of the noise; 0 is plain gradient ascent.
+        noise: standard normal, of x's shape.
+        preconditioner: P, elementwise and positive.
+    """
+    if prior is not None:
+        gradient = gradient - prior.precision * (x - prior.mean)
+    drifted = x + (0.5 * step_size) * (preconditioner * gradient)
+    if temperature == 0.0:
+        return drifted
+    scale = _root(temperature * step_size * preconditioner)
+    return drifted + scale * noise
+
+
+def exponential(
+    x: Tensor,
+    gradient: Tensor,
+    prior: LocalGaussian | None,
+    *,
+    step_size: float,
+    temperature: float,
+    noise: Tensor,
+    preconditioner: Tensor | float = 1.0,
+) -> Tensor:
+    r"""A step that moves exactly under a Gaussian prior, and by Euler under the likelihood.
+
+    .. math:: a = \tfrac{\eta}{2} P p,\quad e = e^{-a},\quad
+              x' = c + e\,(x - c) + \tfrac{1 - e}{p}\,G + \sqrt{T\,(1 - e^2)/p}\;\xi
+
+    It equals :func:`euler` to first order in a. The prior alone is sampled exactly at any step size; with a
+    likelihood of curvature H the step is stable where ``H / p < (1 + e) / (1 - e)``.
+
+    Args: as in :func:`euler`; without a Gaussian prior the step *is* :func:`euler`.
+    """
+    if prior is None:
+        return euler(
+            x,
+            gradient,
+            None,
+            step_size=step_size,
+            temperature=temperature,
+            noise=noise,
+            preconditioner=preconditioner,
+        )
+    mean, precision = prior
+    a = (0.5 * step_size) * (preconditioner * precision)
+    decay = torch.exp(-a)
+    drifted = mean + decay * (x - mean) - torch.expm1(-a) / precision * gradient
+    if temperature == 0.0:
+        return drifted
+    return drifted + (temperature * -torch.expm1(-2.0 * a) / precision).sqrt() * noise
+
+
+def _root(value: Tensor | float) -> Tensor | float:
+    return value.sqrt() if isinstance(value, Tensor) else value**0.5
+
+
+INTEGRATORS: dict[str, Callable[..., Tensor]] = {"euler": euler, "exponential": exponential}
+
+
+def precondition(second_moment: Tensor, damping: float) -> Tensor:
+    r"""The RMS preconditioner :math:`P = 1/(\sqrt V + \epsilon\,\overline{\sqrt V})`.
+
+    With it a step moves every coordinate by about eta/2, as Adam with learning rate eta/2 does. The damping is
+    relative to the mean of sqrt(V), so that P scales as the inverse of the gradient, inflated or not.
+    """
+    root = second_moment.sqrt()
+    return 1.0 / (root + damping * root.mean() + torch.finfo(root.dtype).tiny)
+
+
+def update_second_moment(second_moment: Tensor | None, gradient: Tensor, decay: float) -> Tensor:
+    """Exponential moving average of the squared gradient; it starts at the first square."""
+    square = gradient.square()
+    return square if second_moment is None else torch.lerp(square, second_moment, decay)
+
+
+def init(position: dict[str, Tensor]) -> SGLDState:
+    """A chain at ``position`` that has taken no step."""
+    return SGLDState(0, dict(position), {})
+
+
+def step(
+    state: SGLDState,
+    density: Callable[[dict[str, Tensor]], Drift],
+    *,
+    step_size: Schedule,
+    temperature: float = 1.0,
+    integrator: Integrator = "euler",
+    decay: float | None = None,
+    damping: float = 0.1,
+    adapt: bool = False,
+    generator: torch.Generator | None = None,
+) -> tuple[SGLDState, SGLDInfo]:
+    """One transition of SGLD on every site at once.
+
+    Args:
+        state: where the chain is.
+        density: gives the :class:`Drift` at a position.
+        step_size: eta as a function of the steps taken.
+        temperature: T.
+        integrator: ``"euler"`` or ``"exponential"``.
+        decay: of the moving average behind the RMS preconditioner; None for no preconditioner.
+        damping: epsilon of :func:`precondition`.
+        adapt: whether the moving average still moves. Frozen after burn-in it leaves the target untouched;
+            while it moves, the term that its dependence on the position would call for is left out.
+        generator: source of the noise.
+
+    Raises:
+        DivergedError: loss or gradient not finite; ``state`` is unchanged.
+    """
+    drift = density(state.position)
+    eta = step_size(state.step)
+    norm = check_finite(drift, state.step)
+    moments = dict(state.second_moment)
+    position = {}
+    for name, x in state.position.items():
+        gradient = drift.gradient[name]
+        preconditioner: Tensor | float = 1.0
+        if decay is not None:
+            if adapt or name not in moments:
+                moments[name] = update_second_moment(moments.get(name), gradient, decay)
+            preconditioner = precondition(moments[name], damping)
+        position[name] = INTEGRATORS[integrator](
+            x,
+            gradient,
+            drift.gaussian[name],
+            step_size=eta,
+            temperature=temperature,
+            noise=gaussian_noise(x, generator),
+            preconditioner=preconditioner,
+        )
+    info = SGLDInfo(drift.log_likelihood, norm, eta, refused=False)
+    return SGLDState(state.step + 1, position, moments), info
+
+
+def gaussian_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise of a tensor's shape, dtype and device."""
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def check_finite(drift: Drift, step: int, tasks: tuple[int, ...] = ()) -> Tensor:
+    """Norm of the whole gradient; raises :class:`DivergedError` where it or the loss is not finite."""
+    norms = [g.square().sum() for g in drift.gradient.values()]
+    norm = (norms[0] if len(norms) == 1 else torch.stack(norms).sum()).sqrt()
+    if not torch.isfinite(norm + drift.log_likelihood):
+        where = f"step {step}" + (f", task {', '.join(map(str, tasks))}" if tasks else "")
+        raise DivergedError(
+            f"{where}: log likelihood {float(drift.log_likelihood)}, gradient norm {float(norm)}. The chain has "
+            "stopped at its last good state. Use a smaller step_size, or look at this task's data.",
+            step,
+            tasks,
+        )
+    return norm

@@ -1,0 +1,1 @@
+"""What is random: Pyro programs, priors, likelihoods, and adapters as random nn modules."""
