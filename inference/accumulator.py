@@ -76,4 +76,7 @@ def langevin_limit(accumulator: Accumulator, pair: NormalPair, num_tasks: int) -
     variance = float(pair.local_variance.min())
     if accumulator == "exact":
         return 4.0 / (num_tasks / variance + float(pair.prior_precision.max()))
-    return min(torch.pi**2 * variance / num_tasks**2, 4.0 / (num_tasks / variance + float(pair.prior_precision.max())))
+    return min(
+        torch.pi**2 * variance / num_tasks**2,
+        4.0 / (num_tasks / variance + float(pair.prior_precision.max())),
+    )

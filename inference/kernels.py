@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import pyro.infer
 import torch
-from pyro.infer import MCMC as _PyroMCMC
 from pyro.infer.autoguide.initialization import init_to_mean
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
@@ -25,7 +25,12 @@ from pyro_lift.inference.conjugate import NormalPair, depends, find_pairs
 from pyro_lift.inference.program import Evaluation, Program
 from pyro_lift.inference.sgld import Integrator
 from pyro_lift.inference.sgld_gibbs import PhiUpdate, Settings, SGLDGibbsState, Structure
-from pyro_lift.inference.stability import CURVATURE_DIMENSIONS, DEFAULT_SHARE, curvature_limit, largest_curvature
+from pyro_lift.inference.stability import (
+    CURVATURE_DIMENSIONS,
+    DEFAULT_SHARE,
+    curvature_limit,
+    largest_curvature,
+)
 from pyro_lift.inference.store import ThetaStore, make_store
 from pyro_lift.options import check_choice, check_number, named_options
 from pyro_lift.schedules import Schedule, as_schedule, constant
@@ -40,7 +45,7 @@ Scan = Literal["round_robin", "random"]
 LOG_EVERY = 50
 
 
-class MCMC(_PyroMCMC):
+class MCMC(pyro.infer.MCMC):
     """Pyro's own :class:`pyro.infer.MCMC` with a default for the number of draws.
 
     ``MCMC(SGLDGibbs(model)).run()`` therefore runs as written, for a model whose data is bound in.
@@ -104,7 +109,11 @@ class _Kernel(MCMCKernel):
 
     def _log(self, step: int, info: sgld.SGLDInfo | sgld_gibbs.SGLDGibbsInfo | None, phase: str) -> dict[str, str]:
         if info is not None and step - self._last_log[0] >= LOG_EVERY:
-            text = {"phase": phase, "loglik": f"{float(info.log_likelihood):.3e}", "step": f"{info.step_size:.1e}"}
+            text = {
+                "phase": phase,
+                "loglik": f"{float(info.log_likelihood):.3e}",
+                "step": f"{info.step_size:.1e}",
+            }
             self._last_log = (step, text)
         return dict(self._last_log[1])
 
@@ -214,10 +223,7 @@ class SGLD(_Kernel):
     def _checked_step_size(self, run: Evaluation) -> Schedule:
         curvature = _curvature(run, self.n_inflate, wanted=self._schedule is None)
         limit = curvature_limit(curvature)
-        if self._schedule is None:
-            schedule = _default_step(curvature)
-        else:
-            schedule = self._schedule
+        schedule = self._schedule or _default_step(curvature)
         eta = schedule(0)
         self._report = {"step_size": eta, "curvature": math.nan if curvature is None else curvature}
         euler = self.integrator == "euler" and self.decay is None
@@ -500,7 +506,9 @@ class SGLDGibbs(_Kernel):
         if phi_schedule is None:
             phi_schedule = schedule
             if self._schedule is None and structure.pairs and settings.phi_update == "langevin":
-                limits = [langevin_limit(settings.accumulator, p, structure.num_tasks) for p in structure.pairs.values()]
+                limits = [
+                    langevin_limit(settings.accumulator, p, structure.num_tasks) for p in structure.pairs.values()
+                ]
                 phi_schedule = constant(DEFAULT_SHARE * min(limits))
         self.settings = self._settings(step_size=schedule, phi_step_size=phi_schedule)
         self._report = self._dimensionless(eta, phi_schedule(0), curvature)
@@ -619,7 +627,12 @@ class SGLDGibbs(_Kernel):
 
 
 def _check_common(
-    temperature: float, n_inflate: float, integrator: str, preconditioner: str | None, decay: float, damping: float
+    temperature: float,
+    n_inflate: float,
+    integrator: str,
+    preconditioner: str | None,
+    decay: float,
+    damping: float,
 ) -> None:
     check_number("temperature", temperature, open_below=False)
     check_number("n_inflate", n_inflate)

@@ -298,7 +298,16 @@ class Program:
             generator: source of minibatches.
             want_grad: whether the values become leaves of an autograd graph.
         """
-        reader = _Reader(self.plate, index, global_values, local_values, self.initial, generator, want_grad, self._transform)
+        reader = _Reader(
+            self.plate,
+            index,
+            global_values,
+            local_values,
+            self.initial,
+            generator,
+            want_grad,
+            self._transform,
+        )
         with torch.set_grad_enabled(want_grad), reader:
             self.model(*self.args, **self.kwargs)
         with torch.set_grad_enabled(want_grad):

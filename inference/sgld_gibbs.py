@@ -31,7 +31,16 @@ from pyro_lift.inference.sgld import (
 from pyro_lift.inference.store import ThetaStore
 from pyro_lift.schedules import Schedule, constant
 
-__all__ = ["PhiUpdate", "SGLDGibbsInfo", "SGLDGibbsState", "Settings", "Structure", "init", "step", "task_values"]
+__all__ = [
+    "PhiUpdate",
+    "SGLDGibbsInfo",
+    "SGLDGibbsState",
+    "Settings",
+    "Structure",
+    "init",
+    "step",
+    "task_values",
+]
 
 PhiUpdate = Literal["gibbs", "langevin"]
 
@@ -123,9 +132,7 @@ class Structure:
 
 def init(structure: Structure, phi: Rows) -> SGLDGibbsState:
     """A chain whose theta_i all stand at phi's own start: S = N phi, and J = 0 is exactly right."""
-    sums = {
-        name: structure.num_tasks * structure.start[pair.family].double() for name, pair in structure.pairs.items()
-    }
+    sums = {name: structure.num_tasks * structure.start[pair.family].double() for name, pair in structure.pairs.items()}
     J = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in phi.items()}
     return SGLDGibbsState(0, dict(phi), sums, J if structure.table is not None else {}, {}, {})
 
@@ -254,7 +261,11 @@ def _move_phi(
     if settings.phi_update == "gibbs":
         return {
             name: conjugate.draw(
-                pair, sums[name], structure.num_tasks, settings.temperature, gaussian_noise(state.phi[name], generator)
+                pair,
+                sums[name],
+                structure.num_tasks,
+                settings.temperature,
+                gaussian_noise(state.phi[name], generator),
             )
             for name, pair in structure.pairs.items()
         }
@@ -329,8 +340,7 @@ def _conditional_gradient(
     leaves = {name: site.leaf for name, site in run.globals.items()}
     grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, retain_graph=True)
     return {
-        name: torch.zeros_like(leaf) if g is None else g
-        for (name, leaf), g in zip(leaves.items(), grads, strict=True)
+        name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)
     }
 
 
@@ -474,9 +484,7 @@ def end_of_sgd(state: SGLDGibbsState, structure: Structure, store: ThetaStore) -
 
 def _at_start(structure: Structure, rows: Rows) -> Rows:
     return {
-        family: torch.broadcast_to(structure.start[family], value.shape).clone()
-        if family in structure.start
-        else value
+        family: torch.broadcast_to(structure.start[family], value.shape).clone() if family in structure.start else value
         for family, value in rows.items()
     }
 

@@ -71,7 +71,8 @@ def gaussian_at(fn: Distribution, value: Tensor) -> LocalGaussian | None:
 def broadened(mixture: dist.MixtureSameFamily, beta: float) -> dist.MixtureSameFamily:
     r"""The prior of a new task's weights under a mixture over phi, Eq. 16 and 17.
 
-    .. math:: p(\theta_*) = \int \mathcal N(\theta_*; \phi, \beta^2 I)\,\sum_j \alpha_j \mathcal N(\phi; \mu_j, V_j)\,d\phi
+    .. math:: p(\theta_*)
+              = \int \mathcal N(\theta_*; \phi, \beta^2 I)\,\sum_j \alpha_j \mathcal N(\phi; \mu_j, V_j)\,d\phi
               = \sum_j \alpha_j\,\mathcal N(\theta_*; \mu_j, V_j + \beta^2 I)
 
     Args:

@@ -1,3 +1,54 @@
-"""pyro_lift: learning to fine-tune by Bayesian meta-learning of LoRA adapters, on Pyro."""
+"""pyro_lift: learning to fine-tune by Bayesian meta-learning of LoRA adapters, on Pyro.
+
+Names are imported when they are first used: ``import pyro_lift`` loads neither transformers, timm, peft and datasets
+nor ArviZ and matplotlib.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyro_lift.data.task import Task as Task
+    from pyro_lift.diagnostics import from_mcmc as from_mcmc
+    from pyro_lift.inference.kernels import MCMC as MCMC
+    from pyro_lift.inference.kernels import SGLD as SGLD
+    from pyro_lift.inference.kernels import SGLDGibbs as SGLDGibbs
+    from pyro_lift.inference.online_em import OnlineGaussianMixture as OnlineGaussianMixture
+    from pyro_lift.inference.sgld import DivergedError as DivergedError
+    from pyro_lift.lift import LiFT as LiFT
+    from pyro_lift.lift import LiFTPrior as LiFTPrior
+    from pyro_lift.lift import LiFTSettings as LiFTSettings
+    from pyro_lift.lift import TaskPosterior as TaskPosterior
+    from pyro_lift.models.adapters import RandomAdapter as RandomAdapter
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "AdaptSettings": "lift",
+    "DivergedError": "inference.sgld",
+    "LiFT": "lift",
+    "LiFTPrior": "lift",
+    "LiFTSettings": "lift",
+    "MCMC": "inference.kernels",
+    "OnlineGaussianMixture": "inference.online_em",
+    "RandomAdapter": "models.adapters",
+    "SGLD": "inference.kernels",
+    "SGLDGibbs": "inference.kernels",
+    "Task": "data.task",
+    "TaskPosterior": "lift",
+    "from_mcmc": "diagnostics",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pyro_lift' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}.")
+    return getattr(importlib.import_module(f"pyro_lift.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -48,9 +48,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     raise ValueError(f"{name}={value!r} is not known{hint} (one of: {', '.join(map(repr, known))})")
 
 
-def check_number(
-    name: str, value: float, *, least: float = 0.0, open_below: bool = True, whole: bool = False
-) -> None:
+def check_number(name: str, value: float, *, least: float = 0.0, open_below: bool = True, whole: bool = False) -> None:
     """Refuse a number that is not finite or lies below ``least`` (or at it, when ``open_below``)."""
     kind = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kind):

@@ -1,0 +1,53 @@
+r"""Bayesian prediction: the average of *probabilities* over draws of the weights.
+
+.. math:: p(y \mid x, D) \approx \frac1S \sum_s p(y \mid x, \theta^{(s)})
+
+Averaging logits or weights instead would give one network's confidence back; it is the disagreement of the draws that
+calibrates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_lift.data.task import Rows
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.likelihoods import LossKind, probabilities
+from pyro_lift.models.observation import outputs
+
+__all__ = ["predict"]
+
+
+@torch.no_grad()
+def predict(
+    adapter: RandomAdapter,
+    thetas: Tensor,
+    rows: Rows,
+    kind: LossKind = "classification",
+    *,
+    heads: Tensor | None = None,
+    batch_size: int = 512,
+) -> Tensor:
+    """Probabilities ``[n, C]`` (regression: means), averaged over S draws.
+
+    Args:
+        adapter: the network as a function of theta.
+        thetas: draws ``[S, D]``.
+        rows: the inputs; their targets are not looked at.
+        kind: of the likelihood.
+        heads: draws of the task's own head ``[S, C, width + 1]``, or None.
+        batch_size: rows of one forward pass.
+    """
+    if thetas.dim() != 2 or len(thetas) == 0:
+        raise ValueError(f"thetas has shape {tuple(thetas.shape)}; expected at least one draw, [S, {adapter.dim}].")
+    parts = []
+    for start in range(0, len(rows), batch_size):
+        part = rows.take(slice(start, start + batch_size))
+        total: Tensor | None = None
+        for s, theta in enumerate(thetas):
+            one = probabilities(kind, outputs(adapter, part, theta, None if heads is None else heads[s]))
+            total = one if total is None else total + one
+        assert total is not None
+        parts.append(total / len(thetas))
+    return torch.cat(parts)

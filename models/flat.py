@@ -1,0 +1,65 @@
+r"""One task under a fixed prior: the program of meta-test (Eq. 15-17), and of the non-hierarchical models.
+
+.. math:: \theta_* \sim \sum_j \alpha_j\,\mathcal N(\mu_j, V_j + \beta^2 I), \qquad D_* \mid \theta_*
+"""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_lift.data.task import Task
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.likelihoods import log_likelihood
+from pyro_lift.models.observation import batch_of, check_width, observe, outputs, sample_head
+
+__all__ = ["FlatAdapter"]
+
+
+class FlatAdapter:
+    """The program. Sites: ``theta`` ``[D]``, ``head`` where the task has one of its own, ``obs``.
+
+    Args:
+        adapter: the network as a function of theta.
+        task: the new task.
+        prior: over ``[D]``.
+        batch_size: rows of a minibatch; None takes all rows.
+        head_scale: as in :class:`~pyro_lift.models.hierarchical.AdapterHierarchy`.
+        noise_scale: likewise.
+    """
+
+    def __init__(
+        self,
+        adapter: RandomAdapter,
+        task: Task,
+        prior: Distribution,
+        *,
+        batch_size: int | None = None,
+        head_scale: float | None = None,
+        noise_scale: float = 1.0,
+    ) -> None:
+        if prior.event_shape != torch.Size([adapter.dim]):
+            raise ValueError(
+                f"the prior is over {tuple(prior.event_shape)}, the adapter has {adapter.dim} weights: "
+                "they belong to different adapters."
+            )
+        self.adapter, self.task, self.prior = adapter, task, prior
+        self.batch_size = batch_size
+        self.head_scale, self.noise_scale = head_scale, noise_scale
+        self.width = check_width(adapter, [task], head_scale)
+
+    def __call__(self) -> None:
+        """The program."""
+        theta = pyro.sample("theta", self.prior)
+        head = sample_head("head", self.task, self.width, self.head_scale, like=theta)
+        with pyro.plate("data", len(self.task.train), subsample_size=batch_of(self.task, self.batch_size)) as rows:
+            observe("obs", self.adapter, self.task, self.task.train.take(rows), theta, head, self.noise_scale)
+
+    def log_likelihood(self, theta: Tensor, head: Tensor | None = None) -> Tensor:
+        """Log likelihood of all the task's training rows at one theta."""
+        rows = self.task.train
+        return log_likelihood(
+            self.task.kind, outputs(self.adapter, rows, theta, head), rows.target, self.noise_scale
+        ).sum()

@@ -1,0 +1,78 @@
+r"""The hierarchical model of Eq. 1-3 over adapters, as a Pyro program.
+
+.. math:: \phi \sim \mathcal N(m_0, \sigma^2 I),\qquad \theta_i \mid \phi \sim \mathcal N(\phi, \beta^2 I),\qquad
+          p(D_i \mid \theta_i) = \prod_{(x, y) \in D_i} p(y \mid x, \theta_i)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_lift.data.task import Task
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.observation import batch_of, check_width, observe, sample_head
+from pyro_lift.options import check_number
+
+__all__ = ["AdapterHierarchy"]
+
+
+class AdapterHierarchy:
+    """The program; its tasks are iterated over, so they may differ in size and in the width of their heads.
+
+    Sites: ``phi`` ``[D]``; for each task i, inside the plate ``tasks``: ``theta_i`` ``[D]``, ``head_i`` where the task
+    has a head of its own, ``obs_i`` in the minibatch plate ``data_i``.
+
+    Args:
+        adapter: the network as a function of theta.
+        tasks: at least one.
+        beta: standard deviation of a task's weights around phi.
+        sigma: standard deviation of phi around its prior mean.
+        batch_size: rows of a minibatch; None takes all rows of a task.
+        prior_mean: of phi, ``[D]``; None is zero, the paper's.
+        head_scale: standard deviation of a task's own linear head on the network's output; None for a network that
+            ends in a head shared by all tasks.
+        noise_scale: standard deviation of the noise in regression.
+
+    Raises:
+        ValueError: no task; a shared head narrower than a task's number of classes.
+    """
+
+    def __init__(
+        self,
+        adapter: RandomAdapter,
+        tasks: Sequence[Task],
+        *,
+        beta: float,
+        sigma: float,
+        batch_size: int | None = None,
+        prior_mean: Tensor | None = None,
+        head_scale: float | None = None,
+        noise_scale: float = 1.0,
+    ) -> None:
+        check_number("beta", beta)
+        check_number("sigma", sigma)
+        if not tasks:
+            raise ValueError("tasks is empty: there is nothing to learn from.")
+        self.adapter = adapter
+        self.tasks = list(tasks)
+        self.beta, self.sigma = beta, sigma
+        self.batch_size = batch_size
+        self.prior_mean = torch.zeros_like(adapter.initial) if prior_mean is None else prior_mean
+        self.head_scale = head_scale
+        self.noise_scale = noise_scale
+        self.width = check_width(adapter, self.tasks, head_scale)
+
+    def __call__(self) -> None:
+        """The program."""
+        phi = pyro.sample("phi", dist.Normal(self.prior_mean, self.sigma).to_event(1))
+        for i in pyro.plate("tasks", len(self.tasks), subsample_size=1):
+            theta = pyro.sample(f"theta_{i}", dist.Normal(phi, self.beta).to_event(1))
+            task = self.tasks[i]
+            head = sample_head(f"head_{i}", task, self.width, self.head_scale, like=theta)
+            with pyro.plate(f"data_{i}", len(task.train), subsample_size=batch_of(task, self.batch_size)) as rows:
+                observe(f"obs_{i}", self.adapter, task, task.train.take(rows), theta, head, self.noise_scale)

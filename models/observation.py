@@ -1,0 +1,64 @@
+"""What a task shows of its weights: the network's output, a head of the task's own, and the observed site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_lift.data.task import Rows, Task
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.likelihoods import log_likelihood
+
+__all__ = ["batch_of", "check_width", "observe", "outputs", "sample_head"]
+
+
+def batch_of(task: Task, batch_size: int | None) -> int:
+    """Rows of a minibatch: never more than the task has."""
+    return len(task.train) if batch_size is None else min(batch_size, len(task.train))
+
+
+def sample_head(name: str, task: Task, width: int, scale: float | None, like: Tensor) -> Tensor | None:
+    """The random linear head of one task, ``[C, width + 1]`` with the bias last; None for a shared head."""
+    if scale is None or task.num_classes is None:
+        return None
+    zero = torch.zeros(task.num_classes, width + 1, dtype=like.dtype, device=like.device)
+    return torch.as_tensor(pyro.sample(name, dist.Normal(zero, scale).to_event(2)))
+
+
+def outputs(adapter: RandomAdapter, rows: Rows, theta: Tensor, head: Tensor | None) -> Tensor:
+    """The network's output on some rows, through the task's own head where it has one."""
+    features = adapter(*rows.positional, theta=theta, **rows.named)
+    return features if head is None else features @ head[:, :-1].T + head[:, -1]
+
+
+def observe(
+    name: str,
+    adapter: RandomAdapter,
+    task: Task,
+    rows: Rows,
+    theta: Tensor,
+    head: Tensor | None,
+    noise_scale: float,
+) -> None:
+    """The likelihood of some rows, as one observed site: one log probability a row, inside the minibatch plate."""
+    log_prob = log_likelihood(task.kind, outputs(adapter, rows, theta, head), rows.target, noise_scale)
+    pyro.factor(name, log_prob)
+
+
+@torch.no_grad()
+def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float | None) -> int:
+    """Width of the network's output; refuses a shared head that is too narrow for a task's labels."""
+    first = tasks[0].train.take(slice(0, 1))
+    width = int(outputs(adapter, first, adapter.initial, None).shape[-1])
+    if head_scale is None:
+        for task in tasks:
+            if task.num_classes is not None and task.num_classes > width:
+                raise ValueError(
+                    f"task {task.name!r}: labels up to {task.num_classes - 1} are outside the range of the network's "
+                    f"head, 0 .. {width - 1}. Give the tasks heads of their own (head_scale=...), or a wider network."
+                )
+    return width

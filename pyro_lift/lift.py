@@ -1,0 +1,378 @@
+"""The front door: tasks and a backbone in, a better start and calibrated predictions out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyro
+import torch
+from pyro.infer import StreamingMCMC
+from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
+from pyro.ops.streaming import StatsOfDict, StreamingStats
+from torch import Tensor, nn
+
+from pyro_lift.data.task import Rows, Task, as_rows
+from pyro_lift.inference.kernels import MCMC, SGLD, SGLDGibbs
+from pyro_lift.inference.meta_test import best_start, meta_test_program
+from pyro_lift.inference.online_em import OnlineGaussianMixture
+from pyro_lift.inference.predict import predict
+from pyro_lift.inference.trace import ProjectedTrace
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.hierarchical import AdapterHierarchy
+from pyro_lift.options import check_choice, check_number
+
+if TYPE_CHECKING:
+    import peft
+
+__all__ = ["AdaptSettings", "LiFT", "LiFTPrior", "LiFTSettings", "TaskPosterior"]
+
+log = logging.getLogger("pyro_lift")
+
+
+@dataclass(frozen=True)
+class AdaptSettings:
+    """How a new task is adapted to."""
+
+    steps: int = field(default=100, metadata={"help": "SGLD steps on the new task"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "move per step and weight; eta = 2 x this"})
+    temperature: float = field(default=1.0, metadata={"help": "variance of the noise; 0 switches it off"})
+    n_inflate: float = field(default=1.0, metadata={"help": "power on the likelihood"})
+    batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
+    draws: int = field(default=10, metadata={"help": "draws kept, evenly spaced over the last half of the steps"})
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, positive=("learning_rate", "n_inflate"), counts=("steps", "batch_size", "draws"))
+        check_number("temperature", self.temperature, open_below=False)
+        if self.steps < 2 * self.draws:
+            raise ValueError(f"steps={self.steps}: {self.draws} draws from the last half need {2 * self.draws} steps.")
+
+
+@dataclass(frozen=True)
+class LiFTSettings:
+    """Everything that meta-training needs beside the tasks and the backbone; ``beta`` and ``sigma`` are sds."""
+
+    components: int = field(default=1, metadata={"help": "K, components of the mixture over phi"})
+    covariance: Literal["diag", "spherical"] = field(default="diag", metadata={"help": "of each component"})
+    beta: float = field(default=0.03, metadata={"help": "standard deviation of a task's weights around phi"})
+    sigma: float = field(default=0.3, metadata={"help": "standard deviation of phi around its prior mean"})
+    prior_mean: Literal["adapter", "zero"] = field(
+        default="adapter", metadata={"help": "of phi: the adapter's initial weights, or zero (the paper's)"}
+    )
+    sgd_steps: int = field(default=300, metadata={"help": "joint training steps before the chain"})
+    sgd_learning_rate: float = field(default=3e-3, metadata={"help": "of those, Adam"})
+    burn_in: int = field(default=300, metadata={"help": "visits before the first draw"})
+    samples: int = field(default=600, metadata={"help": "draws of phi"})
+    thinning: int = field(default=1, metadata={"help": "visits per draw"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "move per visit and weight; eta = 2 x this"})
+    temperature: float = field(default=1.0, metadata={"help": "variance of all noise in meta-training"})
+    n_inflate: float = field(default=1.0, metadata={"help": "power on the likelihood"})
+    batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
+    preconditioner: Literal["rms", "none"] = field(default="rms", metadata={"help": "scale of each weight's step"})
+    head_scale: float | None = field(
+        default=None, metadata={"help": "sd of a task's own linear head; none for a head shared by all tasks"}
+    )
+    noise_scale: float = field(default=1.0, metadata={"help": "sd of the noise in regression"})
+    head_rate: float = field(default=10.0, metadata={"help": "a head's step size over the adapter's"})
+
+    def __post_init__(self) -> None:
+        _check_numbers(
+            self,
+            positive=(
+                "beta",
+                "sigma",
+                "learning_rate",
+                "sgd_learning_rate",
+                "n_inflate",
+                "noise_scale",
+                "head_rate",
+            ),
+            counts=("components", "samples", "thinning", "batch_size"),
+        )
+        check_number("temperature", self.temperature, open_below=False)
+        for name in ("sgd_steps", "burn_in"):
+            check_number(name, getattr(self, name), open_below=False, whole=True)
+        check_choice("covariance", self.covariance, ["diag", "spherical"])
+        check_choice("prior_mean", self.prior_mean, ["adapter", "zero"])
+        check_choice("preconditioner", self.preconditioner, ["rms", "none"])
+        if self.head_scale is not None:
+            check_number("head_scale", self.head_scale)
+
+
+def _check_numbers(settings: Any, *, positive: Sequence[str], counts: Sequence[str]) -> None:
+    for name in positive:
+        check_number(name, getattr(settings, name))
+    for name in counts:
+        check_number(name, getattr(settings, name), least=1, open_below=False, whole=True)
+
+
+class LiFT:
+    """Learn a prior over LoRA weights from many tasks.
+
+    Args:
+        backbone: a module, a PEFT model, or a :class:`~pyro_lift.models.adapters.RandomAdapter`.
+        peft_config: the adapter to attach to a plain module.
+        settings: a :class:`LiFTSettings`; or give its fields as keywords.
+        adapt: how new tasks are adapted to; a :class:`AdaptSettings`.
+        device: where to compute; None stays where the backbone is.
+        seed: of everything random; None draws one from torch's global stream.
+
+    Raises:
+        TypeError: an unknown setting, with the nearest known one.
+        ValueError: a setting out of range.
+
+    Example:
+        >>> import peft, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> tasks = [Task(f"t{i}", (torch.randn(8, 4), torch.arange(8) % 3)) for i in range(3)]
+        >>> lift = LiFT(net, peft.LoraConfig(r=1, target_modules=["0"]), sgd_steps=5, burn_in=5, samples=20, seed=0)
+        >>> prior = lift.meta_train(tasks, progress=False)
+        >>> posterior = prior.adapt(tasks[0], steps=20, draws=5)
+        >>> posterior.predict(torch.randn(2, 4)).sum(-1)
+        tensor([1.0000, 1.0000])
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        peft_config: peft.PeftConfig | None = None,
+        *,
+        settings: LiFTSettings | None = None,
+        adapt: AdaptSettings | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        known = [f.name for f in fields(LiFTSettings)]
+        for name in options:
+            check_choice("setting", name, known)
+        self.settings = replace(settings or LiFTSettings(), **options)
+        self.adapt_settings = adapt or AdaptSettings()
+        self.adapter = backbone if isinstance(backbone, RandomAdapter) else adapt_backbone(backbone, peft_config)
+        if device is not None:
+            self.adapter.to(device)
+        self.seed = seed
+
+    def meta_train(self, tasks: Sequence[Task], *, progress: bool = True) -> LiFTPrior:
+        """Run the chain over the tasks and summarise its draws of phi.
+
+        Raises:
+            ValueError: no task, a task without data, labels outside the head's range; before any training.
+            DivergedError: a loss that is not finite; names the task and the step.
+        """
+        return self.meta_train_many(tasks, [self.settings.components], progress=progress)[0]
+
+    def meta_train_many(
+        self, tasks: Sequence[Task], components: Sequence[int], *, progress: bool = True
+    ) -> list[LiFTPrior]:
+        """One chain, several mixtures: a prior for each number of components."""
+        for k in components:
+            check_number("components", k, least=1, open_below=False, whole=True)
+        s = self.settings
+        if self.seed is not None:
+            pyro.set_rng_seed(self.seed)
+        program = self.program(tasks)
+        kernel = self.kernel(program)
+        make = partial(_ChainSummary, tuple(components), s.covariance, self.adapter)
+        mcmc = StreamingMCMC(
+            kernel,
+            num_samples=s.samples,
+            warmup_steps=s.sgd_steps + s.burn_in,
+            statistics=StatsOfDict(default=make),
+            disable_progbar=not progress,
+        )
+        mcmc.run()
+        summary = mcmc._statistics.stats[(0, "phi")]
+        moments = {k: v for k, v in kernel.state.second_moment.items() if k == "theta"}
+        return [
+            LiFTPrior(self.adapter, summary.mixtures[k], s, self.adapt_settings, moments, mcmc, self.seed)
+            for k in components
+        ]
+
+    def program(self, tasks: Sequence[Task]) -> AdapterHierarchy:
+        """The Pyro program that :meth:`meta_train` samples."""
+        s, device = self.settings, self.adapter.initial.device
+        return AdapterHierarchy(
+            self.adapter,
+            [task.to(device) for task in tasks],
+            beta=s.beta,
+            sigma=s.sigma,
+            batch_size=s.batch_size,
+            prior_mean=self.adapter.initial if s.prior_mean == "adapter" else None,
+            head_scale=s.head_scale,
+            noise_scale=s.noise_scale,
+        )
+
+    def kernel(self, program: AdapterHierarchy) -> SGLDGibbs:
+        """The kernel that :meth:`meta_train` runs."""
+        s = self.settings
+        return SGLDGibbs(
+            program,
+            step_size=2.0 * s.learning_rate,
+            temperature=s.temperature,
+            n_inflate=s.n_inflate,
+            preconditioner="rms" if s.preconditioner == "rms" else None,
+            sgd_steps=s.sgd_steps,
+            sgd_step_size=s.sgd_learning_rate,
+            thinning=s.thinning,
+            site_step_scale={"head": s.head_rate},
+            init_strategy=init_to_value(values={"phi": self.adapter.initial}, fallback=init_to_mean),
+        )
+
+
+class _ChainSummary(StreamingStats):
+    """What is kept of a chain over phi: a mixture for each K, and a trace of a few coordinates."""
+
+    def __init__(self, components: tuple[int, ...], covariance: Any, adapter: RandomAdapter) -> None:
+        self.mixtures = {k: OnlineGaussianMixture(k, covariance) for k in components}
+        self.trace = ProjectedTrace(adapter=adapter)
+        self.weights: list[Tensor] = []
+
+    @property
+    def parts(self) -> dict[str, StreamingStats]:
+        """For :func:`pyro_lift.diagnostics.from_mcmc`."""
+        return {"trace": self.trace}
+
+    def update(self, sample: Tensor) -> None:
+        """Feed one draw to every part."""
+        self.trace.update(sample)
+        for mixture in self.mixtures.values():
+            mixture.update(sample)
+
+    def merge(self, other: _ChainSummary) -> _ChainSummary:
+        """Mixtures merged by matching components, traces one after the other."""
+        merged = object.__new__(_ChainSummary)
+        merged.mixtures = {k: m.merge(other.mixtures[k]) for k, m in self.mixtures.items()}
+        merged.trace = self.trace.merge(other.trace)
+        return merged
+
+    def get(self) -> dict[str, Any]:
+        """The mixtures by K, and the trace."""
+        return {**{f"K={k}": m.get() for k, m in self.mixtures.items()}, "trace": self.trace.get()}
+
+
+class LiFTPrior:
+    """What the tasks share: a Gaussian mixture over phi, ready to adapt to a new task.
+
+    Attributes:
+        adapter: the network as a function of theta.
+        mixture: the :class:`~pyro_lift.inference.online_em.OnlineGaussianMixture` over phi.
+        settings: of meta-training.
+        second_moment: the preconditioner that meta-training learned, by local family; adaptation begins with it.
+        mcmc: the finished run, for :func:`pyro_lift.from_mcmc`; None for a prior that was loaded.
+    """
+
+    def __init__(
+        self,
+        adapter: RandomAdapter,
+        mixture: OnlineGaussianMixture,
+        settings: LiFTSettings,
+        adapt_settings: AdaptSettings | None = None,
+        second_moment: dict[str, Tensor] | None = None,
+        mcmc: Any = None,
+        seed: int | None = None,
+    ) -> None:
+        self.adapter, self.mixture, self.settings = adapter, mixture, settings
+        self.adapt_settings = adapt_settings or AdaptSettings()
+        self.second_moment = second_moment or {}
+        self.mcmc = mcmc
+        self.seed = seed
+
+    def __repr__(self) -> str:
+        return f"LiFTPrior({self.mixture!r}, beta={self.settings.beta}, adapter={self.adapter!r})"
+
+    def adapt(self, task: Task, *, seed: int | None = None, progress: bool = False, **options: Any) -> TaskPosterior:
+        """Draw from the posterior of a new task's weights (Eq. 15-18).
+
+        Args:
+            task: its training rows.
+            seed: of this chain; None takes the prior's.
+            progress: whether to show a bar.
+            options: fields of :class:`AdaptSettings` to change for this task.
+
+        Raises:
+            ValueError: labels outside the head's range; before any training.
+            DivergedError: a loss that is not finite.
+        """
+        for name in options:
+            check_choice("setting", name, [f.name for f in fields(AdaptSettings)])
+        a = replace(self.adapt_settings, **options)
+        seed = self.seed if seed is None else seed
+        if seed is not None:
+            pyro.set_rng_seed(seed)
+        s, task = self.settings, task.to(self.adapter.initial.device)
+        mixture = self.mixture.get()
+        program = meta_test_program(
+            self.adapter,
+            task,
+            mixture,
+            beta=s.beta,
+            batch_size=a.batch_size,
+            head_scale=s.head_scale,
+            noise_scale=s.noise_scale,
+        )
+        start = best_start(program, mixture)
+        thinning = max(a.steps // 2 // a.draws, 1)
+        kernel = SGLD(
+            program,
+            step_size=2.0 * a.learning_rate,
+            temperature=a.temperature,
+            n_inflate=a.n_inflate,
+            integrator="exponential",
+            preconditioner="rms" if s.preconditioner == "rms" else None,
+            second_moment=self.second_moment,
+            thinning=thinning,
+            init_strategy=init_to_value(values={"theta": start.theta}, fallback=init_to_mean),
+        )
+        mcmc = MCMC(
+            kernel,
+            num_samples=a.draws,
+            warmup_steps=a.steps - thinning * a.draws,
+            disable_progbar=not progress,
+        )
+        mcmc.run()
+        draws = mcmc.get_samples()
+        return TaskPosterior(self.adapter, task, draws["theta"], draws.get("head"), start.component, mcmc)
+
+
+class TaskPosterior:
+    """Draws of one task's weights, and the predictions they average to.
+
+    Attributes:
+        thetas: draws ``[S, D]``.
+        heads: draws of the task's own head ``[S, C, width + 1]``, or None.
+        component: the mixture component the chain started from.
+    """
+
+    def __init__(
+        self,
+        adapter: RandomAdapter,
+        task: Task,
+        thetas: Tensor,
+        heads: Tensor | None = None,
+        component: int = 0,
+        mcmc: Any = None,
+    ) -> None:
+        self.adapter, self.task, self.thetas, self.heads = adapter, task, thetas, heads
+        self.component, self.mcmc = component, mcmc
+
+    def __repr__(self) -> str:
+        return f"TaskPosterior(task={self.task.name!r}, draws={len(self.thetas)}, dim={self.adapter.dim})"
+
+    def predict(self, inputs: Any) -> Tensor:
+        """Probabilities ``[n, C]`` averaged over the draws (regression: means).
+
+        Args:
+            inputs: a tensor, a mapping of tensors by input name, or :class:`~pyro_lift.data.task.Rows`.
+        """
+        if isinstance(inputs, Rows):
+            rows = inputs
+        else:
+            first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
+            rows = as_rows((inputs, torch.zeros(len(first))), "inputs")
+        rows = rows.to(self.adapter.initial.device)
+        return predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)

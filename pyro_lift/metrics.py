@@ -1,0 +1,100 @@
+"""Accuracy, likelihood and calibration of predicted probabilities, and paired comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "PairedTest",
+    "Reliability",
+    "accuracy",
+    "expected_calibration_error",
+    "nll",
+    "paired_test",
+    "reliability",
+]
+
+
+class Reliability(NamedTuple):
+    """Per bin of confidence: number of cases, mean confidence and share that came true (0 where empty)."""
+
+    count: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+
+class PairedTest(NamedTuple):
+    """Mean difference of two methods over paired cases, its standard error, and the two-sided p-value."""
+
+    difference: float
+    standard_error: float
+    p_value: float
+
+
+def accuracy(probabilities: Tensor, target: Tensor) -> float:
+    """Share of rows whose most probable class is the target; ``[n, C]`` and ``[n]``."""
+    return float((probabilities.argmax(-1) == target).double().mean())
+
+
+def nll(probabilities: Tensor, target: Tensor) -> float:
+    """Mean of ``-log p(target)``, in nats; the probabilities are averages over draws, already normalised."""
+    chosen = probabilities.double().gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    return float(-chosen.clamp_min(torch.finfo(torch.float64).tiny).log().mean())
+
+
+def reliability(probabilities: Tensor, target: Tensor, bins: int = 15, *, pooled: bool = False) -> Reliability:
+    """Cases by confidence, in equal bins.
+
+    Args:
+        probabilities: ``[n, C]``.
+        target: ``[n]``.
+        bins: number of bins.
+        pooled: False: one case a row, the top class, bins ``(low, high]`` (Guo et al., 2017). True: every class of
+            every row is a case, bins ``[low, high)``, as BayesDLL, the reference that the LiFT paper cites.
+    """
+    p = probabilities.double()
+    if pooled:
+        confidence = p.reshape(-1)
+        correct = torch.nn.functional.one_hot(target, p.shape[-1]).double().reshape(-1)
+        which = (confidence * bins).floor().long().clamp_max(bins - 1)
+    else:
+        confidence, top = p.max(-1)
+        correct = (top == target).double()
+        which = (confidence * bins).ceil().long().sub(1).clamp_min(0)
+    count = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, torch.ones_like(confidence))
+    total = count.clamp_min(1.0)
+    mean_confidence = torch.zeros_like(count).index_add_(0, which, confidence) / total
+    mean_correct = torch.zeros_like(count).index_add_(0, which, correct) / total
+    return Reliability(count, mean_confidence, mean_correct)
+
+
+def expected_calibration_error(probabilities: Tensor, target: Tensor, bins: int = 15, *, pooled: bool = False) -> float:
+    r""":math:`\sum_b \tfrac{n_b}{n}\,|\mathrm{acc}_b - \mathrm{conf}_b|` over the bins of :func:`reliability`.
+
+    References:
+        On calibration of modern neural networks, Guo et al., 2017, arXiv:1706.04599.
+    """
+    count, confidence, correct = reliability(probabilities, target, bins, pooled=pooled)
+    return float((count / count.sum() * (correct - confidence).abs()).sum())
+
+
+def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
+    """Student's paired t-test of ``first - second``, two-sided.
+
+    Raises:
+        ValueError: unequal lengths or fewer than two pairs.
+    """
+    from scipy.stats import t
+
+    if len(first) != len(second) or len(first) < 2:
+        raise ValueError(f"{len(first)} and {len(second)} values: expected the same number of each, at least two.")
+    gap = torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64)
+    mean, error = float(gap.mean()), float(gap.std() / math.sqrt(len(first)))
+    if error == 0.0:
+        return PairedTest(mean, 0.0, 1.0 if mean == 0.0 else 0.0)
+    return PairedTest(mean, error, float(2.0 * t.sf(abs(mean / error), len(first) - 1)))
