@@ -1,0 +1,384 @@
+r"""Online EM: a Gaussian mixture over a stream of draws, each seen once (Eq. 12-14).
+
+With the normalised sufficient statistics of component j, weight s_j, mean and variance, a draw x moves
+
+.. math:: q_j \propto \alpha_j\,\mathcal N(x; \mu_j, V_j), \qquad
+          s_j \leftarrow s_j + \gamma_t\,(q_j - s_j), \qquad w_j = \gamma_t\,q_j / s_j,
+
+.. math:: \mu_j' = \mu_j + w_j\,(x - \mu_j), \qquad V_j' = (1 - w_j)\,V_j + w_j\,(x - \mu_j)(x - \mu_j')^\top.
+
+The last line equals the paper's :math:`S_j - \mu_j\mu_j^\top` without its cancellation. With
+:math:`\gamma_t = 1/(1 + \sum_j n_j)` it *is* Eq. 14; a slower decay, with averaging, forgets wrong early assignments.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro.ops.streaming import StreamingStats
+from torch import Tensor
+
+from pyro_lift.inference.offline_em import Covariance, Moments, fit, floored, kmeans_start, log_densities
+from pyro_lift.options import check_choice, check_number
+
+__all__ = ["MixtureState", "OnlineGaussianMixture", "init", "pooled", "step"]
+
+#: Above this many numbers a mean is kept in the draws' own precision; responsibilities always are in float64.
+DOUBLE_UP_TO = 100_000
+
+
+class MixtureState(NamedTuple):
+    """What the next draw needs.
+
+    Attributes:
+        moments: the current mixture.
+        average: the running average of its sufficient statistics, as moments.
+        total: sum of n_j: draws seen, plus the prior strength.
+        seen: draws moved through :func:`step`.
+        log_likelihood: sum over those of log p(x) under the mixture before the draw.
+    """
+
+    moments: Moments
+    average: Moments
+    total: float
+    seen: int
+    log_likelihood: float
+
+
+def init(moments: Moments, total: float) -> MixtureState:
+    """A mixture that counts as ``total`` draws."""
+    return MixtureState(moments, moments, total, 0, 0.0)
+
+
+def step(
+    state: MixtureState, x: Tensor, covariance: Covariance, *, power: float, floor: Tensor | float
+) -> MixtureState:
+    r"""One draw; pure.
+
+    Args:
+        state: the mixture so far.
+        x: ``[D]``.
+        covariance: of the components.
+        power: gamma_t = (1 + total)^-power; 1 is Eq. 14 with ``total`` the sum of n_j.
+        floor: least variance.
+    """
+    joint = log_densities(state.moments, x, covariance)
+    evidence = float(joint.logsumexp(-1))
+    q = torch.softmax(joint, -1).to(state.moments.weight)
+    gamma = (1.0 + state.total) ** -power
+    weight = state.moments.weight + gamma * (q - state.moments.weight)
+    w = (gamma * q / weight.clamp_min(torch.finfo(weight.dtype).tiny)).unsqueeze(-1)
+    old_gap = x - state.moments.mean
+    mean = state.moments.mean + w * old_gap
+    new_gap = x - mean
+    if covariance == "full":
+        w = w.unsqueeze(-1)
+        variance = (1.0 - w) * state.moments.variance + w * (old_gap.unsqueeze(-1) * new_gap.unsqueeze(-2))
+        variance = 0.5 * (variance + variance.mT)
+    else:
+        square = old_gap * new_gap
+        square = square.mean(-1, keepdim=True) if covariance == "spherical" else square
+        variance = (1.0 - w) * state.moments.variance + w * square
+    moments = Moments(weight / weight.sum(), mean, floored(variance, covariance, floor))
+    total = state.total + 1.0
+    # With Eq. 14's step the last iterate is already the average of all; with a slower one the average is taken.
+    average = moments if power == 1.0 else pooled(state.average, moments, 1.0 / total, covariance)
+    return MixtureState(moments, average, total, state.seen + 1, state.log_likelihood + evidence)
+
+
+def pooled(first: Moments, second: Moments, share: float, covariance: Covariance) -> Moments:
+    """The moments of component j of both, taken together: ``1 - share`` of the first, ``share`` of the second."""
+    a, b = (1.0 - share) * first.weight, share * second.weight
+    weight = a + b
+    part = (b / weight.clamp_min(torch.finfo(weight.dtype).tiny)).unsqueeze(-1)
+    gap = second.mean - first.mean
+    mean = first.mean + part * gap
+    if covariance == "full":
+        part = part.unsqueeze(-1)
+        between = gap.unsqueeze(-1) * gap.unsqueeze(-2)
+    elif covariance == "spherical":
+        between = gap.square().mean(-1, keepdim=True)
+    else:
+        between = gap.square()
+    variance = (1.0 - part) * first.variance + part * second.variance + part * (1.0 - part) * between
+    return Moments(weight, mean, variance)
+
+
+class OnlineGaussianMixture(StreamingStats):
+    """A Gaussian mixture over a stream, as Pyro's ``StreamingMCMC`` feeds it.
+
+    Laws. ``update`` mutates and returns nothing. Unlike what Pyro's streaming statistics promise, the order of
+    draws matters, because early draws are assigned by an early mixture; for K = 1 it does not. ``merge`` is pure: it
+    matches components first, since two chains number theirs as they please. Identical components stay identical for
+    ever, which is why the start is never a jittered copy of one point: the first draws are kept in a buffer, and the
+    best of several batch-EM fits of it begins the stream, counting as the draws it has seen.
+
+    Args:
+        components: K.
+        covariance: ``"diag"``, ``"spherical"`` or ``"full"``.
+        schedule: ``"counts"``: gamma_t = 1 / (1 + sum of n_j), Eq. 14. ``"polynomial"``: (1 + sum of n_j)^-power with
+            averaging (Cappé and Moulines). None takes counts for K = 1, where they are exact, else polynomial.
+        power: of the polynomial schedule, in (0.5, 1].
+        count: n_j at the start. None: what the buffer's fit gives. A number is the paper's recipe (it uses 100): the
+            start is a plain k-means++ seeding of the buffer, weighs ``count`` draws a component, and the buffer's
+            draws then go through the stream as all others.
+        buffer_size: draws kept for the start; None takes 100 K, or 10 K past 1,000 dimensions.
+        variance_floor: least variance, as a share of the buffer's mean variance.
+        seed: of the k-means++ start.
+
+    Raises:
+        ValueError: an option out of range; a draw that is not finite or of another length (the mixture is
+            unchanged); ``get`` before K draws.
+
+    References:
+        On-line expectation-maximization algorithm for latent data models, Cappé and Moulines, 2009,
+        arXiv:0712.4273. LiFT, section 2.3 and appendix B.
+
+    Example:
+        >>> mixture = OnlineGaussianMixture(components=1)
+        >>> for x in torch.arange(5.0):
+        ...     mixture.update(x)
+        >>> mixture.get().mean, mixture.get().variance
+        (tensor([2.], dtype=torch.float64), tensor([2.], dtype=torch.float64))
+    """
+
+    def __init__(
+        self,
+        components: int = 1,
+        covariance: Covariance = "diag",
+        *,
+        schedule: Literal["counts", "polynomial"] | None = None,
+        power: float = 0.7,
+        count: float | None = None,
+        buffer_size: int | None = None,
+        variance_floor: float = 1e-6,
+        seed: int = 0,
+    ) -> None:
+        check_number("components", components, least=1, open_below=False, whole=True)
+        check_choice("covariance", covariance, ["diag", "spherical", "full"])
+        if schedule is not None:
+            check_choice("schedule", schedule, ["counts", "polynomial"])
+        if not 0.5 < power <= 1.0:
+            raise ValueError(f"power={power!r}: expected above 0.5 (or the noise never averages out) and at most 1.")
+        if count is not None:
+            check_number("count", count, open_below=False)
+        if buffer_size is not None:
+            check_number("buffer_size", buffer_size, least=components, open_below=False, whole=True)
+        check_number("variance_floor", variance_floor)
+        self.components, self.covariance = components, covariance
+        self.schedule = schedule or ("counts" if components == 1 else "polynomial")
+        self.power = 1.0 if self.schedule == "counts" else power
+        self.count, self.buffer_size, self.variance_floor, self.seed = count, buffer_size, variance_floor, seed
+        self._buffer: list[Tensor] = []
+        self._state: MixtureState | None = None
+        self._floor: Tensor | float = 0.0
+
+    def __repr__(self) -> str:
+        return f"OnlineGaussianMixture({self.components}, {self.covariance!r}, seen={self.seen})"
+
+    @property
+    def seen(self) -> int:
+        """Draws seen, those in the buffer included."""
+        return len(self._buffer) if self._state is None else self._state.seen
+
+    @property
+    def dim(self) -> int | None:
+        """D; None before the first draw."""
+        if self._state is not None:
+            return self._state.moments.mean.shape[-1]
+        return self._buffer[0].numel() if self._buffer else None
+
+    def update(self, sample: Tensor) -> None:
+        """See one draw, flattened."""
+        x = sample.detach().reshape(-1)
+        if self.dim not in (None, x.numel()):
+            raise ValueError(f"a draw of length {x.numel()} for a mixture over {self.dim} coordinates.")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"draw {self.seen} is not finite; the mixture is left as it was.")
+        x = x.double() if x.numel() * self.components <= DOUBLE_UP_TO else x
+        if self._state is not None:
+            self._state = self._stepped(self._state, x)
+            return
+        self._buffer.append(x.clone())
+        if len(self._buffer) >= self._buffer_limit(x.numel()):
+            self._state, self._floor = self._started()
+            self._buffer = []
+
+    def start(self, samples: Tensor) -> None:
+        """Begin from burn-in draws ``[n, D]``, which count as seen, instead of from the stream's own first ones.
+
+        Raises:
+            ValueError: the stream has begun already, or fewer draws than components.
+        """
+        if self._state is not None or self._buffer:
+            raise ValueError(f"{self.seen} draws have been seen already: start() comes before the first update().")
+        flat = samples.detach().reshape(len(samples), -1)
+        flat = flat.double() if flat[0].numel() * self.components <= DOUBLE_UP_TO else flat
+        self._buffer = list(flat)
+        self._state, self._floor = self._started()
+        self._buffer = []
+
+    def _buffer_limit(self, dim: int) -> int:
+        if self.buffer_size is not None:
+            return self.buffer_size
+        return max(2, self.components * (100 if dim <= 1_000 else 10))
+
+    def _stepped(self, state: MixtureState, x: Tensor) -> MixtureState:
+        return step(state, x, self.covariance, power=self.power, floor=self._floor)
+
+    def _started(self) -> tuple[MixtureState, Tensor | float]:
+        """The mixture as the buffer alone gives it."""
+        if len(self._buffer) < self.components:
+            raise ValueError(
+                f"{len(self._buffer)} draws for {self.components} components: at least one each is needed. "
+                "Sample longer, or use fewer components."
+            )
+        x = torch.stack(self._buffer)
+        # A floor of zero would let a component collapse on one draw; the scale is the draws' own.
+        floor = self.variance_floor * x.var(0, unbiased=False).mean().clamp_min(1e-30)
+        if self.count is None:
+            moments, score = fit(x, self.components, self.covariance, floor=floor, seed=self.seed)
+            return MixtureState(moments, moments, float(len(x)), len(x), score * len(x)), floor
+        generator = torch.Generator().manual_seed(self.seed)
+        state = init(
+            kmeans_start(x, self.components, self.covariance, floor, generator), self.count * self.components
+        )
+        for row in x:
+            state = step(state, row, self.covariance, power=self.power, floor=floor)
+        return state, floor
+
+    def _current(self) -> MixtureState:
+        return self._started()[0] if self._state is None else self._state
+
+    @property
+    def moments(self) -> Moments:
+        """Weights, means and variances as :meth:`get` uses them: averaged, where the schedule averages."""
+        found = self._current().average
+        return found._replace(weight=found.weight / found.weight.sum())
+
+    def get(self) -> dist.MixtureSameFamily:
+        """The mixture: a Categorical over Normals (diagonal, spherical) or MultivariateNormals (full)."""
+        weight, mean, variance = self.moments
+        categorical = dist.Categorical(probs=weight)
+        if self.covariance == "full":
+            return dist.MixtureSameFamily(categorical, dist.MultivariateNormal(mean, variance))
+        scale = variance.sqrt().expand_as(mean)
+        return dist.MixtureSameFamily(categorical, dist.Normal(mean, scale).to_event(1))
+
+    def report(self) -> dict[str, Any]:
+        """What to look at before believing in K components.
+
+        Returns:
+            ``seen``; ``n``, the draws of each component; ``log_likelihood``, the mean over draws of log p(x) under
+            the mixture before each; ``distance``, Euclidean between means ``[K, K]``; ``separation``, the same over
+            the mean standard deviation times the root of D, so that 1 is one typical radius.
+        """
+        state, (weight, mean, variance) = self._current(), self.moments
+        distance = torch.cdist(mean, mean)
+        spread = variance.diagonal(dim1=-2, dim2=-1) if self.covariance == "full" else variance.expand_as(mean)
+        radius = spread.mean(-1).sqrt().mean() * mean.shape[-1] ** 0.5
+        return {
+            "seen": state.seen,
+            "n": (weight * state.total).tolist(),
+            "log_likelihood": state.log_likelihood / max(state.seen, 1),
+            "distance": distance.tolist(),
+            "separation": (distance / radius).tolist(),
+        }
+
+    def merge(self, other: OnlineGaussianMixture) -> OnlineGaussianMixture:
+        """Both streams' mixtures in one, components matched by the smallest total distance of their means.
+
+        Distances are measured in standard deviations of both components together. An empty side adds nothing.
+
+        Raises:
+            ValueError: another K, covariance or dimension.
+        """
+        for name in ("components", "covariance"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} and {getattr(other, name)!r}: only mixtures of one kind merge."
+                )
+        if self.seen == 0 or other.seen == 0:
+            return (other if self.seen == 0 else self)._copy()
+        if self.dim != other.dim:
+            raise ValueError(f"mixtures over {self.dim} and {other.dim} coordinates do not merge.")
+        if self._state is None or other._state is None:
+            return self._merged_buffer(other)
+        mine, theirs = self._state, other._state
+        order = _matching(mine.average, theirs.average, self.covariance)
+        share = theirs.total / (mine.total + theirs.total)
+        merged = self._copy()
+        merged._state = MixtureState(
+            pooled(mine.moments, _permuted(theirs.moments, order), share, self.covariance),
+            pooled(mine.average, _permuted(theirs.average, order), share, self.covariance),
+            mine.total + theirs.total,
+            mine.seen + theirs.seen,
+            mine.log_likelihood + theirs.log_likelihood,
+        )
+        return merged
+
+    def _merged_buffer(self, other: OnlineGaussianMixture) -> OnlineGaussianMixture:
+        """One side has no mixture yet: its draws go through the other's stream."""
+        first, second = (self, other) if self._state is not None else (other, self)
+        merged = first._copy()
+        for x in second._buffer:
+            merged.update(x)
+        return merged
+
+    def _copy(self) -> OnlineGaussianMixture:
+        copy = object.__new__(OnlineGaussianMixture)
+        copy.__dict__ = {**self.__dict__, "_buffer": list(self._buffer)}
+        return copy
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything but the options, as tensors."""
+        if self._state is None:
+            return {"buffer": torch.stack(self._buffer)} if self._buffer else {}
+        s = self._state
+        tensors = {f"moments.{k}": v for k, v in s.moments._asdict().items()}
+        tensors |= {f"average.{k}": v for k, v in s.average._asdict().items()}
+        numbers = torch.tensor([s.total, float(s.seen), s.log_likelihood], dtype=torch.float64)
+        return {**tensors, "numbers": numbers, "floor": torch.as_tensor(self._floor)}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take up a stream where :meth:`state_dict` left it; the options must be the same.
+
+        Raises:
+            ValueError: a tensor is missing, or belongs to another K.
+        """
+        if not tensors:
+            self._state, self._buffer = None, []
+            return
+        if "buffer" in tensors:
+            self._state, self._buffer = None, list(tensors["buffer"])
+            return
+        parts = [f"{part}.{name}" for part in ("moments", "average") for name in Moments._fields]
+        for name in [*parts, "numbers", "floor"]:
+            if name not in tensors:
+                raise ValueError(f"the mixture's tensor {name!r} is missing.")
+        moments = Moments(*(tensors[f"moments.{name}"] for name in Moments._fields))
+        if moments.weight.shape != (self.components,):
+            raise ValueError(f"a state of {len(moments.weight)} components for a mixture of {self.components}.")
+        average = Moments(*(tensors[f"average.{name}"] for name in Moments._fields))
+        total, seen, log_likelihood = tensors["numbers"].tolist()
+        self._state = MixtureState(moments, average, total, int(seen), log_likelihood)
+        self._floor, self._buffer = tensors["floor"], []
+
+
+def _permuted(moments: Moments, order: Tensor) -> Moments:
+    return Moments(*(part[order] for part in moments))
+
+
+def _matching(first: Moments, second: Moments, covariance: Covariance) -> Tensor:
+    """For each component of the first, the one of the second that is its match (Hungarian algorithm)."""
+    from scipy.optimize import linear_sum_assignment
+
+    def spread(m: Moments) -> Tensor:
+        return m.variance.diagonal(dim1=-2, dim2=-1) if covariance == "full" else m.variance.expand_as(m.mean)
+
+    variance = spread(first).unsqueeze(1) + spread(second).unsqueeze(0)
+    gap = first.mean.unsqueeze(1) - second.mean.unsqueeze(0)
+    cost = (gap.square() / variance).sum(-1)
+    return torch.as_tensor(linear_sum_assignment(cost.cpu().numpy())[1], device=first.mean.device)
