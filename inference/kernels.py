@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import pyro.infer
 import torch
 from pyro.infer.autoguide.initialization import init_to_mean
+from pyro.infer.mcmc.api import StreamingMCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
@@ -35,7 +36,7 @@ from pyro_lift.inference.store import ThetaStore, make_store
 from pyro_lift.options import check_choice, check_number, named_options
 from pyro_lift.schedules import Schedule, as_schedule, constant
 
-__all__ = ["MCMC", "SGLD", "SGLDGibbs"]
+__all__ = ["MCMC", "SGLD", "SGLDGibbs", "StreamingMCMC"]
 
 log = logging.getLogger("pyro_lift")
 

@@ -141,7 +141,7 @@ class OnlineGaussianMixture(StreamingStats):
         >>> for x in torch.arange(5.0):
         ...     mixture.update(x)
         >>> mixture.get().mean, mixture.get().variance
-        (tensor([2.], dtype=torch.float64), tensor([2.], dtype=torch.float64))
+        (tensor([2.]), tensor([2.]))
     """
 
     def __init__(
@@ -173,6 +173,7 @@ class OnlineGaussianMixture(StreamingStats):
         self.count, self.buffer_size, self.variance_floor, self.seed = count, buffer_size, variance_floor, seed
         self._buffer: list[Tensor] = []
         self._state: MixtureState | None = None
+        self._dtype = torch.get_default_dtype()
         self._floor: Tensor | float = 0.0
 
     def __repr__(self) -> str:
@@ -197,6 +198,7 @@ class OnlineGaussianMixture(StreamingStats):
             raise ValueError(f"a draw of length {x.numel()} for a mixture over {self.dim} coordinates.")
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"draw {self.seen} is not finite; the mixture is left as it was.")
+        self._dtype = x.dtype
         x = x.double() if x.numel() * self.components <= DOUBLE_UP_TO else x
         if self._state is not None:
             self._state = self._stepped(self._state, x)
@@ -215,6 +217,7 @@ class OnlineGaussianMixture(StreamingStats):
         if self._state is not None or self._buffer:
             raise ValueError(f"{self.seen} draws have been seen already: start() comes before the first update().")
         flat = samples.detach().reshape(len(samples), -1)
+        self._dtype = flat.dtype
         flat = flat.double() if flat[0].numel() * self.components <= DOUBLE_UP_TO else flat
         self._buffer = list(flat)
         self._state, self._floor = self._started()
@@ -259,8 +262,8 @@ class OnlineGaussianMixture(StreamingStats):
         return found._replace(weight=found.weight / found.weight.sum())
 
     def get(self) -> dist.MixtureSameFamily:
-        """The mixture: a Categorical over Normals (diagonal, spherical) or MultivariateNormals (full)."""
-        weight, mean, variance = self.moments
+        """The mixture, in the draws' dtype: a Categorical over Normals (diag, spherical) or MultivariateNormals."""
+        weight, mean, variance = (part.to(self._dtype) for part in self.moments)
         categorical = dist.Categorical(probs=weight)
         if self.covariance == "full":
             return dist.MixtureSameFamily(categorical, dist.MultivariateNormal(mean, variance))

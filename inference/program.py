@@ -272,7 +272,10 @@ class Program:
     def _transform(self, family: str, fn: Distribution) -> Transform | None:
         """The map from unconstrained space to the site's support; None for the identity. Looked up once a family."""
         if family not in self._transforms:
-            transform = base = biject_to(fn.support)
+            support = fn.support
+            if type(support).__name__ == "MixtureSameFamilyConstraint":  # torch knows no bijection to it
+                support = support.base_constraint
+            transform = base = biject_to(support)
             while isinstance(base, IndependentTransform):
                 base = base.base_transform
             self._transforms[family] = None if base == identity_transform else transform

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
 import torch
-from pyro.infer import StreamingMCMC
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from pyro.ops.streaming import StatsOfDict, StreamingStats
 from torch import Tensor, nn
 
 from pyro_lift.data.task import Rows, Task, as_rows
-from pyro_lift.inference.kernels import MCMC, SGLD, SGLDGibbs
+from pyro_lift.inference.kernels import MCMC, SGLD, SGLDGibbs, StreamingMCMC
 from pyro_lift.inference.meta_test import best_start, meta_test_program
 from pyro_lift.inference.online_em import OnlineGaussianMixture
 from pyro_lift.inference.predict import predict
