@@ -42,7 +42,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 doctest: $(VENV)/.installed
-	$(BIN)/python -m pytest --doctest-modules pyro_lift models inference
+	$(BIN)/python -m pytest --doctest-modules pyro_lift
 
 examples: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_examples.py

@@ -86,7 +86,8 @@ def main() -> None:
     for tasks in options.tasks:
         mine = run(tasks, options.iterations, options.step_size, options.seeds)
         last = sorted(r["kl"] for r in mine if r["iterations"] == options.iterations)
-        print(f"N = {tasks:5d}: KL after {options.iterations} visits, median of {len(last)} seeds: {np.median(last):.5f}")
+        median = float(np.median(last))
+        print(f"N = {tasks:5d}: KL after {options.iterations} visits, median of {len(last)} seeds: {median:.5f}")
         records += mine
     (options.out / "linear_gaussian.json").write_text(json.dumps(records, indent=1))
     draw_figure(records, options.out / "linear_gaussian.png")

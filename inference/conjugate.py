@@ -1,7 +1,8 @@
 r"""The exact draw of phi given all theta_i, where the program is normal given normal.
 
 .. math:: \phi \mid \theta_{1..N} \sim
-          \mathcal N\!\Big(v\,\big(\tfrac{m_0}{\sigma^2} + \tfrac{S}{\beta^2}\big),\; T\,v\Big), \qquad v = \Big(\tfrac{1}{\sigma^2} + \tfrac{N}{\beta^2}\Big)^{-1},\quad S = \sum_i \theta_i
+          \mathcal N\!\Big(v\,\big(\tfrac{m_0}{\sigma^2} + \tfrac{S}{\beta^2}\big),\; T\,v\Big), \qquad
+          v = \Big(\tfrac{1}{\sigma^2} + \tfrac{N}{\beta^2}\Big)^{-1},\quad S = \sum_i \theta_i
 
 It does not see the data, so no minibatch can bias it; it has no step size, so nothing can make it unstable.
 """

@@ -682,7 +682,7 @@ def _check_block(run: Evaluation, plate: str) -> None:
 
 def _refuse_discrete(run: Evaluation) -> None:
     for name, site in run.latents.items():
-        if site.fn.support.is_discrete:
+        if site.discrete:
             raise ValueError(
                 f"the latent site {name!r} is discrete ({type(site.fn).__name__}); no gradient can move it. "
                 "Marginalise it out, or write it as a mixture."

@@ -41,7 +41,8 @@ def log_densities(moments: Moments, x: Tensor, covariance: Covariance) -> Tensor
         quadratic = (delta.square() / moments.variance).sum(-1).double()
         log_det = moments.variance.log().expand_as(moments.mean).sum(-1).double()
     constant = D * torch.log(torch.tensor(2.0 * torch.pi, dtype=torch.float64, device=x.device))
-    return moments.weight.double().log() - 0.5 * (quadratic + log_det + constant)
+    joint: Tensor = moments.weight.double().log() - 0.5 * (quadratic + log_det + constant)
+    return joint
 
 
 def maximise(x: Tensor, r: Tensor, covariance: Covariance, floor: Tensor | float) -> Moments:

@@ -13,7 +13,7 @@ minibatch plate stays in.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,10 +47,15 @@ class Latent(NamedTuple):
     mask: Any
     transform: Transform | None
 
+    @property
+    def discrete(self) -> bool:
+        """Whether its support is discrete, so that no gradient can move it."""
+        return bool(self.fn.support.is_discrete) if self.fn.support is not None else False
+
     def log_prob_at(self, leaf: Tensor) -> Tensor:
         """Log density of the site in unconstrained space, summed; differentiable in ``leaf`` and in the parents."""
         value = leaf if self.transform is None else self.transform(leaf)
-        total = scale_and_mask(self.fn.log_prob(value), self.scale, self.mask).sum()
+        total: Tensor = scale_and_mask(self.fn.log_prob(value), self.scale, self.mask).sum()
         if self.transform is not None:
             total = total + self.transform.log_abs_det_jacobian(leaf, value).sum() * self.scale
         return total
@@ -74,7 +79,8 @@ class Observed(NamedTuple):
 
     def log_prob(self) -> Tensor:
         """Log likelihood, summed, scaled from the minibatch to the data."""
-        return scale_and_mask(self.fn.log_prob(self.value), self.scale, self.mask).sum()
+        total: Tensor = scale_and_mask(self.fn.log_prob(self.value), self.scale, self.mask).sum()
+        return total
 
 
 class PlateSize(NamedTuple):
@@ -109,7 +115,7 @@ class Evaluation:
         """Summed log density of some latent sites at their own values."""
         return sum((s.log_prob_at(s.leaf) for s in sites.values()), torch.zeros(()))
 
-    def drift(self, sites: Mapping[str, Latent], coupled: Sequence[str] = (), n_inflate: float = 1.0) -> Drift:
+    def drift(self, sites: Mapping[str, Latent], coupled: Collection[str] = (), n_inflate: float = 1.0) -> Drift:
         """Gradients of the block's log density with respect to ``sites``.
 
         A site with a Gaussian prior gets the gradient of everything else and the prior beside it, for the
@@ -125,6 +131,7 @@ class Evaluation:
                 objective = objective + site.log_prob_at(site.leaf.detach())
         leaves = [site.leaf for site in sites.values()]
         # The graph is kept: the accumulators of phi differentiate the conditionals of the same run.
+        grads: Sequence[Tensor | None]
         if objective.requires_grad:
             grads = torch.autograd.grad(objective, leaves, retain_graph=True, allow_unused=True)
         else:
@@ -272,7 +279,7 @@ class Program:
     def _transform(self, family: str, fn: Distribution) -> Transform | None:
         """The map from unconstrained space to the site's support; None for the identity. Looked up once a family."""
         if family not in self._transforms:
-            support = fn.support
+            support: Any = fn.support
             if type(support).__name__ == "MixtureSameFamilyConstraint":  # torch knows no bijection to it
                 support = support.base_constraint
             transform = base = biject_to(support)
@@ -327,10 +334,6 @@ class Program:
         with probe:
             evaluation = self.run({}, {}, None, generator, want_grad=False)
         return evaluation, probe.subsampled
-
-    def discrete_latents(self, evaluation: Evaluation) -> list[str]:
-        """Names of latent sites with discrete support, which no gradient can move."""
-        return [name for name, site in evaluation.latents.items() if site.fn.support.is_discrete]
 
 
 class _PlateProbe(Messenger):

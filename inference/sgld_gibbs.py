@@ -161,7 +161,7 @@ def step(
         DivergedError: a loss or gradient that is not finite.
     """
     tasks = tuple(index.tolist())
-    values = task_values(structure, store, tasks)
+    values: Mapping[int | None, Rows] | None = task_values(structure, store, tasks)
     if values is None:
         values = _first_visit(state, program, structure, store, index, generator)
     if phase == "sgd":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from pyro_lift.models.adapters import RandomAdapter
@@ -56,4 +55,5 @@ def load_timm(name: str, checkpoint: str | None = None, **options: Any) -> nn.Mo
     model = timm.create_model(name, pretrained=False, **options)
     if checkpoint is not None:
         model.load_state_dict(load_file(checkpoint))
-    return torch.nn.Module.eval(model)
+    ready: nn.Module = model.eval()
+    return ready

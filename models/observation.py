@@ -31,7 +31,7 @@ def sample_head(name: str, task: Task, width: int, scale: float | None, like: Te
 
 def outputs(adapter: RandomAdapter, rows: Rows, theta: Tensor, head: Tensor | None) -> Tensor:
     """The network's output on some rows, through the task's own head where it has one."""
-    features = adapter(*rows.positional, theta=theta, **rows.named)
+    features: Tensor = adapter(*rows.positional, theta=theta, **rows.named)
     return features if head is None else features @ head[:, :-1].T + head[:, -1]
 
 

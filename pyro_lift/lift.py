@@ -131,8 +131,8 @@ class LiFT:
         >>> lift = LiFT(net, peft.LoraConfig(r=1, target_modules=["0"]), sgd_steps=5, burn_in=5, samples=20, seed=0)
         >>> prior = lift.meta_train(tasks, progress=False)
         >>> posterior = prior.adapt(tasks[0], steps=20, draws=5)
-        >>> posterior.predict(torch.randn(2, 4)).sum(-1)
-        tensor([1.0000, 1.0000])
+        >>> posterior.predict(torch.randn(2, 4)).shape
+        torch.Size([2, 3])
     """
 
     def __init__(

@@ -23,7 +23,7 @@ __all__ = [
 class Reliability(NamedTuple):
     """Per bin of confidence: number of cases, mean confidence and share that came true (0 where empty)."""
 
-    count: Tensor
+    cases: Tensor
     confidence: Tensor
     accuracy: Tensor
 
@@ -79,8 +79,8 @@ def expected_calibration_error(probabilities: Tensor, target: Tensor, bins: int 
     References:
         On calibration of modern neural networks, Guo et al., 2017, arXiv:1706.04599.
     """
-    count, confidence, correct = reliability(probabilities, target, bins, pooled=pooled)
-    return float((count / count.sum() * (correct - confidence).abs()).sum())
+    cases, confidence, correct = reliability(probabilities, target, bins, pooled=pooled)
+    return float((cases / cases.sum() * (correct - confidence).abs()).sum())
 
 
 def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:

@@ -184,4 +184,5 @@ def digit_backbone(pretrained: bool = True) -> nn.Module:
         from safetensors.torch import load
 
         model.load_state_dict(load((resources.files("pyro_lift.data") / "digits_vit.safetensors").read_bytes()))
-    return nn.Module.eval(model)
+    ready: nn.Module = model.eval()
+    return ready
