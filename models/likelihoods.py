@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import pyro.distributions as dist
 import torch
@@ -13,7 +13,7 @@ from pyro_lift.options import check_choice
 
 __all__ = ["IGNORED", "LossKind", "log_likelihood", "probabilities"]
 
-LossKind = Literal["classification", "regression", "tokens"]
+LossKind = Literal["classification", "matching", "regression", "tokens"]
 #: Target of tokens that count for nothing, as transformers pads labels.
 IGNORED = -100
 
@@ -23,6 +23,8 @@ def log_likelihood(kind: LossKind, output: Tensor, target: Tensor, scale: float 
 
     ``classification``
         :math:`\log \mathrm{softmax}(o)_y`; output ``[..., b, C]``, target ``[..., b]``.
+    ``matching``
+        the same, the logits being similarities of the encoded input to the encoded label texts.
     ``regression``
         :math:`\log \mathcal N(y; o, s^2)` summed over outputs; output and target ``[..., b]`` or ``[..., b, M]``.
     ``tokens``
@@ -30,7 +32,7 @@ def log_likelihood(kind: LossKind, output: Tensor, target: Tensor, scale: float 
         ``[b, L, V]``, target ``[b, L]``.
 
     Args:
-        kind: of the three above.
+        kind: of the four above.
         output: the network's output.
         target: what was observed.
         scale: s, standard deviation of the regression noise.
@@ -38,8 +40,8 @@ def log_likelihood(kind: LossKind, output: Tensor, target: Tensor, scale: float 
     Returns:
         Shape ``[..., b]``.
     """
-    check_choice("kind", kind, ["classification", "regression", "tokens"])
-    if kind == "classification":
+    check_choice("kind", kind, get_args(LossKind))
+    if kind in ("classification", "matching"):
         return torch.as_tensor(dist.Categorical(logits=output, validate_args=False).log_prob(target))
     if kind == "regression":
         output = output.squeeze(-1) if output.dim() == target.dim() + 1 else output

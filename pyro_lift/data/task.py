@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -60,12 +60,21 @@ class Task:
         name: for messages, records and figures.
         train: what to learn from: ``(inputs, targets)`` tensors, a mapping of tensors with ``"labels"``, a
             ``datasets.Dataset`` with a column ``"label"`` or ``"labels"``, or :class:`Rows`.
-        kind: ``"classification"``, ``"regression"`` or ``"tokens"``.
-        num_classes: width of the head; None takes the largest label plus one.
+        kind: ``"classification"``, ``"matching"``, ``"regression"`` or ``"tokens"``. Matching is classification by
+            the similarity of the encoded input to encoded label texts: those in ``label_texts``, or, where every row
+            has options of its own (multiple choice), the rows' inputs ``option_input_ids`` and
+            ``option_attention_mask`` ``[n, C, L]``, an absent option having a mask of zeros.
+        num_classes: width of the head; None takes the number of labels where these are given, else the largest label
+            plus one. Of matching, the number of label texts or of options.
         test: what to be judged by, never trained on; in any form of ``train``.
+        dev: what choices may be made on, never trained on; in any form of ``train``.
+        metric: name of the score that the task is judged by, of :data:`pyro_lift.text_metrics.METRICS`.
+        labels: names of the classes, in the order of the targets.
+        label_texts: encoded label texts by keyword of the backbone, ``{"input_ids": [C, L], "attention_mask": ...}``.
 
     Raises:
-        ValueError: no rows, unequal numbers of rows, labels outside ``0 .. num_classes - 1``, values not finite.
+        ValueError: no rows, unequal numbers of rows, labels outside ``0 .. num_classes - 1``, values not finite;
+            matching with nothing to match; label names or texts that are not as many as the classes.
 
     Example:
         >>> task = Task("sevens", (torch.zeros(3, 2), torch.tensor([0, 1, 1])))
@@ -78,6 +87,10 @@ class Task:
     kind: LossKind = "classification"
     num_classes: int | None = None
     test: Rows | None = None
+    dev: Rows | None = None
+    metric: str | None = None
+    labels: tuple[str, ...] | None = None
+    label_texts: Mapping[str, Tensor] | None = None
 
     def __init__(
         self,
@@ -86,23 +99,50 @@ class Task:
         kind: LossKind = "classification",
         num_classes: int | None = None,
         test: Any = None,
+        *,
+        dev: Any = None,
+        metric: str | None = None,
+        labels: Sequence[str] | None = None,
+        label_texts: Mapping[str, Tensor] | None = None,
     ) -> None:
-        check_choice("kind", kind, ["classification", "regression", "tokens"])
-        rows = as_rows(train, f"task {name!r}, train data")
-        held_out = None if test is None else as_rows(test, f"task {name!r}, test data")
-        if kind == "classification" and num_classes is None:
-            num_classes = int(rows.target.max()) + 1
-        for part, where in ((rows, "train"), (held_out, "test")):
-            if part is not None:
-                _check_target(name, where, part.target, kind, num_classes)
-        for key, value in (("name", name), ("train", rows), ("kind", kind), ("test", held_out)):
+        check_choice("kind", kind, get_args(LossKind))
+        parts = {
+            where: as_rows(data, f"task {name!r}, {where} data")
+            for where, data in (("train", train), ("test", test), ("dev", dev))
+            if data is not None
+        }
+        labels = None if labels is None else tuple(labels)
+        num_classes = _classes(name, parts["train"], kind, num_classes, labels, label_texts)
+        for where, rows in parts.items():
+            _check_target(name, where, rows.target, kind, num_classes)
+        values = {
+            "name": name,
+            "train": parts["train"],
+            "kind": kind,
+            "num_classes": num_classes,
+            "test": parts.get("test"),
+            "dev": parts.get("dev"),
+            "metric": metric,
+            "labels": labels,
+            "label_texts": label_texts,
+        }
+        for key, value in values.items():
             object.__setattr__(self, key, value)
-        object.__setattr__(self, "num_classes", num_classes if kind == "classification" else None)
 
     def to(self, device: torch.device | str) -> Task:
         """The task with its tensors on a device."""
-        test = None if self.test is None else self.test.to(device)
-        return Task(self.name, self.train.to(device), self.kind, self.num_classes, test)
+        texts = self.label_texts
+        return Task(
+            self.name,
+            self.train.to(device),
+            self.kind,
+            self.num_classes,
+            None if self.test is None else self.test.to(device),
+            dev=None if self.dev is None else self.dev.to(device),
+            metric=self.metric,
+            labels=self.labels,
+            label_texts=None if texts is None else {key: x.to(device) for key, x in texts.items()},
+        )
 
 
 def as_rows(data: Any, where: str) -> Rows:
@@ -155,6 +195,36 @@ def _from_dataset(data: datasets.Dataset, where: str) -> Rows:
         else:
             raise ValueError(f"{where}: column {name!r} has rows of unequal shape; pad it to one length first.")
     return _from_columns(columns, where)
+
+
+def _classes(
+    name: str,
+    train: Rows,
+    kind: LossKind,
+    num_classes: int | None,
+    labels: tuple[str, ...] | None,
+    label_texts: Mapping[str, Tensor] | None,
+) -> int | None:
+    """The number of classes, which all that is said about them must agree on; None for other kinds of loss."""
+    if kind not in ("classification", "matching"):
+        return None
+    said: dict[str, int] = {} if num_classes is None else {"num_classes": num_classes}
+    if labels is not None:
+        said["labels"] = len(labels)
+    for key, x in (label_texts or {}).items():
+        said[f"label_texts[{key!r}]"] = len(x)
+    if kind == "matching" and label_texts is None:
+        if "option_input_ids" not in train.inputs:
+            raise ValueError(
+                f"task {name!r}: matching needs texts to match. Pass label_texts={{'input_ids': [C, L], ...}}, or give "
+                "every row its options as inputs 'option_input_ids' and 'option_attention_mask' [n, C, L]."
+            )
+        said["option_input_ids"] = train.inputs["option_input_ids"].shape[1]
+    if len(set(said.values())) > 1:
+        raise ValueError(
+            f"task {name!r}: {', '.join(f'{k} has {v}' for k, v in said.items())} classes; they must agree."
+        )
+    return next(iter(said.values())) if said else int(train.target.max()) + 1
 
 
 def _check_target(name: str, where: str, target: Tensor, kind: LossKind, num_classes: int | None) -> None:

@@ -1,0 +1,56 @@
+"""The task: what it accepts, what it refuses, and what it carries along."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyro_lift import Task
+from pyro_lift.models.likelihoods import log_likelihood
+
+X, Y = torch.zeros(4, 3), torch.tensor([0, 1, 2, 1])
+TEXTS = {"input_ids": torch.ones(3, 2, dtype=torch.long), "attention_mask": torch.ones(3, 2, dtype=torch.long)}
+
+
+def test_the_task_carries_its_metric_labels_dev_part_and_label_texts_to_a_device() -> None:
+    task = Task("t", (X, Y), "matching", test=(X, Y), dev=(X[:2], Y[:2]), metric="ACC", labels="abc", label_texts=TEXTS)
+    moved = task.to("cpu")
+    assert (moved.num_classes, moved.metric, moved.labels) == (3, "ACC", ("a", "b", "c"))
+    assert moved.dev is not None and len(moved.dev) == 2
+    assert moved.label_texts is not None and set(moved.label_texts) == set(TEXTS)
+
+
+def test_the_number_of_classes_is_that_of_the_labels_even_where_the_last_label_is_unseen() -> None:
+    assert Task("t", (X, Y)).num_classes == 3
+    assert Task("t", (X, Y), labels=["a", "b", "c", "never"]).num_classes == 4
+
+
+def test_options_of_every_row_are_inputs_and_set_the_number_of_classes() -> None:
+    inputs = {
+        "input_ids": torch.ones(4, 5, dtype=torch.long),
+        "option_input_ids": torch.ones(4, 6, 2, dtype=torch.long),
+        "option_attention_mask": torch.ones(4, 6, 2, dtype=torch.long),
+    }
+    task = Task("t", (inputs, Y), "matching")
+    assert task.num_classes == 6
+    assert task.train.take(torch.tensor([1, 3])).inputs["option_input_ids"].shape == (2, 6, 2)
+
+
+def test_matching_without_texts_is_refused() -> None:
+    with pytest.raises(ValueError, match="matching needs texts to match"):
+        Task("t", (X, Y), "matching")
+
+
+def test_disagreement_over_the_number_of_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"labels has 2, label_texts\['input_ids'\] has 3"):
+        Task("t", (X, Y), "matching", labels=["a", "b"], label_texts=TEXTS)
+
+
+def test_a_dev_label_outside_the_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="dev data: label 2 is outside"):
+        Task("t", (X, Y.clamp_max(1)), dev=(X, Y))
+
+
+def test_matching_is_a_classification_of_the_similarities() -> None:
+    logits = torch.randn(4, 3)
+    assert torch.equal(log_likelihood("matching", logits, Y), log_likelihood("classification", logits, Y))
