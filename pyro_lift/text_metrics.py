@@ -1,0 +1,264 @@
+r"""Scores of predicted strings against references, by the names and with the edge cases of CrossFit.
+
+All are shares in [0, 1] (correlations in [-1, 1]) over the rows of one task; tables show them times 100. A row may have
+several references: accuracy, exact match, QA-F1 and ROUGE-L take the best of them, the others look at the first.
+
+References:
+    CrossFit: a few-shot learning challenge for cross-task generalization in NLP, Ye et al., 2021, arXiv:2104.08835.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+from pyro_lift.options import check_choice
+
+__all__ = [
+    "METRICS",
+    "MeanTest",
+    "accuracy",
+    "exact_match",
+    "macro_f1",
+    "matthews",
+    "normalize_answer",
+    "pearson",
+    "pooled_t_test",
+    "qa_f1",
+    "rouge_l",
+    "score",
+    "token_f1",
+    "welch_t_test",
+]
+
+References = Sequence[Sequence[str]]
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normal form: lower case, without ASCII punctuation and the articles a, an, the; single spaces.
+
+    Example:
+        >>> normalize_answer(" The  U.S.A. (an atlas)")
+        'usa atlas'
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """F1 of the bags of normalised words; 0 where no word is shared, two empty answers included (SQuAD 1.1's rule)."""
+    ours, theirs = normalize_answer(prediction).split(), normalize_answer(reference).split()
+    shared = (Counter(ours) & Counter(theirs)).total()
+    return 2.0 * shared / (len(ours) + len(theirs)) if shared else 0.0
+
+
+def accuracy(predictions: Sequence[str], references: References) -> float:
+    """Share of rows whose prediction is a reference, letter case aside; nothing else is forgiven, blanks included."""
+    return _mean_of_best(predictions, references, lambda p, r: float(p.lower() == r.lower()))
+
+
+def exact_match(predictions: Sequence[str], references: References) -> float:
+    """Share of rows whose prediction equals a reference in SQuAD's normal form."""
+    return _mean_of_best(predictions, references, lambda p, r: float(normalize_answer(p) == normalize_answer(r)))
+
+
+def qa_f1(predictions: Sequence[str], references: References) -> float:
+    """Mean of :func:`token_f1` with the best reference."""
+    return _mean_of_best(predictions, references, token_f1)
+
+
+def rouge_l(predictions: Sequence[str], references: References) -> float:
+    """Mean ROUGE-L F with the best reference, by rouge-score without stemming.
+
+    0 for a prediction that is empty once punctuation is taken off. CrossFit's own figures come from the package
+    `rouge`, which splits at blanks and full stops and keeps letter case: they differ in the third digit or so.
+    """
+    scorer = _rouge_scorer()
+
+    def one(prediction: str, reference: str) -> float:
+        if not prediction.translate(_NO_PUNCTUATION):
+            return 0.0
+        return float(scorer.score(reference, prediction)["rougeL"].fmeasure)
+
+    return _mean_of_best(predictions, references, one)
+
+
+def macro_f1(predictions: Sequence[str], references: References) -> float:
+    """Unweighted mean of the classes' F1, by scikit-learn, strings compared as they are.
+
+    The classes are all strings that occur, as truth *or as prediction*: a generated string that is no label is a class
+    with F1 zero, so each distinct one lowers the mean.
+    """
+    from sklearn.metrics import f1_score
+
+    _check_rows(predictions, references)
+    return float(f1_score([r[0] for r in references], list(predictions), average="macro", zero_division=0.0))
+
+
+def matthews(predictions: Sequence[str], references: References, positive: str = "acceptable") -> float:
+    """Matthews correlation of "is ``positive``", blanks at the ends of a prediction aside; 0 where either is constant.
+
+    Args:
+        predictions: one string a row; whatever is not ``positive`` counts as negative, off-label strings included.
+        references: the first of each row is the truth.
+        positive: the label that counts as 1; the default is GLUE CoLA's.
+    """
+    from sklearn.metrics import matthews_corrcoef
+
+    _check_rows(predictions, references)
+    truth = [int(r[0] == positive) for r in references]
+    guess = [int(p.strip() == positive) for p in predictions]
+    if len(set(truth)) < 2 or len(set(guess)) < 2:
+        return 0.0
+    return float(matthews_corrcoef(truth, guess))
+
+
+def pearson(predictions: Sequence[str], references: References) -> float:
+    """Pearson correlation of the strings read as numbers; 0 where it is undefined.
+
+    Undefined is: a prediction that is no finite number (CrossFit's own score is then NaN), fewer than two rows, or
+    either side constant.
+
+    Raises:
+        ValueError: a reference that is no finite number.
+    """
+    from scipy.stats import pearsonr
+
+    _check_rows(predictions, references)
+    truth = [_number(r[0]) for r in references]
+    for row, value in enumerate(truth):
+        if not math.isfinite(value):
+            raise ValueError(f"row {row}: reference {references[row][0]!r} is not a number; Pearson needs numbers.")
+    guess = [_number(p) for p in predictions]
+    if len(truth) < 2 or not all(map(math.isfinite, guess)) or len(set(truth)) < 2 or len(set(guess)) < 2:
+        return 0.0
+    return float(pearsonr(truth, guess).statistic)
+
+
+#: The scores by CrossFit's names.
+METRICS: dict[str, Callable[[Sequence[str], References], float]] = {
+    "ACC": accuracy,
+    "Classification-F1": macro_f1,
+    "EM": exact_match,
+    "QA-F1": qa_f1,
+    "Rouge-L": rouge_l,
+    "Matthew-Correlation": matthews,
+    "Pearson-Correlation": pearson,
+}
+
+
+def score(metric: str, predictions: Sequence[str], references: References) -> float:
+    """The score of one task by the name of its metric.
+
+    Args:
+        metric: a key of :data:`METRICS`.
+        predictions: one string a row.
+        references: one or more strings a row.
+
+    Raises:
+        ValueError: an unknown metric, unequal numbers of rows, no row, or a row without a reference.
+
+    Example:
+        >>> score("EM", ["the cat", "dog"], [["Cat"], ["a dog", "wolf"]])
+        1.0
+    """
+    check_choice("metric", metric, METRICS)
+    return METRICS[metric](predictions, references)
+
+
+class MeanTest(NamedTuple):
+    """Difference of two means, Student's t, its degrees of freedom, and the two-sided p-value."""
+
+    difference: float
+    t: float
+    degrees: float
+    p_value: float
+
+
+def pooled_t_test(mean: float, sd: float, n: int, other_mean: float, other_sd: float, other_n: int) -> MeanTest:
+    r"""Student's t-test with pooled variance, from printed "mean ± sd" whose sd is that of the *population* (ddof 0).
+
+    .. math:: s^2 = \frac{n_1 s_1^2 + n_2 s_2^2}{n_1 + n_2 - 2},\qquad
+              t = \frac{\bar x_1 - \bar x_2}{s\sqrt{1/n_1 + 1/n_2}}
+
+    It is this reading of the paper's Table 14 (five runs against five) that gives its p-values; a sample sd or Welch's
+    test do not.
+
+    Args:
+        mean: of the first method over its n runs.
+        sd: of the first method, divided by n and not by n - 1.
+        n: runs of the first method.
+        other_mean: of the second method.
+        other_sd: of the second method.
+        other_n: runs of the second method.
+    """
+    _check_moments(sd, n, other_sd, other_n)
+    degrees = n + other_n - 2
+    variance = (n * sd**2 + other_n * other_sd**2) / degrees
+    return _mean_test(mean - other_mean, variance * (1 / n + 1 / other_n), degrees)
+
+
+def welch_t_test(mean: float, sd: float, n: int, other_mean: float, other_sd: float, other_n: int) -> MeanTest:
+    """Welch's test from the same printed numbers, for variances that differ; arguments as :func:`pooled_t_test`."""
+    _check_moments(sd, n, other_sd, other_n)
+    first, second = sd**2 / (n - 1), other_sd**2 / (other_n - 1)
+    total = first + second
+    degrees = total**2 / (first**2 / (n - 1) + second**2 / (other_n - 1)) if total else float(n + other_n - 2)
+    return _mean_test(mean - other_mean, total, degrees)
+
+
+def _mean_test(difference: float, variance: float, degrees: float) -> MeanTest:
+    from scipy.stats import t
+
+    if variance == 0.0:
+        return MeanTest(
+            difference, math.copysign(math.inf, difference) if difference else 0.0, degrees, 0.0 + (not difference)
+        )
+    value = difference / math.sqrt(variance)
+    return MeanTest(difference, value, degrees, float(2.0 * t.sf(abs(value), degrees)))
+
+
+def _check_moments(sd: float, n: int, other_sd: float, other_n: int) -> None:
+    if min(n, other_n) < 2 or min(sd, other_sd) < 0.0:
+        raise ValueError(
+            f"n={n} and {other_n}, sd={sd} and {other_sd}: expected at least two runs each, sds of 0 or more."
+        )
+
+
+def _mean_of_best(predictions: Sequence[str], references: References, one: Callable[[str, str], float]) -> float:
+    _check_rows(predictions, references)
+    best = [max(one(p, r) for r in accepted) for p, accepted in zip(predictions, references, strict=True)]
+    return sum(best) / len(best)
+
+
+def _check_rows(predictions: Sequence[str], references: References) -> None:
+    if len(predictions) != len(references) or not predictions:
+        raise ValueError(
+            f"{len(predictions)} predictions and {len(references)} rows of references: expected as many, at least one."
+        )
+    for row, accepted in enumerate(references):
+        if isinstance(accepted, str):
+            raise TypeError(f"row {row}: references is the string {accepted!r}; expected a list of strings.")
+        if not accepted:
+            raise ValueError(f"row {row}: no reference.")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text.strip())
+    except ValueError:
+        return math.nan
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=False)
