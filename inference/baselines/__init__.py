@@ -1,1 +1,39 @@
-"""The methods LiFT is compared with, one algorithm a file."""
+"""The methods LiFT is compared with, and LiFT itself: one algorithm a file, one protocol, one registry.
+
+Example:
+    >>> import peft, torch
+    >>> from pyro_lift.data.task import Task
+    >>> from pyro_lift.models.backbones import adapt_backbone
+    >>> adapter = adapt_backbone(torch.nn.Sequential(torch.nn.Linear(4, 3)), peft.LoraConfig(r=1, target_modules=["0"]))
+    >>> tasks = [Task(f"t{i}", (torch.randn(8, 4), torch.arange(8) % 3)) for i in range(3)]
+    >>> method = BASELINES["reptile"](adapter, Budget(warm_up=6, visits=40, steps=20, draws=5), inner_steps=2)
+    >>> state = method.meta_train(tasks)
+    >>> method.adapt(state, tasks[0]).predict(torch.randn(2, 4)).shape
+    torch.Size([2, 3])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from pyro_lift.inference.baselines.lift import LiFTMethod
+from pyro_lift.inference.baselines.no_meta_train import NoMetaTrain
+from pyro_lift.inference.baselines.protocol import Baseline, Budget, Ensemble, Posterior
+from pyro_lift.inference.baselines.reptile import Reptile
+from pyro_lift.inference.baselines.union_train import UnionTrain
+from pyro_lift.lift import LiFTSettings
+
+__all__ = ["BASELINES", "Baseline", "Budget", "Ensemble", "Posterior"]
+
+#: Every row of the paper's tables: called with the adapter, a :class:`Budget` and the method's own settings.
+BASELINES: dict[str, Callable[..., Baseline]] = {
+    "no-meta-train": NoMetaTrain,
+    "union-train": UnionTrain,
+    "reptile": Reptile,
+    "lift": LiFTMethod,
+    "lift-k3": partial(LiFTMethod, settings=LiFTSettings(components=3)),
+    "lift-k5": partial(LiFTMethod, settings=LiFTSettings(components=5)),
+    "lift-reg-x": partial(LiFTMethod, ablation="reg"),
+    "lift-noise-x": partial(LiFTMethod, ablation="noise"),
+}

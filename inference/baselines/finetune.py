@@ -1,4 +1,4 @@
-"""Plain fine-tuning of one task from a given start: the adaptation step of every point-estimate baseline."""
+"""Fine-tuning of one task from a given start: the adaptation step that every point-estimate baseline shares."""
 
 from __future__ import annotations
 
@@ -7,32 +7,30 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_lift.data.task import Task
-from pyro_lift.inference.sgld import DivergedError
+from pyro_lift.inference.adapt import HeadPolicy, Weights, adapt, mean_loss, minibatches
+from pyro_lift.inference.rules import Rule, adam
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.likelihoods import log_likelihood
-from pyro_lift.models.observation import batch_of, outputs
+from pyro_lift.models.observation import check_width
 from pyro_lift.options import check_number
 
-__all__ = ["Iterates", "finetune", "minibatch_loss", "no_meta_train"]
+__all__ = ["Iterates", "finetune"]
 
 
 class Iterates(NamedTuple):
-    """Late iterates ``[S, D]``, for predictions that average over them as LiFT averages over draws."""
+    """Late iterates ``[S, D]``, for predictions that average over them as LiFT averages over draws.
+
+    Attributes:
+        thetas: ``[S, D]``.
+        losses: of the minibatches, in order.
+        heads: ``[S, C, width + 1]``, where the task has a head of its own.
+    """
 
     thetas: Tensor
     losses: list[float]
-
-
-def minibatch_loss(
-    adapter: RandomAdapter, task: Task, theta: Tensor, batch_size: int, generator: torch.Generator
-) -> Tensor:
-    """Mean negative log likelihood of a random minibatch."""
-    size = len(task.train)
-    rows = torch.randperm(size, generator=generator)[: batch_of(task, batch_size)]
-    batch = task.train.take(rows)
-    return -log_likelihood(task.kind, outputs(adapter, batch, theta, None), batch.target).mean()
+    heads: Tensor | None = None
 
 
 def finetune(
@@ -46,51 +44,64 @@ def finetune(
     batch_size: int = 16,
     draws: int = 10,
     seed: int = 0,
+    prior: Distribution | None = None,
+    n_inflate: float = 1.0,
+    rule: Rule | None = None,
+    heads: HeadPolicy | None = None,
+    noise_scale: float = 1.0,
     on_step: Callable[[], None] | None = None,
 ) -> Iterates:
     """AdamW from ``start``; keeps ``draws`` iterates, evenly spaced over the last half of the steps.
 
     Args:
         adapter: the network as a function of theta.
-        task: with a head shared by all tasks.
+        task: what to adapt to.
         start: ``[D]``.
         steps: gradient steps.
         learning_rate: of AdamW.
         weight_decay: of AdamW, towards ``start`` (a decay towards zero would undo the adapter's own start).
         batch_size: rows of a minibatch.
         draws: iterates kept.
-        seed: of the minibatches.
+        seed: of the minibatches and of the rule's noise.
+        prior: over theta; its gradient counts once per data set, as in MAP estimation.
+        n_inflate: power on the likelihood, over the prior and the rule's noise.
+        rule: how theta moves, in place of AdamW.
+        heads: whether the task has a head of its own; it starts at zero.
+        noise_scale: standard deviation of the noise in regression.
         on_step: called after each step, for a progress bar.
 
     Raises:
+        ValueError: labels outside the head's range; too few steps for the draws.
         DivergedError: a loss that is not finite.
     """
     check_number("learning_rate", learning_rate)
-    check_number("weight_decay", weight_decay, open_below=False)
-    if steps < 2 * draws:
-        raise ValueError(f"steps={steps}: {draws} iterates from the last half need at least {2 * draws} steps.")
+    heads = heads or HeadPolicy()
+    task = task.to(start.device)
+    width = check_width(adapter, [task], heads.scale)
     generator = torch.Generator().manual_seed(seed)
-    # AdamW decays its parameter towards zero: let the parameter be the distance from the start.
-    delta = torch.zeros_like(start, requires_grad=True)
-    optimizer = torch.optim.AdamW([delta], lr=learning_rate, weight_decay=weight_decay)
-    thinning = max(steps // 2 // draws, 1)
-    kept, losses = [], []
-    for step in range(steps):
-        loss = minibatch_loss(adapter, task, start + delta, batch_size, generator)
-        if not torch.isfinite(loss):
-            raise DivergedError(f"step {step}, task {task.name!r}: the loss is {float(loss)}.", step)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
-        left = steps - 1 - step
-        if left % thinning == 0 and left // thinning < draws:
-            kept.append((start + delta).detach().clone())
-        if on_step is not None:
-            on_step()
-    return Iterates(torch.stack(kept), losses)
+    path = adapt(
+        lambda weights, rows: mean_loss(adapter, task, rows, weights, noise_scale=noise_scale),
+        Weights(start, heads.fresh(task, width, start)),
+        minibatches(task.train, batch_size, generator),
+        rule or adam(learning_rate, weight_decay=weight_decay, towards=start),
+        steps=steps,
+        n_eff=n_inflate * len(task.train),
+        keep=draws,
+        prior=prior,
+        head_rule=adam(heads.rate * learning_rate),
+        head_prior=heads.prior,
+        generator=noise_generator(generator, start),
+        on_step=on_step,
+        name=task.name,
+    )
+    kept_heads = [w.head for w in path.kept if w.head is not None]
+    return Iterates(
+        torch.stack([w.theta for w in path.kept]), path.losses, torch.stack(kept_heads) if kept_heads else None
+    )
 
 
-def no_meta_train(adapter: RandomAdapter) -> Tensor:
-    """The start of No Meta Train: the adapter's own initial weights."""
-    return adapter.initial.clone()
+def noise_generator(generator: torch.Generator, like: Tensor) -> torch.Generator:
+    """The generator itself where the weights are on the CPU, else one of the same seed on their device."""
+    if like.device.type == "cpu":
+        return generator
+    return torch.Generator(device=like.device).manual_seed(generator.initial_seed())

@@ -1,19 +1,72 @@
-"""Union Train: one adapter trained on all meta-training tasks together, the start for every new task."""
+"""Union Train: one adapter trained on all meta-training tasks together, the start for every new task.
+
+It is also the warm-up of every other meta-learner here, as it is of LiFT's chain.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_lift.data.task import Task
-from pyro_lift.inference.baselines.finetune import minibatch_loss
+from pyro_lift.inference.adapt import differentiate, mean_loss, minibatches
+from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Heads, check_tasks, finetuned
+from pyro_lift.inference.rules import adam
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.options import check_number
 
-__all__ = ["union_train"]
+__all__ = ["UnionTrain", "UnionTrainState", "union_train", "warm_up"]
+
+
+class UnionTrainState(NamedTuple):
+    """The trained weights ``[D]``, and the steps it took."""
+
+    theta: Tensor
+    meta_steps: int
+
+
+@dataclass(frozen=True)
+class UnionTrain:
+    """Adam on one vector; each step takes a minibatch of one task, tasks in turn (uniform over tasks, not rows).
+
+    The warm-up and the visits of the budget are one run here, at the meta learning rate.
+    """
+
+    adapter: RandomAdapter
+    budget: Budget = field(default_factory=Budget)
+
+    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> UnionTrainState:
+        """Train jointly."""
+        steps = self.budget.warm_up + self.budget.visits
+        budget = replace(self.budget, warm_up=steps, warm_up_learning_rate=self.budget.meta_learning_rate)
+        return UnionTrainState(warm_up(self.adapter, tasks, budget, on_step=on_step), steps)
+
+    def adapt(self, state: UnionTrainState, task: Task, *, seed: int | None = None) -> Ensemble:
+        """Fine-tune from the joint weights."""
+        return finetuned(self.adapter, task, state.theta, self.budget, seed)
+
+
+def warm_up(
+    adapter: RandomAdapter, tasks: Sequence[Task], budget: Budget, *, on_step: Callable[[], None] | None = None
+) -> Tensor:
+    """Joint training by the budget's warm-up settings; the adapter's own start where it has no steps."""
+    if budget.warm_up == 0:
+        return adapter.initial.clone()
+    return union_train(
+        adapter,
+        tasks,
+        steps=budget.warm_up,
+        learning_rate=budget.warm_up_learning_rate,
+        batch_size=budget.batch_size,
+        seed=budget.seed,
+        budget=budget,
+        on_step=on_step,
+    )
 
 
 def union_train(
@@ -24,31 +77,46 @@ def union_train(
     learning_rate: float = 3e-3,
     batch_size: int = 16,
     seed: int = 0,
+    budget: Budget | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Adam on one vector; each step takes a minibatch of one task, tasks in turn (uniform over tasks, not rows).
+    """Adam on one vector, from the adapter's own start.
+
+    Args:
+        adapter: the network as a function of theta.
+        tasks: at least one.
+        steps: gradient steps, each on a minibatch of one task.
+        learning_rate: of Adam.
+        batch_size: rows of a minibatch.
+        seed: of the minibatches.
+        budget: for its head policy and noise scale.
+        on_step: called after each step.
 
     Returns:
         The trained adapter weights ``[D]``.
 
     Raises:
+        ValueError: no task.
         DivergedError: a loss that is not finite; names the task.
     """
     check_number("learning_rate", learning_rate)
     check_number("steps", steps, least=1, open_below=False, whole=True)
-    if not tasks:
-        raise ValueError("tasks is empty: there is nothing to train on.")
+    budget = budget or Budget()
+    tasks = check_tasks(tasks, adapter.initial.device)
     generator = torch.Generator().manual_seed(seed)
-    theta = adapter.initial.clone().requires_grad_()
-    optimizer = torch.optim.Adam([theta], lr=learning_rate)
+    batches = [minibatches(task.train, batch_size, generator) for task in tasks]
+    heads = Heads(adapter, tasks, budget, learning_rate)
+    rule = adam(learning_rate)
+    theta, state = adapter.initial.clone(), rule.init(adapter.initial)
     for step in range(steps):
-        task = tasks[step % len(tasks)]
-        loss = minibatch_loss(adapter, task, theta, batch_size, generator)
+        index = step % len(tasks)
+        weights = heads.weights(index, theta).leaves()
+        loss = mean_loss(adapter, tasks[index], batches[index](), weights, noise_scale=budget.noise_scale)
         if not torch.isfinite(loss):
-            raise DivergedError(f"step {step}, task {task.name!r}: the loss is {float(loss)}.", step)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+            raise DivergedError(f"step {step}, task {tasks[index].name!r}: the loss is {float(loss)}.", step)
+        gradient = differentiate(loss, weights)
+        theta, state = rule.move(theta, gradient.theta, None, state, 1.0, None)
+        heads.move(index, gradient.head)
         if on_step is not None:
             on_step()
-    return theta.detach()
+    return theta

@@ -1,0 +1,104 @@
+"""LiFT itself, through its front door, and its ablations: one protocol, so that one table compares all.
+
+This file stands a floor above its neighbours: it calls :mod:`pyro_lift.lift`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+from pyro_lift.data.task import Task
+from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Posterior, finetuned
+from pyro_lift.inference.meta_test import best_start, meta_test_program
+from pyro_lift.inference.rules import langevin
+from pyro_lift.lift import AdaptSettings, LiFT, LiFTPrior, LiFTSettings
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.options import check_choice
+
+__all__ = ["LiFTMethod", "LiFTState"]
+
+
+class LiFTState(NamedTuple):
+    """The prior, and visits made."""
+
+    prior: LiFTPrior
+    meta_steps: int
+
+
+@dataclass(frozen=True)
+class LiFTMethod:
+    """LiFT in the table of methods.
+
+    Args:
+        adapter: the network as a function of theta.
+        budget: the warm-up is LiFT's joint training; a third of the visits burn in, the rest are draws.
+        settings: of meta-training; what the budget names is taken from the budget.
+        ablation: ``"reg"``, Reg(X): adaptation keeps the start and the noise and drops the mixture; ``"noise"``,
+            Noise(X): it keeps start and mixture and drops the noise.
+
+    References:
+        LiFT, section 2.3; its Tables 5, 8 and 9 for the ablations.
+    """
+
+    adapter: RandomAdapter
+    budget: Budget = field(default_factory=Budget)
+    settings: LiFTSettings = field(default_factory=LiFTSettings)
+    ablation: Literal["none", "reg", "noise"] = "none"
+
+    def __post_init__(self) -> None:
+        check_choice("ablation", self.ablation, ["none", "reg", "noise"])
+
+    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LiFTState:
+        """Run the chain; ``on_step`` is called once, at its end, for Pyro's loop has no place for it."""
+        lift = LiFT(self.adapter, settings=self.chain_settings(), adapt=self.adapt_settings(), seed=self.budget.seed)
+        prior = lift.meta_train(tasks, progress=False)
+        if on_step is not None:
+            on_step()
+        return LiFTState(prior, self.budget.warm_up + self.budget.visits)
+
+    def chain_settings(self) -> LiFTSettings:
+        """The settings with the budget's share filled in."""
+        b = self.budget
+        return replace(
+            self.settings,
+            sgd_steps=b.warm_up,
+            sgd_learning_rate=b.warm_up_learning_rate,
+            burn_in=b.visits // 3,
+            samples=max((b.visits - b.visits // 3) // self.settings.thinning, 1),
+            learning_rate=b.meta_learning_rate,
+            batch_size=b.batch_size,
+            head_scale=b.heads.scale,
+            head_rate=b.heads.rate,
+            noise_scale=b.noise_scale,
+        )
+
+    def adapt_settings(self) -> AdaptSettings:
+        """How a new task is adapted to."""
+        return AdaptSettings(
+            steps=self.budget.steps,
+            learning_rate=self.budget.learning_rate,
+            temperature=0.0 if self.ablation == "noise" else 1.0,
+            n_inflate=self.settings.n_inflate,
+            batch_size=self.budget.batch_size,
+            draws=self.budget.draws,
+        )
+
+    def adapt(self, state: LiFTState, task: Task, *, seed: int | None = None) -> Posterior:
+        """The new task's chain under the mixture, or under none."""
+        if self.ablation != "reg":
+            return state.prior.adapt(task, seed=self.budget.seed if seed is None else seed)
+        return self._without_mixture(state.prior, task, seed)
+
+    def _without_mixture(self, prior: LiFTPrior, task: Task, seed: int | None) -> Ensemble:
+        s, mixture = prior.settings, prior.mixture.get()
+        task = task.to(self.adapter.initial.device)
+        program = meta_test_program(self.adapter, task, mixture, beta=s.beta, head_scale=s.head_scale)
+        rule = langevin(
+            self.budget.learning_rate,
+            second_moment=prior.second_moment.get("theta"),
+            adapt_steps=self.budget.steps // 2,
+        )
+        start = best_start(program, mixture).theta
+        return finetuned(self.adapter, task, start, self.budget, seed, rule=rule, n_inflate=s.n_inflate)

@@ -1,0 +1,39 @@
+"""No Meta Train: fine-tune each new task from the adapter's own start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pyro_lift.data.task import Task
+from pyro_lift.inference.baselines.protocol import Budget, Ensemble, finetuned
+from pyro_lift.models.adapters import RandomAdapter
+
+__all__ = ["NoMetaTrain", "NoMetaTrainState"]
+
+
+class NoMetaTrainState(NamedTuple):
+    """The adapter's own weights ``[D]``; nothing was learned."""
+
+    theta: Tensor
+    meta_steps: int = 0
+
+
+@dataclass(frozen=True)
+class NoMetaTrain:
+    """What there is without other tasks: the row that a meta-learner has to beat."""
+
+    adapter: RandomAdapter
+    budget: Budget = field(default_factory=Budget)
+
+    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> NoMetaTrainState:
+        """Learn nothing."""
+        del tasks, on_step
+        return NoMetaTrainState(self.adapter.initial.clone())
+
+    def adapt(self, state: NoMetaTrainState, task: Task, *, seed: int | None = None) -> Ensemble:
+        """Fine-tune from the adapter's own start."""
+        return finetuned(self.adapter, task, state.theta, self.budget, seed)

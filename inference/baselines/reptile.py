@@ -1,0 +1,105 @@
+r"""Reptile: move the start towards where a few steps on each task lead.
+
+.. math:: \phi \leftarrow \phi + \epsilon_t\,\tfrac1B \sum_i \bigl(\theta_i^{(k)} - \phi\bigr)
+
+With k = 1 and plain gradient steps it is joint training with the step :math:`\epsilon\,\alpha`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_lift.data.task import Task
+from pyro_lift.inference.adapt import adapt, mean_loss, minibatches
+from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Heads, check_tasks, finetuned
+from pyro_lift.inference.baselines.union_train import warm_up
+from pyro_lift.inference.rules import Rule, adam, sgd
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.options import check_choice, check_number
+
+__all__ = ["Reptile", "ReptileState"]
+
+
+class ReptileState(NamedTuple):
+    """The start that was learned ``[D]``, and outer steps made."""
+
+    phi: Tensor
+    meta_steps: int
+
+
+@dataclass(frozen=True)
+class Reptile:
+    """Reptile.
+
+    Args:
+        adapter: the network as a function of theta.
+        budget: ``meta_learning_rate`` is the inner loop's; an outer step costs ``tasks_per_step * inner_steps``
+            visits.
+        inner_steps: k.
+        tasks_per_step: B.
+        outer_rate: epsilon at the start; it falls linearly to zero, as the authors' does.
+        inner: the inner rule, ``"adam"`` (beta_1 = 0, the authors') or ``"sgd"``; its running means start afresh at
+            every task.
+
+    References:
+        On first-order meta-learning algorithms, Nichol, Achiam and Schulman, 2018, arXiv:1803.02999.
+    """
+
+    adapter: RandomAdapter
+    budget: Budget = field(default_factory=Budget)
+    inner_steps: int = 5
+    tasks_per_step: int = 4
+    outer_rate: float = 1.0
+    inner: Literal["adam", "sgd"] = "adam"
+
+    def __post_init__(self) -> None:
+        check_number("inner_steps", self.inner_steps, least=1, open_below=False, whole=True)
+        check_number("tasks_per_step", self.tasks_per_step, least=1, open_below=False, whole=True)
+        check_number("outer_rate", self.outer_rate)
+        check_choice("inner", self.inner, ["adam", "sgd"])
+
+    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> ReptileState:
+        """Joint training, then Reptile's outer steps."""
+        tasks = check_tasks(tasks, self.adapter.initial.device)
+        phi = warm_up(self.adapter, tasks, self.budget)
+        steps = max(self.budget.visits // (self.tasks_per_step * self.inner_steps), 1)
+        generator = torch.Generator().manual_seed(self.budget.seed)
+        heads = Heads(self.adapter, tasks, self.budget, self.budget.meta_learning_rate)
+        turn = cycle(range(len(tasks)))
+        for step in range(steps):
+            found = [self.inner_loop(phi, i, tasks[i], heads, generator) for i in islice(turn, self.tasks_per_step)]
+            rate = self.outer_rate * (1.0 - step / steps)
+            phi = phi + rate * (torch.stack(found).mean(0) - phi)
+            if on_step is not None:
+                on_step()
+        return ReptileState(phi, steps)
+
+    def inner_loop(self, phi: Tensor, index: int, task: Task, heads: Heads, generator: torch.Generator) -> Tensor:
+        """Where k steps on one task lead; the task keeps its head."""
+        rate = self.budget.meta_learning_rate
+        path = adapt(
+            lambda weights, rows: mean_loss(self.adapter, task, rows, weights, noise_scale=self.budget.noise_scale),
+            heads.weights(index, phi),
+            minibatches(task.train, self.budget.batch_size, generator),
+            self._rule(rate),
+            steps=self.inner_steps,
+            n_eff=len(task.train),
+            head_rule=self._rule(heads.policy.rate * rate),
+            head_prior=heads.policy.prior,
+            name=task.name,
+        )
+        heads.values[index] = path.last.head
+        return path.last.theta
+
+    def _rule(self, rate: float) -> Rule:
+        return sgd(rate) if self.inner == "sgd" else adam(rate, momentum=0.0)
+
+    def adapt(self, state: ReptileState, task: Task, *, seed: int | None = None) -> Ensemble:
+        """Fine-tune from the learned start."""
+        return finetuned(self.adapter, task, state.phi, self.budget, seed)

@@ -1,0 +1,61 @@
+"""The contract of all baselines: one table of all rows through the same checks, on a tiny family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pyro_lift.data.task import Task
+from pyro_lift.inference.adapt import HeadPolicy
+from pyro_lift.inference.baselines import BASELINES, Budget
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.backbones import adapt_backbone
+
+
+def tiny_adapter(width: int = 3) -> RandomAdapter:
+    import peft
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, width)).double()
+    adapter = adapt_backbone(net, peft.LoraConfig(r=2, target_modules=["0", "2"]))
+    return adapter.to(torch.float64)
+
+
+def tiny_tasks(number: int, rows: int = 12, classes: int = 3) -> list[Task]:
+    generator = torch.Generator().manual_seed(1)
+    shared = torch.randn(4, classes, generator=generator, dtype=torch.float64)
+    tasks = []
+    for i in range(number):
+        x = torch.randn(rows + 20, 4, generator=generator, dtype=torch.float64)
+        own = shared + 0.3 * torch.randn(4, classes, generator=generator, dtype=torch.float64)
+        y = (x @ own).argmax(-1)
+        tasks.append(Task(f"t{i}", (x[:rows], y[:rows]), num_classes=classes, test=(x[rows:], y[rows:])))
+    return tasks
+
+
+SMALL = Budget(warm_up=4, visits=12, steps=8, draws=2, batch_size=6)
+
+
+@pytest.fixture(params=sorted(BASELINES))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("heads", [HeadPolicy(), HeadPolicy(scale=1.0, rate=3.0)], ids=["shared", "own"])
+def test_contract(name: str, heads: HeadPolicy) -> None:
+    adapter, tasks = tiny_adapter(), tiny_tasks(4)
+    from dataclasses import replace
+
+    method = BASELINES[name](adapter, replace(SMALL, heads=heads))
+    before = {k: v.clone() for k, v in adapter.backbone.state_dict().items()}
+    state = method.meta_train(tasks[:3])
+    assert state.meta_steps >= 0
+    first = method.adapt(state, tasks[3]).predict(tasks[3].test)
+    again = method.adapt(method.meta_train(tasks[:3]), tasks[3]).predict(tasks[3].test)
+    assert first.shape == (20, 3)
+    assert torch.isfinite(first).all() and (first >= 0).all()
+    torch.testing.assert_close(first.sum(-1), torch.ones(20, dtype=first.dtype))
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    for key, value in adapter.backbone.state_dict().items():
+        assert torch.equal(value, before[key]), key
