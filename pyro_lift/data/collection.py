@@ -10,8 +10,8 @@ from pyro_lift.data.task import ImageTask, Task, TextTask
 
 __all__ = ["TaskCollection"]
 
-T = TypeVar("T", TextTask, ImageTask, Task)
-U = TypeVar("U", TextTask, ImageTask, Task)
+T = TypeVar("T", bound=TextTask | ImageTask | Task)
+U = TypeVar("U", bound=TextTask | ImageTask | Task)
 
 
 @dataclass(frozen=True)
