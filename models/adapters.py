@@ -10,7 +10,8 @@ import torch
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.func import functional_call, vmap
+
+from pyro_lift.models.blocks import BlockCall, Slot, bound, slots_of
 
 __all__ = ["AdapterTensor", "RandomAdapter"]
 
@@ -33,8 +34,9 @@ class RandomAdapter(PyroModule):
     r"""A backbone with a PEFT adapter, as a function of the adapter's weights theta in R^D.
 
     The network is frozen; its trainable adapter tensors, in order of name, are the coordinates of one vector. A call
-    binds a vector to the network for the length of that call (``torch.func.functional_call``): one set of weights in
-    memory, however many tasks or draws.
+    binds a vector to the network for the length of that call: one set of weights in memory, however many tasks or
+    draws. A block of vectors goes through the network in one pass, each with its own rows
+    (:mod:`pyro_lift.models.blocks`).
 
     Args:
         backbone: a PEFT model (``peft.get_peft_model``); its tensors with ``requires_grad`` are the adapter.
@@ -58,6 +60,8 @@ class RandomAdapter(PyroModule):
     """
 
     initial: Tensor
+    _slots: list[list[Slot]]
+    _block: BlockCall
 
     def __init__(
         self,
@@ -88,13 +92,22 @@ class RandomAdapter(PyroModule):
             parameter.requires_grad_(False)
         # Outside the registry: PyroModule would look for random sites in every submodule at every access.
         object.__setattr__(self, "backbone", backbone)
+        object.__setattr__(self, "_slots", slots_of(backbone, [p for _, p in trainable]))
+        object.__setattr__(self, "_block", BlockCall(backbone, self._slots, self._read))
+        self._sizes = [math.prod(entry.shape) for entry in self.layout]
         self.postprocess = postprocess
         if prior is not None:
             self.theta = PyroSample(prior)
 
     def bind(self, theta: Tensor) -> dict[str, Tensor]:
-        """The adapter's tensors by name, as views of a vector ``[D]``."""
-        return {entry.name: theta[entry.part].view(entry.shape) for entry in self.layout}
+        """The adapter's tensors by name, as views of ``theta``: ``[D]``, or with leading dimensions."""
+        return dict(zip([entry.name for entry in self.layout], self._tensors(theta), strict=True))
+
+    def _tensors(self, theta: Tensor) -> list[Tensor]:
+        # One split: its backward is one concatenation, where a slice a tensor would add up as many vectors of length D.
+        parts = theta.split(self._sizes, -1)
+        lead = theta.shape[:-1]
+        return [part.view(*lead, *entry.shape) for part, entry in zip(parts, self.layout, strict=True)]
 
     def flatten(self, tensors: dict[str, Tensor]) -> Tensor:
         """The inverse of :meth:`bind`; every tensor must be there, with its shape, and no other.
@@ -130,10 +143,13 @@ class RandomAdapter(PyroModule):
         if theta.shape[0] == 1:
             one = {k: v[0] for k, v in named.items()}
             return self._call(theta[0], tuple(x[0] for x in inputs), one).unsqueeze(0)
-        return torch.as_tensor(vmap(self._call)(theta, inputs, named))
+        return self._block(self._tensors(theta), inputs, named)
 
     def _call(self, theta: Tensor, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-        output = functional_call(self.backbone, self.bind(theta), inputs, named)
+        with bound(self._slots, self._tensors(theta)):
+            return self._read(self.backbone(*inputs, **named))
+
+    def _read(self, output: Any) -> Tensor:
         if self.postprocess is not None:
             return self.postprocess(output)
         return torch.as_tensor(getattr(output, "logits", output))
