@@ -174,7 +174,7 @@ def test_a_layer_that_is_not_called_goes_task_by_task() -> None:
 def test_the_network_gets_its_own_tensors_back() -> None:
     adapter = _adapted(*_bert())
     before = dict(adapter.backbone.named_parameters())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="unpack"):
         adapter(input_ids=torch.zeros(1, 1, 1, 1, dtype=torch.long), theta=adapter.initial)
     adapter(input_ids=_tokens(B, ROWS, TOKENS), theta=_spread(adapter))
     after = dict(adapter.backbone.named_parameters())
