@@ -1,10 +1,10 @@
-"""Train a small BART on public-domain English: its tokenizer first, then the model, from a text with a paragraph a line.
+"""Train a small BART on public-domain English: first its tokenizer, then the model.
 
-Two kinds of batch in turn. *Passages*: the encoder reads a stretch of text, the decoder writes what follows. *Lines*:
-the text is cut at its punctuation, the encoder reads the previous lines, the decoder writes the current one and ends
-it. In a tenth of the rows the encoder sees only ``<mask>``, as at the first line of a role. Teacher forcing, AdamW
-with a cosine schedule, the forward pass in bfloat16. The run may be stopped and started again: it goes on from the last
-checkpoint in the output folder.
+The text has a paragraph a line. Two kinds of batch in turn. *Passages*: the encoder reads a stretch of text, the
+decoder writes what follows. *Lines*: the text is cut at its punctuation, the encoder reads the previous lines, the
+decoder writes the current one and ends it. In a tenth of the rows the encoder sees only ``<mask>``, as at the first
+line of a role. Teacher forcing, AdamW with a cosine schedule, the forward pass in bfloat16. The run may be stopped and
+started again: it goes on from the last checkpoint in the output folder.
 
     python examples/pretrain_bart.py corpus.txt.gz --out backbones/bart-novels --minutes 45
     python examples/pretrain_bart.py --smoke
@@ -52,8 +52,7 @@ class Corpus(NamedTuple):
 
 def read_paragraphs(path: Path) -> list[str]:
     """The paragraphs of a text file, plain or gzipped."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as stream:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
         return [line.strip() for line in stream if len(line.strip()) > 1]
 
 

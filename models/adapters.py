@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,8 @@ from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_lift.models.blocks import BlockCall, Slot, bound, slots_of
+from pyro_lift.models.blocks import BlockCall, Slot, bound, flattened, slots_of
+from pyro_lift.models.likelihoods import Readout, read, readout_for
 
 __all__ = ["AdapterTensor", "RandomAdapter"]
 
@@ -42,8 +43,10 @@ class RandomAdapter(PyroModule):
         backbone: a PEFT model (``peft.get_peft_model``); its tensors with ``requires_grad`` are the adapter.
         prior: makes the random site ``theta`` of a call without ``theta``: a distribution over ``[D]``, or a
             function of this module that returns one. Without it, ``theta`` must be given.
-        postprocess: from the network's output to the tensor a likelihood wants; None takes ``.logits`` where the
-            output has them, else the output itself.
+        readout: from the network and a batch's named inputs to the tensor a likelihood wants, as
+            :class:`~pyro_lift.models.likelihoods.LabelMatching`; None goes by the inputs and by what the output
+            holds (:func:`~pyro_lift.models.likelihoods.read`).
+        postprocess: from the network's output to the tensor a likelihood wants, in place of a readout.
 
     Attributes:
         initial: the adapter's own initial weights ``[D]``. All tasks start here: zero is a saddle (a LoRA product
@@ -68,6 +71,7 @@ class RandomAdapter(PyroModule):
         backbone: nn.Module,
         prior: Distribution | Callable[[RandomAdapter], Distribution] | None = None,
         *,
+        readout: Readout | None = None,
         postprocess: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -93,9 +97,11 @@ class RandomAdapter(PyroModule):
         # Outside the registry: PyroModule would look for random sites in every submodule at every access.
         object.__setattr__(self, "backbone", backbone)
         object.__setattr__(self, "_slots", slots_of(backbone, [p for _, p in trainable]))
-        object.__setattr__(self, "_block", BlockCall(backbone, self._slots, self._read))
+        object.__setattr__(self, "_block", BlockCall(self._slots, self._read))
         self._sizes = [math.prod(entry.shape) for entry in self.layout]
-        self.postprocess = postprocess
+        if readout is not None and postprocess is not None:
+            raise TypeError("give a readout or a postprocess, not both.")
+        self.readout, self.postprocess = readout, postprocess
         if prior is not None:
             self.theta = PyroSample(prior)
 
@@ -147,12 +153,17 @@ class RandomAdapter(PyroModule):
 
     def _call(self, theta: Tensor, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
         with bound(self._slots, self._tensors(theta)):
-            return self._read(self.backbone(*inputs, **named))
+            return self._read(inputs, named)
 
-    def _read(self, output: Any) -> Tensor:
-        if self.postprocess is not None:
-            return self.postprocess(output)
-        return torch.as_tensor(getattr(output, "logits", output))
+    def _read(self, inputs: Sequence[Any], named: Mapping[str, Any], block: bool = False) -> Tensor:
+        """What the likelihood wants of the bound network; of a block, one leading row per row of any task."""
+        readout = None if self.postprocess else readout_for(named, self.readout)
+        if readout is not None:  # it knows how its texts lie in a block
+            return readout(self.backbone, named)
+        if block:
+            inputs, named = [flattened(x) for x in inputs], {k: flattened(x) for k, x in named.items()}
+        output = self.backbone(*inputs, **named)
+        return self.postprocess(output) if self.postprocess else read(output, named.get("attention_mask"))
 
     def norms(self, theta: Tensor) -> dict[str, Tensor]:
         """Euclidean norm of each adapted module's tensors, for ``theta`` of shape ``[..., D]``."""

@@ -90,13 +90,13 @@ class BlockCall:
     """A network as a function of a block of adapters.
 
     Args:
-        network: with the adapter's tensors in ``slots``.
-        slots: as :func:`slots_of` gives them.
-        read: from the network's output to a tensor with one leading row per input row.
+        slots: where the adapter's tensors are in the network, as :func:`slots_of` gives them.
+        read: from positional and named inputs to a tensor with one leading row per input row; told as a third
+            argument whether they are a block's, ``[B, b, ...]``.
     """
 
-    def __init__(self, network: nn.Module, slots: Sequence[Sequence[Slot]], read: Callable[[Any], Tensor]) -> None:
-        self.network, self.slots, self.read = network, slots, read
+    def __init__(self, slots: Sequence[Sequence[Slot]], read: Callable[..., Tensor]) -> None:
+        self.slots, self.read = slots, read
         #: Whether one pass serves a block; None until the first block has been tried.
         self.one_pass: bool | None = None if _all_linear(slots) else False
 
@@ -116,13 +116,12 @@ class BlockCall:
         try:
             for module, layer in layers:
                 module.__dict__["forward"] = layer
-            output = self.network(*map(flattened, inputs), **{k: flattened(x) for k, x in named.items()})
+            rows = self.read(inputs, named, True)
         finally:
             for module, _ in layers:
                 module.__dict__.pop("forward", None)
         if self.one_pass is None and not all(layer.calls for _, layer in layers):
             raise _NotByCallError
-        rows = self.read(output)
         return rows.view(B, -1, *rows.shape[1:])
 
     def _layers(self, tensors: Sequence[Tensor]) -> list[tuple[nn.Module, _LinearByTask]]:
@@ -138,7 +137,7 @@ class BlockCall:
         self, adapter: int, tensors: Sequence[Tensor], task: int, inputs: Sequence[Any], named: Mapping[str, Any]
     ) -> Tensor:
         with bound(self.slots, [tensor[adapter] for tensor in tensors]):
-            return self.read(self.network(*(_rows(x, task) for x in inputs), **_named_rows(named, task)))
+            return self.read([_rows(x, task) for x in inputs], _named_rows(named, task))
 
     @torch.no_grad()
     def _agrees(self, tensors: Sequence[Tensor], inputs: Sequence[Any], named: Mapping[str, Any]) -> bool:

@@ -372,6 +372,6 @@ class TaskPosterior:
             rows = inputs
         else:
             first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
-            rows = as_rows((inputs, torch.zeros(len(first))), "inputs")
+            rows = replace(as_rows((inputs, torch.zeros(len(first))), "inputs"), shared=self.task.train.shared)
         rows = rows.to(self.adapter.initial.device)
         return predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)

@@ -7,7 +7,7 @@ as, strings and pictures, before it is encoded for one backbone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -32,21 +32,24 @@ class Rows:
     Attributes:
         inputs: tensors with one leading row per example.
         target: ``[n]`` class numbers or values, ``[n, L]`` token numbers.
+        shared: further inputs that all rows share, such as the label texts of a matching task; not indexed by row.
     """
 
     inputs: Mapping[str, Tensor]
     target: Tensor
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.target.shape[0]
 
     def take(self, index: Tensor | slice) -> Rows:
         """Some of the rows."""
-        return Rows({name: x[index] for name, x in self.inputs.items()}, self.target[index])
+        return Rows({name: x[index] for name, x in self.inputs.items()}, self.target[index], self.shared)
 
     def to(self, device: torch.device | str) -> Rows:
         """The rows on a device."""
-        return Rows({name: x.to(device) for name, x in self.inputs.items()}, self.target.to(device))
+        inputs, shared = ({name: x.to(device) for name, x in d.items()} for d in (self.inputs, self.shared))
+        return Rows(inputs, self.target.to(device), shared)
 
     @property
     def positional(self) -> tuple[Tensor, ...]:
@@ -56,7 +59,7 @@ class Rows:
     @property
     def named(self) -> dict[str, Tensor]:
         """Inputs that the backbone takes by name."""
-        return {name: x for name, x in self.inputs.items() if name}
+        return {name: x for name, x in self.inputs.items() if name} | dict(self.shared)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,9 @@ class Task:
             for where, data in (("train", train), ("test", test), ("dev", dev))
             if data is not None
         }
+        if label_texts is not None:
+            shared = {f"label_{key}": x for key, x in label_texts.items()}
+            parts = {where: replace(rows, shared=shared) for where, rows in parts.items()}
         labels = None if labels is None else tuple(labels)
         num_classes = _classes(name, parts["train"], kind, num_classes, labels, label_texts)
         for where, rows in parts.items():
