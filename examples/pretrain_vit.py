@@ -28,7 +28,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from transformers import ViTModel
 
-SIZE, PATCH = 32, 4
+SIZE, PATCH = 32, 8
 SIZES = {"small": (192, 5, 4), "smoke": (32, 1, 2)}
 
 
@@ -81,11 +81,13 @@ class Learner(nn.Module):
             attention_probs_dropout_prob=0.0,
         )
         self.vit: ViTModel = ViTModel(config, add_pooling_layer=False, use_mask_token=True)
-        self.project = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 128))
+        self.project = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.BatchNorm1d(2 * width), nn.GELU(), nn.Linear(2 * width, 128)
+        )
         self.paint = nn.Linear(width, 3 * PATCH * PATCH)
 
     def forward(self, pictures: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors ``[2n, 128]`` and painted patches ``[2n, P, 48]``."""
+        """Unit vectors ``[2n, 128]`` and painted patches ``[2n, P, 192]``."""
         states = self.vit(pictures, bool_masked_pos=hidden).last_hidden_state
         return normalize(self.project(states[:, 0]).float(), dim=-1), self.paint(states[:, 1:]).float()
 
@@ -160,7 +162,7 @@ def main() -> None:
     parser.add_argument("pictures", type=Path, nargs="?", help="folder of NPZ files with x_train [n, H, W, C] uint8")
     parser.add_argument("--out", type=Path, default=Path("vit-patches"))
     parser.add_argument("--minutes", type=float, default=15.0)
-    parser.add_argument("--batch", type=int, default=96, help="pictures; each is seen twice")
+    parser.add_argument("--batch", type=int, default=128, help="pictures; each is seen twice")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--smoke", action="store_true", help="seconds, noise for pictures, nothing is kept")
     options = parser.parse_args()
