@@ -2,20 +2,196 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.checkpointing import checkpoint_layers
+from pyro_lift.options import check_choice
 
 if TYPE_CHECKING:
     import peft
 
-__all__ = ["TIMM_ATTENTION", "adapt_backbone", "load_timm"]
+__all__ = [
+    "RECIPES",
+    "TIMM_ATTENTION",
+    "BackboneKind",
+    "adapt_backbone",
+    "check_peft",
+    "load_backbone",
+    "load_timm",
+    "recipe",
+]
 
 #: LoRA targets of a timm ViT. Plain ``["qkv", "proj"]`` would also hit ``patch_embed.proj``, a convolution. The fused
 #: qkv has one A for query, key and value together, where the paper has one each.
 TIMM_ATTENTION = r".*attn\.(qkv|proj)"
+
+#: Target layers by family (``config.model_type`` of transformers, or ``"timm"``): query, key, value and output of every
+#: attention, as in the paper.
+RECIPES: dict[str, str | list[str]] = {
+    "bart": ["q_proj", "k_proj", "v_proj", "out_proj"],
+    "t5": ["q", "k", "v", "o"],
+    "gpt2": ["c_attn", "attn.c_proj"],
+    "gpt_neox": ["query_key_value", "attention.dense"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mistral": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "qwen2": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj"],
+    "bert": ["query", "key", "value", "attention.output.dense"],
+    "roberta": ["query", "key", "value", "attention.output.dense"],
+    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin"],
+    "vit": [],  # by transformers' version, see _vit_layers
+    "timm": TIMM_ATTENTION,
+}
+
+#: Adapters that are a fixed function of trainable tensors, so that a vector bound to these tensors is the adapter.
+#: Everything else is refused, with the reason.
+SUPPORTED = ("LORA", "LOHA", "LOKR", "IA3", "OFT", "VERA", "FOURIERFT", "LN_TUNING")
+REFUSED = {
+    "ADALORA": "it prunes ranks during its own training schedule, which a sampler does not run",
+    "PROMPT_TUNING": "its weights are virtual tokens, not layers",
+    "P_TUNING": "its weights are virtual tokens, not layers",
+    "PREFIX_TUNING": "its weights are virtual tokens, not layers",
+    "MULTITASK_PROMPT_TUNING": "its weights are virtual tokens, not layers",
+    "XLORA": "it mixes several adapters; ours is one",
+    "POLY": "it mixes several adapters by task number; ours is one",
+}
+
+BackboneKind = Literal["seq2seq", "causal", "encoder", "vision", "timm"]
+
+
+def load_backbone(
+    name: str | Path,
+    kind: BackboneKind,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """A pre-trained backbone, ready for :func:`adapt_backbone`.
+
+    The adapter's own weights, and with them all the sampler keeps, are float32 whatever the backbone's dtype.
+
+    Args:
+        name: a folder, or a name on the hub (a timm name for ``"timm"``).
+        kind: ``"seq2seq"`` (BART, T5), ``"causal"`` (GPT-like), ``"encoder"`` (BERT-like; of an encoder-decoder its
+            encoder), ``"vision"`` (a ViT of transformers, without a head) or ``"timm"``.
+        dtype: of the frozen weights and their products.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        compile: whether ``torch.compile`` compiles the backbone's forward pass at its first call.
+        options: of the library's own loader.
+
+    Raises:
+        ValueError: an unknown kind or dtype; nothing to checkpoint.
+        OSError: nothing of that name.
+    """
+    check_choice("kind", kind, get_args(BackboneKind))
+    check_choice("dtype", dtype, ["float32", "bfloat16"])
+    if kind == "timm":
+        model = _from_timm(name, options).to(getattr(torch, dtype))
+    else:
+        model = _from_transformers(str(name), kind, getattr(torch, dtype), options)
+    model.eval()
+    if gradient_checkpointing:
+        checkpoint_layers(model)
+    if compile:
+        model.compile()
+    return model
+
+
+def _from_timm(name: str | Path, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    source = f"local-dir:{name}" if Path(name).is_dir() else str(name)
+    model: nn.Module = timm.create_model(source, **{"pretrained": True, **options})
+    return model
+
+
+def _from_transformers(name: str, kind: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    loaders = {
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+        "causal": transformers.AutoModelForCausalLM,
+        "encoder": transformers.AutoModel,
+        "vision": transformers.AutoModel,
+    }
+    if kind == "vision":
+        options = {"add_pooling_layer": False, **options}
+    model: nn.Module = loaders[kind].from_pretrained(name, dtype=dtype, **options)
+    if kind == "encoder" and getattr(model.config, "is_encoder_decoder", False):
+        return model.get_encoder()  # type: ignore[no-any-return, operator]
+    return model
+
+
+def recipe(backbone: nn.Module, rank: int = 4, **options: Any) -> peft.LoraConfig:
+    """LoRA on the attention of a known family: query, key, value and output, with ``lora_alpha = 2 rank``.
+
+    Args:
+        backbone: of a family in :data:`RECIPES`.
+        rank: of every product.
+        options: of ``peft.LoraConfig``, in place of the recipe's.
+
+    Raises:
+        ValueError: a family without a recipe; names the linear layers there are to choose from.
+    """
+    from peft import LoraConfig
+
+    family = _family(backbone)
+    targets: str | list[str] | None = _vit_layers(backbone) if family == "vit" else RECIPES.get(family)
+    targets = options.pop("target_modules", targets)
+    if not targets:
+        layers = sorted({n.split(".")[-1] for n, m in backbone.named_modules() if isinstance(m, nn.Linear)})
+        raise ValueError(
+            f"no recipe for a {family!r} backbone; recipes: {', '.join(sorted(RECIPES))}. Pass target_modules=[...] "
+            f"of its linear layers: {', '.join(layers[:12])}."
+        )
+    if family == "gpt2":
+        options = {"fan_in_fan_out": True, **options}
+    return LoraConfig(**{"r": rank, "lora_alpha": 2 * rank, "target_modules": targets, **options})
+
+
+def _family(backbone: nn.Module) -> str:
+    if hasattr(backbone, "config") and hasattr(backbone.config, "model_type"):
+        return str(backbone.config.model_type)
+    return "timm" if type(backbone).__module__.startswith("timm.") else type(backbone).__name__
+
+
+def _vit_layers(backbone: nn.Module) -> list[str]:
+    """Query, key, value and output of transformers' ViT, under this version's names."""
+    names = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+    if any(name.endswith(".query") for name in names):
+        return ["query", "key", "value", "attention.output.dense"]
+    return ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def check_peft(config: peft.PeftConfig) -> None:
+    """Refuse adapters that a vector of weights does not determine, or that bring noise of their own.
+
+    Raises:
+        ValueError: names the kind or the option, and why.
+    """
+    kind = str(getattr(config.peft_type, "value", config.peft_type)).upper()
+    if kind in REFUSED or kind not in SUPPORTED:
+        why = REFUSED.get(kind, "it has not been tried with a sampler")
+        raise ValueError(f"a {kind} adapter is not supported: {why}. Supported: {', '.join(SUPPORTED)}.")
+    for name in ("lora_dropout", "module_dropout", "rank_dropout", "vera_dropout"):
+        if getattr(config, name, 0.0):
+            raise ValueError(
+                f"{name}={getattr(config, name)}: the sampler brings its own, calibrated noise. Use {name}=0."
+            )
+    for name, why in (
+        ("use_dora", "DoRA's product depends on the norm of the frozen weights plus its own, at every call"),
+        ("use_qalora", "it needs quantised layers"),
+        ("trainable_token_indices", "trained tokens are not layers"),
+    ):
+        if getattr(config, name, None):
+            raise ValueError(f"{name}={getattr(config, name)} is not supported: {why}.")
 
 
 def adapt_backbone(backbone: nn.Module, peft_config: peft.PeftConfig | None = None, **options: Any) -> RandomAdapter:
@@ -28,22 +204,20 @@ def adapt_backbone(backbone: nn.Module, peft_config: peft.PeftConfig | None = No
 
     Raises:
         TypeError: a plain backbone without a config, or a PEFT model with one.
-        ValueError: a config with dropout, or one that PEFT cannot apply.
+        ValueError: a config with dropout, a kind that is not supported, or one that PEFT cannot apply.
     """
     from peft import PeftModel, get_peft_model
 
     if isinstance(backbone, PeftModel):
         if peft_config is not None:
             raise TypeError("the backbone has an adapter already; leave peft_config out, or pass the plain backbone.")
+        check_peft(backbone.active_peft_config)
         return RandomAdapter(backbone, **options)
     if peft_config is None:
         raise TypeError(
             f"{type(backbone).__name__} has no adapter. Pass peft_config=peft.LoraConfig(target_modules=...)."
         )
-    if getattr(peft_config, "lora_dropout", 0.0):
-        raise ValueError(
-            f"lora_dropout={peft_config.lora_dropout}: the sampler brings its own, calibrated noise. Use 0."
-        )
+    check_peft(peft_config)
     return RandomAdapter(get_peft_model(backbone, peft_config), **options)
 
 

@@ -1,0 +1,92 @@
+"""Activation checkpointing for a network whose adapter is bound only for the length of a call.
+
+The usual tools compute a layer again in the backward pass with the weights it has *then*. Ours has other weights in the
+call (:func:`pyro_lift.models.blocks.bound`), so each layer notes what it was called with and finds it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["checkpoint_layers"]
+
+
+def checkpoint_layers(network: nn.Module) -> int:
+    """Let every layer keep only its inputs; returns how many layers there are.
+
+    A layer is a member of an outermost ``nn.ModuleList``, or of an ``nn.Sequential`` named ``blocks`` (timm's).
+
+    Raises:
+        ValueError: no such layer.
+    """
+    layers = list(_layers(network))
+    if not layers:
+        raise ValueError(
+            f"gradient_checkpointing: {type(network).__name__} has no list of layers (an nn.ModuleList) to checkpoint."
+        )
+    for layer in layers:
+        layer.forward = _checkpointed(layer, layer.forward)
+    config: Any = getattr(network, "config", None)
+    if config is not None:
+        config.use_cache = False  # a second pass would write to the cache twice
+    return len(layers)
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList) or (name == "blocks" and isinstance(child, nn.Sequential)):
+            yield from child
+        else:
+            yield from _layers(child)
+
+
+def _checkpointed(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*inputs: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **named)
+        noted = _note(layer)
+
+        def again(*inputs: Any) -> Any:
+            with _as_noted(noted):
+                return forward(*inputs, **named)
+
+        return checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    return call
+
+
+Noted = list[tuple[nn.Module, dict[str, Any], Any]]
+
+
+def _note(layer: nn.Module) -> Noted:
+    """The weights of every module of a layer, and the forward that a block has put in its place."""
+    return [
+        (module, dict(module._parameters), module.__dict__.get("forward"))
+        for module in layer.modules()
+        if module is not layer and module._parameters
+    ]
+
+
+@contextmanager
+def _as_noted(noted: Noted) -> Iterator[None]:
+    present = [(module, dict(module._parameters), module.__dict__.get("forward")) for module, _, _ in noted]
+    try:
+        _put(noted)
+        yield
+    finally:
+        _put(present)
+
+
+def _put(noted: Noted) -> None:
+    for module, parameters, forward in noted:
+        module._parameters.update(parameters)
+        if forward is not None:
+            module.__dict__["forward"] = forward
+        else:
+            module.__dict__.pop("forward", None)
