@@ -1,0 +1,205 @@
+"""A run as a TOML file: frozen dataclasses, made from it with every key checked.
+
+::
+
+    [backbone]
+    name = "backbones/bart-novels"
+    kind = "seq2seq"
+
+    [adapter]
+    rank = 4
+
+    [tasks]
+    benchmark = "shakespeare"
+    split = "random-80/10/10"
+    root = "data"
+
+    [sampler]
+    samples = 600
+
+    [output]
+    folder = "prior"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from pyro_lift.lift import AdaptSettings, LiFTSettings
+from pyro_lift.options import check_choice, check_number
+
+__all__ = [
+    "AdapterConfig",
+    "BackboneConfig",
+    "OutputConfig",
+    "RunConfig",
+    "TasksConfig",
+    "from_dict",
+    "read_config",
+    "reference",
+]
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The frozen network."""
+
+    name: str = field(metadata={"help": "folder, or name on the hub"})
+    kind: Literal["seq2seq", "causal", "encoder", "vision", "timm"] = field(metadata={"help": "how it is loaded"})
+    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "of the frozen weights"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "compute activations again, keep none"})
+    compile: bool = field(default=False, metadata={"help": "compile the forward pass"})
+
+    def __post_init__(self) -> None:
+        for name in ("kind", "dtype"):
+            check_choice(name, getattr(self, name), get_args(typing.get_type_hints(BackboneConfig)[name]))
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The adapter: LoRA by the family's recipe unless said otherwise."""
+
+    rank: int = field(default=4, metadata={"help": "of every product"})
+    alpha: float | None = field(default=None, metadata={"help": "scale; none takes 2 rank"})
+    target_modules: str | list[str] | None = field(
+        default=None, metadata={"help": "layer names or a pattern; none takes the recipe's"}
+    )
+
+    def __post_init__(self) -> None:
+        check_number("rank", self.rank, least=1, open_below=False, whole=True)
+        if self.alpha is not None:
+            check_number("alpha", self.alpha)
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """What to learn from, and how it is put before the backbone."""
+
+    benchmark: str = field(default="folder", metadata={"help": "crossfit, vtab, shakespeare, folder or digits"})
+    split: str | None = field(default=None, metadata={"help": "of the benchmark; none takes its first"})
+    root: str | None = field(default=None, metadata={"help": "where the data lies"})
+    max_length: int = field(default=128, metadata={"help": "longest text in tokens; longer ones are cut and counted"})
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "further ones of the loader"})
+
+    def __post_init__(self) -> None:
+        check_choice("benchmark", self.benchmark, ["crossfit", "vtab", "shakespeare", "folder", "digits"])
+        check_number("max_length", self.max_length, least=2, open_below=False, whole=True)
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where the prior goes, and how it was made."""
+
+    folder: str = field(default="prior", metadata={"help": "of the prior"})
+    seed: int = field(default=0, metadata={"help": "of everything random"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; none takes cuda where there is one"})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    backbone: BackboneConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    sampler: LiFTSettings = field(default_factory=LiFTSettings)
+    adapt: AdaptSettings = field(default_factory=AdaptSettings)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+def read_config(path: Path) -> RunConfig:
+    """A run from a TOML file.
+
+    Raises:
+        ValueError: not TOML (with the line), an unknown key (with the nearest known one), a value of another type or
+            out of range; the message begins with the file and the key.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    return from_dict(RunConfig, data, str(path))
+
+
+def from_dict(cls: type[C], data: Any, where: str) -> C:
+    """A dataclass from a mapping, nested ones from nested mappings; ``where`` begins the error messages."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: {data!r} given; expected a table.")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}."
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+    for key, f in known.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and key not in data:
+            raise ValueError(f"{where}: {key!r} is missing ({f.metadata.get('help', 'a table')}).")
+    values = {key: _value(hints[key], value, f"{where}: {key}") for key, value in data.items()}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type[Any], hint), value, where)
+    if not _fits(hint, value):
+        raise ValueError(f"{where} = {value!r}: expected {_named(hint)}.")
+    return float(value) if hint is float else value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return isinstance(value, str)  # which one is checked by the dataclass, with the nearest choice
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(one, value) for one in get_args(hint))
+    if origin is list:
+        return isinstance(value, list) and all(_fits(get_args(hint)[0], one) for one in value)
+    if origin is dict or hint is Any:
+        return isinstance(value, dict) or hint is Any
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _named(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, get_args(hint)))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_named(one) for one in get_args(hint) if one is not type(None))
+    if origin is list:
+        return f"a list, each {_named(get_args(hint)[0])}"
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "a table"}
+    return names.get(hint, str(hint))
+
+
+def reference(cls: type[Any] = RunConfig) -> str:
+    """Every key with its default and its meaning, as a TOML file."""
+    lines = []
+    for f in fields(cls):
+        hint = typing.get_type_hints(cls)[f.name]
+        if dataclasses.is_dataclass(hint):
+            lines += [f"\n[{f.name}]", reference(typing.cast(type[Any], hint))]
+            continue
+        missing = f.default is dataclasses.MISSING
+        default = f.default_factory() if missing and f.default_factory is not dataclasses.MISSING else f.default
+        shown = "none" if default is None else "required" if default is dataclasses.MISSING else json.dumps(default)
+        lines.append(f"# {f.name} = {shown}".ljust(44) + f"# {f.metadata.get('help', '')}")
+    return "\n".join(lines).lstrip("\n")
