@@ -24,6 +24,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.options import check_choice, check_number
+from pyro_lift.progress import chain_bar
 
 if TYPE_CHECKING:
     import peft
@@ -177,14 +178,17 @@ class LiFT:
         program = self.program(tasks)
         kernel = self.kernel(program)
         make = partial(_ChainSummary, tuple(components), s.covariance, self.adapter)
-        mcmc = StreamingMCMC(
-            kernel,
-            num_samples=s.samples,
-            warmup_steps=s.sgd_steps + s.burn_in,
-            statistics=StatsOfDict(default=make),
-            disable_progbar=not progress,
-        )
-        mcmc.run()
+        warmup_steps = s.sgd_steps + s.burn_in
+        with chain_bar(warmup_steps + s.samples, "meta-train", progress) as hook:
+            mcmc = StreamingMCMC(
+                kernel,
+                num_samples=s.samples,
+                warmup_steps=warmup_steps,
+                statistics=StatsOfDict(default=make),
+                disable_progbar=True,
+                hook_fn=hook,
+            )
+            mcmc.run()
         summary = mcmc._statistics.stats[(0, "phi")]
         moments = {k: v for k, v in kernel.state.second_moment.items() if k == "theta"}
         return [
@@ -327,13 +331,10 @@ class LiFTPrior:
             thinning=thinning,
             init_strategy=init_to_value(values={"theta": start.theta}, fallback=init_to_mean),
         )
-        mcmc = MCMC(
-            kernel,
-            num_samples=a.draws,
-            warmup_steps=a.steps - thinning * a.draws,
-            disable_progbar=not progress,
-        )
-        mcmc.run()
+        warmup_steps = a.steps - thinning * a.draws
+        with chain_bar(warmup_steps + a.draws, f"adapt to {task.name}", progress) as hook:
+            mcmc = MCMC(kernel, num_samples=a.draws, warmup_steps=warmup_steps, disable_progbar=True, hook_fn=hook)
+            mcmc.run()
         draws = mcmc.get_samples()
         return TaskPosterior(self.adapter, task, draws["theta"], draws.get("head"), start.component, mcmc)
 

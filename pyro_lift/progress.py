@@ -1,0 +1,38 @@
+"""The bar of a chain: loss, step size, time left. Pyro's own bar shows no time left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+__all__ = ["chain_bar"]
+
+
+@contextmanager
+def chain_bar(total: int, description: str, show: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, moved by the hook it gives; hidden, as Pyro's, under CI and xdist.
+
+    Args:
+        total: transitions of the chain, warm-up included.
+        description: before the bar.
+        show: whether there is a bar at all.
+
+    Yields:
+        A ``hook_fn`` for Pyro's MCMC.
+    """
+    hidden = not show or "CI" in os.environ or "PYTEST_XDIST_WORKER" in os.environ
+    with tqdm(total=total, desc=description, disable=hidden, dynamic_ncols=True) as bar:
+
+        def hook(kernel: Any, samples: Any, stage: str, i: int) -> None:
+            del samples, stage, i
+            log = kernel.logging()
+            if "loglik" in log:  # what is known everywhere as a loss
+                log = {"loss": f"{-float(log.pop('loglik')):.3e}", **log}
+            bar.set_postfix(log, refresh=False)
+            bar.update()
+
+        yield hook
