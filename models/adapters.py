@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -109,6 +110,10 @@ class RandomAdapter(PyroModule):
         """The adapter's tensors by name, as views of ``theta``: ``[D]``, or with leading dimensions."""
         return dict(zip([entry.name for entry in self.layout], self._tensors(theta), strict=True))
 
+    def bound(self, theta: Tensor) -> AbstractContextManager[None]:
+        """A context in which ``backbone`` itself has the adapter weights ``theta`` ``[D]``."""
+        return bound(self._slots, self._tensors(theta))
+
     def _tensors(self, theta: Tensor) -> list[Tensor]:
         # One split: its backward is one concatenation, where a slice a tensor would add up as many vectors of length D.
         parts = theta.split(self._sizes, -1)
@@ -152,7 +157,7 @@ class RandomAdapter(PyroModule):
         return self._block(self._tensors(theta), inputs, named)
 
     def _call(self, theta: Tensor, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-        with bound(self._slots, self._tensors(theta)):
+        with self.bound(theta):
             return self._read(inputs, named)
 
     def _read(self, inputs: Sequence[Any], named: Mapping[str, Any], block: bool = False) -> Tensor:

@@ -235,10 +235,11 @@ def next_tokens(input_ids: Tensor, attention_mask: Tensor, prompt: Tensor | None
 
 
 def readout_for(named: Mapping[str, Tensor], readout: Readout | None = None) -> Readout | None:
-    """The readout given, or label matching where there are label texts among the inputs, or none."""
-    if readout is None and ("label_input_ids" in named or "option_input_ids" in named):
-        return LabelMatching()
-    return readout
+    """The readout given, or label matching where there are label texts among the inputs; never that without texts."""
+    has_texts = "label_input_ids" in named or "option_input_ids" in named
+    if readout is None:
+        return LabelMatching() if has_texts else None
+    return None if isinstance(readout, LabelMatching) and not has_texts else readout
 
 
 def read(output: Any, mask: Tensor | None = None) -> Tensor:

@@ -24,6 +24,47 @@ def _root() -> None:
     """Learn a prior over LoRA adapters from many tasks, and adapt to new ones by Bayesian inference."""
 
 
+@app.command()
+def train(config: Annotated[Path, typer.Argument(help="TOML file: backbone, adapter, tasks, sampler, output")]) -> None:
+    """Learn a prior from the tasks of a TOML file, and write its folder."""
+    from pyro_lift import commands
+
+    commands.train(config)
+
+
+@app.command()
+def adapt(
+    prior: Annotated[Path, typer.Argument(help="folder that `train` wrote")],
+    task: Annotated[Path, typer.Option("--task", help="folder with train.* and perhaps test.*")],
+    out: Annotated[Path, typer.Option("--out", help="folder for the draws and the PEFT adapter")] = Path("adapted"),
+    seed: Annotated[int, typer.Option(help="of the chain")] = 0,
+) -> None:
+    """Adapt a prior to one new task."""
+    from pyro_lift import commands
+
+    commands.adapt(prior, task, out, seed=seed)
+
+
+@app.command()
+def predict(
+    adapted: Annotated[Path, typer.Argument(help="folder that `adapt` wrote")],
+    task: Annotated[Path | None, typer.Option("--task", help="folder with the rows; else the adapted one")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="JSONL file; by default in ADAPTED")] = None,
+) -> None:
+    """Predict a task's test rows, averaged over the draws."""
+    from pyro_lift import commands
+
+    commands.predict(adapted, task, out)
+
+
+@app.command()
+def keys() -> None:
+    """Print every key of a TOML file, its default and its meaning."""
+    from pyro_lift.config import reference
+
+    print(reference())
+
+
 def main() -> None:
     """Entry point: what a user did wrong is one line on stderr and exit code 2, not a traceback."""
     from pyro_lift.inference.sgld import DivergedError

@@ -1,0 +1,137 @@
+"""The command line from files: train, adapt, predict, export; and what wrong files are answered with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_backbones import FAMILIES, D
+from typer.testing import CliRunner
+
+from pyro_lift import Task, commands
+from pyro_lift.cli import app
+from pyro_lift.models.backbones import load_backbone
+
+KINDS = {"bart": "seq2seq", "t5": "seq2seq", "gpt2": "causal", "bert": "encoder", "vit": "vision"}
+
+TOML = """
+[backbone]
+name = "{model}"
+kind = "{kind}"
+[adapter]
+rank = 2
+[tasks]
+benchmark = "folder"
+root = "{tasks}"
+[sampler]
+sgd_steps = 3
+burn_in = 3
+samples = 6
+batch_size = 4
+{extra}
+[adapt]
+steps = 4
+draws = 2
+[output]
+folder = "{out}"
+device = "cpu"
+"""
+
+
+def write_task(task: Task, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for part in ("train", "test"):
+        tensors = {**task.train.named, "labels": task.train.target}
+        metadata = {"kind": task.kind}
+        save_file({k: x.contiguous().clone() for k, x in tensors.items()}, folder / f"{part}.safetensors", metadata)
+
+
+def prepare(family: str, root: Path) -> Path:
+    """A backbone, two training tasks, a new task and a run's file in a folder."""
+    one = FAMILIES[family]
+    one.make().save_pretrained(root / "model")  # type: ignore[operator]
+    for name in ("tasks/a", "tasks/b", "new"):
+        write_task(one.task(name), root / name)
+    extra = "" if one.head_scale is None else f"head_scale = {one.head_scale}"
+    text = TOML.format(model=root / "model", kind=KINDS[family], tasks=root / "tasks", out=root / "prior", extra=extra)
+    (root / "run.toml").write_text(text)
+    return root / "run.toml"
+
+
+@pytest.mark.parametrize("family", sorted(KINDS))
+def test_train_adapt_predict_and_export_from_files(family: str, tmp_path: Path) -> None:
+    runner = CliRunner()
+    config = prepare(family, tmp_path)
+    for arguments in (
+        ["train", str(config)],
+        ["adapt", str(tmp_path / "prior"), "--task", str(tmp_path / "new"), "--out", str(tmp_path / "adapted")],
+        ["predict", str(tmp_path / "adapted")],
+    ):
+        result = runner.invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (tmp_path / "adapted" / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 8
+    if KINDS[family] in ("encoder", "vision"):
+        assert all(sum(line["probabilities"]) == pytest.approx(1.0, abs=1e-5) for line in lines)
+        record = json.loads((tmp_path / "adapted" / "adapt.json").read_text())
+        right = [line["label"] == i % 3 for i, line in enumerate(lines)]
+        assert record["accuracy"] == pytest.approx(sum(right) / 8)
+
+    backbone = load_backbone(tmp_path / "model", KINDS[family])  # type: ignore[arg-type]
+    loaded = peft.PeftModel.from_pretrained(backbone, tmp_path / "adapted" / "adapter").eval()
+    draws = commands._read_draws(tmp_path / "adapted", adapter := commands.adapter_of(commands.read_config(config)))
+    mean = draws[0].mean(0)
+    named = {k: x for k, x in FAMILIES[family].task("t").train.named.items() if not k.startswith("label_")}
+    with torch.no_grad(), adapter.bound(mean):
+        ours, theirs = adapter.backbone(**named), loaded(**named)
+    for name in ("logits", "last_hidden_state"):
+        if hasattr(ours, name):
+            torch.testing.assert_close(getattr(theirs, name), getattr(ours, name))
+
+
+def test_the_prior_read_back_is_the_prior_written(tmp_path: Path) -> None:
+    config = prepare("bert", tmp_path)
+    prior = commands.train(config, progress=False)
+    read = commands._read_prior(tmp_path / "prior", commands.read_config(config), prior.adapter)
+    x = torch.randn(prior.adapter.dim)
+    torch.testing.assert_close(read.mixture.get().log_prob(x), prior.mixture.get().log_prob(x))
+    torch.testing.assert_close(read.second_moment["theta"], prior.second_moment["theta"])
+    task = FAMILIES["bert"].task("new")
+    torch.testing.assert_close(read.adapt(task, seed=1).thetas, prior.adapt(task, seed=1).thetas)
+
+
+def test_wrong_folders_are_named(tmp_path: Path) -> None:
+    config = prepare("bert", tmp_path)
+    with pytest.raises(ValueError, match=r"no prior\.safetensors here\. Give the folder that `pyro-lift train` wrote"):
+        commands.adapt(tmp_path, tmp_path / "new", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"no adapt\.json here"):
+        commands.predict(tmp_path)
+    run, adapter = commands.read_config(config), commands.adapter_of(commands.read_config(config))
+    with pytest.raises(ValueError, match="no such folder"):
+        commands.task_of(run, adapter, tmp_path / "nowhere")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "train.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"train\.safetensors: not a safetensors file"):
+        commands.task_of(run, adapter, bad)
+    save_file({"x": torch.zeros(2, D)}, bad / "train.safetensors")
+    with pytest.raises(ValueError, match=r"train\.safetensors: no tensor 'labels' among x"):
+        commands.task_of(run, adapter, bad)
+
+
+def test_a_prior_of_another_adapter_is_refused(tmp_path: Path) -> None:
+    config = prepare("bert", tmp_path)
+    commands.train(config, progress=False)
+    saved = tmp_path / "prior" / "run.toml"
+    saved.write_text(saved.read_text().replace("rank = 2", "rank = 3"))
+    with pytest.raises(ValueError, match=r"other initial weights; was run\.toml edited"):
+        commands.adapt(tmp_path / "prior", tmp_path / "new", tmp_path / "out", progress=False)
+
+
+def test_the_keys_are_printed() -> None:
+    result = CliRunner().invoke(app, ["keys"])
+    assert result.exit_code == 0 and "[sampler]" in result.output
