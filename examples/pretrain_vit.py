@@ -141,6 +141,7 @@ def train(learner: Learner, pictures: list[Tensor], *, minutes: float, batch: in
 
 def write(learner: Learner, record: dict[str, Any], folder: Path) -> None:
     """Weights in half precision, how pictures are prepared, and a record of the run."""
+    learner.vit.embeddings.mask_token = None  # of use in this training alone
     learner.vit.half().save_pretrained(folder)
     preparation = {
         "image_processor_type": "ViTImageProcessor",

@@ -70,7 +70,7 @@ def load_backbone(
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
     gradient_checkpointing: bool = False,
-    compile: bool = False,
+    compile: bool | str = False,
     **options: Any,
 ) -> nn.Module:
     """A pre-trained backbone, ready for :func:`adapt_backbone`.
@@ -83,7 +83,7 @@ def load_backbone(
             encoder), ``"vision"`` (a ViT of transformers, without a head) or ``"timm"``.
         dtype: of the frozen weights and their products.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
-        compile: whether ``torch.compile`` compiles the backbone's forward pass at its first call.
+        compile: whether ``torch.compile`` compiles the backbone's forward pass at its first call; or its backend.
         options: of the library's own loader.
 
     Raises:
@@ -100,7 +100,7 @@ def load_backbone(
     if gradient_checkpointing:
         checkpoint_layers(model)
     if compile:
-        model.compile()
+        model.compile(backend=compile if isinstance(compile, str) else "inductor")
     return model
 
 

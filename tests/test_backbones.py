@@ -288,6 +288,27 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_does_compute_again(
     assert calls == [1, 2]
 
 
+# torch looks at .grad of every tensor that it traces; ours are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_backbone_gives_the_same_output_and_gradient_at_every_theta(tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path)  # type: ignore[operator]
+    task = matching_task("t")
+    values, grads = [], []
+    for backend in (False, "eager"):  # all of torch.compile but the code generator, which takes a minute
+        loaded = load_backbone(tmp_path, "encoder", compile=backend)
+        torch.manual_seed(1)
+        adapter = adapt_backbone(loaded, recipe(loaded, rank=2))
+        for shift in (0.1, 0.2):
+            theta = (adapter.initial + shift).requires_grad_()
+            values.append(outputs(adapter, task.train, theta, None))
+            grads += torch.autograd.grad(log_likelihood("matching", values[-1], task.train.target).sum(), theta)
+        pair = torch.stack([adapter.initial + 0.1, adapter.initial + 0.2])
+        values.append(adapter(theta=pair, **{k: torch.stack([x, x]) for k, x in task.train.named.items()}))
+    for plain, compiled in zip(values[:3], values[3:], strict=True):
+        torch.testing.assert_close(compiled, plain, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(grads[2:], grads[:2], atol=2e-5, rtol=1e-4)
+
+
 def test_unknown_kinds_and_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'seq2seq'"):
         load_backbone("x", "seq2sec")  # type: ignore[arg-type]
