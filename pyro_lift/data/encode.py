@@ -1,0 +1,256 @@
+"""From strings and pictures to the tensors of one backbone: encoders, one a way of learning.
+
+An encoder is made once for a backbone and called with each task. Text that is longer than the limit is cut; how many
+texts were, stands in ``notes`` and so in the summary of a collection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from pyro_lift.data.task import Images, ImageTask, Rows, Task, TextRow, TextTask
+from pyro_lift.models.likelihoods import IGNORED, next_tokens, shift_right
+from pyro_lift.options import check_number
+
+__all__ = ["LabelMatching", "NextToken", "Pictures", "TextToText", "check_tokenizer"]
+
+
+def check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
+    """Refuse a tokenizer that can give numbers beyond a backbone's embeddings, or that cannot pad.
+
+    Raises:
+        ValueError: both sizes, in the message.
+    """
+    if len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"the tokenizer does not fit the model: it has {len(tokenizer)} tokens, the model {vocabulary} embeddings. "
+            "Load both from the same folder or name."
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token (tokenizer.eos_token will do).")
+
+
+class _TextEncoder:
+    """What the encoders of text share: the tokenizer, the limit, and the count of what was cut."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        check_number("max_length", max_length, least=2, open_below=False, whole=True)
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.cut: dict[str, int] = {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How many texts were cut, by task."""
+        if not self.cut:
+            return ()
+        total = sum(self.cut.values())
+        worst = sorted(self.cut.items(), key=lambda item: -item[1])[:3]
+        named = ", ".join(f"{name} {count}" for name, count in worst)
+        return (f"{total} texts longer than {self.max_length} tokens were cut (most: {named})",)
+
+    def tokens(self, texts: Sequence[str], task: str) -> list[list[int]]:
+        """Token numbers of texts, special tokens included, cut to the limit."""
+        encoded: list[list[int]] = self.tokenizer(list(texts), verbose=False)["input_ids"]
+        long = [i for i, ids in enumerate(encoded) if len(ids) > self.max_length]
+        if long:
+            self.cut[task] = self.cut.get(task, 0) + len(long)
+            again = self.tokenizer([texts[i] for i in long], truncation=True, max_length=self.max_length)["input_ids"]
+            for i, ids in zip(long, again, strict=True):
+                encoded[i] = ids
+        return encoded
+
+    def padded(self, encoded: Sequence[Sequence[int]], value: int | None = None) -> tuple[Tensor, Tensor]:
+        """``[n, L]`` numbers padded on the right, and their mask."""
+        return _padded(encoded, self.tokenizer.pad_token_id if value is None else value)
+
+    def inputs(self, texts: Sequence[str], task: str, prefix: str = "") -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` of texts."""
+        ids, mask = self.padded(self.tokens(texts, task))
+        return {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
+
+
+def _padded(encoded: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    length = max(1, *map(len, encoded))
+    ids = torch.full((len(encoded), length), value, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, one in enumerate(encoded):
+        ids[row, : len(one)] = torch.tensor(one, dtype=torch.long)
+        mask[row, : len(one)] = 1
+    return ids, mask
+
+
+def _task(task: TextTask, parts: Mapping[str, Rows], kind: Any, **options: Any) -> Task:
+    return Task(
+        task.name, parts["train"], kind, test=parts.get("test"), dev=parts.get("dev"), metric=task.metric, **options
+    )
+
+
+class LabelMatching(_TextEncoder):
+    """Classification and multiple choice for one encoder, by similarity to label texts: no head.
+
+    Args:
+        tokenizer: of the backbone.
+        max_length: longest input in tokens.
+
+    Raises:
+        ValueError: when called with a task of another form.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int = 128) -> None:
+        super().__init__(tokenizer, max_length)
+
+    def __call__(self, task: TextTask) -> Task:
+        """The task as a ``matching`` one."""
+        if task.form not in ("classification", "multiple_choice"):
+            raise ValueError(f"task {task.name!r} is {task.form}: label matching needs labels or options to match.")
+        parts = {part: self._rows(task, rows) for part, rows in task.parts.items() if rows}
+        if task.form == "classification":
+            texts = self.inputs(task.labels, task.name)
+            return _task(task, parts, "matching", labels=task.labels, label_texts=texts)
+        most = max(rows.inputs["option_input_ids"].shape[1] for rows in parts.values())
+        return _task(task, {part: _with_options(rows, most) for part, rows in parts.items()}, "matching")
+
+    def _rows(self, task: TextTask, rows: Sequence[TextRow]) -> Rows:
+        inputs = self.inputs([row.input for row in rows], task.name)
+        if task.form == "classification":
+            return Rows(inputs, torch.tensor([task.labels.index(row.outputs[0]) for row in rows]))
+        most = max(len(row.options) for row in rows)
+        ids, mask = self.padded(self.tokens([option for row in rows for option in row.options], task.name))
+        all_ids = torch.full((len(rows), most, ids.shape[-1]), self.tokenizer.pad_token_id)
+        all_mask = torch.zeros_like(all_ids)
+        start = 0
+        for i, row in enumerate(rows):
+            stop = start + len(row.options)
+            all_ids[i, : len(row.options)], all_mask[i, : len(row.options)] = ids[start:stop], mask[start:stop]
+            start = stop
+        target = torch.tensor([row.options.index(row.outputs[0]) for row in rows])
+        return Rows({**inputs, "option_input_ids": all_ids, "option_attention_mask": all_mask}, target)
+
+
+def _with_options(rows: Rows, count: int) -> Rows:
+    """Absent options, with a mask of zeros, up to a common number."""
+    missing = count - rows.inputs["option_input_ids"].shape[1]
+    inputs = {
+        name: torch.nn.functional.pad(x, (0, 0, 0, missing)) if name.startswith("option_") else x
+        for name, x in rows.inputs.items()
+    }
+    return Rows(inputs, rows.target)
+
+
+class TextToText(_TextEncoder):
+    """Any text task for an encoder-decoder, by teacher forcing; also the next line given the previous ones.
+
+    Inputs of a text-to-text task begin with ``[name]``, as CrossFit's. Empty context becomes the mask token.
+
+    Args:
+        tokenizer: of the backbone.
+        start_token: what the decoder begins with (``config.decoder_start_token_id``).
+        max_length: longest input, and longest output, in tokens.
+    """
+
+    def __init__(self, tokenizer: Any, start_token: int, max_length: int = 128) -> None:
+        super().__init__(tokenizer, max_length)
+        self.start_token = start_token
+
+    def __call__(self, task: TextTask) -> Task:
+        """The task as a ``tokens`` one."""
+        parts = {part: self._rows(task, rows) for part, rows in task.parts.items() if rows}
+        return _task(task, parts, "tokens")
+
+    def _rows(self, task: TextTask, rows: Sequence[TextRow]) -> Rows:
+        prefix = "" if task.form == "next_token" else f"[{task.name}] "
+        empty = self.tokenizer.mask_token or ""
+        texts = [prefix + row.input if row.input.strip() else empty for row in rows]
+        target, _ = self.padded(self.tokens([row.outputs[0] for row in rows], task.name), IGNORED)
+        inputs = self.inputs(texts, task.name)
+        return Rows({**inputs, "decoder_input_ids": shift_right(target, self.start_token)}, target)
+
+
+class NextToken(_TextEncoder):
+    """Any text task for a causal model: the input is given, the output and an end token are predicted.
+
+    Args:
+        tokenizer: of the backbone.
+        max_length: longest input with its output, in tokens; the beginning of a longer input is cut.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int = 128) -> None:
+        super().__init__(tokenizer, max_length)
+
+    def __call__(self, task: TextTask) -> Task:
+        """The task as a ``tokens`` one."""
+        parts = {part: self._rows(task, rows) for part, rows in task.parts.items() if rows}
+        return _task(task, parts, "tokens")
+
+    def _rows(self, task: TextTask, rows: Sequence[TextRow]) -> Rows:
+        both, prompts, cut = [], [], 0
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        for row in rows:
+            given = self.tokenizer(row.input, add_special_tokens=False, verbose=False)["input_ids"]
+            said = self.tokenizer(" " + row.outputs[0], add_special_tokens=False, verbose=False)["input_ids"] + end
+            given = given or end or said[:1]
+            said = said[: self.max_length - 1]
+            room = self.max_length - len(said)
+            cut += len(given) > room
+            prompts.append(min(len(given), room))
+            both.append(given[-room:] + said)
+        if cut:
+            self.cut[task.name] = self.cut.get(task.name, 0) + cut
+        ids, mask = self.padded(both)
+        return Rows({"input_ids": ids, "attention_mask": mask}, next_tokens(ids, mask, torch.tensor(prompts)))
+
+
+class Pictures:
+    """Pictures as a vision backbone wants them: resized to its square without cropping, scaled, normalised.
+
+    Args:
+        size: side in pixels.
+        mean: of each channel, of values in [0, 1]; their number is the backbone's number of channels.
+        sd: of each channel.
+        keyword: of the backbone's input: ``"pixel_values"`` for transformers, ``""`` (by position) for timm.
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, size: int, mean: Sequence[float], sd: Sequence[float], keyword: str = "pixel_values") -> None:
+        check_number("size", size, least=1, open_below=False, whole=True)
+        self.size, self.keyword = size, keyword
+        self.mean, self.sd = (torch.tensor(x).view(-1, 1, 1) for x in (mean, sd))
+
+    def __call__(self, task: ImageTask) -> Task:
+        """The task as a ``classification``."""
+        parts = {part: self._rows(images) for part, images in task.parts.items()}
+        return Task(
+            task.name, parts["train"], "classification", len(task.labels), parts.get("test"), dev=parts.get("dev"),
+            metric=task.metric, labels=task.labels,
+        )  # fmt: skip
+
+    def _rows(self, images: Images) -> Rows:
+        pictures = images.pictures if isinstance(images.pictures, Tensor) else _read(images.pictures, self.size)
+        x = pictures.permute(0, 3, 1, 2).float()
+        if x.shape[-2:] != (self.size, self.size):
+            x = interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
+        channels = len(self.mean)
+        if x.shape[1] != channels:
+            x = x.expand(-1, channels, -1, -1) if x.shape[1] == 1 else x.mean(1, keepdim=True)
+        return Rows({self.keyword: ((x / 255.0 - self.mean) / self.sd).contiguous()}, images.target)
+
+
+def _read(paths: Sequence[Any], size: int) -> Tensor:
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    pictures = []
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                small = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+                pictures.append(torch.from_numpy(np.array(small)))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{path}: not a picture that can be read ({error}).") from error
+    return torch.stack(pictures)

@@ -1,0 +1,117 @@
+"""Encoders: what strings and pictures become, read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyro_lift.data.encode import LabelMatching, NextToken, Pictures, TextToText, check_tokenizer
+from pyro_lift.data.task import Images, ImageTask, TextRow, TextTask
+from pyro_lift.models.likelihoods import IGNORED
+
+WORDS = ["<pad>", "<s>", "</s>", "<mask>", "<unk>", "a", "b", "c", "d", "yes", "no", "[", "]", "t"]
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", **special)
+
+
+def test_classification_is_matched_to_its_label_strings(tokenizer: Any) -> None:
+    rows = (TextRow("a b", ("no",)), TextRow("c", ("yes",)))
+    encode = LabelMatching(tokenizer)
+    task = encode(TextTask("t", rows, test=rows[:1], form="classification", metric="ACC", labels=("yes", "no")))
+    assert (task.kind, task.labels, task.metric) == ("matching", ("yes", "no"), "ACC")
+    assert task.train.inputs["input_ids"].tolist() == [[1, 5, 6, 2], [1, 7, 2, 0]]
+    assert task.train.inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert task.train.target.tolist() == [1, 0]
+    assert task.label_texts is not None and task.label_texts["input_ids"].tolist() == [[1, 9, 2], [1, 10, 2]]
+    assert task.test is not None and len(task.test) == 1 and encode.notes == ()
+
+
+def test_every_row_has_its_own_options_and_absent_ones_have_no_mask(tokenizer: Any) -> None:
+    train = (TextRow("a", ("b",), ("a", "b", "c d")), TextRow("b", ("c",), ("c", "d")))
+    test = (TextRow("a", ("a",), ("a", "b", "c", "d")),)
+    task = LabelMatching(tokenizer)(TextTask("t", train, test=test, form="multiple_choice", metric="ACC"))
+    assert task.num_classes == 4 and task.test is not None
+    assert task.train.inputs["option_attention_mask"].any(-1).tolist() == [
+        [True] * 3 + [False],
+        [True] * 2 + [False] * 2,
+    ]
+    assert task.train.inputs["option_input_ids"][0, 2].tolist() == [1, 7, 8, 2]
+    assert (task.train.target.tolist(), task.test.target.tolist()) == ([1, 0], [0])
+
+
+def test_text_to_text_has_the_tasks_name_in_front_and_decodes_from_the_start_token(tokenizer: Any) -> None:
+    rows = (TextRow("a", ("b c",)), TextRow("b", ("d", "a")))
+    task = TextToText(tokenizer, start_token=2)(TextTask("t", rows))
+    assert tokenizer.decode(task.train.inputs["input_ids"][0]) == "<s> [ t ] a </s>"
+    assert task.train.target.tolist() == [[1, 6, 7, 2], [1, 8, 2, IGNORED]]
+    assert task.train.inputs["decoder_input_ids"].tolist() == [[2, 1, 6, 7], [2, 1, 8, 2]]
+
+
+def test_context_without_a_line_becomes_a_mask(tokenizer: Any) -> None:
+    rows = (TextRow("", ("b",)), TextRow("a", ("b",)))
+    task = TextToText(tokenizer, start_token=2)(TextTask("t", rows, form="next_token", metric="Perplexity"))
+    assert task.train.inputs["input_ids"].tolist() == [[1, 3, 2], [1, 5, 2]]
+
+
+def test_a_causal_model_predicts_the_output_and_the_end_alone(tokenizer: Any) -> None:
+    task = NextToken(tokenizer)(TextTask("t", (TextRow("a b", ("c d",)), TextRow("a", ("b",)))))
+    assert task.train.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 2], [5, 6, 2, 0, 0]]
+    x = IGNORED
+    assert task.train.target.tolist() == [[x, 7, 8, 2, x], [6, 2, x, x, x]]
+
+
+def test_a_long_input_of_a_causal_model_loses_its_beginning_never_its_output(tokenizer: Any) -> None:
+    encode = NextToken(tokenizer, max_length=4)
+    task = encode(TextTask("t", (TextRow("a b c d", ("b c",)),)))
+    assert task.train.inputs["input_ids"].tolist() == [[8, 6, 7, 2]]
+    assert task.train.target.tolist() == [[6, 7, 2, IGNORED]]
+    assert encode.notes == ("1 texts longer than 4 tokens were cut (most: t 1)",)
+
+
+def test_long_texts_are_cut_counted_and_reported(tokenizer: Any) -> None:
+    encode = LabelMatching(tokenizer, max_length=4)
+    rows = (TextRow("a b c d", ("no",)), TextRow("a", ("no",)))
+    task = encode(TextTask("t", rows, form="classification", metric="ACC", labels=("yes", "no")))
+    assert task.train.inputs["input_ids"].tolist() == [[1, 5, 6, 2], [1, 5, 2, 0]]
+    assert encode.notes == ("1 texts longer than 4 tokens were cut (most: t 1)",)
+
+
+def test_what_does_not_fit_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="task 't' is text_to_text: label matching needs"):
+        LabelMatching(tokenizer)(TextTask("t", (TextRow("a", ("b",)),)))
+    with pytest.raises(ValueError, match="does not fit the model: it has 14 tokens, the model 10 embeddings"):
+        check_tokenizer(tokenizer, 10)
+    check_tokenizer(tokenizer, 14)
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no padding token"):
+        check_tokenizer(tokenizer, 14)
+
+
+def test_pictures_are_resized_scaled_and_given_the_backbones_channels(tmp_path: Path) -> None:
+    from PIL import Image
+
+    gray = torch.full((2, 8, 8, 1), 255, dtype=torch.uint8)
+    encode = Pictures(4, [0.5] * 3, [0.5] * 3)
+    task = encode(ImageTask("p", Images(gray, torch.tensor([0, 1])), ("x", "y")))
+    torch.testing.assert_close(task.train.inputs["pixel_values"], torch.ones(2, 3, 4, 4))
+    assert task.num_classes == 2
+    Image.new("RGB", (9, 5), (255, 0, 0)).save(tmp_path / "red.png")
+    files = Images((tmp_path / "red.png",), torch.tensor([0]))
+    red = encode(ImageTask("p", files, ("x", "y"))).train.inputs["pixel_values"]
+    assert red.shape == (1, 3, 4, 4) and red[0, :, 0, 0].tolist() == [1.0, -1.0, -1.0]
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"bad\.png: not a picture"):
+        encode(ImageTask("p", Images((tmp_path / "bad.png",), torch.tensor([0])), ("x", "y")))
