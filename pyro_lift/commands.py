@@ -1,7 +1,7 @@
 """What ``pyro-lift train``, ``adapt`` and ``predict`` do: files in, files out.
 
-A task as a folder is what ``load_tasks("folder")`` reads, or tensors: ``train.safetensors`` (and ``dev``, ``test``)
-with the inputs by keyword of the backbone, and ``labels``.
+A task is a folder: of text, ``train.jsonl`` (and ``dev``, ``test``; :func:`read_text_task`), or of tensors,
+``train.safetensors`` (:func:`read_tensor_task`).
 """
 
 from __future__ import annotations
@@ -10,21 +10,35 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from pyro_lift import data
 from pyro_lift.config import RunConfig, read_config
+from pyro_lift.data import encode
 from pyro_lift.data.collection import TaskCollection
-from pyro_lift.data.task import Rows, Task
+from pyro_lift.data.records import Record, read_records, text_row
+from pyro_lift.data.task import Rows, Task, TextForm, TextTask
 from pyro_lift.inference.online_em import OnlineGaussianMixture
 from pyro_lift.lift import LiFT, LiFTPrior, TaskPosterior
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone, load_backbone, recipe
 from pyro_lift.models.likelihoods import LabelMatching
+from pyro_lift.options import check_choice
 
-__all__ = ["adapt", "adapter_of", "predict", "read_tensor_task", "tasks_of", "train"]
+__all__ = [
+    "adapt",
+    "adapter_of",
+    "encoder_of",
+    "predict",
+    "read_tensor_task",
+    "read_text_task",
+    "task_of",
+    "tasks_of",
+    "train",
+]
 
 log = logging.getLogger("pyro_lift")
 
@@ -155,7 +169,21 @@ def tasks_of(config: RunConfig, adapter: RandomAdapter) -> TaskCollection[Task]:
     root = Path(t.root or ".")
     if t.benchmark == "folder" and (tensors := sorted(root.glob("*/train.safetensors"))):
         return TaskCollection(f"tasks of {root}", tuple(read_tensor_task(path.parent) for path in tensors))
-    raise ValueError(f"{root}: no folder here with train.safetensors; see `pyro-lift train --help`.")
+    if t.benchmark == "folder" and (folders := sorted(path.parent for path in root.glob("*/train.jsonl*"))):
+        encoder = encoder_of(config)
+        tasks = tuple(encoder(read_text_task(folder)) for folder in folders)
+        return TaskCollection(f"tasks of {root}", tasks, notes=encoder.notes)
+    if t.benchmark == "folder" and not t.split:
+        raise ValueError(f"{root}: no folder here with train.jsonl or train.safetensors; a task is a folder with one.")
+    load: Any = getattr(data, "load_tasks", None)
+    if load is None:
+        raise ValueError(
+            f"benchmark={t.benchmark!r} cannot be loaded by this version; give folders (benchmark='folder')."
+        )
+    encoded: TaskCollection[Task] = load(t.benchmark, t.split, t.root, **t.options).encode(encoder_of(config))
+    if not encoded.train:
+        raise ValueError(f"{encoded.name}: no task to train on.\n{encoded.summary()}")
+    return encoded
 
 
 def task_of(config: RunConfig, adapter: RandomAdapter, folder: Path) -> Task:
@@ -164,7 +192,90 @@ def task_of(config: RunConfig, adapter: RandomAdapter, folder: Path) -> Task:
         raise ValueError(f"{folder}: no such folder. A task is a folder with train.* and, to be judged by, test.*.")
     if (folder / "train.safetensors").is_file():
         return read_tensor_task(folder)
-    raise ValueError(f"{folder}: no train.safetensors here.")
+    encoder = encoder_of(config)
+    task: Task = encoder(read_text_task(folder))
+    for note in encoder.notes:
+        print(f"note: {note}")
+    return task
+
+
+def encoder_of(config: RunConfig) -> Any:
+    """From a task of strings or pictures to the tensors of a run's backbone.
+
+    Raises:
+        ValueError: a tokenizer that does not fit the model.
+    """
+    b, longest = config.backbone, config.tasks.max_length
+    if b.kind == "vision":
+        from transformers import AutoConfig, AutoImageProcessor
+
+        prepared = AutoImageProcessor.from_pretrained(b.name, use_fast=False)
+        size = AutoConfig.from_pretrained(b.name).image_size
+        return encode.Pictures(size, prepared.image_mean, prepared.image_std)
+    if b.kind == "timm":
+        import timm
+
+        data = timm.data.resolve_data_config({}, model=load_backbone(b.name, "timm"))
+        return encode.Pictures(data["input_size"][-1], data["mean"], data["std"], keyword="")
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(b.name)
+    model = AutoConfig.from_pretrained(b.name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    encode.check_tokenizer(tokenizer, model.vocab_size)
+    if b.kind == "encoder":
+        return encode.LabelMatching(tokenizer, longest)
+    if b.kind == "causal":
+        return encode.NextToken(tokenizer, longest)
+    return encode.TextToText(tokenizer, model.decoder_start_token_id, longest)
+
+
+def read_text_task(folder: Path) -> TextTask:
+    """A task from ``train.jsonl`` (``dev``, ``test``; also ``.jsonl.gz``): ``input``, ``output``, perhaps ``options``.
+
+    ``task.json`` may say ``form``, ``labels`` and ``metric``. Without it, rows with options are multiple choice and
+    others text to text. A classification without ``labels`` takes the outputs of its training rows.
+
+    Raises:
+        ValueError: bad JSON, a missing field, an answer that is not among the labels, no row; with file and line.
+    """
+    about = _about(folder)
+    records = {part: list(_part_records(folder, part)) for part in PARTS}
+    if not records["train"]:
+        raise ValueError(f"{folder / 'train.jsonl'}: no rows. A task needs at least one example.")
+    first = text_row(records["train"][0])
+    form: Any = about.get("form") or ("multiple_choice" if first.options else "text_to_text")
+    check_choice(f"{folder / 'task.json'}: form", form, get_args(TextForm))
+    labels = tuple(about.get("labels", ()))
+    if form == "classification" and not labels:
+        labels = tuple(sorted({text_row(record).outputs[0] for record in records["train"]}))
+    rows = {part: tuple(text_row(record, form, labels) for record in found) for part, found in records.items()}
+    metric = about.get("metric", "EM" if form == "text_to_text" else "Perplexity" if form == "next_token" else "ACC")
+    return TextTask(folder.name, **rows, form=form, metric=metric, labels=labels)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    path = folder / "task.json"
+    if not path.is_file():
+        return {}
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    known = ("form", "labels", "metric")
+    if not isinstance(about, dict):
+        raise ValueError(f"{path}: a JSON {type(about).__name__}; expected an object with {', '.join(known)}.")
+    for key in about:
+        check_choice(f"{path}: key", key, known)
+    return about
+
+
+def _part_records(folder: Path, part: str) -> Iterator[Record]:
+    for end in (".jsonl", ".jsonl.gz"):
+        if (folder / f"{part}{end}").is_file():
+            return read_records(folder / f"{part}{end}")
+    return iter(())
 
 
 def read_tensor_task(folder: Path) -> Task:

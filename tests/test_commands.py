@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -135,3 +136,55 @@ def test_a_prior_of_another_adapter_is_refused(tmp_path: Path) -> None:
 def test_the_keys_are_printed() -> None:
     result = CliRunner().invoke(app, ["keys"])
     assert result.exit_code == 0 and "[sampler]" in result.output
+
+
+def write_text(folder: Path, about: str = "", **parts: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, text in parts.items():
+        (folder / f"{part}.jsonl").write_text(text)
+    if about:
+        (folder / "task.json").write_text(about)
+    return folder
+
+
+def test_text_folders_go_through_an_encoder_with_label_matching(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = prepare("bert", tmp_path)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "very", "dull", "yes", "no"]
+    (tmp_path / "model" / "vocab.txt").write_text("\n".join(words))
+    from transformers import BertTokenizer
+
+    BertTokenizer(vocab=str(tmp_path / "model" / "vocab.txt")).save_pretrained(tmp_path / "model")
+    rows = [{"input": "very good film", "output": "good"}, {"input": "dull film", "output": "bad"}]
+    lines = "\n".join(map(json.dumps, rows))
+    for name in ("text/a", "text/b", "text/new"):
+        write_text(tmp_path / name, '{"form": "classification"}', train=lines, test=lines)
+    config.write_text(config.read_text().replace(str(tmp_path / "tasks"), str(tmp_path / "text")))
+    text = config.read_text().replace("[tasks]", "[tasks]\nmax_length = 4")
+    config.write_text(text)
+    commands.train(config, progress=False)
+    assert "texts longer than 4 tokens were cut (most: a 2" in capsys.readouterr().out
+    posterior = commands.adapt(tmp_path / "prior", tmp_path / "text" / "new", tmp_path / "out", progress=False)
+    assert posterior.task.labels == ("bad", "good")
+    out = commands.predict(tmp_path / "out")
+    assert {json.loads(line)["label"] for line in out.read_text().splitlines()} <= {"bad", "good"}
+
+
+@pytest.mark.parametrize(
+    ("about", "train", "message"),
+    [
+        ("", '{"input": "a", "output": "b"}\n{"input": ', r"train\.jsonl:2: not JSON"),
+        ("", "", r"train\.jsonl: no rows"),
+        ('{"form": "clasification"}', '{"input": "a", "output": "b"}', r"did you mean 'classification'"),
+        ('{"frm": 1}', '{"input": "a", "output": "b"}', r"task\.json: key='frm' is not known; did you mean 'form'"),
+        (
+            '{"form": "classification", "labels": ["x", "y"]}',
+            '{"input": "a", "output": "x"}\n{"input": "a", "output": "z"}',
+            r"train\.jsonl:2: label 'z' is not one of 'x', 'y'",
+        ),
+    ],
+)
+def test_bad_text_is_answered_with_file_and_line(tmp_path: Path, about: str, train: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        commands.read_text_task(write_text(tmp_path / "t", about, train=train))
