@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -218,7 +219,10 @@ def adapt_backbone(backbone: nn.Module, peft_config: peft.PeftConfig | None = No
             f"{type(backbone).__name__} has no adapter. Pass peft_config=peft.LoraConfig(target_modules=...)."
         )
     check_peft(peft_config)
-    return RandomAdapter(get_peft_model(backbone, peft_config), **options)
+    with warnings.catch_warnings():  # PEFT asks transformers by an older name whether it checkpoints
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        adapted = get_peft_model(backbone, peft_config)
+    return RandomAdapter(adapted, **options)
 
 
 def load_timm(name: str, checkpoint: str | None = None, **options: Any) -> nn.Module:

@@ -22,8 +22,8 @@ def batch_of(task: Task, batch_size: int | None) -> int:
 
 
 def sample_head(name: str, task: Task, width: int, scale: float | None, like: Tensor) -> Tensor | None:
-    """The random linear head of one task, ``[C, width + 1]`` with the bias last; None for a shared head."""
-    if scale is None or task.num_classes is None:
+    """The random linear head of one task, ``[C, width + 1]`` with the bias last; None where it has none of its own."""
+    if scale is None or task.num_classes is None or task.kind == "matching":
         return None
     zero = torch.zeros(task.num_classes, width + 1, dtype=like.dtype, device=like.device)
     return torch.as_tensor(pyro.sample(name, dist.Normal(zero, scale).to_event(2)))
@@ -51,7 +51,11 @@ def observe(
 
 @torch.no_grad()
 def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float | None) -> int:
-    """Width of the network's output; refuses a shared head that is too narrow for a task's labels."""
+    """Width of the network's output; refuses a shared head that is too narrow for a task's labels.
+
+    Matching tasks have as many logits as texts to match, whatever the network.
+    """
+    tasks = [task for task in tasks if task.kind != "matching"] or tasks[:1]
     first = tasks[0].train.take(slice(0, 1))
     width = int(outputs(adapter, first, adapter.initial, None).shape[-1])
     if head_scale is None:

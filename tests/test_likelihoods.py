@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertModel
 
-from pyro_lift import RandomAdapter, Task
+from pyro_lift import LiFT, RandomAdapter, Task
 from pyro_lift.inference.predict import predict
 from pyro_lift.models.likelihoods import (
     IGNORED,
@@ -115,6 +115,16 @@ def test_minibatches_and_predictions_know_the_label_texts(adapter: RandomAdapter
     torch.testing.assert_close(whole, parts)
     assert whole.shape == (5, 3)
     torch.testing.assert_close(whole.sum(-1), torch.ones(5))
+
+
+@pytest.mark.parametrize("head_scale", [None, 1.0])
+def test_matching_tasks_with_unequal_numbers_of_labels_need_no_head(
+    adapter: RandomAdapter, head_scale: float | None
+) -> None:
+    tasks = [matching_task(5, 2), matching_task(6, 4)]
+    lift = LiFT(adapter, sgd_steps=2, burn_in=2, samples=4, head_scale=head_scale, seed=0)
+    posterior = lift.meta_train(tasks, progress=False).adapt(tasks[1], steps=4, draws=2)
+    assert posterior.predict(tasks[1].train).shape == (6, 4) and posterior.heads is None
 
 
 def test_every_adapter_weight_learns_from_matching(adapter: RandomAdapter) -> None:
