@@ -8,15 +8,17 @@ calibrates.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from pyro_lift.data.task import Rows
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.likelihoods import LossKind, probabilities
+from pyro_lift.models.likelihoods import LabelScoring, LossKind, probabilities
 from pyro_lift.models.observation import outputs
 
-__all__ = ["predict"]
+__all__ = ["label_probabilities", "predict"]
 
 
 @torch.no_grad()
@@ -50,4 +52,38 @@ def predict(
             total = one if total is None else total + one
         assert total is not None
         parts.append(total / len(thetas))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def label_probabilities(
+    adapter: RandomAdapter,
+    thetas: Tensor,
+    rows: Rows,
+    label_texts: Mapping[str, Tensor],
+    scoring: LabelScoring,
+    *,
+    batch_size: int = 64,
+) -> Tensor:
+    """Class probabilities ``[n, C]`` of a text-to-text model, averaged over S draws: each label string is scored.
+
+    Args:
+        adapter: an encoder-decoder as a function of theta, however it was trained.
+        thetas: draws ``[S, D]``.
+        rows: the encoder's inputs; targets and decoder inputs are not looked at.
+        label_texts: ``{"input_ids": [C, L], "attention_mask": [C, L]}``, as the decoder would write them.
+        scoring: how a string is scored.
+        batch_size: rows of one forward pass, which reads each of them C times.
+    """
+    if thetas.dim() != 2 or len(thetas) == 0:
+        raise ValueError(f"thetas has shape {tuple(thetas.shape)}; expected at least one draw, [S, {adapter.dim}].")
+    labels = {f"label_{name}": x.to(thetas.device) for name, x in label_texts.items()}
+    parts = []
+    for start in range(0, len(rows), batch_size):
+        named = rows.take(slice(start, start + batch_size)).named | labels
+        one = []
+        for theta in thetas:
+            with adapter.bound(theta):
+                one.append(torch.softmax(scoring(adapter.backbone, named), -1))
+        parts.append(torch.stack(one).mean(0))
     return torch.cat(parts)

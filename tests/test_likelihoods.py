@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertModel
 
 from pyro_lift import LiFT, RandomAdapter, Task
-from pyro_lift.inference.predict import predict
+from pyro_lift.inference.predict import label_probabilities, predict
 from pyro_lift.models.likelihoods import (
     IGNORED,
     LabelMatching,
@@ -167,6 +167,24 @@ def test_label_scores_are_the_models_own_losses(normalised: bool) -> None:
                 loss = model(**one, labels=labels["input_ids"][c : c + 1, :n]).loss  # transformers' mean over tokens
                 expected = -loss if normalised else -n * loss
                 torch.testing.assert_close(scores[i, c], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_class_probabilities_of_a_text_to_text_model_are_averaged_over_draws() -> None:
+    config = BartConfig(
+        vocab_size=30, d_model=D, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=16,
+    )  # fmt: skip
+    model = peft.get_peft_model(BartForConditionalGeneration(config), peft.LoraConfig(target_modules=["q_proj"]))
+    adapter, scoring = RandomAdapter(model), LabelScoring(config.decoder_start_token_id)
+    target = torch.randint(1, 30, (5, 3))
+    inputs = texts(5, 6) | {"decoder_input_ids": shift_right(target, config.decoder_start_token_id)}
+    task, labels = Task("t", (inputs, target), "tokens"), texts(2, 4)
+    thetas = adapter.initial + 0.5 * torch.randn(3, adapter.dim)
+    p = label_probabilities(adapter, thetas, task.train, labels, scoring, batch_size=2)
+    singles = [label_probabilities(adapter, theta[None], task.train, labels, scoring) for theta in thetas]
+    torch.testing.assert_close(p, torch.stack(singles).mean(0))
+    torch.testing.assert_close(p.sum(-1), torch.ones(5))
+    assert not torch.allclose(singles[0], singles[1])
 
 
 def test_shift_right_is_transformers_own() -> None:
