@@ -1,7 +1,7 @@
 """What ``pyro-lift train``, ``adapt`` and ``predict`` do: files in, files out.
 
-A task is a folder: of text, ``train.jsonl`` (and ``dev``, ``test``; :func:`read_text_task`), or of tensors,
-``train.safetensors`` (:func:`read_tensor_task`).
+A task is a folder, of text with ``train.jsonl`` (and ``dev``, ``test``; :func:`read_text_task`) or of tensors with
+``train.safetensors`` (:func:`read_tensor_task`), or an NPZ file of pictures (:func:`read_picture_task`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pyro_lift.config import RunConfig, read_config
 from pyro_lift.data import encode
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.records import Record, read_records, text_row
-from pyro_lift.data.task import Rows, Task, TextForm, TextTask
+from pyro_lift.data.task import Images, ImageTask, Rows, Task, TextForm, TextTask
 from pyro_lift.inference.online_em import OnlineGaussianMixture
 from pyro_lift.lift import LiFT, LiFTPrior, TaskPosterior
 from pyro_lift.models.adapters import RandomAdapter
@@ -33,6 +33,7 @@ __all__ = [
     "adapter_of",
     "encoder_of",
     "predict",
+    "read_picture_task",
     "read_tensor_task",
     "read_text_task",
     "task_of",
@@ -46,6 +47,7 @@ log = logging.getLogger("pyro_lift")
 CONFIG, PRIOR, DRAWS = "run.toml", "prior.safetensors", "draws.safetensors"
 RECORD, PREDICTIONS = "adapt.json", "predictions.jsonl"
 PARTS = ("train", "dev", "test")
+TASK_FILES = (".jsonl", ".jsonl.gz", ".safetensors")
 
 
 def train(path: Path, *, progress: bool = True) -> LiFTPrior:
@@ -57,7 +59,7 @@ def train(path: Path, *, progress: bool = True) -> LiFTPrior:
     config = read_config(path)
     folder = Path(config.output.folder)
     adapter = adapter_of(config)
-    tasks = tasks_of(config, adapter)
+    tasks = tasks_of(config)
     print(tasks.summary())
     print(f"{adapter.dim} adapter weights on {config.backbone.name}")
     device, seed = _device(config.output.device), config.output.seed
@@ -79,7 +81,7 @@ def adapt(prior_folder: Path, task_folder: Path, out: Path, *, seed: int = 0, pr
     adapter = adapter_of(config)
     adapter.to(_device(config.output.device))
     prior = _read_prior(prior_folder, config, adapter)
-    task = task_of(config, adapter, task_folder)
+    task = task_of(config, task_folder)
     posterior = prior.adapt(task, seed=seed, progress=progress)
     _write_draws(posterior, out)
     record: dict[str, Any] = {
@@ -112,7 +114,7 @@ def predict(folder: Path, task_folder: Path | None = None, out: Path | None = No
     config = _config_of(Path(record["prior"]))
     adapter = adapter_of(config)
     adapter.to(_device(config.output.device))
-    task = task_of(config, adapter, task_folder or Path(record["task_folder"]))
+    task = task_of(config, task_folder or Path(record["task_folder"]))
     thetas, heads = _read_draws(folder, adapter)
     posterior = TaskPosterior(adapter, task, thetas, heads, record["component"])
     rows = task.test or task.train
@@ -154,7 +156,7 @@ def _matching(config: RunConfig, backbone: torch.nn.Module) -> LabelMatching | N
     return LabelMatching(pad_token=padding or 0) if config.backbone.kind == "encoder" else None
 
 
-def tasks_of(config: RunConfig, adapter: RandomAdapter) -> TaskCollection[Task]:
+def tasks_of(config: RunConfig) -> TaskCollection[Task]:
     """The tasks of a run, encoded for its backbone.
 
     Raises:
@@ -166,15 +168,8 @@ def tasks_of(config: RunConfig, adapter: RandomAdapter) -> TaskCollection[Task]:
 
         family = digit_family(config.output.seed)
         return TaskCollection("digits", tuple(family.train), tuple(family.dev), tuple(family.test))
-    root = Path(t.root or ".")
-    if t.benchmark == "folder" and (tensors := sorted(root.glob("*/train.safetensors"))):
-        return TaskCollection(f"tasks of {root}", tuple(read_tensor_task(path.parent) for path in tensors))
-    if t.benchmark == "folder" and (folders := sorted(path.parent for path in root.glob("*/train.jsonl*"))):
-        encoder = encoder_of(config)
-        tasks = tuple(encoder(read_text_task(folder)) for folder in folders)
-        return TaskCollection(f"tasks of {root}", tasks, notes=encoder.notes)
-    if t.benchmark == "folder" and not t.split:
-        raise ValueError(f"{root}: no folder here with train.jsonl or train.safetensors; a task is a folder with one.")
+    if t.benchmark == "folder" and t.split is None:
+        return _folder_tasks(config, Path(t.root or "."))
     load: Any = getattr(data, "load_tasks", None)
     if load is None:
         raise ValueError(
@@ -186,17 +181,58 @@ def tasks_of(config: RunConfig, adapter: RandomAdapter) -> TaskCollection[Task]:
     return encoded
 
 
-def task_of(config: RunConfig, adapter: RandomAdapter, folder: Path) -> Task:
-    """The one task of a folder, encoded for a run's backbone."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder. A task is a folder with train.* and, to be judged by, test.*.")
-    if (folder / "train.safetensors").is_file():
-        return read_tensor_task(folder)
-    encoder = encoder_of(config)
-    task: Task = encoder(read_text_task(folder))
+def _folder_tasks(config: RunConfig, root: Path) -> TaskCollection[Task]:
+    names = config.tasks.names
+    found = {path.stem: path for path in sorted(root.glob("*.npz"))}
+    found |= {path.parent.name: path.parent for end in TASK_FILES for path in sorted(root.glob(f"*/train{end}"))}
+    if not found:
+        files = " or ".join(f"train{end}" for end in TASK_FILES)
+        raise ValueError(f"{root}: no task here. A task is an NPZ file, or a folder with {files}.")
+    for name in names or ():
+        check_choice(f"{root}: task", name, found)
+    encoder = _Lazy(config)
+    tasks = tuple(_encoded(found[name], encoder) for name in names or found)
+    return TaskCollection(f"tasks of {root}", tasks, notes=encoder.notes)
+
+
+def task_of(config: RunConfig, path: Path) -> Task:
+    """The one task of a folder or of an NPZ file, encoded for a run's backbone."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such folder. A task is a folder with train.* and, to be judged by, test.*.")
+    encoder = _Lazy(config)
+    task = _encoded(path, encoder)
     for note in encoder.notes:
         print(f"note: {note}")
     return task
+
+
+def _encoded(path: Path, encoder: _Lazy) -> Task:
+    if (path / "train.safetensors").is_file():
+        return read_tensor_task(path)
+    return encoder(read_picture_task(path) if path.suffix == ".npz" else read_text_task(path))
+
+
+class _Lazy:
+    """The encoder of a run, made when the first task needs one: tasks of tensors need none."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._encoder: Any = None
+
+    def __call__(self, task: TextTask | ImageTask) -> Task:
+        self._encoder = self._encoder or encoder_of(self.config)
+        pictures = isinstance(task, ImageTask)
+        if pictures != isinstance(self._encoder, encode.Pictures):
+            kind = self.config.backbone.kind
+            raise ValueError(
+                f"task {task.name!r} is {'pictures' if pictures else 'text'}; a {kind!r} backbone takes the other."
+            )
+        encoded: Task = self._encoder(task)
+        return encoded
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(self._encoder.notes) if self._encoder else ()
 
 
 def encoder_of(config: RunConfig) -> Any:
@@ -253,6 +289,38 @@ def read_text_task(folder: Path) -> TextTask:
     rows = {part: tuple(text_row(record, form, labels) for record in found) for part, found in records.items()}
     metric = about.get("metric", "EM" if form == "text_to_text" else "Perplexity" if form == "next_token" else "ACC")
     return TextTask(folder.name, **rows, form=form, metric=metric, labels=labels)
+
+
+def read_picture_task(path: Path) -> ImageTask:
+    """A task from an NPZ file: ``x_train`` ``uint8 [n, H, W, C]`` and ``y_train`` ``[n]``; ``_val`` and ``_test`` too.
+
+    ``classes`` names the classes; without it they are numbered.
+
+    Raises:
+        ValueError: not an NPZ file, an array that is missing or misshapen; names the file.
+    """
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if name.startswith(("x_", "y_", "classes"))}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not an NPZ file that can be read ({error}).") from error
+    parts: dict[str, Any] = {}
+    for part, key in (("train", "train"), ("dev", "val"), ("test", "test")):
+        if f"x_{key}" in arrays or part == "train":
+            for name in (f"x_{key}", f"y_{key}"):
+                if name not in arrays:
+                    raise ValueError(f"{path}: no array {name!r} among {', '.join(sorted(arrays))}.")
+            parts[part] = Images(torch.from_numpy(arrays[f"x_{key}"]), torch.from_numpy(arrays[f"y_{key}"]).long())
+    count = max(int(images.target.max()) for images in parts.values()) + 1
+    labels = tuple(map(str, arrays.get("classes", range(count))))
+    try:
+        return ImageTask(path.stem, labels=labels, **parts)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _about(folder: Path) -> dict[str, Any]:

@@ -88,6 +88,7 @@ class TasksConfig:
     benchmark: str = field(default="folder", metadata={"help": "crossfit, vtab, shakespeare, folder or digits"})
     split: str | None = field(default=None, metadata={"help": "of the benchmark; none takes its first"})
     root: str | None = field(default=None, metadata={"help": "where the data lies"})
+    names: list[str] | None = field(default=None, metadata={"help": "of a folder, only these tasks"})
     max_length: int = field(default=128, metadata={"help": "longest text in tokens; longer ones are cut and counted"})
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "further ones of the loader"})
 

@@ -110,17 +110,17 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
         commands.adapt(tmp_path, tmp_path / "new", tmp_path / "out")
     with pytest.raises(ValueError, match=r"no adapt\.json here"):
         commands.predict(tmp_path)
-    run, adapter = commands.read_config(config), commands.adapter_of(commands.read_config(config))
+    run = commands.read_config(config)
     with pytest.raises(ValueError, match="no such folder"):
-        commands.task_of(run, adapter, tmp_path / "nowhere")
+        commands.task_of(run, tmp_path / "nowhere")
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "train.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match=r"train\.safetensors: not a safetensors file"):
-        commands.task_of(run, adapter, bad)
+        commands.task_of(run, bad)
     save_file({"x": torch.zeros(2, D)}, bad / "train.safetensors")
     with pytest.raises(ValueError, match=r"train\.safetensors: no tensor 'labels' among x"):
-        commands.task_of(run, adapter, bad)
+        commands.task_of(run, bad)
 
 
 def test_a_prior_of_another_adapter_is_refused(tmp_path: Path) -> None:
@@ -187,3 +187,31 @@ def test_text_folders_go_through_an_encoder_with_label_matching(
 def test_bad_text_is_answered_with_file_and_line(tmp_path: Path, about: str, train: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         commands.read_text_task(write_text(tmp_path / "t", about, train=train))
+
+
+def test_pictures_from_npz_files_with_a_head_of_their_own(tmp_path: Path) -> None:
+    import numpy as np
+
+    config = prepare("vit", tmp_path)
+    preparation = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(preparation))
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for name, classes in (("a", 2), ("b", 3), ("new", 4)):
+        arrays = {f"x_{part}": rng.integers(0, 256, (8, 6, 6, 1), dtype=np.uint8) for part in ("train", "test")}
+        arrays |= {f"y_{part}": np.arange(8) % classes for part in ("train", "test")}
+        np.savez(tmp_path / "pictures" / f"{name}.npz", classes=np.array(list("wxyz")[:classes]), **arrays)
+    text = config.read_text().replace(str(tmp_path / "tasks"), str(tmp_path / "pictures"))
+    config.write_text(text.replace("[tasks]", '[tasks]\nnames = ["a", "b"]'))
+    commands.train(config, progress=False)
+    new = tmp_path / "pictures" / "new.npz"
+    posterior = commands.adapt(tmp_path / "prior", new, tmp_path / "out", progress=False)
+    assert posterior.heads is not None and posterior.heads.shape[1:] == (4, D + 1)
+    lines = [json.loads(line) for line in commands.predict(tmp_path / "out").read_text().splitlines()]
+    assert len(lines) == 8 and {line["label"] for line in lines} <= set("wxyz")
+    config.write_text(config.read_text().replace('["a", "b"]', '["a", "nwe"]'))
+    with pytest.raises(ValueError, match="task='nwe' is not known; did you mean 'new'"):
+        commands.train(config)
+    np.savez(new, x_train=np.zeros((2, 4, 4, 3)), y_train=np.zeros(2, dtype=int))
+    with pytest.raises(ValueError, match=r"new\.npz: .*expected uint8"):
+        commands.read_picture_task(new)
