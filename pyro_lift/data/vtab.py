@@ -1,0 +1,177 @@
+"""VTAB-1K: 19 picture tasks in three groups, 800 labelled pictures each; and any NPZ tasks that declare a group.
+
+References:
+    A large-scale study of representation learning with the visual task adaptation benchmark, Zhai et al., 2019,
+    arXiv:1910.04867.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pyro_lift.data.collection import TaskCollection
+from pyro_lift.data.task import Images, ImageTask
+from pyro_lift.options import check_choice
+
+__all__ = ["VTAB", "VtabTask", "dsprites_location", "dsprites_orientation", "load_vtab", "read_npz", "threshold_label"]
+
+
+class VtabTask(NamedTuple):
+    """Group, number of classes, and what is asked of a data set that has several labels."""
+
+    group: str
+    classes: int
+    question: str = ""
+
+
+#: The 19 tasks, by name.
+VTAB: dict[str, VtabTask] = {
+    "cifar100": VtabTask("natural", 100),
+    "caltech101": VtabTask("natural", 102),
+    "dtd": VtabTask("natural", 47),
+    "oxford_flowers102": VtabTask("natural", 102),
+    "oxford_iiit_pet": VtabTask("natural", 37),
+    "svhn": VtabTask("natural", 10),
+    "sun397": VtabTask("natural", 397),
+    "patch_camelyon": VtabTask("specialized", 2),
+    "eurosat": VtabTask("specialized", 10),
+    "resisc45": VtabTask("specialized", 45),
+    "diabetic_retinopathy": VtabTask("specialized", 5),
+    "clevr_count": VtabTask("structured", 8, "number of objects less 3"),
+    "clevr_dist": VtabTask("structured", 6, "distance of the nearest object: 0, 8, 8.5, 9, 9.5, 10, 100"),
+    "dmlab": VtabTask("structured", 6),
+    "kitti": VtabTask("structured", 4, "distance of the nearest vehicle in metres: -100, 8, 20, 999; none is the last"),
+    "dsprites_loc": VtabTask("structured", 16, "x position, 32 values in pairs"),
+    "dsprites_ori": VtabTask("structured", 16, "orientation, 40 values in 16 bins"),
+    "smallnorb_azim": VtabTask("structured", 18, "azimuth"),
+    "smallnorb_ele": VtabTask("structured", 9, "elevation"),
+}
+GROUPS = ("natural", "specialized", "structured")
+
+
+def dsprites_location(x_position: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Of the factor 0 .. 31, the class 0 .. 15."""
+    return np.floor(np.asarray(x_position) * 16 / 32).astype(np.int64)
+
+
+def dsprites_orientation(orientation: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Of the factor 0 .. 39, the class 0 .. 15."""
+    return np.floor(np.asarray(orientation) * 16 / 40).astype(np.int64)
+
+
+def threshold_label(value: float, thresholds: tuple[float, ...]) -> int:
+    """The class of a distance: k where ``thresholds[k] <= value < thresholds[k + 1]``.
+
+    Raises:
+        ValueError: a value outside the thresholds.
+    """
+    k = int(np.searchsorted(thresholds, value, side="right")) - 1
+    if not 0 <= k < len(thresholds) - 1:
+        raise ValueError(f"distance {value} is outside the thresholds {thresholds[0]} .. {thresholds[-1]}.")
+    return k
+
+
+def load_vtab(
+    split: str = "structured", root: str | Path | None = None, *, others: bool = False
+) -> TaskCollection[ImageTask]:
+    """Meta-train on two groups, be judged by the third.
+
+    Args:
+        split: the group that is tested.
+        root: a folder with ``NAME.npz`` for each task (see :func:`read_npz`).
+        others: take NPZ files of other names too, into the group that their ``meta`` declares.
+
+    Raises:
+        ValueError: an unknown group, no root, no task at all, a bad file (named).
+        FileNotFoundError: no such root.
+    """
+    check_choice("split", split, GROUPS)
+    if root is None:
+        raise ValueError("root=None: pass the folder with one NPZ file for each task.")
+    folder = Path(root)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder.")
+    found = {path.stem: path for path in sorted(folder.glob("*.npz"))}
+    extra = [name for name in found if name not in VTAB]
+    tasks = [read_npz(path) for name, path in found.items() if others or name in VTAB]
+    if not tasks:
+        hint = f" It holds {len(extra)} other tasks: pass others=True for these." if extra else ""
+        raise ValueError(f"{folder}: none of VTAB's 19 tasks is there.{hint}")
+    train: list[ImageTask] = []
+    test: list[ImageTask] = []
+    for task in tasks:
+        group = VTAB[task.name].group if task.name in VTAB else task.group
+        if group not in GROUPS:
+            raise ValueError(f"{found[task.name]}: meta declares group {group!r}; expected one of {', '.join(GROUPS)}.")
+        (test if group == split else train).append(task)
+    missing = {
+        "train": tuple(n for n, t in VTAB.items() if t.group != split and n not in found),
+        "test": tuple(n for n, t in VTAB.items() if t.group == split and n not in found),
+    }
+    notes = (f"not of VTAB, group as declared in the file: {', '.join(extra)}.",) if others and extra else ()
+    return TaskCollection(f"VTAB-1K {split}", tuple(train), (), tuple(test), missing=missing, notes=notes)
+
+
+def read_npz(path: Path) -> ImageTask:
+    """A task from ``x_train`` and ``y_train``, perhaps ``_val`` and ``_test``, ``classes`` and ``meta``.
+
+    Pictures are ``uint8 [n, H, W, C]`` or ``[n, H, W]``; all parts must have pictures of one size.
+
+    Raises:
+        ValueError: not an NPZ file, an array missing or of another shape; the message names file and array.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not an NPZ file of plain arrays ({error}).") from error
+    parts: dict[str, Images] = {}
+    size: tuple[int, ...] | None = None
+    for part, suffix in (("train", "train"), ("dev", "val"), ("test", "test")):
+        if f"x_{suffix}" not in arrays and part != "train":
+            continue
+        for key in (f"x_{suffix}", f"y_{suffix}"):
+            if key not in arrays:
+                raise ValueError(f"{path}: no array {key!r}; it holds {', '.join(arrays)}.")
+        x, y = arrays[f"x_{suffix}"], arrays[f"y_{suffix}"]
+        x = x[..., None] if x.ndim == 3 else x
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] not in (1, 3):
+            raise ValueError(
+                f"{path}: x_{suffix} is {x.dtype} {list(x.shape)}; expected uint8 [n, height, width, 1 or 3]."
+            )
+        if len(x) == 0:
+            raise ValueError(f"{path}: x_{suffix} is empty.")
+        if len(x) != len(y):
+            raise ValueError(f"{path}: x_{suffix} has {len(x)} rows, y_{suffix} {len(y)}.")
+        if size is not None and x.shape[1:] != size:
+            raise ValueError(f"{path}: x_{suffix} has pictures of {list(x.shape[1:])}, x_train of {list(size)}.")
+        size = x.shape[1:]
+        parts[part] = Images(torch.from_numpy(x), torch.from_numpy(y.astype(np.int64)))
+    count = max(int(images.target.max()) for images in parts.values()) + 1
+    labels = [str(c) for c in arrays["classes"]] if "classes" in arrays else [str(c) for c in range(count)]
+    group = str(_meta(arrays.get("meta")).get("group", ""))
+    try:
+        return ImageTask(path.stem, parts["train"], tuple(labels), parts.get("dev"), parts.get("test"), group)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _meta(array: np.ndarray[Any, Any] | None) -> dict[str, Any]:
+    if array is None:
+        return {}
+    text = str(array.item() if array.ndim == 0 else array.flat[0])
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        try:
+            found = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return {}
+    return found if isinstance(found, dict) else {}
