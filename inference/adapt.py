@@ -45,6 +45,7 @@ from pyro_lift.options import check_number
 __all__ = [
     "HeadPolicy",
     "Kernel",
+    "Loss",
     "Path",
     "Reparametrisation",
     "Weights",

@@ -17,7 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from pyro_lift.inference.baselines.boot_maml import BootstrappedMAML
+from pyro_lift.inference.baselines.imaml import ImplicitMAML
 from pyro_lift.inference.baselines.lift import LiFTMethod
+from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.no_meta_train import NoMetaTrain
 from pyro_lift.inference.baselines.protocol import Baseline, Budget, Ensemble, Posterior
 from pyro_lift.inference.baselines.reptile import Reptile
@@ -30,7 +33,15 @@ __all__ = ["BASELINES", "Baseline", "Budget", "Ensemble", "Posterior"]
 BASELINES: dict[str, Callable[..., Baseline]] = {
     "no-meta-train": NoMetaTrain,
     "union-train": UnionTrain,
+    "maml": MAML,
+    "maml-2": partial(MAML, inner_steps=2),
+    "maml-3": partial(MAML, inner_steps=3),
+    "maml-5": partial(MAML, inner_steps=5),
+    "fo-maml": partial(MAML, first_order=True),
+    "imaml": ImplicitMAML,
+    "imaml-neumann": partial(ImplicitMAML, solver="neumann"),
     "reptile": Reptile,
+    "boot-maml": BootstrappedMAML,
     "lift": LiFTMethod,
     "lift-k3": partial(LiFTMethod, settings=LiFTSettings(components=3)),
     "lift-k5": partial(LiFTMethod, settings=LiFTSettings(components=5)),

@@ -28,7 +28,7 @@ class Budget:
     """What every method is given alike; learning rates are tuned for each, on the same grid."""
 
     warm_up: int = field(default=300, metadata={"help": "joint training steps that every meta-learner begins with"})
-    visits: int = field(default=900, metadata={"help": "minibatch gradients of meta-training after the warm-up"})
+    visits: int = field(default=900, metadata={"help": "minibatches drawn in meta-training after the warm-up"})
     warm_up_learning_rate: float = field(default=3e-3, metadata={"help": "of the warm-up, Adam"})
     meta_learning_rate: float = field(default=1e-3, metadata={"help": "of the outer loop, Adam"})
     steps: int = field(default=100, metadata={"help": "adaptation steps on a new task"})
@@ -38,6 +38,9 @@ class Budget:
     heads: HeadPolicy = field(default_factory=HeadPolicy)
     noise_scale: float = field(default=1.0, metadata={"help": "sd of the noise in regression"})
     seed: int = field(default=0, metadata={"help": "of everything random"})
+    memory_limit: int | None = field(
+        default=None, metadata={"help": "bytes that meta-training may take; none: what the device has free"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("warm_up_learning_rate", "meta_learning_rate", "learning_rate", "noise_scale"):
@@ -46,6 +49,8 @@ class Budget:
             check_number(name, getattr(self, name), least=1, open_below=False, whole=True)
         for name in ("warm_up", "seed"):
             check_number(name, getattr(self, name), open_below=False, whole=True)
+        if self.memory_limit is not None:
+            check_number("memory_limit", self.memory_limit, least=1, open_below=False, whole=True)
         if self.steps < 2 * self.draws:
             raise ValueError(f"steps={self.steps}: {self.draws} draws from the last half need {2 * self.draws} steps.")
 
