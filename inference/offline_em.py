@@ -12,6 +12,8 @@ from pyro_lift.options import check_choice, check_number
 __all__ = ["Covariance", "Moments", "fit", "kmeans_start", "log_densities", "maximise"]
 
 Covariance = Literal["diag", "spherical", "full"]
+#: Above this many numbers, rows times components times coordinates, components are taken one after the other.
+MANY = 10_000_000
 
 
 class Moments(NamedTuple):
@@ -30,8 +32,12 @@ class Moments(NamedTuple):
 
 def log_densities(moments: Moments, x: Tensor, covariance: Covariance) -> Tensor:
     r""":math:`\log \alpha_j + \log \mathcal N(x; \mu_j, V_j)` in float64, ``[..., K]`` for x of shape ``[..., D]``."""
-    delta = x.unsqueeze(-2) - moments.mean
     D = x.shape[-1]
+    if x.dim() > 1 and covariance != "full" and x.numel() * len(moments.weight) > MANY:
+        parts = [Moments(*(part[j : j + 1] for part in moments)) for j in range(len(moments.weight))]
+        if len(parts) > 1:
+            return torch.cat([log_densities(part, x, covariance) for part in parts], -1)
+    delta = x.unsqueeze(-2) - moments.mean
     if covariance == "full":
         factor = torch.linalg.cholesky(moments.variance)
         whitened = torch.linalg.solve_triangular(factor, delta.unsqueeze(-1), upper=False).squeeze(-1)
@@ -50,6 +56,10 @@ def maximise(x: Tensor, r: Tensor, covariance: Covariance, floor: Tensor | float
     r = r.to(x.dtype)
     total = r.sum(0).clamp_min(torch.finfo(x.dtype).tiny)
     mean = (r.T @ x) / total.unsqueeze(-1)
+    if covariance != "full" and x.numel() * len(mean) > MANY:
+        variance = torch.stack([w @ (x - m).square() for w, m in zip(r.T, mean, strict=True)]) / total.unsqueeze(-1)
+        variance = variance.mean(-1, keepdim=True) if covariance == "spherical" else variance
+        return Moments(total / len(x), mean, floored(variance, covariance, floor))
     delta = x.unsqueeze(1) - mean
     if covariance == "full":
         variance = torch.einsum("nk,nkd,nke->kde", r, delta, delta) / total.view(-1, 1, 1)

@@ -20,12 +20,14 @@ import torch
 from pyro.ops.streaming import StreamingStats
 from torch import Tensor
 
+from pyro_lift.inference.mixture_stream import MixtureStream
 from pyro_lift.inference.offline_em import Covariance, Moments, fit, floored, kmeans_start, log_densities
 from pyro_lift.options import check_choice, check_number
 
 __all__ = ["MixtureState", "OnlineGaussianMixture", "init", "pooled", "step"]
 
-#: Above this many numbers a mean is kept in the draws' own precision; responsibilities always are in float64.
+#: Above this many numbers a mean is kept in the draws' own precision, and diagonal and spherical mixtures are updated
+#: in place (:mod:`~pyro_lift.inference.mixture_stream`); responsibilities always are in float64.
 DOUBLE_UP_TO = 100_000
 
 
@@ -172,7 +174,7 @@ class OnlineGaussianMixture(StreamingStats):
         self.power = 1.0 if self.schedule == "counts" else power
         self.count, self.buffer_size, self.variance_floor, self.seed = count, buffer_size, variance_floor, seed
         self._buffer: list[Tensor] = []
-        self._state: MixtureState | None = None
+        self._running: MixtureState | MixtureStream | None = None
         self._dtype = torch.get_default_dtype()
         self._floor: Tensor | float = 0.0
 
@@ -182,13 +184,15 @@ class OnlineGaussianMixture(StreamingStats):
     @property
     def seen(self) -> int:
         """Draws seen, those in the buffer included."""
-        return len(self._buffer) if self._state is None else self._state.seen
+        return len(self._buffer) if self._running is None else self._running.seen
 
     @property
     def dim(self) -> int | None:
         """D; None before the first draw."""
-        if self._state is not None:
-            return self._state.moments.mean.shape[-1]
+        if isinstance(self._running, MixtureStream):
+            return self._running.dim
+        if self._running is not None:
+            return self._running.moments.mean.shape[-1]
         return self._buffer[0].numel() if self._buffer else None
 
     def update(self, sample: Tensor) -> None:
@@ -196,17 +200,32 @@ class OnlineGaussianMixture(StreamingStats):
         x = sample.detach().reshape(-1)
         if self.dim not in (None, x.numel()):
             raise ValueError(f"a draw of length {x.numel()} for a mixture over {self.dim} coordinates.")
+        if isinstance(self._running, MixtureStream):
+            self._running.update(x)  # looks for itself whether x is finite
+            self._dtype = x.dtype
+            return
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"draw {self.seen} is not finite; the mixture is left as it was.")
         self._dtype = x.dtype
         x = x.double() if x.numel() * self.components <= DOUBLE_UP_TO else x
-        if self._state is not None:
-            self._state = self._stepped(self._state, x)
+        if self._running is not None:
+            self._running = self._stepped(self._running, x)
             return
         self._buffer.append(x.clone())
         if len(self._buffer) >= self._buffer_limit(x.numel()):
-            self._state, self._floor = self._started()
-            self._buffer = []
+            self._begin()
+
+    def _begin(self) -> None:
+        """From the buffer to a mixture that streams, in place where it is large."""
+        state, self._floor = self._started()
+        self._running = self._in_place(state) if self._is_large(state.moments.mean) else state
+        self._buffer = []
+
+    def _is_large(self, mean: Tensor) -> bool:
+        return self.covariance != "full" and mean.numel() > DOUBLE_UP_TO
+
+    def _in_place(self, state: MixtureState, **resumed: Any) -> MixtureStream:
+        return MixtureStream(*state, self.covariance, power=self.power, floor=float(self._floor), **resumed)
 
     def start(self, samples: Tensor) -> None:
         """Begin from burn-in draws ``[n, D]``, which count as seen, instead of from the stream's own first ones.
@@ -214,14 +233,13 @@ class OnlineGaussianMixture(StreamingStats):
         Raises:
             ValueError: the stream has begun already, or fewer draws than components.
         """
-        if self._state is not None or self._buffer:
+        if self._running is not None or self._buffer:
             raise ValueError(f"{self.seen} draws have been seen already: start() comes before the first update().")
         flat = samples.detach().reshape(len(samples), -1)
         self._dtype = flat.dtype
         flat = flat.double() if flat[0].numel() * self.components <= DOUBLE_UP_TO else flat
         self._buffer = list(flat)
-        self._state, self._floor = self._started()
-        self._buffer = []
+        self._begin()
 
     def _buffer_limit(self, dim: int) -> int:
         if self.buffer_size is not None:
@@ -251,7 +269,12 @@ class OnlineGaussianMixture(StreamingStats):
         return state, floor
 
     def _current(self) -> MixtureState:
-        return self._started()[0] if self._state is None else self._state
+        running = self._running
+        if running is None:
+            return self._started()[0]
+        if isinstance(running, MixtureState):
+            return running
+        return MixtureState(running.moments, running.average, running.total, running.seen, running.log_likelihood)
 
     @property
     def moments(self) -> Moments:
@@ -305,24 +328,25 @@ class OnlineGaussianMixture(StreamingStats):
             return (other if self.seen == 0 else self)._copy()
         if self.dim != other.dim:
             raise ValueError(f"mixtures over {self.dim} and {other.dim} coordinates do not merge.")
-        if self._state is None or other._state is None:
+        if self._running is None or other._running is None:
             return self._merged_buffer(other)
-        mine, theirs = self._state, other._state
+        mine, theirs = self._current(), other._current()
         order = _matching(mine.average, theirs.average, self.covariance)
         share = theirs.total / (mine.total + theirs.total)
         merged = self._copy()
-        merged._state = MixtureState(
+        state = MixtureState(
             pooled(mine.moments, _permuted(theirs.moments, order), share, self.covariance),
             pooled(mine.average, _permuted(theirs.average, order), share, self.covariance),
             mine.total + theirs.total,
             mine.seen + theirs.seen,
             mine.log_likelihood + theirs.log_likelihood,
         )
+        merged._running = self._in_place(state) if isinstance(self._running, MixtureStream) else state
         return merged
 
     def _merged_buffer(self, other: OnlineGaussianMixture) -> OnlineGaussianMixture:
         """One side has no mixture yet: its draws go through the other's stream."""
-        first, second = (self, other) if self._state is not None else (other, self)
+        first, second = (self, other) if self._running is not None else (other, self)
         merged = first._copy()
         for x in second._buffer:
             merged.update(x)
@@ -331,17 +355,22 @@ class OnlineGaussianMixture(StreamingStats):
     def _copy(self) -> OnlineGaussianMixture:
         copy = object.__new__(OnlineGaussianMixture)
         copy.__dict__ = {**self.__dict__, "_buffer": list(self._buffer)}
+        if isinstance(self._running, MixtureStream):
+            copy._running = self._running.copy()
         return copy
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything but the options, as tensors."""
-        if self._state is None:
+        s = self._running
+        if s is None:
             return {"buffer": torch.stack(self._buffer)} if self._buffer else {}
-        s = self._state
+        numbers = torch.tensor([s.total, float(s.seen), s.log_likelihood], dtype=torch.float64)
+        rest = {"numbers": numbers, "floor": torch.as_tensor(self._floor)}
+        if isinstance(s, MixtureStream):
+            return {**s.tensors(), **rest}
         tensors = {f"moments.{k}": v for k, v in s.moments._asdict().items()}
         tensors |= {f"average.{k}": v for k, v in s.average._asdict().items()}
-        numbers = torch.tensor([s.total, float(s.seen), s.log_likelihood], dtype=torch.float64)
-        return {**tensors, "numbers": numbers, "floor": torch.as_tensor(self._floor)}
+        return {**tensors, **rest}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Take up a stream where :meth:`state_dict` left it; the options must be the same.
@@ -350,10 +379,10 @@ class OnlineGaussianMixture(StreamingStats):
             ValueError: a tensor is missing, or belongs to another K.
         """
         if not tensors:
-            self._state, self._buffer = None, []
+            self._running, self._buffer = None, []
             return
         if "buffer" in tensors:
-            self._state, self._buffer = None, list(tensors["buffer"])
+            self._running, self._buffer = None, list(tensors["buffer"])
             return
         parts = [f"{part}.{name}" for part in ("moments", "average") for name in Moments._fields]
         for name in [*parts, "numbers", "floor"]:
@@ -364,8 +393,14 @@ class OnlineGaussianMixture(StreamingStats):
             raise ValueError(f"a state of {len(moments.weight)} components for a mixture of {self.components}.")
         average = Moments(*(tensors[f"average.{name}"] for name in Moments._fields))
         total, seen, log_likelihood = tensors["numbers"].tolist()
-        self._state = MixtureState(moments, average, total, int(seen), log_likelihood)
+        state = MixtureState(moments, average, total, int(seen), log_likelihood)
         self._floor, self._buffer = tensors["floor"], []
+        if not self._is_large(moments.mean):
+            self._running = state
+            return
+        pending = tensors["pending"].tolist() if "pending" in tensors else None
+        exponent = int(tensors["exponent"]) if "exponent" in tensors else None
+        self._running = self._in_place(state, pending=pending, exponent=exponent)
 
 
 def _permuted(moments: Moments, order: Tensor) -> Moments:

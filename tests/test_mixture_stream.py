@@ -1,0 +1,174 @@
+"""Online EM in place against its plain form: the same mixture, draw for draw."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_lift import OnlineGaussianMixture
+from pyro_lift.inference import offline_em, online_em
+from pyro_lift.inference.mixture_stream import MixtureStream
+from pyro_lift.inference.offline_em import Covariance, Moments, fit
+from pyro_lift.inference.online_em import MixtureState, init, step
+
+D, K, N = 301, 3, 60
+FLOOR = 1e-4
+
+
+def draws(apart: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A stream that visits three places in turn, ``apart`` standard deviations of one coordinate from each other."""
+    places = apart * torch.randn(K, D, dtype=dtype)
+    order = torch.arange(N) // 7 % K
+    return places[order] + torch.linspace(0.5, 2.0, D, dtype=dtype) * torch.randn(N, D, dtype=dtype)
+
+
+def start(x: Tensor, covariance: Covariance) -> MixtureState:
+    generator = torch.Generator().manual_seed(0)
+    return init(offline_em.kmeans_start(x[:20], K, covariance, FLOOR, generator), 20.0)
+
+
+def both(x: Tensor, covariance: Covariance, power: float, tile: int) -> tuple[MixtureState, MixtureStream]:
+    state = start(x, covariance)
+    stream = MixtureStream(*state, covariance, power=power, floor=FLOOR, tile=tile)
+    for row in x:
+        state = step(state, row, covariance, power=power, floor=FLOOR)
+        stream.update(row)
+    return state, stream
+
+
+def assert_same(stream: MixtureStream, state: MixtureState, **tolerance: float) -> None:
+    for name in ("moments", "average"):
+        for field, ours, plain in zip(Moments._fields, getattr(stream, name), getattr(state, name), strict=True):
+            torch.testing.assert_close(ours, plain, msg=lambda m, n=f"{name}.{field}": f"{n}: {m}", **tolerance)
+    assert stream.total == state.total and stream.seen == state.seen
+    assert stream.log_likelihood == pytest.approx(state.log_likelihood, rel=tolerance["rtol"])
+
+
+@pytest.mark.parametrize("apart", [0.02, 0.2, 3.0])
+@pytest.mark.parametrize("power", [0.7, 1.0])
+@pytest.mark.parametrize("covariance", ["diag", "spherical"])
+@pytest.mark.parametrize("tile", [64, 1000])
+def test_every_draw_as_in_the_plain_form(
+    covariance: Literal["diag", "spherical"], power: float, apart: float, tile: int
+) -> None:
+    state, stream = both(draws(apart), covariance, power, tile)
+    assert_same(stream, state, rtol=1e-10, atol=1e-11)
+
+
+def test_both_soft_and_one_hot_responsibilities_are_among_the_cases() -> None:
+    """Else the test above would not reach the components that stand still, or those that move together."""
+    for apart, soft in ((0.02, True), (3.0, False)):
+        x = draws(apart)
+        joint = offline_em.log_densities(start(x, "diag").moments, x, "diag")
+        best = torch.softmax(joint, -1).amax(-1)
+        assert bool((best < 0.99).any()) is soft
+
+
+def test_in_single_precision_it_stays_near_the_double_one() -> None:
+    x = draws(0.5)
+    state, _ = both(x, "diag", 0.7, 64)
+    single = MixtureStream(
+        *(_single(part) if isinstance(part, Moments) else part for part in start(x, "diag")),
+        "diag",
+        power=0.7,
+        floor=FLOOR,
+        tile=64,
+    )
+    for row in x.float():
+        single.update(row)
+    assert single.average.mean.dtype == torch.float32
+    torch.testing.assert_close(single.average.mean.double(), state.average.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(single.average.variance.double(), state.average.variance, rtol=1e-4, atol=1e-5)
+
+
+def _single(moments: Moments) -> Moments:
+    return Moments(*(part.float() for part in moments))
+
+
+def test_variances_many_orders_of_magnitude_apart() -> None:
+    """Products of four variances leave the range of single precision; the log-determinant must not."""
+    variance = torch.logspace(-14, 6, 256, dtype=torch.float32).expand(2, -1).contiguous()
+    variance = torch.cat([variance, torch.full((2, 64), 1e-30)], -1)
+    moments = Moments(torch.full((2,), 0.5), torch.zeros(2, 320), variance)
+    stream = MixtureStream(moments, moments, 2.0, 0, 0.0, "diag", power=0.7, floor=0.0)
+    expected = variance[0].double().log().sum()
+    assert stream._log_det[0] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_draw_that_is_not_finite_changes_nothing() -> None:
+    x = draws(0.5)
+    _, stream = both(x, "diag", 0.7, 64)
+    before = stream.tensors()
+    for value in (torch.nan, torch.inf):
+        bad = x[0].clone()
+        bad[250] = value
+        with pytest.raises(ValueError, match="draw 60 is not finite"):
+            stream.update(bad)
+    after = stream.tensors()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.fixture
+def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online_em, "DOUBLE_UP_TO", 100)
+
+
+def _fed(x: Tensor) -> OnlineGaussianMixture:
+    mixture = OnlineGaussianMixture(K, buffer_size=12)
+    for row in x:
+        mixture.update(row)
+    return mixture
+
+
+@pytest.mark.usefixtures("small_is_large")
+def test_a_resumed_stream_goes_on_to_the_bit() -> None:
+    x = draws(0.5).float()
+    whole, first = _fed(x), _fed(x[:40])
+    assert isinstance(first._running, MixtureStream) and any(first._running.pending)
+    second = OnlineGaussianMixture(K)
+    second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
+    for row in x[40:]:
+        second.update(row)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+    assert second.seen == N and second.dim == D
+    assert torch.equal(second.get().mean, whole.get().mean)
+
+
+@pytest.mark.usefixtures("small_is_large")
+def test_merging_leaves_both_sides_as_they_were_and_counts_their_draws() -> None:
+    x = draws(0.5).float()
+    first, second = _fed(x[:30]), _fed(x[30:])
+    before = first.state_dict()
+    merged = first.merge(second)
+    merged.update(x[0])
+    assert merged.seen == N + 1
+    assert all(torch.equal(first.state_dict()[name], value) for name, value in before.items())
+    weights = merged.report()["n"]
+    assert sum(weights) == pytest.approx(N + 1)
+
+
+@pytest.mark.usefixtures("small_is_large")
+def test_the_mixture_chooses_the_stream_by_size_and_agrees_with_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = draws(0.5)
+    in_place = _fed(x)
+    monkeypatch.setattr(online_em, "DOUBLE_UP_TO", 1e9)
+    plain = _fed(x)
+    assert isinstance(in_place._running, MixtureStream) and isinstance(plain._running, MixtureState)
+    torch.testing.assert_close(in_place.get().mean, plain.get().mean, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(in_place.get().variance, plain.get().variance, rtol=1e-9, atol=1e-10)
+
+
+def test_batch_em_of_many_coordinates_is_that_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = draws(0.5)
+    for covariance in ("diag", "spherical"):
+        together, score = fit(x, K, covariance, seed=1)  # type: ignore[arg-type]
+        monkeypatch.setattr(offline_em, "MANY", 10)
+        apart, other = fit(x, K, covariance, seed=1)  # type: ignore[arg-type]
+        monkeypatch.undo()
+        assert other == pytest.approx(score, rel=1e-12)
+        for a, b in zip(apart, together, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
