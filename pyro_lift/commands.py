@@ -21,7 +21,6 @@ from pyro_lift.data import encode
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.records import Record, read_records, text_row
 from pyro_lift.data.task import Images, ImageTask, Rows, Task, TextForm, TextTask
-from pyro_lift.inference.online_em import OnlineGaussianMixture
 from pyro_lift.lift import LiFT, LiFTPrior, TaskPosterior
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone, load_backbone, recipe
@@ -44,7 +43,7 @@ __all__ = [
 log = logging.getLogger("pyro_lift")
 
 #: Names of the files inside the folders that the commands write.
-CONFIG, PRIOR, DRAWS = "run.toml", "prior.safetensors", "draws.safetensors"
+CONFIG, PRIOR = "run.toml", "prior.safetensors"
 RECORD, PREDICTIONS = "adapt.json", "predictions.jsonl"
 PARTS = ("train", "dev", "test")
 TASK_FILES = (".jsonl", ".jsonl.gz", ".safetensors")
@@ -65,14 +64,14 @@ def train(path: Path, *, progress: bool = True) -> LiFTPrior:
     device, seed = _device(config.output.device), config.output.seed
     lift = LiFT(adapter, settings=config.sampler, adapt=config.adapt, device=device, seed=seed)
     prior = lift.meta_train(tasks.train, progress=progress)
-    _write_prior(prior, folder)
+    prior.save_pretrained(folder)
     (folder / CONFIG).write_bytes(path.read_bytes())
     print(f"prior written: {folder}")
     return prior
 
 
 def adapt(prior_folder: Path, task_folder: Path, out: Path, *, seed: int = 0, progress: bool = True) -> TaskPosterior:
-    """Adapt a prior to the task of a folder; write the draws, a record, and a PEFT adapter of their mean.
+    """Adapt a prior to the task of a folder; write the posterior's folder and a record.
 
     Raises:
         ValueError: not a prior's folder; bad data, with file and line.
@@ -80,10 +79,9 @@ def adapt(prior_folder: Path, task_folder: Path, out: Path, *, seed: int = 0, pr
     config = _config_of(prior_folder)
     adapter = adapter_of(config)
     adapter.to(_device(config.output.device))
-    prior = _read_prior(prior_folder, config, adapter)
+    prior = LiFTPrior.from_pretrained(prior_folder, adapter)
     task = task_of(config, task_folder)
     posterior = prior.adapt(task, seed=seed, progress=progress)
-    _write_draws(posterior, out)
     record: dict[str, Any] = {
         "prior": str(prior_folder.resolve()),
         "task_folder": str(task_folder.resolve()),
@@ -92,11 +90,10 @@ def adapt(prior_folder: Path, task_folder: Path, out: Path, *, seed: int = 0, pr
         "component": posterior.component,
         "seed": seed,
     }
-    if task.test is not None:
-        record |= _score(posterior, task, task.test)
-    (out / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-    _write_peft(adapter, posterior.thetas.mean(0), out / "adapter")
-    print(json.dumps(record))
+    scores = {} if task.test is None else _score(posterior, task, task.test)
+    posterior.save_pretrained(out, results=scores)
+    (out / RECORD).write_text(json.dumps({**record, **scores}, indent=1) + "\n")
+    print(json.dumps({**record, **scores}))
     return posterior
 
 
@@ -115,8 +112,8 @@ def predict(folder: Path, task_folder: Path | None = None, out: Path | None = No
     adapter = adapter_of(config)
     adapter.to(_device(config.output.device))
     task = task_of(config, task_folder or Path(record["task_folder"]))
-    thetas, heads = _read_draws(folder, adapter)
-    posterior = TaskPosterior(adapter, task, thetas, heads, record["component"])
+    saved = TaskPosterior.from_pretrained(folder, adapter)
+    posterior = TaskPosterior(adapter, task, saved.thetas, saved.heads, saved.component)
     rows = task.test or task.train
     out = out or folder / PREDICTIONS
     with out.open("w", encoding="utf-8") as file:
@@ -398,59 +395,6 @@ def _device(name: str | None) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- draws, predictions
-
-
-def _write_prior(prior: LiFTPrior, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"mixture.{k}": x for k, x in prior.mixture.state_dict().items()}
-    tensors |= {f"second_moment.{k}": x for k, x in prior.second_moment.items()}
-    tensors["initial"] = prior.adapter.initial
-    save_file({k: x.detach().cpu().contiguous().clone() for k, x in tensors.items()}, folder / PRIOR)
-
-
-def _read_prior(folder: Path, config: RunConfig, adapter: RandomAdapter) -> LiFTPrior:
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / PRIOR, device=str(adapter.initial.device))
-    # Averages over tasks mean something only in the gauge of one and the same start.
-    if tensors["initial"].shape != adapter.initial.shape or not torch.allclose(tensors["initial"], adapter.initial):
-        raise ValueError(f"{folder}: the prior belongs to an adapter with other initial weights; was {CONFIG} edited?")
-    s = config.sampler
-    mixture = OnlineGaussianMixture(s.components, s.covariance)
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
-
-    mixture.load_state_dict(part("mixture."))
-    return LiFTPrior(adapter, mixture, s, config.adapt, part("second_moment."), seed=config.output.seed)
-
-
-def _write_peft(adapter: RandomAdapter, theta: Tensor, folder: Path) -> None:
-    """An ordinary PEFT folder with these weights, for ``peft.PeftModel.from_pretrained``."""
-    with adapter.bound(theta):
-        adapter.backbone.save_pretrained(str(folder))  # type: ignore[operator]
-
-
-def _write_draws(posterior: TaskPosterior, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    draws = {"theta": posterior.thetas} | ({} if posterior.heads is None else {"head": posterior.heads})
-    save_file({name: x.detach().cpu().contiguous() for name, x in draws.items()}, folder / DRAWS)
-
-
-def _read_draws(folder: Path, adapter: RandomAdapter) -> tuple[Tensor, Tensor | None]:
-    from safetensors.torch import load_file
-
-    draws = load_file(folder / DRAWS, device=str(adapter.initial.device))
-    if draws["theta"].shape[-1] != adapter.dim:
-        raise ValueError(
-            f"{folder / DRAWS}: draws of {draws['theta'].shape[-1]} weights, the adapter has {adapter.dim}: "
-            "they belong to different adapters."
-        )
-    return draws["theta"], draws.get("head")
 
 
 def _score(posterior: TaskPosterior, task: Task, rows: Rows) -> dict[str, float]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
@@ -192,7 +193,16 @@ class LiFT:
         summary = mcmc._statistics.stats[(0, "phi")]
         moments = {k: v for k, v in kernel.state.second_moment.items() if k == "theta"}
         return [
-            LiFTPrior(self.adapter, summary.mixtures[k], s, self.adapt_settings, moments, mcmc, self.seed)
+            LiFTPrior(
+                self.adapter,
+                summary.mixtures[k],
+                replace(s, components=k),
+                self.adapt_settings,
+                moments,
+                mcmc,
+                self.seed,
+                tasks=[task.name for task in tasks],
+            )
             for k in components
         ]
 
@@ -267,6 +277,8 @@ class LiFTPrior:
         settings: of meta-training.
         second_moment: the preconditioner that meta-training learned, by local family; adaptation begins with it.
         mcmc: the finished run, for :func:`pyro_lift.from_mcmc`; None for a prior that was loaded.
+        tasks: names of the tasks it was learned from, in order.
+        results: measures to be saved with it, by name.
     """
 
     def __init__(
@@ -278,8 +290,12 @@ class LiFTPrior:
         second_moment: dict[str, Tensor] | None = None,
         mcmc: Any = None,
         seed: int | None = None,
+        *,
+        tasks: Sequence[str] = (),
+        results: Mapping[str, Any] | None = None,
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, settings
+        self.tasks, self.results = tuple(tasks), dict(results or {})
         self.adapt_settings = adapt_settings or AdaptSettings()
         self.second_moment = second_moment or {}
         self.mcmc = mcmc
@@ -338,6 +354,71 @@ class LiFTPrior:
         draws = mcmc.get_samples()
         return TaskPosterior(self.adapter, task, draws["theta"], draws.get("head"), start.component, mcmc)
 
+    def theta(self, task: str) -> Tensor:
+        """The latest weights ``[D]`` of a meta-training task; only while the run is at hand, they are not saved."""
+        check_choice("task", task, self.tasks)
+        if self.mcmc is None:
+            raise ValueError(f"the prior was loaded, and the weights of its tasks are not saved: task={task!r}.")
+        theta: Tensor = self.mcmc.kernel.theta(self.tasks.index(task))["theta"]
+        return theta
+
+    def save_pretrained(self, folder: str | Path, *, results: Mapping[str, Any] | None = None) -> Path:
+        """Write a folder: the mixture, all that its use needs, a model card, a PEFT adapter of its heaviest mean.
+
+        Args:
+            folder: made if it is not there; files of the same names are replaced.
+            results: measures by name, for the model card.
+        """
+        from pyro_lift import hub
+
+        self.results |= dict(results or {})
+        return hub.save_prior(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, backbone: nn.Module, *, check_base: bool = True, **options: Any
+    ) -> LiFTPrior:
+        """A prior from its folder, or from a repository of the hub.
+
+        Args:
+            source: a folder, or ``"user/name"``.
+            backbone: the base model: plain, as a PEFT model or as a
+                :class:`~pyro_lift.models.adapters.RandomAdapter`.
+            check_base: whether another base model is refused.
+            options: of ``huggingface_hub.snapshot_download``, such as ``revision`` and ``token``; ``options={...}``
+                of RandomAdapter, such as a readout.
+
+        Raises:
+            ValueError: a missing, truncated or altered file, a tensor that does not belong, another base model, a
+                newer format; names the file and the tensor.
+        """
+        from pyro_lift import hub
+
+        return hub.load_prior(source, backbone, check=check_base, **options)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
+        """Upload the folder of :meth:`save_pretrained` to the hub; returns the commit's address."""
+        from pyro_lift import hub
+
+        return hub.push(self, repo_id, private=private, **options)
+
+    def to_peft(self, folder: str | Path, which: str | int = "phi") -> Path:
+        """Write an ordinary PEFT adapter folder.
+
+        Args:
+            folder: for ``peft.PeftModel.from_pretrained``, which needs no pyro_lift.
+            which: ``"phi"`` (the mixture's mean), a component's number, or the name of a meta-training task.
+        """
+        from pyro_lift import hub
+
+        return hub.export_prior(self, Path(folder), which)
+
+    def to_peft_zoo(self, folder: str | Path) -> list[Path]:
+        """PEFT folders of phi, of every component and, after meta-training, of every task."""
+        from pyro_lift import hub
+
+        return hub.export_zoo(self, Path(folder))
+
 
 class TaskPosterior:
     """Draws of one task's weights, and the predictions they average to.
@@ -346,6 +427,7 @@ class TaskPosterior:
         thetas: draws ``[S, D]``.
         heads: draws of the task's own head ``[S, C, width + 1]``, or None.
         component: the mixture component the chain started from.
+        results: measures to be saved with it, by name.
     """
 
     def __init__(
@@ -359,6 +441,7 @@ class TaskPosterior:
     ) -> None:
         self.adapter, self.task, self.thetas, self.heads = adapter, task, thetas, heads
         self.component, self.mcmc = component, mcmc
+        self.results: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return f"TaskPosterior(task={self.task.name!r}, draws={len(self.thetas)}, dim={self.adapter.dim})"
@@ -376,3 +459,45 @@ class TaskPosterior:
             rows = replace(as_rows((inputs, torch.zeros(len(first))), "inputs"), shared=self.task.train.shared)
         rows = rows.to(self.adapter.initial.device)
         return predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
+
+    def save_pretrained(self, folder: str | Path, *, results: Mapping[str, Any] | None = None) -> Path:
+        """Write a folder: the draws, what predictions need, a model card, and a PEFT adapter of the mean."""
+        from pyro_lift import hub
+
+        self.results |= dict(results or {})
+        return hub.save_posterior(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        backbone: nn.Module,
+        task: Task | None = None,
+        *,
+        check_base: bool = True,
+        **options: Any,
+    ) -> TaskPosterior:
+        """A posterior from its folder or the hub, as :meth:`LiFTPrior.from_pretrained`.
+
+        Args:
+            source: a folder, or ``"user/name"``.
+            backbone: the base model.
+            task: the task itself; None makes one without data, which is all that predictions need.
+            check_base: whether another base model is refused.
+            options: as of :meth:`LiFTPrior.from_pretrained`.
+        """
+        from pyro_lift import hub
+
+        return hub.load_posterior(source, backbone, task, check=check_base, **options)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
+        """Upload the folder of :meth:`save_pretrained` to the hub; returns the commit's address."""
+        from pyro_lift import hub
+
+        return hub.push(self, repo_id, private=private, **options)
+
+    def to_peft(self, folder: str | Path, which: str | int = "mean") -> Path:
+        """Write an ordinary PEFT adapter folder: ``"mean"``, or a draw's number."""
+        from pyro_lift import hub
+
+        return hub.export_posterior(self, Path(folder), which)

@@ -34,7 +34,9 @@ def test_links_for_tools_are_relative(link: str) -> None:
     assert str(path.readlink()) == f"../{link}"
 
 
-@pytest.mark.parametrize("package", ["transformers", "timm", "datasets", "arviz", "matplotlib", "peft"])
+@pytest.mark.parametrize(
+    "package", ["transformers", "timm", "datasets", "arviz", "matplotlib", "peft", "huggingface_hub"]
+)
 def test_importing_pyro_lift_is_light(package: str) -> None:
     code = f"import sys, pyro_lift; assert {package!r} not in sys.modules; pyro_lift.SGLDGibbs; pyro_lift.Task"
     code += f"; assert {package!r} not in sys.modules"

@@ -1,0 +1,88 @@
+"""Which frozen network an adapter belongs to: its name, and a digest of every weight."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_lift.models.adapters import RandomAdapter
+
+__all__ = ["check_base", "describe_base"]
+
+#: Values of each weight that its digest reads; a fine-tuned copy differs in nearly all of them.
+PROBES = 256
+
+
+def describe_base(adapter: RandomAdapter) -> dict[str, Any]:
+    """Name, class and digests; the names are the network's own, without PEFT's wrappers."""
+    network = _plain(adapter.backbone)
+    weights = _weights(adapter)
+    return {
+        "name": _name(network),
+        "class": type(network).__name__,
+        "parameters": sum(x.numel() for x in weights.values()),
+        "tensors": {name: [list(x.shape), _digest(x)] for name, x in weights.items()},
+    }
+
+
+def check_base(adapter: RandomAdapter, saved: Mapping[str, Any], where: Path) -> None:
+    """Refuse another base model.
+
+    Raises:
+        ValueError: names the file, both models and the first weight that is missing, misshapen or different.
+    """
+    found = describe_base(adapter)
+    who = f"made for {saved.get('name') or saved.get('class')}, not this {found['name'] or found['class']}"
+    old, new = saved.get("tensors") or {}, found["tensors"]
+    if missing := [name for name in old if name not in new]:
+        raise ValueError(f"{where}: {who}: the network has no weight {missing[0]!r} ({len(missing)} missing).")
+    if extra := [name for name in new if name not in old]:
+        raise ValueError(f"{where}: {who}: the network's weight {extra[0]!r} was not there ({len(extra)} in all).")
+    for name, (shape, _) in new.items():
+        if shape != old[name][0]:
+            raise ValueError(
+                f"{where}: {who}: the weight {name!r} has shape {tuple(shape)}, not {tuple(old[name][0])}."
+            )
+    if other := [name for name in new if new[name][1] != old[name][1]]:
+        raise ValueError(
+            f"{where}: {who}: the weight {other[0]!r} has other values ({len(other)} of {len(new)} differ). "
+            "Load the base model it was trained on, or pass check_base=False if a difference is meant."
+        )
+
+
+def _plain(network: Any) -> Any:
+    return network.get_base_model() if hasattr(network, "get_base_model") else network
+
+
+def _name(network: Any) -> str | None:
+    name = getattr(network, "name_or_path", None) or getattr(getattr(network, "config", None), "_name_or_path", None)
+    cfg = getattr(network, "pretrained_cfg", None)
+    if not name and isinstance(cfg, dict):  # timm
+        name = cfg.get("hf_hub_id") or cfg.get("architecture")
+    return str(name) if name else None
+
+
+def _weights(adapter: RandomAdapter) -> dict[str, Tensor]:
+    own = {entry.name for entry in adapter.layout}
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach()
+        for name, parameter in sorted(adapter.backbone.named_parameters())
+        if name not in own and not _is_adapter(name)
+    }
+
+
+def _is_adapter(name: str) -> bool:
+    """Frozen tensors that PEFT brings: VeRA's shared projections, OFT's and FourierFT's own."""
+    return any(part in name for part in ("vera_", "oft_", "fourierft_", "lora_"))
+
+
+def _digest(x: Tensor) -> str:
+    # In bfloat16, so that a network read in half precision is the same network.
+    step = max(x.numel() // PROBES, 1)
+    probe = x.reshape(-1)[::step][:PROBES].to(torch.bfloat16).float().cpu()
+    return hashlib.sha256(probe.numpy().tobytes()).hexdigest()[:12]

@@ -1,0 +1,442 @@
+"""Priors and posteriors as folders of the Hugging Face ecosystem: config.json, safetensors, a model card, PEFT.
+
+The folder itself is an ordinary PEFT adapter (a prior's heaviest component, a posterior's mean), so that it is of use
+without pyro_lift. What is ours is ``prior.safetensors`` or ``posterior.safetensors``, described by ``config.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_lift.archive import (
+    DamagedError,
+    check_format,
+    new_files,
+    read_json,
+    read_tensors,
+    versions,
+    write_file,
+    write_json,
+    write_tensors,
+)
+from pyro_lift.base_model import check_base, describe_base
+from pyro_lift.config import from_dict
+from pyro_lift.data.task import Rows, Task
+from pyro_lift.inference.online_em import OnlineGaussianMixture
+from pyro_lift.lift import AdaptSettings, LiFTPrior, LiFTSettings, TaskPosterior
+from pyro_lift.model_card import posterior_card, prior_card
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.peft_folder import config_from_dict, config_to_dict, write_peft
+
+__all__ = [
+    "export_posterior",
+    "export_prior",
+    "export_zoo",
+    "load_posterior",
+    "load_prior",
+    "push",
+    "save_posterior",
+    "save_prior",
+]
+
+CONFIG, CARD = "config.json", "README.md"
+PRIOR, POSTERIOR = "prior.safetensors", "posterior.safetensors"
+#: Newest format that is read; written is always the newest.
+PRIOR_FORMAT = POSTERIOR_FORMAT = 1
+MIXTURE_OPTIONS = (
+    "components",
+    "covariance",
+    "schedule",
+    "power",
+    "count",
+    "buffer_size",
+    "variance_floor",
+    "seed",
+)
+_ADAPTER_KEYS: dict[str, type] = {"adapter": dict, "peft": dict, "base_model": dict, "files": dict}
+_PRIOR_KEYS = {**_ADAPTER_KEYS, "settings": dict, "adapt": dict, "mixture": dict, "tasks": list, "results": dict}
+_POSTERIOR_KEYS = {**_ADAPTER_KEYS, "task": dict, "component": int}
+
+
+# ------------------------------------------------------------------------------------------------------------- priors
+
+
+def save_prior(prior: LiFTPrior, folder: Path) -> Path:
+    """Write a prior's folder; files of an older one are replaced when all of the new ones are on the disk."""
+    adapter, mixture = prior.adapter, prior.mixture
+    if mixture.seen == 0:
+        raise ValueError("the prior has seen no draw yet: there is nothing to save.")
+    tensors = {f"mixture.{k}": x for k, x in mixture.state_dict().items()}
+    tensors |= {f"second_moment.{k}": x for k, x in prior.second_moment.items()}
+    tensors["initial"] = adapter.initial
+    with new_files(folder, CONFIG) as new:
+        write_peft(adapter, _component(prior, _heaviest(prior)), new)
+        config = {
+            "format": "pyro_lift.prior",
+            "format_version": PRIOR_FORMAT,
+            "versions": versions(),
+            **_described(adapter),
+            "settings": dataclasses.asdict(prior.settings),
+            "adapt": dataclasses.asdict(prior.adapt_settings),
+            "mixture": {name: getattr(mixture, name) for name in MIXTURE_OPTIONS},
+            "seed": prior.seed,
+            "tasks": list(prior.tasks),
+            "results": dict(prior.results),
+            "files": {PRIOR: write_tensors(new / PRIOR, tensors)},
+        }
+        write_json(new / CONFIG, config)
+        write_file(new / CARD, prior_card(prior, config).encode())
+    return folder
+
+
+def load_prior(
+    source: str | Path,
+    backbone: nn.Module,
+    *,
+    check: bool = True,
+    options: Mapping[str, Any] | None = None,
+    **download: Any,
+) -> LiFTPrior:
+    """A prior from its folder, or from a repository of the hub.
+
+    Args:
+        source: a folder, or ``"user/name"``.
+        backbone: the base model, plain, as a PEFT model or as a RandomAdapter; a plain one gets its adapter here.
+        check: whether to compare the base model's weights with those the prior was learned on.
+        options: of :class:`~pyro_lift.models.adapters.RandomAdapter`, such as a readout, for a backbone that is not
+            one yet.
+        download: of ``huggingface_hub.snapshot_download``.
+
+    Raises:
+        ValueError: anything that is not as it was written; names the file and the tensor.
+    """
+    folder = _local(source, download)
+    path = folder / CONFIG
+    config = read_json(path)
+    check_format(path, config, "pyro_lift.prior", PRIOR_FORMAT, _PRIOR_KEYS)
+    settings = from_dict(LiFTSettings, config["settings"], f"{path}: settings")
+    adapt_settings = from_dict(AdaptSettings, config["adapt"], f"{path}: adapt")
+    mixture = _mixture(path, config["mixture"])
+    adapter = _adapter(path, config, backbone, check, options or {})
+    file = folder / PRIOR
+    shapes = {"initial": (adapter.dim,)}
+    tensors = read_tensors(file, config["files"].get(PRIOR), adapter.initial.device, shapes)
+    _check_values(file, tensors)
+    _load_mixture(file, mixture, _part(tensors, "mixture."), adapter.dim)
+    moments = _part(tensors, "second_moment.")
+    for name, x in moments.items():
+        if name == "theta" and x.shape != adapter.initial.shape:
+            raise DamagedError(
+                f"{file}: tensor 'second_moment.theta' has shape {tuple(x.shape)}, not ({adapter.dim},)."
+            )
+    adapter.initial.copy_(tensors["initial"])
+    return LiFTPrior(
+        adapter,
+        mixture,
+        settings,
+        adapt_settings,
+        moments,
+        seed=config.get("seed"),
+        tasks=tuple(map(str, config["tasks"])),
+        results=config["results"],
+    )
+
+
+def _mixture(path: Path, options: dict[str, Any]) -> OnlineGaussianMixture:
+    for name in MIXTURE_OPTIONS:
+        if name not in options:
+            raise DamagedError(f"{path}: mixture: key {name!r} is missing.")
+    values = {name: options[name] for name in MIXTURE_OPTIONS if name not in ("components", "covariance")}
+    try:
+        return OnlineGaussianMixture(options["components"], options["covariance"], **values)
+    except (TypeError, ValueError) as error:
+        raise DamagedError(f"{path}: mixture: {error}") from error
+
+
+def _load_mixture(file: Path, mixture: OnlineGaussianMixture, tensors: dict[str, Tensor], dim: int) -> None:
+    K = mixture.components
+    if "buffer" not in tensors:
+        width = {"diag": (dim,), "spherical": (1,), "full": (dim, dim)}[mixture.covariance]
+        for part in ("moments", "average"):
+            shapes = {"weight": (K,), "mean": (K, dim), "variance": (K, *width)}
+            for name, shape in shapes.items():
+                _check_tensor(file, f"mixture.{part}.{name}", tensors.get(f"{part}.{name}"), shape)
+            if not bool((tensors[f"{part}.variance"] >= 0.0).all() and (tensors[f"{part}.weight"] >= 0.0).all()):
+                raise DamagedError(f"{file}: tensor 'mixture.{part}.variance' or its weights hold negative values.")
+    elif tensors["buffer"].dim() != 2 or tensors["buffer"].shape[-1] != dim:
+        raise DamagedError(
+            f"{file}: tensor 'mixture.buffer' has shape {tuple(tensors['buffer'].shape)}, not (n, {dim})."
+        )
+    try:
+        mixture.load_state_dict(tensors)
+    except ValueError as error:
+        raise DamagedError(f"{file}: {error}") from error
+
+
+def _check_tensor(file: Path, name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
+    if x is None:
+        raise DamagedError(f"{file}: tensor {name!r} is missing.")
+    if tuple(x.shape) != shape:
+        raise DamagedError(f"{file}: tensor {name!r} has shape {tuple(x.shape)}, not {shape}.")
+
+
+# --------------------------------------------------------------------------------------------------------- posteriors
+
+
+def save_posterior(posterior: TaskPosterior, folder: Path) -> Path:
+    """Write a posterior's folder: its draws, what is needed to predict with them, and a PEFT adapter of their mean."""
+    task = posterior.task
+    tensors = {"theta": posterior.thetas} | ({} if posterior.heads is None else {"head": posterior.heads})
+    tensors |= {f"label_texts.{name}": x for name, x in (task.label_texts or {}).items()}
+    with new_files(folder, CONFIG) as new:
+        export_posterior(posterior, new, "mean")
+        config = {
+            "format": "pyro_lift.posterior",
+            "format_version": POSTERIOR_FORMAT,
+            "versions": versions(),
+            **_described(posterior.adapter),
+            "task": {
+                "name": task.name,
+                "kind": task.kind,
+                "num_classes": task.num_classes,
+                "labels": None if task.labels is None else list(task.labels),
+                "metric": task.metric,
+                "rows": len(task.train),
+            },
+            "component": posterior.component,
+            "results": dict(posterior.results),
+            "files": {POSTERIOR: write_tensors(new / POSTERIOR, tensors)},
+        }
+        write_json(new / CONFIG, config)
+        write_file(new / CARD, posterior_card(posterior, config).encode())
+    return folder
+
+
+def load_posterior(
+    source: str | Path,
+    backbone: nn.Module,
+    task: Task | None = None,
+    *,
+    check: bool = True,
+    options: Mapping[str, Any] | None = None,
+    **download: Any,
+) -> TaskPosterior:
+    """A posterior from its folder or from the hub; see :func:`load_prior`.
+
+    Args:
+        source: a folder, or ``"user/name"``.
+        backbone: the base model.
+        task: the task itself; None makes one of its name, kind and labels, with one row of zeros for data (rows are
+            not saved), which is all that predictions need.
+        check: whether to compare the base model's weights.
+        options: of the adapter.
+        download: of ``huggingface_hub.snapshot_download``.
+    """
+    folder = _local(source, download)
+    path = folder / CONFIG
+    config = read_json(path)
+    check_format(path, config, "pyro_lift.posterior", POSTERIOR_FORMAT, _POSTERIOR_KEYS)
+    adapter = _adapter(path, config, backbone, check, options or {})
+    file = folder / POSTERIOR
+    tensors = read_tensors(file, config["files"].get(POSTERIOR), adapter.initial.device, {"theta": (-1, adapter.dim)})
+    _check_values(file, tensors)
+    heads = tensors.get("head")
+    if heads is not None and len(heads) != len(tensors["theta"]):
+        raise DamagedError(f"{file}: tensor 'head' has {len(heads)} draws, 'theta' {len(tensors['theta'])}.")
+    if task is None:
+        task = _task_without_rows(path, config["task"], _part(tensors, "label_texts."))
+    elif task.name != config["task"].get("name"):
+        raise ValueError(f"{path}: draws for the task {config['task'].get('name')!r}, not {task.name!r}.")
+    posterior = TaskPosterior(adapter, task, tensors["theta"], heads, config["component"])
+    posterior.results = config.get("results") or {}
+    return posterior
+
+
+def _task_without_rows(path: Path, about: dict[str, Any], texts: dict[str, Tensor]) -> Task:
+    for name in ("name", "kind", "num_classes", "labels"):
+        if name not in about:
+            raise DamagedError(f"{path}: task: key {name!r} is missing.")
+    classes = about["num_classes"]
+    target = {"regression": torch.zeros(1), "tokens": torch.zeros(1, 1).long()}.get(
+        about["kind"], torch.zeros(1).long()
+    )
+    inputs = {}
+    if about["kind"] == "matching" and not texts:  # options by row
+        inputs = {f"option_{name}": torch.zeros(1, classes, 1).long() for name in ("input_ids", "attention_mask")}
+    options = {"labels": about["labels"], "metric": about.get("metric"), "label_texts": texts or None}
+    try:
+        return Task(about["name"], Rows(inputs, target), about["kind"], classes, **options)
+    except (TypeError, ValueError) as error:
+        raise DamagedError(f"{path}: task: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------- PEFT exports
+
+
+def export_prior(prior: LiFTPrior, folder: Path, which: str | int = "phi") -> Path:
+    """One PEFT folder: ``"phi"`` (the mixture's mean), a component's number, or a meta-training task's name."""
+    return write_peft(prior.adapter, _chosen(prior, which), folder)
+
+
+def export_zoo(prior: LiFTPrior, folder: Path) -> list[Path]:
+    """PEFT folders ``phi``, ``component-0`` ..., and ``task-NAME`` for every task that meta-training still holds."""
+    found: dict[str, str | int] = {"phi": "phi"}
+    found |= {f"component-{k}": k for k in range(prior.mixture.components)}
+    if prior.mcmc is not None:
+        found |= {f"task-{name}": name for name in prior.tasks}
+    return [export_prior(prior, folder / name, which) for name, which in found.items()]
+
+
+def export_posterior(posterior: TaskPosterior, folder: Path, which: str | int = "mean") -> Path:
+    """One PEFT folder: ``"mean"``, or a draw's number; a head of the task's own is ``head.safetensors`` beside it."""
+    draws = len(posterior.thetas)
+    if which == "mean":
+        theta, head = posterior.thetas.mean(0), None if posterior.heads is None else posterior.heads.mean(0)
+    elif isinstance(which, int) and not isinstance(which, bool) and 0 <= which < draws:
+        theta, head = posterior.thetas[which], None if posterior.heads is None else posterior.heads[which]
+    else:
+        raise ValueError(f"which={which!r}: expected 'mean' or a draw's number, 0 .. {draws - 1}.")
+    write_peft(posterior.adapter, theta, folder)
+    if head is not None:
+        write_tensors(folder / "head.safetensors", {"weight": head[:, :-1], "bias": head[:, -1]})
+    return folder
+
+
+def _chosen(prior: LiFTPrior, which: str | int) -> Tensor:
+    K = prior.mixture.components
+    if isinstance(which, int) and not isinstance(which, bool):
+        if not 0 <= which < K:
+            raise ValueError(f"which={which}: the prior's components are 0 .. {K - 1}.")
+        return _component(prior, which)
+    if which == "phi":
+        weight, mean, _ = prior.mixture.moments
+        return (weight.unsqueeze(-1) * mean).sum(0)
+    return prior.theta(str(which))
+
+
+def _component(prior: LiFTPrior, k: int) -> Tensor:
+    return prior.mixture.moments.mean[k]
+
+
+def _heaviest(prior: LiFTPrior) -> int:
+    return int(prior.mixture.moments.weight.argmax())
+
+
+# ---------------------------------------------------------------------------------------------------------------- hub
+
+
+def push(thing: LiFTPrior | TaskPosterior, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
+    """Save into a temporary folder and upload it; returns the commit's address.
+
+    Args:
+        thing: a prior or a posterior.
+        repo_id: ``"user/name"``; made if it is not there.
+        private: of a new repository.
+        options: ``token``, and those of ``HfApi.upload_folder``.
+    """
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=options.pop("token", None))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = thing.save_pretrained(Path(scratch) / "upload")
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        info = api.upload_folder(
+            repo_id=repo, folder_path=folder, **{"commit_message": "Upload by pyro_lift", **options}
+        )
+    return str(info.commit_url)
+
+
+def _local(source: str | Path, download: dict[str, Any]) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if isinstance(source, Path) or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise DamagedError(f"{source}: no such folder, and not a name of the hub ('user/name').")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(source), **download))
+
+
+# ------------------------------------------------------------------------------------------------------------ adapter
+
+
+def _described(adapter: RandomAdapter) -> dict[str, Any]:
+    return {
+        "adapter": {"dim": adapter.dim, "tensors": [[entry.name, list(entry.shape)] for entry in adapter.layout]},
+        "peft": config_to_dict(adapter.backbone.active_peft_config),
+        "base_model": describe_base(adapter),
+    }
+
+
+def _adapter(
+    path: Path, config: dict[str, Any], backbone: nn.Module, check: bool, options: Mapping[str, Any]
+) -> RandomAdapter:
+    """The backbone with the adapter that was saved, every tensor of it in its place."""
+    from peft import PeftModel
+
+    if isinstance(backbone, RandomAdapter):
+        adapter = backbone
+    elif isinstance(backbone, PeftModel):
+        adapter = adapt_backbone(backbone, **options)
+    else:
+        # The fresh start is replaced by the saved one; the caller's random stream should not notice it.
+        with torch.random.fork_rng():
+            try:
+                adapter = adapt_backbone(backbone, config_from_dict(config["peft"], path), **options)
+            except ValueError as error:
+                raise ValueError(f"{path}: the adapter does not fit {type(backbone).__name__}: {error}") from error
+    _check_layout(path, adapter, config["adapter"])
+    _check_scaling(path, adapter, config["peft"])
+    if check:
+        check_base(adapter, config["base_model"], path)
+    return adapter
+
+
+def _check_layout(path: Path, adapter: RandomAdapter, saved: dict[str, Any]) -> None:
+    table = saved.get("tensors")
+    if not isinstance(table, list) or not all(isinstance(row, list) and len(row) == 2 for row in table):
+        raise DamagedError(f"{path}: adapter: 'tensors' is not a list of names and shapes.")
+    old = {name: tuple(shape) for name, shape in table}
+    new = {entry.name: tuple(entry.shape) for entry in adapter.layout}
+    for name, shape in old.items():
+        if name not in new:
+            raise ValueError(f"{path}: adapter tensor {name!r} has no place in this backbone. Another base or adapter?")
+        if new[name] != shape:
+            raise ValueError(
+                f"{path}: adapter tensor {name!r} has shape {new[name]} in this backbone, {shape} in the file."
+            )
+    if extra := [name for name in new if name not in old]:
+        raise ValueError(
+            f"{path}: this backbone's adapter tensor {extra[0]!r} is not in the file. Other target modules?"
+        )
+    if list(old) != list(new) or sum(map(math.prod, old.values())) != saved.get("dim"):
+        raise DamagedError(f"{path}: adapter: tensors out of order, or their sizes do not add up to dim.")
+
+
+def _check_scaling(path: Path, adapter: RandomAdapter, saved: dict[str, Any]) -> None:
+    """The same tensors mean another network under another scale."""
+    found = config_to_dict(adapter.backbone.active_peft_config)
+    for name in ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
+        if saved.get(name) != found.get(name):
+            was, now = saved.get(name), found.get(name)
+            raise ValueError(f"{path}: the adapter was made with {name}={was!r}; this backbone's has {now!r}.")
+
+
+def _check_values(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise DamagedError(f"{file}: tensor {name!r} holds values that are not finite.")
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

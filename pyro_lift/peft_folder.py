@@ -1,0 +1,126 @@
+"""Adapter weights as PEFT's own folders: ``adapter_model.safetensors`` beside ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_lift.archive import DamagedError
+from pyro_lift.models.adapters import RandomAdapter
+
+if TYPE_CHECKING:
+    import peft
+
+__all__ = [
+    "PEFT_CONFIG",
+    "PEFT_WEIGHTS",
+    "config_from_dict",
+    "config_to_dict",
+    "read_config",
+    "read_peft",
+    "write_peft",
+]
+
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def write_peft(adapter: RandomAdapter, theta: Tensor, folder: Path) -> Path:
+    """A folder with these weights ``[D]`` that ``peft.PeftModel.from_pretrained(base, folder)`` loads."""
+    theta = theta.detach().to(adapter.initial)
+    if theta.shape != adapter.initial.shape:
+        raise ValueError(f"weights of shape {tuple(theta.shape)}; the adapter has {adapter.dim}.")
+    with adapter.bound(theta):
+        # "auto" would ask the hub whether the vocabulary was resized; ours never is.
+        adapter.backbone.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
+    return folder
+
+
+def config_to_dict(config: peft.PeftConfig) -> dict[str, Any]:
+    """A PEFT configuration as JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=_plain))
+    plain["inference_mode"] = False
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(getattr(value, "value", value))
+
+
+def config_from_dict(values: dict[str, Any], where: Path) -> peft.PeftConfig:
+    """The inverse of :func:`config_to_dict`.
+
+    Raises:
+        ValueError: a kind or a value that this version of PEFT does not know; names the file.
+    """
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_peft_type(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: this version of PEFT cannot read the adapter's configuration ({error!r})."
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json`` of a PEFT folder.
+
+    Raises:
+        ValueError: no PEFT folder; names it.
+    """
+    path = folder / PEFT_CONFIG
+    if not path.is_file():
+        raise DamagedError(f"{folder}: no {PEFT_CONFIG} here; expected a PEFT adapter's folder.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedError(f"{path}: not JSON ({error}); the file is damaged.") from error
+    if not isinstance(values, dict) or "peft_type" not in values:
+        raise DamagedError(f"{path}: no key 'peft_type'; expected a PEFT adapter's configuration.")
+    return values
+
+
+def read_peft(folder: Path, adapter: RandomAdapter) -> Tensor:
+    """The weights ``[D]`` of a PEFT folder, in the order of this adapter.
+
+    Raises:
+        ValueError: a file that is missing or cannot be read, a tensor that is missing, unknown, misshapen or not
+            finite; names the file and the tensor.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / PEFT_WEIGHTS
+    if not path.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        extra = " adapter_model.bin is pickle, which is not read: save it again as safetensors." if pickled else ""
+        raise DamagedError(f"{folder}: no {PEFT_WEIGHTS} here.{extra}")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(f"{path}: cannot be read ({error}); the file is damaged.") from error
+    known = {_file_name(entry.name): entry for entry in adapter.layout}
+    for name in known:
+        if name not in tensors:
+            raise DamagedError(f"{path}: tensor {name!r} is missing. Other target modules, or another base model?")
+    for name, x in tensors.items():
+        if name not in known:
+            raise DamagedError(f"{path}: tensor {name!r} is not part of the adapter. Other target modules?")
+        if x.shape != known[name].shape:
+            want = tuple(known[name].shape)
+            raise DamagedError(f"{path}: tensor {name!r} has shape {tuple(x.shape)}, not {want}. Another rank or base?")
+        if not x.is_floating_point():
+            raise DamagedError(f"{path}: tensor {name!r} is {x.dtype}; expected floating-point weights.")
+        if not bool(torch.isfinite(x).all()):
+            raise DamagedError(f"{path}: tensor {name!r} holds values that are not finite.")
+    return torch.cat([tensors[name].reshape(-1) for name in known]).to(adapter.initial)
+
+
+def _file_name(name: str) -> str:
+    """PEFT leaves the adapter's own name out of its files."""
+    return re.sub(r"\.default(?=\.|$)", "", name)
