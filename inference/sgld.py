@@ -163,16 +163,27 @@ def precondition(second_moment: Tensor, damping: float) -> Tensor:
     r"""The RMS preconditioner :math:`P = 1/(\sqrt V + \epsilon\,\overline{\sqrt V})`.
 
     With it a step moves every coordinate by about eta/2, as Adam with learning rate eta/2 does. The damping is
-    relative to the mean of sqrt(V), so that P scales as the inverse of the gradient, inflated or not.
+    relative to the mean of sqrt(V), so that P scales as the inverse of the gradient, inflated or not. A site whose
+    gradient has been zero so far has no scale yet: P = 1.
     """
     root = second_moment.sqrt()
-    return 1.0 / (root + damping * root.mean() + torch.finfo(root.dtype).tiny)
+    scale = root + damping * root.mean()
+    return torch.where(root.mean() > 0.0, 1.0 / (scale + torch.finfo(root.dtype).tiny), torch.ones_like(scale))
 
 
 def update_second_moment(second_moment: Tensor | None, gradient: Tensor, decay: float) -> Tensor:
     """Exponential moving average of the squared gradient; it starts at the first square."""
-    square = gradient.square()
-    return square if second_moment is None else torch.lerp(square, second_moment, decay)
+    return running_mean(second_moment, gradient.square(), decay)
+
+
+def running_mean(mean: Tensor | None, value: Tensor, decay: float) -> Tensor:
+    """Exponential moving average that starts at the first value that is not all zeros.
+
+    A global site may start exactly where its gradient vanishes; that says nothing of its scale.
+    """
+    if mean is None:
+        return value
+    return torch.where(mean.any(), torch.lerp(value, mean, decay), value)
 
 
 def init(position: dict[str, Tensor]) -> SGLDState:

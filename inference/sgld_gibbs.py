@@ -26,6 +26,7 @@ from pyro_lift.inference.sgld import (
     check_finite,
     gaussian_noise,
     precondition,
+    running_mean,
     update_second_moment,
 )
 from pyro_lift.inference.store import ThetaStore
@@ -227,8 +228,7 @@ def _move_theta(
         if settings.decay is not None:
             if adapt or site.family not in moments:
                 square = _per_coordinate(gradient.square(), site.family, site.plate_dim, structure)
-                old = moments.get(site.family)
-                moments[site.family] = square if old is None else torch.lerp(square, old, settings.decay)
+                moments[site.family] = running_mean(moments.get(site.family), square, settings.decay)
             preconditioner = precondition(moments[site.family], settings.damping)
         moved[name] = INTEGRATORS[settings.integrator](
             site.leaf.detach(),
