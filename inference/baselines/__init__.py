@@ -17,10 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from pyro_lift.inference.baselines.abml import ABML
+from pyro_lift.inference.baselines.bmaml import BMAML
 from pyro_lift.inference.baselines.boot_maml import BootstrappedMAML
 from pyro_lift.inference.baselines.imaml import ImplicitMAML
 from pyro_lift.inference.baselines.lift import LiFTMethod
 from pyro_lift.inference.baselines.maml import MAML
+from pyro_lift.inference.baselines.maml_mix import MAMLMix
 from pyro_lift.inference.baselines.no_meta_train import NoMetaTrain
 from pyro_lift.inference.baselines.protocol import Baseline, Budget, Ensemble, Posterior
 from pyro_lift.inference.baselines.reptile import Reptile
@@ -42,6 +45,12 @@ BASELINES: dict[str, Callable[..., Baseline]] = {
     "imaml-neumann": partial(ImplicitMAML, solver="neumann"),
     "reptile": Reptile,
     "boot-maml": BootstrappedMAML,
+    "bmaml": BMAML,
+    "bmaml-m1": partial(BMAML, particles=1),
+    "bmaml-m3": partial(BMAML, particles=3),
+    "abml": ABML,
+    "maml-mix-k5": MAMLMix,
+    "imaml-mix-k5": partial(MAMLMix, base=ImplicitMAML),
     "lift": LiFTMethod,
     "lift-k3": partial(LiFTMethod, settings=LiFTSettings(components=3)),
     "lift-k5": partial(LiFTMethod, settings=LiFTSettings(components=5)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +19,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_lift.data.task import Rows, Task
 from pyro_lift.inference.adapt import Loss, Weights, adapt, differentiate, mean_loss, minibatches
+from pyro_lift.inference.baselines.finetune import noise_generator
 from pyro_lift.inference.baselines.protocol import Budget, Episode, Heads, check_tasks, episodes
 from pyro_lift.inference.baselines.union_train import warm_up
 from pyro_lift.inference.rules import adam, sgd
 from pyro_lift.models.adapters import RandomAdapter
 
-__all__ = ["EpisodicState", "Gradient", "inner_loop", "loss_of", "outer_loop", "query_gradient", "twice_differentiable"]
+__all__ = [
+    "EpisodicState",
+    "Gradient",
+    "inner_loop",
+    "loss_of",
+    "outer_loop",
+    "query_gradient",
+    "query_loss",
+    "scattered",
+    "twice_differentiable",
+]
 
 #: The gradient of one task's meta-loss at the meta-parameters; it also moves that task's own head.
 Gradient = Callable[[Tensor, Episode, Heads, torch.Generator], Tensor]
@@ -86,6 +97,14 @@ def outer_loop(
     return EpisodicState(omega, steps)
 
 
+def scattered(phi: Tensor, number: int, scale: float, seed: int) -> Tensor:
+    """Several starts ``[number, D]``: the first at phi, the others around it; equal ones would stay equal for ever."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(number, len(phi), generator=generator, dtype=phi.dtype).to(phi.device)
+    noise[0] = 0.0
+    return phi + scale * noise
+
+
 def loss_of(adapter: RandomAdapter, task: Task, budget: Budget) -> Loss:
     """Mean negative log likelihood of some rows of one task."""
     return lambda weights, rows: mean_loss(adapter, task, rows, weights, noise_scale=budget.noise_scale)
@@ -102,7 +121,7 @@ def inner_loop(
     learning_rate: float,
     create_graph: bool,
     rows: Rows | None = None,
-    **hooks: object,
+    **hooks: Any,
 ) -> Weights:
     """Gradient steps on an episode's support rows (or others); the head moves faster, by the budget's policy."""
     rows = episode.support if rows is None else rows
@@ -112,21 +131,27 @@ def inner_loop(
         minibatches(rows, budget.batch_size, generator),
         sgd(learning_rate),
         steps=steps,
-        n_eff=hooks.pop("n_eff", float(len(rows))),  # type: ignore[arg-type]
+        n_eff=hooks.pop("n_eff", float(len(rows))),
         create_graph=create_graph,
         head_rule=sgd(budget.heads.rate * learning_rate),
         head_prior=budget.heads.prior,
-        generator=generator,
+        generator=noise_generator(generator, start.theta),
         name=episode.task.name,
-        **hooks,  # type: ignore[arg-type]
+        **hooks,
     )
     return path.last
 
 
+def query_loss(
+    adapter: RandomAdapter, budget: Budget, episode: Episode, adapted: Weights, generator: torch.Generator
+) -> Tensor:
+    """Mean loss of one query minibatch at the adapted weights."""
+    rows = minibatches(episode.query, budget.batch_size, generator)()
+    return loss_of(adapter, episode.task, budget)(adapted, rows)
+
+
 def query_gradient(
     adapter: RandomAdapter, budget: Budget, episode: Episode, adapted: Weights, at: Weights, generator: torch.Generator
-) -> tuple[Tensor, Weights]:
-    """Loss of one query minibatch at the adapted weights, and its gradient at weights these are a function of."""
-    rows = minibatches(episode.query, budget.batch_size, generator)()
-    value = loss_of(adapter, episode.task, budget)(adapted, rows)
-    return value.detach(), differentiate(value, at)
+) -> Weights:
+    """Gradient of that loss at weights that the adapted ones are a function of."""
+    return differentiate(query_loss(adapter, budget, episode, adapted, generator), at)

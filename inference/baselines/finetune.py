@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_lift.data.task import Task
-from pyro_lift.inference.adapt import HeadPolicy, Weights, adapt, mean_loss, minibatches
+from pyro_lift.inference.adapt import HeadPolicy, Kernel, Reparametrisation, Weights, adapt, mean_loss, minibatches
 from pyro_lift.inference.rules import Rule, adam
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.observation import check_width
@@ -23,9 +23,9 @@ class Iterates(NamedTuple):
     """Late iterates ``[S, D]``, for predictions that average over them as LiFT averages over draws.
 
     Attributes:
-        thetas: ``[S, D]``.
+        thetas: ``[S, D]``; of particles ``[S, M, D]``.
         losses: of the minibatches, in order.
-        heads: ``[S, C, width + 1]``, where the task has a head of its own.
+        heads: ``[S, C, width + 1]``, or ``[S, M, C, width + 1]``, where the task has a head of its own.
     """
 
     thetas: Tensor
@@ -47,6 +47,8 @@ def finetune(
     prior: Distribution | None = None,
     n_inflate: float = 1.0,
     rule: Rule | None = None,
+    kernel: Kernel | None = None,
+    reparametrisation: Reparametrisation | None = None,
     heads: HeadPolicy | None = None,
     noise_scale: float = 1.0,
     on_step: Callable[[], None] | None = None,
@@ -56,7 +58,7 @@ def finetune(
     Args:
         adapter: the network as a function of theta.
         task: what to adapt to.
-        start: ``[D]``.
+        start: ``[D]``; with a kernel particles ``[M, D]``; with a reparametrisation its parameters.
         steps: gradient steps.
         learning_rate: of AdamW.
         weight_decay: of AdamW, towards ``start`` (a decay towards zero would undo the adapter's own start).
@@ -66,6 +68,8 @@ def finetune(
         prior: over theta; its gradient counts once per data set, as in MAP estimation.
         n_inflate: power on the likelihood, over the prior and the rule's noise.
         rule: how theta moves, in place of AdamW.
+        kernel: of particles.
+        reparametrisation: from what is optimised to the weights.
         heads: whether the task has a head of its own; it starts at zero.
         noise_scale: standard deviation of the noise in regression.
         on_step: called after each step, for a progress bar.
@@ -81,13 +85,15 @@ def finetune(
     generator = torch.Generator().manual_seed(seed)
     path = adapt(
         lambda weights, rows: mean_loss(adapter, task, rows, weights, noise_scale=noise_scale),
-        Weights(start, heads.fresh(task, width, start)),
+        Weights(start, _for_each(heads.fresh(task, width, start), start)),
         minibatches(task.train, batch_size, generator),
         rule or adam(learning_rate, weight_decay=weight_decay, towards=start),
         steps=steps,
         n_eff=n_inflate * len(task.train),
         keep=draws,
         prior=prior,
+        kernel=kernel,
+        reparametrisation=reparametrisation,
         head_rule=adam(heads.rate * learning_rate),
         head_prior=heads.prior,
         generator=noise_generator(generator, start),
@@ -98,6 +104,11 @@ def finetune(
     return Iterates(
         torch.stack([w.theta for w in path.kept]), path.losses, torch.stack(kept_heads) if kept_heads else None
     )
+
+
+def _for_each(head: Tensor | None, start: Tensor) -> Tensor | None:
+    """A head for each particle."""
+    return head if head is None or start.dim() == 1 else head.expand(len(start), *head.shape).clone()
 
 
 def noise_generator(generator: torch.Generator, like: Tensor) -> torch.Generator:

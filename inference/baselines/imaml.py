@@ -33,6 +33,7 @@ from pyro_lift.inference.baselines.episodic import (
     loss_of,
     outer_loop,
     query_gradient,
+    query_loss,
     twice_differentiable,
 )
 from pyro_lift.inference.baselines.memory import BACKWARD_GRAPH, check_memory
@@ -113,7 +114,7 @@ class ImplicitMAML:
     def gradient(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
         """The implicit gradient of one task; moves that task's head by the query loss."""
         adapted = self.solve_inner(phi, episode, heads, generator).leaves()
-        _, g = query_gradient(self.adapter, self.budget, episode, adapted, adapted, generator)
+        g = query_gradient(self.adapter, self.budget, episode, adapted, adapted, generator)
         heads.move(episode.number, g.head)
         if self.solver_steps == 0:
             return g.theta
@@ -126,6 +127,11 @@ class ImplicitMAML:
 
             solve = conjugate_gradients if self.solver == "cg" else neumann_series
             return solve(operator, g.theta, self.solver_steps)
+
+    def query_loss(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
+        """Of one query minibatch at the inner problem's solution, without a graph."""
+        adapted = self.solve_inner(phi, episode, heads, generator)
+        return query_loss(self.adapter, self.budget, episode, adapted, generator).detach()
 
     def solve_inner(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Weights:
         """Gradient steps on support loss and proximal term."""

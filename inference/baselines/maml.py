@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from pyro_lift.data.task import Task
+from pyro_lift.inference.adapt import Weights
 from pyro_lift.inference.baselines.episodic import (
     EpisodicState,
     inner_loop,
     outer_loop,
     query_gradient,
+    query_loss,
     twice_differentiable,
 )
 from pyro_lift.inference.baselines.memory import BACKWARD_GRAPH, check_memory
@@ -95,7 +97,20 @@ class MAML:
     def gradient(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
         """Of one task's query loss after adaptation, with respect to the start; moves that task's head."""
         start = heads.weights(episode.number, phi).leaves()
-        adapted = inner_loop(
+        adapted = self._adapted(start, episode, generator, create_graph=not self.first_order)
+        if self.first_order:
+            start = adapted = adapted.leaves()
+        g = query_gradient(self.adapter, self.budget, episode, adapted, start, generator)
+        heads.move(episode.number, g.head)
+        return g.theta
+
+    def query_loss(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
+        """Of one query minibatch after adaptation, without a graph."""
+        adapted = self._adapted(heads.weights(episode.number, phi), episode, generator, create_graph=False)
+        return query_loss(self.adapter, self.budget, episode, adapted, generator).detach()
+
+    def _adapted(self, start: Weights, episode: Episode, generator: torch.Generator, create_graph: bool) -> Weights:
+        return inner_loop(
             self.adapter,
             self.budget,
             episode,
@@ -103,13 +118,8 @@ class MAML:
             generator,
             steps=self.inner_steps,
             learning_rate=self.inner_learning_rate,
-            create_graph=not self.first_order,
+            create_graph=create_graph,
         )
-        if self.first_order:
-            start = adapted = adapted.leaves()
-        _, g = query_gradient(self.adapter, self.budget, episode, adapted, start, generator)
-        heads.move(episode.number, g.head)
-        return g.theta
 
     def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the learned start, by the budget that all methods have."""

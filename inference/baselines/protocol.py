@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -112,36 +112,36 @@ class Ensemble:
 
     def predict(self, inputs: Any) -> Tensor:
         """Probabilities ``[n, C]``, averaged over the draws."""
-        rows = rows_of(inputs).to(self.thetas.device)
+        rows = rows_of(inputs, self.task).to(self.thetas.device)
         return predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
 
 
-def rows_of(inputs: Any) -> Rows:
-    """Inputs in any form as rows; targets, where there are none, are zeros."""
+def rows_of(inputs: Any, task: Task) -> Rows:
+    """Inputs in any form as rows of a task; targets, where there are none, are zeros."""
     if isinstance(inputs, Rows):
         return inputs
     first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
-    return as_rows((inputs, torch.zeros(len(first))), "inputs")
+    return replace(as_rows((inputs, torch.zeros(len(first))), "inputs"), shared=task.train.shared)
 
 
 def finetuned(
     adapter: RandomAdapter, task: Task, start: Tensor, budget: Budget, seed: int | None = None, **options: Any
 ) -> Ensemble:
     """The adaptation that all point-estimate methods share, with the budget's settings."""
-    found = finetune(
-        adapter,
-        task,
-        start,
-        steps=budget.steps,
-        learning_rate=budget.learning_rate,
-        batch_size=budget.batch_size,
-        draws=budget.draws,
-        heads=budget.heads,
-        noise_scale=budget.noise_scale,
-        seed=budget.seed if seed is None else seed,
-        **options,
-    )
-    return Ensemble(adapter, task, found.thetas, found.heads, tuple(found.losses))
+    settings: dict[str, Any] = {
+        "steps": budget.steps,
+        "learning_rate": budget.learning_rate,
+        "batch_size": budget.batch_size,
+        "draws": budget.draws,
+        "heads": budget.heads,
+        "noise_scale": budget.noise_scale,
+        "seed": budget.seed if seed is None else seed,
+    }
+    found = finetune(adapter, task, start, **{**settings, **options})
+    thetas, heads = found.thetas, found.heads
+    if start.dim() == 2:  # particles: one ensemble of all of them
+        thetas, heads = thetas.flatten(0, 1), None if heads is None else heads.flatten(0, 1)
+    return Ensemble(adapter, task, thetas, heads, tuple(found.losses))
 
 
 class Episode(NamedTuple):

@@ -1,0 +1,162 @@
+r"""MAML-Mix and i-MAML-Mix: K starts, of which each task takes the one that suits it.
+
+.. math:: r_k = \mathrm{softmax}_k\bigl(-L_i^{\mathrm{query}}(\theta_i(\phi_k)) / \tau\bigr), \qquad
+          g_{i,k} = r_k\, \nabla_{\phi_k} L_i^{\mathrm{query}}(\theta_i(\phi_k))
+
+the weights r held fixed. With tau = 0 a task trains its best start alone.
+
+Cost: a task's minibatches are those of the base method; the inner loop and the query loss run K times without a graph,
+the base's gradient once for each start that the task trains. Memory is the base's.
+
+Our choices, where the LiFT paper gives none: tau = 0; in the first fifth of the outer steps a task takes a random start
+one time in ten, against collapse; starts are scattered around the jointly trained weights (equal ones would stay
+equal); a new task takes the start with the lowest loss on its own rows after the training-time inner loop, and adapts
+that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_lift.data.task import Task
+from pyro_lift.inference.baselines.episodic import EpisodicState, outer_loop, scattered, twice_differentiable
+from pyro_lift.inference.baselines.imaml import ImplicitMAML
+from pyro_lift.inference.baselines.maml import MAML
+from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Episode, Heads
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.options import check_number
+
+__all__ = ["MAMLMix", "MAMLMixState", "mixture_weights"]
+
+#: Share of the outer steps in which starts are explored.
+EXPLORED = 0.2
+
+
+class MAMLMixState(NamedTuple):
+    """The starts ``[K, D]``, how often tasks took each, and outer steps made."""
+
+    phi: Tensor
+    taken: tuple[int, ...]
+    meta_steps: int
+
+
+@dataclass(frozen=True)
+class MAMLMix:
+    """MAML-Mix; i-MAML-Mix with ``base=ImplicitMAML``.
+
+    Args:
+        adapter: the network as a function of theta.
+        budget: shared settings; an outer step draws the base's minibatches.
+        base: :class:`MAML` or :class:`ImplicitMAML`; ``functools.partial`` of it for other settings.
+        components: K.
+        temperature: tau; 0 is a hard choice.
+        exploration: probability of a random start, at first.
+        jitter: standard deviation of the starts around the jointly trained weights.
+        options: of the base.
+
+    References:
+        LiFT, section 4, where both are baselines without further description.
+    """
+
+    adapter: RandomAdapter
+    budget: Budget = field(default_factory=Budget)
+    base: Callable[..., MAML | ImplicitMAML] = MAML
+    components: int = 5
+    temperature: float = 0.0
+    exploration: float = 0.1
+    jitter: float = 0.01
+    inner_learning_rate: float = 0.05
+    tasks_per_step: int = 4
+
+    def __post_init__(self) -> None:
+        check_number("components", self.components, least=1, open_below=False, whole=True)
+        check_number("temperature", self.temperature, open_below=False)
+        check_number("exploration", self.exploration, open_below=False)
+        check_number("jitter", self.jitter, open_below=self.components > 1)
+
+    @property
+    def method(self) -> MAML | ImplicitMAML:
+        """The base with this method's settings."""
+        options: dict[str, Any] = {
+            "inner_learning_rate": self.inner_learning_rate,
+            "tasks_per_step": self.tasks_per_step,
+        }
+        return self.base(self.adapter, self.budget, **options)
+
+    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> MAMLMixState:
+        """Joint training, then outer steps on all starts."""
+        base = self.method
+        base.needed_bytes(tasks)
+        taken = [0] * self.components
+        episodes_of_all = self.budget.visits // (base.inner_steps + 1)
+        chance = torch.Generator().manual_seed(self.budget.seed)
+
+        def gradient(starts: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
+            early = sum(taken) < EXPLORED * episodes_of_all
+            explore = early and float(torch.rand((), generator=chance)) < self.exploration
+            weights = self.weights(starts, episode, heads, generator)
+            if explore:
+                choice = int(torch.randint(self.components, (), generator=chance))
+                weights = torch.nn.functional.one_hot(torch.tensor(choice), self.components).to(weights)
+            taken[int(weights.argmax())] += 1
+            return self.gradient(starts, weights, episode, heads, generator)
+
+        second_order = isinstance(base, MAML) and not base.first_order
+        with twice_differentiable(second_order):
+            found = outer_loop(
+                gradient,
+                self.adapter,
+                tasks,
+                self.budget,
+                tasks_per_step=self.tasks_per_step,
+                minibatches_per_task=base.inner_steps + 1,
+                start=lambda phi: scattered(phi, self.components, self.jitter, self.budget.seed),
+                on_step=on_step,
+            )
+        return MAMLMixState(found.phi, tuple(taken), found.meta_steps)
+
+    def weights(self, starts: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
+        """r ``[K]``: every start sees the same minibatches."""
+        seed = generator.get_state()
+        losses = []
+        for phi in starts:
+            generator.set_state(seed)
+            losses.append(self.method.query_loss(phi, episode, heads, generator))
+        generator.set_state(seed)
+        return mixture_weights(torch.stack(losses), self.temperature)
+
+    def gradient(
+        self, starts: Tensor, weights: Tensor, episode: Episode, heads: Heads, generator: torch.Generator
+    ) -> Tensor:
+        """The base's gradient of each start that the task trains, times its weight ``[K, D]``."""
+        g = torch.zeros_like(starts)
+        seed = generator.get_state()
+        for k in torch.nonzero(weights).flatten().tolist():
+            generator.set_state(seed)
+            g[k] = weights[k] * self.method.gradient(starts[k], episode, heads, generator)
+        return g
+
+    def adapt(self, state: MAMLMixState, task: Task, *, seed: int | None = None) -> Ensemble:
+        """Adapt, as the base does, from the start that suits the task best."""
+        best = self.choose(state.phi, task)
+        return self.method.adapt(EpisodicState(state.phi[best], state.meta_steps), task, seed=seed)
+
+    def choose(self, starts: Tensor, task: Task) -> int:
+        """The start with the lowest loss on the task's rows after the inner loop on them."""
+        task = task.to(starts.device)
+        heads = Heads(self.adapter, [task], self.budget, self.budget.learning_rate)
+        episode = Episode(0, task, task.train, task.train)
+        generator = torch.Generator().manual_seed(self.budget.seed)
+        return int(self.weights(starts, episode, heads, generator).argmax())
+
+
+def mixture_weights(losses: Tensor, temperature: float) -> Tensor:
+    """Softmax of the negative losses ``[K]`` over a temperature; one-hot at zero."""
+    if temperature == 0.0:
+        return torch.nn.functional.one_hot(losses.argmin(), len(losses)).to(losses)
+    return torch.softmax(-losses / temperature, -1)
