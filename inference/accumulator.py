@@ -6,8 +6,8 @@ r"""The accumulator J of Eq. 9-11: what the Langevin step of phi adds for the ta
     :math:`J = (S - N\phi)/\beta^2` at the current phi, from the running sum S. Normal given normal only.
 ``table``
     The paper's asynchronous J. At a visit of task i the gradient *stored at its last visit* is subtracted and the new
-    one added. Any conditional, by autograd; memory O(N D). It is a feedback loop with a mean delay of N/2 visits:
-    stable for :math:`\eta < \pi^2\beta^2/N^2`.
+    one added. Any conditional, by autograd; memory O(N D). It is a feedback loop with a mean delay of N/(2B) visits:
+    stable for :math:`\eta < \pi^2\beta^2 B/N^2`.
 ``single``
     One block's gradient alone, times N/B (unbiased, noisy) or times 1 (Table 9, Table 5: another target).
 
@@ -67,16 +67,15 @@ class GradientTable:
         return torch.stack(rows).sum(0)
 
 
-def langevin_limit(accumulator: Accumulator, pair: NormalPair, num_tasks: int) -> float:
+def langevin_limit(accumulator: Accumulator, pair: NormalPair, num_tasks: int, block_size: int = 1) -> float:
     r"""The step size of phi at which the Langevin update of a normal pair loses stability.
 
-    ``exact``: :math:`4/(N/\beta^2 + 1/\sigma^2)`, which is just below :math:`4\beta^2/N`. ``table`` and ``single``
-    times N: :math:`\pi^2\beta^2/N^2` (``single`` has no sharp limit; its variance is inflated threefold there).
+    ``exact``: :math:`4/(N/\beta^2 + 1/\sigma^2)`, which is just below :math:`4\beta^2/N`. ``table``: a gain of
+    :math:`\eta N/(2\beta^2)` a visit behind a mean delay of N/(2B) visits, :math:`\pi^2\beta^2 B/N^2`. ``single`` times
+    N has no sharp limit; its variance is inflated threefold there.
     """
     variance = float(pair.local_variance.min())
+    fresh = 4.0 / (num_tasks / variance + float(pair.prior_precision.max()))
     if accumulator == "exact":
-        return 4.0 / (num_tasks / variance + float(pair.prior_precision.max()))
-    return min(
-        torch.pi**2 * variance / num_tasks**2,
-        4.0 / (num_tasks / variance + float(pair.prior_precision.max())),
-    )
+        return fresh
+    return min(torch.pi**2 * variance * block_size / num_tasks**2, fresh)

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_lift.inference.program import Evaluation, Latent, Program
 from pyro_lift.models.priors import gaussian_at
 
-__all__ = ["NormalPair", "depends", "draw", "find_pairs"]
+__all__ = ["NormalPair", "check_pair", "depends", "draw", "find_pairs"]
 
 
 class NormalPair(NamedTuple):
@@ -51,19 +51,18 @@ def find_pairs(
     """Which global sites are the mean of exactly one normal local family, with everything else held fixed.
 
     The structure is read off the graph of one run, and the identity ``mean(theta_i) = phi`` is checked in value at
-    two points.
+    two points: for the tasks of ``here``, and for other tasks, ``index``, at another phi.
 
     Returns:
         The pairs by global site, and for every other global site the reason why it is none.
     """
-    local_values = values_of(here)
     generator = generator if generator is not None else torch.Generator()
     moved_values = {
         name: site.leaf.detach()
         + torch.randn(site.leaf.shape, generator=torch.Generator().manual_seed(0)).to(site.leaf)
         for name, site in here.globals.items()
     }
-    moved = program.run(moved_values, local_values, index, generator)
+    moved = program.run(moved_values, {}, index, generator)
     pairs, reasons = {}, {}
     for name in here.globals:
         found = _pair(name, here, moved)
@@ -110,27 +109,49 @@ def _check_children(
             return f"the local site {child.name!r} is {type(child.fn).__name__}, not a plain normal"
         if any(depends(child.log_prob_at(child.leaf.detach()), s.leaf) for s in others):
             return f"the distribution of the local site {child.name!r} depends on another global site too"
-        for run in (here, moved):
-            site = run.locals[child.name]
-            gaussian = gaussian_at(site.fn, site.leaf.detach())
-            assert gaussian is not None
-            spread = 1.0 / gaussian.precision.detach()
-            mean, phi = gaussian.mean.detach(), run.globals[name].leaf.detach()
-            if child.plate_dim is not None and child.task is None:
-                mean, spread = mean.movedim(child.plate_dim, 0), spread.movedim(child.plate_dim, 0)
-            else:
-                mean, spread = mean.unsqueeze(0), spread.unsqueeze(0)
+    family = children[0].family
+    for run in (here, moved):
+        for site in run.locals.values():
+            if site.family != family:
+                continue
+            mean, spread = _by_task(site)
+            phi = run.globals[name].leaf.detach()
             if mean.shape[1:] != phi.shape or not torch.allclose(mean, phi.expand_as(mean)):
-                return f"the mean of the local site {child.name!r} is not the site {name!r} itself"
+                return f"the mean of the local site {site.name!r} is not the site {name!r} itself"
             variance = spread[0] if variance is None else variance
             if not torch.allclose(spread, variance.expand_as(spread)):
-                return f"the scale of the local site {child.name!r} differs by task or depends on {name!r}"
+                return f"the scale of the local site {site.name!r} differs by task or depends on {name!r}"
     site = here.globals[name]
     prior = site.gaussian()
     assert prior is not None and variance is not None
-    return NormalPair(
-        name, children[0].family, prior.mean.detach(), prior.precision.detach(), _scalar_if_constant(variance)
-    )
+    return NormalPair(name, family, prior.mean.detach(), prior.precision.detach(), _scalar_if_constant(variance))
+
+
+def _by_task(site: Latent) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a normal local site, the tasks of its block first."""
+    gaussian = gaussian_at(site.fn, site.leaf.detach())
+    assert gaussian is not None
+    mean, spread = gaussian.mean.detach(), 1.0 / gaussian.precision.detach()
+    mean, spread = torch.broadcast_tensors(mean, spread)
+    if site.plate_dim is not None and site.task is None:
+        return mean.movedim(site.plate_dim, 0), spread.movedim(site.plate_dim, 0)
+    return mean.unsqueeze(0), spread.unsqueeze(0)
+
+
+def check_pair(pair: NormalPair, run: Evaluation) -> None:
+    """Refuse a task whose own distribution around phi is not the one that the pair was found with.
+
+    Raises:
+        ValueError: another variance than that of the tasks seen at set-up.
+    """
+    for site in run.locals.values():
+        if site.family == pair.family:
+            _, spread = _by_task(site)
+            if not torch.allclose(spread, pair.local_variance.expand_as(spread)):
+                raise ValueError(
+                    f"the scale of the local site {site.name!r} differs by task: an exact draw of "
+                    f'{pair.global_site!r} needs one scale for all. Use phi_update="langevin", accumulator="table".'
+                )
 
 
 def _scalar_if_constant(value: Tensor) -> Tensor:

@@ -423,9 +423,9 @@ class SGLDGibbs(_Kernel):
         block = self._block(num_tasks, peeked.plates[self.plate].taken, subsampled[self.plate], sequential)
         index = torch.arange(block)
         run = program.run(self._preset or {}, {}, index, self._generator)
-        _check_block(run, self.plate)
+        _check_block(run)
         self.transforms = {k: t for k, t in _transforms(run).items() if k in run.globals}
-        pairs, reasons = find_pairs(program, run, index, self._generator)
+        pairs, reasons = find_pairs(program, run, num_tasks - 1 - index, self._generator)
         self._check_phi_update(pairs, reasons, num_tasks, block)
         start = {pair.family: run.globals[name].leaf.detach().clone() for name, pair in pairs.items()}
         self.structure = Structure(
@@ -508,7 +508,8 @@ class SGLDGibbs(_Kernel):
             phi_schedule = schedule
             if self._schedule is None and structure.pairs and settings.phi_update == "langevin":
                 limits = [
-                    langevin_limit(settings.accumulator, p, structure.num_tasks) for p in structure.pairs.values()
+                    langevin_limit(settings.accumulator, p, structure.num_tasks, structure.block_size)
+                    for p in structure.pairs.values()
                 ]
                 phi_schedule = constant(DEFAULT_SHARE * min(limits))
         self.settings = self._settings(step_size=schedule, phi_step_size=phi_schedule)
@@ -523,9 +524,9 @@ class SGLDGibbs(_Kernel):
                 raise ValueError(_too_large("step_size", eta, limit, "4 / (largest curvature at the start)"))
         if settings.phi_update == "langevin":
             for pair in structure.pairs.values():
-                limit = langevin_limit(settings.accumulator, pair, structure.num_tasks // structure.block_size)
+                limit = langevin_limit(settings.accumulator, pair, structure.num_tasks, structure.block_size)
                 if settings.accumulator != "single" and phi_schedule(0) >= limit:
-                    formula = "4 β²/N" if settings.accumulator == "exact" else "π² β²/N²"
+                    formula = "4 β²/N" if settings.accumulator == "exact" else "π² β² B/N²"
                     raise ValueError(_too_large("phi_step_size", phi_schedule(0), limit, formula))
 
     def _dimensionless(self, eta: float, phi_eta: float, curvature: float | None) -> dict[str, float | str]:
@@ -652,9 +653,6 @@ def _check_plate(plate: str, run: Evaluation) -> None:
             f"the program has no plate named {plate!r} (its plates: {known}). Name the task plate with "
             f'SGLDGibbs(model, plate="..."), and write it as pyro.plate("...", N, subsample_size=1).'
         )
-    for name, size in run.plates.items():
-        if size.size == 0:
-            raise ValueError(f"the plate {name!r} is empty: a task without data cannot be trained on. Leave it out.")
     if not run.locals:
         raise ValueError(
             f"the plate {plate!r} holds no latent site, so there is nothing to sample for a task. Sample each task's "
@@ -662,16 +660,7 @@ def _check_plate(plate: str, run: Evaluation) -> None:
         )
 
 
-def _check_block(run: Evaluation, plate: str) -> None:
-    """A vectorised program must have followed the indices it was given."""
-    taken = run.plates[plate].taken
-    for site in run.locals.values():
-        if site.task is None and site.plate_dim is not None and site.leaf.shape[site.plate_dim] != taken:
-            raise ValueError(
-                f"the local site {site.name!r} has size {site.leaf.shape[site.plate_dim]} along the plate {plate!r}, "
-                f"where {taken} tasks were asked for. Index by what the plate gives: "
-                f"with pyro.plate({plate!r}, N, subsample_size={taken}) as index: ..."
-            )
+def _check_block(run: Evaluation) -> None:
     for site in run.locals.values():
         if site.scale != 1.0:
             raise ValueError(

@@ -230,6 +230,8 @@ class _Reader(Messenger):
 
     def _fix_plate(self, msg: dict[str, Any]) -> None:
         name, fn = msg["name"], msg["fn"]
+        if fn.size == 0:
+            raise ValueError(f"the plate {name!r} is empty: a task without data cannot be trained on. Leave it out.")
         taken = fn.size if fn.subsample_size is None else min(fn.subsample_size, fn.size)
         if name == self.plate and self.index is not None:
             msg["value"] = self.index
@@ -280,6 +282,9 @@ class Program:
         """The map from unconstrained space to the site's support; None for the identity. Looked up once a family."""
         if family not in self._transforms:
             support: Any = fn.support
+            if support is not None and support.is_discrete:  # refused at the door, where there is more to say
+                self._transforms[family] = None
+                return None
             if type(support).__name__ == "MixtureSameFamilyConstraint":  # torch knows no bijection to it
                 support = support.base_constraint
             transform = base = biject_to(support)

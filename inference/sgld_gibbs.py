@@ -537,6 +537,8 @@ def _first_visit(
     """Learn the block's layout and give its new tasks their start: phi's start for paired families."""
     tasks = tuple(index.tolist())
     run = program.run(state.phi, {}, index, generator, want_grad=False)
+    for pair in structure.pairs.values():
+        conjugate.check_pair(pair, run)
     for site in run.locals.values():
         dim = -1 if site.plate_dim is None else site.plate_dim
         shape = site.leaf.shape if structure.sequential else site.leaf.select(dim, 0).shape

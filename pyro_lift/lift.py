@@ -123,8 +123,7 @@ class LiFT:
         seed: of everything random; None draws one from torch's global stream.
 
     Raises:
-        TypeError: an unknown setting, with the nearest known one.
-        ValueError: a setting out of range.
+        ValueError: an unknown setting, with the nearest known one; a setting out of range.
 
     Example:
         >>> import peft, torch
@@ -395,23 +394,6 @@ class LiFTPrior:
         from pyro_lift import hub
 
         return hub.load_prior(source, backbone, check=check_base, **options)
-
-    @classmethod
-    def from_adapters(cls, folders: Sequence[str | Path], backbone: nn.Module, **options: Any) -> LiFTPrior:
-        """A prior from LoRAs that exist already, every one a PEFT folder; no training.
-
-        Args:
-            folders: at least two, of one rank, one set of layers, one scale, one base model and one initialisation.
-            backbone: the base model.
-            options: of :func:`pyro_lift.adapter_zoo.prior_from_adapters`: ``method="exact"``, ``"mixture"`` or
-                ``"chain"``, ``components``, ``beta``, ``align``, ...
-
-        Raises:
-            ValueError: adapters that cannot share one space; names them.
-        """
-        from pyro_lift.adapter_zoo import prior_from_adapters
-
-        return prior_from_adapters(folders, backbone, **options)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
         """Upload the folder of :meth:`save_pretrained` to the hub; returns the commit's address."""
