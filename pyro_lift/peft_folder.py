@@ -60,8 +60,7 @@ def config_from_dict(values: dict[str, Any], where: Path) -> peft.PeftConfig:
     from peft import PeftConfig
 
     try:
-        # The base model is the one it is attached to now; PEFT warns of any other name.
-        return PeftConfig.from_peft_type(**{**values, "base_model_name_or_path": None})
+        return PeftConfig.from_peft_type(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where}: this version of PEFT cannot read the adapter's configuration ({error!r})."
