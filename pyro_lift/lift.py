@@ -16,6 +16,8 @@ from pyro.ops.streaming import StatsOfDict, StreamingStats
 from torch import Tensor, nn
 
 from pyro_lift.data.task import Rows, Task, as_rows
+from pyro_lift.inference.accumulator import langevin_limit
+from pyro_lift.inference.conjugate import NormalPair
 from pyro_lift.inference.kernels import MCMC, SGLD, SGLDGibbs, StreamingMCMC
 from pyro_lift.inference.meta_test import best_start, meta_test_program
 from pyro_lift.inference.online_em import OnlineGaussianMixture
@@ -70,6 +72,15 @@ class LiFTSettings:
     samples: int = field(default=600, metadata={"help": "draws of phi"})
     thinning: int = field(default=1, metadata={"help": "visits per draw"})
     learning_rate: float = field(default=2e-3, metadata={"help": "move per visit and weight; eta = 2 x this"})
+    phi_update: Literal["gibbs", "langevin"] = field(
+        default="gibbs", metadata={"help": "of phi: an exact draw, or the paper's Langevin step"}
+    )
+    accumulator: Literal["exact", "table", "single"] = field(
+        default="table", metadata={"help": "of the Langevin step: J exact, the paper's table, or one task alone"}
+    )
+    phi_step_share: float = field(
+        default=0.1, metadata={"help": "of the Langevin step: share of the largest stable one"}
+    )
     temperature: float = field(default=1.0, metadata={"help": "variance of all noise in meta-training"})
     n_inflate: float = field(default=1.0, metadata={"help": "power on the likelihood"})
     batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
@@ -91,6 +102,7 @@ class LiFTSettings:
                 "n_inflate",
                 "noise_scale",
                 "head_rate",
+                "phi_step_share",
             ),
             counts=("components", "samples", "thinning", "batch_size"),
         )
@@ -98,6 +110,8 @@ class LiFTSettings:
         for name in ("sgd_steps", "burn_in"):
             check_number(name, getattr(self, name), open_below=False, whole=True)
         check_choice("covariance", self.covariance, ["diag", "spherical"])
+        check_choice("phi_update", self.phi_update, ["gibbs", "langevin"])
+        check_choice("accumulator", self.accumulator, ["exact", "table", "single"])
         check_choice("prior_mean", self.prior_mean, ["adapter", "zero"])
         check_choice("preconditioner", self.preconditioner, ["rms", "none"])
         if self.head_scale is not None:
@@ -225,6 +239,9 @@ class LiFT:
         return SGLDGibbs(
             program,
             step_size=2.0 * s.learning_rate,
+            phi_update=s.phi_update,
+            accumulator=s.accumulator if s.phi_update == "langevin" else "exact",
+            phi_step_size=self._phi_step_size(len(program.tasks)),
             temperature=s.temperature,
             n_inflate=s.n_inflate,
             preconditioner="rms" if s.preconditioner == "rms" else None,
@@ -234,6 +251,15 @@ class LiFT:
             site_step_scale={"head": s.head_rate},
             init_strategy=init_to_value(values={"phi": self.adapter.initial}, fallback=init_to_mean),
         )
+
+    def _phi_step_size(self, num_tasks: int) -> float | None:
+        """A share of the largest stable step of phi; None where phi has no step."""
+        s = self.settings
+        if s.phi_update == "gibbs":
+            return None
+        one = torch.ones(1)
+        pair = NormalPair("phi", "theta", 0.0 * one, s.sigma**-2 * one, s.beta**2 * one)
+        return s.phi_step_share * langevin_limit(s.accumulator, pair, num_tasks)
 
 
 class _ChainSummary(StreamingStats):

@@ -20,13 +20,20 @@ from functools import partial
 from pyro_lift.inference.baselines.abml import ABML
 from pyro_lift.inference.baselines.bmaml import BMAML
 from pyro_lift.inference.baselines.boot_maml import BootstrappedMAML
+from pyro_lift.inference.baselines.fixed_theta import FixedTheta
 from pyro_lift.inference.baselines.imaml import ImplicitMAML
 from pyro_lift.inference.baselines.lift import LiFTMethod
 from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.maml_mix import MAMLMix
+from pyro_lift.inference.baselines.mbc import MBC
 from pyro_lift.inference.baselines.no_meta_train import NoMetaTrain
 from pyro_lift.inference.baselines.protocol import Baseline, Budget, Ensemble, Posterior
+from pyro_lift.inference.baselines.protonet import ProtoNet
+from pyro_lift.inference.baselines.protonet_lite import ProtoNetLITE
 from pyro_lift.inference.baselines.reptile import Reptile
+from pyro_lift.inference.baselines.retriever import LoRARetriever
+from pyro_lift.inference.baselines.shared_peft import SharedPEFT
+from pyro_lift.inference.baselines.taskwise_peft import TaskwisePEFT
 from pyro_lift.inference.baselines.union_train import UnionTrain
 from pyro_lift.lift import LiFTSettings
 
@@ -51,9 +58,23 @@ BASELINES: dict[str, Callable[..., Baseline]] = {
     "abml": ABML,
     "maml-mix-k5": MAMLMix,
     "imaml-mix-k5": partial(MAMLMix, base=ImplicitMAML),
+    "retriever-mixture-k5": LoRARetriever,
+    "retriever-mixture-all": partial(LoRARetriever, components=None),
+    "retriever-fusion-k5": partial(LoRARetriever, composition="fusion"),
+    "retriever-fusion-all": partial(LoRARetriever, composition="fusion", components=None),
+    "mbc-k5": MBC,
+    "mbc-k10": partial(MBC, components=10),
+    "fixed-theta": FixedTheta,
+    "fixed-theta-k5": partial(FixedTheta, settings=LiFTSettings(components=5)),
+    "protonet": ProtoNet,
+    "protonet-lite": ProtoNetLITE,
+    "shared-peft": SharedPEFT,
+    "taskwise-peft": TaskwisePEFT,
     "lift": LiFTMethod,
     "lift-k3": partial(LiFTMethod, settings=LiFTSettings(components=3)),
     "lift-k5": partial(LiFTMethod, settings=LiFTSettings(components=5)),
+    "lift-single": partial(LiFTMethod, settings=LiFTSettings(phi_update="langevin", accumulator="single")),
+    "lift-table": partial(LiFTMethod, settings=LiFTSettings(phi_update="langevin", accumulator="table")),
     "lift-reg-x": partial(LiFTMethod, ablation="reg"),
     "lift-noise-x": partial(LiFTMethod, ablation="noise"),
 }

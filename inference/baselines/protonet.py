@@ -1,0 +1,243 @@
+r"""Prototypical networks: classify by the distance of features to class means; the adapter learns the features.
+
+.. math:: c_k = \frac{1}{|S_k|} \sum_{x \in S_k} f_\theta(x), \qquad
+          p(y = k \mid x) \propto \exp\bigl(-\lVert f_\theta(x) - c_k \rVert^2 / \tau\bigr)
+
+Cost: two minibatches a task, support and query, in one graph; memory that of both. No head, no inner loop.
+
+Our choices: tau is the square root of the number of features, since raw distances saturate; a query row whose class is
+not among the support rows is left out of training; a new task is adapted to like by all methods, by its prototypical
+loss, each minibatch being the query and (a minibatch of) the task's other rows the support, and its test rows are
+judged by the prototypes of all its training rows. A class without any row takes the mean of all features: far from
+nothing in particular.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from pyro_lift.data.task import Rows, Task
+from pyro_lift.inference.adapt import Weights, adapt, minibatches
+from pyro_lift.inference.baselines.episodic import EpisodicState, outer_loop
+from pyro_lift.inference.baselines.memory import check_memory
+from pyro_lift.inference.baselines.protocol import Budget, Episode, Heads, rows_of
+from pyro_lift.inference.rules import adam
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.features import features
+from pyro_lift.options import check_number
+
+__all__ = [
+    "ProtoNet",
+    "PrototypePosterior",
+    "adapt_prototypes",
+    "all_features",
+    "check_classes",
+    "distances",
+    "prototypes",
+    "prototypical_gradient",
+    "prototypical_loss",
+]
+
+
+class Prototypical(Protocol):
+    """What ProtoNet and its LITE form have in common."""
+
+    @property
+    def adapter(self) -> RandomAdapter:
+        """The network as a function of theta."""
+        ...
+
+    @property
+    def budget(self) -> Budget:
+        """Shared settings."""
+        ...
+
+    @property
+    def temperature(self) -> float | None:
+        """Tau."""
+        ...
+
+    def support(self, rows: Rows, generator: torch.Generator) -> Rows:
+        """The support rows of one step, of those there are."""
+        ...
+
+    def support_features(self, theta: Tensor, support: Rows, generator: torch.Generator) -> Tensor:
+        """Their features ``[n, E]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class PrototypePosterior:
+    """Late iterates of the features' weights; each judges by its own prototypes of the task's training rows.
+
+    Attributes:
+        thetas: ``[S, D]``.
+    """
+
+    adapter: RandomAdapter
+    task: Task
+    thetas: Tensor
+    temperature: float | None = None
+
+    @torch.no_grad()
+    def predict(self, inputs: Any) -> Tensor:
+        """Probabilities ``[n, C]``, averaged over the iterates."""
+        rows = rows_of(inputs, self.task).to(self.thetas.device)
+        total = []
+        for theta in self.thetas:
+            means, _ = prototypes(all_features(self.adapter, self.task.train, theta), self.task)
+            logits = distances(all_features(self.adapter, rows, theta), means, self.temperature)
+            total.append(logits.softmax(-1))
+        return torch.stack(total).mean(0)
+
+
+@dataclass(frozen=True)
+class ProtoNet:
+    """ProtoNet.
+
+    Args:
+        adapter: the network as a function of theta.
+        budget: shared settings; an outer step draws ``2 * tasks_per_step`` of its minibatches.
+        temperature: tau; None takes the square root of the number of features.
+        tasks_per_step: B.
+
+    Raises:
+        ValueError: a task that is not a classification.
+
+    References:
+        Prototypical networks for few-shot learning, Snell, Swersky and Zemel, 2017, arXiv:1703.05175.
+    """
+
+    adapter: RandomAdapter
+    budget: Budget = field(default_factory=Budget)
+    temperature: float | None = None
+    tasks_per_step: int = 4
+
+    def __post_init__(self) -> None:
+        check_number("tasks_per_step", self.tasks_per_step, least=1, open_below=False, whole=True)
+        if self.temperature is not None:
+            check_number("temperature", self.temperature)
+
+    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> EpisodicState:
+        """Joint training, then prototypical episodes."""
+        for task in tasks:
+            check_classes(task)
+        check_memory(
+            self.adapter, tasks, self.budget, graphs=2.0, vectors=6.0, way_out="Use a smaller batch_size, or LITE."
+        )
+        return outer_loop(
+            self.gradient,
+            self.adapter,
+            tasks,
+            self.budget,
+            tasks_per_step=self.tasks_per_step,
+            minibatches_per_task=2,
+            on_step=on_step,
+        )
+
+    def gradient(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
+        """Of one episode's prototypical loss."""
+        del heads
+        query = minibatches(episode.query, self.budget.batch_size, generator)()
+        return prototypical_gradient(self, phi, episode.task, episode.support, query, generator)
+
+    def support_features(self, theta: Tensor, support: Rows, generator: torch.Generator) -> Tensor:
+        """Features of the support rows, and which rows: a minibatch of them."""
+        del generator
+        return features(self.adapter, support, theta)
+
+    def support(self, rows: Rows, generator: torch.Generator) -> Rows:
+        """The support rows of one step: a minibatch."""
+        return minibatches(rows, self.budget.batch_size, generator)()
+
+    def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> PrototypePosterior:
+        """Fine-tune the features by the prototypical loss of the task."""
+        return adapt_prototypes(self, state.phi, task, seed)
+
+
+def check_classes(task: Task) -> None:
+    """Prototypes need classes that all rows share."""
+    if task.num_classes is None or (task.kind == "matching" and task.label_texts is None):
+        raise ValueError(f"task {task.name!r}: prototypes need classes that all its rows share; it has none.")
+
+
+def prototypes(found: Tensor, task: Task, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Class means ``[C, E]`` of features, and which classes have rows ``[C]``; others take the mean of all."""
+    assert task.num_classes is not None
+    target = task.train.target if target is None else target
+    member = torch.nn.functional.one_hot(target, task.num_classes).to(found)
+    count = member.sum(0)
+    means = member.T @ found / count.clamp_min(1.0).unsqueeze(-1)
+    present = count > 0
+    return torch.where(present.unsqueeze(-1), means, found.mean(0)), present
+
+
+def distances(found: Tensor, means: Tensor, temperature: float | None) -> Tensor:
+    """Logits ``[n, C]``: negative squared distances over tau."""
+    tau = found.shape[-1] ** 0.5 if temperature is None else temperature
+    return -(found.unsqueeze(1) - means).square().sum(-1) / tau
+
+
+def prototypical_loss(
+    method: Prototypical, theta: Tensor, task: Task, support: Rows, query: Rows, generator: torch.Generator
+) -> Tensor:
+    """Mean loss of the query rows whose class has a support row; zero where there is none."""
+    means, present = prototypes(method.support_features(theta, support, generator), task, support.target)
+    usable = present[query.target]
+    if not usable.any():
+        return theta.sum() * 0.0
+    rows = query.take(usable)
+    logits = distances(features(method.adapter, rows, theta), means, method.temperature)
+    logits = logits.masked_fill(~present, torch.finfo(logits.dtype).min)
+    return cross_entropy(logits, rows.target)
+
+
+def prototypical_gradient(
+    method: Prototypical, phi: Tensor, task: Task, support: Rows, query: Rows, generator: torch.Generator
+) -> Tensor:
+    """Gradient of :func:`prototypical_loss` at phi; the method says which support rows, and their features."""
+    theta = phi.detach().requires_grad_()
+    loss = prototypical_loss(method, theta, task, method.support(support, generator), query, generator)
+    return torch.autograd.grad(loss, theta)[0]
+
+
+def adapt_prototypes(method: Prototypical, start: Tensor, task: Task, seed: int | None) -> PrototypePosterior:
+    """The engine on the prototypical loss: each minibatch is the query, the task's other rows are the support."""
+    check_classes(task)
+    budget: Budget = method.budget
+    task = task.to(start.device)
+    generator = torch.Generator().manual_seed(budget.seed if seed is None else seed)
+    rows = task.train
+    size = max(min(budget.batch_size, len(rows) // 2), 1)
+    supports: list[Rows] = []
+
+    def batches() -> Rows:
+        order = torch.randperm(len(rows), generator=generator).to(rows.target.device)
+        supports[:] = [method.support(rows.take(order[size:]), generator)]
+        return rows.take(order[:size])
+
+    path = adapt(
+        lambda weights, query: prototypical_loss(method, weights.theta, task, supports[0], query, generator),
+        Weights(start),
+        batches,
+        adam(budget.learning_rate),
+        steps=budget.steps,
+        n_eff=float(len(rows)),
+        keep=budget.draws,
+        name=task.name,
+    )
+    thetas = torch.stack([weights.theta for weights in path.kept])
+    return PrototypePosterior(method.adapter, task, thetas, method.temperature)
+
+
+@torch.no_grad()
+def all_features(adapter: RandomAdapter, rows: Rows, theta: Tensor, batch_size: int = 256) -> Tensor:
+    """Features of any number of rows, without a graph."""
+    parts = range(0, len(rows), batch_size)
+    return torch.cat([features(adapter, rows.take(slice(i, i + batch_size)), theta) for i in parts])

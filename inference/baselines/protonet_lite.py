@@ -1,0 +1,107 @@
+r"""ProtoNet-LITE: prototypes of the *whole* support set, with a gradient through a few random rows of it.
+
+With H of N support rows chosen at random, every row's features are computed, those of the chosen ones with a graph, and
+
+.. math:: \tilde f_h = \mathrm{sg}(f_h) + \tfrac{N}{H}\,\bigl(f_h - \mathrm{sg}(f_h)\bigr), \qquad h \in H
+
+(sg holds fixed). The value is exact; the gradient of anything linear in the support features is unbiased.
+
+Cost: one minibatch's gradient, one for the H rows, and a pass without a graph over all support rows; memory of the
+minibatch and of H rows, whatever the size of the support set.
+
+Our choices: only the support path is rescaled (LITE's first code rescales nothing, ORBIT's rescales the query path
+too); otherwise as :mod:`pyro_lift.inference.baselines.protonet`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_lift.data.task import Rows, Task
+from pyro_lift.inference.adapt import minibatches
+from pyro_lift.inference.baselines.episodic import EpisodicState, outer_loop
+from pyro_lift.inference.baselines.protocol import Budget, Episode, Heads
+from pyro_lift.inference.baselines.protonet import (
+    PrototypePosterior,
+    adapt_prototypes,
+    all_features,
+    check_classes,
+    prototypical_gradient,
+)
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.features import features
+from pyro_lift.options import check_number
+
+__all__ = ["ProtoNetLITE", "lite"]
+
+
+@dataclass(frozen=True)
+class ProtoNetLITE:
+    """ProtoNet-LITE.
+
+    Args:
+        adapter: the network as a function of theta.
+        budget: shared settings; an outer step draws ``2 * tasks_per_step`` of its minibatches.
+        rows: H, support rows with a gradient (the authors: 40).
+        temperature: as in ProtoNet.
+        tasks_per_step: B.
+
+    References:
+        Memory efficient meta-learning with large images, Bronskill et al., 2021, arXiv:2107.01105.
+    """
+
+    adapter: RandomAdapter
+    budget: Budget = field(default_factory=Budget)
+    rows: int = 8
+    temperature: float | None = None
+    tasks_per_step: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "tasks_per_step"):
+            check_number(name, getattr(self, name), least=1, open_below=False, whole=True)
+
+    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> EpisodicState:
+        """Joint training, then prototypical episodes."""
+        for task in tasks:
+            check_classes(task)
+        return outer_loop(
+            self.gradient,
+            self.adapter,
+            tasks,
+            self.budget,
+            tasks_per_step=self.tasks_per_step,
+            minibatches_per_task=2,
+            on_step=on_step,
+        )
+
+    def gradient(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
+        """Of one episode's prototypical loss."""
+        del heads
+        query = minibatches(episode.query, self.budget.batch_size, generator)()
+        return prototypical_gradient(self, phi, episode.task, episode.support, query, generator)
+
+    def support(self, rows: Rows, generator: torch.Generator) -> Rows:
+        """All of them."""
+        del generator
+        return rows
+
+    def support_features(self, theta: Tensor, support: Rows, generator: torch.Generator) -> Tensor:
+        """Features of all support rows; the gradient goes through H of them."""
+        fixed = all_features(self.adapter, support, theta.detach())
+        order = torch.randperm(len(support), generator=generator).to(fixed.device)
+        chosen = order[: self.rows]
+        return lite(fixed, chosen, features(self.adapter, support.take(chosen), theta))
+
+    def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> PrototypePosterior:
+        """Fine-tune the features by the prototypical loss of the task."""
+        return adapt_prototypes(self, state.phi, task, seed)
+
+
+def lite(fixed: Tensor, chosen: Tensor, found: Tensor) -> Tensor:
+    """All features ``[N, E]`` at their exact values, the chosen rows with N / H times their gradient."""
+    scaled = fixed[chosen] + len(fixed) / len(chosen) * (found - found.detach())
+    return fixed.index_copy(0, chosen, scaled)

@@ -1,0 +1,45 @@
+"""A network's features of an input: what stands before its head, for retrieval and for prototypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_lift.data.task import Rows
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.likelihoods import pool
+
+__all__ = ["features"]
+
+
+def features(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
+    """One vector a row, ``[n, E]``; differentiable in theta ``[D]``.
+
+    Of timm's models what comes before the classifier; of transformers' the last hidden states, their mean over the
+    tokens of a text (of an encoder-decoder the encoder's) and the class token of a picture; of anything else its
+    output. Label texts and decoder inputs are not looked at: two tasks are alike by what they read.
+    """
+    with adapter.bound(theta):
+        return _features(_plain(adapter.backbone), rows)
+
+
+def _plain(backbone: nn.Module) -> nn.Module:
+    """The network inside PEFT's wrapper, its adapted layers in place."""
+    unwrap: Any = getattr(backbone, "get_base_model", None)
+    inner: nn.Module = unwrap() if unwrap else backbone
+    return inner
+
+
+def _features(network: Any, rows: Rows) -> Tensor:
+    if hasattr(network, "forward_head"):
+        return torch.as_tensor(network.forward_head(network.forward_features(*rows.positional), pre_logits=True))
+    if not hasattr(network, "config"):
+        return torch.as_tensor(network(*rows.positional, **rows.named))
+    if "pixel_values" in rows.inputs:
+        return pool(network(pixel_values=rows.inputs["pixel_values"]).last_hidden_state, how="first")
+    body = network.get_encoder() if getattr(network.config, "is_encoder_decoder", False) else network.base_model
+    mask = rows.inputs.get("attention_mask")
+    states = body(input_ids=rows.inputs["input_ids"], attention_mask=mask).last_hidden_state
+    return pool(states, mask)
