@@ -124,7 +124,8 @@ def _check_children(
     site = here.globals[name]
     prior = site.gaussian()
     assert prior is not None and variance is not None
-    return NormalPair(name, family, prior.mean.detach(), prior.precision.detach(), _scalar_if_constant(variance))
+    precision = _scalar_if_constant(prior.precision.detach())
+    return NormalPair(name, family, prior.mean.detach(), precision, _scalar_if_constant(variance))
 
 
 def _by_task(site: Latent) -> tuple[Tensor, Tensor]:

@@ -115,12 +115,20 @@ class Evaluation:
         """Summed log density of some latent sites at their own values."""
         return sum((s.log_prob_at(s.leaf) for s in sites.values()), torch.zeros(()))
 
-    def drift(self, sites: Mapping[str, Latent], coupled: Collection[str] = (), n_inflate: float = 1.0) -> Drift:
+    def drift(
+        self,
+        sites: Mapping[str, Latent],
+        coupled: Collection[str] = (),
+        n_inflate: float = 1.0,
+        *,
+        keep_graph: bool = True,
+    ) -> Drift:
         """Gradients of the block's log density with respect to ``sites``.
 
         A site with a Gaussian prior gets the gradient of everything else and the prior beside it, for the
         integrator to treat; where its mean or scale depends on another of the sites (``coupled``), the prior's pull
-        on *that* site is in the gradient.
+        on *that* site is in the gradient. ``keep_graph`` is for accumulators of phi, which differentiate the
+        conditionals of the same run; without it activations are freed on the way, and their memory used again.
         """
         objective = n_inflate * self.log_likelihood
         gaussian = {name: site.gaussian() for name, site in sites.items()}
@@ -130,10 +138,9 @@ class Evaluation:
             elif site.family in coupled:
                 objective = objective + site.log_prob_at(site.leaf.detach())
         leaves = [site.leaf for site in sites.values()]
-        # The graph is kept: the accumulators of phi differentiate the conditionals of the same run.
         grads: Sequence[Tensor | None]
         if objective.requires_grad:
-            grads = torch.autograd.grad(objective, leaves, retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(objective, leaves, retain_graph=keep_graph, allow_unused=True)
         else:
             grads = (None,) * len(leaves)
         gradient = {

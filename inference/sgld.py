@@ -144,6 +144,8 @@ def exponential(
             preconditioner=preconditioner,
         )
     mean, precision = prior
+    if precision.dim() and not any(precision.stride()):  # one number spread over a shape
+        precision = precision.as_strided((), ())
     a = (0.5 * step_size) * (preconditioner * precision)
     decay = torch.exp(-a)
     drifted = mean + decay * (x - mean) - torch.expm1(-a) / precision * gradient
@@ -252,7 +254,7 @@ def gaussian_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def check_finite(drift: Drift, step: int, tasks: tuple[int, ...] = ()) -> Tensor:
     """Norm of the whole gradient; raises :class:`DivergedError` where it or the loss is not finite."""
-    norms = [g.square().sum() for g in drift.gradient.values()]
+    norms = [torch.linalg.vector_norm(g).square() for g in drift.gradient.values()]
     norm = (norms[0] if len(norms) == 1 else torch.stack(norms).sum()).sqrt()
     if not torch.isfinite(norm + drift.log_likelihood):
         where = f"step {step}" + (f", task {', '.join(map(str, tasks))}" if tasks else "")

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_lift.inference import conjugate
 from pyro_lift.inference.accumulator import Accumulator, GradientTable, exact
 from pyro_lift.inference.conjugate import NormalPair, values_of
+from pyro_lift.inference.flat_visit import Workspace, draw_phi, is_flat, mean_root, move_theta
 from pyro_lift.inference.program import Evaluation, LocalSite, Program, Rows
 from pyro_lift.inference.sgld import (
     INTEGRATORS,
@@ -112,6 +113,7 @@ class Structure:
             global site directly, or local sites depend on each other.
         start: unconstrained starting value of each pair's local family.
         layouts: what a task's row is made of; filled at the first visit.
+        workspaces: buffers per pair whose vectors are long (:mod:`~pyro_lift.inference.flat_visit`).
     """
 
     num_tasks: int
@@ -124,6 +126,7 @@ class Structure:
     start: dict[str, Tensor]
     layouts: dict[int | None, tuple[LocalSite, ...]] = field(default_factory=dict)
     table: GradientTable | None = None
+    workspaces: dict[str, Workspace] = field(default_factory=dict)
 
     @property
     def pair_of(self) -> dict[str, NormalPair]:
@@ -152,7 +155,8 @@ def step(
 ) -> tuple[SGLDGibbsState, SGLDGibbsInfo]:
     """One visit to the block of tasks ``index``.
 
-    Nothing is kept of a visit that fails: state, store and table change only at its end.
+    Nothing is kept of a visit that fails: state, store and table change only at its end. A state may be held for one
+    visit more; where the vectors are long, the memory of its S is used again after that.
 
     Args:
         generator: source of minibatch indices (host).
@@ -186,19 +190,24 @@ def _gibbs_step(
     eta = settings.step_size(state.step)
     moments = dict(state.second_moment)
     start = values
+    gibbs = settings.phi_update == "gibbs"
 
     # (10)  theta_i | phi, D_i: one or more steps of SGLD
     for _ in range(settings.theta_steps_per_visit):
         run = program.run(state.phi, values, index, generator)
-        drift = run.drift(run.locals, structure.coupled, settings.n_inflate)
+        drift = run.drift(run.locals, structure.coupled, settings.n_inflate, keep_graph=not gibbs)
         norm = check_finite(drift, state.step, tasks)
         drift, refused = _clipped(drift, norm, settings.max_grad_norm)
-        moved = _move_theta(run, drift, eta, settings, moments, phase == "burn-in", structure, noise_generator)
-        _check_moved(moved, state.step, tasks)
+        flat = _flat_pairs(run, structure, settings)
+        adapting = phase == "burn-in"
+        moved, known = _move_theta(
+            run, drift, eta, settings, moments, adapting, structure, noise_generator, flat, state.sums
+        )
+        _check_moved({name: value for name, value in moved.items() if name not in flat}, state.step, tasks)
         values = _regrouped(run, moved)
 
     # (11)  what the tasks pull phi with: S and J, one block's part replaced
-    sums = _updated_sums(state.sums, structure, run, start, values)
+    sums = _updated_sums(state.sums, structure, run, start, values, known)
     pull, J, stored = _pull_on_phi(state, program, structure, settings, run, moved, values, index, sums, generator)
 
     # (9)  phi | theta_1..N
@@ -211,6 +220,19 @@ def _gibbs_step(
     return SGLDGibbsState(state.step + 1, phi, sums, J, moments, {}), info
 
 
+def _flat_pairs(run: Evaluation, structure: Structure, settings: Settings) -> dict[str, NormalPair]:
+    """The local sites that one visit moves piece by piece together with S and phi: long, paired, one task's own."""
+    plain = settings.phi_update != "gibbs" or settings.integrator != "exponential" or structure.block_size > 1
+    if plain or settings.theta_steps_per_visit > 1 or not structure.sequential:
+        return {}
+    pairs = structure.pair_of
+    return {
+        name: pairs[site.family]
+        for name, site in run.locals.items()
+        if site.family in pairs and site.family not in structure.coupled and is_flat(pairs[site.family], site.leaf)
+    }
+
+
 def _move_theta(
     run: Evaluation,
     drift: Drift,
@@ -220,26 +242,53 @@ def _move_theta(
     adapt: bool,
     structure: Structure,
     generator: torch.Generator | None,
-) -> dict[str, Tensor]:
-    moved = {}
+    flat: Mapping[str, NormalPair],
+    sums: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The moved local sites by name, and S of those pairs whose S came with the move."""
+    moved, known = {}, {}
     for name, site in run.locals.items():
         gradient = drift.gradient[name]
-        preconditioner: Tensor | float = 1.0
-        if settings.decay is not None:
-            if adapt or site.family not in moments:
-                square = _per_coordinate(gradient.square(), site.family, site.plate_dim, structure)
-                moments[site.family] = running_mean(moments.get(site.family), square, settings.decay)
-            preconditioner = precondition(moments[site.family], settings.damping)
+        if settings.decay is not None and (adapt or site.family not in moments):
+            square = _per_coordinate(gradient.square(), site.family, site.plate_dim, structure)
+            moments[site.family] = running_mean(moments.get(site.family), square, settings.decay)
+        step_size = eta * settings.site_step_scale.get(site.family, 1.0)
+        if name in flat:
+            pair, moment = flat[name], None if settings.decay is None else moments[site.family]
+            if pair.global_site not in structure.workspaces:
+                structure.workspaces[pair.global_site] = Workspace(site.leaf.detach())
+            workspace = structure.workspaces[pair.global_site]
+            moved[name], known[pair.global_site] = move_theta(
+                workspace,
+                site.leaf.detach(),
+                run.globals[pair.global_site].leaf.detach(),
+                gradient,
+                sums[pair.global_site],
+                1.0 / float(pair.local_variance),
+                step_size=step_size,
+                temperature=settings.temperature,
+                generator=generator,
+                second_moment=moment,
+                damping=0.0 if moment is None else _damping(settings, moment, workspace),
+            )
+            continue
         moved[name] = INTEGRATORS[settings.integrator](
             site.leaf.detach(),
             gradient,
             drift.gaussian[name],
-            step_size=eta * settings.site_step_scale.get(site.family, 1.0),
+            step_size=step_size,
             temperature=settings.temperature,
             noise=gaussian_noise(site.leaf, generator),
-            preconditioner=preconditioner,
+            preconditioner=1.0 if settings.decay is None else precondition(moments[site.family], settings.damping),
         )
-    return moved
+    return moved, known
+
+
+def _damping(settings: Settings, moment: Tensor, workspace: Workspace) -> float:
+    """What the preconditioner adds to the root, as :func:`~pyro_lift.inference.sgld.precondition` does."""
+    if workspace.root_of is not moment:  # frozen after the warm-up, it needs no second look
+        workspace.root_of, workspace.root = moment, mean_root(moment, workspace)
+    return settings.damping * workspace.root + torch.finfo(moment.dtype).tiny
 
 
 def _per_coordinate(square: Tensor, family: str, plate_dim: int | None, structure: Structure) -> Tensor:
@@ -259,16 +308,7 @@ def _move_phi(
     generator: torch.Generator | None,
 ) -> dict[str, Tensor]:
     if settings.phi_update == "gibbs":
-        return {
-            name: conjugate.draw(
-                pair,
-                sums[name],
-                structure.num_tasks,
-                settings.temperature,
-                gaussian_noise(state.phi[name], generator),
-            )
-            for name, pair in structure.pairs.items()
-        }
+        return {name: _draw(name, state, structure, settings, sums[name], generator) for name in structure.pairs}
     eta = settings.phi_step_size(state.step)
     leaves = {name: site.leaf for name, site in run.globals.items()}
     # What pulls on phi beside the tasks: its own prior, and data observed outside the plate.
@@ -283,6 +323,20 @@ def _move_phi(
         phi[name] = leaf.detach() + 0.5 * eta * drift + (settings.temperature * eta) ** 0.5 * noise
     _check_moved(phi, state.step, ())
     return phi
+
+
+def _draw(
+    name: str,
+    state: SGLDGibbsState,
+    structure: Structure,
+    settings: Settings,
+    S: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor:
+    pair, phi, T = structure.pairs[name], state.phi[name], settings.temperature
+    if name in structure.workspaces:
+        return draw_phi(structure.workspaces[name], pair, S, structure.num_tasks, T, generator, phi)
+    return conjugate.draw(pair, S, structure.num_tasks, T, gaussian_noise(phi, generator))
 
 
 def _pull_on_phi(
@@ -350,10 +404,13 @@ def _updated_sums(
     run: Evaluation,
     before: Mapping[int | None, Rows],
     after: Mapping[int | None, Rows],
+    known: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """S + sum over the block of (new theta - old theta), in float64."""
-    updated = {}
+    """S + sum over the block of (new theta - old theta), in float64; some came with the move of theta."""
+    updated = dict(known)
     for name, pair in structure.pairs.items():
+        if name in known:
+            continue
         total = sums[name]
         for task, rows in after.items():
             change = rows[pair.family].double() - before[task][pair.family].double()
@@ -522,7 +579,9 @@ def _rows(structure: Structure, tasks: tuple[int, ...], values: Mapping[int | No
             (source[s.family] if structure.sequential else source[s.family].select(s.plate_dim, k)).reshape(-1)
             for s in layout
         ]
-        rows.append(parts[0].clone() if len(parts) == 1 else torch.cat(parts))
+        # A task's only site is a vector of its own already; a block's rows are views of one.
+        alone = parts[0] if structure.sequential else parts[0].clone()
+        rows.append(alone if len(parts) == 1 else torch.cat(parts))
     return rows
 
 

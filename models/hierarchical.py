@@ -69,9 +69,10 @@ class AdapterHierarchy:
 
     def __call__(self) -> None:
         """The program."""
-        phi = pyro.sample("phi", dist.Normal(self.prior_mean, self.sigma).to_event(1))
+        # Arguments are not validated: it costs a pass over each vector, and the kernel looks at every value anyway.
+        phi = pyro.sample("phi", dist.Normal(self.prior_mean, self.sigma, validate_args=False).to_event(1))
         for i in pyro.plate("tasks", len(self.tasks), subsample_size=1):
-            theta = pyro.sample(f"theta_{i}", dist.Normal(phi, self.beta).to_event(1))
+            theta = pyro.sample(f"theta_{i}", dist.Normal(phi, self.beta, validate_args=False).to_event(1))
             task = self.tasks[i]
             head = sample_head(f"head_{i}", task, self.width, self.head_scale, like=theta)
             with pyro.plate(f"data_{i}", len(task.train), subsample_size=batch_of(task, self.batch_size)) as rows:

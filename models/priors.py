@@ -56,7 +56,7 @@ def gaussian_at(fn: Distribution, value: Tensor) -> LocalGaussian | None:
     """
     normal = _normal(fn)
     if normal is not None:
-        return LocalGaussian(normal.loc, normal.scale.reciprocal().square())
+        return LocalGaussian(normal.loc, _precision(normal.scale))
     if not isinstance(fn, torch.distributions.MixtureSameFamily):
         return None
     base = _normal(fn.component_distribution)
@@ -92,6 +92,13 @@ def broadened(mixture: dist.MixtureSameFamily, beta: float) -> dist.MixtureSameF
     raise TypeError(
         f"components of type {type(component).__name__}: expected Normal(...).to_event(1) or MultivariateNormal."
     )
+
+
+def _precision(scale: Tensor) -> Tensor:
+    """1 / scale^2; of one number spread over a shape, that of the number, spread likewise."""
+    if scale.dim() and not any(scale.stride()):
+        return scale.as_strided((), ()).reciprocal().square().expand(scale.shape)
+    return scale.reciprocal().square()
 
 
 def _normal(fn: Distribution) -> torch.distributions.Normal | None:

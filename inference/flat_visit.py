@@ -1,0 +1,141 @@
+r"""A visit's arithmetic on long vectors: theta, S and phi, piece by piece, with one number for a constant precision.
+
+The plain form is :func:`pyro_lift.inference.sgld.exponential` and :func:`pyro_lift.inference.conjugate.draw`; the noise
+is theirs too, number for number. With :math:`m = e^{-a} - 1`, :math:`a = \tfrac\eta2 P p` and p the precision of
+theta given phi, one exponential gives all three coefficients:
+
+.. math:: \theta' = \theta + m\,\big(\theta - \phi - G/p\big) + \sqrt{-T\,m\,(2 + m)/p}\;\xi, \qquad
+          S' = S + \theta' - \theta,
+
+.. math:: \phi' = v\,\tfrac{m_0}{\sigma^2} + \tfrac{v}{\beta^2}\,S' + \sqrt{T\,v}\;\xi', \qquad
+          v = \Big(\tfrac1{\sigma^2} + \tfrac{N}{\beta^2}\Big)^{-1}.
+
+Read: theta, phi, G, S, then S' and m_0; written: theta', S', phi'. Nothing is checked here: with a gradient of finite
+norm and finite theta and phi, all of these are finite.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_lift.inference.conjugate import NormalPair
+from pyro_lift.inference.tiles import Buffers, split, tile_size, total
+
+__all__ = ["FLAT_FROM", "Workspace", "draw_phi", "is_flat", "mean_root", "move_theta"]
+
+#: From this many numbers on a visit goes piece by piece; below, the plain form is faster and easier to look into.
+FLAT_FROM = 50_000
+
+
+def is_flat(pair: NormalPair, value: Tensor) -> bool:
+    """Whether a pair's vectors are long, and its precisions are single numbers."""
+    numbers = pair.local_variance.numel() == 1 and pair.prior_precision.numel() == 1
+    return numbers and value.dim() == 1 and value.numel() >= FLAT_FROM and value.is_contiguous()
+
+
+class Workspace:
+    """Buffers for vectors of one length, kept from visit to visit.
+
+    The S that a visit writes is the memory of the visit before last's: a fresh float64 vector would cost more in page
+    faults than the whole visit computes.
+    """
+
+    def __init__(self, like: Tensor, tile: int | None = None) -> None:
+        self.tile = tile or tile_size(like)
+        self.buffers = Buffers(3, like, min(self.tile, len(like)))
+        self._spare: Tensor | None = None
+        #: The second moment whose mean root was measured last, and that mean.
+        self.root_of: Tensor | None = None
+        self.root = 0.0
+
+    def spare_sum(self, current: Tensor) -> Tensor:
+        """Memory for the next S; ``current`` becomes the spare one after the visit."""
+        spare, self._spare = self._spare, current
+        return torch.empty_like(current) if spare is None or spare is current else spare
+
+
+def mean_root(second_moment: Tensor, workspace: Workspace) -> float:
+    """Mean of the root of the running mean square, as the preconditioner's damping takes it."""
+    parts = []
+    for v in split(second_moment, workspace.tile):
+        (root, *_) = workspace.buffers.of(len(v))
+        parts.append(torch.sqrt(v, out=root).sum())
+    return float(total(parts)) / len(second_moment)
+
+
+def move_theta(
+    workspace: Workspace,
+    x: Tensor,
+    phi: Tensor,
+    gradient: Tensor,
+    S: Tensor,
+    precision: float,
+    *,
+    step_size: float,
+    temperature: float,
+    generator: torch.Generator | None,
+    second_moment: Tensor | None = None,
+    damping: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """One step of the exponential integrator and its change of S.
+
+    Args:
+        workspace: of this length.
+        x: theta ``[D]``.
+        phi: its prior mean ``[D]``.
+        gradient: G ``[D]``.
+        S: sum of all theta, float64 ``[D]``.
+        precision: p.
+        step_size: eta.
+        temperature: T.
+        generator: of the noise.
+        second_moment: of the RMS preconditioner; None for P = 1.
+        damping: what is added to its root.
+
+    Returns:
+        theta' in fresh memory, and S' in the workspace's.
+    """
+    moved, S_new = torch.empty_like(x), workspace.spare_sum(S)
+    whole = math.expm1(-0.5 * step_size * precision)
+    spread = math.sqrt(-temperature * whole * (2.0 + whole) / precision)
+    tile = workspace.tile
+    moments = [None] * -(-len(x) // tile) if second_moment is None else split(second_moment, tile)
+    vectors = (split(vector, tile) for vector in (x, phi, gradient, S, moved, S_new))
+    for v, x_, phi_, G, S_, out, S_out in zip(moments, *vectors, strict=True):
+        noise, m, scale = workspace.buffers.of(len(x_))
+        noise.normal_(generator=generator)
+        if v is None:
+            torch.lerp(x_, phi_, -whole, out=out).add_(G, alpha=-whole / precision).add_(noise, alpha=spread)
+        else:
+            torch.sqrt(v, out=m).add_(damping).reciprocal_().mul_(-0.5 * step_size * precision).expm1_()
+            torch.sub(x_, phi_, out=out).add_(G, alpha=-1.0 / precision).mul_(m).add_(x_)
+            if temperature > 0.0:
+                torch.add(m, 2.0, out=scale).mul_(m).mul_(-temperature / precision).sqrt_()
+                out.addcmul_(scale, noise)
+        torch.add(S_, out, out=S_out).sub_(x_)
+    return moved, S_new
+
+
+def draw_phi(
+    workspace: Workspace,
+    pair: NormalPair,
+    S: Tensor,
+    num_tasks: int,
+    temperature: float,
+    generator: torch.Generator | None,
+    like: Tensor,
+) -> Tensor:
+    """The exact draw of phi, in fresh memory of the dtype of ``like``."""
+    own, local = float(pair.prior_precision), 1.0 / float(pair.local_variance)
+    precision = own + num_tasks * local
+    spread = math.sqrt(temperature / precision)
+    phi = torch.empty_like(like)
+    prior_mean = torch.broadcast_to(pair.prior_mean, like.shape)
+    for out, S_, m in zip(*(split(vector, workspace.tile) for vector in (phi, S, prior_mean)), strict=True):
+        (noise, *_) = workspace.buffers.of(len(out))
+        noise.normal_(generator=generator)
+        torch.mul(S_, local / precision, out=out).add_(m, alpha=own / precision).add_(noise, alpha=spread)
+    return phi
