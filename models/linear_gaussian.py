@@ -67,9 +67,14 @@ class LinearGaussian:
         self.x = normal(num_tasks, num_data, dim)
         self.y = torch.einsum("tnd,td->tn", self.x, self.theta) + alpha * normal(num_tasks, num_data)
 
+    def to(self, device: torch.device | str) -> LinearGaussian:
+        """Move the data to a device; returns self."""
+        self.x, self.y = self.x.to(device), self.y.to(device)
+        return self
+
     def __call__(self) -> None:
         """The program."""
-        zero = torch.zeros(self.dim, dtype=torch.float64)
+        zero = torch.zeros(self.dim, dtype=torch.float64, device=self.x.device)
         phi = pyro.sample("phi", dist.Normal(zero, self.sigma).to_event(1))
         with pyro.plate("tasks", self.num_tasks, subsample_size=self.block_size) as index:
             theta = pyro.sample("theta", dist.Normal(phi, self.beta).to_event(1))
@@ -87,9 +92,9 @@ class LinearGaussian:
         The gain ``C_i^{-1} = X_i^T (beta^2 X_i X_i^T + alpha^2 I)^{-1} X_i`` is used instead, which also holds where
         a task has fewer points than dimensions.
         """
-        eye_n = torch.eye(self.num_data, dtype=torch.float64)
+        eye_n = torch.eye(self.num_data, dtype=torch.float64, device=self.x.device)
         marginal = self.beta**2 * self.x @ self.x.mT + self.alpha**2 * eye_n
-        precision = torch.eye(self.dim, dtype=torch.float64) / self.sigma**2
+        precision = torch.eye(self.dim, dtype=torch.float64, device=self.x.device) / self.sigma**2
         precision = precision + (self.x.mT @ torch.linalg.solve(marginal, self.x)).sum(0)
         shift = (self.x.mT @ torch.linalg.solve(marginal, self.y.unsqueeze(-1))).sum(0).squeeze(-1)
         covariance = torch.linalg.inv(precision)
@@ -100,7 +105,7 @@ class LinearGaussian:
         others = self.posterior()
         P = self.x[task].mT @ self.x[task] / self.alpha**2
         h = self.x[task].mT @ self.y[task] / self.alpha**2
-        eye = torch.eye(self.dim, dtype=torch.float64)
+        eye = torch.eye(self.dim, dtype=torch.float64, device=self.x.device)
         # theta_i | phi, D_i is linear in phi: average it over p(phi | D).
         conditional = torch.linalg.inv(P + eye / self.beta**2)
         gain = conditional / self.beta**2

@@ -65,6 +65,18 @@ def keys() -> None:
     print(reference())
 
 
+@bench.command()
+def sampler(out: Out = Path("bench"), smoke: Smoke = False, device: Device = "cpu") -> None:
+    """Visits and seconds until phi's draws have the toy's exact posterior: every update, full SGLD and NUTS."""
+    from pyro_lift.bench import sampler as benchmark
+    from pyro_lift.bench.records import write_records
+
+    records = benchmark.run(smoke=smoke, device=device)
+    write_records(records, out / "sampler.json")
+    benchmark.draw(records, out / "sampler.png")
+    print(f"\n{benchmark.table(records)}\n\nwritten: {out / 'sampler.json'}, {out / 'sampler.png'}")
+
+
 def main() -> None:
     """Entry point: what a user did wrong is one line on stderr and exit code 2, not a traceback."""
     from pyro_lift.inference.sgld import DivergedError

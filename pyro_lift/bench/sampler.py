@@ -1,0 +1,272 @@
+"""``pyro-lift bench sampler``: visits and seconds until phi's draws have the exact posterior, for every update.
+
+On the linear-Gaussian toy (Appendix A) with N tasks, the KL divergence of a Gaussian fit to the draws' second half from
+the exact posterior is followed against the number of visits: a median over seeds, each with data of its own, at the
+best of several stable step sizes. Beside them stand full SGLD (Eq. 6) and Pyro's NUTS.
+
+Visits are counted on chains of the sampler's own step functions (:mod:`~pyro_lift.bench.toy_chains`); seconds are those
+visits times what a visit of the kernel costs in ``pyro.infer.MCMC``, measured in the same run. NUTS runs as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.infer import MCMC, NUTS
+
+from pyro_lift.bench.records import format_table
+from pyro_lift.bench.toy_chains import Toys, Update, chain, checkpoints, curve, generator_noise, second_half_kl
+from pyro_lift.inference.accumulator import langevin_limit
+from pyro_lift.inference.kernels import SGLD, SGLDGibbs
+from pyro_lift.models.linear_gaussian import LinearGaussian
+
+__all__ = ["TARGETS", "Plan", "draw", "run", "table"]
+
+#: KL divergences (nats) that the table asks for.
+TARGETS = (0.01, 0.001)
+#: Candidate step sizes, as shares of the largest stable one.
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
+#: theta's step where phi has a step of its own, as a share of the largest stable one.
+THETA_SHARE = 0.4
+NAMES = {
+    "gibbs": "gibbs",
+    "exact": "langevin, exact J",
+    "table": "langevin, table J",
+    "single": "langevin, single x N",
+    "single, scale 1": "langevin, single x 1",
+    "sgld": "full SGLD",
+    "nuts": "NUTS",
+}
+UPDATES: tuple[Update, ...] = ("gibbs", "exact", "table", "single", "single, scale 1", "sgld")
+
+
+class Plan(NamedTuple):
+    """How far to go: visits per update (``other`` where none is named), seeds, NUTS's budget, visits to time."""
+
+    tasks: tuple[int, ...]
+    limits: dict[tuple[str, int], int]
+    other: int
+    seeds: int
+    nuts_seconds: float
+    nuts_draws: int
+    timed: int
+
+
+FULL = Plan(
+    tasks=(10, 100, 1000),
+    limits={
+        ("table", 100): 520_000,
+        ("gibbs", 1000): 280_000,
+        ("exact", 1000): 140_000,
+        ("single, scale 1", 10): 5_000,
+        ("single, scale 1", 100): 5_000,
+        ("single, scale 1", 1000): 20_000,
+        ("sgld", 1000): 5_000,
+    },
+    other=70_000,
+    seeds=8,
+    nuts_seconds=40.0,
+    nuts_draws=4_000,
+    timed=300,
+)
+SMOKE = Plan((5,), {}, other=200, seeds=2, nuts_seconds=20.0, nuts_draws=40, timed=20)
+
+
+def run(*, smoke: bool = False, device: str = "cpu", say: Any = print) -> list[dict[str, Any]]:
+    """Records ``update, tasks, iterations, seconds, kl`` with the step sizes, one per checkpoint of every curve.
+
+    Args:
+        smoke: seconds instead of minutes.
+        device: of the chains; NUTS stays on the CPU.
+        say: told of every finished curve.
+    """
+    plan = SMOKE if smoke else FULL
+    records: list[dict[str, Any]] = []
+    for N in plan.tasks:
+        for update in UPDATES:
+            mine = _chains(plan, update, N, device)
+            records += mine
+            last = mine[-1]
+            say(f"N = {N:5d}  {NAMES[update]:<22} KL {last['kl']:.5f} after {last['iterations']:,} iterations")
+        mine = _nuts(plan, N)
+        records += mine
+        if mine:
+            last = mine[-1]
+            say(f"N = {N:5d}  {'NUTS':<22} KL {last['kl']:.5f} after {last['iterations']:,} iterations")
+    return records
+
+
+def _chains(plan: Plan, update: Update, N: int, device: str) -> list[dict[str, Any]]:
+    toys = Toys.of([LinearGaussian(N, seed=seed) for seed in range(plan.seeds)], device)
+    theta, phi = _steps(toys, update, N)
+    noise = generator_noise((len(SHARES), plan.seeds, toys.pull.shape[-1]), seed=N, device=device)
+    theta_step, phi_step = (torch.tensor(s, dtype=torch.float64, device=device).view(-1, 1, 1) for s in (theta, phi))
+    phis = chain(toys, update, theta_step, phi_step, noise)
+    found = curve(phis, toys, plan.limits.get((update, N), plan.other), stop_at=min(TARGETS))
+    kl, which = found.best
+    seconds = _seconds_a_visit(update, N, theta[0], phi[0], plan.timed, device)
+    return [
+        {
+            "update": update,
+            "tasks": N,
+            "iterations": n,
+            "seconds": n * seconds,
+            "kl": float(kl[k]),
+            "step_size": theta[int(which[k])],
+            "phi_step_size": None if update in ("gibbs", "sgld") else phi[int(which[k])],
+            "seconds_per_iteration": seconds,
+            "seeds": plan.seeds,
+            "device": device,
+        }
+        for k, n in enumerate(found.visits)
+        if math.isfinite(float(kl[k]))
+    ]
+
+
+def _steps(toys: Toys, update: Update, N: int) -> tuple[list[float], list[float]]:
+    """Candidate steps of theta and of phi."""
+    theta_limit = 4.0 / toys.curvature
+    if update == "gibbs":
+        return [share * theta_limit for share in SHARES], [0.0] * len(SHARES)
+    if update == "sgld":
+        # The joint density's largest curvature is phi's N / beta^2 + 1 / sigma^2, or a task's own.
+        limit = min(theta_limit, langevin_limit("exact", toys.pair, N))
+        return [share * limit for share in SHARES], [0.0] * len(SHARES)
+    limit = langevin_limit("exact" if update == "exact" else "table", toys.pair, N)
+    return [THETA_SHARE * theta_limit] * len(SHARES), [share * limit for share in SHARES]
+
+
+def _kernel(update: Update, toy: LinearGaussian, theta: float, phi: float) -> SGLD | SGLDGibbs:
+    if update == "sgld":
+        return SGLD(toy, step_size=theta)
+    if update == "gibbs":
+        return SGLDGibbs(toy, step_size=theta)
+    accumulator, _, scale = update.partition(", scale ")
+    return SGLDGibbs(
+        toy,
+        step_size=theta,
+        phi_update="langevin",
+        phi_step_size=phi,
+        accumulator=accumulator,  # type: ignore[arg-type]
+        single_scale="1" if scale else "N",
+    )
+
+
+def _seconds_a_visit(update: Update, N: int, theta: float, phi: float, visits: int, device: str) -> float:
+    """Of the kernel in ``pyro.infer.MCMC``, without its set-up: the median over visits."""
+    toy = LinearGaussian(N, seed=0, block_size=None if update == "sgld" else 1).to(device)
+    stamps: list[float] = []
+    pyro.set_rng_seed(0)
+    MCMC(
+        _kernel(update, toy, theta, phi),
+        num_samples=visits,
+        warmup_steps=10,
+        hook_fn=lambda *_: stamps.append(time.perf_counter()),
+        disable_progbar=True,
+    ).run()
+    gaps = torch.tensor(stamps[10:], dtype=torch.float64).diff()
+    return float(gaps.median())
+
+
+class _BudgetSpentError(Exception):
+    """NUTS's budget is spent."""
+
+
+def _nuts(plan: Plan, N: int) -> list[dict[str, Any]]:
+    """One chain of NUTS on the whole program; its warm-up counts, and its draws' second half is judged."""
+    toy = LinearGaussian(N, seed=0, block_size=None)
+    posterior = toy.posterior()
+    warm_up = min(100, plan.nuts_draws)
+    draws: list[torch.Tensor] = []
+    stamps: list[float] = []
+    began = time.perf_counter()
+
+    def hook(kernel: Any, params: dict[str, torch.Tensor], stage: str, i: int) -> None:
+        del kernel, i
+        if stage.lower().startswith("sample"):
+            draws.append(params["phi"].detach().clone())
+            stamps.append(time.perf_counter() - began)
+        if time.perf_counter() - began > plan.nuts_seconds:
+            raise _BudgetSpentError
+
+    pyro.set_rng_seed(0)
+    with suppress(_BudgetSpentError):
+        MCMC(NUTS(toy), num_samples=plan.nuts_draws, warmup_steps=warm_up, hook_fn=hook, disable_progbar=True).run()
+    if len(draws) < 8:
+        return []
+    phi = torch.stack(draws)
+    return [
+        {
+            "update": "nuts",
+            "tasks": N,
+            "iterations": warm_up + n,
+            "seconds": stamps[n - 1],
+            "kl": second_half_kl(phi[:n], posterior),
+            "step_size": None,
+            "phi_step_size": None,
+            "seconds_per_iteration": stamps[n - 1] / (warm_up + n),
+            "seeds": 1,
+            "device": "cpu",
+        }
+        for n in checkpoints(len(draws))
+    ]
+
+
+# --------------------------------------------------------------------------------------------- what is shown
+
+
+def reached(records: Iterable[dict[str, Any]], update: str, tasks: int, target: float) -> dict[str, Any] | None:
+    """The first record of a curve at or below a KL; None where it was not reached."""
+    mine = (r for r in records if r["update"] == update and r["tasks"] == tasks and r["kl"] <= target)
+    return min(mine, key=lambda r: int(r["iterations"]), default=None)
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Iterations and seconds to each target, for every update and N."""
+    header = ["N", "update", *(f"{what} to {t:g}" for t in TARGETS for what in ("iterations", "s")), "least KL", "by"]
+    rows = []
+    for N in sorted({r["tasks"] for r in records}):
+        for update, name in NAMES.items():
+            mine = [r for r in records if r["update"] == update and r["tasks"] == N]
+            if not mine:
+                continue
+            cells = []
+            for target in TARGETS:
+                hit = reached(mine, update, N, target)
+                cells += [f"{hit['iterations']:,}", f"{hit['seconds']:.3g}"] if hit else ["-", "-"]
+            least = min(mine, key=lambda r: float(r["kl"]))
+            rows.append([f"{N}", name, *cells, f"{least['kl']:.5f}", f"{least['iterations']:,}"])
+    return format_table(header, rows)
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """KL against iterations and against seconds, one column per N."""
+    from pyro_lift.figures import COLOURS, new_figure, save_figure
+
+    sizes = sorted({r["tasks"] for r in records})
+    figure, axes = new_figure(
+        2, len(sizes), width=1.2 + 3.7 * len(sizes), height=6.4, sharey=True, squeeze=False, sharex=False
+    )
+    for column, N in enumerate(sizes):
+        for row, x in enumerate(("iterations", "seconds")):
+            axis = axes[row, column]
+            for colour, (update, name) in zip(COLOURS, NAMES.items(), strict=False):
+                points = sorted((r[x], r["kl"]) for r in records if r["update"] == update and r["tasks"] == N)
+                if points:
+                    axis.loglog(*zip(*points, strict=True), color=colour, linewidth=1.6, label=name)
+            for target in TARGETS:
+                axis.axhline(target, color="0.7", linestyle=":", linewidth=1, zorder=0)
+            axis.set(xlabel=x, ylim=(3e-4, 300.0))
+        axes[0, column].set_title(f"N = {N} tasks")
+    for row in range(2):
+        axes[row, 0].set_ylabel("KL(draws || exact), nats")
+    axes[0, -1].legend(frameon=False, fontsize=8, loc="upper right")
+    figure.suptitle("Draws of φ against its exact posterior, each update at its best stable step", fontsize=11)
+    save_figure(figure, path)
