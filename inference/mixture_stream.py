@@ -95,6 +95,8 @@ class MixtureStream:
             self._variance_average = [_Part(row.clone(), self._tile) for row in average.variance]
         self._buffers = Buffers(2, mean, min(self._tile, self.dim))
         self._last = 0
+        #: Whether a component's density is given up as soon as it cannot reach the best one's.
+        self.early = True
         # Exact scaling by a power of two near the typical variance, for products of several variances.
         typical = max(float(variance.double().mean()), 1e-30)
         self._exponent = round(math.log2(typical)) if exponent is None else exponent
@@ -151,7 +153,7 @@ class MixtureStream:
                 value += float(torch.dot(gap, scaled))
             else:
                 value += float(torch.dot(gap, gap)) / scale
-            if value > limit:
+            if self.early and value > limit:
                 return math.inf
         return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,6 +75,26 @@ def sampler(out: Out = Path("bench"), smoke: Smoke = False, device: Device = "cp
     write_records(records, out / "sampler.json")
     benchmark.draw(records, out / "sampler.png")
     print(f"\n{benchmark.table(records)}\n\nwritten: {out / 'sampler.json'}, {out / 'sampler.png'}")
+
+
+@bench.command()
+def speed(
+    out: Out = Path("bench"),
+    smoke: Smoke = False,
+    device: Device = "cpu",
+    backbone: Annotated[
+        list[str] | None, typer.Option(help="bart-base, vit-b16, bart-small, vit-small; repeat")
+    ] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="of the adapters; repeat")] = None,
+    repeats: Annotated[int, typer.Option(help="rounds of each method")] = 7,
+    part: Annotated[list[str] | None, typer.Option(help="steps, em, curves; repeat")] = None,
+) -> None:
+    """What a step costs beside a plain PEFT step, what each part of it costs, and how it grows."""
+    from pyro_lift.bench import speed as benchmark
+
+    chosen = {"backbones": backbone, "ranks": rank, "parts": part}
+    given: dict[str, Any] = {name: tuple(value) for name, value in chosen.items() if value}
+    benchmark.run(out, smoke=smoke, device=device, repeats=repeats, **given)
 
 
 def main() -> None:

@@ -1,0 +1,75 @@
+"""The speed benchmark: its records, its arithmetic, its figure."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyro_lift.bench import speed
+from pyro_lift.bench.timing import Stopwatch, Times, interleaved, quartiles
+
+
+def test_the_short_form_writes_records_and_a_figure(tmp_path: Path) -> None:
+    lines: list[str] = []
+    records = speed.run(tmp_path, smoke=True, echo=lines.append)
+    assert json.loads((tmp_path / "speed.json").read_text()) == records
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+    steps = [r for r in records if r["part"] == "step"]
+    assert {r["method"] for r in steps} == {"SGD", "Adam", "LiFT", "LiFT, RMS", "MAML"}
+    assert {r["backbone"] for r in steps} == {"bart-tiny", "vit-tiny"}
+    assert all(r["ratio_to_plain"] == 1.0 for r in steps if r["method"] == "SGD")
+    for r in (r for r in records if r["part"] == "breakdown"):
+        assert set(r["cpu_seconds"]) >= {"forward", "backward", "handlers", "theta", "phi", "store", "mixture"}
+    assert {r["curve"] for r in records if r["part"] == "curve"} == {"N", "D", "K"}
+    assert any("LiFT" in line for line in lines)
+
+
+def test_unknown_backbones_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'vit-b16'"):
+        speed.run(tmp_path, backbones=["vit-b"])
+
+
+def test_rounds_are_paired_and_begin_at_each_step_in_turn() -> None:
+    calls: list[str] = []
+    found = interleaved({name: lambda n=name: calls.append(n) for name in "abc"}, 3, warm_up=0)  # type: ignore[misc]
+    assert calls == list("abcbcacab")
+    assert all(len(times.wall) == 3 for times in found.values())
+
+
+def test_ratios_are_round_by_round() -> None:
+    ours, plain = Times([2.0, 9.0], [1.0, 3.0]), Times([1.0, 3.0], [1.0, 1.0])
+    assert ours.ratios(plain) == ([2.0, 3.0], [1.0, 3.0])
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+def test_a_stopwatch_takes_inner_functions_out_of_outer_ones() -> None:
+    class Work:
+        def inner(self) -> None:
+            end = time.process_time() + 0.05
+            while time.process_time() < end:
+                pass
+
+        def outer(self) -> None:
+            self.inner()
+
+    work, watch = Work(), Stopwatch()
+    with watch.watching({"inner": (work, "inner"), "outer": (work, "outer")}):
+        work.outer()
+    assert watch.seconds["inner"] >= 0.05 > 0.02 > watch.seconds["outer"]
+
+
+def test_the_plain_loop_and_the_chain_leave_the_backbone_as_they_found_it() -> None:
+    shape = speed.BACKBONES["bart-tiny"]
+    net = shape.make()
+    adapter = speed.adapt_backbone(net, speed.recipe(net, rank=2))
+    tasks = [shape.task(i) for i in range(2)]
+    step = speed.plain(adapter, tasks, torch.optim.SGD)
+    frozen = {name: p.clone() for name, p in adapter.backbone.named_parameters() if "lora" not in name}
+    step()
+    speed.Lift(adapter, tasks).step()
+    assert all(torch.equal(p, frozen[n]) for n, p in adapter.backbone.named_parameters() if n in frozen)
+    assert not any(p.requires_grad for p in adapter.backbone.parameters())
