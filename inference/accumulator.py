@@ -18,6 +18,7 @@ record, and no kernel offers it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -60,6 +61,19 @@ class GradientTable:
     def store(self, block: int, gradient: Tensor) -> None:
         """Keep the gradient of a block's last visit."""
         self.rows[block] = gradient.detach().clone()
+
+    def tasks(self) -> Iterator[int]:
+        """Blocks that have a row; with ``read`` and ``write``, the verbs of a store, for checkpoints."""
+        return (block for block, row in enumerate(self.rows) if row is not None)
+
+    def read(self, blocks: Sequence[int]) -> list[Tensor]:
+        """The stored gradients of some blocks."""
+        return [row for row in (self.rows[block] for block in blocks) if row is not None]
+
+    def write(self, blocks: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """Replace the stored gradients of some blocks."""
+        for block, row in zip(blocks, rows, strict=True):
+            self.store(block, row)
 
     def total(self) -> Tensor:
         """J from scratch: the sum of the stored gradients, in float64."""

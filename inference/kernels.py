@@ -1,29 +1,29 @@
 """Pyro kernels: thin shells that hand a program to :mod:`sgld` and :mod:`sgld_gibbs`.
 
-This is the only file that knows ``pyro.infer.mcmc``. What it has to know: ``setup`` is called before
+Only this file and :mod:`chain` know ``pyro.infer.mcmc``. What it has to know: ``setup`` is called before
 ``initial_params`` and must start afresh; ``end_warmup`` is never called, so steps are counted here; ``transforms``
 must be a dict from the start; ``logging`` is called at every step.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import pyro.infer
 import torch
 from pyro.infer.autoguide.initialization import init_to_mean
-from pyro.infer.mcmc.api import StreamingMCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_lift.inference import sgld, sgld_gibbs
 from pyro_lift.inference.accumulator import Accumulator, GradientTable, langevin_limit
+from pyro_lift.inference.chain import MCMC, StreamingMCMC
 from pyro_lift.inference.conjugate import NormalPair, depends, find_pairs
-from pyro_lift.inference.program import Evaluation, Program
+from pyro_lift.inference.program import Evaluation, LocalSite, Program
 from pyro_lift.inference.sgld import Integrator
 from pyro_lift.inference.sgld_gibbs import PhiUpdate, Settings, SGLDGibbsState, Structure
 from pyro_lift.inference.stability import (
@@ -46,16 +46,6 @@ Scan = Literal["round_robin", "random"]
 LOG_EVERY = 50
 
 
-class MCMC(pyro.infer.MCMC):
-    """Pyro's own :class:`pyro.infer.MCMC` with a default for the number of draws.
-
-    ``MCMC(SGLDGibbs(model)).run()`` therefore runs as written, for a model whose data is bound in.
-    """
-
-    def __init__(self, kernel: MCMCKernel, num_samples: int = 2000, **options: Any) -> None:
-        super().__init__(kernel, num_samples=num_samples, **options)
-
-
 class Draw(NamedTuple):
     """What is kept of each draw for the sample_stats group; tensors stay on their device until they are asked for."""
 
@@ -68,6 +58,8 @@ class Draw(NamedTuple):
 
 class _Kernel(MCMCKernel):
     """What both kernels share: counting, seeding, thinning, statistics. Not for use by itself."""
+
+    state: Any
 
     def __init__(self, model: Model, thinning: int, init_strategy: Callable[..., Tensor]) -> None:
         if not callable(model):
@@ -83,6 +75,7 @@ class _Kernel(MCMCKernel):
         self._warmup_steps = 0
         self._draws: list[Draw] = []
         self._last_log: tuple[int, dict[str, str]] = (-LOG_EVERY, {})
+        self._start_log_likelihood = math.nan
         super().__init__()
 
     # A torch.Generator cannot be sent to a spawned worker, and Pyro would wait for that worker for ever.
@@ -137,8 +130,48 @@ class _Kernel(MCMCKernel):
         """Dimensionless step sizes and what was learned at set-up."""
         return {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next transition depends on but what :meth:`rows` holds: tensors and plain data, nested."""
+        assert self._generator is not None and self._noise_generator is not None
+        own = self._noise_generator is not self._generator
+        return {
+            "state": self.state._asdict(),
+            "warmup_steps": self._warmup_steps,
+            "generator": self._generator.get_state(),
+            "noise_generator": self._noise_generator.get_state() if own else None,
+            "draws": {name: _column([getattr(draw, name) for draw in self._draws]) for name in Draw._fields},
+            "last_log": list(self._last_log),
+        }
+
+    def load_state_dict(self, tree: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was called; after set-up with the same program."""
+        assert self._generator is not None and self._noise_generator is not None
+        here = next(iter(self.initial_params.values())).device
+        self.state = type(self.state)(**{name: _on(here, value) for name, value in tree["state"].items()})
+        self._warmup_steps = tree["warmup_steps"]
+        self._generator.set_state(tree["generator"].cpu())
+        if self._noise_generator is not self._generator and tree["noise_generator"] is not None:
+            self._noise_generator.set_state(tree["noise_generator"].cpu())
+        self._draws = [Draw(*row) for row in zip(*(tree["draws"][name] for name in Draw._fields), strict=True)]
+        self._last_log = (tree["last_log"][0], tree["last_log"][1])
+
+    def rows(self) -> dict[str, Any]:
+        """What is too large for the state: none here."""
+        return {}
+
     def cleanup(self) -> None:
         """Nothing to release; Pyro calls it twice."""
+
+
+def _column(values: list[Any]) -> Any:
+    """One statistic of all draws: a tensor where they are tensors."""
+    return torch.stack(values) if values and isinstance(values[0], Tensor) else values
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return {name: _on(device, one) for name, one in value.items()} if isinstance(value, dict) else value
 
 
 class SGLD(_Kernel):
@@ -219,6 +252,7 @@ class SGLD(_Kernel):
         position = {name: site.leaf.detach() for name, site in run.latents.items()}
         self._noise_from(position)
         self._step_size = self._checked_step_size(run)
+        self._start_log_likelihood = float(run.log_likelihood.detach())
         self.state = sgld.SGLDState(0, position, dict(self.second_moment))
 
     def _checked_step_size(self, run: Evaluation) -> Schedule:
@@ -274,9 +308,32 @@ class SGLD(_Kernel):
         phase = "burn-in" if self.state.step <= self._warmup_steps else "sample"
         return self._log(self.state.step, self._info, phase)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for the chain to be the same: options, sites, the density at the start."""
+        return {
+            "kernel": "SGLD",
+            "options": {
+                "step_size": _probed(self._step_size),
+                "temperature": self.temperature,
+                "n_inflate": self.n_inflate,
+                "integrator": self.integrator,
+                "decay": self.decay,
+                "damping": self.damping,
+                "thinning": self.thinning,
+                "warmup_steps": self._warmup_steps,
+            },
+            "sites": {name: list(value.shape) for name, value in self.state.position.items()},
+            "start_log_likelihood": self._start_log_likelihood,
+        }
+
     def report(self) -> dict[str, float | str]:
         """Step size and curvature (largest, at the start)."""
         return dict(self._report)
+
+
+def _probed(schedule: Schedule) -> list[float]:
+    """A schedule by a few of its values."""
+    return [schedule(step) for step in (0, 1, 10, 100, 1_000, 10_000, 100_000)]
 
 
 class SGLDGibbs(_Kernel):
@@ -435,6 +492,7 @@ class SGLDGibbs(_Kernel):
             self.structure.table = GradientTable(num_tasks // block)
         phi = {name: site.leaf.detach().clone() for name, site in run.globals.items()}
         self._noise_from(phi)
+        self._start_log_likelihood = float(run.log_likelihood.detach())
         self._check_saddle(run)
         self._set_steps(run)
         self.store = make_store(self.store_kind, num_tasks)
@@ -602,11 +660,53 @@ class SGLDGibbs(_Kernel):
         assert self.structure is not None
         N, B = self.structure.num_tasks, self.structure.block_size
         if self.scan == "round_robin":
-            return (self.state.step * B + torch.arange(B)) % N
+            step: int = self.state.step
+            return (step * B + torch.arange(B)) % N
         if self.structure.table is not None:
             block = torch.randint(N // B, (), generator=self._generator)
             return block * B + torch.arange(B)
         return torch.randperm(N, generator=self._generator)[:B]
+
+    def state_dict(self) -> dict[str, Any]:
+        """See the base class; also what was learned of the tasks' layouts."""
+        assert self.structure is not None
+        layouts = [
+            [task, [[site.family, list(site.shape), site.plate_dim] for site in sites]]
+            for task, sites in self.structure.layouts.items()
+        ]
+        return {**super().state_dict(), "layouts": layouts, "start": dict(self.structure.start)}
+
+    def load_state_dict(self, tree: Mapping[str, Any]) -> None:
+        """See the base class."""
+        assert self.structure is not None
+        super().load_state_dict(tree)
+        here = next(iter(self.state.phi.values())).device
+        self.structure.start = {name: value.to(here) for name, value in tree["start"].items()}
+        self.structure.layouts = {
+            task: tuple(LocalSite(family, torch.Size(shape), dim) for family, shape, dim in sites)
+            for task, sites in tree["layouts"]
+        }
+
+    def rows(self) -> dict[str, Any]:
+        """The tasks' weights, and the stored gradients of the table where there is one."""
+        assert self.structure is not None and self.store is not None
+        table = self.structure.table
+        return {"store": self.store} | ({} if table is None else {"table": table})
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for the chain to be the same: options, sites, tasks, the likelihood at the start."""
+        assert self.structure is not None
+        options = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(self.settings)}
+        options |= {name: _probed(value) for name, value in options.items() if callable(value)}
+        options |= {"scan": self.scan, "thinning": self.thinning, "sgd_steps": self.sgd_steps}
+        return {
+            "kernel": "SGLDGibbs",
+            "options": {**options, "warmup_steps": self._warmup_steps},
+            "sites": {name: list(value.shape) for name, value in self.state.phi.items()},
+            "num_tasks": self.structure.num_tasks,
+            "block_size": self.structure.block_size,
+            "start_log_likelihood": self._start_log_likelihood,
+        }
 
     def theta(self, task: int) -> dict[str, Tensor]:
         """The latest values of one task's local sites, by family, unconstrained."""

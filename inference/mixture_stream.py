@@ -58,6 +58,7 @@ class MixtureStream:
         floor: least variance.
         pending: shares not yet in the average, as :meth:`state_dict` gives them; None for none.
         exponent: variances are about two to this power; None looks at them.
+        shares: the average's weights as sums over draws, without those pending; None takes them from ``average``.
         tile: numbers in a piece; None goes by the device.
     """
 
@@ -74,6 +75,7 @@ class MixtureStream:
         floor: float,
         pending: list[float] | None = None,
         exponent: int | None = None,
+        shares: list[float] | None = None,
         tile: int | None = None,
     ) -> None:
         mean, variance = moments.mean, moments.variance
@@ -91,6 +93,7 @@ class MixtureStream:
         self.pending = list(pending) if pending is not None else [0.0] * self.components
         if self._averages:
             self._shares = [share - p for share, p in zip(self._shares, self.pending, strict=True)]
+            self._shares = self._shares if shares is None else list(shares)
             self._mean_average = [_Part(row.clone(), self._tile) for row in average.mean]
             self._variance_average = [_Part(row.clone(), self._tile) for row in average.variance]
         self._buffers = Buffers(2, mean, min(self._tile, self.dim))
@@ -266,6 +269,7 @@ class MixtureStream:
             floor=self.floor,
             pending=self.pending,
             exponent=self._exponent,
+            shares=self._shares,
             tile=self._tile,
         )
 
@@ -287,6 +291,7 @@ class MixtureStream:
             **{f"average.{name}": value for name, value in average.items()},
             "pending": torch.tensor(self.pending, dtype=torch.float64),
             "exponent": torch.tensor(self._exponent),
+            "shares": torch.tensor(self._shares, dtype=torch.float64),
         }
 
     def _weights(self, weight: list[float]) -> Tensor:

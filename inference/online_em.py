@@ -363,9 +363,11 @@ class OnlineGaussianMixture(StreamingStats):
         """Everything but the options, as tensors."""
         s = self._running
         if s is None:
-            return {"buffer": torch.stack(self._buffer)} if self._buffer else {}
+            dtype = torch.empty(0, dtype=self._dtype)
+            return {"buffer": torch.stack(self._buffer), "dtype": dtype} if self._buffer else {}
         numbers = torch.tensor([s.total, float(s.seen), s.log_likelihood], dtype=torch.float64)
         rest = {"numbers": numbers, "floor": torch.as_tensor(self._floor)}
+        rest["dtype"] = torch.empty(0, dtype=self._dtype)
         if isinstance(s, MixtureStream):
             return {**s.tensors(), **rest}
         tensors = {f"moments.{k}": v for k, v in s.moments._asdict().items()}
@@ -381,6 +383,7 @@ class OnlineGaussianMixture(StreamingStats):
         if not tensors:
             self._running, self._buffer = None, []
             return
+        self._dtype = tensors["dtype"].dtype if "dtype" in tensors else self._dtype
         if "buffer" in tensors:
             self._running, self._buffer = None, list(tensors["buffer"])
             return
@@ -400,7 +403,8 @@ class OnlineGaussianMixture(StreamingStats):
             return
         pending = tensors["pending"].tolist() if "pending" in tensors else None
         exponent = int(tensors["exponent"]) if "exponent" in tensors else None
-        self._running = self._in_place(state, pending=pending, exponent=exponent)
+        shares = tensors["shares"].tolist() if "shares" in tensors else None
+        self._running = self._in_place(state, pending=pending, exponent=exponent, shares=shares)
 
 
 def _permuted(moments: Moments, order: Tensor) -> Moments:

@@ -63,6 +63,17 @@ class ProjectedTrace(StreamingStats):
         merged.norms = self.norms + other.norms
         return merged
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trace so far."""
+        if not self.projections:
+            return {}
+        return {"projections": torch.stack(self.projections), "norms": torch.stack(self.norms)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on with a trace."""
+        self.projections = list(state["projections"].cpu()) if state else []
+        self.norms = list(state["norms"].cpu()) if state else []
+
     @property
     def modules(self) -> list[str]:
         """Names of the columns of ``norms``."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyro_lift.inference.kernels import MCMC as MCMC
     from pyro_lift.inference.kernels import SGLD as SGLD
     from pyro_lift.inference.kernels import SGLDGibbs as SGLDGibbs
+    from pyro_lift.inference.kernels import StreamingMCMC as StreamingMCMC
     from pyro_lift.inference.online_em import OnlineGaussianMixture as OnlineGaussianMixture
     from pyro_lift.inference.sgld import DivergedError as DivergedError
     from pyro_lift.lift import LiFT as LiFT
@@ -36,6 +37,7 @@ _HOME = {
     "RandomAdapter": "models.adapters",
     "SGLD": "inference.kernels",
     "SGLDGibbs": "inference.kernels",
+    "StreamingMCMC": "inference.kernels",
     "Task": "data.task",
     "TaskPosterior": "lift",
     "from_mcmc": "diagnostics",

@@ -267,6 +267,8 @@ def _dtype(x: Tensor) -> str:
 def pack(tree: Any, tensors: dict[str, Tensor], at: str = "") -> Any:
     """Nested dicts and lists with their tensors taken out into ``tensors``; what is left is JSON."""
     if isinstance(tree, Tensor):
+        while at in tensors:  # keys with dots of their own
+            at += "'"
         tensors[at] = tree
         return {"$tensor": at}
     if isinstance(tree, Mapping):

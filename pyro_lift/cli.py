@@ -25,11 +25,14 @@ def _root() -> None:
 
 
 @app.command()
-def train(config: Annotated[Path, typer.Argument(help="TOML file: backbone, adapter, tasks, sampler, output")]) -> None:
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file: backbone, adapter, tasks, sampler, output")],
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped or killed")] = False,
+) -> None:
     """Learn a prior from the tasks of a TOML file, and write its folder."""
     from pyro_lift import commands
 
-    commands.train(config)
+    commands.train(config, resume=resume)
 
 
 @app.command()
@@ -99,10 +102,14 @@ def speed(
 
 def main() -> None:
     """Entry point: what a user did wrong is one line on stderr and exit code 2, not a traceback."""
+    from pyro_lift.checkpoint import RunStopped
     from pyro_lift.inference.sgld import DivergedError
 
     try:
         app()
+    except RunStopped as stop:
+        print(f"pyro-lift: {stop.message}", file=sys.stderr)
+        raise SystemExit(128 + stop.signal_number) from stop
     except (ValueError, TypeError, OSError, DivergedError) as error:
         print(f"pyro-lift: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from error

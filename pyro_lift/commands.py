@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -49,8 +50,15 @@ PARTS = ("train", "dev", "test")
 TASK_FILES = (".jsonl", ".jsonl.gz", ".safetensors")
 
 
-def train(path: Path, *, progress: bool = True) -> LiFTPrior:
+def train(path: Path, *, progress: bool = True, resume: bool = False) -> LiFTPrior:
     """Meta-train as a TOML file says, and write the prior, with the file beside it.
+
+    While it runs it saves itself in ``checkpoints`` inside the prior's folder; they go when the prior is written.
+
+    Args:
+        path: the TOML file.
+        progress: whether to show a bar.
+        resume: go on with a run that was stopped or killed.
 
     Raises:
         ValueError: anything wrong with the file or the tasks; before any training.
@@ -63,9 +71,16 @@ def train(path: Path, *, progress: bool = True) -> LiFTPrior:
     print(f"{adapter.dim} adapter weights on {config.backbone.name}")
     device, seed = _device(config.output.device), config.output.seed
     lift = LiFT(adapter, settings=config.sampler, adapt=config.adapt, device=device, seed=seed)
-    prior = lift.meta_train(tasks.train, progress=progress)
+    saved, every = folder / "checkpoints", config.output.checkpoint_every
+    session = None
+    if every or resume:
+        where: dict[str, Any] = {"resume": saved} if resume else {"checkpoint": saved}
+        way_on = f"pyro-lift train {path} --resume"
+        session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, way_on=way_on)
+    prior = lift.meta_train_many(tasks.train, [config.sampler.components], progress=progress, session=session)[0]
     prior.save_pretrained(folder)
     (folder / CONFIG).write_bytes(path.read_bytes())
+    shutil.rmtree(saved, ignore_errors=True)
     print(f"prior written: {folder}")
     return prior
 

@@ -104,6 +104,10 @@ class OutputConfig:
     folder: str = field(default="prior", metadata={"help": "of the prior"})
     seed: int = field(default=0, metadata={"help": "of everything random"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; none takes cuda where there is one"})
+    checkpoint_every: int = field(default=1000, metadata={"help": "visits between two checkpoints; 0 for none"})
+
+    def __post_init__(self) -> None:
+        check_number("checkpoint_every", self.checkpoint_every, open_below=False, whole=True)
 
 
 @dataclass(frozen=True)

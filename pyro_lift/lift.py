@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from pyro.ops.streaming import StatsOfDict, StreamingStats
 from torch import Tensor, nn
 
+from pyro_lift.checkpoint import Session
 from pyro_lift.data.task import Rows, Task, as_rows
 from pyro_lift.inference.accumulator import langevin_limit
 from pyro_lift.inference.conjugate import NormalPair
@@ -171,19 +172,63 @@ class LiFT:
             self.adapter.to(device)
         self.seed = seed
 
-    def meta_train(self, tasks: Sequence[Task], *, progress: bool = True) -> LiFTPrior:
+    def meta_train(
+        self,
+        tasks: Sequence[Task],
+        *,
+        progress: bool = True,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 1000,
+        resume: str | Path | None = None,
+    ) -> LiFTPrior:
         """Run the chain over the tasks and summarise its draws of phi.
+
+        Args:
+            tasks: to learn from.
+            progress: whether to show a bar.
+            checkpoint: folder to save the run in as it goes; must not hold one yet.
+            checkpoint_every: visits between two checkpoints. SIGTERM and Ctrl-C save one more.
+            resume: folder to go on with; where it holds no checkpoint yet, the run begins and saves there.
 
         Raises:
             ValueError: no task, a task without data, labels outside the head's range; before any training.
             DivergedError: a loss that is not finite; names the task and the step.
+            RunStopped: SIGTERM or Ctrl-C, where the run is saved.
         """
-        return self.meta_train_many(tasks, [self.settings.components], progress=progress)[0]
+        session = self.session(tasks, checkpoint, resume, checkpoint_every)
+        return self.meta_train_many(tasks, [self.settings.components], progress=progress, session=session)[0]
+
+    def session(
+        self,
+        tasks: Sequence[Task],
+        checkpoint: str | Path | None = None,
+        resume: str | Path | None = None,
+        checkpoint_every: int = 1000,
+        **options: Any,
+    ) -> Session | None:
+        """The folder of checkpoints of a run over these tasks; None without a folder. See :meth:`meta_train`."""
+        if checkpoint is not None and resume is not None:
+            raise ValueError("give checkpoint=folder for a new run, or resume=folder to go on with one, not both.")
+        folder = checkpoint if resume is None else resume
+        if folder is None:
+            return None
+        config = {
+            "settings": asdict(self.settings),
+            "seed": self.seed,
+            "adapter": [[entry.name, list(entry.shape)] for entry in self.adapter.layout],
+            "tasks": [[task.name, task.kind, len(task.train)] for task in tasks],
+        }
+        return Session(folder, every=checkpoint_every, resume=resume is not None, config=config, **options)
 
     def meta_train_many(
-        self, tasks: Sequence[Task], components: Sequence[int], *, progress: bool = True
+        self,
+        tasks: Sequence[Task],
+        components: Sequence[int],
+        *,
+        progress: bool = True,
+        session: Session | None = None,
     ) -> list[LiFTPrior]:
-        """One chain, several mixtures: a prior for each number of components."""
+        """One chain, several mixtures: a prior for each number of components; saved in a :meth:`session`."""
         for k in components:
             check_number("components", k, least=1, open_below=False, whole=True)
         s = self.settings
@@ -193,7 +238,8 @@ class LiFT:
         kernel = self.kernel(program)
         make = partial(_ChainSummary, tuple(components), s.covariance, self.adapter)
         warmup_steps = s.sgd_steps + s.burn_in
-        with chain_bar(warmup_steps + s.samples, "meta-train", progress) as hook:
+        done = 0 if session is None else session.transitions
+        with chain_bar(warmup_steps + s.samples, "meta-train", progress, done) as hook:
             mcmc = StreamingMCMC(
                 kernel,
                 num_samples=s.samples,
@@ -202,7 +248,7 @@ class LiFT:
                 disable_progbar=True,
                 hook_fn=hook,
             )
-            mcmc.run()
+            mcmc.run(checkpoint=session)
         summary = mcmc._statistics.stats[(0, "phi")]
         moments = {k: v for k, v in kernel.state.second_moment.items() if k == "theta"}
         return [
@@ -268,7 +314,6 @@ class _ChainSummary(StreamingStats):
     def __init__(self, components: tuple[int, ...], covariance: Any, adapter: RandomAdapter) -> None:
         self.mixtures = {k: OnlineGaussianMixture(k, covariance) for k in components}
         self.trace = ProjectedTrace(adapter=adapter)
-        self.weights: list[Tensor] = []
 
     @property
     def parts(self) -> dict[str, StreamingStats]:
@@ -287,6 +332,16 @@ class _ChainSummary(StreamingStats):
         merged.mixtures = {k: m.merge(other.mixtures[k]) for k, m in self.mixtures.items()}
         merged.trace = self.trace.merge(other.trace)
         return merged
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of every part."""
+        return {"mixtures": {k: m.state_dict() for k, m in self.mixtures.items()}, "trace": self.trace.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with every part."""
+        for k, mixture in self.mixtures.items():
+            mixture.load_state_dict(state["mixtures"][str(k)])
+        self.trace.load_state_dict(state["trace"])
 
     def get(self) -> dict[str, Any]:
         """The mixtures by K, and the trace."""

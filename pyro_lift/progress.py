@@ -13,19 +13,20 @@ __all__ = ["chain_bar"]
 
 
 @contextmanager
-def chain_bar(total: int, description: str, show: bool = True) -> Iterator[Callable[..., None]]:
+def chain_bar(total: int, description: str, show: bool = True, done: int = 0) -> Iterator[Callable[..., None]]:
     """A bar on stderr, moved by the hook it gives; hidden, as Pyro's, under CI and xdist.
 
     Args:
         total: transitions of the chain, warm-up included.
         description: before the bar.
         show: whether there is a bar at all.
+        done: transitions made before, by the run that is gone on with.
 
     Yields:
         A ``hook_fn`` for Pyro's MCMC.
     """
     hidden = not show or "CI" in os.environ or "PYTEST_XDIST_WORKER" in os.environ
-    with tqdm(total=total, desc=description, disable=hidden, dynamic_ncols=True) as bar:
+    with tqdm(total=total, initial=done, desc=description, disable=hidden, dynamic_ncols=True) as bar:
 
         def hook(kernel: Any, samples: Any, stage: str, i: int) -> None:
             del samples, stage, i

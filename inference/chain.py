@@ -1,0 +1,174 @@
+"""Pyro's MCMC and StreamingMCMC, with checkpoints: ``run(checkpoint=folder)``, ``run(resume=folder)``.
+
+Without these arguments they are Pyro's own, to the letter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyro.infer
+import pyro.infer.mcmc.api as api
+import torch
+from pyro.infer.mcmc.logger import ProgressBar, initialize_logger
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
+
+from pyro_lift.checkpoint import Session, check_statistics
+
+__all__ = ["MCMC", "StreamingMCMC"]
+
+
+class MCMC(pyro.infer.MCMC):
+    """Pyro's own :class:`pyro.infer.MCMC` with a default for the number of draws, and with checkpoints.
+
+    ``MCMC(SGLDGibbs(model)).run()`` therefore runs as written, for a model whose data is bound in.
+    """
+
+    sampler: Any
+
+    def __init__(self, kernel: MCMCKernel, num_samples: int = 2000, **options: Any) -> None:
+        super().__init__(kernel, num_samples=num_samples, **options)
+
+    def run(
+        self,
+        *args: Any,
+        checkpoint: str | Path | Session | None = None,
+        checkpoint_every: int = 1000,
+        resume: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Run the chain.
+
+        Args:
+            args: of the model.
+            checkpoint: folder to save the run in; must not hold one yet.
+            checkpoint_every: transitions between two checkpoints.
+            resume: folder to go on with; where it holds no checkpoint yet, the run begins and saves there.
+            kwargs: of the model.
+
+        Raises:
+            ValueError: the folder holds another run, or none that is intact; several chains.
+            OSError: a checkpoint could not be written; the last one is intact.
+            RunStopped: SIGTERM or Ctrl-C; the run is saved.
+        """
+        session = _session(self, checkpoint, checkpoint_every, resume)
+        if session is None:
+            super().run(*args, **kwargs)
+            return
+        plain = self.sampler
+        self.sampler = _SavedChain(plain, session, None)
+        try:
+            super().run(*args, **kwargs)
+        finally:
+            self.sampler = plain
+
+
+class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
+    """Pyro's own :class:`pyro.infer.mcmc.StreamingMCMC`, with checkpoints."""
+
+    sampler: Any
+    num_samples: int
+
+    def run(
+        self,
+        *args: Any,
+        checkpoint: str | Path | Session | None = None,
+        checkpoint_every: int = 1000,
+        resume: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Run the chain; see :meth:`MCMC.run`. Statistics must be Pyro's, ours, or have a ``state_dict``."""
+        session = _session(self, checkpoint, checkpoint_every, resume)
+        if session is None:
+            super().run(*args, **kwargs)
+            return
+        check_statistics(self._statistics)
+        plain, wanted = self.sampler, self.num_samples
+        # What is saved is in the statistics already; Pyro counts the draws that are still to come.
+        self.num_samples = wanted - session.draws
+        self.sampler = _SavedChain(plain, session, self._statistics)
+        try:
+            super().run(*args, **kwargs)
+        finally:
+            self.sampler, self.num_samples = plain, wanted
+
+
+def _session(
+    mcmc: Any, checkpoint: str | Path | Session | None, every: int, resume: str | Path | None
+) -> Session | None:
+    if checkpoint is None and resume is None:
+        return None
+    if checkpoint is not None and resume is not None:
+        raise ValueError("give checkpoint=folder for a new run, or resume=folder to go on with one, not both.")
+    if mcmc.num_chains > 1:
+        raise ValueError(
+            f"num_chains={mcmc.num_chains}: checkpoints are of one chain. Run each chain on its own, with a folder "
+            "and a seed of its own."
+        )
+    for name in ("state_dict", "load_state_dict", "rows", "fingerprint"):
+        if not hasattr(mcmc.kernel, name):
+            raise ValueError(
+                f"{type(mcmc.kernel).__name__} cannot be saved: it has no {name}(). Use SGLD or SGLDGibbs."
+            )
+    if isinstance(checkpoint, Session):
+        session = checkpoint
+    else:
+        session = Session(str(resume or checkpoint), every=every, resume=resume is not None)
+    if session.draws > mcmc.num_samples:
+        raise ValueError(
+            f"{session.folder} holds {session.draws} draws already, and num_samples={mcmc.num_samples} is fewer."
+        )
+    return session
+
+
+class _SavedChain:
+    """Pyro's sampler of one chain, which can begin in the middle and saves as it goes."""
+
+    def __init__(self, plain: Any, session: Session, statistics: Any) -> None:
+        self.plain, self.session, self.statistics = plain, session, statistics
+
+    def run(self, *args: Any, **kwargs: Any) -> Iterator[tuple[Any, int]]:
+        """What Pyro's own sampler yields: the structure, every draw, the diagnostics; with the chain's number."""
+        plain, session = self.plain, self.session
+        kernel = plain.kernel
+        bar = ProgressBar(plain.warmup_steps, plain.num_samples, disable=plain.disable_progbar)
+        logger = initialize_logger(logging.getLogger("pyro.infer.mcmc"), "", bar)
+        hook = api._add_logging_hook(logger, bar, plain.hook)
+        if plain.initial_params is not None:
+            kernel.initial_params = {name: value[0] for name, value in plain.initial_params.items()}
+        with session.signals():
+            session.before_setup()
+            kernel.setup(plain.warmup_steps, *args, **kwargs)
+            device = next((x.device for x in kernel.initial_params.values()), torch.device("cpu"))
+            session.after_setup(kernel, self.statistics, device)
+            params = kernel.initial_params
+            names = getattr(kernel, "save_params", sorted(params))
+            yield {name: params[name].shape for name in names}, 0
+            if self.statistics is None:
+                yield from ((draw.to(device), 0) for draw in session.stored_draws())
+            bar.update(session.transitions)
+            total = plain.warmup_steps + plain.num_samples
+            new: list[Tensor] = []
+            for i in range(session.transitions, total):
+                params = kernel.sample(params)
+                drawn = i >= plain.warmup_steps
+                hook(kernel, params, "Sample" if drawn else "Warmup", i - plain.warmup_steps if drawn else i)
+                if drawn:
+                    flat = [params[name].reshape(-1) for name in names]
+                    draw = (torch.cat if flat else torch.tensor)(flat)
+                    if self.statistics is None:
+                        new.append(draw)
+                    yield draw, 0  # by the time this goes on, the statistics have seen it
+                session.after(kernel, self.statistics, new, drawn=drawn, last=i == total - 1)
+            yield kernel.diagnostics(), 0
+            kernel.cleanup()
+        kernel.cleanup()
+        bar.close()
+
+    def terminate(self, *args: Any) -> None:
+        """Nothing to end: there is no other process."""
+        del args

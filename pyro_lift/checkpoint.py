@@ -1,0 +1,538 @@
+"""Checkpoints of a chain: everything that its next transition depends on, so that a killed run goes on to the bit.
+
+A checkpoint is a folder ``step-000001200`` with ``state.json`` (plain data, and the checksums of the other files) and
+safetensors: the kernel's state and generators, the summaries of the draws, the tasks' weights, the stored gradients.
+It is written under another name, flushed and renamed, so that there is never half a checkpoint; the last two are kept.
+Draws go into files that are never written again: the next checkpoint links to them.
+
+Global random streams (torch, NumPy, Python) are part of it, at two moments: now, and before the run was set up. A
+resumed run is set up once more from the latter, so that whatever set-up draws or measures comes out the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import operator
+import os
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from pyro.ops.streaming import CountMeanStats, CountMeanVarianceStats, CountStats, StackStats, StatsOfDict
+from torch import Tensor
+
+from pyro_lift.archive import (
+    DamagedError,
+    check_format,
+    check_sealed,
+    new_folder,
+    pack,
+    read_json,
+    read_tensors,
+    sealed,
+    unpack,
+    versions,
+    write_json,
+    write_tensors,
+)
+from pyro_lift.options import check_number
+
+__all__ = ["Chain", "RunStopped", "Session", "check_statistics"]
+
+log = logging.getLogger("pyro_lift")
+
+FORMAT = 1
+KEEP = 2
+#: Bytes of a file of rows; what a checkpoint needs in memory beside the run itself.
+SHARD = 128 * 2**20
+#: Past this many files of draws they are written as one.
+MANY = 32
+_KEYS: dict[str, type] = {"transitions": int, "draws": int, "tree": dict, "files": dict, "config": dict}
+
+
+class RunStopped(SystemExit):
+    """A run that was asked to stop by a signal, and has saved itself."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.message, self.signal_number = message, signal_number
+
+
+class Rows(Protocol):
+    """Many vectors by number; stores and tables of gradients are."""
+
+    def read(self, tasks: Sequence[int]) -> list[Tensor]:
+        """The rows of these numbers."""
+        ...
+
+    def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """Replace them."""
+        ...
+
+    def tasks(self) -> Iterator[int]:
+        """The numbers there are."""
+        ...
+
+
+class Chain(Protocol):
+    """What a kernel must answer to be saved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data, nested."""
+        ...
+
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
+        """The inverse, after set-up."""
+        ...
+
+    def rows(self) -> dict[str, Rows]:
+        """What is too large for the state, by name."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Plain data that must be the same for the chain to be the same."""
+        ...
+
+
+class Session:
+    """One run and its folder of checkpoints.
+
+    Args:
+        folder: of the checkpoints.
+        every: transitions between two of them; one more is written at the end and at a stop.
+        resume: go on with the newest intact checkpoint, or begin where there is none. Without it, a folder that holds
+            checkpoints is refused.
+        config: plain data that must be the same when the run goes on.
+        way_on: told to the user when a run stops.
+
+    Attributes:
+        transitions: made so far.
+        draws: of those, after the warm-up.
+
+    Raises:
+        ValueError: a folder that holds another run, or nothing but damaged checkpoints.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        every: int = 1000,
+        resume: bool = False,
+        config: Mapping[str, Any] | None = None,
+        way_on: str | None = None,
+    ) -> None:
+        check_number("checkpoint_every", every, least=1, open_below=False, whole=True)
+        self.folder, self.every = Path(folder), every
+        self.config = _jsonable(dict(config or {}))
+        self.way_on = way_on or f"run(resume={str(self.folder)!r})"
+        self.transitions = self.draws = 0
+        self._start: dict[str, Any] = {}
+        self._found: tuple[Path, dict[str, Any]] | None = None
+        self._old_draws: dict[str, Any] = {}
+        self._previous: Path | None = None
+        self._signal: int | None = None
+        there = _checkpoints(self.folder)
+        if there and not resume:
+            raise ValueError(
+                f"{self.folder}: holds a run already, saved at {there[-1].name}. Go on with {self.way_on}, or give "
+                "another folder."
+            )
+        if resume:
+            self._find(there)
+
+    def _find(self, there: list[Path]) -> None:
+        for path in reversed(there):
+            try:
+                state = _verified(path)
+            except DamagedError as error:
+                log.warning("%s; trying the checkpoint before it", error)
+                damage = error
+                continue
+            self._found, self._previous = (path, state), path
+            self.transitions, self.draws = state["transitions"], state["draws"]
+            _check_config(path / "state.json", state["config"], self.config)
+            log.info("going on with %s", path)
+            return
+        if there:
+            raise DamagedError(f"{self.folder}: none of its {len(there)} checkpoints is intact. The oldest: {damage}")
+        log.info("%s: no checkpoint yet; the run begins", self.folder)
+
+    # -------------------------------------------------------------------------------------------- setting up
+
+    def before_setup(self) -> None:
+        """Put the global random streams where they were before the run was first set up, or note where they are."""
+        if self._found is None:
+            self._start = _random_state()
+            return
+        self._start = self._tree()["random_start"]
+        _set_random_state(self._start)
+
+    def after_setup(self, kernel: Chain, statistics: Any, device: torch.device) -> None:
+        """Load the checkpoint into a kernel that has been set up, and into the statistics.
+
+        Raises:
+            ValueError: the run is another than the one that was saved; names the difference.
+        """
+        if self._found is None:
+            return
+        path, state = self._found
+        tree = self._tree()
+        _check_config(path / "state.json", tree["fingerprint"], _jsonable(kernel.fingerprint()))
+        kernel.load_state_dict(tree["kernel"])
+        for name, rows in kernel.rows().items():
+            for file, record in state["files"].items():
+                if file.startswith(f"{name}-"):
+                    tensors = read_tensors(path / file, record, device)
+                    rows.write([int(task) for task in tensors], list(tensors.values()))
+        if statistics is not None:
+            _load_statistics(statistics, _moved(tree["statistics"], device))
+        self._old_draws = {file: record for file, record in state["files"].items() if file.startswith("draws-")}
+        _set_random_state(tree["random"])
+
+    def _tree(self) -> dict[str, Any]:
+        assert self._found is not None
+        path, state = self._found
+        tensors = read_tensors(path / "state.safetensors", state["files"].get("state.safetensors"))
+        try:
+            tree: dict[str, Any] = unpack(state["tree"], tensors)
+        except KeyError as error:
+            raise DamagedError(f"{path / 'state.safetensors'}: tensor {error} is missing.") from error
+        return tree
+
+    def stored_draws(self) -> list[Tensor]:
+        """The draws that the checkpoint holds, in order."""
+        if self._found is None:
+            return []
+        path = self._found[0]
+        parts = [read_tensors(path / file, record)["draws"] for file, record in sorted(self._old_draws.items())]
+        return list(torch.cat(parts)) if parts else []
+
+    # ------------------------------------------------------------------------------------------------ saving
+
+    def after(self, kernel: Chain, statistics: Any, draws: list[Tensor], *, drawn: bool, last: bool) -> None:
+        """Count a transition; save where one is due, and at the end; stop where a signal asked for it.
+
+        Args:
+            kernel: after the transition.
+            statistics: with the draw in them, or None.
+            draws: flat draws since the last checkpoint; emptied when they are saved.
+            drawn: whether the transition was a draw.
+            last: whether it was the last one.
+
+        Raises:
+            OSError: a full disk; the last checkpoint is intact.
+            RunStopped: after a signal.
+        """
+        self.transitions += 1
+        self.draws += int(drawn)
+        if last or self._signal is not None or self.transitions % self.every == 0:
+            self.save(kernel, statistics, draws)
+        if self._signal is not None and not last:
+            name = signal.Signals(self._signal).name
+            raise RunStopped(
+                f"stopped by {name} after {self.transitions} transitions; saved in {self.folder}. "
+                f"Go on with {self.way_on}.",
+                self._signal,
+            )
+
+    def save(self, kernel: Chain, statistics: Any, draws: list[Tensor]) -> None:
+        """Write a checkpoint now."""
+        path = self.folder / f"step-{self.transitions:09d}"
+        if path.exists():
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob(".step-*.new"):  # of a run that was killed while it wrote
+                shutil.rmtree(stale, ignore_errors=True)
+            with new_folder(path) as new:
+                held = self._write(new, kernel, statistics, draws)
+        except OSError as error:
+            kept = self._previous.name if self._previous else "none yet"
+            raise OSError(
+                error.errno,
+                f"{self.folder}: the checkpoint at transition {self.transitions} could not be written "
+                f"({error.strerror or error}). The last one is intact: {kept}. Make room, then go on with "
+                f"{self.way_on}",
+            ) from error
+        draws.clear()
+        self._previous, self._old_draws = path, held
+        for old in _checkpoints(self.folder)[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _write(self, new: Path, kernel: Chain, statistics: Any, draws: list[Tensor]) -> dict[str, Any]:
+        """Write every file; returns the records of those that hold draws."""
+        tensors: dict[str, Tensor] = {}
+        tree = pack(
+            {
+                "kernel": kernel.state_dict(),
+                "fingerprint": _jsonable(kernel.fingerprint()),
+                "statistics": None if statistics is None else _statistics_state(statistics),
+                "random": _random_state(),
+                "random_start": self._start,
+            },
+            tensors,
+        )
+        files = {"state.safetensors": write_tensors(new / "state.safetensors", tensors)}
+        for name, rows in kernel.rows().items():
+            files |= _write_rows(new, name, rows)
+        held = self._write_draws(new, draws)
+        files |= held
+        state = {
+            "format": "pyro_lift.checkpoint",
+            "format_version": FORMAT,
+            "versions": versions(),
+            "transitions": self.transitions,
+            "draws": self.draws,
+            "config": self.config,
+            "tree": tree,
+            "files": files,
+        }
+        write_json(new / "state.json", sealed(state))
+        return held
+
+    def _write_draws(self, new: Path, draws: list[Tensor]) -> dict[str, Any]:
+        old = dict(self._old_draws)
+        if len(old) >= MANY:
+            assert self._previous is not None
+            parts = [read_tensors(self._previous / file, record)["draws"] for file, record in sorted(old.items())]
+            first = min(old)
+            old = {first: write_tensors(new / first, {"draws": torch.cat(parts)})}
+        else:
+            for file in old:
+                assert self._previous is not None
+                _link(self._previous / file, new / file)
+        if draws:
+            file = f"draws-{self.draws - len(draws):09d}.safetensors"
+            old[file] = write_tensors(new / file, {"draws": torch.stack(draws)})
+        return old
+
+    # ----------------------------------------------------------------------------------------------- signals
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Let SIGTERM and Ctrl-C wait for the end of the transition; the second one does not wait."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def note(number: int, frame: FrameType | None) -> None:
+            del frame
+            self._signal = number
+            log.warning("%s: finishing the transition and saving", signal.Signals(number).name)
+            _restore(before)
+
+        for number in before:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            _restore(before)
+
+
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+# --------------------------------------------------------------------------------------------------------- the folder
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those that are there, the newest last."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint all of whose files have their checksums."""
+    state = read_json(path / "state.json")
+    check_format(path / "state.json", state, "pyro_lift.checkpoint", FORMAT, _KEYS)
+    check_sealed(path / "state.json", state)
+    for file, record in state["files"].items():
+        if not (path / file).is_file():
+            raise DamagedError(f"{path}: no {file} here.")
+        size = (path / file).stat().st_size
+        if size < record["bytes"]:
+            raise DamagedError(f"{path / file}: truncated: {size} of {record['bytes']} bytes.")
+        with (path / file).open("rb") as handle:
+            if hashlib.file_digest(handle, "sha256").hexdigest() != record["sha256"]:
+                raise DamagedError(f"{path / file}: altered since it was written.")
+    return state
+
+
+def _check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> None:
+    """Refuse to go on with another run, naming the first difference."""
+    for name in [*saved, *(name for name in now if name not in saved)]:
+        was: Any = saved.get(name)
+        found: Any = now.get(name)
+        where = f"{at}{name}"
+        if isinstance(was, dict) and isinstance(found, dict):
+            _check_config(path, was, found, f"{where}.")
+        elif name == "start_log_likelihood":
+            if not np.isclose(was, found, rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise ValueError(
+                    f"{path}: the log likelihood at the chain's start is {found:.6g} and was {was:.6g}: the data or "
+                    "the backbone have changed."
+                )
+        elif was != found:
+            raise ValueError(
+                f"{path}: the run was saved with {where} = {_short(was)} and is now {_short(found)}. Go on with the "
+                "same settings and tasks, or begin anew in another folder."
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _jsonable(value: Any) -> Any:
+    """Tuples as lists and keys as strings, as JSON gives them back."""
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(one) for key, one in value.items()}
+    return [_jsonable(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _link(old: Path, new: Path) -> None:
+    try:
+        os.link(old, new)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(old, new)
+
+
+def _write_rows(new: Path, name: str, rows: Rows) -> dict[str, Any]:
+    """Rows in files of a bounded size, so that a store on the disk is saved in little memory."""
+    files: dict[str, Any] = {}
+    part: dict[str, Tensor] = {}
+    size = 0
+
+    def flush() -> None:
+        file = f"{name}-{len(files):06d}.safetensors"
+        files[file] = write_tensors(new / file, part)
+
+    for task in rows.tasks():
+        row = rows.read([task])[0]
+        part[str(task)] = row
+        size += row.numel() * row.element_size()
+        if size >= SHARD:
+            flush()
+            part, size = {}, 0
+    if part:
+        flush()
+    return files
+
+
+# ------------------------------------------------------------------------------------------------------ random streams
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the stream others draw from
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else [],
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, words, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, words.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def check_statistics(statistics: Any) -> None:
+    """Refuse statistics that cannot be saved, before the run.
+
+    Raises:
+        ValueError: names the kind, and what it would have to have.
+    """
+    if not (hasattr(statistics, "state_dict") and hasattr(statistics, "load_state_dict")):
+        _codec(statistics)
+
+
+def _statistics_state(statistics: Any) -> Any:
+    if hasattr(statistics, "state_dict"):
+        return statistics.state_dict()
+    return _codec(statistics)[0](statistics)
+
+
+def _load_statistics(statistics: Any, state: Any) -> None:
+    if hasattr(statistics, "load_state_dict"):
+        statistics.load_state_dict(state)
+    else:
+        _codec(statistics)[1](statistics, state)
+
+
+def _codec(statistics: Any) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]]:
+    if isinstance(statistics, StatsOfDict):
+        return _dict_state, _load_dict
+    attributes = _ATTRIBUTES.get(type(statistics))
+    if attributes is not None:
+        return lambda s: _get_all(s, attributes), lambda s, state: _put_all(s, state)
+    raise ValueError(
+        f"statistics of the kind {type(statistics).__name__} cannot be saved: give it state_dict() and "
+        "load_state_dict(), of tensors and plain data, or run without checkpoints."
+    )
+
+
+#: What Pyro's own statistics consist of.
+_ATTRIBUTES: dict[type, tuple[str, ...]] = {
+    CountStats: ("count",),
+    CountMeanStats: ("count", "mean"),
+    CountMeanVarianceStats: ("shape", "welford.n_samples", "welford._mean", "welford._m2"),
+    StackStats: ("samples",),
+}
+
+
+def _get_all(statistics: Any, names: Sequence[str]) -> dict[str, Any]:
+    return {name: _plain(operator.attrgetter(name)(statistics)) for name in names}
+
+
+def _put_all(statistics: Any, state: Mapping[str, Any]) -> None:
+    for name, value in state.items():
+        holder, _, last = name.rpartition(".")
+        place = operator.attrgetter(holder)(statistics) if holder else statistics
+        setattr(place, last, torch.Size(value) if last == "shape" and value is not None else value)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, torch.Size) else value
+
+
+def _dict_state(statistics: StatsOfDict) -> Any:
+    return [[_plain_key(key), _statistics_state(one)] for key, one in statistics.stats.items()]
+
+
+def _load_dict(statistics: StatsOfDict, state: Any) -> None:
+    for key, one in state:
+        _load_statistics(statistics.stats[tuple(key) if isinstance(key, list) else key], one)
+
+
+def _plain_key(key: Any) -> Any:
+    return list(key) if isinstance(key, tuple) else key
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, dict):
+        return {key: _moved(value, device) for key, value in tree.items()}
+    return [_moved(value, device) for value in tree] if isinstance(tree, list) else tree
