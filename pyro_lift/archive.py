@@ -21,11 +21,13 @@ from torch import Tensor
 __all__ = [
     "DamagedError",
     "check_format",
+    "check_sealed",
     "new_files",
     "new_folder",
     "pack",
     "read_json",
     "read_tensors",
+    "sealed",
     "unpack",
     "versions",
     "write_file",
@@ -65,6 +67,22 @@ def write_file(path: Path, content: bytes) -> None:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """A JSON object for people to read; floats come back to the bit."""
     write_file(path, (json.dumps(data, indent=1) + "\n").encode())
+
+
+def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with a checksum of all of it under ``"sha256"``."""
+    return {**data, "sha256": _digest(data)}
+
+
+def check_sealed(path: Path, data: Mapping[str, Any]) -> None:
+    """Refuse a sealed object that is not what it was; comes last, after errors that say more."""
+    if data.get("sha256") != _digest(data):
+        raise DamagedError(f"{path}: altered since it was written: its SHA-256 is another than recorded.")
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in data.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from pyro_lift.archive import (
     DamagedError,
     check_format,
+    check_sealed,
     new_files,
     read_json,
     read_tensors,
+    sealed,
     versions,
     write_file,
     write_json,
@@ -92,7 +94,7 @@ def save_prior(prior: LiFTPrior, folder: Path) -> Path:
             "results": dict(prior.results),
             "files": {PRIOR: write_tensors(new / PRIOR, tensors)},
         }
-        write_json(new / CONFIG, config)
+        write_json(new / CONFIG, sealed(config))
         write_file(new / CARD, prior_card(prior, config).encode())
     return folder
 
@@ -215,7 +217,7 @@ def save_posterior(posterior: TaskPosterior, folder: Path) -> Path:
             "results": dict(posterior.results),
             "files": {POSTERIOR: write_tensors(new / POSTERIOR, tensors)},
         }
-        write_json(new / CONFIG, config)
+        write_json(new / CONFIG, sealed(config))
         write_file(new / CARD, posterior_card(posterior, config).encode())
     return folder
 
@@ -399,6 +401,7 @@ def _adapter(
     _check_scaling(path, adapter, config["peft"])
     if check:
         check_base(adapter, config["base_model"], path)
+    check_sealed(path, config)
     return adapter
 
 

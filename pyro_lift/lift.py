@@ -476,6 +476,23 @@ class LiFTPrior:
 
         return hub.load_prior(source, backbone, check=check_base, **options)
 
+    @classmethod
+    def from_adapters(cls, folders: Sequence[str | Path], backbone: nn.Module, **options: Any) -> LiFTPrior:
+        """A prior from LoRAs that exist already, every one a PEFT folder; no training.
+
+        Args:
+            folders: at least two, of one rank, one set of layers, one scale, one base model and one initialisation.
+            backbone: the base model.
+            options: of :func:`pyro_lift.adapter_zoo.prior_from_adapters`: ``method="exact"``, ``"mixture"`` or
+                ``"chain"``, ``components``, ``beta``, ``align``, ...
+
+        Raises:
+            ValueError: adapters that cannot share one space; names them.
+        """
+        from pyro_lift.adapter_zoo import prior_from_adapters
+
+        return prior_from_adapters(folders, backbone, **options)
+
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
         """Upload the folder of :meth:`save_pretrained` to the hub; returns the commit's address."""
         from pyro_lift import hub

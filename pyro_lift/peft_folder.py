@@ -60,7 +60,8 @@ def config_from_dict(values: dict[str, Any], where: Path) -> peft.PeftConfig:
     from peft import PeftConfig
 
     try:
-        return PeftConfig.from_peft_type(**values)
+        # The base model is the one it is attached to now; PEFT warns of any other name.
+        return PeftConfig.from_peft_type(**{**values, "base_model_name_or_path": None})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where}: this version of PEFT cannot read the adapter's configuration ({error!r})."
