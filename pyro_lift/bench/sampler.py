@@ -5,7 +5,8 @@ the exact posterior is followed against the number of visits: a median over seed
 best of several stable step sizes. Beside them stand full SGLD (Eq. 6) and Pyro's NUTS.
 
 Visits are counted on chains of the sampler's own step functions (:mod:`~pyro_lift.bench.toy_chains`); seconds are those
-visits times what a visit of the kernel costs in ``pyro.infer.MCMC``, measured in the same run. NUTS runs as it is.
+visits times what a visit of the kernel costs in ``pyro.infer.MCMC``, measured in the same run. NUTS runs as it is, for
+at most ``nuts_seconds``. On the CPU all seconds are those of one process on one core.
 """
 
 from __future__ import annotations
@@ -64,15 +65,16 @@ FULL = Plan(
     limits={
         ("table", 100): 520_000,
         ("gibbs", 1000): 280_000,
-        ("exact", 1000): 140_000,
+        ("exact", 1000): 100_000,
         ("single, scale 1", 10): 5_000,
         ("single, scale 1", 100): 5_000,
         ("single, scale 1", 1000): 20_000,
+        ("sgld", 100): 25_000,
         ("sgld", 1000): 5_000,
     },
-    other=70_000,
+    other=50_000,
     seeds=8,
-    nuts_seconds=40.0,
+    nuts_seconds=35.0,
     nuts_draws=4_000,
     timed=300,
 )
@@ -168,11 +170,16 @@ def _seconds_a_visit(update: Update, N: int, theta: float, phi: float, visits: i
         _kernel(update, toy, theta, phi),
         num_samples=visits,
         warmup_steps=10,
-        hook_fn=lambda *_: stamps.append(time.perf_counter()),
+        hook_fn=lambda *_: stamps.append(_clock(device)),
         disable_progbar=True,
     ).run()
     gaps = torch.tensor(stamps[10:], dtype=torch.float64).diff()
     return float(gaps.median())
+
+
+def _clock(device: str) -> float:
+    """Seconds: of this process alone on the CPU, so that others on the machine do not count; of the wall elsewhere."""
+    return time.process_time() if device == "cpu" else time.perf_counter()
 
 
 class _BudgetSpentError(Exception):
@@ -186,14 +193,14 @@ def _nuts(plan: Plan, N: int) -> list[dict[str, Any]]:
     warm_up = min(100, plan.nuts_draws)
     draws: list[torch.Tensor] = []
     stamps: list[float] = []
-    began = time.perf_counter()
+    began = _clock("cpu")
 
     def hook(kernel: Any, params: dict[str, torch.Tensor], stage: str, i: int) -> None:
         del kernel, i
         if stage.lower().startswith("sample"):
             draws.append(params["phi"].detach().clone())
-            stamps.append(time.perf_counter() - began)
-        if time.perf_counter() - began > plan.nuts_seconds:
+            stamps.append(_clock("cpu") - began)
+        if _clock("cpu") - began > plan.nuts_seconds:
             raise _BudgetSpentError
 
     pyro.set_rng_seed(0)
