@@ -100,6 +100,30 @@ def speed(
     benchmark.run(out, smoke=smoke, device=device, repeats=repeats, **given)
 
 
+@bench.command("methods")
+def bench_methods(
+    out: Out = Path("bench"),
+    family: Annotated[str, typer.Option(help="digits, the embedded family")] = "digits",
+    tasks: Annotated[str | None, typer.Option(help="crossfit, vtab or shakespeare, in place of the family")] = None,
+    split: Annotated[str | None, typer.Option(help="of these tasks; by default their first")] = None,
+    root: Annotated[str | None, typer.Option(help="where these tasks' data lies")] = None,
+    backbone: Annotated[str | None, typer.Option(help="of these tasks: folder or name")] = None,
+    kind: Annotated[str | None, typer.Option(help="of that backbone")] = None,
+    methods: Annotated[str | None, typer.Option(help="names with commas between; by default all")] = None,
+    seeds: Annotated[int | None, typer.Option(help="families of tasks, or repetitions")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes")] = None,
+    choose: Annotated[bool, typer.Option("--tune", help="choose the settings again, and print them")] = False,
+    smoke: Smoke = False,
+    device: Device = "cpu",
+) -> None:
+    """Every method of the paper's tables on the same tasks: scores, seconds, memory."""
+    from pyro_lift.bench import methods as bench_of_methods
+
+    bench_of_methods.command(
+        out, family, tasks, split, root, backbone, kind, methods, seeds, workers, choose, smoke, device
+    )
+
+
 def main() -> None:
     """Entry point: what a user did wrong is one line on stderr and exit code 2, not a traceback."""
     from pyro_lift.checkpoint import RunStopped

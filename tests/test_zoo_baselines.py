@@ -142,10 +142,11 @@ def test_mbc_trains_one_lora_a_cluster_and_starts_from_their_mean() -> None:
 def test_the_chain_over_phi_has_its_posteriors_moments(update: str, scale: str) -> None:
     beta, sigma, N, D = 0.3, 0.5, 6, 200
     thetas = torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    draws = phi_chain(
+    chain = phi_chain(
         thetas, torch.ones(D, dtype=torch.float64), beta=beta, sigma=sigma, steps=6000,
         update=update, scale=scale, step_share=0.02, generator=torch.Generator().manual_seed(1),  # type: ignore[arg-type]
-    )[1000:]  # fmt: skip
+    )  # fmt: skip
+    draws = torch.stack(list(chain))[1000:]
     c = N if scale == "N" else 1
     precision = sigma**-2 + c / beta**2
     mean = (sigma**-2 + c / beta**2 * thetas.mean(0)) / precision

@@ -12,8 +12,9 @@ draws phi given all theta_i exactly, without a chain. The step is ``step_share``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -89,7 +90,7 @@ class FixedTheta:
             step_share=self.step_share,
             generator=generator,
         )
-        for phi in draws[self.chain_steps // 2 :]:
+        for phi in islice(draws, self.chain_steps // 2, None):
             mixture.update(phi)
         prior = LiFTPrior(self.adapter, mixture, s, self.lift.adapt_settings(), seed=self.budget.seed)
         return LiFTState(prior, zoo.meta_steps)
@@ -110,21 +111,20 @@ def phi_chain(
     scale: Literal["N", "1"],
     step_share: float,
     generator: torch.Generator,
-) -> Tensor:
-    """Draws of phi ``[steps, D]`` given ``[N, D]`` fixed theta_i; from their mean."""
+) -> Iterator[Tensor]:
+    """Draws of phi ``[D]`` given ``[N, D]`` fixed theta_i, one after the other; from their mean."""
     N, phi = len(thetas), thetas.mean(0)
     prior = LocalGaussian(centre, torch.full_like(centre, sigma**-2))
     if update == "gibbs":
         variance = 1.0 / (sigma**-2 + N / beta**2)
         mean = variance * (centre / sigma**2 + thetas.sum(0) / beta**2)
-        return torch.stack([mean + variance**0.5 * gaussian_noise(phi, generator) for _ in range(steps)])
+        yield from (mean + variance**0.5 * gaussian_noise(phi, generator) for _ in range(steps))
+        return
     factor = N if scale == "N" else 1
     eta = step_share * 4.0 / (factor / beta**2 + sigma**-2)
-    draws = []
     for _ in range(steps):
         i = int(torch.randint(N, (), generator=generator, device=generator.device))
         gradient = factor * (thetas[i] - phi) / beta**2
         noise = gaussian_noise(phi, generator)
         phi = euler(phi, gradient, prior, step_size=eta, temperature=1.0, noise=noise)
-        draws.append(phi)
-    return torch.stack(draws)
+        yield phi

@@ -89,7 +89,7 @@ class MAML:
             self.adapter,
             tasks,
             self.budget,
-            graphs=1.0 if self.first_order else BACKWARD_GRAPH * self.inner_steps + 1.0,
+            graphs=2.0 if self.first_order else BACKWARD_GRAPH * self.inner_steps + 1.0,
             vectors=6.0 + self.inner_steps,
             way_out="Use first_order=True, fewer inner_steps, a smaller batch_size, or Reptile.",
         )

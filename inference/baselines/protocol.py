@@ -38,6 +38,9 @@ class Budget:
     heads: HeadPolicy = field(default_factory=HeadPolicy)
     noise_scale: float = field(default=1.0, metadata={"help": "sd of the noise in regression"})
     seed: int = field(default=0, metadata={"help": "of everything random"})
+    warm_start: Tensor | None = field(
+        default=None, repr=False, metadata={"help": "what the warm-up led to, where it has been run already"}
+    )
     memory_limit: int | None = field(
         default=None, metadata={"help": "bytes that meta-training may take; none: what the device has free"}
     )

@@ -43,7 +43,8 @@ class UnionTrain:
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> UnionTrainState:
         """Train jointly."""
         steps = self.budget.warm_up + self.budget.visits
-        budget = replace(self.budget, warm_up=steps, warm_up_learning_rate=self.budget.meta_learning_rate)
+        rate = self.budget.meta_learning_rate
+        budget = replace(self.budget, warm_up=steps, warm_up_learning_rate=rate, warm_start=None)
         return UnionTrainState(warm_up(self.adapter, tasks, budget, on_step=on_step), steps)
 
     def adapt(self, state: UnionTrainState, task: Task, *, seed: int | None = None) -> Ensemble:
@@ -55,6 +56,8 @@ def warm_up(
     adapter: RandomAdapter, tasks: Sequence[Task], budget: Budget, *, on_step: Callable[[], None] | None = None
 ) -> Tensor:
     """Joint training by the budget's warm-up settings; the adapter's own start where it has no steps."""
+    if budget.warm_start is not None:
+        return budget.warm_start.to(adapter.initial)
     if budget.warm_up == 0:
         return adapter.initial.clone()
     return union_train(

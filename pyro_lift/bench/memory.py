@@ -1,0 +1,57 @@
+"""Peak memory of a call, on either device: tensors alive at once beyond those that were there before."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["peak_bytes"]
+
+
+class _Watch(TorchDispatchMode):
+    """Counts every new storage when an operator returns it, and again when it dies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak = 0, 0
+        self._seen: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self._count(x.untyped_storage(), given)
+        return result
+
+    def _count(self, storage: Any, given: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen or key in given:
+            return
+
+        def gone(_: Any) -> None:
+            self.alive -= size
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+
+def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
+    """Bytes of tensors that a call had alive at its peak, beyond what was alive before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return int(torch.cuda.max_memory_allocated(device)) - int(before)
+    with _Watch() as watch:
+        function()
+    return int(watch.peak)
