@@ -6,7 +6,7 @@ This file stands a floor above its neighbours: it calls :mod:`pyro_lift.lift`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
 from pyro_lift.data.task import Task
@@ -88,7 +88,9 @@ class LiFTMethod:
     def adapt(self, state: LiFTState, task: Task, *, seed: int | None = None) -> Posterior:
         """The new task's chain under the mixture, or under none."""
         if self.ablation != "reg":
-            return state.prior.adapt(task, seed=self.budget.seed if seed is None else seed)
+            # Its own settings, whatever those of the state are: ablations share one meta-training.
+            settings = {f.name: getattr(self.adapt_settings(), f.name) for f in fields(AdaptSettings)}
+            return state.prior.adapt(task, seed=self.budget.seed if seed is None else seed, **settings)
         return self._without_mixture(state.prior, task, seed)
 
     def _without_mixture(self, prior: LiFTPrior, task: Task, seed: int | None) -> Ensemble:

@@ -40,40 +40,45 @@ GRIDS: dict[str, list[Choice]] = {
     "no-meta-train": _ONLY,
     "union-train": _META,
     "maml": _INNER,
-    "fo-maml": _INNER,
-    "imaml": _INNER,
-    "reptile": _EPISODE,
-    "boot-maml": _INNER,
-    "bmaml": _INNER,
-    "abml": _INNER,
-    "maml-mix-k5": _INNER,
-    "imaml-mix-k5": _INNER,
     "retriever-mixture-k5": _META,
     "retriever-fusion-k5": _META,
     "mbc-k5": _META,
-    "fixed-theta": [c._replace(lift={"beta": 0.03, "n_inflate": 3.0}) for c in _META],
     "protonet": _EPISODE,
     "protonet-lite": _EPISODE,
     "shared-peft": _LANGEVIN,
-    "taskwise-peft": _LANGEVIN,
     "lift": _LIFT,
 }
-#: Methods that take another's choice.
+#: Methods that take the choice of another of their family: gradient-based ones MAML's, samplers LiFT's or SharedPEFT's.
 LIKE = {
+    **dict.fromkeys(("fo-maml", "imaml", "boot-maml", "bmaml", "abml", "maml-mix-k5", "imaml-mix-k5"), "maml"),
+    "reptile": "protonet",
+    "taskwise-peft": "shared-peft",
+    "fixed-theta": "lift",
     "maml-2": "maml",
     "maml-3": "maml",
     "maml-5": "maml",
-    "imaml-neumann": "imaml",
-    "bmaml-m1": "bmaml",
-    "bmaml-m3": "bmaml",
+    "imaml-neumann": "maml",
+    "bmaml-m1": "maml",
+    "bmaml-m3": "maml",
     "retriever-mixture-all": "retriever-mixture-k5",
     "retriever-fusion-all": "retriever-fusion-k5",
     "mbc-k10": "mbc-k5",
-    "fixed-theta-k5": "fixed-theta",
+    "fixed-theta-k5": "lift",
     **{f"lift-{name}": "lift" for name in ("k3", "k5", "single", "table", "reg-x", "noise-x")},
 }
-#: What ``tune`` chose, by mean NLL on the development tasks of one other family.
-CHOSEN: dict[str, Choice] = {}
+#: What ``tune`` chose, by mean NLL on two development tasks of one other family (``bench methods --tune``).
+CHOSEN: dict[str, Choice] = {
+    "no-meta-train": Choice(1.6e-2),
+    "union-train": Choice(3e-3, 3e-3),
+    "maml": Choice(3e-3, 1e-3, {"inner_learning_rate": 0.02, "tasks_per_step": 2}),
+    "retriever-mixture-k5": Choice(3e-3, 1e-3),
+    "retriever-fusion-k5": Choice(3e-3, 3e-3),
+    "mbc-k5": Choice(3e-3, 3e-3),
+    "protonet": Choice(3e-3, 3e-3, {"tasks_per_step": 2}),
+    "protonet-lite": Choice(8e-3, 3e-3, {"tasks_per_step": 2}),
+    "shared-peft": Choice(3e-3, 3e-3, {"n_inflate": 3.0}),
+    "lift": Choice(3e-3, 3e-3, lift={"beta": 0.03, "n_inflate": 3.0}),
+}
 
 
 def choice_of(name: str) -> Choice:
