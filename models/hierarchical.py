@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_lift.data.task import Task
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.observation import batch_of, check_width, observe, sample_head
+from pyro_lift.models.stacked import block_log_likelihood, stack_rows
 from pyro_lift.options import check_number
 
 __all__ = ["AdapterHierarchy"]
@@ -27,6 +28,10 @@ class AdapterHierarchy:
     Sites: ``phi`` ``[D]``; for each task i, inside the plate ``tasks``: ``theta_i`` ``[D]``, ``head_i`` where the task
     has a head of its own, ``obs_i`` in the minibatch plate ``data_i``.
 
+    In blocks of B tasks that agree in kind, and with heads of their own in their number of classes, the plate is
+    vectorised: ``theta`` ``[B, D]``, ``head`` ``[B, C, width + 1]``, and one pass of the network for all of them. It is
+    the same density. Tasks that do not agree go one after the other, in blocks too.
+
     Args:
         adapter: the network as a function of theta.
         tasks: at least one.
@@ -37,9 +42,14 @@ class AdapterHierarchy:
         head_scale: standard deviation of a task's own linear head on the network's output; None for a network that
             ends in a head shared by all tasks.
         noise_scale: standard deviation of the noise in regression.
+        block_size: B, tasks that one run of the program takes.
 
     Raises:
-        ValueError: no task; a shared head narrower than a task's number of classes.
+        ValueError: no task; a shared head narrower than a task's number of classes; more tasks in a block than there
+            are.
+
+    Attributes:
+        one_pass: whether a block goes through the network in one pass.
     """
 
     def __init__(
@@ -53,6 +63,7 @@ class AdapterHierarchy:
         prior_mean: Tensor | None = None,
         head_scale: float | None = None,
         noise_scale: float = 1.0,
+        block_size: int = 1,
     ) -> None:
         check_number("beta", beta)
         check_number("sigma", sigma)
@@ -66,14 +77,42 @@ class AdapterHierarchy:
         self.head_scale = head_scale
         self.noise_scale = noise_scale
         self.width = check_width(adapter, self.tasks, head_scale)
+        check_number("block_size", block_size, least=1, open_below=False, whole=True)
+        if block_size > len(tasks):
+            raise ValueError(f"block_size={block_size} is more than the {len(tasks)} tasks there are.")
+        self.block_size = block_size
+        self.one_pass = block_size > 1 and _agree(self.tasks, head_scale)
 
     def __call__(self) -> None:
         """The program."""
         # Arguments are not validated: it costs a pass over each vector, and the kernel looks at every value anyway.
         phi = pyro.sample("phi", dist.Normal(self.prior_mean, self.sigma, validate_args=False).to_event(1))
-        for i in pyro.plate("tasks", len(self.tasks), subsample_size=1):
+        if self.one_pass:
+            return self._block(phi)
+        for i in pyro.plate("tasks", len(self.tasks), subsample_size=self.block_size):
             theta = pyro.sample(f"theta_{i}", dist.Normal(phi, self.beta, validate_args=False).to_event(1))
             task = self.tasks[i]
             head = sample_head(f"head_{i}", task, self.width, self.head_scale, like=theta)
             with pyro.plate(f"data_{i}", len(task.train), subsample_size=batch_of(task, self.batch_size)) as rows:
                 observe(f"obs_{i}", self.adapter, task, task.train.take(rows), theta, head, self.noise_scale)
+        return None
+
+    def _block(self, phi: Tensor) -> None:
+        with pyro.plate("tasks", len(self.tasks), subsample_size=self.block_size) as index:
+            theta = pyro.sample("theta", dist.Normal(phi, self.beta, validate_args=False).to_event(1))
+            tasks = [self.tasks[i] for i in index.tolist()]
+            head = sample_head("head", tasks[0], self.width, self.head_scale, like=theta)
+            batches = []
+            for k, task in enumerate(tasks):
+                # No site stands in these plates: they let the kernel draw each task's rows.
+                with pyro.plate(f"data_{k}", len(task.train), subsample_size=batch_of(task, self.batch_size)) as rows:
+                    batches.append(task.train.take(rows))
+            block = stack_rows(batches, [len(task.train) for task in tasks], tasks[0].kind)
+            value = block_log_likelihood(self.adapter, tasks[0].kind, block, theta, head, self.noise_scale)
+            pyro.factor("obs", value)
+
+
+def _agree(tasks: Sequence[Task], head_scale: float | None) -> bool:
+    """Whether the tasks are of one kind and, with heads of their own, have as many classes."""
+    found = {(task.kind, task.num_classes if head_scale is not None else None) for task in tasks}
+    return len(found) == 1

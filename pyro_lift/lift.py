@@ -85,6 +85,7 @@ class LiFTSettings:
     temperature: float = field(default=1.0, metadata={"help": "variance of all noise in meta-training"})
     n_inflate: float = field(default=1.0, metadata={"help": "power on the likelihood"})
     batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
+    block_size: int = field(default=1, metadata={"help": "tasks of a visit; more than one go in one pass"})
     preconditioner: Literal["rms", "none"] = field(default="rms", metadata={"help": "scale of each weight's step"})
     head_scale: float | None = field(
         default=None, metadata={"help": "sd of a task's own linear head; none for a head shared by all tasks"}
@@ -105,7 +106,7 @@ class LiFTSettings:
                 "head_rate",
                 "phi_step_share",
             ),
-            counts=("components", "samples", "thinning", "batch_size"),
+            counts=("components", "samples", "thinning", "batch_size", "block_size"),
         )
         check_number("temperature", self.temperature, open_below=False)
         for name in ("sgd_steps", "burn_in"):
@@ -250,7 +251,7 @@ class LiFT:
             )
             mcmc.run(checkpoint=session)
         summary = mcmc._statistics.stats[(0, "phi")]
-        moments = {k: v for k, v in kernel.state.second_moment.items() if k == "theta"}
+        moments = {k: v.reshape(-1) for k, v in kernel.state.second_moment.items() if k == "theta"}
         return [
             LiFTPrior(
                 self.adapter,
@@ -277,6 +278,7 @@ class LiFT:
             prior_mean=self.adapter.initial if s.prior_mean == "adapter" else None,
             head_scale=s.head_scale,
             noise_scale=s.noise_scale,
+            block_size=s.block_size,
         )
 
     def kernel(self, program: AdapterHierarchy) -> SGLDGibbs:
