@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pyro_lift.data.task import Task
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.flat import FlatAdapter
+from pyro_lift.models.flat import FlatAdapter, FlatBlock
 from pyro_lift.models.priors import broadened
 
-__all__ = ["Start", "best_start", "meta_test_program"]
+__all__ = ["Start", "best_start", "best_starts", "meta_test_program"]
 
 
 class Start(NamedTuple):
@@ -55,3 +55,15 @@ def best_start(program: FlatAdapter, mixture: dist.MixtureSameFamily) -> Start:
     order = torch.argsort(mixture.mixture_distribution.probs, descending=True).tolist()
     found = [Start(j, means[j], float(program.log_likelihood(means[j]))) for j in order]
     return max(found, key=lambda start: start.log_likelihood)
+
+
+@torch.no_grad()
+def best_starts(program: FlatBlock, mixture: dist.MixtureSameFamily) -> list[Start]:
+    """:func:`best_start` of each task of a block; every component's mean goes through the network once for all."""
+    means = mixture.component_distribution.mean
+    order = torch.argsort(mixture.mixture_distribution.probs, descending=True).tolist()
+    values = torch.stack([program.log_likelihood(means[j]) for j in order])  # [K, B]
+    found = []
+    for k, best in enumerate(values.argmax(0).tolist()):
+        found.append(Start(order[best], means[order[best]], float(values[best, k])))
+    return found

@@ -39,20 +39,34 @@ def predict(
         rows: the inputs; their targets are not looked at.
         kind: of the likelihood.
         heads: draws of the task's own head ``[S, C, width + 1]``, or None.
-        batch_size: rows of one forward pass.
+        batch_size: rows of one forward pass. Where the rows are fewer, several draws share a pass.
     """
     if thetas.dim() != 2 or len(thetas) == 0:
         raise ValueError(f"thetas has shape {tuple(thetas.shape)}; expected at least one draw, [S, {adapter.dim}].")
     parts = []
     for start in range(0, len(rows), batch_size):
         part = rows.take(slice(start, start + batch_size))
+        together = max(batch_size // len(part), 1)
         total: Tensor | None = None
-        for s, theta in enumerate(thetas):
-            one = probabilities(kind, outputs(adapter, part, theta, None if heads is None else heads[s]))
+        for s in range(0, len(thetas), together):
+            some = slice(s, s + together)
+            one = _summed(adapter, thetas[some], part, kind, None if heads is None else heads[some])
             total = one if total is None else total + one
         assert total is not None
         parts.append(total / len(thetas))
     return torch.cat(parts)
+
+
+def _summed(adapter: RandomAdapter, thetas: Tensor, rows: Rows, kind: LossKind, heads: Tensor | None) -> Tensor:
+    """Probabilities ``[n, C]`` summed over a few draws, which go through the network in one pass."""
+    if len(thetas) == 1:
+        return probabilities(kind, outputs(adapter, rows, thetas[0], None if heads is None else heads[0]))
+    S = len(thetas)
+    named = {name: x.expand(S, *x.shape) for name, x in rows.named.items()}
+    output: Tensor = adapter(*(x.expand(S, *x.shape) for x in rows.positional), theta=thetas, **named)
+    if heads is not None:
+        output = output @ heads[..., :-1].mT + heads[..., -1].unsqueeze(-2)
+    return probabilities(kind, output).sum(0)
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ r"""One task under a fixed prior: the program of meta-test (Eq. 15-17), and of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyro
 import torch
 from torch import Tensor
@@ -14,8 +16,9 @@ from pyro_lift.data.task import Task
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.observation import batch_of, check_width, observe, outputs, sample_head
+from pyro_lift.models.stacked import block_log_likelihood, stack_rows
 
-__all__ = ["FlatAdapter"]
+__all__ = ["FlatAdapter", "FlatBlock"]
 
 
 class FlatAdapter:
@@ -63,3 +66,55 @@ class FlatAdapter:
         return log_likelihood(
             self.task.kind, outputs(self.adapter, rows, theta, head), rows.target, self.noise_scale
         ).sum()
+
+
+class FlatBlock:
+    """Several new tasks, independent of each other, whose rows go through the network in one pass.
+
+    Sites, all in the plate ``tasks``: ``theta`` ``[B, D]``, ``head`` ``[B, C, width + 1]`` where the tasks have heads
+    of their own, ``obs``.
+
+    Args:
+        adapter: the network as a function of theta.
+        tasks: of one kind and, with heads of their own, one number of classes.
+        prior: over ``[D]``, of each task alike.
+        batch_size: rows of a minibatch of each task; None takes all rows.
+        head_scale: as in :class:`~pyro_lift.models.hierarchical.AdapterHierarchy`.
+        noise_scale: likewise.
+    """
+
+    def __init__(
+        self,
+        adapter: RandomAdapter,
+        tasks: Sequence[Task],
+        prior: Distribution,
+        *,
+        batch_size: int | None = None,
+        head_scale: float | None = None,
+        noise_scale: float = 1.0,
+    ) -> None:
+        self.adapter, self.tasks, self.prior = adapter, list(tasks), prior
+        self.batch_size = batch_size
+        self.head_scale, self.noise_scale = head_scale, noise_scale
+        self.width = check_width(adapter, self.tasks, head_scale)
+
+    def __call__(self) -> None:
+        """The program."""
+        kind = self.tasks[0].kind
+        with pyro.plate("tasks", len(self.tasks)):
+            theta = pyro.sample("theta", self.prior)
+            head = sample_head("head", self.tasks[0], self.width, self.head_scale, like=theta)
+            batches = []
+            for k, task in enumerate(self.tasks):
+                # No site stands in these plates: they draw each task's rows.
+                with pyro.plate(f"data_{k}", len(task.train), subsample_size=batch_of(task, self.batch_size)) as rows:
+                    batches.append(task.train.take(rows))
+            block = stack_rows(batches, [len(task.train) for task in self.tasks], kind)
+            pyro.factor("obs", block_log_likelihood(self.adapter, kind, block, theta, head, self.noise_scale))
+
+    def log_likelihood(self, theta: Tensor) -> Tensor:
+        """Log likelihood ``[B]`` of all training rows of each task at one theta ``[D]``, without heads."""
+        rows = [task.train for task in self.tasks]
+        block = stack_rows(rows, [len(r) for r in rows], self.tasks[0].kind)
+        each = theta.expand(len(rows), -1)
+        return block_log_likelihood(self.adapter, self.tasks[0].kind, block, each, None, self.noise_scale)

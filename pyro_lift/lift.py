@@ -20,13 +20,15 @@ from pyro_lift.data.task import Rows, Task, as_rows
 from pyro_lift.inference.accumulator import langevin_limit
 from pyro_lift.inference.conjugate import NormalPair
 from pyro_lift.inference.kernels import MCMC, SGLD, SGLDGibbs, StreamingMCMC
-from pyro_lift.inference.meta_test import best_start, meta_test_program
+from pyro_lift.inference.meta_test import best_start, best_starts, meta_test_program
 from pyro_lift.inference.online_em import OnlineGaussianMixture
 from pyro_lift.inference.predict import predict
 from pyro_lift.inference.trace import ProjectedTrace
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.models.hierarchical import AdapterHierarchy
+from pyro_lift.models.flat import FlatBlock
+from pyro_lift.models.hierarchical import AdapterHierarchy, agree
+from pyro_lift.models.priors import broadened
 from pyro_lift.options import check_choice, check_number
 from pyro_lift.progress import chain_bar
 
@@ -399,9 +401,7 @@ class LiFTPrior:
             ValueError: labels outside the head's range; before any training.
             DivergedError: a loss that is not finite.
         """
-        for name in options:
-            check_choice("setting", name, [f.name for f in fields(AdaptSettings)])
-        a = replace(self.adapt_settings, **options)
+        a = self._adapt_settings(options)
         seed = self.seed if seed is None else seed
         if seed is not None:
             pyro.set_rng_seed(seed)
@@ -417,6 +417,67 @@ class LiFTPrior:
             noise_scale=s.noise_scale,
         )
         start = best_start(program, mixture)
+        mcmc = self._run(program, start.theta, a, f"adapt to {task.name}", progress)
+        draws = mcmc.get_samples()
+        return TaskPosterior(self.adapter, task, draws["theta"], draws.get("head"), start.component, mcmc)
+
+    def adapt_many(
+        self,
+        tasks: Sequence[Task],
+        *,
+        block_size: int = 8,
+        seed: int | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> list[TaskPosterior]:
+        """:meth:`adapt` to several tasks; those of a block go through the network in one pass.
+
+        The same task several times gives as many independent chains. With the RMS preconditioner a block's chains
+        share the mean that its damping is relative to.
+
+        Args:
+            tasks: their training rows. Tasks that differ in kind, or with heads of their own in their number of
+                classes, are adapted to one by one.
+            block_size: tasks of one pass.
+            seed: of all chains; None takes the prior's.
+            progress: whether to show bars.
+            options: fields of :class:`AdaptSettings` to change.
+        """
+        check_number("block_size", block_size, least=1, open_below=False, whole=True)
+        if block_size == 1 or not agree(tasks, self.settings.head_scale):
+            return [self.adapt(task, seed=seed, progress=progress, **options) for task in tasks]
+        a = self._adapt_settings(options)
+        seed = self.seed if seed is None else seed
+        if seed is not None:
+            pyro.set_rng_seed(seed)
+        return [
+            posterior
+            for first in range(0, len(tasks), block_size)
+            for posterior in self._adapt_block(tasks[first : first + block_size], a, progress)
+        ]
+
+    def _adapt_block(self, tasks: Sequence[Task], a: AdaptSettings, progress: bool) -> list[TaskPosterior]:
+        s, mixture = self.settings, self.mixture.get()
+        tasks = [task.to(self.adapter.initial.device) for task in tasks]
+        program = FlatBlock(
+            self.adapter,
+            tasks,
+            broadened(mixture, s.beta),
+            batch_size=a.batch_size,
+            head_scale=s.head_scale,
+            noise_scale=s.noise_scale,
+        )
+        starts = best_starts(program, mixture)
+        names = f"{tasks[0].name} .. {tasks[-1].name}"
+        mcmc = self._run(program, torch.stack([start.theta for start in starts]), a, f"adapt to {names}", progress)
+        theta, head = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
+        return [
+            TaskPosterior(self.adapter, task, theta[:, k], None if head is None else head[:, k], start.component, mcmc)
+            for k, (task, start) in enumerate(zip(tasks, starts, strict=True))
+        ]
+
+    def _run(self, program: Any, start: Tensor, a: AdaptSettings, title: str, progress: bool) -> MCMC:
+        """The chain of Eq. 18 from a start."""
         thinning = max(a.steps // 2 // a.draws, 1)
         kernel = SGLD(
             program,
@@ -424,17 +485,21 @@ class LiFTPrior:
             temperature=a.temperature,
             n_inflate=a.n_inflate,
             integrator="exponential",
-            preconditioner="rms" if s.preconditioner == "rms" else None,
+            preconditioner="rms" if self.settings.preconditioner == "rms" else None,
             second_moment=self.second_moment,
             thinning=thinning,
-            init_strategy=init_to_value(values={"theta": start.theta}, fallback=init_to_mean),
+            init_strategy=init_to_value(values={"theta": start}, fallback=init_to_mean),
         )
         warmup_steps = a.steps - thinning * a.draws
-        with chain_bar(warmup_steps + a.draws, f"adapt to {task.name}", progress) as hook:
+        with chain_bar(warmup_steps + a.draws, title, progress) as hook:
             mcmc = MCMC(kernel, num_samples=a.draws, warmup_steps=warmup_steps, disable_progbar=True, hook_fn=hook)
             mcmc.run()
-        draws = mcmc.get_samples()
-        return TaskPosterior(self.adapter, task, draws["theta"], draws.get("head"), start.component, mcmc)
+        return mcmc
+
+    def _adapt_settings(self, options: Mapping[str, Any]) -> AdaptSettings:
+        for name in options:
+            check_choice("setting", name, [f.name for f in fields(AdaptSettings)])
+        return replace(self.adapt_settings, **options)
 
     def theta(self, task: str) -> Tensor:
         """The latest weights ``[D]`` of a meta-training task; only while the run is at hand, they are not saved."""

@@ -13,8 +13,11 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor, nn
 
 from pyro_lift import LiFT, SGLDGibbs, Task
+from pyro_lift.inference.predict import predict
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.hierarchical import AdapterHierarchy
+from pyro_lift.models.likelihoods import probabilities
+from pyro_lift.models.observation import outputs
 
 B = 3
 
@@ -152,3 +155,56 @@ def test_the_front_door_takes_blocks(head_scale: float | None) -> None:
     posterior = prior.adapt(tasks[0], steps=6, draws=3)
     p = posterior.predict(torch.randn(4, 4))
     torch.testing.assert_close(p.sum(-1), torch.ones(4))
+
+
+def _prior(head_scale: float | None, **options: Any) -> tuple[Any, list[Task]]:
+    lift = LiFT(
+        picture_adapter(),
+        sgd_steps=4,
+        burn_in=4,
+        samples=8,
+        batch_size=4,
+        head_scale=head_scale,
+        components=2,
+        seed=0,
+        **options,
+    )
+    tasks = picture_tasks()
+    return lift.meta_train(tasks, progress=False), tasks
+
+
+@pytest.mark.parametrize("head_scale", [None, 0.5])
+def test_adapting_to_a_block_without_noise_is_adapting_to_each(head_scale: float | None) -> None:
+    torch.set_default_dtype(torch.float64)
+    prior, tasks = _prior(head_scale, preconditioner="none")
+    options: dict[str, Any] = {"steps": 8, "draws": 3, "temperature": 0.0, "learning_rate": 1e-3, "batch_size": 100}
+    together = prior.adapt_many(tasks, block_size=4, **options)
+    assert [posterior.task.name for posterior in together] == [task.name for task in tasks]
+    for task, posterior in zip(tasks, together, strict=True):
+        alone = prior.adapt(task, **options)
+        assert posterior.component == alone.component
+        torch.testing.assert_close(posterior.thetas, alone.thetas, rtol=1e-9, atol=1e-11)
+        if head_scale is not None:
+            torch.testing.assert_close(posterior.heads, alone.heads, rtol=1e-9, atol=1e-11)
+
+
+def test_one_task_several_times_gives_independent_chains() -> None:
+    prior, tasks = _prior(None)
+    first, second = prior.adapt_many([tasks[0], tasks[0]], steps=6, draws=3)
+    assert first.thetas.shape == second.thetas.shape == (3, prior.adapter.dim)
+    assert (first.thetas - second.thetas).norm() > 1e-3
+
+
+@pytest.mark.parametrize("with_heads", [False, True])
+@pytest.mark.parametrize("batch_size", [3, 14, 1000])
+def test_predicting_over_draws_in_one_pass_is_predicting_over_each(batch_size: int, with_heads: bool) -> None:
+    torch.set_default_dtype(torch.float64)
+    adapter, rows = picture_adapter(), picture_tasks()[0].train
+    thetas = adapter.initial + 0.3 * torch.randn(5, adapter.dim)
+    heads = torch.randn(5, 3, 13) if with_heads else None
+    found = predict(adapter, thetas, rows, heads=heads, batch_size=batch_size)
+    one_by_one = [
+        probabilities("classification", outputs(adapter, rows, theta, None if heads is None else heads[s]))
+        for s, theta in enumerate(thetas)
+    ]
+    torch.testing.assert_close(found, torch.stack(one_by_one).mean(0), rtol=1e-10, atol=1e-12)
