@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -74,6 +75,8 @@ class _Kernel(MCMCKernel):
         self._noise_generator: torch.Generator | None = None
         self._warmup_steps = 0
         self._draws: list[Draw] = []
+        self._sampling_since = self._sampling_until = 0.0
+        self._drawn_before = 0
         self._last_log: tuple[int, dict[str, str]] = (-LOG_EVERY, {})
         self._start_log_likelihood = math.nan
         super().__init__()
@@ -85,6 +88,7 @@ class _Kernel(MCMCKernel):
     def _begin(self, warmup_steps: int) -> None:
         self._warmup_steps = warmup_steps
         self._draws = []
+        self._sampling_since = self._sampling_until = 0.0
         self._last_log = (-LOG_EVERY, {})
         # One draw from the global stream: `pyro.set_rng_seed` then governs the chain, which has a stream of its own.
         seed = int(torch.randint(2**62, ()))
@@ -99,6 +103,9 @@ class _Kernel(MCMCKernel):
             self._noise_generator = torch.Generator(device=device).manual_seed(self._generator.initial_seed())
 
     def _keep(self, info: sgld.SGLDInfo | sgld_gibbs.SGLDGibbsInfo, task: int) -> None:
+        self._sampling_until = time.perf_counter()
+        if not self._sampling_since:
+            self._sampling_since, self._drawn_before = self._sampling_until, len(self._draws)
         self._draws.append(Draw(info.log_likelihood, info.grad_norm, info.step_size, info.refused, task))
 
     def _log(self, step: int, info: sgld.SGLDInfo | sgld_gibbs.SGLDGibbsInfo | None, phase: str) -> dict[str, str]:
@@ -112,7 +119,12 @@ class _Kernel(MCMCKernel):
         return dict(self._last_log[1])
 
     def diagnostics(self) -> dict[str, Any]:
-        """``divergences``: draws whose gradient was clipped. ``sample_stats``: one list per statistic, per draw."""
+        """What a run reports of itself.
+
+        Returns:
+            ``divergences``, the draws whose gradient was clipped; ``sample_stats``, a list per statistic, with one
+            entry a draw; ``report``, see :meth:`report`; ``seconds``, of the wall clock, spent on draws.
+        """
         stats = {
             "log_likelihood": [float(d.log_likelihood) for d in self._draws],
             "grad_norm": [float(d.grad_norm) for d in self._draws],
@@ -124,7 +136,13 @@ class _Kernel(MCMCKernel):
             "divergences": [i for i, d in enumerate(self._draws) if d.refused],
             "sample_stats": stats,
             "report": self.report(),
+            "seconds": self._seconds(),
         }
+
+    def _seconds(self) -> float:
+        """Of all draws; the first one, and those before a resumption, are taken to be as quick as the others."""
+        timed = len(self._draws) - self._drawn_before - 1
+        return (self._sampling_until - self._sampling_since) * len(self._draws) / max(timed, 1)
 
     def report(self) -> dict[str, float | str]:
         """Dimensionless step sizes and what was learned at set-up."""
@@ -594,6 +612,8 @@ class SGLDGibbs(_Kernel):
             "curvature": math.nan if curvature is None else curvature,
             "phi_update": self.settings.phi_update,
             "block_size": float(self.structure.block_size),
+            "tasks": float(self.structure.num_tasks),
+            "thinning": float(self.thinning),
         }
         for name, pair in self.structure.pairs.items():
             variance = float(pair.local_variance.min())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_lift.data.task import Task as Task
     from pyro_lift.diagnostics import from_mcmc as from_mcmc
+    from pyro_lift.diagnostics import summarise as summarise
     from pyro_lift.inference.kernels import MCMC as MCMC
     from pyro_lift.inference.kernels import SGLD as SGLD
     from pyro_lift.inference.kernels import SGLDGibbs as SGLDGibbs
@@ -41,6 +42,7 @@ _HOME = {
     "Task": "data.task",
     "TaskPosterior": "lift",
     "from_mcmc": "diagnostics",
+    "summarise": "diagnostics",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

@@ -19,7 +19,7 @@ from pyro.ops.streaming import CountMeanVarianceStats, StackStats, StatsOfDict
 from torch import nn
 
 import pyro_lift
-from pyro_lift import SGLD, RandomAdapter, SGLDGibbs, from_mcmc
+from pyro_lift import SGLD, RandomAdapter, SGLDGibbs, from_mcmc, summarise
 from pyro_lift.diagnostics import SAMPLE_STATS
 from pyro_lift.inference.trace import ProjectedTrace, project, projection
 
@@ -192,3 +192,40 @@ def test_the_report_gives_steps_without_dimensions() -> None:
     assert report["a_phi (phi)"] == pytest.approx(0.5 * 0.03 * (6 / 0.25 + 1 / 4))
     assert report["curvature"] == pytest.approx(4 + 1 / 0.25, rel=1e-6)
     assert SGLDGibbs(sequential(), step_size=0.02).report() == {}
+
+
+def test_the_summary_is_arviz_by_coordinate_with_times_divergences_and_reach(two_chains: MCMC) -> None:
+    summary = summarise(two_chains)
+    data = from_mcmc(two_chains)["posterior"]
+    assert [c.name for c in summary.coordinates] == ["phi[0]", "phi[1]"]
+    for k, c in enumerate(summary.coordinates):
+        x = data["phi"].values[..., k]
+        assert c.mean == pytest.approx(x.mean()) and c.sd == pytest.approx(x.std(ddof=1))
+        assert c.mcse == pytest.approx(float(az.mcse(x))) and c.r_hat == pytest.approx(float(az.rhat(x)))
+        assert c.ess_bulk == pytest.approx(float(az.ess(x, method="bulk")))
+        assert c.ess_tail == pytest.approx(float(az.ess(x, method="tail")))
+        assert summary.seconds is not None and summary.seconds > 0.0
+        assert c.ess_bulk_per_second == pytest.approx(c.ess_bulk / summary.seconds)
+    assert summary.worst_r_hat == max(c.r_hat for c in summary.coordinates)
+    assert (summary.divergences, summary.draws) == (0, 48)
+    # 24 visits to 6 tasks; a_theta = 0.02 / (2 beta^2) = 0.04; phi is drawn exactly.
+    assert summary.reach == {"visits_per_task": 4.0, "theta (phi)": pytest.approx(4 * 0.04), "phi (phi)": None}
+    assert "r_hat" in str(summary) and "phi (phi) exact" in str(summary)
+    assert summarise(two_chains, seconds=2.0).coordinates[0].ess_bulk_per_second == summary.coordinates[0].ess_bulk / 2
+
+
+def test_the_summary_counts_divergences_and_phis_own_reach() -> None:
+    mcmc = finished(SGLDGibbs(vectorised(), step_size=0.02, max_grad_norm=0.1, thinning=2), draws=10)
+    assert summarise(mcmc).divergences == 10
+    langevin = SGLDGibbs(vectorised(), step_size=0.02, phi_update="langevin", phi_step_size=0.03, thinning=2)
+    reach = summarise(finished(langevin, draws=10)).reach
+    assert reach["visits_per_task"] == pytest.approx(20 / 6)
+    assert reach["phi (phi)"] == pytest.approx(20 * 0.5 * 0.03 * (6 / 0.25 + 1 / 4))
+
+
+def test_the_summary_of_pyros_own_kernels_has_no_times_unless_they_are_given() -> None:
+    mcmc = finished(NUTS(vectorised(None)), draws=8)
+    summary = summarise(mcmc)
+    assert summary.seconds is None and summary.reach == {} and summary.coordinates[0].ess_bulk_per_second is None
+    assert len(summary.coordinates) == 2 + 12 and "-" in str(summary)
+    assert summarise(mcmc, seconds=1.0).coordinates[0].ess_bulk_per_second is not None
