@@ -27,26 +27,26 @@ from torch import Tensor
 from pyro_lift import SGLDGibbs
 from pyro_lift.figures import COLOURS, new_figure, save_figure
 
-N, SIGMA, BETA, COUNTS = 5, 0.7, 0.5, 6
+N, SIGMA, BETA, COUNTS = 3, 0.7, 0.5, 6
 #: Ranks run from 0 to DRAWS; they are shown in BINS bins of equal width.
 DRAWS, BINS = 63, 16
 TABLE_LIMIT = math.pi**2 * BETA**2 / N**2
 SAMPLERS: dict[str, dict[str, Any]] = {
-    "gibbs": {"step_size": 0.004},
+    "gibbs": {"step_size": 0.01},
     "table J, 2 % of its limit": {
-        "step_size": 0.004,
+        "step_size": 0.01,
         "phi_update": "langevin",
         "accumulator": "table",
         "phi_step_size": 0.02 * TABLE_LIMIT,
     },
     "table J, 60 % of its limit": {
-        "step_size": 0.004,
+        "step_size": 0.01,
         "phi_update": "langevin",
         "accumulator": "table",
         "phi_step_size": 0.6 * TABLE_LIMIT,
     },
     "one task's gradient x 1": {
-        "step_size": 0.004,
+        "step_size": 0.01,
         "phi_update": "langevin",
         "accumulator": "single",
         "single_scale": "1",
@@ -133,8 +133,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicates", type=int, default=1_500)
-    parser.add_argument("--burn-in", type=int, default=2_500, help="visits")
-    parser.add_argument("--thinning", type=int, default=80, help="visits per draw: ranks want independent draws")
+    parser.add_argument("--burn-in", type=int, default=1_000, help="visits")
+    parser.add_argument("--thinning", type=int, default=100, help="visits per draw: ranks want independent draws")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("calibration-output"))
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes; the ranks mean nothing")

@@ -63,8 +63,8 @@ class Plan(NamedTuple):
 FULL = Plan(
     tasks=(10, 100, 1000),
     limits={
-        ("table", 100): 520_000,
-        ("gibbs", 1000): 280_000,
+        ("table", 100): 320_000,
+        ("gibbs", 1000): 450_000,
         ("exact", 1000): 100_000,
         ("single, scale 1", 10): 5_000,
         ("single, scale 1", 100): 5_000,
