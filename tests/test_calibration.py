@@ -31,9 +31,7 @@ def test_uniform_ranks_pass_and_others_do_not(example: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_the_gibbs_update_is_calibrated_and_one_tasks_gradient_is_not(example: ModuleType) -> None:
+def test_the_gibbs_update_is_calibrated(example: ModuleType) -> None:
     found = example.ranks(example.SAMPLERS["gibbs"], 1_000, burn_in=1_000, thinning=100, seed=0)
     for site, values in found.items():
         assert example.p_value(example.histogram(values)) > 1e-3, site
-    wrong = example.ranks(example.SAMPLERS["one task's gradient x 1"], 1_000, burn_in=1_000, thinning=20, seed=0)
-    assert example.p_value(example.histogram(wrong["phi"])) < 1e-6
