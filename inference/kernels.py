@@ -33,7 +33,7 @@ from pyro_lift.inference.stability import (
     curvature_limit,
     largest_curvature,
 )
-from pyro_lift.inference.store import ThetaStore, make_store
+from pyro_lift.inference.store import ReadsAhead, ThetaStore, make_store
 from pyro_lift.options import check_choice, check_number, named_options
 from pyro_lift.schedules import Schedule, as_schedule, constant
 
@@ -390,7 +390,8 @@ class SGLDGibbs(_Kernel):
         max_grad_norm: likelihood gradients above it are scaled down to it and counted as divergences; it changes
             the target.
         site_step_scale: factor on the step size by local family, e.g. ``{"head": 10.0}``.
-        store: where theta lives between visits: ``"auto"``, ``"device"``, or a store.
+        store: where theta lives between visits: ``"device"``, ``"host"`` (pinned memory), ``"disk"`` (a file, the next
+            block read ahead), ``"auto"`` (the first of these that fits), or a store.
         init_strategy: where sites start. Local sites centred on a global one start at it.
         check_stability: refuse step sizes that cannot be stable.
 
@@ -439,7 +440,7 @@ class SGLDGibbs(_Kernel):
         check_choice("single_scale", single_scale, ["N", "1"])
         check_choice("scan", scan, ["round_robin", "random"])
         if isinstance(store, str):
-            check_choice("store", store, ["auto", "device"])
+            check_choice("store", store, ["auto", "device", "host", "disk"])
         check_number("theta_steps_per_visit", theta_steps_per_visit, least=1, open_below=False, whole=True)
         check_number("sgd_steps", sgd_steps, open_below=False, whole=True)
         if block_size is not None:
@@ -479,6 +480,10 @@ class SGLDGibbs(_Kernel):
         self._info: sgld_gibbs.SGLDGibbsInfo | None = None
         self._report: dict[str, float | str] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A file on the disk belongs to one process; set-up makes a store anew.
+        return {**super().__getstate__(), "store": None}
+
     # -------------------------------------------------------------------------------------------- set-up
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
@@ -513,7 +518,10 @@ class SGLDGibbs(_Kernel):
         self._start_log_likelihood = float(run.log_likelihood.detach())
         self._check_saddle(run)
         self._set_steps(run)
-        self.store = make_store(self.store_kind, num_tasks)
+        rows = [site.leaf for site in run.locals.values()]
+        row_bytes = sum(x.numel() * x.element_size() for x in rows) // block
+        device = next((x.device for x in rows), torch.device("cpu"))
+        self.store = make_store(self.store_kind, num_tasks, row_bytes, device)
         self.state = sgld_gibbs.init(self.structure, phi)
 
     def _block(self, num_tasks: int, declared: int, subsampled: bool, sequential: bool) -> int:
@@ -664,12 +672,16 @@ class SGLDGibbs(_Kernel):
         assert self._program is not None and self.structure is not None and self.store is not None
         if self.sgd_steps and self.state.step == self.sgd_steps:
             self.state = sgld_gibbs.end_of_sgd(self.state, self.structure, self.store)
+        block = self._next_block()
+        if isinstance(self.store, ReadsAhead) and self.scan == "round_robin":
+            after: list[int] = ((block + len(block)) % self.structure.num_tasks).tolist()
+            self.store.prefetch([*block.tolist(), *after])
         self.state, self._info = sgld_gibbs.step(
             self.state,
             self._program,
             self.structure,
             self.store,
-            self._next_block(),
+            block,
             self.settings,
             phase=self.phase,
             generator=self._generator,

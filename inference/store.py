@@ -7,13 +7,17 @@ and writes them back only when the whole visit has succeeded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["DeviceStore", "ThetaStore", "make_store"]
+from pyro_lift.inference.disk_store import DiskStore, HostStore
+
+__all__ = ["DeviceStore", "DiskStore", "HostStore", "ReadsAhead", "ThetaStore", "free_bytes", "make_store"]
 
 
 class ThetaStore(Protocol):
@@ -81,11 +85,59 @@ class DeviceStore:
         return sum(row.numel() * row.element_size() for row in self._rows if row is not None)
 
 
-def make_store(kind: str | ThetaStore, num_tasks: int) -> ThetaStore:
-    """A store by name (``"auto"``, ``"device"``), or the given one."""
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A store that can be told what is read next."""
+
+    def prefetch(self, tasks: Sequence[int]) -> None:
+        """Begin to read the rows of these tasks."""
+        ...
+
+
+def make_store(
+    kind: str | ThetaStore, num_tasks: int, row_bytes: int = 0, device: torch.device | str = "cpu"
+) -> ThetaStore:
+    """A store by name, or the given one.
+
+    Args:
+        kind: ``"device"``, ``"host"`` (pinned memory), ``"disk"``; ``"auto"`` takes the first of these that all rows
+            fit into half the free memory of, the disk otherwise. A disk store in a folder of your choice is
+            ``DiskStore(num_tasks, folder)``.
+        num_tasks: N.
+        row_bytes: of one task's row.
+        device: that computes.
+    """
     if not isinstance(kind, str):
         return kind
-    return DeviceStore(num_tasks)
+    device = torch.device(device)
+    if kind == "auto":
+        kind = _fitting(num_tasks * row_bytes, device)
+    kinds: dict[str, Callable[[int], ThetaStore]] = {"device": DeviceStore, "host": HostStore, "disk": DiskStore}
+    return kinds[kind](num_tasks)
+
+
+def _fitting(needed: int, device: torch.device) -> str:
+    if 2 * needed <= free_bytes(device):
+        return "device"
+    host = torch.device("cpu")
+    return "host" if device != host and 2 * needed <= free_bytes(host) else "disk"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on a device, or on the host; the least of what the machine and its group allow."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return free if limit == "max" else min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        return free
 
 
 def row_sum(store: ThetaStore, part: slice) -> Tensor:

@@ -124,6 +124,26 @@ def bench_methods(
     )
 
 
+@bench.command()
+def store(
+    out: Out = Path("bench"),
+    smoke: Smoke = False,
+    device: Device = "cpu",
+    tasks: Annotated[list[int] | None, typer.Option(help="numbers of tasks; repeat")] = None,
+    rounds: Annotated[int, typer.Option(help="turns of each number of tasks")] = 20,
+    folder: Annotated[Path | None, typer.Option(help="of the stores' files, 47 GB for the default")] = None,
+) -> None:
+    """What a step costs, in time and memory, as the number of tasks grows, with theta on the disk."""
+    from pyro_lift.bench import store as benchmark
+    from pyro_lift.bench.records import write_records
+
+    chosen = tuple(tasks) if tasks else benchmark.TASKS
+    records = benchmark.run(tasks=chosen, rounds=rounds, smoke=smoke, device=device, folder=folder)
+    write_records(records, out / "store.json")
+    benchmark.draw(records, out / "store.png")
+    print(f"\n{benchmark.table(records)}\n\nwritten: {out / 'store.json'}, {out / 'store.png'}")
+
+
 def main() -> None:
     """Entry point: what a user did wrong is one line on stderr and exit code 2, not a traceback."""
     from pyro_lift.checkpoint import RunStopped

@@ -1,0 +1,220 @@
+"""Stores for more tasks than the device holds: in host memory, or in a file, with the next block read ahead.
+
+A visit costs the same however many tasks there are: it touches its own block's rows, and the file is read and written
+by one thread beside the computation. Neither the process's memory nor the device's grows with the number of tasks.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["DiskStore", "HostStore"]
+
+
+class HostStore:
+    """Rows in host memory, pinned where there is a CUDA device; given back on the device they were written from.
+
+    Args:
+        num_tasks: N.
+    """
+
+    def __init__(self, num_tasks: int) -> None:
+        self._rows: list[Tensor | None] = [None] * num_tasks
+        self._device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"HostStore(num_tasks={len(self)}, written={sum(1 for _ in self.tasks())})"
+
+    def read(self, tasks: Sequence[int]) -> list[Tensor]:
+        """Copies of the rows of these tasks, in order; KeyError for one that was never written."""
+        found = []
+        for task in tasks:
+            row = self._rows[task]
+            if row is None:
+                raise KeyError(f"task {task} has no row yet.")
+            # The same stream copies back and forth, so a row is never read before it has arrived.
+            found.append(row.clone() if self._device.type == "cpu" else row.to(self._device, non_blocking=True))
+        return found
+
+    def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """Replace the rows of these tasks, by copies."""
+        for task, row in zip(tasks, rows, strict=True):
+            self._device = row.device
+            place = self._rows[task]
+            if place is None or place.shape != row.shape or place.dtype != row.dtype:
+                place = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.device.type == "cuda")
+                self._rows[task] = place
+            place.copy_(row.detach(), non_blocking=True)
+
+    def has(self, task: int) -> bool:
+        """Whether this task has been written."""
+        return self._rows[task] is not None
+
+    def tasks(self) -> Iterator[int]:
+        """The tasks written so far, in order."""
+        return (i for i, row in enumerate(self._rows) if row is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in host memory."""
+        return sum(row.numel() * row.element_size() for row in self._rows if row is not None)
+
+
+class _Place(NamedTuple):
+    """Where a task's row lies in the file."""
+
+    offset: int
+    size: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class _Write(NamedTuple):
+    """A row on its way to the file."""
+
+    task: int
+    data: Tensor
+    done: Future[None]
+
+
+class DiskStore:
+    """Rows in a file; the next block is read ahead and the last is written behind, by one thread.
+
+    The file has no name: it is gone with the process, however that ends. What is to outlive the process is saved as a
+    checkpoint. Rows are read and written at their offsets, which like a map of the file goes through the system's page
+    cache, and unlike one never counts as the process's own memory or makes the computation wait for a page.
+
+    Laws. A row that is read is the last one written, whether it has reached the file or not; it is a copy. At most
+    two blocks wait to be written; past that, ``write`` waits for the oldest.
+
+    Args:
+        num_tasks: N.
+        folder: of the file; None takes the system's folder for temporary files.
+
+    Raises:
+        OSError: the file cannot be read or written, at the latest two visits later; names the folder and the task.
+    """
+
+    def __init__(self, num_tasks: int, folder: str | Path | None = None) -> None:
+        self.folder = Path(folder or tempfile.gettempdir())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=self.folder, prefix="pyro-lift-store-", buffering=0)  # noqa: SIM115
+        self._places: list[_Place | None] = [None] * num_tasks
+        self._end = 0
+        self._device = torch.device("cpu")
+        # One thread: a read that is asked for after a write comes after it.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pyro-lift-store")
+        self._queue: deque[_Write] = deque()
+        self._waiting: dict[int, Tensor] = {}
+        self._ahead: dict[int, Future[Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __repr__(self) -> str:
+        return f"DiskStore(num_tasks={len(self)}, written={sum(1 for _ in self.tasks())}, folder={str(self.folder)!r})"
+
+    def prefetch(self, tasks: Sequence[int]) -> None:
+        """Begin to read rows that are asked for next."""
+        for task in tasks:
+            if self._places[task] is not None and task not in self._waiting and task not in self._ahead:
+                self._ahead[task] = self._thread.submit(self._read, task)
+
+    def read(self, tasks: Sequence[int]) -> list[Tensor]:
+        """Copies of the rows of these tasks, in order; KeyError for one that was never written."""
+        missing = [task for task in tasks if self._places[task] is None]
+        if missing:
+            raise KeyError(f"task {missing[0]} has no row yet.")
+        self.prefetch(tasks)
+        return [self._row(task).to(self._device) for task in tasks]
+
+    def _row(self, task: int) -> Tensor:
+        if task in self._waiting:
+            return self._waiting[task].clone()
+        return self._ahead.pop(task).result()
+
+    def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """Replace the rows of these tasks, by copies."""
+        for task, row in zip(tasks, rows, strict=True):
+            self._ahead.pop(task, None)
+            self._device = row.device
+            data = row.detach().reshape(-1).to("cpu", copy=True)
+            place = self._place(task, data)
+            self._waiting[task] = data
+            self._queue.append(_Write(task, data, self._thread.submit(self._write, task, place, data)))
+        self._settle(2 * len(tasks))
+
+    def flush(self) -> None:
+        """Wait until everything is in the file."""
+        self._settle(0)
+
+    def _settle(self, leave: int) -> None:
+        while len(self._queue) > leave or (self._queue and self._queue[0].done.done()):
+            write = self._queue.popleft()
+            write.done.result()
+            if self._waiting.get(write.task) is write.data:
+                del self._waiting[write.task]
+
+    def _place(self, task: int, data: Tensor) -> _Place:
+        """A task keeps its place; a row of another size gets a new one at the end."""
+        place = self._places[task]
+        if place is None or place.size != data.numel() or place.dtype != data.dtype:
+            place = _Place(self._end, data.numel(), data.dtype)
+            self._places[task] = place
+            self._end += place.nbytes
+        return place
+
+    def _read(self, task: int) -> Tensor:
+        place = self._places[task]
+        assert place is not None
+        row = torch.empty(place.size, dtype=place.dtype)
+        self._transfer(os.preadv, task, place, row, "read")
+        return row
+
+    def _write(self, task: int, place: _Place, data: Tensor) -> None:
+        self._transfer(os.pwritev, task, place, data, "written")
+
+    def _transfer(self, move: Any, task: int, place: _Place, row: Tensor, what: str) -> None:
+        array: Any = row.view(torch.uint8).numpy()
+        buffer = memoryview(array)
+        done = 0
+        try:
+            while done < place.nbytes:
+                moved = move(self._file.fileno(), [buffer[done:]], place.offset + done)
+                if moved == 0:
+                    raise OSError(f"the file ends after {place.offset + done} bytes")
+                done += moved
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"disk store in {self.folder}: the row of task {task} could not be {what} ({error.strerror or error}). "
+                "Make room, or give it a folder with room: store=DiskStore(num_tasks, folder=...)",
+            ) from error
+
+    def has(self, task: int) -> bool:
+        """Whether this task has been written."""
+        return self._places[task] is not None
+
+    def tasks(self) -> Iterator[int]:
+        """The tasks written so far, in order."""
+        return (i for i, place in enumerate(self._places) if place is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self._end
