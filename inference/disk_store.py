@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,6 +93,11 @@ class _Write(NamedTuple):
     done: Future[None]
 
 
+def _close(thread: ThreadPoolExecutor, file: Any) -> None:
+    thread.shutdown(wait=True)
+    file.close()
+
+
 class DiskStore:
     """Rows in a file; the next block is read ahead and the last is written behind, by one thread.
 
@@ -122,6 +128,7 @@ class DiskStore:
         self._queue: deque[_Write] = deque()
         self._waiting: dict[int, Tensor] = {}
         self._ahead: dict[int, Future[Tensor]] = {}
+        weakref.finalize(self, _close, self._thread, self._file)
 
     def __len__(self) -> int:
         return len(self._places)
