@@ -25,6 +25,27 @@ def _root() -> None:
 
 
 @app.command()
+def demo(
+    out: Out = Path("demo-output"),
+    smoke: Smoke = False,
+    device: Device = "cpu",
+    seeds: Annotated[int, typer.Option(help="families of tasks")] = 5,
+    workers: Annotated[int, typer.Option(help="processes")] = 2,
+    tune: Annotated[bool, typer.Option("--tune", help="choose every method's settings anew, and stop")] = False,
+) -> None:
+    """Compare three methods on handwriting tasks that come with scikit-learn; no network, about three minutes."""
+    from pyro_lift import demo as this
+
+    settings = this.DemoSettings(seeds=seeds, workers=workers, device=device)
+    if tune:
+        for method, choice in this.tune(settings).items():
+            print(f"{method}: {choice}")
+        return
+    this.run(this.DemoSettings.smoke(device) if smoke else settings, out)
+    print(f"written: {', '.join(str(path) for path in sorted(out.iterdir()))}")
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file: backbone, adapter, tasks, sampler, output")],
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped or killed")] = False,

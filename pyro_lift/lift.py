@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -183,6 +183,7 @@ class LiFT:
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 1000,
         resume: str | Path | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> LiFTPrior:
         """Run the chain over the tasks and summarise its draws of phi.
 
@@ -192,6 +193,7 @@ class LiFT:
             checkpoint: folder to save the run in as it goes; must not hold one yet.
             checkpoint_every: visits between two checkpoints. SIGTERM and Ctrl-C save one more.
             resume: folder to go on with; where it holds no checkpoint yet, the run begins and saves there.
+            on_step: called after each transition, for a bar of one's own.
 
         Raises:
             ValueError: no task, a task without data, labels outside the head's range; before any training.
@@ -199,7 +201,8 @@ class LiFT:
             RunStopped: SIGTERM or Ctrl-C, where the run is saved.
         """
         session = self.session(tasks, checkpoint, resume, checkpoint_every)
-        return self.meta_train_many(tasks, [self.settings.components], progress=progress, session=session)[0]
+        components = [self.settings.components]
+        return self.meta_train_many(tasks, components, progress=progress, session=session, on_step=on_step)[0]
 
     def session(
         self,
@@ -230,6 +233,7 @@ class LiFT:
         *,
         progress: bool = True,
         session: Session | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> list[LiFTPrior]:
         """One chain, several mixtures: a prior for each number of components; saved in a :meth:`session`."""
         for k in components:
@@ -242,7 +246,7 @@ class LiFT:
         make = partial(_ChainSummary, tuple(components), s.covariance, self.adapter)
         warmup_steps = s.sgd_steps + s.burn_in
         done = 0 if session is None else session.transitions
-        with chain_bar(warmup_steps + s.samples, "meta-train", progress, done) as hook:
+        with chain_bar(warmup_steps + s.samples, "meta-train", progress, done, on_step) as hook:
             mcmc = StreamingMCMC(
                 kernel,
                 num_samples=s.samples,

@@ -13,7 +13,9 @@ __all__ = ["chain_bar"]
 
 
 @contextmanager
-def chain_bar(total: int, description: str, show: bool = True, done: int = 0) -> Iterator[Callable[..., None]]:
+def chain_bar(
+    total: int, description: str, show: bool = True, done: int = 0, on_step: Callable[[], None] | None = None
+) -> Iterator[Callable[..., None]]:
     """A bar on stderr, moved by the hook it gives; hidden, as Pyro's, under CI and xdist.
 
     Args:
@@ -21,6 +23,7 @@ def chain_bar(total: int, description: str, show: bool = True, done: int = 0) ->
         description: before the bar.
         show: whether there is a bar at all.
         done: transitions made before, by the run that is gone on with.
+        on_step: called after each transition too.
 
     Yields:
         A ``hook_fn`` for Pyro's MCMC.
@@ -35,5 +38,7 @@ def chain_bar(total: int, description: str, show: bool = True, done: int = 0) ->
                 log = {"loss": f"{-float(log.pop('loglik')):.3e}", **log}
             bar.set_postfix(log, refresh=False)
             bar.update()
+            if on_step is not None:
+                on_step()
 
         yield hook

@@ -51,11 +51,9 @@ class LiFTMethod:
         check_choice("ablation", self.ablation, ["none", "reg", "noise"])
 
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LiFTState:
-        """Run the chain; ``on_step`` is called once, at its end, for Pyro's loop has no place for it."""
+        """Run the chain; ``on_step`` is called after each transition."""
         lift = LiFT(self.adapter, settings=self.chain_settings(), adapt=self.adapt_settings(), seed=self.budget.seed)
-        prior = lift.meta_train(tasks, progress=False)
-        if on_step is not None:
-            on_step()
+        prior = lift.meta_train(tasks, progress=False, on_step=on_step)
         return LiFTState(prior, self.budget.warm_up + self.budget.visits)
 
     def chain_settings(self) -> LiFTSettings:

@@ -130,10 +130,10 @@ def digit_family(
     seed: int = 0,
     *,
     num_train: int = 24,
-    num_dev: int = 4,
+    num_dev: int = 6,
     num_test: int = 12,
-    train_rows: int = 40,
-    adapt_rows: int = 30,
+    train_rows: int = 25,
+    adapt_rows: int = 25,
     test_rows: int = 250,
 ) -> DigitFamily:
     """A family of tasks, a function of the seed alone.

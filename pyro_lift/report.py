@@ -1,0 +1,146 @@
+"""What a comparison of methods shows: one table, and the pictures beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pyro_lift.bench.records import Record, format_table
+from pyro_lift.figures import COLOURS, new_figure, save_figure
+from pyro_lift.metrics import expected_calibration_error, paired_test, reliability
+
+if TYPE_CHECKING:
+    from pyro_lift.data.digits import DigitFamily
+    from pyro_lift.demo import Judged
+
+__all__ = ["comparison", "draw_mixture", "draw_reliability", "draw_scores", "draw_tasks", "draw_traces"]
+
+MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
+
+
+def comparison(records: Sequence[Record], methods: Sequence[str], reference: str) -> str:
+    """Each method's mean ± standard deviation over seeds, and the paired p-values of its gap to ``reference``.
+
+    The standard deviation is that of the seeds' means over tasks; the test is Student's, paired over seeds and tasks.
+    """
+    header = ["method", *(f"{name}" for name in MEASURES.values()), *(f"p ({name})" for name in MEASURES.values())]
+    base = {key: _paired(records, reference, key) for key in MEASURES}
+    rows = []
+    for method in methods:
+        cells: list[str] = []
+        for key in MEASURES:
+            by_seed = _seed_means(records, method, key)
+            spread = f" ± {np.std(by_seed, ddof=1):.3f}" if len(by_seed) > 1 else ""
+            cells.append(f"{np.mean(by_seed):.3f}{spread}")
+        for key in MEASURES:
+            mine = _paired(records, method, key)
+            cells.append("" if method == reference else f"{paired_test(mine, base[key]).p_value:.1e}")
+        rows.append([method, *cells])
+    seeds, tasks = {r["seed"] for r in records}, {r["task"] for r in records}
+    note = (
+        f"{len(seeds)} seeds x {len(tasks)} unseen tasks; mean ± sd over seeds; p: paired t-test against {reference}."
+    )
+    return f"{format_table(header, rows)}\n{note}"
+
+
+def _paired(records: Sequence[Record], method: str, key: str) -> list[float]:
+    """A method's values in one order for all methods."""
+    mine = {(r["seed"], r["task"]): float(r[key]) for r in records if r["method"] == method}
+    return [mine[pair] for pair in sorted(mine)]
+
+
+def _seed_means(records: Sequence[Record], method: str, key: str) -> list[float]:
+    mine = [r for r in records if r["method"] == method]
+    return [float(np.mean([r[key] for r in mine if r["seed"] == seed])) for seed in sorted({r["seed"] for r in mine})]
+
+
+def draw_scores(records: Sequence[Record], methods: Sequence[str], path: Path) -> None:
+    """Each measure by method: a dot a seed, a bar at the mean."""
+    figure, axes = new_figure(1, len(MEASURES), width=9.0, height=2.8, sharey=True)
+    for ax, (key, name) in zip(axes, MEASURES.items(), strict=True):
+        for row, method in enumerate(methods):
+            values = _seed_means(records, method, key)
+            colour = COLOURS[row]
+            ax.plot(values, [row] * len(values), "o", color=colour, alpha=0.6, markersize=5)
+            ax.plot([np.mean(values)] * 2, [row - 0.25, row + 0.25], color=colour, linewidth=2.5)
+        ax.set(title=f"{name} ({'higher' if key == 'accuracy' else 'lower'} is better)", xlabel=name)
+        ax.set_ylim(len(methods) - 0.5, -0.5)
+    axes[0].set_yticks(range(len(methods)), methods)
+    save_figure(figure, path)
+
+
+def draw_reliability(found: Sequence[Judged], methods: Sequence[str], path: Path) -> None:
+    """Share of right answers against confidence; all tasks and seeds of a method together."""
+    figure, axes = new_figure(1, len(methods), width=2.7 * len(methods), height=3.1, sharey=True)
+    for k, (ax, method) in enumerate(zip(axes, methods, strict=True)):
+        mine = [one for one in found if one.method == method]
+        p, y = torch.cat([one.probabilities for one in mine]), torch.cat([one.target for one in mine])
+        cases, confidence, right = reliability(p, y, bins=10)
+        filled = cases > 0
+        ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--")
+        size = 8.0 + 160.0 * cases[filled] / cases.sum()
+        ax.scatter(confidence[filled], right[filled], s=size, color=COLOURS[k], zorder=3)
+        ax.plot(confidence[filled], right[filled], color=COLOURS[k], linewidth=1)
+        ax.set(title=f"{method}\nECE {expected_calibration_error(p, y):.3f}", xlabel="confidence", aspect="equal")
+        ax.set(xlim=(0, 1), ylim=(0, 1))
+    axes[0].set_ylabel("share right")
+    save_figure(figure, path)
+
+
+def draw_tasks(family: DigitFamily, path: Path, tasks: int = 6, images: int = 10) -> None:
+    """The first labelled images of some tasks, a row each."""
+    shown = [*family.train[: tasks // 2], *family.test[: tasks - tasks // 2]]
+    figure, axes = new_figure(len(shown), images, width=8.0, height=0.95 * len(shown))
+    for row, task in zip(axes, shown, strict=True):
+        pictures, labels = task.train.positional[0], task.train.target
+        for k, ax in enumerate(row):
+            ax.imshow(pictures[k, 0], cmap="gray", vmin=-0.2, vmax=1.2)
+            ax.set_title(str(int(labels[k])), fontsize=8, pad=2)
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        row[0].set_ylabel(task.name, fontsize=8, rotation=0, ha="right", va="center")
+    save_figure(figure, path)
+
+
+def draw_mixture(report: Mapping[str, Any], path: Path) -> None:
+    """The components' shares of the draws, and how far apart they stand."""
+    figure, (left, right) = new_figure(1, 2, width=7.2, height=3.2)
+    counts, separation = np.array(report["n"]), np.array(report["separation"])
+    names = [str(j + 1) for j in range(len(counts))]
+    left.bar(names, counts / counts.sum(), color=COLOURS[0], width=0.6)
+    left.set(xlabel="component", ylabel="weight", title=f"mixture over φ, {report['seen']} draws")
+    image = right.imshow(separation, cmap="viridis", vmin=0.0)
+    right.set(xticks=range(len(names)), yticks=range(len(names)), title="distance of means, in typical radii")
+    right.set_xticklabels(names)
+    right.set_yticklabels(names)
+    for i, j in np.ndindex(separation.shape):
+        bright = separation[i, j] < 0.6 * separation.max()
+        right.text(j, i, f"{separation[i, j]:.2f}", ha="center", va="center", color="white" if bright else "black")
+    right.spines[:].set_visible(False)
+    figure.colorbar(image, ax=right, shrink=0.8)
+    save_figure(figure, path)
+
+
+def draw_traces(data: Any, path: Path, coordinates: int = 3) -> None:
+    """Projections of phi, norms of its modules, and the tasks' log likelihood along the chain."""
+    posterior, stats = data["posterior"], data["sample_stats"]
+    projection, norm = posterior["phi_projection"].values[0], posterior["phi_norm"].values[0]
+    names = [str(name) for name in posterior["phi_module"].values]
+    figure, axes = new_figure(3, 1, width=7.2, height=6.0, sharex=True)
+    for k in range(min(coordinates, projection.shape[-1])):
+        axes[0].plot(projection[:, k], linewidth=0.9, label=f"projection {k + 1}")
+    axes[0].set(ylabel="projection of φ", title="the chain over φ, after warm-up and burn-in")
+    for k in np.argsort(-norm.mean(0))[:coordinates]:
+        axes[1].plot(norm[:, k], linewidth=0.9, label=names[k].removeprefix("base_model.model."))
+    axes[1].set_ylabel("norm of a module's φ")
+    axes[2].plot(stats["log_likelihood"].values[0], linewidth=0.7)
+    axes[2].set(ylabel="log likelihood of the\nvisited task", xlabel="draw")
+    for ax in axes[:2]:
+        ax.legend(frameon=False, fontsize=8, ncols=coordinates, loc="upper center", bbox_to_anchor=(0.5, 1.0))
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.25 * (high - low))
+    save_figure(figure, path)
