@@ -1,0 +1,101 @@
+"""The demo in its short form: what it writes, what it counts, and that its comparison is fair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import ttest_rel
+
+from pyro_lift import demo, report
+from pyro_lift.demo import CHOSEN, GRIDS, METHODS, Cell, DemoSettings
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, object]]]:
+    out = tmp_path_factory.mktemp("demo")
+    return out, demo.run(DemoSettings.smoke(), out, progress=False)
+
+
+def test_it_writes_a_record_per_method_seed_and_task(finished: tuple[Path, list[dict[str, object]]]) -> None:
+    out, records = finished
+    assert json.loads((out / "results.json").read_text()) == records
+    assert [r["method"] for r in records] == [m for m in METHODS for _ in range(4)]
+    assert len({(r["method"], r["seed"], r["task"]) for r in records}) == len(records) == 16
+    for record in records:
+        assert 0.0 <= float(str(record["accuracy"])) <= 1.0
+        assert float(str(record["nll"])) > 0.0
+
+
+def test_it_writes_the_chain_the_prior_and_the_pictures(finished: tuple[Path, list[dict[str, object]]]) -> None:
+    import arviz as az
+
+    out, _ = finished
+    pictures = {"mixture.png", "reliability.png", "scores.png", "tasks.png", "traces.png"}
+    assert pictures <= {path.name for path in out.iterdir()}
+    data = az.from_netcdf(str(out / "chain.nc"))
+    draws = 24 - 24 // 3
+    assert data["posterior"]["phi_projection"].shape[:2] == (1, draws)
+    assert data["sample_stats"]["log_likelihood"].shape == (1, draws)
+
+
+def test_it_gives_the_same_numbers_again_and_in_other_processes(
+    finished: tuple[Path, list[dict[str, object]]], tmp_path: Path
+) -> None:
+    _, records = finished
+    settings = DemoSettings.smoke()
+    cells = [Cell("lift", 0, CHOSEN["lift"]), Cell("union-train", 0, CHOSEN["union-train"])]
+    from dataclasses import replace
+
+    found = demo.run_cells(replace(settings, workers=2), cells, description="", progress=False)
+    again = [one.record() for cell in found for one in cell]
+    assert sorted(again, key=str) == sorted((r for r in records if r["seed"] == 0 and r in again), key=str)
+    assert len(again) == 6
+
+
+@pytest.mark.parametrize("group", sorted(GRIDS))
+def test_the_bar_ends_where_it_said(group: demo.Group) -> None:
+    settings = DemoSettings.smoke()
+    counted: list[int] = []
+    cell = Cell(group, 0, CHOSEN[group])
+    demo.run_cell(settings, cell, counted.append)
+    assert sum(counted) == demo.steps_of(settings, cell)
+
+
+def test_every_method_is_tuned_alike_and_spends_alike() -> None:
+    assert {len(grid) for grid in GRIDS.values()} == {12}
+    assert all(CHOSEN[group] in grid for group, grid in GRIDS.items())
+    settings = DemoSettings()
+    adapter = demo.demo_adapter(settings, 0)
+    budgets = [demo.method_of(settings, Cell(group, 0, CHOSEN[group]), adapter).budget for group in GRIDS]
+    for name in ("steps", "draws", "batch_size", "seed"):
+        assert len({getattr(budget, name) for budget in budgets}) == 1, name
+
+
+def test_the_table_holds_means_and_paired_p_values() -> None:
+    generator = torch.Generator().manual_seed(0)
+    records = [
+        {
+            "method": method,
+            "seed": seed,
+            "task": task,
+            **{key: float(torch.rand((), generator=generator)) for key in ("accuracy", "nll", "ece")},
+        }
+        for method in ("a", "b")
+        for task in ("x", "y")
+        for seed in range(4)
+    ]
+    table = report.comparison(records, ("a", "b"), "b").splitlines()
+    by = {m: sorted((r["seed"], r["task"], r["nll"]) for r in records if r["method"] == m) for m in "ab"}
+    p = ttest_rel([v for *_, v in by["a"]], [v for *_, v in by["b"]]).pvalue
+    assert f"{p:.1e}" in table[2]
+    mean = sum(v for *_, v in by["a"]) / 8
+    assert f"{mean:.3f} ±" in table[2]
+    assert "p (" in table[0] and table[3].startswith("b")
+
+
+def test_an_impossible_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="seeds=0"):
+        DemoSettings(seeds=0)

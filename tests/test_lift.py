@@ -1,0 +1,177 @@
+"""The front door against closed forms, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_lift import DivergedError, LiFT, LiFTSettings, RandomAdapter, Task
+from pyro_lift.models.linear_gaussian import Gaussian, LinearGaussian, fit, gaussian_kl
+
+
+class Line(nn.Module):
+    """x -> x @ w: with w for an adapter, the front door samples the toy of Appendix A, whose posterior is known."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.frozen = nn.Parameter(torch.zeros(1, dtype=torch.float64), requires_grad=False)
+        self.w = nn.Parameter(torch.full((dim, 1), 0.1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w + self.frozen
+
+
+def toy_tasks(toy: LinearGaussian) -> list[Task]:
+    pairs = zip(toy.x, toy.y, strict=True)
+    return [Task(f"t{i}", (x, y.unsqueeze(-1)), kind="regression") for i, (x, y) in enumerate(pairs)]
+
+
+def toy_lift(toy: LinearGaussian, **options: object) -> LiFT:
+    settings: dict[str, object] = {
+        "beta": toy.beta,
+        "sigma": toy.sigma,
+        "noise_scale": toy.alpha,
+        "prior_mean": "zero",
+        "preconditioner": "none",
+        "learning_rate": 0.0025,
+        "batch_size": toy.num_data,
+        "sgd_steps": 0,
+        "burn_in": 200,
+        "samples": 4_000,
+    }
+    return LiFT(RandomAdapter(Line(toy.dim)), seed=0, **{**settings, **options})
+
+
+def test_meta_training_finds_the_exact_posterior_of_the_toy() -> None:
+    toy = LinearGaussian(10, seed=0)
+    prior = toy_lift(toy).meta_train(toy_tasks(toy), progress=False)
+    exact, found = toy.posterior(), prior.mixture.get()
+    mean, variance = found.component_distribution.mean[0], found.component_distribution.variance[0]
+    # The kernel alone reaches 0.004 at this length; the mixture's covariance is diagonal, as the toy's nearly is.
+    assert gaussian_kl(Gaussian(mean, torch.diag(variance)), exact) < 0.04
+
+
+def test_adaptation_draws_from_the_exact_posterior_of_the_new_task() -> None:
+    toy = LinearGaussian(11, seed=1)
+    tasks = toy_tasks(toy)
+    prior = toy_lift(toy, samples=500).meta_train(tasks[:10], progress=False)
+    component = prior.mixture.get().component_distribution
+    x, y = toy.x[10], toy.y[10]
+    spread = component.variance[0] + toy.beta**2
+    precision = x.T @ x / toy.alpha**2 + torch.diag(1.0 / spread)
+    mean = torch.linalg.solve(precision, x.T @ y / toy.alpha**2 + component.mean[0] / spread)
+    posterior = prior.adapt(tasks[10], steps=4_000, draws=2_000, learning_rate=1e-3, batch_size=toy.num_data)
+    assert gaussian_kl(fit(posterior.thetas), Gaussian(mean, torch.linalg.inv(precision))) < 0.05
+    # Predictions are averages over draws, so a linear model predicts at the mean of its draws.
+    torch.testing.assert_close(posterior.predict(x).squeeze(-1), x @ posterior.thetas.mean(0))
+
+
+def test_a_seed_fixes_everything() -> None:
+    toy = LinearGaussian(5, seed=0)
+    first, again = (toy_lift(toy, samples=50).meta_train(toy_tasks(toy), progress=False) for _ in range(2))
+    assert torch.equal(first.mixture.get().component_distribution.mean, again.mixture.get().component_distribution.mean)
+    one, two = (first.adapt(toy_tasks(toy)[0], steps=20, draws=5) for _ in range(2))
+    assert torch.equal(one.thetas, two.thetas)
+    other = first.adapt(toy_tasks(toy)[0], steps=20, draws=5, seed=7)
+    assert not torch.equal(one.thetas, other.thetas)
+
+
+def test_one_chain_gives_a_prior_for_each_number_of_components() -> None:
+    toy = LinearGaussian(5, seed=0)
+    priors = toy_lift(toy, samples=400).meta_train_many(toy_tasks(toy), [1, 2], progress=False)
+    assert [p.mixture.components for p in priors] == [1, 2]
+    means = [p.mixture.get().mean for p in priors]
+    torch.testing.assert_close(means[0], means[1], atol=0.1, rtol=0)
+
+
+def test_steps_are_counted() -> None:
+    toy = LinearGaussian(5, seed=0)
+    steps: list[int] = []
+    lift = toy_lift(toy, samples=30, burn_in=10, sgd_steps=5)
+    lift.meta_train(toy_tasks(toy), progress=False, on_step=lambda: steps.append(1))
+    assert len(steps) == 45
+
+
+def classifier() -> RandomAdapter:
+    import peft
+
+    from pyro_lift.models.backbones import adapt_backbone
+
+    return adapt_backbone(nn.Sequential(nn.Linear(2, 3)), peft.LoraConfig(r=1, target_modules=["0"]))
+
+
+def test_a_label_outside_the_heads_range_is_refused_before_training() -> None:
+    tasks = [Task("ok", (torch.randn(4, 2), torch.tensor([0, 1, 2, 0])), num_classes=3)]
+    tasks.append(Task("wide", (torch.randn(4, 2), torch.tensor([0, 1, 2, 4])), num_classes=5))
+    with pytest.raises(ValueError, match=r"'wide': labels up to 4 .* 0 \.\. 2"):
+        LiFT(classifier()).meta_train(tasks, progress=False)
+
+
+def test_a_label_outside_the_tasks_own_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match="4"):
+        Task("wrong", (torch.randn(4, 2), torch.tensor([0, 1, 2, 4])), num_classes=3)
+
+
+def test_no_task_and_no_data_are_refused() -> None:
+    with pytest.raises(ValueError, match="tasks is empty"):
+        LiFT(classifier()).meta_train([], progress=False)
+    with pytest.raises(ValueError, match="bare"):
+        Task("bare", (torch.randn(0, 2), torch.zeros(0, dtype=torch.long)), num_classes=3)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_task_and_keeps_the_state() -> None:
+    toy = LinearGaussian(5, seed=0)
+    tasks = toy_tasks(toy)
+    spoiled = tasks[3].train.positional[0].clone()
+    spoiled[0, 0] = 1e200  # finite, but its square is not
+    tasks[3] = Task("spoiled", (spoiled, tasks[3].train.target), kind="regression")
+    lift = toy_lift(toy, samples=30)
+    with pytest.raises(DivergedError, match=r"step 3, task 3.*(inf|nan)") as caught:
+        lift.meta_train(tasks, progress=False)
+    assert (caught.value.step, caught.value.tasks) == (3, (3,))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bta": 0.1}, "did you mean 'beta'"),
+        ({"beta": 0.0}, "beta=0.0"),
+        ({"sigma": -1.0}, "sigma=-1.0"),
+        ({"components": 0}, "components=0"),
+        ({"samples": 0}, "samples=0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"temperature": -0.5}, "temperature=-0.5"),
+        ({"preconditioner": "rmsprop"}, "did you mean 'rms'"),
+        ({"covariance": "full"}, "covariance='full'"),
+    ],
+)
+def test_wrong_settings_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LiFT(classifier(), **options)
+
+
+def test_wrong_adaptation_settings_are_refused() -> None:
+    toy = LinearGaussian(5, seed=0)
+    prior = toy_lift(toy, samples=20).meta_train(toy_tasks(toy), progress=False)
+    with pytest.raises(ValueError, match="did you mean 'steps'"):
+        prior.adapt(toy_tasks(toy)[0], step=5)
+    with pytest.raises(ValueError, match="need 40 steps"):
+        prior.adapt(toy_tasks(toy)[0], steps=30, draws=20)
+    with pytest.raises(TypeError, match="sgd_steps='5'"):
+        LiFTSettings(sgd_steps="5")  # type: ignore[arg-type]
+
+
+def test_a_plain_network_needs_an_adapter() -> None:
+    with pytest.raises(ValueError, match="all .* weights of the backbone are trainable"):
+        RandomAdapter(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="no trainable tensor"):
+        RandomAdapter(nn.Linear(2, 2).requires_grad_(False))
+
+
+@pytest.mark.gpu
+def test_the_front_door_runs_on_cuda() -> None:
+    tasks = [Task(f"t{i}", (torch.randn(8, 2), torch.arange(8) % 3), num_classes=3) for i in range(3)]
+    lift = LiFT(classifier(), device="cuda", sgd_steps=5, burn_in=5, samples=20, seed=0)
+    posterior = lift.meta_train(tasks, progress=False).adapt(tasks[0], steps=20, draws=5)
+    assert posterior.predict(torch.randn(2, 2)).device.type == "cuda"
