@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from pyro_lift import demo, report
+from pyro_lift import LiFTPrior, demo, report
+from pyro_lift.data.digits import digit_backbone
 from pyro_lift.demo import CHOSEN, GRIDS, METHODS, Cell, DemoSettings
 
 
@@ -33,6 +34,8 @@ def test_it_writes_the_chain_the_prior_and_the_pictures(finished: tuple[Path, li
     import arviz as az
 
     out, _ = finished
+    prior = LiFTPrior.from_pretrained(out / "prior", digit_backbone())
+    assert prior.mixture.components == 3
     pictures = {"mixture.png", "reliability.png", "scores.png", "tasks.png", "traces.png"}
     assert pictures <= {path.name for path in out.iterdir()}
     data = az.from_netcdf(str(out / "chain.nc"))
