@@ -75,18 +75,18 @@ GRIDS: dict[Group, list[Choice]] = {
         Choice(rate) for rate in (5e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 4e-2, 8e-2)
     ],
     "union-train": [
-        Choice(rate, meta, share) for rate, meta, share in product((1e-3, 2e-3, 4e-3), (3e-3, 6e-3), (1.0, 0.5))
+        Choice(rate, meta, share) for rate, meta, share in product((5e-4, 1e-3, 2e-3), (6e-3, 1e-2), (1.0, 0.5))
     ],
     "lift": [
-        Choice(rate, beta=beta, n_inflate=power)
-        for rate, beta, power in product((2e-3, 4e-3, 8e-3), (0.02, 0.04), (1.0, 3.0))
+        Choice(rate, meta, n_inflate=power)
+        for rate, meta, power in product((2e-3, 4e-3, 8e-3), (6e-3, 1e-2), (1.0, 3.0))
     ],
 }
 #: What ``pyro-lift demo --tune`` chose.
 CHOSEN: dict[Group, Choice] = {
-    "no-meta-train": Choice(1.6e-2),
-    "union-train": Choice(2e-3),
-    "lift": Choice(4e-3, beta=0.04, n_inflate=3.0),
+    "no-meta-train": Choice(2.4e-2),
+    "union-train": Choice(5e-4, 6e-3),
+    "lift": Choice(8e-3, 1e-2, n_inflate=3.0),
 }
 
 

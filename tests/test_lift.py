@@ -163,7 +163,7 @@ def test_wrong_adaptation_settings_are_refused() -> None:
 
 
 def test_a_plain_network_needs_an_adapter() -> None:
-    with pytest.raises(ValueError, match="all .* weights of the backbone are trainable"):
+    with pytest.raises(ValueError, match=r"all .* weights of the backbone are trainable"):
         RandomAdapter(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no trainable tensor"):
         RandomAdapter(nn.Linear(2, 2).requires_grad_(False))
