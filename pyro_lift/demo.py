@@ -75,18 +75,18 @@ GRIDS: dict[Group, list[Choice]] = {
         Choice(rate) for rate in (5e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 4e-2, 8e-2)
     ],
     "union-train": [
-        Choice(rate, meta, share) for rate, meta, share in product((5e-4, 1e-3, 2e-3), (6e-3, 1e-2), (1.0, 0.5))
+        Choice(rate, meta, share) for rate, meta, share in product((2.5e-4, 5e-4, 1e-3), (3e-3, 6e-3), (1.0, 0.65))
     ],
     "lift": [
-        Choice(rate, meta, n_inflate=power)
-        for rate, meta, power in product((2e-3, 4e-3, 8e-3), (6e-3, 1e-2), (1.0, 3.0))
+        Choice(rate, meta, beta=beta, n_inflate=3.0)
+        for rate, meta, beta in product((2e-3, 4e-3), (3e-3, 6e-3), (0.03, 0.04, 0.05))
     ],
 }
 #: What ``pyro-lift demo --tune`` chose.
 CHOSEN: dict[Group, Choice] = {
-    "no-meta-train": Choice(2.4e-2),
-    "union-train": Choice(5e-4, 6e-3),
-    "lift": Choice(8e-3, 1e-2, n_inflate=3.0),
+    "no-meta-train": Choice(1.6e-2),
+    "union-train": Choice(2.5e-4, 6e-3),
+    "lift": Choice(4e-3, 6e-3, beta=0.03, n_inflate=3.0),
 }
 
 
@@ -95,11 +95,11 @@ class DemoSettings:
     """Sizes of the experiment; what was tuned is in :data:`CHOSEN`."""
 
     seeds: int = field(default=5, metadata={"help": "families of tasks, each with its own chains"})
-    warm_up: int = field(default=700, metadata={"help": "meta-training gradients of joint training"})
-    visits: int = field(default=300, metadata={"help": "meta-training gradients after it"})
-    steps: int = field(default=40, metadata={"help": "adaptation steps on a new task"})
-    draws: int = field(default=10, metadata={"help": "networks that a prediction averages over"})
-    batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
+    warm_up: int = field(default=1_300, metadata={"help": "meta-training gradients of joint training"})
+    visits: int = field(default=100, metadata={"help": "meta-training gradients after it"})
+    steps: int = field(default=100, metadata={"help": "adaptation steps on a new task"})
+    draws: int = field(default=5, metadata={"help": "networks that a prediction averages over"})
+    batch_size: int = field(default=8, metadata={"help": "rows of a minibatch"})
     rank: int = field(default=4, metadata={"help": "of the adapter"})
     num_train: int = field(default=24, metadata={"help": "tasks to meta-train on"})
     num_test: int = field(default=8, metadata={"help": "tasks to be judged by"})

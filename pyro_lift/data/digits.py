@@ -134,7 +134,7 @@ def digit_family(
     num_test: int = 12,
     train_rows: int = 25,
     adapt_rows: int = 25,
-    test_rows: int = 250,
+    test_rows: int = 600,
 ) -> DigitFamily:
     """A family of tasks, a function of the seed alone.
 
@@ -145,7 +145,7 @@ def digit_family(
         num_test: tasks to be judged by; no scanner stands in two of the three lists.
         train_rows: labelled images of a meta-training task.
         adapt_rows: labelled images of a dev or test task.
-        test_rows: images a dev or test task is judged by, at most half of all.
+        test_rows: images a dev or test task is judged by, at most 898.
     """
     generator = torch.Generator().manual_seed(seed)
     train_pool, test_pool = digit_images("train"), digit_images("test")
