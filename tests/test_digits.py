@@ -25,7 +25,7 @@ def test_tasks_take_their_rows_from_the_right_half() -> None:
     assert (len(family.train), len(family.dev), len(family.test)) == (24, 6, 12)
     assert all(task.test is None for task in family.train)
     assert all(len(task.train) == 25 for task in [*family.train, *family.test])
-    assert all(task.test is not None and len(task.test) == 600 for task in family.test)
+    assert all(task.test is not None and len(task.test) == 300 for task in family.test)
     assert len(set(family.scanners.values())) == len(family.scanners) == 42
 
 

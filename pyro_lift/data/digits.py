@@ -134,7 +134,7 @@ def digit_family(
     num_test: int = 12,
     train_rows: int = 25,
     adapt_rows: int = 25,
-    test_rows: int = 600,
+    test_rows: int = 300,
 ) -> DigitFamily:
     """A family of tasks, a function of the seed alone.
 
