@@ -75,7 +75,7 @@ def draw_scores(records: Sequence[Record], methods: Sequence[str], path: Path) -
 
 def draw_reliability(found: Sequence[Judged], methods: Sequence[str], path: Path) -> None:
     """Share of right answers against confidence; all tasks and seeds of a method together."""
-    figure, axes = new_figure(1, len(methods), width=2.7 * len(methods), height=3.1, sharey=True)
+    figure, axes = new_figure(1, len(methods), width=2.7 * len(methods), height=3.6, sharey=True)
     for k, (ax, method) in enumerate(zip(axes, methods, strict=True)):
         mine = [one for one in found if one.method == method]
         p, y = torch.cat([one.probabilities for one in mine]), torch.cat([one.target for one in mine])
