@@ -11,7 +11,11 @@ from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
 
-__all__ = ["ProjectedTrace", "project", "projection"]
+__all__ = ["ProjectedTrace", "project", "projection", "signs", "sketched"]
+
+
+#: From this many coordinates on each falls into one projection only, and a projection costs one pass over the vector.
+SPARSE_FROM = 50_000
 
 
 def projection(dim: int, coordinates: int, seed: int = 0) -> Tensor:
@@ -24,10 +28,40 @@ def projection(dim: int, coordinates: int, seed: int = 0) -> Tensor:
     return torch.randn(dim, coordinates, generator=generator) / math.sqrt(dim)
 
 
+def signs(dim: int, coordinates: int, seed: int = 0) -> Tensor:
+    """Random signs ``[ceil(D / M)]``, one for M neighbouring coordinates, each of which goes to another projection."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (-(-dim // coordinates),), generator=generator).float() * 2.0 - 1.0
+
+
 def project(value: Tensor, coordinates: int, seed: int = 0) -> Tensor:
-    """Projections ``[..., M]`` of vectors ``[..., D]``."""
-    matrix = projection(value.shape[-1], coordinates, seed)
-    return value @ matrix.to(value)
+    r"""Projections ``[..., M]`` of vectors ``[..., D]``.
+
+    Short vectors are multiplied by :func:`projection`. Long ones are sketched: coordinate :math:`rM + j` goes to
+    projection j with the sign of row r,
+
+    .. math:: P_j = \sqrt{M/D}\, \sum_r s_r\, x_{rM + j},
+
+    which has, on average over signs, the mean variance of its coordinates again: one pass over the vector, where the
+    dense matrix is 32 times as long as the vector and read at every draw.
+    """
+    D = value.shape[-1]
+    if D < SPARSE_FROM:
+        return value @ projection(D, coordinates, seed).to(value)
+    return sketched(value, coordinates, signs(D, coordinates, seed).to(value))
+
+
+def sketched(value: Tensor, coordinates: int, sign: Tensor) -> Tensor:
+    """The sketch of :func:`project`, with its signs at hand."""
+    D = value.shape[-1]
+    whole = D // coordinates
+    table = value[..., : whole * coordinates].unflatten(-1, (whole, coordinates))
+    found: Tensor = (table.mT @ sign[:whole].unsqueeze(-1)).squeeze(-1)
+    rest = value[..., whole * coordinates :]
+    if rest.shape[-1]:
+        found = found + sign[-1] * torch.nn.functional.pad(rest, (0, coordinates - rest.shape[-1]))
+    scaled: Tensor = found * math.sqrt(coordinates / D)
+    return scaled
 
 
 class ProjectedTrace(StreamingStats):
@@ -51,8 +85,11 @@ class ProjectedTrace(StreamingStats):
         """Add one draw, flattened."""
         flat = sample.detach().reshape(-1)
         if self._matrix is None:
-            self._matrix = projection(flat.numel(), self.coordinates, self.seed).to(flat)
-        self.projections.append((flat @ self._matrix).cpu())
+            make = projection if flat.numel() < SPARSE_FROM else signs
+            self._matrix = make(flat.numel(), self.coordinates, self.seed).to(flat)
+        dense = self._matrix.dim() == 2
+        found = flat @ self._matrix if dense else sketched(flat, self.coordinates, self._matrix)
+        self.projections.append(found.cpu())
         norms = {"all": flat.norm()} if self.adapter is None else self.adapter.norms(flat)
         self.norms.append(torch.stack(list(norms.values())).cpu())
 

@@ -1,0 +1,62 @@
+"""Cells of a sweep: each once, whoever runs them, and again only where nothing was finished."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyro_lift.sweep import Cell, grid, results, run_cells, write_manifest
+
+
+def square(x: int, log: str) -> dict[str, Any]:
+    with open(log, "a") as file:
+        file.write(f"{x}\n")
+    return {"x": x, "square": x * x}
+
+
+def _worker(folder: str) -> None:
+    run_cells(Path(folder), square)
+
+
+def test_each_cell_is_run_once_by_several_processes(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    write_manifest(tmp_path, grid(x=list(range(12)), log=[str(log)]))
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_worker, args=(str(tmp_path),)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert sorted(map(int, log.read_text().split())) == list(range(12))
+    assert [r["square"] for r in results(tmp_path).values()] == [x * x for x in range(12)]
+    assert run_cells(tmp_path, square) == [] and not list(tmp_path.glob("*.claim"))
+
+
+def test_a_cell_that_fails_is_free_again_and_the_others_stay_done(tmp_path: Path) -> None:
+    write_manifest(tmp_path, grid(x=[1, 2, 3]))
+
+    def fails_at_two(x: int) -> int:
+        if x == 2:
+            raise RuntimeError("two")
+        return x
+
+    with pytest.raises(RuntimeError, match="two"):
+        run_cells(tmp_path, fails_at_two)
+    assert results(tmp_path) == {"1": 1}
+    assert run_cells(tmp_path, lambda x: x) == ["2", "3"]
+
+
+def test_what_a_dead_process_claimed_is_taken_on_request_only(tmp_path: Path) -> None:
+    write_manifest(tmp_path, grid(x=[1, 2]))
+    (tmp_path / "1.claim").write_text("999999")
+    assert run_cells(tmp_path, lambda x: x) == ["2"]
+    assert run_cells(tmp_path, lambda x: x, retry=True) == ["1"]
+
+
+def test_names_are_files_and_unique(tmp_path: Path) -> None:
+    assert [cell.name for cell in grid(split=["a/b"], rate=[1e-3])] == ["a_b-0.001"]
+    with pytest.raises(ValueError, match="two cells are named 'a'"):
+        write_manifest(tmp_path, [Cell("a", {}), Cell("a", {"x": 1})])
