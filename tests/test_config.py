@@ -34,7 +34,7 @@ def test_a_file_is_read_into_frozen_dataclasses_with_their_defaults(tmp_path: Pa
     [
         (BACKBONE + "[samplr]\n", r"run.toml: unknown key 'samplr'; did you mean 'sampler'\?"),
         (BACKBONE + "[sampler]\nbetta = 1\n", r"run.toml: sampler: unknown key 'betta'; did you mean 'beta'\?"),
-        (BACKBONE + "[output]\nzzz = 1\n", r"unknown key 'zzz'; known are: folder, seed, device\."),
+        (BACKBONE + "[output]\nzzz = 1\n", r"unknown key 'zzz'; known are: folder, seed, device, checkpoint_every\."),
         (BACKBONE + "[sampler]\nbeta = -1\n", r"sampler: beta=-1.0: expected a finite number above 0"),
         (BACKBONE + "[sampler]\nsamples = 1.5\n", r"samples = 1.5: expected a whole number\."),
         (BACKBONE + "[sampler]\nhead_scale = true\n", r"head_scale = True: expected a number\."),
