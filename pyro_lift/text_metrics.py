@@ -78,7 +78,7 @@ def rouge_l(predictions: Sequence[str], references: References) -> float:
     """Mean ROUGE-L F with the best reference, by rouge-score without stemming.
 
     0 for a prediction that is empty once punctuation is taken off. CrossFit's own figures come from the package
-    `rouge`, which splits at blanks and full stops and keeps letter case: they differ in the third digit or so.
+    `rouge`, which splits at blanks and full stops and keeps letter case, so they are not the same numbers.
     """
     scorer = _rouge_scorer()
 

@@ -35,7 +35,8 @@ _INNER = [
 _EPISODE = [c._replace(options={"tasks_per_step": 2}) for c in _META]
 _LIFT = [Choice(rate, rate, lift={"beta": 0.03, "n_inflate": power}) for rate, power in product(RATES, (1.0, 3.0))]
 _LANGEVIN = [Choice(rate, rate, {"n_inflate": power}) for rate, power in product(RATES, (1.0, 3.0))]
-#: Four settings for each group of methods that are tuned as one; the adaptation rates are the same for all.
+#: Four settings for each group of methods that are tuned as one. The adaptation rates are the
+#: same for all but No Meta Train, which has nothing else to tune and gets four rates of a wider range.
 GRIDS: dict[str, list[Choice]] = {
     "no-meta-train": _ONLY,
     "union-train": _META,
