@@ -18,36 +18,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_lift.inference.row_list import RowList
+
 __all__ = ["DiskStore", "HostStore"]
 
 
-class HostStore:
-    """Rows in host memory, pinned where there is a CUDA device; given back on the device they were written from.
-
-    Args:
-        num_tasks: N.
-    """
+class HostStore(RowList):
+    """Rows in host memory, pinned where there is a CUDA device; given back on the device they were written from."""
 
     def __init__(self, num_tasks: int) -> None:
-        self._rows: list[Tensor | None] = [None] * num_tasks
+        super().__init__(num_tasks)
         self._device = torch.device("cpu")
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __repr__(self) -> str:
-        return f"HostStore(num_tasks={len(self)}, written={sum(1 for _ in self.tasks())})"
 
     def read(self, tasks: Sequence[int]) -> list[Tensor]:
         """Copies of the rows of these tasks, in order; KeyError for one that was never written."""
-        found = []
-        for task in tasks:
-            row = self._rows[task]
-            if row is None:
-                raise KeyError(f"task {task} has no row yet.")
-            # The same stream copies back and forth, so a row is never read before it has arrived.
-            found.append(row.clone() if self._device.type == "cpu" else row.to(self._device, non_blocking=True))
-        return found
+        rows = [self._row(task) for task in tasks]
+        if self._device.type == "cpu":
+            return [row.clone() for row in rows]
+        # The same stream copies back and forth, so a row is never read before it has arrived.
+        return [row.to(self._device, non_blocking=True) for row in rows]
 
     def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
         """Replace the rows of these tasks, by copies."""
@@ -58,19 +47,6 @@ class HostStore:
                 place = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.device.type == "cuda")
                 self._rows[task] = place
             place.copy_(row.detach(), non_blocking=True)
-
-    def has(self, task: int) -> bool:
-        """Whether this task has been written."""
-        return self._rows[task] is not None
-
-    def tasks(self) -> Iterator[int]:
-        """The tasks written so far, in order."""
-        return (i for i, row in enumerate(self._rows) if row is not None)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in host memory."""
-        return sum(row.numel() * row.element_size() for row in self._rows if row is not None)
 
 
 class _Place(NamedTuple):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.disk_store import DiskStore, HostStore
+from pyro_lift.inference.row_list import RowList
 
 __all__ = ["DeviceStore", "DiskStore", "HostStore", "ReadsAhead", "ThetaStore", "free_bytes", "make_store"]
 
@@ -40,49 +41,17 @@ class ThetaStore(Protocol):
         ...
 
 
-class DeviceStore:
-    """Rows kept as tensors on the device they were written from.
-
-    Args:
-        num_tasks: N; a task index outside ``0 .. N - 1`` is an error.
-    """
-
-    def __init__(self, num_tasks: int) -> None:
-        self._rows: list[Tensor | None] = [None] * num_tasks
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __repr__(self) -> str:
-        return f"DeviceStore(num_tasks={len(self)}, written={sum(1 for _ in self.tasks())})"
+class DeviceStore(RowList):
+    """Rows kept as tensors on the device they were written from."""
 
     def read(self, tasks: Sequence[int]) -> list[Tensor]:
         """The rows of these tasks, in order; KeyError for one that was never written."""
-        rows = []
-        for task in tasks:
-            row = self._rows[task]
-            if row is None:
-                raise KeyError(f"task {task} has no row yet.")
-            rows.append(row)
-        return rows
+        return [self._row(task) for task in tasks]
 
     def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
         """Replace the rows of these tasks; the tensors are kept, not copied."""
         for task, row in zip(tasks, rows, strict=True):
             self._rows[task] = row.detach()
-
-    def has(self, task: int) -> bool:
-        """Whether this task has been written."""
-        return self._rows[task] is not None
-
-    def tasks(self) -> Iterator[int]:
-        """The tasks written so far, in order."""
-        return (i for i, row in enumerate(self._rows) if row is not None)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(row.numel() * row.element_size() for row in self._rows if row is not None)
 
 
 @runtime_checkable
