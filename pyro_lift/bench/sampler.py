@@ -274,6 +274,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes[0, column].set_title(f"N = {N} tasks")
     for row in range(2):
         axes[row, 0].set_ylabel("KL(draws || exact), nats")
-    axes[0, -1].legend(frameon=False, fontsize=8, loc="upper right")
+    shown = {name: line for axis in axes.flat for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), frameon=False, fontsize=9, ncols=4, loc="outside lower center")
     figure.suptitle("Draws of φ against its exact posterior, each update at its best stable step", fontsize=11)
     save_figure(figure, path)
