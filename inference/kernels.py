@@ -20,7 +20,8 @@ from pyro.infer.autoguide.initialization import init_to_mean
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from pyro_lift.inference import sgld, sgld_gibbs
+from pyro_lift import processes
+from pyro_lift.inference import many_processes, sgld, sgld_gibbs
 from pyro_lift.inference.accumulator import Accumulator, GradientTable, langevin_limit
 from pyro_lift.inference.chain import MCMC, StreamingMCMC
 from pyro_lift.inference.conjugate import NormalPair, depends, find_pairs
@@ -379,6 +380,9 @@ class SGLDGibbs(_Kernel):
         n_inflate: power on the likelihood.
         block_size: B, tasks per visit; None takes the plate's own ``subsample_size``.
         scan: ``"round_robin"`` or ``"random"``.
+        share: whether the processes of ``torchrun`` share each visit, every one keeping the theta of its own tasks
+            (:mod:`~pyro_lift.inference.many_processes`). The plate's ``subsample_size`` is then what one pass takes,
+            and ``block_size`` what all processes visit together; None is one pass each.
         thinning: visits per draw, after the warm-up.
         theta_steps_per_visit: SGLD steps of the block before phi moves.
         preconditioner: None or ``"rms"``: adapts in the warm-up, frozen after it, one for all tasks.
@@ -420,6 +424,7 @@ class SGLDGibbs(_Kernel):
         n_inflate: float = 1.0,
         block_size: int | None = None,
         scan: Scan = "round_robin",
+        share: bool = False,
         thinning: int = 1,
         theta_steps_per_visit: int = 1,
         preconditioner: Literal["rms"] | None = None,
@@ -452,6 +457,7 @@ class SGLDGibbs(_Kernel):
         self.plate = plate
         self.block_size = block_size
         self.scan: Scan = scan
+        self.share = share
         self.sgd_steps = sgd_steps
         self.store_kind = store
         self.check_stability = check_stability
@@ -494,14 +500,20 @@ class SGLDGibbs(_Kernel):
                 "first part of the warm-up. Raise warmup_steps or lower sgd_steps."
             )
         self._begin(warmup_steps)
+        if self.share:
+            processes.join()
+            assert self._generator is not None
+            self._generator.manual_seed(processes.from_first(self._generator.initial_seed()))
         program = self._program = Program(self.model, self.plate, args, kwargs, self.init_strategy)
         peeked, subsampled = program.peek(self._generator)
         _check_plate(self.plate, peeked)
         _refuse_discrete(peeked)
         num_tasks = peeked.plates[self.plate].size
         sequential = any(site.task is not None for site in peeked.locals.values())
-        block = self._block(num_tasks, peeked.plates[self.plate].taken, subsampled[self.plate], sequential)
-        index = torch.arange(block)
+        declared = peeked.plates[self.plate].taken
+        block = self._block(num_tasks, declared, subsampled[self.plate], sequential)
+        pass_size = min(declared, block) if self.share else block
+        index = torch.arange(pass_size)
         run = program.run(self._preset or {}, {}, index, self._generator)
         _check_block(run)
         self.transforms = {k: t for k, t in _transforms(run).items() if k in run.globals}
@@ -509,8 +521,10 @@ class SGLDGibbs(_Kernel):
         self._check_phi_update(pairs, reasons, num_tasks, block)
         start = {pair.family: run.globals[name].leaf.detach().clone() for name, pair in pairs.items()}
         self.structure = Structure(
-            num_tasks, block, sequential, pairs, reasons, _coupled(run.locals), _reruns(run), start
+            num_tasks, block, sequential, pairs, reasons, _coupled(run.locals), _reruns(run), start, pass_size=pass_size
         )
+        if self.share:
+            many_processes.check_share(self.structure, self.settings, self.scan)
         if self.settings.phi_update == "langevin" and self.settings.accumulator == "table":
             self.structure.table = GradientTable(num_tasks // block)
         phi = {name: site.leaf.detach().clone() for name, site in run.globals.items()}
@@ -519,12 +533,17 @@ class SGLDGibbs(_Kernel):
         self._check_saddle(run)
         self._set_steps(run)
         rows = [site.leaf for site in run.locals.values()]
-        row_bytes = sum(x.numel() * x.element_size() for x in rows) // block
+        row_bytes = sum(x.numel() * x.element_size() for x in rows) // pass_size
         device = next((x.device for x in rows), torch.device("cpu"))
         self.store = make_store(self.store_kind, num_tasks, row_bytes, device)
         self.state = sgld_gibbs.init(self.structure, phi)
+        if self.share:
+            norms = {f"norm of {name}": float(value.norm()) for name, value in phi.items()}
+            many_processes.check_alike({**_flat(self.fingerprint()), **norms})
 
     def _block(self, num_tasks: int, declared: int, subsampled: bool, sequential: bool) -> int:
+        if self.share:
+            return self.block_size or declared * processes.process()[1]
         if subsampled:
             if self.block_size not in (None, declared):
                 raise ValueError(
@@ -672,6 +691,9 @@ class SGLDGibbs(_Kernel):
         assert self._program is not None and self.structure is not None and self.store is not None
         if self.sgd_steps and self.state.step == self.sgd_steps:
             self.state = sgld_gibbs.end_of_sgd(self.state, self.structure, self.store)
+        if self.share:
+            self._shared_visit()
+            return
         block = self._next_block()
         if isinstance(self.store, ReadsAhead) and self.scan == "round_robin":
             after: list[int] = ((block + len(block)) % self.structure.num_tasks).tolist()
@@ -686,6 +708,25 @@ class SGLDGibbs(_Kernel):
             phase=self.phase,
             generator=self._generator,
             noise_generator=self._noise_generator,
+        )
+
+    def _shared_visit(self) -> None:
+        assert self._program is not None and self.structure is not None and self.store is not None
+        assert self._generator is not None
+        block = many_processes.block_at(self.structure, self.state.step)
+        if isinstance(self.store, ReadsAhead):
+            after = many_processes.block_at(self.structure, self.state.step + 1)
+            own = [many_processes.own_passes(self.structure, part) for part in (block, after)]
+            self.store.prefetch([task for passes in own for tasks in passes for task in tasks.tolist()])
+        self.state, self._info = many_processes.visit(
+            self.state,
+            self._program,
+            self.structure,
+            self.store,
+            block,
+            self.settings,
+            phase=self.phase,
+            seed=self._generator.initial_seed(),
         )
 
     def _next_block(self) -> Tensor:
@@ -706,6 +747,9 @@ class SGLDGibbs(_Kernel):
             [task, [[site.family, list(site.shape), site.plate_dim] for site in sites]]
             for task, sites in self.structure.layouts.items()
         ]
+        if self.share:  # each process has seen its own tasks
+            known = {task: [task, sites] for found in processes.collected(layouts) for task, sites in found}
+            layouts = [known[task] for task in sorted(known, key=lambda task: -1 if task is None else task)]
         return {**super().state_dict(), "layouts": layouts, "start": dict(self.structure.start)}
 
     def load_state_dict(self, tree: Mapping[str, Any]) -> None:
@@ -723,6 +767,8 @@ class SGLDGibbs(_Kernel):
         """The tasks' weights, and the stored gradients of the table where there is one."""
         assert self.structure is not None and self.store is not None
         table = self.structure.table
+        if self.share:
+            return {"store": many_processes.OwnRows(self.store, self.structure)}
         return {"store": self.store} | ({} if table is None else {"table": table})
 
     def fingerprint(self) -> dict[str, Any]:
@@ -731,6 +777,8 @@ class SGLDGibbs(_Kernel):
         options = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(self.settings)}
         options |= {name: _probed(value) for name, value in options.items() if callable(value)}
         options |= {"scan": self.scan, "thinning": self.thinning, "sgd_steps": self.sgd_steps}
+        if self.share:  # its streams of noise are others
+            options["share"] = True
         return {
             "kernel": "SGLDGibbs",
             "options": {**options, "warmup_steps": self._warmup_steps},
@@ -746,7 +794,8 @@ class SGLDGibbs(_Kernel):
             raise RuntimeError("the kernel has not run yet.")
         values = sgld_gibbs.task_values(self.structure, self.store, (task,))
         if values is None:
-            raise KeyError(f"task {task} was never visited.")
+            elsewhere = " by this process; another may keep it" if self.share and processes.process()[1] > 1 else ""
+            raise KeyError(f"task {task} was never visited{elsewhere}.")
         if self.structure.sequential:
             return dict(values[task])
         layout = {site.family: site.plate_dim for site in self.structure.layouts[None]}
@@ -755,6 +804,15 @@ class SGLDGibbs(_Kernel):
     def logging(self) -> dict[str, str]:
         """For Pyro's progress bar."""
         return self._log(self.state.step, self._info, self._info.phase if self._info else "")
+
+
+def _flat(facts: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """Nested plain data by dotted names, as JSON gives it back."""
+    found: dict[str, Any] = {}
+    for name, value in facts.items():
+        inner = _flat(value, f"{at}{name}.") if isinstance(value, Mapping) else {f"{at}{name}": value}
+        found |= inner
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ checks at the door

@@ -17,7 +17,8 @@ from torch import Tensor
 from pyro_lift.inference import conjugate
 from pyro_lift.inference.accumulator import Accumulator, GradientTable, exact
 from pyro_lift.inference.conjugate import NormalPair, values_of
-from pyro_lift.inference.flat_visit import Workspace, draw_phi, is_flat, mean_root, move_theta
+from pyro_lift.inference.flat_visit import Workspace, is_flat, mean_root, move_theta
+from pyro_lift.inference.flat_visit import draw_phi as draw_flat
 from pyro_lift.inference.program import Evaluation, LocalSite, Program, Rows
 from pyro_lift.inference.sgld import (
     INTEGRATORS,
@@ -35,11 +36,15 @@ from pyro_lift.schedules import Schedule, constant
 
 __all__ = [
     "PhiUpdate",
+    "SGDGradient",
     "SGLDGibbsInfo",
     "SGLDGibbsState",
     "Settings",
     "Structure",
+    "draw_phi",
     "init",
+    "sgd_gradient",
+    "sgd_update",
     "step",
     "task_values",
 ]
@@ -114,6 +119,7 @@ class Structure:
         start: unconstrained starting value of each pair's local family.
         layouts: what a task's row is made of; filled at the first visit.
         workspaces: buffers per pair whose vectors are long (:mod:`~pyro_lift.inference.flat_visit`).
+        pass_size: tasks that one run of the program takes; fewer than B where several runs make a visit, 0 for B.
     """
 
     num_tasks: int
@@ -127,6 +133,16 @@ class Structure:
     layouts: dict[int | None, tuple[LocalSite, ...]] = field(default_factory=dict)
     table: GradientTable | None = None
     workspaces: dict[str, Workspace] = field(default_factory=dict)
+    pass_size: int = 0
+
+    def __post_init__(self) -> None:
+        self.pass_size = self.pass_size or self.block_size
+
+    def workspace(self, site: str, like: Tensor) -> Workspace:
+        """The buffers of one pair."""
+        if site not in self.workspaces:
+            self.workspaces[site] = Workspace(like)
+        return self.workspaces[site]
 
     @property
     def pair_of(self) -> dict[str, NormalPair]:
@@ -152,6 +168,7 @@ def step(
     phase: Literal["sgd", "burn-in", "sample"] = "sample",
     generator: torch.Generator | None = None,
     noise_generator: torch.Generator | None = None,
+    move_phi: bool = True,
 ) -> tuple[SGLDGibbsState, SGLDGibbsInfo]:
     """One visit to the block of tasks ``index``.
 
@@ -161,6 +178,7 @@ def step(
     Args:
         generator: source of minibatch indices (host).
         noise_generator: source of noise, on the values' device.
+        move_phi: whether phi is drawn; not where other passes' changes of S are still to come.
 
     Raises:
         DivergedError: a loss or gradient that is not finite.
@@ -171,7 +189,9 @@ def step(
         values = _first_visit(state, program, structure, store, index, generator)
     if phase == "sgd":
         return _sgd_step(state, program, structure, store, index, values, settings, generator)
-    return _gibbs_step(state, program, structure, store, index, values, settings, phase, generator, noise_generator)
+    return _gibbs_step(
+        state, program, structure, store, index, values, settings, phase, generator, noise_generator, move_phi
+    )
 
 
 def _gibbs_step(
@@ -185,6 +205,7 @@ def _gibbs_step(
     phase: str,
     generator: torch.Generator | None,
     noise_generator: torch.Generator | None,
+    move_phi: bool,
 ) -> tuple[SGLDGibbsState, SGLDGibbsInfo]:
     tasks = tuple(index.tolist())
     eta = settings.step_size(state.step)
@@ -211,7 +232,9 @@ def _gibbs_step(
     pull, J, stored = _pull_on_phi(state, program, structure, settings, run, moved, values, index, sums, generator)
 
     # (9)  phi | theta_1..N
-    phi = _move_phi(state, structure, settings, run, sums, pull, noise_generator)
+    phi = state.phi
+    if move_phi:
+        phi = _move_phi(state, structure, settings, run, sums, pull, noise_generator)
 
     store.write(tasks, _rows(structure, tasks, values))
     if stored is not None and structure.table is not None:
@@ -222,15 +245,19 @@ def _gibbs_step(
 
 def _flat_pairs(run: Evaluation, structure: Structure, settings: Settings) -> dict[str, NormalPair]:
     """The local sites that one visit moves piece by piece together with S and phi: long, paired, one task's own."""
-    plain = settings.phi_update != "gibbs" or settings.integrator != "exponential" or structure.block_size > 1
-    if plain or settings.theta_steps_per_visit > 1 or not structure.sequential:
-        return {}
     pairs = structure.pair_of
     return {
         name: pairs[site.family]
         for name, site in run.locals.items()
-        if site.family in pairs and site.family not in structure.coupled and is_flat(pairs[site.family], site.leaf)
+        if site.family in pairs and _goes_flat(structure, settings, pairs[site.family], site.leaf)
     }
+
+
+def _goes_flat(structure: Structure, settings: Settings, pair: NormalPair, value: Tensor) -> bool:
+    plain = settings.phi_update != "gibbs" or settings.integrator != "exponential" or structure.pass_size > 1
+    if plain or settings.theta_steps_per_visit > 1 or not structure.sequential or pair.family in structure.coupled:
+        return False
+    return is_flat(pair, value)
 
 
 def _move_theta(
@@ -255,9 +282,7 @@ def _move_theta(
         step_size = eta * settings.site_step_scale.get(site.family, 1.0)
         if name in flat:
             pair, moment = flat[name], None if settings.decay is None else moments[site.family]
-            if pair.global_site not in structure.workspaces:
-                structure.workspaces[pair.global_site] = Workspace(site.leaf.detach())
-            workspace = structure.workspaces[pair.global_site]
+            workspace = structure.workspace(pair.global_site, site.leaf.detach())
             moved[name], known[pair.global_site] = move_theta(
                 workspace,
                 site.leaf.detach(),
@@ -308,7 +333,7 @@ def _move_phi(
     generator: torch.Generator | None,
 ) -> dict[str, Tensor]:
     if settings.phi_update == "gibbs":
-        return {name: _draw(name, state, structure, settings, sums[name], generator) for name in structure.pairs}
+        return draw_phi(state, structure, settings, sums, generator)
     eta = settings.phi_step_size(state.step)
     leaves = {name: site.leaf for name, site in run.globals.items()}
     # What pulls on phi beside the tasks: its own prior, and data observed outside the plate.
@@ -325,6 +350,17 @@ def _move_phi(
     return phi
 
 
+def draw_phi(
+    state: SGLDGibbsState,
+    structure: Structure,
+    settings: Settings,
+    sums: Mapping[str, Tensor],
+    generator: torch.Generator | None,
+) -> dict[str, Tensor]:
+    """The exact draw of every paired global site, given S."""
+    return {name: _draw(name, state, structure, settings, sums[name], generator) for name in structure.pairs}
+
+
 def _draw(
     name: str,
     state: SGLDGibbsState,
@@ -334,8 +370,8 @@ def _draw(
     generator: torch.Generator | None,
 ) -> Tensor:
     pair, phi, T = structure.pairs[name], state.phi[name], settings.temperature
-    if name in structure.workspaces:
-        return draw_phi(structure.workspaces[name], pair, S, structure.num_tasks, T, generator, phi)
+    if _goes_flat(structure, settings, pair, phi):
+        return draw_flat(structure.workspace(name, phi), pair, S, structure.num_tasks, T, generator, phi)
     return conjugate.draw(pair, S, structure.num_tasks, T, gaussian_noise(phi, generator))
 
 
@@ -472,35 +508,112 @@ def _sgd_step(
 
     With ``theta_i := phi`` for all i, it is joint training; the chain then starts where S = N phi exactly.
     """
+    found = _sgd_gradient(state, program, structure, index, values, settings, generator)
+    lr = settings.sgd_step_size(state.step)
+    moments = {**state.second_moment, **found.second_moment}
+    after = sgd_update(state, structure, found.gradient, moments, lr, found.info.tasks)
+    store.write(found.info.tasks, found.rows)
+    return after, found.info
+
+
+class SGDGradient(NamedTuple):
+    """What one pass of the joint training finds.
+
+    Attributes:
+        gradient: of the log likelihood in the shared vector, by global site.
+        second_moment: running mean squares of the other local families.
+        rows: of the pass's tasks, with the other families moved.
+        info: of the pass.
+    """
+
+    gradient: dict[str, Tensor]
+    second_moment: dict[str, Tensor]
+    rows: list[Tensor]
+    info: SGLDGibbsInfo
+
+
+def sgd_gradient(
+    state: SGLDGibbsState,
+    program: Program,
+    structure: Structure,
+    store: ThetaStore,
+    index: Tensor,
+    settings: Settings,
+    *,
+    generator: torch.Generator | None = None,
+) -> SGDGradient:
+    """One pass of the joint training, without its step; the tasks' rows are in the store when it returns."""
+    values: Mapping[int | None, Rows] | None = task_values(structure, store, tuple(index.tolist()))
+    if values is None:
+        values = _first_visit(state, program, structure, store, index, generator)
+    found = _sgd_gradient(state, program, structure, index, values, settings, generator)
+    store.write(found.info.tasks, found.rows)
+    return found
+
+
+def _sgd_gradient(
+    state: SGLDGibbsState,
+    program: Program,
+    structure: Structure,
+    index: Tensor,
+    values: Mapping[int | None, Rows],
+    settings: Settings,
+    generator: torch.Generator | None,
+) -> SGDGradient:
     tasks = tuple(index.tolist())
     lr = settings.sgd_step_size(state.step)
     shared = {task: _with_shared(structure, state, rows, len(tasks), task is None) for task, rows in values.items()}
     run = program.run(state.phi, shared, index, generator)
     drift = run.drift(run.locals, structure.coupled, settings.n_inflate)
     norm = check_finite(drift, state.step, tasks)
-    phi, momentum, moments = dict(state.phi), dict(state.momentum), dict(state.second_moment)
-    grouped: dict[str, Tensor] = {}
+    moments = dict(state.second_moment)
+    total: dict[str, Tensor] = {}
     moved = {}
     for name, site in run.locals.items():
         gradient = drift.gradient[name]
         if site.family in structure.pair_of:
             part = gradient.sum(site.plate_dim) if site.task is None else gradient
-            grouped[site.family] = grouped[site.family] + part if site.family in grouped else part
+            shared_site = structure.pair_of[site.family].global_site
+            total[shared_site] = total[shared_site] + part if shared_site in total else part
             moved[name] = site.leaf.detach()
         else:
             square = _per_coordinate(gradient.square(), site.family, site.plate_dim, structure)
             moments[site.family] = update_second_moment(moments.get(site.family), square.sqrt(), ADAM_DECAY)
             rate = lr * settings.site_step_scale.get(site.family, 1.0)
             moved[name] = site.leaf.detach() + rate * gradient * precondition(moments[site.family], 1e-3)
-    for family, gradient in grouped.items():
-        name = structure.pair_of[family].global_site
+    rows = _rows(structure, tasks, _regrouped(run, moved))
+    info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, lr, False, "sgd")
+    others = {family: v for family, v in moments.items() if family not in structure.pair_of}
+    return SGDGradient(total, others, rows, info)
+
+
+def sgd_update(
+    state: SGLDGibbsState,
+    structure: Structure,
+    gradient: Mapping[str, Tensor],
+    second_moment: Mapping[str, Tensor],
+    lr: float,
+    tasks: tuple[int, ...],
+) -> SGLDGibbsState:
+    """The step of Adam on the shared vector.
+
+    Args:
+        gradient: by global site, summed over the block.
+        second_moment: running mean squares of all local families; those of the pairs are moved here.
+        lr: learning rate.
+        tasks: of the block, for the error.
+
+    Raises:
+        DivergedError: a vector that left the finite numbers.
+    """
+    phi, momentum, moments = dict(state.phi), dict(state.momentum), dict(second_moment)
+    for name, total in gradient.items():
+        family = structure.pairs[name].family
         phi[name], momentum[name], moments[family] = _adam(
-            phi[name], gradient, momentum.get(name), moments.get(family), state.step, lr
+            phi[name], total.to(phi[name].dtype), momentum.get(name), moments.get(family), state.step, lr
         )
     _check_moved(phi, state.step, tasks)
-    store.write(tasks, _rows(structure, tasks, _regrouped(run, moved)))
-    info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, lr, False, "sgd")
-    return SGLDGibbsState(state.step + 1, phi, state.sums, state.J, moments, momentum), info
+    return SGLDGibbsState(state.step + 1, phi, state.sums, state.J, moments, momentum)
 
 
 ADAM_MOMENTUM, ADAM_DECAY, ADAM_EPSILON = 0.9, 0.99, 1e-8

@@ -28,6 +28,7 @@ __all__ = [
     "read_json",
     "read_tensors",
     "sealed",
+    "unfinished",
     "unpack",
     "versions",
     "write_file",
@@ -125,6 +126,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         _flush_folder(path.parent)
 
 
+def unfinished(path: Path) -> Path:
+    """Where :func:`new_folder` has a folder before it is complete."""
+    return path.absolute().with_name(f".{path.name}.new")
+
+
 @contextmanager
 def new_files(folder: Path, last: str) -> Iterator[Path]:
     """A folder to write into, whose files then go into ``folder``, over those of the same name and beside others.
@@ -144,9 +150,8 @@ def new_files(folder: Path, last: str) -> Iterator[Path]:
 
 @contextmanager
 def _partial_folder(path: Path) -> Iterator[Path]:
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.new")
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = unfinished(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:

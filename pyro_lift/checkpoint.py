@@ -7,6 +7,9 @@ Draws go into files that are never written again: the next checkpoint links to t
 
 Global random streams (torch, NumPy, Python) are part of it, at two moments: now, and before the run was set up. A
 resumed run is set up once more from the latter, so that whatever set-up draws or measures comes out the same.
+
+Processes that share a chain write one checkpoint together, into a folder that all of them see: each the rows of its own
+tasks, process 0 everything else. It counts when all of them are done, and any number of processes can go on from it.
 """
 
 from __future__ import annotations
@@ -20,16 +23,17 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from pyro.ops.streaming import CountMeanStats, CountMeanVarianceStats, CountStats, StackStats, StatsOfDict
 from torch import Tensor
 
+from pyro_lift import processes
 from pyro_lift.archive import (
     DamagedError,
     check_format,
@@ -39,6 +43,7 @@ from pyro_lift.archive import (
     read_json,
     read_tensors,
     sealed,
+    unfinished,
     unpack,
     versions,
     write_json,
@@ -47,6 +52,8 @@ from pyro_lift.archive import (
 from pyro_lift.options import check_number
 
 __all__ = ["Chain", "RunStopped", "Session", "check_statistics"]
+
+T = TypeVar("T")
 
 log = logging.getLogger("pyro_lift")
 
@@ -141,6 +148,7 @@ class Session:
         self._old_draws: dict[str, Any] = {}
         self._previous: Path | None = None
         self._signal: int | None = None
+        self._shared = False
         there = _checkpoints(self.folder)
         if there and not resume:
             raise ValueError(
@@ -183,6 +191,12 @@ class Session:
         Raises:
             ValueError: the run is another than the one that was saved; names the difference.
         """
+        self._shared = bool(getattr(kernel, "share", False))
+        if self._shared and len(set(found := processes.collected(self.transitions))) > 1:
+            raise ValueError(
+                f"{self.folder}: the processes of this run found it saved at transitions {found}. Give all of them one "
+                "folder that all of them see."
+            )
         if self._found is None:
             return
         path, state = self._found
@@ -235,6 +249,8 @@ class Session:
         """
         self.transitions += 1
         self.draws += int(drawn)
+        if self._shared:  # a signal to one process stops all of them
+            self._signal = max(processes.collected(self._signal or 0)) or None
         if last or self._signal is not None or self.transitions % self.every == 0:
             self.save(kernel, statistics, draws)
         if self._signal is not None and not last:
@@ -251,11 +267,7 @@ class Session:
         if path.exists():
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in self.folder.glob(".step-*.new"):  # of a run that was killed while it wrote
-                shutil.rmtree(stale, ignore_errors=True)
-            with new_folder(path) as new:
-                held = self._write(new, kernel, statistics, draws)
+            held = self._write(path, kernel, statistics, draws)
         except OSError as error:
             kept = self._previous.name if self._previous else "none yet"
             raise OSError(
@@ -266,11 +278,19 @@ class Session:
             ) from error
         draws.clear()
         self._previous, self._old_draws = path, held
-        for old in _checkpoints(self.folder)[:-KEEP]:
+        for old in _checkpoints(self.folder)[:-KEEP] if self._is_first else []:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _write(self, new: Path, kernel: Chain, statistics: Any, draws: list[Tensor]) -> dict[str, Any]:
+    @property
+    def _is_first(self) -> bool:
+        return not self._shared or processes.is_first()
+
+    def _in_step(self, work: Callable[[], T]) -> list[T]:
+        return processes.in_step(work) if self._shared else [work()]
+
+    def _write(self, path: Path, kernel: Chain, statistics: Any, draws: list[Tensor]) -> dict[str, Any]:
         """Write every file; returns the records of those that hold draws."""
+        new = unfinished(path)
         tensors: dict[str, Tensor] = {}
         tree = pack(
             {
@@ -282,23 +302,43 @@ class Session:
             },
             tensors,
         )
-        files = {"state.safetensors": write_tensors(new / "state.safetensors", tensors)}
-        for name, rows in kernel.rows().items():
-            files |= _write_rows(new, name, rows)
-        held = self._write_draws(new, draws)
-        files |= held
-        state = {
-            "format": "pyro_lift.checkpoint",
-            "format_version": FORMAT,
-            "versions": versions(),
-            "transitions": self.transitions,
-            "draws": self.draws,
-            "config": self.config,
-            "tree": tree,
-            "files": files,
-        }
-        write_json(new / "state.json", sealed(state))
-        return held
+
+        def begin() -> None:
+            if self._is_first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for stale in self.folder.glob(".step-*.new"):  # of a run that was killed while it wrote
+                    shutil.rmtree(stale, ignore_errors=True)
+                stack.enter_context(new_folder(path))
+
+        def fill() -> dict[str, Any]:
+            files = {}
+            if self._is_first:
+                files["state.safetensors"] = write_tensors(new / "state.safetensors", tensors)
+            number = processes.process()[0] if self._shared else 0
+            for name, rows in kernel.rows().items():
+                files |= _write_rows(new, f"{name}-{number:03d}" if number else name, rows)
+            return files | (self._write_draws(new, draws) if self._is_first else {})
+
+        def finish() -> None:
+            if self._is_first:
+                state = {
+                    "format": "pyro_lift.checkpoint",
+                    "format_version": FORMAT,
+                    "versions": versions(),
+                    "transitions": self.transitions,
+                    "draws": self.draws,
+                    "config": self.config,
+                    "tree": tree,
+                    "files": files,
+                }
+                write_json(new / "state.json", sealed(state))
+                stack.close()
+
+        with ExitStack() as stack:
+            self._in_step(begin)
+            files = {file: record for part in self._in_step(fill) for file, record in part.items()}
+            self._in_step(finish)
+        return {file: record for file, record in files.items() if file.startswith("draws-")}
 
     def _write_draws(self, new: Path, draws: list[Tensor]) -> dict[str, Any]:
         old = dict(self._old_draws)

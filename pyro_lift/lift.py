@@ -88,6 +88,9 @@ class LiFTSettings:
     n_inflate: float = field(default=1.0, metadata={"help": "power on the likelihood"})
     batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
     block_size: int = field(default=1, metadata={"help": "tasks of a visit; more than one go in one pass"})
+    share: int = field(
+        default=0, metadata={"help": "tasks of a visit that torchrun's processes share, in passes of block_size; 0: no"}
+    )
     preconditioner: Literal["rms", "none"] = field(default="rms", metadata={"help": "scale of each weight's step"})
     head_scale: float | None = field(
         default=None, metadata={"help": "sd of a task's own linear head; none for a head shared by all tasks"}
@@ -111,7 +114,7 @@ class LiFTSettings:
             counts=("components", "samples", "thinning", "batch_size", "block_size"),
         )
         check_number("temperature", self.temperature, open_below=False)
-        for name in ("sgd_steps", "burn_in"):
+        for name in ("sgd_steps", "burn_in", "share"):
             check_number(name, getattr(self, name), open_below=False, whole=True)
         check_choice("covariance", self.covariance, ["diag", "spherical"])
         check_choice("phi_update", self.phi_update, ["gibbs", "langevin"])
@@ -302,6 +305,8 @@ class LiFT:
             sgd_steps=s.sgd_steps,
             sgd_step_size=s.sgd_learning_rate,
             thinning=s.thinning,
+            share=s.share > 0,
+            block_size=s.share or None,
             site_step_scale={"head": s.head_rate},
             init_strategy=init_to_value(values={"phi": self.adapter.initial}, fallback=init_to_mean),
         )

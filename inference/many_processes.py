@@ -1,0 +1,305 @@
+r"""One visit shared by several processes: each moves its own tasks of the block, and only S travels.
+
+Given phi, the theta of a block are independent, so R processes take a share of the block each. What they know of each
+other is the block's change of S,
+
+.. math:: S' = S + \sum_{r=1}^{R} \sum_{i \in \text{share}_r} (\theta_i' - \theta_i),
+
+one ``all_reduce`` a visit, of D numbers and a few more; in the warm-up, the gradient of the joint training in its
+place, and the preconditioner beside it. Phi is drawn by every process alike, from a generator that all of them have.
+
+The numbers do not depend on how many processes there are: minibatches and noise of a pass come from a generator of its
+own, named by the chain's seed, the visit and the pass's first task. So one process with the same block is the
+reference for R, and a chain may be resumed by another number of processes.
+
+Rows of theta stay where their task is: the k-th share of a block is always the same process's, and blocks begin at
+multiples of B. Where B does not divide N, the last block of a round is shorter, and some processes wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyro_lift.inference import sgld_gibbs
+from pyro_lift.inference.program import Program
+from pyro_lift.inference.sgld import DivergedError
+from pyro_lift.inference.sgld_gibbs import Settings, SGLDGibbsInfo, SGLDGibbsState, Structure
+from pyro_lift.inference.store import ThetaStore
+from pyro_lift.processes import add_up, collected, process
+
+__all__ = ["OwnRows", "block_at", "check_alike", "check_share", "generator_of", "own_passes", "visit"]
+
+#: Odd, so that multiplying by it modulo 2^63 loses nothing.
+SPREAD = 0x9E3779B97F4A7C15
+#: What travels in front of S: processes that failed, families of local sites that not every process knows, the block's
+#: log likelihood, the square of its gradient's norm, and passes whose gradient was scaled down.
+HEAD = 5
+
+
+def check_share(structure: Structure, settings: Settings, scan: str) -> None:
+    """Refuse what cannot be shared so that rows stay with their process.
+
+    Raises:
+        ValueError: names the option and the way out.
+    """
+    count = process()[1]
+    B, N, size = structure.block_size, structure.num_tasks, structure.pass_size
+    if settings.phi_update != "gibbs":
+        raise ValueError(f'phi_update={settings.phi_update!r} with share=True: only "gibbs" needs nothing but S.')
+    if scan != "round_robin":
+        raise ValueError(f'scan={scan!r} with share=True: use "round_robin", where a task always has one process.')
+    if B % (count * size):
+        raise ValueError(
+            f"block_size={B} cannot be shared by {count} processes in passes of {size}: use a multiple of "
+            f"{count * size}."
+        )
+    if N % size:
+        raise ValueError(
+            f"{N} tasks are no whole number of passes of {size}, which the program takes: let it take a number that "
+            f"divides {N}."
+        )
+    if B > N:
+        raise ValueError(f"block_size={B} is more than the {N} tasks there are.")
+
+
+def check_alike(facts: Mapping[str, Any]) -> None:
+    """Refuse to begin where the processes have built different models.
+
+    Args:
+        facts: plain data by name; numbers may differ by rounding.
+
+    Raises:
+        ValueError: names the first difference.
+    """
+    first, *others = collected(dict(facts))
+    for number, found in enumerate(others, start=1):
+        for name, value in found.items():
+            close = isinstance(value, float) and math.isclose(value, first[name], rel_tol=1e-3, abs_tol=1e-3)
+            if value != first[name] and not close:
+                raise ValueError(
+                    f"process {number} begins with {name} = {value!r} and process 0 with {first[name]!r}: every "
+                    "process must build the same model from the same tasks. Seed alike, with pyro.set_rng_seed, "
+                    "before the backbone is made."
+                )
+
+
+def block_at(structure: Structure, visit: int) -> Tensor:
+    """Tasks of a visit, round robin; the last block of a round holds what is left."""
+    N, B = structure.num_tasks, structure.block_size
+    begin = B * (visit % -(-N // B))
+    return torch.arange(begin, min(begin + B, N))
+
+
+def own_passes(structure: Structure, index: Tensor) -> list[Tensor]:
+    """The part of a block that this process moves, pass by pass."""
+    rank, count = process()
+    share = structure.block_size // structure.pass_size // count
+    return list(index.split(structure.pass_size)[rank * share : (rank + 1) * share])
+
+
+def generator_of(seed: int, visit: int, number: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator of one pass, or (``number`` = N) of phi; the same in every process."""
+    mixed = (seed + SPREAD * (visit + 1) + (SPREAD >> 7) * (number + 1)) % 2**63
+    return torch.Generator(device=device).manual_seed(mixed)
+
+
+class OwnRows:
+    """A store as checkpoints see it: of all rows of a saved run, those of other processes' tasks are left out."""
+
+    def __init__(self, store: ThetaStore, structure: Structure) -> None:
+        self.store = store
+        rank, count = process()
+        share = structure.block_size // count
+        self.own = {i for i in range(structure.num_tasks) if i % structure.block_size // share == rank}
+
+    def read(self, tasks: Sequence[int]) -> list[Tensor]:
+        """The rows of these tasks, in order."""
+        return self.store.read(tasks)
+
+    def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """Replace the rows of those of these tasks that are this process's own."""
+        own = [(task, row) for task, row in zip(tasks, rows, strict=True) if task in self.own]
+        self.store.write([task for task, _ in own], [row for _, row in own])
+
+    def tasks(self) -> Iterator[int]:
+        """The tasks written so far, in order."""
+        return self.store.tasks()
+
+
+def visit(
+    state: SGLDGibbsState,
+    program: Program,
+    structure: Structure,
+    store: ThetaStore,
+    index: Tensor,
+    settings: Settings,
+    *,
+    phase: Literal["sgd", "burn-in", "sample"],
+    seed: int,
+) -> tuple[SGLDGibbsState, SGLDGibbsInfo]:
+    """One visit to the block ``index``, of which this process moves its own share.
+
+    Nothing is kept of a visit that fails, in any process.
+
+    Args:
+        phase: as of :func:`~pyro_lift.inference.sgld_gibbs.step`.
+        seed: of the chain, the same in every process.
+
+    Raises:
+        DivergedError: in every process, where one had a loss or gradient that is not finite.
+        ProcessLostError: another process is gone.
+    """
+    device = next(iter(state.phi.values())).device
+    held, total = _Held(store), _Total(state, structure, phase)
+    failure: DivergedError | None = None
+    for part in own_passes(structure, index):
+        generator = noise = generator_of(seed, state.step, int(part[0]))
+        if device.type != "cpu":
+            noise = generator_of(seed, state.step, int(part[0]), device)
+        try:
+            if phase == "sgd":
+                found = sgld_gibbs.sgd_gradient(state, program, structure, held, part, settings, generator=generator)
+                total.add(found.gradient, found.second_moment, found.info)
+                continue
+            moved, info = sgld_gibbs.step(
+                state,
+                program,
+                structure,
+                held,
+                part,
+                settings,
+                phase=phase,
+                generator=generator,
+                noise_generator=noise,
+                move_phi=False,
+            )
+            total.add_change(moved.sums, state.sums)
+            total.add({}, moved.second_moment, info)
+        except DivergedError as error:
+            failure = error
+            break
+    total.share(failure)
+    if failure is not None:
+        raise failure
+    tasks = tuple(index.tolist())
+    if phase == "sgd":
+        eta = settings.sgd_step_size(state.step)
+        after = sgld_gibbs.sgd_update(state, structure, total.parts, total.moments, eta, tasks)
+    else:
+        eta = settings.step_size(state.step)
+        sums = {name: S + total.parts[name] for name, S in state.sums.items()}
+        noise = generator_of(seed, state.step, structure.num_tasks, device)
+        phi = sgld_gibbs.draw_phi(state, structure, settings, sums, noise)
+        after = SGLDGibbsState(state.step + 1, phi, sums, {}, total.moments, {})
+    held.keep()
+    return after, SGLDGibbsInfo(tasks, total.log_likelihood, total.grad_norm, eta, total.refused, phase)
+
+
+class _Held:
+    """A store whose writes wait until the whole visit has succeeded."""
+
+    def __init__(self, store: ThetaStore) -> None:
+        self.store = store
+        self.rows: dict[int, Tensor] = {}
+
+    def has(self, task: int) -> bool:
+        return task in self.rows or self.store.has(task)
+
+    def read(self, tasks: Sequence[int]) -> list[Tensor]:
+        return [self.rows[task] if task in self.rows else self.store.read([task])[0] for task in tasks]
+
+    def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
+        self.rows.update(zip(tasks, rows, strict=True))
+
+    def tasks(self) -> Iterator[int]:
+        return self.store.tasks()
+
+    def keep(self) -> None:
+        self.store.write(list(self.rows), list(self.rows.values()))
+
+
+class _Total:
+    """What the passes of a visit add up to: by one vector that is summed over processes.
+
+    Attributes:
+        parts: by global site, the change of S, or the gradient of the joint training.
+        moments: running mean squares by local family: the mean over those passes that had the family.
+    """
+
+    def __init__(self, state: SGLDGibbsState, structure: Structure, phase: str) -> None:
+        self.old = state.second_moment
+        self.step = state.step
+        self.dtype = next(iter(state.phi.values())).dtype
+        self.shapes = {name: S.shape for name, S in state.sums.items()}
+        # Families that every process knows travel with S while they still move.
+        still = structure.pair_of if phase == "sgd" else ()
+        moving = sorted(self.old.items()) if phase != "sample" else []
+        self.known = {family: v.shape for family, v in moving if family not in still}
+        sizes = [s.numel() for s in self.shapes.values()] + [1 + s.numel() for s in self.known.values()]
+        like = next(iter(state.sums.values()))
+        self.vector = torch.zeros(HEAD + sum(sizes), dtype=torch.float64, device=like.device)
+        head, *rest = self.vector.split([HEAD, *sizes])
+        self.head = head
+        self.parts = {k: part.view(s) for (k, s), part in zip(self.shapes.items(), rest, strict=False)}
+        self._sums = dict(zip(self.known, rest[len(self.shapes) :], strict=True))
+        self._new: dict[str, tuple[Tensor, int]] = {}
+        self.moments = dict(self.old)
+
+    def add_change(self, after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+        """The change of S in one pass."""
+        for name, part in self.parts.items():
+            part.add_(after[name]).sub_(before[name])
+
+    def add(self, parts: Mapping[str, Tensor], moments: Mapping[str, Tensor], info: SGLDGibbsInfo) -> None:
+        """What else one pass found."""
+        for name, value in parts.items():
+            self.parts[name].add_(value)
+        for family, value in moments.items():
+            if family in self._sums:
+                if value is not self.old[family]:
+                    self._sums[family][0] += 1.0
+                    self._sums[family][1:].view(value.shape).add_(value)
+            elif family not in self.old:
+                total, count = self._new.get(family, (torch.zeros_like(value, dtype=torch.float64), 0))
+                self._new[family] = (total + value, count + 1)
+        self.head[2] += info.log_likelihood
+        self.head[3] += info.grad_norm.square()
+        self.head[4] += float(info.refused)
+
+    def share(self, failure: DivergedError | None) -> None:
+        """Add up over processes.
+
+        Raises:
+            DivergedError: another process failed, and this one did not.
+        """
+        self.head[0], self.head[1] = float(failure is not None), float(len(self._new))
+        add_up(self.vector)
+        failures, unknown, _, _, refused = self.head.tolist()
+        self.log_likelihood, self.grad_norm, self.refused = self.head[2].clone(), self.head[3].sqrt(), refused > 0.0
+        if failures:
+            if failure is None:
+                raise DivergedError(
+                    f"step {self.step}: the tasks of another process diverged; its own message names them. The chain "
+                    "has stopped at its last good state.",
+                    self.step,
+                    (),
+                )
+            return
+        for family, total in self._sums.items():
+            if total[0]:
+                self.moments[family] = (total[1:] / total[0]).view(self.known[family]).to(self.old[family])
+        if unknown:
+            self._share_new()
+
+    def _share_new(self) -> None:
+        """Families that a process has met for the first time: names and shapes travel before the numbers."""
+        listed = collected({k: list(v.shape) for k, (v, _) in self._new.items()})
+        for family, shape in sorted({k: v for found in listed for k, v in found.items()}.items()):
+            total, count = self._new.get(family, (torch.zeros(shape, device=self.vector.device), 0))
+            both = add_up(torch.cat([torch.tensor([float(count)]).to(self.vector), total.double().reshape(-1)]))
+            self.moments[family] = (both[1:] / both[0]).view(shape).to(self.dtype)
