@@ -70,8 +70,12 @@ class _Write(NamedTuple):
 
 
 def _close(thread: ThreadPoolExecutor, file: Any) -> None:
-    thread.shutdown(wait=True)
-    file.close()
+    """Close the file after what is queued. The collector may call this in the thread itself, so it waits for none."""
+    try:
+        thread.submit(file.close)
+    except RuntimeError:  # the interpreter is shutting down and has ended the thread
+        file.close()
+    thread.shutdown(wait=False)
 
 
 class DiskStore:

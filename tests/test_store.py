@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pyro_lift import MCMC, SGLDGibbs
 from pyro_lift.cli import app
 from pyro_lift.inference import store as stores
-from pyro_lift.inference.disk_store import DiskStore, HostStore
+from pyro_lift.inference.disk_store import DiskStore, HostStore, _close
 from pyro_lift.inference.store import DeviceStore, make_store
 
 KINDS = {"device": DeviceStore, "host": HostStore, "disk": DiskStore}
@@ -96,6 +96,14 @@ def test_nothing_is_left_on_the_disk(tmp_path: Path) -> None:
     store.write([0, 1], [torch.ones(10), torch.ones(10)])
     store.flush()
     assert list(tmp_path.iterdir()) == [] and store.nbytes == 80
+
+
+def test_the_collector_may_close_a_store_in_the_store_s_own_thread(tmp_path: Path) -> None:
+    store = DiskStore(3, tmp_path)
+    store.write([1], [torch.ones(4)])
+    store._thread.submit(_close, store._thread, store._file).result(timeout=10)
+    store._thread.shutdown(wait=True)
+    assert store._file.closed
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
