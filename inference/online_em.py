@@ -350,6 +350,7 @@ class OnlineGaussianMixture(StreamingStats):
         merged = first._copy()
         for x in second._buffer:
             merged.update(x)
+        merged._dtype = first._dtype  # small buffers are kept in float64, whatever came in
         return merged
 
     def _copy(self) -> OnlineGaussianMixture:

@@ -169,12 +169,13 @@ def main() -> None:
     """Entry point: what a user did wrong is one line on stderr and exit code 2, not a traceback."""
     from pyro_lift.checkpoint import RunStopped
     from pyro_lift.inference.sgld import DivergedError
+    from pyro_lift.processes import ProcessLostError
 
     try:
         app()
     except RunStopped as stop:
         print(f"pyro-lift: {stop.message}", file=sys.stderr)
         raise SystemExit(128 + stop.signal_number) from stop
-    except (ValueError, TypeError, OSError, DivergedError) as error:
+    except (ValueError, TypeError, OSError, DivergedError, ProcessLostError) as error:
         print(f"pyro-lift: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from pyro_lift import data
+from pyro_lift import data, processes
 from pyro_lift.config import RunConfig, read_config
 from pyro_lift.data import encode
 from pyro_lift.data.collection import TaskCollection
@@ -65,10 +65,13 @@ def train(path: Path, *, progress: bool = True, resume: bool = False) -> LiFTPri
     """
     config = read_config(path)
     folder = Path(config.output.folder)
+    if config.sampler.share:
+        processes.join()
     adapter = adapter_of(config)
     tasks = tasks_of(config)
-    print(tasks.summary())
-    print(f"{adapter.dim} adapter weights on {config.backbone.name}")
+    if processes.is_first():
+        print(tasks.summary())
+        print(f"{adapter.dim} adapter weights on {config.backbone.name}")
     device, seed = _device(config.output.device), config.output.seed
     lift = LiFT(adapter, settings=config.sampler, adapt=config.adapt, device=device, seed=seed)
     saved, every = folder / "checkpoints", config.output.checkpoint_every
@@ -78,6 +81,8 @@ def train(path: Path, *, progress: bool = True, resume: bool = False) -> LiFTPri
         way_on = f"pyro-lift train {path} --resume"
         session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, way_on=way_on)
     prior = lift.meta_train_many(tasks.train, [config.sampler.components], progress=progress, session=session)[0]
+    if not processes.is_first():
+        return prior
     prior.save_pretrained(folder)
     (folder / CONFIG).write_bytes(path.read_bytes())
     shutil.rmtree(saved, ignore_errors=True)

@@ -15,6 +15,7 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from pyro.ops.streaming import StatsOfDict, StreamingStats
 from torch import Tensor, nn
 
+from pyro_lift import processes
 from pyro_lift.checkpoint import Session
 from pyro_lift.data.task import Rows, Task, as_rows
 from pyro_lift.inference.accumulator import langevin_limit
@@ -242,6 +243,8 @@ class LiFT:
         for k in components:
             check_number("components", k, least=1, open_below=False, whole=True)
         s = self.settings
+        if s.share:
+            processes.join()
         if self.seed is not None:
             pyro.set_rng_seed(self.seed)
         program = self.program(tasks)
@@ -396,6 +399,37 @@ class LiFTPrior:
 
     def __repr__(self) -> str:
         return f"LiFTPrior({self.mixture!r}, beta={self.settings.beta}, adapter={self.adapter!r})"
+
+    def merge(self, *others: LiFTPrior) -> LiFTPrior:
+        """This prior and those of other chains in one, as if their draws were one chain's.
+
+        Mixtures are merged by matching components, preconditioners averaged.
+
+        Args:
+            others: of the same tasks, settings and adapter, with other seeds; one process each is enough.
+
+        Raises:
+            ValueError: another model; names what differs.
+        """
+        for other in others:
+            for name in ("tasks", "settings"):
+                if getattr(self, name) != getattr(other, name):
+                    raise ValueError(f"the priors' {name} differ: only chains of one model can be merged.")
+            if not torch.equal(self.adapter.initial, other.adapter.initial.to(self.adapter.initial.device)):
+                raise ValueError(
+                    "the priors' adapters begin at other weights, around which phi's own prior stands: only chains of "
+                    "one model can be merged. Make one adapter and give it to each LiFT(adapter, seed=...)."
+                )
+        mixture = self.mixture
+        for other in others:
+            mixture = mixture.merge(other.mixture)
+        chains = [self, *others]
+        moments = {
+            k: torch.stack([p.second_moment[k].to(v) for p in chains]).mean(0) for k, v in self.second_moment.items()
+        }
+        return LiFTPrior(
+            self.adapter, mixture, self.settings, self.adapt_settings, moments, seed=self.seed, tasks=self.tasks
+        )
 
     def adapt(self, task: Task, *, seed: int | None = None, progress: bool = False, **options: Any) -> TaskPosterior:
         """Draw from the posterior of a new task's weights (Eq. 15-18).

@@ -6,6 +6,7 @@ Everything works in a process alone too, where it costs nothing. Plain data trav
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -26,11 +27,15 @@ class ProcessLostError(RuntimeError):
 def join() -> None:
     """Begin to speak with the other processes that ``torchrun`` started, where there are any and none has begun yet.
 
-    The group has gloo for what is on the CPU and NCCL for what is on GPUs. For other choices, and another timeout, call
+    The group has gloo for what is on the CPU and NCCL for what is on GPUs, and ``"cuda"`` is then the GPU of the
+    process's number on its machine. For other choices, and another timeout, call
     ``torch.distributed.init_process_group`` first.
     """
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        gpus = torch.cuda.is_available()
+        if gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
 
 
 def process() -> tuple[int, int]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pyro_lift import processes
+
 __all__ = ["chain_bar"]
 
 
@@ -16,7 +18,7 @@ __all__ = ["chain_bar"]
 def chain_bar(
     total: int, description: str, show: bool = True, done: int = 0, on_step: Callable[[], None] | None = None
 ) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, moved by the hook it gives; hidden, as Pyro's, under CI and xdist.
+    """A bar on stderr, moved by the hook it gives; hidden, as Pyro's, under CI and xdist, and where not process 0.
 
     Args:
         total: transitions of the chain, warm-up included.
@@ -29,6 +31,7 @@ def chain_bar(
         A ``hook_fn`` for Pyro's MCMC.
     """
     hidden = not show or "CI" in os.environ or "PYTEST_XDIST_WORKER" in os.environ
+    hidden = hidden or not processes.is_first()
     with tqdm(total=total, initial=done, desc=description, disable=hidden, dynamic_ncols=True) as bar:
 
         def hook(kernel: Any, samples: Any, stage: str, i: int) -> None:

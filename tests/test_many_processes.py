@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -364,8 +365,6 @@ def test_torchrun(tmp_path: Path) -> None:
 
 
 def lift_of(**settings: Any) -> tuple[LiFT, list[Task]]:
-    import peft
-
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 3))
     tasks = [Task(f"t{i}", (torch.randn(8, 4), torch.arange(8) % 3)) for i in range(6)]
@@ -385,3 +384,26 @@ def test_the_front_door_shares_too(tmp_path: Path, block: int) -> None:
         assert found.keys() == alone.keys()
         for name, value in found.items():
             torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-6)
+
+
+def test_chains_of_their_own_are_merged() -> None:
+    """One process each needs no group: priors of one model and other seeds count as one chain's draws."""
+    lift, tasks = lift_of()
+    priors = [
+        LiFT(lift.adapter, settings=lift.settings, seed=seed).meta_train(tasks, progress=False) for seed in (1, 2)
+    ]
+    merged = priors[0].merge(priors[1])
+    assert merged.mixture.seen == 24 and merged.tasks == priors[0].tasks
+    both = [prior.mixture.moments for prior in (*priors, merged)]
+    overall = [(m.weight.unsqueeze(-1) * m.mean).sum(0) for m in both]
+    torch.testing.assert_close(overall[2], (overall[0] + overall[1]) / 2)
+    torch.testing.assert_close(
+        merged.second_moment["theta"], (priors[0].second_moment["theta"] + priors[1].second_moment["theta"]) / 2
+    )
+    assert merged.adapt(tasks[0], steps=4, draws=2, seed=0).thetas.shape == (2, lift.adapter.dim)
+    with pytest.raises(ValueError, match="settings differ"):
+        priors[0].merge(lift_of(beta=0.1)[0].meta_train(tasks, progress=False))
+    other = lift_of()[0]
+    other.adapter.initial.add_(1.0)
+    with pytest.raises(ValueError, match="adapters begin at other weights"):
+        priors[0].merge(other.meta_train(tasks, progress=False))

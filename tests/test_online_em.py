@@ -292,3 +292,13 @@ def test_one_pass_over_3000_samples_of_three_gaussians_is_at_the_statistical_lim
     assert len(online) == 20
     assert np.median(online) <= 0.006 and online.max() <= 0.02, online
     assert np.median(online) <= 1.5 * np.median(batch), (online, batch)
+
+
+def test_merging_keeps_the_draws_dtype() -> None:
+    for sizes in ((3, 3), (300, 3), (3, 300)):
+        streams = []
+        for n in sizes:
+            streams.append(OnlineGaussianMixture(2))
+            for x in torch.randn(n, 4):
+                streams[-1].update(x)
+        assert streams[0].merge(streams[1]).get().mean.dtype == torch.float32
