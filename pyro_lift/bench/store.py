@@ -81,12 +81,14 @@ def run(
             f"the stores need {needed / 1e9:.1f} GB and {where} has {free / 1e9:.1f} GB free. "
             "Give a folder with room (--folder), or fewer tasks (--tasks)."
         )
-    _built(adapter, tasks[0], folder)  # what is allocated once, at the first use of anything
+    # What is allocated once, at the first use of anything; kept, so that the smallest N finds no room that it left.
+    first_use = _built(adapter, min(tasks), folder)
     chains = []
     for N in sorted(tasks):
         start = time.perf_counter()
         chains.append(_built(adapter, N, folder))
         say(f"N = {N}: {N * adapter.dim * 4 / 1e9:.2f} GB written in {time.perf_counter() - start:.0f} s")
+    del first_use
     for _ in range(rounds):
         for chain in chains:
             _turn(chain)
