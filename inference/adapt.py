@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -85,7 +85,8 @@ class Path(NamedTuple):
     losses: list[float]
 
 
-Loss = Callable[[Weights, Rows], Tensor]
+#: Mean loss of a minibatch (of each task's, for a block).
+Loss = Callable[[Weights, Any], Tensor]
 #: From particles ``[M, D]`` and the gradients of their mean losses to the gradients they move by; the number is Neff.
 Kernel = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -153,16 +154,17 @@ def minibatches(rows: Rows, batch_size: int | None, generator: torch.Generator) 
 def adapt(
     loss: Loss,
     start: Weights,
-    batches: Callable[[], Rows],
+    batches: Callable[[], Any],
     rule: Rule,
     *,
     steps: int,
-    n_eff: float,
+    n_eff: float | Tensor,
     keep: int = 0,
     prior: Distribution | None = None,
     kernel: Kernel | None = None,
     reparametrisation: Reparametrisation | None = None,
     create_graph: bool = False,
+    block: bool = False,
     head_rule: Rule | None = None,
     head_prior: tuple[float, float] | None = None,
     generator: torch.Generator | None = None,
@@ -178,13 +180,15 @@ def adapt(
         rule: how theta moves; a function of the learning rate that made it.
         steps: moves.
         n_eff: N_eff, the number of rows that the mean loss stands for (times an inflation, if any): priors, kernels
-            and KL terms are divided by it.
+            and KL terms are divided by it. ``[B]`` for a block.
         keep: iterates kept, evenly spaced over the last half of the steps.
         prior: hook; over ``[D]``.
         kernel: hook; needs particles.
         reparametrisation: hook; theta is then its parameters.
         create_graph: hook; the result is a differentiable function of ``start``. Rules with noise or running means
             are not.
+        block: whether ``start`` holds B tasks, ``[B, D]``, and ``loss`` takes all of them and their rows at once and
+            returns ``[B]``: the same moves as B loops, one pass through the network each.
         head_rule: hook; how a head moves. None leaves it as it is.
         head_prior: hook; mean and precision of a head's prior.
         generator: of noise and of the reparametrisation.
@@ -202,16 +206,19 @@ def adapt(
     if head_rule is not None and start.head is not None:
         head_state = head_rule.init(start.head)
     thinning = max(steps // 2 // keep, 1) if keep else 1
+    counted = head_counted = n_eff
+    if isinstance(n_eff, Tensor):
+        counted, head_counted = n_eff[:, None], n_eff[:, None, None]
     for step in range(steps):
-        value, g = _gradient(loss, weights, batches(), n_eff, reparametrisation, create_graph, generator)
+        value, g = _gradient(loss, weights, batches(), n_eff, reparametrisation, create_graph, block, generator)
         losses.append(_finite(value, step, name))
-        g_theta = g.theta if kernel is None else kernel(weights.theta, g.theta, n_eff)
+        g_theta = g.theta if kernel is None else kernel(weights.theta, g.theta, float(n_eff))
         touching = None if prior is None else gaussian_at(prior, weights.theta.detach())
-        theta, state = rule.move(weights.theta, g_theta, touching, state, n_eff, generator)
+        theta, state = rule.move(weights.theta, g_theta, touching, state, counted, generator)
         head = weights.head
         if head is not None and g.head is not None and head_rule is not None:
             own = None if head_prior is None else _constant(head_prior, head)
-            head, head_state = head_rule.move(head, g.head, own, head_state, n_eff, generator)
+            head, head_state = head_rule.move(head, g.head, own, head_state, head_counted, generator)
         weights = Weights(theta, head)
         left = steps - 1 - step
         if keep and left % thinning == 0 and left // thinning < keep:
@@ -224,10 +231,11 @@ def adapt(
 def _gradient(
     loss: Loss,
     weights: Weights,
-    rows: Rows,
-    n_eff: float,
+    rows: Any,
+    n_eff: float | Tensor,
     reparametrisation: Reparametrisation | None,
     create_graph: bool,
+    block: bool,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Weights]:
     """The mean loss (over particles too) and its gradient; particle by particle, so that memory holds one graph."""
@@ -241,6 +249,9 @@ def _gradient(
         values = [loss(one._replace(theta=reparametrisation.sample(one.theta, generator)), rows) for _ in draws]
         return torch.stack(values).mean() + reparametrisation.penalty(one.theta) / n_eff
 
+    if block:
+        values = loss(weights, rows)
+        return values.detach().mean(), differentiate(values.sum(), weights, create_graph)
     if weights.theta.dim() == 1:
         value = single(weights)
         return value.detach(), differentiate(value, weights, create_graph)

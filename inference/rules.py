@@ -19,7 +19,7 @@ from pyro_lift.options import check_number
 
 __all__ = ["AdamState", "Rule", "adam", "langevin", "sgd"]
 
-Move = Callable[[Tensor, Tensor, LocalGaussian | None, Any, float, torch.Generator | None], tuple[Tensor, Any]]
+Move = Callable[[Tensor, Tensor, LocalGaussian | None, Any, float | Tensor, torch.Generator | None], tuple[Tensor, Any]]
 
 
 class Rule(NamedTuple):
@@ -42,7 +42,12 @@ def sgd(learning_rate: float) -> Rule:
     check_number("learning_rate", learning_rate, open_below=False)
 
     def move(
-        x: Tensor, g: Tensor, prior: LocalGaussian | None, state: Any, n_eff: float, generator: torch.Generator | None
+        x: Tensor,
+        g: Tensor,
+        prior: LocalGaussian | None,
+        state: Any,
+        n_eff: float | Tensor,
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, Any]:
         del generator
         return x - learning_rate * _with_prior(x, g, prior, n_eff), state
@@ -80,7 +85,7 @@ def adam(
         g: Tensor,
         prior: LocalGaussian | None,
         state: AdamState,
-        n_eff: float,
+        n_eff: float | Tensor,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, AdamState]:
         del generator
@@ -122,7 +127,7 @@ def langevin(
         g: Tensor,
         prior: LocalGaussian | None,
         state: tuple[int, Tensor | None],
-        n_eff: float,
+        n_eff: float | Tensor,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, tuple[int, Tensor | None]]:
         step, moment = state
@@ -143,5 +148,5 @@ def langevin(
     return Rule(lambda x: (0, second_moment), move)
 
 
-def _with_prior(x: Tensor, g: Tensor, prior: LocalGaussian | None, n_eff: float) -> Tensor:
+def _with_prior(x: Tensor, g: Tensor, prior: LocalGaussian | None, n_eff: float | Tensor) -> Tensor:
     return g if prior is None else g + prior.precision * (x - prior.mean) / n_eff

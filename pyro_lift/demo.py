@@ -35,6 +35,7 @@ from pyro_lift.data.digits import DigitFamily, digit_backbone, digit_family
 from pyro_lift.data.task import Task
 from pyro_lift.inference.baselines import BASELINES, Baseline, Budget
 from pyro_lift.inference.baselines.lift import LiFTMethod, LiFTState
+from pyro_lift.inference.baselines.protocol import adapt_all
 from pyro_lift.lift import LiFT, LiFTPrior, LiFTSettings
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import TIMM_ATTENTION, adapt_backbone
@@ -178,8 +179,7 @@ def run_cell(settings: DemoSettings, cell: Cell, on_step: Callable[[int], None])
     method = method_of(settings, cell, adapter)
     judged = []
     for name, state in _trained(method, family.train, cell, on_step):
-        for task in tasks:
-            posterior = method.adapt(state, task)
+        for task, posterior in zip(tasks, adapt_all(method, state, tasks), strict=True):
             assert task.test is not None
             probabilities = posterior.predict(task.test).cpu()
             judged.append(Judged(name, cell.seed, task.name, probabilities, task.test.target.cpu()))

@@ -13,6 +13,8 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor, nn
 
 from pyro_lift import LiFT, SGLDGibbs, Task
+from pyro_lift.inference.adapt import HeadPolicy
+from pyro_lift.inference.baselines.finetune import finetune, finetune_block
 from pyro_lift.inference.predict import predict
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.hierarchical import AdapterHierarchy
@@ -186,6 +188,21 @@ def test_adapting_to_a_block_without_noise_is_adapting_to_each(head_scale: float
         torch.testing.assert_close(posterior.thetas, alone.thetas, rtol=1e-9, atol=1e-11)
         if head_scale is not None:
             torch.testing.assert_close(posterior.heads, alone.heads, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("head_scale", [None, 0.5])
+def test_fine_tuning_a_block_is_fine_tuning_each(head_scale: float | None) -> None:
+    torch.set_default_dtype(torch.float64)
+    adapter, tasks = picture_adapter(), picture_tasks()
+    options: dict[str, Any] = {"steps": 9, "draws": 3, "learning_rate": 3e-3, "batch_size": 6, "seed": 4}
+    options["heads"] = HeadPolicy(head_scale)
+    together = finetune_block(adapter, tasks, adapter.initial, **options)
+    assert len({float(one.thetas.sum()) for one in together}) == len(tasks)
+    for task, one in zip(tasks, together, strict=True):
+        alone = finetune(adapter, task, adapter.initial, **options)
+        torch.testing.assert_close(one.thetas, alone.thetas, rtol=1e-8, atol=1e-10)
+        if head_scale is not None:
+            torch.testing.assert_close(one.heads, alone.heads, rtol=1e-8, atol=1e-10)
 
 
 def test_one_task_several_times_gives_independent_chains() -> None:

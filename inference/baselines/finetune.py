@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,9 +14,10 @@ from pyro_lift.inference.adapt import HeadPolicy, Kernel, Reparametrisation, Wei
 from pyro_lift.inference.rules import Rule, adam
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.observation import check_width
+from pyro_lift.models.stacked import block_log_likelihood, stack_rows
 from pyro_lift.options import check_number
 
-__all__ = ["Iterates", "finetune"]
+__all__ = ["Iterates", "finetune", "finetune_block"]
 
 
 class Iterates(NamedTuple):
@@ -104,6 +105,73 @@ def finetune(
     return Iterates(
         torch.stack([w.theta for w in path.kept]), path.losses, torch.stack(kept_heads) if kept_heads else None
     )
+
+
+def finetune_block(
+    adapter: RandomAdapter,
+    tasks: Sequence[Task],
+    start: Tensor,
+    *,
+    steps: int = 100,
+    learning_rate: float = 2e-3,
+    batch_size: int = 16,
+    draws: int = 10,
+    seed: int = 0,
+    heads: HeadPolicy | None = None,
+    noise_scale: float = 1.0,
+    on_step: Callable[[], None] | None = None,
+) -> list[Iterates]:
+    """:func:`finetune` of several tasks from one start, their rows in one pass: the same minibatches, the same moves.
+
+    Args:
+        adapter: the network as a function of theta.
+        tasks: of one kind and, with heads of their own, one number of classes.
+        start: ``[D]``, of each task alike.
+        steps: gradient steps.
+        learning_rate: of Adam.
+        batch_size: rows of a minibatch of each task.
+        draws: iterates kept.
+        seed: of each task's minibatches.
+        heads: whether tasks have heads of their own.
+        noise_scale: standard deviation of the noise in regression.
+        on_step: called after each step, which moves every task.
+
+    Raises:
+        ValueError: labels outside the head's range; tasks that cannot share a pass.
+        DivergedError: a loss that is not finite.
+    """
+    check_number("learning_rate", learning_rate)
+    heads = heads or HeadPolicy()
+    tasks = [task.to(start.device) for task in tasks]
+    width = check_width(adapter, tasks, heads.scale)
+    kind, sizes = tasks[0].kind, [len(task.train) for task in tasks]
+    draw = [minibatches(task.train, batch_size, torch.Generator().manual_seed(seed)) for task in tasks]
+    rows = torch.tensor(sizes, device=start.device, dtype=start.dtype)
+    fresh = heads.fresh(tasks[0], width, start)
+    path = adapt(
+        lambda weights, block: (
+            -block_log_likelihood(adapter, kind, block, weights.theta, weights.head, noise_scale) / rows
+        ),
+        Weights(start.expand(len(tasks), -1), None if fresh is None else fresh.expand(len(tasks), *fresh.shape)),
+        lambda: stack_rows([one() for one in draw], sizes, kind),
+        adam(learning_rate),
+        steps=steps,
+        n_eff=rows,
+        keep=draws,
+        block=True,
+        head_rule=adam(heads.rate * learning_rate),
+        head_prior=heads.prior,
+        on_step=on_step,
+        name=f"{tasks[0].name} .. {tasks[-1].name}",
+    )
+    return [
+        Iterates(
+            torch.stack([w.theta[k] for w in path.kept]),
+            path.losses,
+            None if fresh is None else torch.stack([w.head[k] for w in path.kept if w.head is not None]),
+        )
+        for k in range(len(tasks))
+    ]
 
 
 def _for_each(head: Tensor | None, start: Tensor) -> Tensor | None:

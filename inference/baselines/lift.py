@@ -91,6 +91,13 @@ class LiFTMethod:
             return state.prior.adapt(task, seed=self.budget.seed if seed is None else seed, **settings)
         return self._without_mixture(state.prior, task, seed)
 
+    def adapt_many(self, state: LiFTState, tasks: Sequence[Task]) -> list[Posterior]:
+        """The chains of several new tasks in one pass."""
+        if self.ablation == "reg":
+            return [self.adapt(state, task) for task in tasks]
+        settings = {f.name: getattr(self.adapt_settings(), f.name) for f in fields(AdaptSettings)}
+        return list(state.prior.adapt_many(tasks, block_size=len(tasks), seed=self.budget.seed, **settings))
+
     def _without_mixture(self, prior: LiFTPrior, task: Task, seed: int | None) -> Ensemble:
         s, mixture = prior.settings, prior.mixture.get()
         task = task.to(self.adapter.initial.device)

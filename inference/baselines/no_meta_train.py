@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pyro_lift.data.task import Task
-from pyro_lift.inference.baselines.protocol import Budget, Ensemble, finetuned
+from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Posterior, finetuned, finetuned_block
 from pyro_lift.models.adapters import RandomAdapter
 
 __all__ = ["NoMetaTrain", "NoMetaTrainState"]
@@ -37,3 +37,7 @@ class NoMetaTrain:
     def adapt(self, state: NoMetaTrainState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the adapter's own start."""
         return finetuned(self.adapter, task, state.theta, self.budget, seed)
+
+    def adapt_many(self, state: NoMetaTrainState, tasks: Sequence[Task]) -> list[Posterior]:
+        """Fine-tune several tasks in one pass, each from the adapter's own start."""
+        return finetuned_block(self.adapter, tasks, state.theta, self.budget)

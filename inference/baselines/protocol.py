@@ -11,14 +11,27 @@ from torch import Tensor
 
 from pyro_lift.data.task import Rows, Task, as_rows
 from pyro_lift.inference.adapt import HeadPolicy, Weights
-from pyro_lift.inference.baselines.finetune import finetune
+from pyro_lift.inference.baselines.finetune import finetune, finetune_block
 from pyro_lift.inference.predict import predict
 from pyro_lift.inference.rules import Rule, adam
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.hierarchical import agree
 from pyro_lift.models.observation import check_width
 from pyro_lift.options import check_number
 
-__all__ = ["Baseline", "Budget", "Ensemble", "Episode", "Heads", "Posterior", "State", "episodes", "finetuned"]
+__all__ = [
+    "Baseline",
+    "Budget",
+    "Ensemble",
+    "Episode",
+    "Heads",
+    "Posterior",
+    "State",
+    "adapt_all",
+    "episodes",
+    "finetuned",
+    "finetuned_block",
+]
 
 OnStep = Callable[[], None] | None
 
@@ -145,6 +158,37 @@ def finetuned(
     if start.dim() == 2:  # particles: one ensemble of all of them
         thetas, heads = thetas.flatten(0, 1), None if heads is None else heads.flatten(0, 1)
     return Ensemble(adapter, task, thetas, heads, tuple(found.losses))
+
+
+def finetuned_block(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor, budget: Budget) -> list[Posterior]:
+    """:func:`finetuned` of several tasks in one pass, from the budget's seed; one by one where they cannot share it."""
+    if not agree(tasks, budget.heads.scale):
+        return [finetuned(adapter, task, start, budget) for task in tasks]
+    found = finetune_block(
+        adapter,
+        tasks,
+        start,
+        steps=budget.steps,
+        learning_rate=budget.learning_rate,
+        batch_size=budget.batch_size,
+        draws=budget.draws,
+        seed=budget.seed,
+        heads=budget.heads,
+        noise_scale=budget.noise_scale,
+    )
+    return [
+        Ensemble(adapter, task, one.thetas, one.heads, tuple(one.losses))
+        for task, one in zip(tasks, found, strict=True)
+    ]
+
+
+def adapt_all(method: Baseline, state: Any, tasks: Sequence[Task], *, block_size: int = 8) -> list[Posterior]:
+    """The method's posterior for each task, ``block_size`` of them at a time where the method knows how."""
+    many = getattr(method, "adapt_many", None)
+    if many is None:
+        return [method.adapt(state, task) for task in tasks]
+    blocks = [tasks[first : first + block_size] for first in range(0, len(tasks), block_size)]
+    return [posterior for block in blocks for posterior in many(state, block)]
 
 
 class Episode(NamedTuple):

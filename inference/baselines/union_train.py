@@ -14,7 +14,15 @@ from torch import Tensor
 
 from pyro_lift.data.task import Task
 from pyro_lift.inference.adapt import differentiate, mean_loss, minibatches
-from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Heads, check_tasks, finetuned
+from pyro_lift.inference.baselines.protocol import (
+    Budget,
+    Ensemble,
+    Heads,
+    Posterior,
+    check_tasks,
+    finetuned,
+    finetuned_block,
+)
 from pyro_lift.inference.rules import adam
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
@@ -50,6 +58,10 @@ class UnionTrain:
     def adapt(self, state: UnionTrainState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the joint weights."""
         return finetuned(self.adapter, task, state.theta, self.budget, seed)
+
+    def adapt_many(self, state: UnionTrainState, tasks: Sequence[Task]) -> list[Posterior]:
+        """Fine-tune several tasks in one pass, each from the joint weights."""
+        return finetuned_block(self.adapter, tasks, state.theta, self.budget)
 
 
 def warm_up(
