@@ -140,6 +140,7 @@ class LabelMatching:
         text_mask = torch.cat([torch.ones_like(text_mask[..., :1]), text_mask[..., 1:]], -1)
         if of_row:
             texts, text_mask = texts.flatten(-3, -2), text_mask.flatten(-3, -2)
+        ids, mask = _trimmed(ids, mask)
         length = max(ids.shape[-1], texts.shape[-1])
         both = torch.cat([_fill(ids, length, self.pad_token), _fill(texts, length, self.pad_token)], -2)
         both_mask = torch.cat([_fill(mask, length, 0), _fill(text_mask, length, 0)], -2)
@@ -165,6 +166,16 @@ def _texts(named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, bool]:
             f"no label texts among the inputs {', '.join(named)}: give the task label_texts, or its rows options."
         )
     return named[f"{whose}_input_ids"], named[f"{whose}_attention_mask"], of_row
+
+
+def _trimmed(ids: Tensor, mask: Tensor, step: int = 8) -> tuple[Tensor, Tensor]:
+    """Without the columns on the right that no row of the minibatch fills; lengths are few, for ``torch.compile``.
+
+    A task is padded to its longest text, most minibatches are shorter, and the label texts are as long as the inputs.
+    """
+    filled = mask.flatten(0, -2).any(0).nonzero()
+    length = -(-(int(filled[-1]) + 1 if len(filled) else 1) // step) * step
+    return ids[..., :length], mask[..., :length]
 
 
 def _fill(x: Tensor, length: int, value: int) -> Tensor:

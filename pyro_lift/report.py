@@ -17,33 +17,51 @@ if TYPE_CHECKING:
     from pyro_lift.data.digits import DigitFamily
     from pyro_lift.demo import Judged
 
-__all__ = ["comparison", "draw_mixture", "draw_reliability", "draw_scores", "draw_tasks", "draw_traces"]
+__all__ = [
+    "by_task",
+    "comparison",
+    "draw_by_task",
+    "draw_mixture",
+    "draw_reliability",
+    "draw_scores",
+    "draw_tasks",
+    "draw_traces",
+]
 
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
 
 
-def comparison(records: Sequence[Record], methods: Sequence[str], reference: str) -> str:
+def comparison(
+    records: Sequence[Record], methods: Sequence[str], reference: str, measures: Mapping[str, str] = MEASURES
+) -> str:
     """Each method's mean ± standard deviation over seeds, and the paired p-values of its gap to ``reference``.
 
     The standard deviation is that of the seeds' means over tasks; the test is Student's, paired over seeds and tasks.
+
+    Args:
+        records: with ``method``, ``seed``, ``task`` and the measures.
+        methods: a row each.
+        reference: what the others are tested against.
+        measures: keys of the records, and what they are called.
     """
-    header = ["method", *(f"{name}" for name in MEASURES.values()), *(f"p ({name})" for name in MEASURES.values())]
-    base = {key: _paired(records, reference, key) for key in MEASURES}
+    header = ["method", *(f"{name}" for name in measures.values()), *(f"p ({name})" for name in measures.values())]
+    base = {key: _paired(records, reference, key) for key in measures}
     rows = []
     for method in methods:
         cells: list[str] = []
-        for key in MEASURES:
+        for key in measures:
             by_seed = _seed_means(records, method, key)
             spread = f" ± {np.std(by_seed, ddof=1):.3f}" if len(by_seed) > 1 else ""
             cells.append(f"{np.mean(by_seed):.3f}{spread}")
-        for key in MEASURES:
+        for key in measures:
             mine = _paired(records, method, key)
-            cells.append("" if method == reference else f"{paired_test(mine, base[key]).p_value:.1e}")
+            alone = method == reference or len(mine) < 2
+            cells.append("" if alone else f"{paired_test(mine, base[key]).p_value:.1e}")
         rows.append([method, *cells])
     seeds, tasks = {r["seed"] for r in records}, {r["task"] for r in records}
-    note = (
-        f"{len(seeds)} seeds x {len(tasks)} unseen tasks; mean ± sd over seeds; p: paired t-test against {reference}."
-    )
+    spread = "mean ± sd over seeds" if len(seeds) > 1 else "means over tasks"
+    times = f"{len(seeds)} seed{'s' * (len(seeds) > 1)} x {len(tasks)} unseen task{'s' * (len(tasks) > 1)}"
+    note = f"{times}; {spread}; p: paired t-test against {reference}."
     return f"{format_table(header, rows)}\n{note}"
 
 
@@ -56,6 +74,41 @@ def _paired(records: Sequence[Record], method: str, key: str) -> list[float]:
 def _seed_means(records: Sequence[Record], method: str, key: str) -> list[float]:
     mine = [r for r in records if r["method"] == method]
     return [float(np.mean([r[key] for r in mine if r["seed"] == seed])) for seed in sorted({r["seed"] for r in mine})]
+
+
+def by_task(records: Sequence[Record], methods: Sequence[str], key: str, digits: int = 3) -> str:
+    """One measure, a row a task and a column a method, means over seeds."""
+    tasks = list(dict.fromkeys(str(r["task"]) for r in records))
+    rows = [[task, *(f"{_task_mean(records, m, task, key):.{digits}f}" for m in methods)] for task in tasks]
+    return format_table([key, *methods], rows)
+
+
+def _task_mean(records: Sequence[Record], method: str, task: str, key: str) -> float:
+    return float(np.mean([r[key] for r in records if r["method"] == method and r["task"] == task]))
+
+
+def draw_by_task(
+    records: Sequence[Record], methods: Sequence[str], path: Path, measures: Mapping[str, str] = MEASURES
+) -> None:
+    """Each measure, a row a task and the mean of all below: a dot a method, means over seeds."""
+    tasks = list(dict.fromkeys(str(r["task"]) for r in records))
+    figure, axes = new_figure(
+        1, len(measures), width=2.2 + 2.6 * len(measures), height=1.5 + 0.26 * len(tasks), sharey=True
+    )
+    axes = np.atleast_1d(axes)
+    for ax, (key, name) in zip(axes, measures.items(), strict=True):
+        for k, method in enumerate(methods):
+            values = [_task_mean(records, method, task, key) for task in tasks]
+            shown, places = [*values, float(np.mean(values))], [*range(len(tasks)), len(tasks) + 0.5]
+            ax.plot(shown, places, "o", color=COLOURS[k], alpha=0.8, markersize=5.5, label=method)
+        ax.axhline(len(tasks) - 0.25, color="0.6", linewidth=0.8)
+        ax.set(xlabel=name)
+        ax.grid(axis="y", linewidth=0.3)
+        ax.set_ylim(len(tasks) + 1.0, -0.6)
+    axes[0].set_yticks([*range(len(tasks)), len(tasks) + 0.5], [*tasks, "mean"], fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=len(methods), loc="outside upper center")
+    save_figure(figure, path)
 
 
 def draw_scores(records: Sequence[Record], methods: Sequence[str], path: Path) -> None:

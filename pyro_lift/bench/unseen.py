@@ -1,0 +1,330 @@
+"""LiFT beside No Meta Train and Union Train on the unseen tasks of a benchmark: what three of the examples run.
+
+All methods get the same backbone, initial adapter, number of meta-training minibatches, adaptation steps and number of
+networks behind a prediction. Each chooses its rate of adaptation on the development tasks, from one grid, by mean NLL;
+the unseen tasks are looked at once, with that rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from pyro_lift import report
+from pyro_lift.bench.records import write_records
+from pyro_lift.bench.scores import scores
+from pyro_lift.config import AdapterConfig, BackboneConfig, OutputConfig, RunConfig, TasksConfig
+from pyro_lift.data.collection import TaskCollection
+from pyro_lift.data.task import Rows, Task, TextRow, TextTask
+from pyro_lift.inference.adapt import HeadPolicy
+from pyro_lift.inference.baselines import BASELINES, Baseline, Budget
+from pyro_lift.inference.sgld import DivergedError
+from pyro_lift.lift import LiFTSettings
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.options import check_number
+
+__all__ = [
+    "METHODS",
+    "Benchmark",
+    "UnseenSettings",
+    "benchmark_of",
+    "hold_out",
+    "parser",
+    "run",
+    "settings_of",
+    "table_of",
+]
+
+#: Methods as tables name them, and as the registry does; the last is what the others are tested against.
+METHODS = {"No Meta Train": "no-meta-train", "Union Train": "union-train", "LiFT": "lift"}
+LIFT = "LiFT"
+
+
+@dataclass(frozen=True)
+class UnseenSettings:
+    """Sizes and rates of a comparison."""
+
+    seeds: int = field(default=1, metadata={"help": "repetitions: initial adapters, minibatches, chains"})
+    warm_up: int = field(default=400, metadata={"help": "meta-training gradients of joint training"})
+    visits: int = field(default=100, metadata={"help": "meta-training gradients after it"})
+    steps: int = field(default=40, metadata={"help": "adaptation steps on a new task"})
+    draws: int = field(default=5, metadata={"help": "networks that a prediction averages over"})
+    batch_size: int = field(default=8, metadata={"help": "rows of a minibatch"})
+    rank: int = field(default=4, metadata={"help": "of the adapter"})
+    components: int = field(default=1, metadata={"help": "K of LiFT's mixture"})
+    beta: float = field(default=0.03, metadata={"help": "LiFT: standard deviation of a task's weights around phi"})
+    n_inflate: float = field(default=3.0, metadata={"help": "LiFT: power on the likelihood"})
+    meta_rate: float = field(default=3e-3, metadata={"help": "learning rate of meta-training, for all"})
+    rates: tuple[float, ...] = field(
+        default=(1e-3, 3e-3, 1e-2), metadata={"help": "rates of adaptation that each method chooses from"}
+    )
+    dev_tasks: int = field(default=3, metadata={"help": "tasks that the choice is made on, at most"})
+    test_tasks: int = field(default=1000, metadata={"help": "tasks to be judged by, at most"})
+    test_rows: int = field(default=250, metadata={"help": "rows that a task is judged by, at most"})
+    max_length: int = field(default=64, metadata={"help": "longest text in tokens; longer ones are cut and counted"})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "visits", "steps", "draws", "batch_size", "rank", "dev_tasks", "test_tasks", "test_rows"):
+            check_number(name, getattr(self, name), least=1, open_below=False, whole=True)
+        if not self.rates:
+            raise ValueError("rates is empty: give at least one rate of adaptation.")
+        for rate in self.rates:
+            check_number("rate", rate)
+
+
+class Benchmark(NamedTuple):
+    """What is compared on.
+
+    Attributes:
+        tasks: encoded for the backbone, with what is missing by name.
+        adapter: the network with its initial adapter, by seed.
+        measures: keys of the records that the table shows, and what they are called.
+        heads: of the tasks' own, where they have any.
+        texts: the tasks as strings, for the metrics that compare strings.
+    """
+
+    tasks: TaskCollection[Task]
+    adapter: Callable[[int], RandomAdapter]
+    measures: Mapping[str, str]
+    heads: HeadPolicy = HeadPolicy()
+    texts: TaskCollection[TextTask] | None = None
+
+
+def benchmark_of(
+    found: TaskCollection[Any],
+    backbone: str | Path,
+    kind: Any,
+    settings: UnseenSettings,
+    measures: Mapping[str, str],
+    heads: HeadPolicy | None = None,
+) -> Benchmark:
+    """Loaded tasks and a backbone, wired as ``pyro-lift train`` wires them.
+
+    Args:
+        found: what ``load_tasks`` returned.
+        backbone: folder or name.
+        kind: how it is loaded; see :func:`~pyro_lift.models.backbones.load_backbone`.
+        settings: for the rank, the longest text, and how many of the tasks are used.
+        measures: see :class:`Benchmark`.
+        heads: see :class:`Benchmark`.
+
+    Raises:
+        ValueError: no task to learn from, or none to be judged by; a tokenizer that does not fit the model.
+    """
+    from pyro_lift.commands import adapter_of, encoder_of
+
+    config = RunConfig(
+        backbone=BackboneConfig(name=str(backbone), kind=kind),
+        adapter=AdapterConfig(rank=settings.rank),
+        tasks=TasksConfig(max_length=settings.max_length),
+    )
+    if not found.train or not found.test:
+        raise ValueError(f"{found.name}: nothing to {'learn from' if not found.train else 'be judged by'}.")
+    found = replace(found, dev=_spread(found.dev, settings.dev_tasks), test=_spread(found.test, settings.test_tasks))
+
+    def adapter(seed: int) -> RandomAdapter:
+        return adapter_of(replace(config, output=OutputConfig(seed=seed))).to(settings.device)
+
+    texts = found if isinstance(found.train[0], TextTask) else None
+    return Benchmark(found.encode(encoder_of(config)), adapter, measures, heads or HeadPolicy(), texts)
+
+
+def _spread(tasks: Sequence[Any], most: int) -> tuple[Any, ...]:
+    """At most so many, evenly over the list: neighbours in a list of tasks are often relatives."""
+    if len(tasks) <= most:
+        return tuple(tasks)
+    return tuple(tasks[k * len(tasks) // most] for k in range(most))
+
+
+def hold_out(found: TaskCollection[Any], names: Sequence[str]) -> TaskCollection[Any]:
+    """Move training tasks to the development tasks, for benchmarks that have none; names that are not there stay out.
+
+    They are then not meta-trained on.
+    """
+    moved = tuple(task for task in found.train if task.name in names)
+    kept = tuple(task for task in found.train if task.name not in names)
+    note = f"held out of train to choose rates on: {', '.join(task.name for task in moved)}"
+    return replace(found, train=kept, dev=(*found.dev, *moved), notes=(*found.notes, note) if moved else found.notes)
+
+
+# ------------------------------------------------------------------------------------------------ the comparison
+
+
+def run(benchmark: Benchmark, settings: UnseenSettings, out: Path, *, progress: bool = True) -> list[dict[str, Any]]:
+    """Compare; writes ``results.json``, ``tasks.txt``, ``table.txt`` and ``scores.png`` in ``out``.
+
+    Returns:
+        One record a method, seed and task.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    summary = benchmark.tasks.summary()
+    (out / "tasks.txt").write_text(summary + "\n")
+    print(summary, flush=True)
+    records: list[dict[str, Any]] = []
+    hidden = not progress or "CI" in os.environ
+    with tqdm(total=_gradients(benchmark, settings), unit="step", disable=hidden, dynamic_ncols=True) as bar:
+        for seed in range(settings.seeds):
+            adapter = benchmark.adapter(seed)
+            bar.write(f"seed {seed}: {adapter.dim} adapter weights")
+            for name in METHODS:
+                records += _run_method(benchmark, settings, adapter, name, seed, bar)
+                write_records(records, out / "results.json")
+    table = table_of(records, benchmark.measures)
+    (out / "table.txt").write_text(table + "\n")
+    report.draw_by_task(records, list(METHODS), out / "scores.png", benchmark.measures)
+    print(table)
+    return records
+
+
+def table_of(records: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) -> str:
+    """Methods over all unseen tasks, then the first measure by task."""
+    names, first = list(METHODS), next(iter(measures))
+    return f"{report.comparison(records, names, LIFT, measures)}\n\n{report.by_task(records, names, first)}"
+
+
+def _gradients(benchmark: Benchmark, settings: UnseenSettings) -> int:
+    """What the bar counts to."""
+    trained = 2 * (settings.warm_up + settings.visits)
+    tried = len(settings.rates) * len(benchmark.tasks.dev) if len(settings.rates) > 1 else 0
+    return settings.seeds * (trained + len(METHODS) * (tried + len(benchmark.tasks.test)) * settings.steps)
+
+
+def _run_method(
+    benchmark: Benchmark, settings: UnseenSettings, adapter: RandomAdapter, name: str, seed: int, bar: Any
+) -> list[dict[str, Any]]:
+    def method(rate: float) -> Baseline:
+        return _method(benchmark, settings, adapter, name, seed, rate)
+
+    bar.set_description(f"{name}: meta-train")
+    start = time.perf_counter()
+    state = method(settings.rates[0]).meta_train(benchmark.tasks.train, on_step=bar.update)
+    meta_seconds = time.perf_counter() - start
+    rate = _chosen_rate(benchmark, settings, method, state, name, bar)
+    records = []
+    for task in benchmark.tasks.test:
+        bar.set_description(f"{name}: {task.name}")
+        start = time.perf_counter()
+        posterior = method(rate).adapt(state, task, seed=seed)
+        adapt_seconds = time.perf_counter() - start
+        rows, texts = _judged_rows(benchmark, task, settings.test_rows)
+        records.append(
+            {
+                "method": name,
+                "seed": seed,
+                "task": task.name,
+                "metric": task.metric,
+                "rows": len(rows),
+                **scores(posterior.predict(rows), rows, task, texts),
+                "rate": rate,
+                "meta_seconds": round(meta_seconds, 2),
+                "adapt_seconds": round(adapt_seconds, 2),
+            }
+        )
+        bar.update(settings.steps)
+    return records
+
+
+def _method(
+    benchmark: Benchmark, settings: UnseenSettings, adapter: RandomAdapter, name: str, seed: int, rate: float
+) -> Baseline:
+    s = settings
+    budget = Budget(
+        warm_up=s.warm_up,
+        visits=s.visits,
+        warm_up_learning_rate=s.meta_rate,
+        meta_learning_rate=s.meta_rate,
+        steps=s.steps,
+        learning_rate=rate,
+        batch_size=s.batch_size,
+        draws=s.draws,
+        heads=benchmark.heads,
+        seed=seed,
+    )
+    options: dict[str, Any] = {}
+    if name == LIFT:
+        options["settings"] = LiFTSettings(components=s.components, beta=s.beta, n_inflate=s.n_inflate)
+    return BASELINES[METHODS[name]](adapter, budget, **options)
+
+
+def _chosen_rate(
+    benchmark: Benchmark,
+    settings: UnseenSettings,
+    method: Callable[[float], Baseline],
+    state: Any,
+    name: str,
+    bar: Any,
+) -> float:
+    """The rate with the lowest mean NLL on the development tasks; the first where there is nothing to choose by."""
+    if len(settings.rates) == 1 or not benchmark.tasks.dev:
+        return settings.rates[0]
+    found: dict[float, float] = {}
+    for rate in settings.rates:
+        losses = []
+        for task in benchmark.tasks.dev:
+            bar.set_description(f"{name}: {task.name}, rate {rate:g}")
+            losses.append(_loss(method(rate), state, benchmark, task, settings))
+            bar.update(settings.steps)
+        found[rate] = statistics.fmean(losses)
+    best = min(found, key=found.__getitem__)
+    shown = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in found.items())
+    bar.write(f"{name}: rate {best:g} chosen by NLL on {len(benchmark.tasks.dev)} development tasks ({shown})")
+    return best
+
+
+def _loss(method: Baseline, state: Any, benchmark: Benchmark, task: Task, settings: UnseenSettings) -> float:
+    rows, _ = _judged_rows(benchmark, task, settings.test_rows)
+    try:
+        nll: float = scores(method.adapt(state, task).predict(rows), rows, task)["nll"]
+    except DivergedError:
+        return math.inf
+    return nll
+
+
+def _judged_rows(benchmark: Benchmark, task: Task, most: int) -> tuple[Rows, Sequence[TextRow] | None]:
+    """The first test rows of a task, and the same rows as strings."""
+    if task.test is None:
+        raise ValueError(f"task {task.name!r} has no test rows to be judged by.")
+    texts = None if benchmark.texts is None else benchmark.texts[task.name].test[:most]
+    return task.test.take(slice(0, most)), texts
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def parser(description: str, defaults: UnseenSettings, out: str) -> argparse.ArgumentParser:
+    """Options that the three examples share: data, output, and a flag for every field of the settings."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--root", help="where the data lies")
+    made.add_argument("--out", default=out, type=Path, help=f"folder for records, table and figure (default {out})")
+    made.add_argument("--smoke", action="store_true", help="small made-up data, seconds; the numbers mean nothing")
+    made.add_argument("--backbone", help="folder or name on the hub; by default the repository's own")
+    for f in fields(UnseenSettings):
+        default = getattr(defaults, f.name)
+        kind, several = (float, "+") if isinstance(default, tuple) else (type(default), None)
+        made.add_argument(
+            f"--{f.name.replace('_', '-')}", type=kind, nargs=several, help=f"{f.metadata['help']} (default {default})"
+        )
+    return made
+
+
+def settings_of(given: argparse.Namespace, defaults: UnseenSettings) -> UnseenSettings:
+    """The settings of a command line: what it names, else the example's own, else the smallest for ``--smoke``."""
+    if given.smoke:
+        defaults = replace(defaults, warm_up=4, visits=6, steps=4, draws=2, batch_size=4, rates=(1e-3, 3e-3))
+        defaults = replace(defaults, seeds=1, dev_tasks=1, test_rows=8)
+    named: dict[str, Any] = {}
+    for f in fields(UnseenSettings):
+        value = getattr(given, f.name)
+        if value is not None:
+            named[f.name] = tuple(value) if isinstance(value, list) else value
+    return replace(defaults, **named)
