@@ -32,7 +32,7 @@ def make_up(folder: Path) -> None:
     rng = np.random.default_rng(0)
     for name in SMOKE:
         classes = VTAB[name].classes
-        arrays: dict[str, np.ndarray[Any, Any]] = {}
+        arrays: dict[str, Any] = {}
         for part in ("train", "test"):
             y = np.arange(2 * classes) % classes
             x = rng.integers(0, 120, (len(y), 32, 32, 3), dtype=np.uint8)
