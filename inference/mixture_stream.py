@@ -130,11 +130,16 @@ class MixtureStream:
     def _responsibilities(self, tiles: tuple[Tensor, ...]) -> tuple[list[float], float]:
         """The E-step: q_j, and log p(x)."""
         joint = [-math.inf] * self.components
+        there = [j for j in range(self.components) if self.weight[j] > 0.0]
+        constant = {
+            j: math.log(self.weight[j]) - 0.5 * (self._log_det[j] + self.dim * math.log(2.0 * math.pi)) for j in there
+        }
         # The last draw's component comes first: once its density is known, the others can be given up early.
-        for j in sorted(range(self.components), key=lambda j: j != self._last):
-            if self.weight[j] > 0.0:
-                constant = math.log(self.weight[j]) - 0.5 * (self._log_det[j] + self.dim * math.log(2.0 * math.pi))
-                joint[j] = constant - 0.5 * self._quadratic(j, tiles, 2.0 * (constant - max(joint) + NEGLIGIBLE))
+        for turn in ([j for j in there if j == self._last], [j for j in there if j != self._last]):
+            best = max(joint)
+            limits = {j: 2.0 * (constant[j] - best + NEGLIGIBLE) for j in turn}
+            for j, value in self._quadratics(tiles, limits).items():
+                joint[j] = constant[j] - 0.5 * value
         top = max(joint)
         if not math.isfinite(top):
             raise ValueError(f"draw {self.seen} is not finite; the mixture is left as it was.")
@@ -143,22 +148,26 @@ class MixtureStream:
         norm = math.fsum(shares)
         return [share / norm for share in shares], top + math.log(norm)
 
-    def _quadratic(self, j: int, tiles: tuple[Tensor, ...], limit: float) -> float:
-        r""":math:`\sum_d (x_d - \mu_{jd})^2 / V_{jd}`, or infinity as soon as it is past the limit: it only grows."""
-        mean, variance = self._mean[j], self._variance[j]
-        scale = float(variance.value) if self.covariance == "spherical" else 1.0
-        value = 0.0
+    def _quadratics(self, tiles: tuple[Tensor, ...], limits: dict[int, float]) -> dict[int, float]:
+        r""":math:`\sum_d (x_d - \mu_{jd})^2 / V_{jd}` of some components, infinity where past the limit: it only grows.
+
+        Piece by piece, so that x is read once for all of them.
+        """
+        values = dict.fromkeys(limits, 0.0)
+        left = list(limits)
         for t, x in enumerate(tiles):
             gap, scaled = self._buffers.of(len(x))
-            torch.sub(x, mean.tiles[t], out=gap)
-            if self.covariance == "diag":
-                torch.div(gap, variance.tiles[t], out=scaled)
-                value += float(torch.dot(gap, scaled))
-            else:
-                value += float(torch.dot(gap, gap)) / scale
-            if self.early and value > limit:
-                return math.inf
-        return value
+            for j in left:
+                torch.sub(x, self._mean[j].tiles[t], out=gap)
+                if self.covariance == "diag":
+                    torch.div(gap, self._variance[j].tiles[t], out=scaled)
+                    values[j] += float(torch.dot(gap, scaled))
+                else:
+                    values[j] += float(torch.dot(gap, gap)) / float(self._variance[j].value)
+            if self.early:
+                values |= {j: math.inf for j in left if values[j] > limits[j]}
+                left = [j for j in left if values[j] <= limits[j]]
+        return values
 
     def _move(self, j: int, tiles: tuple[Tensor, ...], w: float) -> None:
         """The M-step of one component, its pending share taken into the average on the way; one pass."""
