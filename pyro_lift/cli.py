@@ -111,14 +111,15 @@ def speed(
     ] = None,
     rank: Annotated[list[int] | None, typer.Option(help="of the adapters; repeat")] = None,
     repeats: Annotated[int, typer.Option(help="rounds of each method")] = 7,
-    part: Annotated[list[str] | None, typer.Option(help="steps, em, curves; repeat")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="steps, em, blocks, curves, large; repeat")] = None,
+    largest: Annotated[str | None, typer.Option(help="of the part large: t5-xl or t5-large")] = None,
 ) -> None:
     """What a step costs beside a plain PEFT step, what each part of it costs, and how it grows."""
     from pyro_lift.bench import speed as benchmark
 
     chosen = {"backbones": backbone, "ranks": rank, "parts": part}
     given: dict[str, Any] = {name: tuple(value) for name, value in chosen.items() if value}
-    benchmark.run(out, smoke=smoke, device=device, repeats=repeats, **given)
+    benchmark.run(out, smoke=smoke, device=device, repeats=repeats, largest=largest, **given)
 
 
 @bench.command("methods")

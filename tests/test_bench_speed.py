@@ -24,7 +24,9 @@ def test_the_short_form_writes_records_and_a_figure(tmp_path: Path) -> None:
     assert all(r["ratio_to_plain"] == 1.0 for r in steps if r["method"] == "SGD")
     for r in (r for r in records if r["part"] == "breakdown"):
         assert set(r["cpu_seconds"]) >= {"forward", "backward", "handlers", "theta", "phi", "store", "mixture"}
-    assert {r["curve"] for r in records if r["part"] == "curve"} == {"N", "D", "K"}
+    assert {r["curve"] for r in records if r["part"] == "curve"} == {"N", "D", "K", "B"}
+    assert all(r["visits_to_one_by_one"] == 1.0 for r in records if r.get("block_size") == 1 and r["part"] == "curve")
+    assert [r["method"] for r in records if r["part"] == "large"] == ["SGD", "LiFT", "MAML"]
     assert any("LiFT" in line for line in lines)
 
 
@@ -73,3 +75,16 @@ def test_the_plain_loop_and_the_chain_leave_the_backbone_as_they_found_it() -> N
     speed.Lift(adapter, tasks).step()
     assert all(torch.equal(p, frozen[n]) for n, p in adapter.backbone.named_parameters() if n in frozen)
     assert not any(p.requires_grad for p in adapter.backbone.parameters())
+
+
+def test_a_part_alone_has_files_of_its_own(tmp_path: Path) -> None:
+    records = speed.run(tmp_path, smoke=True, parts=["curves"], echo=lambda text: None)
+    assert {r["part"] for r in records} == {"curve"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["speed-curves.json", "speed-curves.png"]
+
+
+def test_a_curve_s_term_is_the_line_it_came_from() -> None:
+    points = [{"at": x, "cpu_seconds_per_step": 0.002 + 3e-9 * x} for x in (1e4, 1e5, 1e6, 1e7)]
+    assert speed.term(points) == pytest.approx((0.002, 3e-9))
+    flat = [{"at": x, "cpu_seconds_per_step": 0.002 - 1e-12 * x} for x in (1e4, 1e7)]
+    assert speed.term(flat)[1] == 0.0

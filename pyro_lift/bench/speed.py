@@ -43,6 +43,14 @@ BETA, SIGMA = 0.03, 0.3
 STEP = 1e-8
 
 Record = dict[str, Any]
+PARTS = ("steps", "em", "blocks", "curves", "large")
+#: What a curve is drawn against.
+LABELS = {
+    "D": "D, adapter weights (N = 10)",
+    "N": "N, tasks (D = 100,000)",
+    "K": "K, components (D = 1 M)",
+    "B": "B, tasks of a pass (16 rows each)",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ class Shape:
 
     make: Callable[[], nn.Module]
     task: Callable[[int], Task]
+    #: Of a minibatch.
+    rows: int = ROWS
 
 
 def _bart(layers: int, width: int, heads: int, vocabulary: int) -> nn.Module:
@@ -74,10 +84,27 @@ def _vit(size: int, patch: int, width: int, depth: int, heads: int) -> nn.Module
     return net
 
 
-def _text_task(vocabulary: int, number: int) -> Task:
+def _t5(layers: int, width: int, hidden: int, heads: int, vocabulary: int = 32128) -> nn.Module:
+    """T5 1.1 in bfloat16; its weights are never in float32, so that the largest shape is made in its own memory."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=vocabulary, d_model=width, d_kv=width // heads, d_ff=hidden, num_layers=layers, num_heads=heads,
+        dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model: nn.Module = T5ForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model
+
+
+def _text_task(vocabulary: int, number: int, rows: int = ROWS, tokens: int = TOKENS) -> Task:
     generator = torch.Generator().manual_seed(number)
     draw = partial(torch.randint, 5, vocabulary, generator=generator)
-    x, target = draw(size=(2 * ROWS, TOKENS)), draw(size=(2 * ROWS, LABEL_TOKENS))
+    x, target = draw(size=(2 * rows, tokens)), draw(size=(2 * rows, LABEL_TOKENS))
     inputs = {"input_ids": x, "attention_mask": torch.ones_like(x), "decoder_input_ids": target.roll(1, -1)}
     return Task(f"text{number}", (inputs, target), "tokens")
 
@@ -96,6 +123,10 @@ BACKBONES: dict[str, Shape] = {
     "vit-small": Shape(partial(_vit, 32, 8, 128, 4, 4), partial(_picture_task, 32)),
     "bart-tiny": Shape(partial(_bart, 1, 16, 2, 50), partial(_text_task, 50)),
     "vit-tiny": Shape(partial(_vit, 8, 4, 16, 1, 2), partial(_picture_task, 8)),
+    # In bfloat16, four rows of 32 tokens: what fits beside 3 billion weights, and is over in minutes without a GPU.
+    "t5-xl": Shape(partial(_t5, 24, 2048, 5120, 32), partial(_text_task, 32128, rows=4, tokens=32), 4),
+    "t5-large": Shape(partial(_t5, 24, 1024, 2816, 16), partial(_text_task, 32128, rows=4, tokens=32), 4),
+    "t5-tiny": Shape(partial(_t5, 1, 16, 32, 2, 50), partial(_text_task, 50, rows=4, tokens=32), 4),
 }
 
 
@@ -107,10 +138,11 @@ def run(
     backbones: Sequence[str] = ("bart-base", "vit-b16", "bart-small", "vit-small"),
     ranks: Sequence[int] = (4, 64),
     repeats: int = 7,
-    parts: Sequence[str] = ("steps", "em", "curves"),
+    parts: Sequence[str] = PARTS,
+    largest: str | None = None,
     echo: Callable[[str], None] = print,
 ) -> list[Record]:
-    """Measure, and write ``speed.json`` and ``speed.png`` in ``out``.
+    """Measure, and write ``speed.json`` and ``speed.png`` in ``out``; of some parts, ``speed-PARTS.json`` and figure.
 
     Args:
         out: folder.
@@ -119,13 +151,18 @@ def run(
         backbones: of :data:`BACKBONES`.
         ranks: of the adapters.
         repeats: rounds; each method once a round.
-        parts: ``"steps"`` (methods on a backbone), ``"em"`` (mixture against the memory's bandwidth), ``"curves"``.
+        parts: ``"steps"`` (methods on a backbone), ``"em"`` (mixture against the memory's bandwidth), ``"blocks"``
+            (visits a second against B, on the small backbones), ``"curves"`` (step time against D, N and K, without a
+            backbone), ``"large"`` (a few steps of a large T5 in bfloat16).
+        largest: backbone of the last part; None takes t5-xl on a GPU and t5-large on a CPU.
         echo: for progress.
     """
     for name in backbones:
         check_choice("backbone", name, BACKBONES)
     for part in parts:
-        check_choice("part", part, ["steps", "em", "curves"])
+        check_choice("part", part, PARTS)
+    if largest is not None:
+        check_choice("largest", largest, BACKBONES)
     if smoke:
         backbones, ranks, repeats = ("bart-tiny", "vit-tiny"), (4,), 2
     size = 200_000 if smoke else 10_000_000
@@ -139,11 +176,22 @@ def run(
                 gc.collect()
     if "em" in parts:
         records += bandwidth(size, repeats, device)
+    if "blocks" in parts:
+        for backbone in ("bart-tiny", "vit-tiny") if smoke else ("bart-small", "vit-small"):
+            records += blocks(backbone, (1, 2) if smoke else (1, 4, 16, 64), repeats, device)
+        echo(_blocks_table(records))
     if "curves" in parts:
         records += curves(smoke, repeats, device)
+        echo(_curves_table(records))
+    if "large" in parts:
+        name = "t5-tiny" if smoke else largest or ("t5-xl" if device.startswith("cuda") else "t5-large")
+        found = large(name, min(repeats, 3), device)
+        records += found
+        echo(_large_table(found, name))
     records = [common | record for record in records]
-    write_records(records, out / "speed.json")
-    draw(records, out / "speed.png")
+    stem = "speed" if set(parts) == set(PARTS) else f"speed-{'-'.join(parts)}"
+    write_records(records, out / f"{stem}.json")
+    draw(records, out / f"{stem}.png")
     return records
 
 
@@ -170,12 +218,8 @@ def steps(backbone: str, rank: int, repeats: int, device: str) -> list[Record]:
         "LiFT, RMS": Lift(adapter, tasks, preconditioner="rms").step,
         "MAML": maml(adapter, tasks),
     }
-    peaks = {}
     gc.collect()
-    for name, step in methods.items():
-        reset_peak()
-        step()
-        peaks[name] = peak_bytes(device)
+    peaks = {name: _peak(step, device) for name, step in methods.items()}
     times = interleaved({name: step for name, step in methods.items() if name != "MAML"}, repeats)
     # Several times a step's cost: fewer rounds of its own, with a plain step in each.
     slow = interleaved({"SGD": methods["SGD"], "MAML": methods["MAML"]}, max(repeats // 3, 2), warm_up=0)
@@ -183,6 +227,13 @@ def steps(backbone: str, rank: int, repeats: int, device: str) -> list[Record]:
     records.append(_record("MAML", slow["MAML"], slow["SGD"], peaks["MAML"]))
     records.append({"method": "LiFT", "part": "breakdown", **lift.breakdown(max(repeats // 2, 2))})
     return [{"part": "step"} | about | record for record in records]
+
+
+def _peak(step: Callable[[], Any], device: str) -> int | None:
+    """Peak memory of one step."""
+    reset_peak()
+    step()
+    return peak_bytes(device)
 
 
 def _record(name: str, times: Times, plain_times: Times, peak: int | None) -> Record:
@@ -204,7 +255,7 @@ def _record(name: str, times: Times, plain_times: Times, peak: int | None) -> Re
 
 
 def plain(
-    adapter: RandomAdapter, tasks: Sequence[Task], make: Callable[..., torch.optim.Optimizer]
+    adapter: RandomAdapter, tasks: Sequence[Task], make: Callable[..., torch.optim.Optimizer], batch: int = ROWS
 ) -> Callable[[], None]:
     """The usual loop: the PEFT model's own parameters, ``backward`` and ``torch.optim``."""
     parameters = [places[0].module._parameters[places[0].attribute] for places in adapter._slots]
@@ -216,11 +267,11 @@ def plain(
             assert parameter is not None
             parameter.requires_grad_(True)
         task = tasks[next(count) % len(tasks)]
-        rows = task.train.take(torch.randperm(len(task.train))[:ROWS].to(adapter.initial.device))
+        rows = task.train.take(torch.randperm(len(task.train))[:batch].to(adapter.initial.device))
         optimiser.zero_grad()
         output = adapter.backbone(**rows.named)  # type: ignore[operator]
         logits = output.logits if hasattr(output, "logits") else output
-        loss = nn.functional.cross_entropy(logits.flatten(0, -2), rows.target.flatten())
+        loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), rows.target.flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         for parameter in parameters:
@@ -233,10 +284,12 @@ def plain(
 class Lift:
     """A chain and its mixture, made to run for ever at one place."""
 
-    def __init__(self, adapter: RandomAdapter, tasks: Sequence[Task], components: int = K, **options: Any) -> None:
+    def __init__(
+        self, adapter: RandomAdapter, tasks: Sequence[Task], components: int = K, batch: int = ROWS, **options: Any
+    ) -> None:
         self.adapter = adapter
         self.kernel = SGLDGibbs(
-            AdapterHierarchy(adapter, tasks, beta=BETA, sigma=SIGMA, batch_size=ROWS, prior_mean=adapter.initial),
+            AdapterHierarchy(adapter, tasks, beta=BETA, sigma=SIGMA, batch_size=batch, prior_mean=adapter.initial),
             step_size=STEP,
             init_strategy=init_to_value(values={"phi": adapter.initial}, fallback=init_to_mean),
             **options,
@@ -284,7 +337,7 @@ def mixture_at(place: Tensor, components: int) -> OnlineGaussianMixture:
     return mixture
 
 
-def maml(adapter: RandomAdapter, tasks: Sequence[Task]) -> Callable[[], None]:
+def maml(adapter: RandomAdapter, tasks: Sequence[Task], batch: int = ROWS) -> Callable[[], None]:
     """One inner step and its query, second order, on one task: two minibatches."""
     method = MAML(adapter, Budget(), tasks_per_step=1)
     heads, generator = Heads(adapter, tasks, Budget(), 1e-3), torch.Generator().manual_seed(0)
@@ -294,11 +347,52 @@ def maml(adapter: RandomAdapter, tasks: Sequence[Task]) -> Callable[[], None]:
         number = next(count) % len(tasks)
         rows = tasks[number].train
         order = torch.randperm(len(rows)).to(phi.device)
-        episode = Episode(number, tasks[number], rows.take(order[:ROWS]), rows.take(order[ROWS:]))
+        episode = Episode(number, tasks[number], rows.take(order[:batch]), rows.take(order[batch:]))
         with twice_differentiable(True):
             phi.sub_(method.gradient(phi, episode, heads, generator), alpha=STEP)
 
     return step
+
+
+def large(backbone: str, repeats: int, device: str) -> list[Record]:
+    """A few steps on a large backbone in bfloat16: Union Train, which is plain PEFT, LiFT with K = 5, and MAML.
+
+    One method after the other, so that none holds memory while another is measured; a method that does not fit says so.
+    """
+    torch.manual_seed(0)
+    shape = BACKBONES[backbone]
+    net = shape.make()
+    weights = sum(p.numel() for p in net.parameters())
+    adapter = adapt_backbone(net, recipe(net, rank=4)).to(device)
+    tasks = [shape.task(i).to(device) for i in range(2)]
+    about = {
+        "part": "large",
+        "backbone": backbone,
+        "weights": weights,
+        "rank": 4,
+        "dim": adapter.dim,
+        "rows": shape.rows,
+    }
+    methods: dict[str, Callable[[], Callable[[], None]]] = {
+        "SGD": lambda: plain(adapter, tasks, torch.optim.SGD, shape.rows),
+        "LiFT": lambda: Lift(adapter, tasks, batch=shape.rows).step,
+        "MAML": lambda: maml(adapter, tasks, shape.rows),
+    }
+    records: list[Record] = []
+    for name, make in methods.items():
+        gc.collect()
+        record: Record = {"method": name, "components": K if name == "LiFT" else None}
+        try:
+            step = make()
+            record["peak_bytes"] = _peak(step, device)
+            times = interleaved({name: step}, repeats, warm_up=0)[name]
+            record |= {"seconds_per_step": quartiles(times.wall)[1], "cpu_seconds_per_step": quartiles(times.cpu)[1]}
+            record["repeats"] = repeats
+            del step
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            record["does_not_fit"] = str(error)
+        records.append(about | record)
+    return records
 
 
 # ------------------------------------------------------------------------------------------------ memory, curves
@@ -382,24 +476,82 @@ def sampler_alone(size: int, num_tasks: int, device: str) -> Callable[[], Any]:
 
 
 def curves(smoke: bool, repeats: int, device: str) -> list[Record]:
-    """Step time against N, D and K, one at a time; the sampler and the mixture alone."""
+    """Step time against D, N and K, one at a time; the sampler and the mixture alone."""
     records = []
     top = 2 if smoke else 4
-    sizes = [10_000 * 10**k for k in range(top)]
-    for size in sizes:
+    for size in [10_000 * 10**k for k in range(top)]:
         seconds = interleaved({"sampler": sampler_alone(size, 10, device)}, repeats)["sampler"]
         records.append(_point("D", size, "sampler", seconds, dim=size, tasks=10))
         if size * K > 100_000:
             seconds = interleaved({"em": _em(size, K, device)[0]}, repeats)["em"]
-            records.append(_point("D", size, "mixture", seconds, dim=size, components=K))
-    for count in [10 * 10**k for k in range(top)]:
-        seconds = interleaved({"sampler": sampler_alone(100_000, count, device)}, 3 * repeats)["sampler"]
-        records.append(_point("N", count, "sampler", seconds, dim=100_000, tasks=count))
+            records.append(_point("D", size, "mixture, K = 5", seconds, dim=size, components=K))
+        gc.collect()
+    counts = {count: sampler_alone(100_000, count, device) for count in [10 * 10**k for k in range(top)]}
+    found = interleaved({str(count): step for count, step in counts.items()}, 3 * repeats)
+    records += [_point("N", n, "sampler", found[str(n)], dim=100_000, tasks=n) for n in counts]
     size = 200_000 if smoke else 1_000_000
-    for components in (1, 2, 4) if smoke else (1, 2, 4, 8, 16):
-        seconds = interleaved({"em": _em(size, components, device)[0]}, repeats)["em"]
-        records.append(_point("K", components, "mixture", seconds, dim=size, components=components))
+    steps: dict[str, Callable[[], None]] = {}
+    sizes = (1, 2, 4) if smoke else (1, 2, 4, 8, 16)
+    for components in sizes:
+        for early in (True, False):
+            steps[f"{components} {early}"], stream = _em(size, components, device)
+            stream.early = early
+    found = interleaved(steps, repeats)
+    for early, name in ((True, "mixture"), (False, "mixture, every component to its end")):
+        records += [_point("K", k, name, found[f"{k} {early}"], dim=size, components=k) for k in sizes]
     return records
+
+
+def blocks(backbone: str, sizes: Sequence[int], repeats: int, device: str) -> list[Record]:
+    """Step time and visits a second against B, tasks of one pass, with few-shot batches; against B steps of one."""
+    torch.manual_seed(0)
+    shape = BACKBONES[backbone]
+    net = shape.make()
+    adapter = adapt_backbone(net, recipe(net, rank=4)).to(device)
+    tasks = [shape.task(i).to(device) for i in range(max(sizes))]
+    times = interleaved({str(B): _block_step(adapter, tasks, B) for B in sizes}, repeats)
+    records = []
+    for B in sizes:
+        wall, cpu = times[str(B)].ratios(times[str(sizes[0])])
+        about = {"backbone": backbone, "rank": 4, "dim": adapter.dim, "block_size": B, "rows": shape.rows}
+        low, ratio, high = quartiles([B / r for r in cpu])
+        records.append(
+            _point("B", B, backbone, times[str(B)], **about)
+            | {
+                "visits_per_second": B / quartiles(times[str(B)].wall)[1],
+                "visits_to_one_by_one": quartiles([B / r for r in wall])[1],
+                "cpu_visits_to_one_by_one": ratio,
+                "cpu_visits_quartiles": [low, high],
+            }
+        )
+    return records
+
+
+def _block_step(adapter: RandomAdapter, tasks: Sequence[Task], B: int) -> Callable[[], None]:
+    hierarchy = AdapterHierarchy(
+        adapter, tasks, beta=BETA, sigma=SIGMA, batch_size=ROWS, prior_mean=adapter.initial, block_size=B
+    )
+    start = init_to_value(values={"phi": adapter.initial}, fallback=init_to_mean)
+    kernel = SGLDGibbs(hierarchy, step_size=STEP, init_strategy=start)
+    kernel.setup(0)
+
+    def step() -> None:
+        kernel.state = kernel.state._replace(step=0)  # the first block, whose rows are there
+        kernel.sample(kernel.state.phi)
+
+    step()
+    return step
+
+
+def term(records: Sequence[Record]) -> tuple[float, float]:
+    r"""The line :math:`a + b\,x` through a curve, a and b not negative, least squares of relative errors; seconds."""
+    import numpy as np
+    from scipy.optimize import nnls
+
+    x = np.array([float(r["at"]) for r in records])
+    y = np.array([r["cpu_seconds_per_step"] for r in records])
+    a, b = nnls(np.stack([np.ones_like(x), x], 1) / y[:, None], np.ones_like(y))[0]
+    return float(a), float(b)
 
 
 def _point(curve: str, at: int, method: str, times: Times, **about: Any) -> Record:
@@ -427,13 +579,67 @@ def _table(records: Sequence[Record], title: str) -> str:
     return title + "\n" + format_table(["method", "seconds", "ratio", "cpu ratio", "quartiles"], rows)
 
 
+def _curves_of(records: Sequence[Record], curves: str) -> dict[tuple[str, str], list[Record]]:
+    found: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if record["part"] == "curve" and record["curve"] in curves:
+            found.setdefault((record["curve"], record["method"]), []).append(record)
+    return found
+
+
+def _curves_table(records: Sequence[Record]) -> str:
+    rows = []
+    for (curve, method), mine in _curves_of(records, "DNK").items():
+        a, b = term(mine)
+        measured = ", ".join(f"{r['at']:,}: {1e3 * r['cpu_seconds_per_step']:.3g}" for r in mine)
+        rows.append([curve, method, measured, f"{1e3 * a:.3g} ms + {1e9 * b:.3g} ns x {curve}"])
+    return "processor time of a step, ms\n" + format_table(["against", "what", "measured", "line"], rows)
+
+
+def _blocks_table(records: Sequence[Record]) -> str:
+    rows = []
+    for mine in _curves_of(records, "B").values():
+        for r in mine:
+            spread = "{:.2f}-{:.2f}".format(*r["cpu_visits_quartiles"])
+            numbers = [f"{r['visits_per_second']:.1f}", f"{r['cpu_visits_to_one_by_one']:.2f}", spread]
+            rows.append([r["backbone"], str(r["at"]), f"{r['cpu_seconds_per_step']:.3f}", *numbers])
+    head = ["backbone", "B", "cpu seconds", "visits a second", "to one by one (cpu)", "quartiles"]
+    return "blocks of B tasks in one pass\n" + format_table(head, rows)
+
+
+def _large_table(records: Sequence[Record], name: str) -> str:
+    rows = []
+    for r in records:
+        peak = "?" if r.get("peak_bytes") is None else f"{r['peak_bytes'] / 2**30:.2f}"
+        seconds = f"{r['seconds_per_step']:.2f}" if "seconds_per_step" in r else "does not fit"
+        rows.append([r["method"], seconds, f"{r.get('cpu_seconds_per_step', 0.0):.2f}", peak])
+    title = f"{name}, {records[0]['weights'] / 1e6:,.0f} M weights in bfloat16, D = {records[0]['dim']:,}"
+    return title + "\n" + format_table(["method", "seconds", "cpu seconds", "peak GiB"], rows)
+
+
 def draw(records: Sequence[Record], path: Path) -> None:
-    """Ratios by method, where a step's time goes, and the curves."""
-    figure, axes = new_figure(2, 2, width=10.0, height=7.0)
-    _draw_ratios([r for r in records if r["part"] == "step"], axes[0, 0])
-    _draw_breakdown([r for r in records if r["part"] == "breakdown"], axes[0, 1])
-    for axis, curve in ((axes[1, 0], "D"), (axes[1, 1], "K")):
-        _draw_curve([r for r in records if r["part"] == "curve" and r["curve"] == curve], axis, curve)
+    """Ratios by method, where a step's time goes, the curves, and the largest backbone; what was measured of these."""
+    of = {part: [r for r in records if r["part"] == part] for part in ("step", "breakdown", "em", "large")}
+    panels: list[Callable[[Any], None]] = []
+    if of["step"]:
+        panels += [partial(_draw_ratios, of["step"]), partial(_draw_breakdown, of["breakdown"])]
+    if of["em"]:
+        panels.append(partial(_draw_em, of["em"]))
+    for curve in LABELS:
+        found = _curves_of(records, curve)
+        if found:
+            panels.append(partial(_draw_curve, list(found.values()), curve))
+    if any(r["part"] == "curve" and r["curve"] == "B" for r in records):
+        panels.append(partial(_draw_blocks, list(_curves_of(records, "B").values())))
+    if of["large"]:
+        panels.append(partial(_draw_large, of["large"]))
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // max(columns, 1))
+    figure, axes = new_figure(rows, columns, width=5.0 * columns, height=3.6 * rows, squeeze=False)
+    for panel, axis in zip(panels, axes.flat, strict=False):
+        panel(axis)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
     save_figure(figure, path)
 
 
@@ -474,14 +680,68 @@ def _draw_breakdown(records: Sequence[Record], axis: Any) -> None:
         axis.legend(frameon=False, fontsize=8)
 
 
-def _draw_curve(records: Sequence[Record], axis: Any, curve: str) -> None:
-    for k, method in enumerate(dict.fromkeys(r["method"] for r in records)):
-        mine = [r for r in records if r["method"] == method]
+def _draw_em(records: Sequence[Record], axis: Any) -> None:
+    for k, r in enumerate(records):
+        low, high = r["share_quartiles"]
+        axis.plot([low, high], [k, k], color=COLOURS[k])
+        axis.plot([r["share_of_copy_bandwidth"]], [k], "o", color=COLOURS[k])
+    axis.axvline(0.6, color="0.7", linewidth=1)
+    axis.set_yticks(range(len(records)), [r["method"] for r in records], fontsize=8)
+    axis.set_ylim(-0.5, len(records) - 0.5)
+    axis.set_xlim(0.0, None)
+    axis.set_xlabel(f"share of the copy's bandwidth (D = {records[0]['dim']:,}, K = {K}; grey: 0.6)")
+    axis.set_title("The mixture's update (quartiles)", fontsize=10)
+
+
+def _draw_curve(found: Sequence[Sequence[Record]], curve: str, axis: Any) -> None:
+    for k, mine in enumerate(found):
+        a, b = term(mine)
         x, y = [r["at"] for r in mine], [1e3 * r["cpu_seconds_per_step"] for r in mine]
-        axis.plot(x, y, "o-", color=COLOURS[k], label=method)
+        axis.plot(x, y, "o", color=COLOURS[k], label=mine[0]["method"])
+        low, high = zip(*(r["cpu_seconds_quartiles"] for r in mine), strict=True)
+        axis.vlines(x, [1e3 * t for t in low], [1e3 * t for t in high], color=COLOURS[k])
+        grid = [x[0] * (x[-1] / x[0]) ** (i / 50.0) for i in range(51)]
+        axis.plot(
+            grid, [1e3 * (a + b * at) for at in grid], color=COLOURS[k], linewidth=1, label=_term_text(a, b, curve)
+        )
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xlabel({"D": "D, adapter weights", "K": "K, components (D = 1 M)", "N": "N, tasks"}[curve])
-    axis.set_ylabel("ms a step")
-    if records:
-        axis.legend(frameon=False, fontsize=8)
+    axis.set_xlabel(LABELS[curve])
+    axis.set_ylabel("ms a step, processor time")
+    if curve == "N":  # a flat line between the nearest decades
+        middle = 1e3 * found[0][0]["cpu_seconds_per_step"]
+        axis.set_ylim(middle / 10.0, middle * 10.0)
+    axis.legend(frameon=False, fontsize=7)
+
+
+def _term_text(a: float, b: float, curve: str) -> str:
+    unit, scale = ("ns", 1e9) if b < 1e-6 else ("ms", 1e3)
+    return f"{1e3 * a:.2g} ms + {scale * b:.2g} {unit} × {curve}"
+
+
+def _draw_blocks(found: Sequence[Sequence[Record]], axis: Any) -> None:
+    for k, mine in enumerate(found):
+        x = [r["at"] for r in mine]
+        axis.plot(x, [r["cpu_visits_to_one_by_one"] for r in mine], "o-", color=COLOURS[k], label=mine[0]["backbone"])
+        low, high = zip(*(r["cpu_visits_quartiles"] for r in mine), strict=True)
+        axis.vlines(x, low, high, color=COLOURS[k])
+    axis.axhline(1.0, color="0.7", zorder=0, linewidth=1)
+    axis.set_xscale("log")
+    axis.set_ylim(0.0, None)
+    axis.set_xlabel(LABELS["B"])
+    axis.set_ylabel("visits a second, to one by one")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _draw_large(records: Sequence[Record], axis: Any) -> None:
+    for k, r in enumerate(records):
+        if "seconds_per_step" in r:
+            axis.barh([k], [r["seconds_per_step"]], color=COLOURS[k])
+        peak = "" if r.get("peak_bytes") is None else f"  {r['peak_bytes'] / 2**30:.1f} GiB"
+        text = peak if "seconds_per_step" in r else "  does not fit"
+        axis.text(r.get("seconds_per_step", 0.0), k, text, va="center", fontsize=8)
+    axis.set_yticks(range(len(records)), [r["method"] for r in records])
+    axis.invert_yaxis()
+    axis.margins(x=0.2)
+    axis.set_xlabel("seconds a step; peak memory beside it")
+    axis.set_title(f"{records[0]['backbone']}, {records[0]['weights'] / 1e6:,.0f} M weights, bfloat16", fontsize=10)
