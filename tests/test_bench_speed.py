@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyro_lift.bench import speed
+from pyro_lift.bench import speed, speed_report
 from pyro_lift.bench.timing import Stopwatch, Times, interleaved, quartiles
 
 
@@ -85,6 +85,6 @@ def test_a_part_alone_has_files_of_its_own(tmp_path: Path) -> None:
 
 def test_a_curve_s_term_is_the_line_it_came_from() -> None:
     points = [{"at": x, "cpu_seconds_per_step": 0.002 + 3e-9 * x} for x in (1e4, 1e5, 1e6, 1e7)]
-    assert speed.term(points) == pytest.approx((0.002, 3e-9))
+    assert speed_report.term(points) == pytest.approx((0.002, 3e-9))
     flat = [{"at": x, "cpu_seconds_per_step": 0.002 - 1e-12 * x} for x in (1e4, 1e7)]
-    assert speed.term(flat)[1] == 0.0
+    assert speed_report.term(flat)[1] == 0.0

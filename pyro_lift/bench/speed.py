@@ -15,10 +15,10 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor, nn
 
-from pyro_lift.bench.records import format_table, write_records
+from pyro_lift.bench import speed_report
+from pyro_lift.bench.records import write_records
 from pyro_lift.bench.timing import Stopwatch, Times, copy_seconds, interleaved, peak_bytes, quartiles, reset_peak
 from pyro_lift.data.task import Task
-from pyro_lift.figures import COLOURS, new_figure, save_figure
 from pyro_lift.inference import program as program_module
 from pyro_lift.inference import sgld_gibbs
 from pyro_lift.inference.baselines.episodic import twice_differentiable
@@ -44,13 +44,6 @@ STEP = 1e-8
 
 Record = dict[str, Any]
 PARTS = ("steps", "em", "blocks", "curves", "large")
-#: What a curve is drawn against.
-LABELS = {
-    "D": "D, adapter weights (N = 10)",
-    "N": "N, tasks (D = 100,000)",
-    "K": "K, components (D = 1 M)",
-    "B": "B, tasks of a pass (16 rows each)",
-}
 
 
 @dataclass(frozen=True)
@@ -172,26 +165,26 @@ def run(
         for backbone in backbones:
             for rank in ranks:
                 records += steps(backbone, rank, repeats, device)
-                echo(_table(records[-6:], f"{backbone}, rank {rank}"))
+                echo(speed_report.steps_table(records[-6:], f"{backbone}, rank {rank}"))
                 gc.collect()
     if "em" in parts:
         records += bandwidth(size, repeats, device)
     if "blocks" in parts:
         for backbone in ("bart-tiny", "vit-tiny") if smoke else ("bart-small", "vit-small"):
             records += blocks(backbone, (1, 2) if smoke else (1, 4, 16, 64), repeats, device)
-        echo(_blocks_table(records))
+        echo(speed_report.blocks_table(records))
     if "curves" in parts:
         records += curves(smoke, repeats, device)
-        echo(_curves_table(records))
+        echo(speed_report.curves_table(records))
     if "large" in parts:
         name = "t5-tiny" if smoke else largest or ("t5-xl" if device.startswith("cuda") else "t5-large")
         found = large(name, min(repeats, 3), device)
         records += found
-        echo(_large_table(found, name))
+        echo(speed_report.large_table(found, name))
     records = [common | record for record in records]
     stem = "speed" if set(parts) == set(PARTS) else f"speed-{'-'.join(parts)}"
     write_records(records, out / f"{stem}.json")
-    draw(records, out / f"{stem}.png")
+    speed_report.draw(records, out / f"{stem}.png")
     return records
 
 
@@ -543,205 +536,7 @@ def _block_step(adapter: RandomAdapter, tasks: Sequence[Task], B: int) -> Callab
     return step
 
 
-def term(records: Sequence[Record]) -> tuple[float, float]:
-    r"""The line :math:`a + b\,x` through a curve, a and b not negative, least squares of relative errors; seconds."""
-    import numpy as np
-    from scipy.optimize import nnls
-
-    x = np.array([float(r["at"]) for r in records])
-    y = np.array([r["cpu_seconds_per_step"] for r in records])
-    a, b = nnls(np.stack([np.ones_like(x), x], 1) / y[:, None], np.ones_like(y))[0]
-    return float(a), float(b)
-
-
 def _point(curve: str, at: int, method: str, times: Times, **about: Any) -> Record:
     low, middle, high = quartiles(times.cpu)
     seconds = {"cpu_seconds_per_step": middle, "cpu_seconds_quartiles": [low, high]}
     return {"part": "curve", "curve": curve, "at": at, "method": method, **about, **seconds}
-
-
-# ------------------------------------------------------------------------------------------------ what a reader sees
-
-
-def _table(records: Sequence[Record], title: str) -> str:
-    rows = []
-    for record in records:
-        if record["part"] == "step":
-            rows.append(
-                [
-                    record["method"],
-                    f"{record['seconds_per_step']:.3f}",
-                    f"{record['ratio_to_plain']:.3f}",
-                    f"{record['cpu_ratio_to_plain']:.3f}",
-                    "{:.3f}-{:.3f}".format(*record["cpu_ratio_quartiles"]),
-                ]
-            )
-    return title + "\n" + format_table(["method", "seconds", "ratio", "cpu ratio", "quartiles"], rows)
-
-
-def _curves_of(records: Sequence[Record], curves: str) -> dict[tuple[str, str], list[Record]]:
-    found: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        if record["part"] == "curve" and record["curve"] in curves:
-            found.setdefault((record["curve"], record["method"]), []).append(record)
-    return found
-
-
-def _curves_table(records: Sequence[Record]) -> str:
-    rows = []
-    for (curve, method), mine in _curves_of(records, "DNK").items():
-        a, b = term(mine)
-        measured = ", ".join(f"{r['at']:,}: {1e3 * r['cpu_seconds_per_step']:.3g}" for r in mine)
-        rows.append([curve, method, measured, f"{1e3 * a:.3g} ms + {1e9 * b:.3g} ns x {curve}"])
-    return "processor time of a step, ms\n" + format_table(["against", "what", "measured", "line"], rows)
-
-
-def _blocks_table(records: Sequence[Record]) -> str:
-    rows = []
-    for mine in _curves_of(records, "B").values():
-        for r in mine:
-            spread = "{:.2f}-{:.2f}".format(*r["cpu_visits_quartiles"])
-            numbers = [f"{r['visits_per_second']:.1f}", f"{r['cpu_visits_to_one_by_one']:.2f}", spread]
-            rows.append([r["backbone"], str(r["at"]), f"{r['cpu_seconds_per_step']:.3f}", *numbers])
-    head = ["backbone", "B", "cpu seconds", "visits a second", "to one by one (cpu)", "quartiles"]
-    return "blocks of B tasks in one pass\n" + format_table(head, rows)
-
-
-def _large_table(records: Sequence[Record], name: str) -> str:
-    rows = []
-    for r in records:
-        peak = "?" if r.get("peak_bytes") is None else f"{r['peak_bytes'] / 2**30:.2f}"
-        seconds = f"{r['seconds_per_step']:.2f}" if "seconds_per_step" in r else "does not fit"
-        rows.append([r["method"], seconds, f"{r.get('cpu_seconds_per_step', 0.0):.2f}", peak])
-    title = f"{name}, {records[0]['weights'] / 1e6:,.0f} M weights in bfloat16, D = {records[0]['dim']:,}"
-    return title + "\n" + format_table(["method", "seconds", "cpu seconds", "peak GiB"], rows)
-
-
-def draw(records: Sequence[Record], path: Path) -> None:
-    """Ratios by method, where a step's time goes, the curves, and the largest backbone; what was measured of these."""
-    of = {part: [r for r in records if r["part"] == part] for part in ("step", "breakdown", "em", "large")}
-    panels: list[Callable[[Any], None]] = []
-    if of["step"]:
-        panels += [partial(_draw_ratios, of["step"]), partial(_draw_breakdown, of["breakdown"])]
-    if of["em"]:
-        panels.append(partial(_draw_em, of["em"]))
-    for curve in LABELS:
-        found = _curves_of(records, curve)
-        if found:
-            panels.append(partial(_draw_curve, list(found.values()), curve))
-    if any(r["part"] == "curve" and r["curve"] == "B" for r in records):
-        panels.append(partial(_draw_blocks, list(_curves_of(records, "B").values())))
-    if of["large"]:
-        panels.append(partial(_draw_large, of["large"]))
-    columns = min(len(panels), 2)
-    rows = -(-len(panels) // max(columns, 1))
-    figure, axes = new_figure(rows, columns, width=5.0 * columns, height=3.6 * rows, squeeze=False)
-    for panel, axis in zip(panels, axes.flat, strict=False):
-        panel(axis)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_visible(False)
-    save_figure(figure, path)
-
-
-def _draw_ratios(records: Sequence[Record], axis: Any) -> None:
-    cells = list(dict.fromkeys((r["backbone"], r["rank"]) for r in records))
-    methods = [m for m in dict.fromkeys(r["method"] for r in records) if m not in ("SGD", "MAML")]
-    for k, method in enumerate(methods):
-        for place, cell in enumerate(cells):
-            found = [r for r in records if (r["backbone"], r["rank"]) == cell and r["method"] == method]
-            for r in found:
-                low, high = r["cpu_ratio_quartiles"]
-                x = place + 0.15 * (k - (len(methods) - 1) / 2)
-                axis.plot([x, x], [low, high], color=COLOURS[k])
-                axis.plot([x], [r["cpu_ratio_to_plain"]], "o", color=COLOURS[k], label=method if place == 0 else None)
-    axis.axhline(1.0, color="0.7", zorder=0, linewidth=1)
-    axis.set_xticks(range(len(cells)), [f"{name}\nrank {rank}" for name, rank in cells], fontsize=8)
-    axis.set_ylabel("step over plain SGD step")
-    axis.set_title("Cost of a step (processor time, quartiles)", fontsize=10)
-    if cells:
-        axis.legend(frameon=False, fontsize=8)
-
-
-def _draw_breakdown(records: Sequence[Record], axis: Any) -> None:
-    labels = [f"{r['backbone']}\nrank {r['rank']}" for r in records]
-    left = [0.0] * len(records)
-    names = ["mixture", "phi", "theta", "store", "handlers", "rest"]
-    for k, name in enumerate(names):
-        share = []
-        for r in records:
-            spent = r["cpu_seconds"]
-            share.append(100.0 * spent.get(name, 0.0) / (spent["forward"] + spent["backward"]))
-        axis.barh(labels, share, left=left, color=COLOURS[k], label=name)
-        left = [a + b for a, b in zip(left, share, strict=True)]
-    axis.set_xlabel("% of the backbone's forward and backward pass")
-    axis.set_title("What is beside the backbone (LiFT, K = 5)", fontsize=10)
-    axis.tick_params(axis="y", labelsize=8)
-    if records:
-        axis.legend(frameon=False, fontsize=8)
-
-
-def _draw_em(records: Sequence[Record], axis: Any) -> None:
-    for k, r in enumerate(records):
-        low, high = r["share_quartiles"]
-        axis.plot([low, high], [k, k], color=COLOURS[k])
-        axis.plot([r["share_of_copy_bandwidth"]], [k], "o", color=COLOURS[k])
-    axis.axvline(0.6, color="0.7", linewidth=1)
-    axis.set_yticks(range(len(records)), [r["method"] for r in records], fontsize=8)
-    axis.set_ylim(-0.5, len(records) - 0.5)
-    axis.set_xlim(0.0, None)
-    axis.set_xlabel(f"share of the copy's bandwidth (D = {records[0]['dim']:,}, K = {K}; grey: 0.6)")
-    axis.set_title("The mixture's update (quartiles)", fontsize=10)
-
-
-def _draw_curve(found: Sequence[Sequence[Record]], curve: str, axis: Any) -> None:
-    for k, mine in enumerate(found):
-        a, b = term(mine)
-        x, y = [r["at"] for r in mine], [1e3 * r["cpu_seconds_per_step"] for r in mine]
-        axis.plot(x, y, "o", color=COLOURS[k], label=mine[0]["method"])
-        low, high = zip(*(r["cpu_seconds_quartiles"] for r in mine), strict=True)
-        axis.vlines(x, [1e3 * t for t in low], [1e3 * t for t in high], color=COLOURS[k])
-        grid = [x[0] * (x[-1] / x[0]) ** (i / 50.0) for i in range(51)]
-        axis.plot(
-            grid, [1e3 * (a + b * at) for at in grid], color=COLOURS[k], linewidth=1, label=_term_text(a, b, curve)
-        )
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xlabel(LABELS[curve])
-    axis.set_ylabel("ms a step, processor time")
-    if curve == "N":  # a flat line between the nearest decades
-        middle = 1e3 * found[0][0]["cpu_seconds_per_step"]
-        axis.set_ylim(middle / 10.0, middle * 10.0)
-    axis.legend(frameon=False, fontsize=7)
-
-
-def _term_text(a: float, b: float, curve: str) -> str:
-    unit, scale = ("ns", 1e9) if b < 1e-6 else ("ms", 1e3)
-    return f"{1e3 * a:.2g} ms + {scale * b:.2g} {unit} × {curve}"
-
-
-def _draw_blocks(found: Sequence[Sequence[Record]], axis: Any) -> None:
-    for k, mine in enumerate(found):
-        x = [r["at"] for r in mine]
-        axis.plot(x, [r["cpu_visits_to_one_by_one"] for r in mine], "o-", color=COLOURS[k], label=mine[0]["backbone"])
-        low, high = zip(*(r["cpu_visits_quartiles"] for r in mine), strict=True)
-        axis.vlines(x, low, high, color=COLOURS[k])
-    axis.axhline(1.0, color="0.7", zorder=0, linewidth=1)
-    axis.set_xscale("log")
-    axis.set_ylim(0.0, None)
-    axis.set_xlabel(LABELS["B"])
-    axis.set_ylabel("visits a second, to one by one")
-    axis.legend(frameon=False, fontsize=8)
-
-
-def _draw_large(records: Sequence[Record], axis: Any) -> None:
-    for k, r in enumerate(records):
-        if "seconds_per_step" in r:
-            axis.barh([k], [r["seconds_per_step"]], color=COLOURS[k])
-        peak = "" if r.get("peak_bytes") is None else f"  {r['peak_bytes'] / 2**30:.1f} GiB"
-        text = peak if "seconds_per_step" in r else "  does not fit"
-        axis.text(r.get("seconds_per_step", 0.0), k, text, va="center", fontsize=8)
-    axis.set_yticks(range(len(records)), [r["method"] for r in records])
-    axis.invert_yaxis()
-    axis.margins(x=0.2)
-    axis.set_xlabel("seconds a step; peak memory beside it")
-    axis.set_title(f"{records[0]['backbone']}, {records[0]['weights'] / 1e6:,.0f} M weights, bfloat16", fontsize=10)
