@@ -214,6 +214,9 @@ class SGLD(_Kernel):
         damping: of the preconditioner, relative to its mean.
         second_moment: a moving average to begin with, by site.
         thinning: transitions per draw, after the warm-up.
+        site_step_scale: factor on the step size by site, e.g. ``{"head": 10.0}``.
+        site_temperature: factor on the temperature by site; ``{"head": 0.0}`` moves the head to its mode while
+            everything else is sampled.
         init_strategy: where sites start, a function of ``pyro.infer.autoguide.initialization``.
         check_stability: refuse a step size that cannot be stable at the start.
 
@@ -240,11 +243,14 @@ class SGLD(_Kernel):
         damping: float = 0.1,
         second_moment: Mapping[str, Tensor] | None = None,
         thinning: int = 1,
+        site_step_scale: Mapping[str, float] | None = None,
+        site_temperature: Mapping[str, float] | None = None,
         init_strategy: Callable[..., Tensor] = init_to_mean,
         check_stability: bool = True,
     ) -> None:
         super().__init__(model, thinning, init_strategy)
         _check_common(temperature, n_inflate, integrator, preconditioner, decay, damping)
+        self.site_step_scale, self.site_temperature = _site_factors(site_step_scale, site_temperature)
         self._schedule = None if step_size is None else as_schedule(step_size)
         self.temperature = temperature
         self.n_inflate = n_inflate
@@ -284,7 +290,7 @@ class SGLD(_Kernel):
         if self.check_stability and euler and eta >= limit:
             raise ValueError(_too_large("step_size", eta, limit, "4 / (largest curvature at the start)"))
         if self.check_stability and euler:
-            _check_prior_steps(run, eta, {})
+            _check_prior_steps(run, eta, self.site_step_scale)
         return schedule
 
     @property
@@ -311,6 +317,8 @@ class SGLD(_Kernel):
                 decay=self.decay,
                 damping=self.damping,
                 adapt=adapt,
+                site_step_scale=self.site_step_scale,
+                site_temperature=self.site_temperature,
                 generator=self._noise_generator,
             )
         if not adapt and self._info is not None:
@@ -339,6 +347,8 @@ class SGLD(_Kernel):
                 "decay": self.decay,
                 "damping": self.damping,
                 "thinning": self.thinning,
+                "site_step_scale": self.site_step_scale,
+                "site_temperature": self.site_temperature,
                 "warmup_steps": self._warmup_steps,
             },
             "sites": {name: list(value.shape) for name, value in self.state.position.items()},
@@ -394,6 +404,8 @@ class SGLDGibbs(_Kernel):
         max_grad_norm: likelihood gradients above it are scaled down to it and counted as divergences; it changes
             the target.
         site_step_scale: factor on the step size by local family, e.g. ``{"head": 10.0}``.
+        site_temperature: factor on the temperature by local family; ``{"head": 0.0}`` moves heads to their mode
+            while everything else is sampled.
         store: where theta lives between visits: ``"device"``, ``"host"`` (pinned memory), ``"disk"`` (a file, the next
             block read ahead), ``"auto"`` (the first of these that fits), or a store.
         init_strategy: where sites start. Local sites centred on a global one start at it.
@@ -434,6 +446,7 @@ class SGLDGibbs(_Kernel):
         sgd_step_size: float | Schedule = 1e-3,
         max_grad_norm: float | None = None,
         site_step_scale: Mapping[str, float] | None = None,
+        site_temperature: Mapping[str, float] | None = None,
         store: str | ThetaStore = "auto",
         init_strategy: Callable[..., Tensor] = init_to_mean,
         check_stability: bool = True,
@@ -452,8 +465,7 @@ class SGLDGibbs(_Kernel):
             check_number("block_size", block_size, least=1, open_below=False, whole=True)
         if max_grad_norm is not None:
             check_number("max_grad_norm", max_grad_norm)
-        for family, factor in (site_step_scale or {}).items():
-            check_number(f"site_step_scale[{family!r}]", factor)
+        step_scale, temperatures = _site_factors(site_step_scale, site_temperature)
         self.plate = plate
         self.block_size = block_size
         self.scan: Scan = scan
@@ -476,7 +488,8 @@ class SGLDGibbs(_Kernel):
             theta_steps_per_visit=theta_steps_per_visit,
             max_grad_norm=max_grad_norm,
             sgd_step_size=as_schedule(sgd_step_size),
-            site_step_scale=dict(site_step_scale or {}),
+            site_step_scale=step_scale,
+            site_temperature=temperatures,
         )
         self.settings = self._settings(step_size=constant(1.0), phi_step_size=constant(1.0))
         self.state = SGLDGibbsState(0, {}, {}, {}, {}, {})
@@ -923,6 +936,17 @@ def _curvature(run: Evaluation, n_inflate: float, wanted: bool) -> float | None:
 
 def _default_step(curvature: float | None) -> Schedule:
     return constant(DEFAULT_SHARE * curvature_limit(curvature))
+
+
+def _site_factors(
+    step_scale: Mapping[str, float] | None, temperature: Mapping[str, float] | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Both as dicts; refuses factors out of range."""
+    for name, factor in (step_scale or {}).items():
+        check_number(f"site_step_scale[{name!r}]", factor)
+    for name, factor in (temperature or {}).items():
+        check_number(f"site_temperature[{name!r}]", factor, open_below=False)
+    return dict(step_scale or {}), dict(temperature or {})
 
 
 def _check_prior_steps(run: Evaluation, eta: float, scale: Mapping[str, float]) -> None:

@@ -6,7 +6,8 @@ being that of the *full-data* log density: a minibatch's sum scaled by N/b, neve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -203,6 +204,8 @@ def step(
     decay: float | None = None,
     damping: float = 0.1,
     adapt: bool = False,
+    site_step_scale: Mapping[str, float] = MappingProxyType({}),
+    site_temperature: Mapping[str, float] = MappingProxyType({}),
     generator: torch.Generator | None = None,
 ) -> tuple[SGLDState, SGLDInfo]:
     """One transition of SGLD on every site at once.
@@ -217,6 +220,8 @@ def step(
         damping: epsilon of :func:`precondition`.
         adapt: whether the moving average still moves. Frozen after burn-in it leaves the target untouched;
             while it moves, the term that its dependence on the position would call for is left out.
+        site_step_scale: factor on eta by site.
+        site_temperature: factor on T by site.
         generator: source of the noise.
 
     Raises:
@@ -238,8 +243,8 @@ def step(
             x,
             gradient,
             drift.gaussian[name],
-            step_size=eta,
-            temperature=temperature,
+            step_size=eta * site_step_scale.get(name, 1.0),
+            temperature=temperature * site_temperature.get(name, 1.0),
             noise=gaussian_noise(x, generator),
             preconditioner=preconditioner,
         )

@@ -101,6 +101,7 @@ class Settings:
     max_grad_norm: float | None = None
     sgd_step_size: Schedule = field(default_factory=lambda: constant(1e-3))
     site_step_scale: Mapping[str, float] = field(default_factory=dict)
+    site_temperature: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -280,6 +281,7 @@ def _move_theta(
             square = _per_coordinate(gradient.square(), site.family, site.plate_dim, structure)
             moments[site.family] = running_mean(moments.get(site.family), square, settings.decay)
         step_size = eta * settings.site_step_scale.get(site.family, 1.0)
+        temperature = settings.temperature * settings.site_temperature.get(site.family, 1.0)
         if name in flat:
             pair, moment = flat[name], None if settings.decay is None else moments[site.family]
             workspace = structure.workspace(pair.global_site, site.leaf.detach())
@@ -291,7 +293,7 @@ def _move_theta(
                 sums[pair.global_site],
                 1.0 / float(pair.local_variance),
                 step_size=step_size,
-                temperature=settings.temperature,
+                temperature=temperature,
                 generator=generator,
                 second_moment=moment,
                 damping=0.0 if moment is None else _damping(settings, moment, workspace),
@@ -302,7 +304,7 @@ def _move_theta(
             gradient,
             drift.gaussian[name],
             step_size=step_size,
-            temperature=settings.temperature,
+            temperature=temperature,
             noise=gaussian_noise(site.leaf, generator),
             preconditioner=1.0 if settings.decay is None else precondition(moments[site.family], settings.damping),
         )

@@ -98,6 +98,9 @@ class LiFTSettings:
     )
     noise_scale: float = field(default=1.0, metadata={"help": "sd of the noise in regression"})
     head_rate: float = field(default=10.0, metadata={"help": "a head's step size over the adapter's"})
+    head_temperature: float = field(
+        default=0.0, metadata={"help": "variance of the noise in a head; 0 moves it to its mode, as all methods do"}
+    )
 
     def __post_init__(self) -> None:
         _check_numbers(
@@ -115,6 +118,7 @@ class LiFTSettings:
             counts=("components", "samples", "thinning", "batch_size", "block_size"),
         )
         check_number("temperature", self.temperature, open_below=False)
+        check_number("head_temperature", self.head_temperature, open_below=False)
         for name in ("sgd_steps", "burn_in", "share"):
             check_number(name, getattr(self, name), open_below=False, whole=True)
         check_choice("covariance", self.covariance, ["diag", "spherical"])
@@ -311,6 +315,7 @@ class LiFT:
             share=s.share > 0,
             block_size=s.share or None,
             site_step_scale={"head": s.head_rate},
+            site_temperature={"head": s.head_temperature},
             init_strategy=init_to_value(values={"phi": self.adapter.initial}, fallback=init_to_mean),
         )
 
@@ -531,6 +536,8 @@ class LiFTPrior:
             preconditioner="rms" if self.settings.preconditioner == "rms" else None,
             second_moment=self.second_moment,
             thinning=thinning,
+            site_step_scale={"head": self.settings.head_rate},
+            site_temperature={"head": self.settings.head_temperature},
             init_strategy=init_to_value(values={"theta": start}, fallback=init_to_mean),
         )
         warmup_steps = a.steps - thinning * a.draws

@@ -65,6 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
     "after sgd": {"sgd_steps": 3, "preconditioner": "rms"},
     "cold rms": {"temperature": 0.0, "preconditioner": "rms"},
     "site scale": {"site_step_scale": {"theta": 3.0}},
+    "site temperature": {"site_temperature": {"theta": 0.3}},
 }
 
 

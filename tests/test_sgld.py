@@ -280,6 +280,23 @@ def test_a_broadened_mixture_is_the_convolution() -> None:
     torch.testing.assert_close(broadened(mixture, 0.6).log_prob(theta).exp(), expected, rtol=1e-6, atol=0)
 
 
+def test_a_site_has_a_step_and_a_temperature_of_its_own() -> None:
+    def model() -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    factors: dict[str, Any] = {"site_step_scale": {"b": 3.0}, "site_temperature": {"b": 0.0}}
+    kernel = SGLD(model, step_size=0.1, **factors)
+    pyro.set_rng_seed(0)
+    kernel.initial_params = {"a": torch.tensor(1.0), "b": torch.tensor(1.0)}
+    kernel.setup(0)
+    moved = kernel.sample(kernel.initial_params)
+    assert float(moved["b"]) == pytest.approx(1.0 - 0.5 * 3.0 * 0.1)
+    assert abs(float(moved["a"]) - (1.0 - 0.5 * 0.1)) > 1e-3
+    with pytest.raises(ValueError, match=r"site_temperature\['b'\]"):
+        SGLD(model, site_temperature={"b": -1.0})
+
+
 def test_schedules() -> None:
     assert constant(0.3)(10) == as_schedule(0.3)(0) == 0.3
     decreasing = polynomial(0.4, offset=10.0, power=0.5)
