@@ -111,10 +111,10 @@ class LabelMatching:
 
     .. math:: o_c = s \cos\big(f_\theta(x), f_\theta(\ell_c)\big), \qquad f_\theta = \text{pool} \circ \text{encoder}
 
-    Inputs and label texts go through the same adapter, in one forward pass. The label texts are those of the task,
-    ``label_input_ids`` ``[C, L]``, or every row's own options, ``option_input_ids`` ``[b, C, L]``; their masks are
-    ``label_attention_mask`` and ``option_attention_mask``. An option whose mask is all zeros is absent: its logit is
-    the most negative number.
+    Inputs and label texts go through the same adapter, in one forward pass or two. The label texts are those of the
+    task, ``label_input_ids`` ``[C, L]``, or every row's own options, ``option_input_ids`` ``[b, C, L]``; their masks
+    are ``label_attention_mask`` and ``option_attention_mask``. An option whose mask is all zeros is absent: its logit
+    is the most negative number.
 
     Args:
         scale: s; with it a logit ranges over ``[-s, s]``.
@@ -134,27 +134,41 @@ class LabelMatching:
         """The logits ``[b, C]``; of a block ``[B, b, ...]``, those of all its rows ``[B b, C]``."""
         ids, mask = named["input_ids"], named["attention_mask"]
         texts, text_mask, of_row = _texts(named)
-        lead, b, C = ids.shape[:-2], ids.shape[-2], texts.shape[-2]
+        b, C = ids.shape[-2], texts.shape[-2]
         present = text_mask.any(-1)
         # A text without any token would have softmax over nothing: let it have one, it is left out below.
         text_mask = torch.cat([torch.ones_like(text_mask[..., :1]), text_mask[..., 1:]], -1)
         if of_row:
             texts, text_mask = texts.flatten(-3, -2), text_mask.flatten(-3, -2)
         ids, mask = _trimmed(ids, mask)
-        length = max(ids.shape[-1], texts.shape[-1])
-        both = torch.cat([_fill(ids, length, self.pad_token), _fill(texts, length, self.pad_token)], -2)
-        both_mask = torch.cat([_fill(mask, length, 0), _fill(text_mask, length, 0)], -2)
-        both, both_mask = (x.flatten(0, -2) for x in (both, both_mask))
-        states = _states(network(input_ids=both, attention_mask=both_mask))
-        vectors = normalize(pool(states, both_mask, self.pooling), dim=-1)
-        vectors = vectors.view(*lead, -1, vectors.shape[-1])
-        inputs, labels = vectors[..., :b, :], vectors[..., b:, :]
+        inputs, labels = self._encoded(network, (ids, mask), (texts, text_mask))
         if of_row:
             similarity = (inputs.unsqueeze(-2) * labels.unflatten(-2, (b, C))).sum(-1)
         else:
             similarity, present = inputs @ labels.mT, present.unsqueeze(-2)
         logits = (self.scale * similarity).masked_fill(~present, torch.finfo(similarity.dtype).min)
         return torch.as_tensor(logits.flatten(0, -2))
+
+    def _encoded(
+        self, network: Callable[..., Any], first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Vectors ``[..., n, d]`` of two lots of texts: in one pass, or in two where the padding of the shorter ones
+        would be more than a quarter of it."""
+        lengths = [ids.shape[-1] for ids, _ in (first, second)]
+        rows = [ids.shape[-2] for ids, _ in (first, second)]
+        length = max(lengths)
+        padding = sum(n * (length - own) for n, own in zip(rows, lengths, strict=True))
+        if 4 * padding > sum(rows) * length:
+            return self._vectors(network, *first), self._vectors(network, *second)
+        ids = torch.cat([_fill(ids, length, self.pad_token) for ids, _ in (first, second)], -2)
+        mask = torch.cat([_fill(mask, length, 0) for _, mask in (first, second)], -2)
+        vectors = self._vectors(network, ids, mask)
+        return vectors[..., : rows[0], :], vectors[..., rows[0] :, :]
+
+    def _vectors(self, network: Callable[..., Any], ids: Tensor, mask: Tensor) -> Tensor:
+        flat_ids, flat_mask = ids.flatten(0, -2), mask.flatten(0, -2)
+        states = _states(network(input_ids=flat_ids, attention_mask=flat_mask))
+        return normalize(pool(states, flat_mask, self.pooling), dim=-1).view(*ids.shape[:-1], -1)
 
 
 def _texts(named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, bool]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from tqdm import tqdm
 
 from pyro_lift import report
@@ -27,6 +28,7 @@ from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.task import Rows, Task, TextRow, TextTask
 from pyro_lift.inference.adapt import HeadPolicy
 from pyro_lift.inference.baselines import BASELINES, Baseline, Budget
+from pyro_lift.inference.predict import predict
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.lift import LiFTSettings
 from pyro_lift.models.adapters import RandomAdapter
@@ -224,7 +226,7 @@ def _run_method(
                 "task": task.name,
                 "metric": task.metric,
                 "rows": len(rows),
-                **scores(posterior.predict(rows), rows, task, texts),
+                **scores(_predicted(posterior, task, rows), rows, task, texts),
                 "rate": rate,
                 "meta_seconds": round(meta_seconds, 2),
                 "adapt_seconds": round(adapt_seconds, 2),
@@ -284,10 +286,20 @@ def _chosen_rate(
 def _loss(method: Baseline, state: Any, benchmark: Benchmark, task: Task, settings: UnseenSettings) -> float:
     rows, _ = _judged_rows(benchmark, task, settings.test_rows)
     try:
-        nll: float = scores(method.adapt(state, task).predict(rows), rows, task)["nll"]
+        nll: float = scores(_predicted(method.adapt(state, task), task, rows), rows, task)["nll"]
     except DivergedError:
         return math.inf
     return nll
+
+
+def _predicted(posterior: Any, task: Task, rows: Rows) -> Tensor:
+    """Probabilities averaged over the draws, a draw and a few rows at a time.
+
+    That is how a CPU likes it (3.5 times faster than four draws of MiniLM in one pass); it holds few token
+    probabilities at once, and text is padded to the longest of its own pass.
+    """
+    size = min(len(rows), 32)
+    return predict(posterior.adapter, posterior.thetas, rows, task.kind, heads=posterior.heads, batch_size=size)
 
 
 def _judged_rows(benchmark: Benchmark, task: Task, most: int) -> tuple[Rows, Sequence[TextRow] | None]:
