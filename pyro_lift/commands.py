@@ -1,7 +1,7 @@
 """What ``pyro-lift train``, ``adapt`` and ``predict`` do: files in, files out.
 
-A task is a folder, of text with ``train.jsonl`` (and ``dev``, ``test``; :func:`read_text_task`) or of tensors with
-``train.safetensors`` (:func:`read_tensor_task`), or an NPZ file of pictures (:func:`read_picture_task`).
+A task is a folder, of tensors with ``train.safetensors`` (:func:`read_tensor_task`), or of text or pictures as
+:func:`pyro_lift.data.folder.read_task` reads them, or an NPZ file of pictures.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from pyro_lift import data, processes
 from pyro_lift.config import RunConfig, read_config
 from pyro_lift.data import encode
 from pyro_lift.data.collection import TaskCollection
-from pyro_lift.data.records import Record, read_records, text_row
-from pyro_lift.data.task import Images, ImageTask, Rows, Task, TextForm, TextTask
+from pyro_lift.data.folder import read_task
+from pyro_lift.data.records import RECORD_FILES
+from pyro_lift.data.task import ImageTask, Rows, Task, TextTask
 from pyro_lift.lift import LiFT, LiFTPrior, TaskPosterior
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone, load_backbone, recipe
@@ -33,9 +34,7 @@ __all__ = [
     "adapter_of",
     "encoder_of",
     "predict",
-    "read_picture_task",
     "read_tensor_task",
-    "read_text_task",
     "task_of",
     "tasks_of",
     "train",
@@ -47,7 +46,7 @@ log = logging.getLogger("pyro_lift")
 CONFIG, PRIOR = "run.toml", "prior.safetensors"
 RECORD, PREDICTIONS = "adapt.json", "predictions.jsonl"
 PARTS = ("train", "dev", "test")
-TASK_FILES = (".jsonl", ".jsonl.gz", ".safetensors")
+TASK_FILES = (*RECORD_FILES, ".safetensors")
 
 
 def train(path: Path, *, progress: bool = True, resume: bool = False) -> LiFTPrior:
@@ -201,10 +200,10 @@ def tasks_of(config: RunConfig) -> TaskCollection[Task]:
 def _folder_tasks(config: RunConfig, root: Path) -> TaskCollection[Task]:
     names = config.tasks.names
     found = {path.stem: path for path in sorted(root.glob("*.npz"))}
-    found |= {path.parent.name: path.parent for end in TASK_FILES for path in sorted(root.glob(f"*/train{end}"))}
+    found |= {path.parent.name: path.parent for end in ("", *TASK_FILES) for path in sorted(root.glob(f"*/train{end}"))}
     if not found:
         files = " or ".join(f"train{end}" for end in TASK_FILES)
-        raise ValueError(f"{root}: no task here. A task is an NPZ file, or a folder with {files}.")
+        raise ValueError(f"{root}: no task here. A task is an NPZ file, or a folder with {files}, or pictures.")
     for name in names or ():
         check_choice(f"{root}: task", name, found)
     encoder = _Lazy(config)
@@ -226,7 +225,7 @@ def task_of(config: RunConfig, path: Path) -> Task:
 def _encoded(path: Path, encoder: _Lazy) -> Task:
     if (path / "train.safetensors").is_file():
         return read_tensor_task(path)
-    return encoder(read_picture_task(path) if path.suffix == ".npz" else read_text_task(path))
+    return encoder(read_task(path))
 
 
 class _Lazy:
@@ -282,85 +281,6 @@ def encoder_of(config: RunConfig) -> Any:
     if b.kind == "causal":
         return encode.NextToken(tokenizer, longest)
     return encode.TextToText(tokenizer, model.decoder_start_token_id, longest)
-
-
-def read_text_task(folder: Path) -> TextTask:
-    """A task from ``train.jsonl`` (``dev``, ``test``; also ``.jsonl.gz``): ``input``, ``output``, perhaps ``options``.
-
-    ``task.json`` may say ``form``, ``labels`` and ``metric``. Without it, rows with options are multiple choice and
-    others text to text. A classification without ``labels`` takes the outputs of its training rows.
-
-    Raises:
-        ValueError: bad JSON, a missing field, an answer that is not among the labels, no row; with file and line.
-    """
-    about = _about(folder)
-    records = {part: list(_part_records(folder, part)) for part in PARTS}
-    if not records["train"]:
-        raise ValueError(f"{folder / 'train.jsonl'}: no rows. A task needs at least one example.")
-    first = text_row(records["train"][0])
-    form: Any = about.get("form") or ("multiple_choice" if first.options else "text_to_text")
-    check_choice(f"{folder / 'task.json'}: form", form, get_args(TextForm))
-    labels = tuple(about.get("labels", ()))
-    if form == "classification" and not labels:
-        labels = tuple(sorted({text_row(record).outputs[0] for record in records["train"]}))
-    rows = {part: tuple(text_row(record, form, labels) for record in found) for part, found in records.items()}
-    metric = about.get("metric", "EM" if form == "text_to_text" else "Perplexity" if form == "next_token" else "ACC")
-    return TextTask(folder.name, **rows, form=form, metric=metric, labels=labels)
-
-
-def read_picture_task(path: Path) -> ImageTask:
-    """A task from an NPZ file: ``x_train`` ``uint8 [n, H, W, C]`` and ``y_train`` ``[n]``; ``_val`` and ``_test`` too.
-
-    ``classes`` names the classes; without it they are numbered.
-
-    Raises:
-        ValueError: not an NPZ file, an array that is missing or misshapen; names the file.
-    """
-    import zipfile
-
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name.startswith(("x_", "y_", "classes"))}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not an NPZ file that can be read ({error}).") from error
-    parts: dict[str, Any] = {}
-    for part, key in (("train", "train"), ("dev", "val"), ("test", "test")):
-        if f"x_{key}" in arrays or part == "train":
-            for name in (f"x_{key}", f"y_{key}"):
-                if name not in arrays:
-                    raise ValueError(f"{path}: no array {name!r} among {', '.join(sorted(arrays))}.")
-            parts[part] = Images(torch.from_numpy(arrays[f"x_{key}"]), torch.from_numpy(arrays[f"y_{key}"]).long())
-    count = max(int(images.target.max()) for images in parts.values()) + 1
-    labels = tuple(map(str, arrays.get("classes", range(count))))
-    try:
-        return ImageTask(path.stem, labels=labels, **parts)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    path = folder / "task.json"
-    if not path.is_file():
-        return {}
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    known = ("form", "labels", "metric")
-    if not isinstance(about, dict):
-        raise ValueError(f"{path}: a JSON {type(about).__name__}; expected an object with {', '.join(known)}.")
-    for key in about:
-        check_choice(f"{path}: key", key, known)
-    return about
-
-
-def _part_records(folder: Path, part: str) -> Iterator[Record]:
-    for end in (".jsonl", ".jsonl.gz"):
-        if (folder / f"{part}{end}").is_file():
-            return read_records(folder / f"{part}{end}")
-    return iter(())
 
 
 def read_tensor_task(folder: Path) -> Task:

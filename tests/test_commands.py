@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from pyro_lift import LiFTPrior, Task, TaskPosterior, commands
 from pyro_lift.cli import app
+from pyro_lift.data.folder import read_task
 from pyro_lift.models.backbones import load_backbone
 
 KINDS = {"bart": "seq2seq", "t5": "seq2seq", "gpt2": "causal", "bert": "encoder", "vit": "vision"}
@@ -174,7 +175,7 @@ def test_text_folders_go_through_an_encoder_with_label_matching(
     ("about", "train", "message"),
     [
         ("", '{"input": "a", "output": "b"}\n{"input": ', r"train\.jsonl:2: not JSON"),
-        ("", "", r"train\.jsonl: no rows"),
+        ("", "", r"the train split is empty"),
         ('{"form": "clasification"}', '{"input": "a", "output": "b"}', r"did you mean 'classification'"),
         ('{"frm": 1}', '{"input": "a", "output": "b"}', r"task\.json: key='frm' is not known; did you mean 'form'"),
         (
@@ -186,7 +187,7 @@ def test_text_folders_go_through_an_encoder_with_label_matching(
 )
 def test_bad_text_is_answered_with_file_and_line(tmp_path: Path, about: str, train: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        commands.read_text_task(write_text(tmp_path / "t", about, train=train))
+        read_task(write_text(tmp_path / "t", about, train=train))
 
 
 def test_pictures_from_npz_files_with_a_head_of_their_own(tmp_path: Path) -> None:
@@ -214,4 +215,4 @@ def test_pictures_from_npz_files_with_a_head_of_their_own(tmp_path: Path) -> Non
         commands.train(config)
     np.savez(new, x_train=np.zeros((2, 4, 4, 3)), y_train=np.zeros(2, dtype=int))
     with pytest.raises(ValueError, match=r"new\.npz: .*expected uint8"):
-        commands.read_picture_task(new)
+        read_task(new)

@@ -11,10 +11,12 @@ import pytest
 
 from pyro_lift.data import load_tasks
 from pyro_lift.data.crossfit import CROSSFIT_SPLITS, crossfit_facts, few_shot
+from pyro_lift.data.encode import Pictures
 from pyro_lift.data.folder import read_task
+from pyro_lift.data.pictures import read_npz
 from pyro_lift.data.shakespeare import read_gutenberg
 from pyro_lift.data.task import TextRow
-from pyro_lift.data.vtab import GROUPS, VTAB, dsprites_location, dsprites_orientation, read_npz, threshold_label
+from pyro_lift.data.vtab import GROUPS, VTAB, dsprites_location, dsprites_orientation, threshold_label
 
 COUNTS = {
     "CLS-45": (45, 10, 10),
@@ -259,3 +261,50 @@ def test_unknown_names_get_the_nearest_known_one(tmp_path: Path) -> None:
         load_tasks("crossfit", "CLS45", tmp_path)
     with pytest.raises(TypeError, match="did you mean 'dedupe'"):
         load_tasks("crossfit", "NLI", tmp_path, dedup=True)
+
+
+def _pictures(folder: Path, classes: list[str], **about: object) -> Path:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 3), ("val", 1), ("test", 2)):
+        for name in classes:
+            (folder / part / name).mkdir(parents=True)
+            for n in range(count):
+                Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(folder / part / name / f"{n}.png")
+    if about:
+        (folder / "task.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_vtab_reads_folders_of_pictures_beside_npz_files(tmp_path: Path) -> None:
+    _pictures(tmp_path / "eurosat", ["forest", "river"])
+    _pictures(tmp_path / "mine", ["10", "9"], labels=["9", "10"], group="structured")
+    x, y = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 0, 1])
+    np.savez(tmp_path / "svhn.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    found = load_tasks("vtab", "structured", tmp_path, others=True)
+    assert [task.name for task in found.train] == ["eurosat", "svhn"]
+    assert [task.name for task in found.test] == ["mine"]
+    task = found["mine"]
+    assert task.labels == ("9", "10") and task.dev is not None and task.test is not None
+    assert task.train.target.tolist() == [0, 0, 0, 1, 1, 1]
+    rows = Pictures(6, [0.5] * 3, [0.5] * 3)(task).train
+    assert rows.inputs["pixel_values"].shape == (6, 3, 6, 6)
+
+
+def test_bad_folders_of_pictures_are_named(tmp_path: Path) -> None:
+    folder = _pictures(tmp_path / "a", ["x", "y"])
+    (folder / "test" / "z").mkdir()
+    with pytest.raises(ValueError, match=r"test/z: class 'z' is not one of train's x, y"):
+        read_task(folder)
+    with pytest.raises(ValueError, match=r"task.json: labels names 'w', which is no folder of train"):
+        read_task(_pictures(tmp_path / "b", ["x"], labels=["x", "w"]))
+    with pytest.raises(ValueError, match=r"key='grp' is not known; did you mean 'group'"):
+        read_task(_pictures(tmp_path / "c", ["x"], grp="natural"))
+    _pictures(tmp_path / "root" / "mine", ["x"])
+    with pytest.raises(ValueError, match=r"mine: it declares group ''"):
+        load_tasks("vtab", "natural", tmp_path / "root", others=True)
+    path = _pictures(tmp_path / "d", ["x"]) / "train" / "x" / "0.png"
+    path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"0.png: not a picture that can be read"):
+        Pictures(6, [0.5] * 3, [0.5] * 3)(read_task(tmp_path / "d"))  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -303,11 +304,16 @@ def _predicted(posterior: Any, task: Task, rows: Rows) -> Tensor:
 
 
 def _judged_rows(benchmark: Benchmark, task: Task, most: int) -> tuple[Rows, Sequence[TextRow] | None]:
-    """The first test rows of a task, and the same rows as strings."""
+    """Test rows of a task, a random choice with a fixed seed where they are many, and the same rows as strings."""
     if task.test is None:
         raise ValueError(f"task {task.name!r} has no test rows to be judged by.")
-    texts = None if benchmark.texts is None else benchmark.texts[task.name].test[:most]
-    return task.test.take(slice(0, most)), texts
+    order = torch.randperm(len(task.test), generator=torch.Generator().manual_seed(0))
+    kept = order[:most].sort().values if most < len(task.test) else torch.arange(len(task.test))
+    texts = None
+    if benchmark.texts is not None:
+        strings = benchmark.texts[task.name].test
+        texts = [strings[k] for k in kept.tolist()]
+    return task.test.take(kept), texts
 
 
 # ------------------------------------------------------------------------------------------------ the command line

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pyro_lift.data.task import TextForm, TextRow, check_answer
 
-__all__ = ["RECORD_FILES", "Record", "read_records", "record_files", "text_row"]
+__all__ = ["RECORD_FILES", "Record", "read_json", "read_records", "record_files", "text_row"]
 
 #: What :func:`read_records` can read, by the end of a file's name.
 RECORD_FILES = (".jsonl", ".jsonl.gz", ".tsv", ".parquet")
@@ -26,6 +26,23 @@ class Record(NamedTuple):
 def record_files(folder: Path) -> list[Path]:
     """The files of a folder that hold records, in order of name."""
     return sorted(path for path in folder.iterdir() if path.name.endswith(RECORD_FILES))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        ValueError: not UTF-8, not JSON (with the line), not an object.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason}).") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: a JSON {type(found).__name__}; expected an object.")
+    return found
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -1,4 +1,4 @@
-"""VTAB-1K: 19 picture tasks in three groups, 800 labelled pictures each; and any NPZ tasks that declare a group.
+"""VTAB-1K: 19 picture tasks in three groups, 800 labelled pictures each; others that declare a group may join in.
 
 References:
     A large-scale study of representation learning with the visual task adaptation benchmark, Zhai et al., 2019,
@@ -7,20 +7,17 @@ References:
 
 from __future__ import annotations
 
-import ast
-import json
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from pyro_lift.data.collection import TaskCollection
-from pyro_lift.data.task import Images, ImageTask
+from pyro_lift.data.pictures import is_picture_task, read_pictures
+from pyro_lift.data.task import ImageTask
 from pyro_lift.options import check_choice
 
-__all__ = ["VTAB", "VtabTask", "dsprites_location", "dsprites_orientation", "load_vtab", "read_npz", "threshold_label"]
+__all__ = ["VTAB", "VtabTask", "dsprites_location", "dsprites_orientation", "load_vtab", "threshold_label"]
 
 
 class VtabTask(NamedTuple):
@@ -85,8 +82,10 @@ def load_vtab(
 
     Args:
         split: the group that is tested.
-        root: a folder with ``NAME.npz`` for each task (see :func:`read_npz`).
-        others: take NPZ files of other names too, into the group that their ``meta`` declares.
+        root: a folder with ``NAME.npz`` for each task, or a folder of pictures ``NAME/train/CLASS/*.png`` (see
+            :func:`~pyro_lift.data.pictures.read_pictures`).
+        others: take tasks of other names too, into the group that they declare: an NPZ file in ``meta``, a folder in
+            ``task.json``.
 
     Raises:
         ValueError: an unknown group, no root, no task at all, a bad file (named).
@@ -94,13 +93,13 @@ def load_vtab(
     """
     check_choice("split", split, GROUPS)
     if root is None:
-        raise ValueError("root=None: pass the folder with one NPZ file for each task.")
+        raise ValueError("root=None: pass the folder with an NPZ file, or a folder of pictures, for each task.")
     folder = Path(root)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder.")
-    found = {path.stem: path for path in sorted(folder.glob("*.npz"))}
+    found = {path.stem: path for path in sorted(folder.iterdir()) if is_picture_task(path)}
     extra = [name for name in found if name not in VTAB]
-    tasks = [read_npz(path) for name, path in found.items() if others or name in VTAB]
+    tasks = [read_pictures(path) for name, path in found.items() if others or name in VTAB]
     if not tasks:
         hint = f" It holds {len(extra)} other tasks: pass others=True for these." if extra else ""
         raise ValueError(f"{folder}: none of VTAB's 19 tasks is there.{hint}")
@@ -109,7 +108,7 @@ def load_vtab(
     for task in tasks:
         group = VTAB[task.name].group if task.name in VTAB else task.group
         if group not in GROUPS:
-            raise ValueError(f"{found[task.name]}: meta declares group {group!r}; expected one of {', '.join(GROUPS)}.")
+            raise ValueError(f"{found[task.name]}: it declares group {group!r}; expected one of {', '.join(GROUPS)}.")
         (test if group == split else train).append(task)
     missing = {
         "train": tuple(n for n, t in VTAB.items() if t.group != split and n not in found),
@@ -117,61 +116,3 @@ def load_vtab(
     }
     notes = (f"not of VTAB, group as declared in the file: {', '.join(extra)}.",) if others and extra else ()
     return TaskCollection(f"VTAB-1K {split}", tuple(train), (), tuple(test), missing=missing, notes=notes)
-
-
-def read_npz(path: Path) -> ImageTask:
-    """A task from ``x_train`` and ``y_train``, perhaps ``_val`` and ``_test``, ``classes`` and ``meta``.
-
-    Pictures are ``uint8 [n, H, W, C]`` or ``[n, H, W]``; all parts must have pictures of one size.
-
-    Raises:
-        ValueError: not an NPZ file, an array missing or of another shape; the message names file and array.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not an NPZ file of plain arrays ({error}).") from error
-    parts: dict[str, Images] = {}
-    size: tuple[int, ...] | None = None
-    for part, suffix in (("train", "train"), ("dev", "val"), ("test", "test")):
-        if f"x_{suffix}" not in arrays and part != "train":
-            continue
-        for key in (f"x_{suffix}", f"y_{suffix}"):
-            if key not in arrays:
-                raise ValueError(f"{path}: no array {key!r}; it holds {', '.join(arrays)}.")
-        x, y = arrays[f"x_{suffix}"], arrays[f"y_{suffix}"]
-        x = x[..., None] if x.ndim == 3 else x
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] not in (1, 3):
-            raise ValueError(
-                f"{path}: x_{suffix} is {x.dtype} {list(x.shape)}; expected uint8 [n, height, width, 1 or 3]."
-            )
-        if len(x) == 0:
-            raise ValueError(f"{path}: x_{suffix} is empty.")
-        if len(x) != len(y):
-            raise ValueError(f"{path}: x_{suffix} has {len(x)} rows, y_{suffix} {len(y)}.")
-        if size is not None and x.shape[1:] != size:
-            raise ValueError(f"{path}: x_{suffix} has pictures of {list(x.shape[1:])}, x_train of {list(size)}.")
-        size = x.shape[1:]
-        parts[part] = Images(torch.from_numpy(x), torch.from_numpy(y.astype(np.int64)))
-    count = max(int(images.target.max()) for images in parts.values()) + 1
-    labels = [str(c) for c in arrays["classes"]] if "classes" in arrays else [str(c) for c in range(count)]
-    group = str(_meta(arrays.get("meta")).get("group", ""))
-    try:
-        return ImageTask(path.stem, parts["train"], tuple(labels), parts.get("dev"), parts.get("test"), group)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _meta(array: np.ndarray[Any, Any] | None) -> dict[str, Any]:
-    if array is None:
-        return {}
-    text = str(array.item() if array.ndim == 0 else array.flat[0])
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
-        try:
-            found = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            return {}
-    return found if isinstance(found, dict) else {}
