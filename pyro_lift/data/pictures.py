@@ -28,7 +28,7 @@ def is_picture_task(path: Path) -> bool:
 
 
 def read_pictures(path: Path) -> ImageTask:
-    """A task from an NPZ file (:func:`read_npz`) or from pictures ``train/CLASS/*.png``; ``dev`` or ``val``, and ``test``.
+    """A task from an NPZ file, or from pictures ``train/CLASS/*.png`` with ``dev`` (or ``val``) and ``test`` beside it.
 
     The pictures of a folder are read when they are encoded. ``task.json`` may say ``group``, and ``labels``, the
     folders' names in the order of their numbers; without it they are in alphabetical order.
