@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,8 +144,9 @@ def test_every_adapter_weight_gets_a_gradient_away_from_zero(family: Family) -> 
     assert still == []
 
 
-def test_one_round_of_meta_training_adaptation_and_prediction(family: Family) -> None:
+def test_one_round_of_meta_training_adaptation_prediction_and_export(family: Family, tmp_path: Path) -> None:
     model = family.make()
+    plain = copy.deepcopy(model)
     tasks = [family.task(f"t{i}") for i in range(3)]
     settings = {"sgd_steps": 3, "burn_in": 3, "samples": 6, "batch_size": 4, "head_scale": family.head_scale}
     lift = LiFT(model, recipe(model, rank=2), seed=0, **settings)
@@ -153,6 +155,11 @@ def test_one_round_of_meta_training_adaptation_and_prediction(family: Family) ->
     probabilities = posterior.predict(tasks[2].train)
     assert len(probabilities) == N
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(probabilities.shape[:-1]))
+    loaded = peft.PeftModel.from_pretrained(plain, posterior.to_peft(tmp_path / "adapter"))
+    with torch.no_grad(), lift.adapter.bound(posterior.thetas.mean(0)):
+        ours, theirs = plain_output(lift.adapter.backbone, tasks[2]), plain_output(loaded, tasks[2])
+    torch.testing.assert_close(theirs, ours)
+    assert not torch.equal(theirs, plain_output(family.make(), tasks[2]))
 
 
 KINDS: dict[str, Callable[[], Any]] = {

@@ -117,7 +117,7 @@ def benchmark_of(
         found: what ``load_tasks`` returned.
         backbone: folder or name.
         kind: how it is loaded; see :func:`~pyro_lift.models.backbones.load_backbone`.
-        settings: for the rank, the longest text, and how many of the tasks are used.
+        settings: for the rank and the longest text.
         measures: see :class:`Benchmark`.
         heads: see :class:`Benchmark`.
 
@@ -133,13 +133,19 @@ def benchmark_of(
     )
     if not found.train or not found.test:
         raise ValueError(f"{found.name}: nothing to {'learn from' if not found.train else 'be judged by'}.")
-    found = replace(found, dev=_spread(found.dev, settings.dev_tasks), test=_spread(found.test, settings.test_tasks))
 
     def adapter(seed: int) -> RandomAdapter:
         return adapter_of(replace(config, output=OutputConfig(seed=seed))).to(settings.device)
 
     texts = found if isinstance(found.train[0], TextTask) else None
     return Benchmark(found.encode(encoder_of(config)), adapter, measures, heads or HeadPolicy(), texts)
+
+
+def _cut(benchmark: Benchmark, settings: UnseenSettings) -> Benchmark:
+    """The benchmark with no more development and unseen tasks than the settings say."""
+    tasks = benchmark.tasks
+    dev, test = _spread(tasks.dev, settings.dev_tasks), _spread(tasks.test, settings.test_tasks)
+    return benchmark._replace(tasks=replace(tasks, dev=dev if len(settings.rates) > 1 else (), test=test))
 
 
 def _spread(tasks: Sequence[Any], most: int) -> tuple[Any, ...]:
@@ -171,6 +177,9 @@ def run(benchmark: Benchmark, settings: UnseenSettings, out: Path, *, progress: 
     """
     out.mkdir(parents=True, exist_ok=True)
     summary = benchmark.tasks.summary()
+    benchmark = _cut(benchmark, settings)
+    for part, tasks in (("rates chosen on", benchmark.tasks.dev), ("judged by", benchmark.tasks.test)):
+        summary += f"\n  {part}: {', '.join(task.name for task in tasks) or 'nothing'}"
     (out / "tasks.txt").write_text(summary + "\n")
     print(summary, flush=True)
     records: list[dict[str, Any]] = []
@@ -198,7 +207,7 @@ def table_of(records: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) 
 def _gradients(benchmark: Benchmark, settings: UnseenSettings) -> int:
     """What the bar counts to."""
     trained = 2 * (settings.warm_up + settings.visits)
-    tried = len(settings.rates) * len(benchmark.tasks.dev) if len(settings.rates) > 1 else 0
+    tried = len(settings.rates) * len(benchmark.tasks.dev)
     return settings.seeds * (trained + len(METHODS) * (tried + len(benchmark.tasks.test)) * settings.steps)
 
 
@@ -268,7 +277,7 @@ def _chosen_rate(
     bar: Any,
 ) -> float:
     """The rate with the lowest mean NLL on the development tasks; the first where there is nothing to choose by."""
-    if len(settings.rates) == 1 or not benchmark.tasks.dev:
+    if not benchmark.tasks.dev:
         return settings.rates[0]
     found: dict[float, float] = {}
     for rate in settings.rates:
