@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pyro_lift.data import load_tasks
 from pyro_lift.data.crossfit import CROSSFIT_SPLITS, crossfit_facts, few_shot
@@ -308,3 +309,33 @@ def test_bad_folders_of_pictures_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"0.png: not a picture that can be read"):
         Pictures(6, [0.5] * 3, [0.5] * 3)(read_task(tmp_path / "d"))  # type: ignore[arg-type]
+
+
+def test_vtab_fetches_from_the_hub_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from PIL import Image
+
+    asked = []
+
+    def fetch(path: str, config: str | None, split: str) -> datasets.Dataset:
+        asked.append((path, config, split))
+        image, label = ("img", "fine_label") if "cifar" in path else ("image", "label")
+        n = 1010 if split == "train" else 12
+        pictures = [Image.new("L" if k % 2 else "RGB", (3 + k % 3, 4)) for k in range(6)]
+        return datasets.Dataset.from_dict(
+            {image: [pictures[k % 6] for k in range(n)], label: [k % 2 for k in range(n)]}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", fetch)
+    x, y = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 0, 1])
+    np.savez(tmp_path / "svhn.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    monkeypatch.setattr("pyro_lift.data.vtab.VTAB", {n: VTAB[n] for n in ("svhn", "cifar100", "eurosat", "dmlab")})
+    found = load_tasks("vtab", "specialized", tmp_path, hub=True)
+    assert [task.name for task in found.train] == ["svhn", "cifar100"]
+    assert [task.name for task in found.test] == ["eurosat"]
+    assert found.missing == {"train": ("dmlab",), "test": ()}
+    task = found["cifar100"]
+    assert task.dev is not None and task.test is not None and len(task.labels) == 100
+    assert (len(task.train), len(task.dev), len(task.test)) == (8, 2, 12)
+    assert isinstance(task.train.pictures, torch.Tensor) and task.train.pictures.shape == (8, 224, 224, 3)
+    assert ("uoft-cs/cifar100", None, "train") in asked and not any("svhn" in path for path, _, _ in asked)

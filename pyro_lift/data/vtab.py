@@ -15,6 +15,7 @@ import numpy as np
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.pictures import is_picture_task, read_pictures
 from pyro_lift.data.task import ImageTask
+from pyro_lift.data.vtab_hub import vtab_from_hub
 from pyro_lift.options import check_choice
 
 __all__ = ["VTAB", "VtabTask", "dsprites_location", "dsprites_orientation", "load_vtab", "threshold_label"]
@@ -76,7 +77,7 @@ def threshold_label(value: float, thresholds: tuple[float, ...]) -> int:
 
 
 def load_vtab(
-    split: str = "structured", root: str | Path | None = None, *, others: bool = False
+    split: str = "structured", root: str | Path | None = None, *, others: bool = False, hub: bool = False
 ) -> TaskCollection[ImageTask]:
     """Meta-train on two groups, be judged by the third.
 
@@ -86,33 +87,45 @@ def load_vtab(
             :func:`~pyro_lift.data.pictures.read_pictures`).
         others: take tasks of other names too, into the group that they declare: an NPZ file in ``meta``, a folder in
             ``task.json``.
+        hub: fetch tasks that are not in ``root`` from the Hugging Face hub, where
+            :data:`~pyro_lift.data.vtab_hub.HUB` knows a copy.
 
     Raises:
-        ValueError: an unknown group, no root, no task at all, a bad file (named).
+        ValueError: an unknown group, neither root nor hub, no task at all, a bad file (named).
         FileNotFoundError: no such root.
     """
     check_choice("split", split, GROUPS)
-    if root is None:
-        raise ValueError("root=None: pass the folder with an NPZ file, or a folder of pictures, for each task.")
-    folder = Path(root)
-    if not folder.is_dir():
+    if root is None and not hub:
+        raise ValueError(
+            "root=None: pass the folder with an NPZ file, or a folder of pictures, for each task; or hub=True."
+        )
+    folder = None if root is None else Path(root)
+    if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder.")
-    found = {path.stem: path for path in sorted(folder.iterdir()) if is_picture_task(path)}
+    places = [] if folder is None else [path for path in sorted(folder.iterdir()) if is_picture_task(path)]
+    found = {path.stem: path for path in places}
     extra = [name for name in found if name not in VTAB]
     tasks = [read_pictures(path) for name, path in found.items() if others or name in VTAB]
+    if hub:
+        absent = [(name, task) for name, task in VTAB.items() if name not in found]
+        fetched = [vtab_from_hub(name, task.group, task.classes) for name, task in absent]
+        tasks += [task for task in fetched if task is not None]
     if not tasks:
         hint = f" It holds {len(extra)} other tasks: pass others=True for these." if extra else ""
         raise ValueError(f"{folder}: none of VTAB's 19 tasks is there.{hint}")
+    there = {task.name for task in tasks}
     train: list[ImageTask] = []
     test: list[ImageTask] = []
     for task in tasks:
         group = VTAB[task.name].group if task.name in VTAB else task.group
         if group not in GROUPS:
-            raise ValueError(f"{found[task.name]}: it declares group {group!r}; expected one of {', '.join(GROUPS)}.")
+            raise ValueError(
+                f"{found.get(task.name)}: it declares group {group!r}; expected one of {', '.join(GROUPS)}."
+            )
         (test if group == split else train).append(task)
     missing = {
-        "train": tuple(n for n, t in VTAB.items() if t.group != split and n not in found),
-        "test": tuple(n for n, t in VTAB.items() if t.group == split and n not in found),
+        "train": tuple(n for n, t in VTAB.items() if t.group != split and n not in there),
+        "test": tuple(n for n, t in VTAB.items() if t.group == split and n not in there),
     }
     notes = (f"not of VTAB, group as declared in the file: {', '.join(extra)}.",) if others and extra else ()
     return TaskCollection(f"VTAB-1K {split}", tuple(train), (), tuple(test), missing=missing, notes=notes)
