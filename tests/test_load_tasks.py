@@ -320,12 +320,12 @@ def test_vtab_fetches_from_the_hub_what_is_not_there(tmp_path: Path, monkeypatch
     def fetch(path: str, config: str | None, split: str) -> datasets.Dataset:
         asked.append((path, config, split))
         image, label = ("img", "fine_label") if "cifar" in path else ("image", "label")
-        n = 1010 if split == "train" else 12
-        pictures = [Image.new("L" if k % 2 else "RGB", (3 + k % 3, 4)) for k in range(6)]
-        return datasets.Dataset.from_dict(
-            {image: [pictures[k % 6] for k in range(n)], label: [k % 2 for k in range(n)]}
-        )
+        n = 15 if split == "train" else 12
+        pictures = [Image.new("L" if k % 2 else "RGB", (3 + k % 3, 4)) for k in range(n)]
+        return datasets.Dataset.from_dict({image: pictures, label: [k % 2 for k in range(n)]})
 
+    monkeypatch.setattr("pyro_lift.data.vtab_hub.NUM_TRAIN", 8)
+    monkeypatch.setattr("pyro_lift.data.vtab_hub.NUM_DEV", 2)
     monkeypatch.setattr(datasets, "load_dataset", fetch)
     x, y = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 0, 1])
     np.savez(tmp_path / "svhn.npz", x_train=x, y_train=y, x_test=x, y_test=y)
