@@ -64,7 +64,7 @@ def curves_table(records: Sequence[Record]) -> str:
     for (curve, method), mine in _curves_of(records, "DNK").items():
         a, b = term(mine)
         measured = ", ".join(f"{r['at']:,}: {1e3 * r['cpu_seconds_per_step']:.3g}" for r in mine)
-        rows.append([curve, method, measured, f"{1e3 * a:.3g} ms + {1e9 * b:.3g} ns x {curve}"])
+        rows.append([curve, method, measured, _term_text(a, b, curve)])
     return "processor time of a step, ms\n" + format_table(["against", "what", "measured", "line"], rows)
 
 
@@ -192,7 +192,7 @@ def _draw_curve(found: Sequence[Sequence[Record]], curve: str, axis: Any) -> Non
 
 def _term_text(a: float, b: float, curve: str) -> str:
     unit, scale = ("ns", 1e9) if b < 1e-6 else ("ms", 1e3)
-    return f"{1e3 * a:.2g} ms + {scale * b:.2g} {unit} × {curve}"
+    return f"{1e3 * a:.3g} ms + {scale * b:.3g} {unit} × {curve}"
 
 
 def _draw_blocks(found: Sequence[Sequence[Record]], axis: Any) -> None:
