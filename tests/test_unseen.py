@@ -67,6 +67,9 @@ def test_the_tasks_own_metric_is_that_of_its_strings() -> None:
     found = scores(p, task.test, task)
     assert found["score"] == pytest.approx(score("Classification-F1", guess, truth))
     assert found["chance"] == pytest.approx(1 / 3)
+    # The options of a classification may stand in another order than its labels: the labels count.
+    texts = [TextRow("q", (one[0],), ("c", "b", "a")) for one in truth]
+    assert scores(p, task.test, task, texts)["score"] == found["score"]
     # Options by row: the strings are the row's own, and a further accepted answer counts.
     texts = [TextRow("q", ("x", "z"), ("x", "y")), TextRow("q", ("v",), ("u", "v"))]
     options = torch.zeros(2, 2, 1, dtype=torch.long)

@@ -52,7 +52,7 @@ def _strings(
     guess: Tensor, target: Tensor, task: Task, texts: Sequence[TextRow] | None
 ) -> tuple[list[str], list[list[str]]]:
     """Class numbers as the strings that they stand for; as numbers where nothing says what that is."""
-    if texts is not None and texts[0].options:
+    if texts is not None and task.labels is None:
         predictions = [row.options[k] for row, k in zip(texts, guess.tolist(), strict=True)]
     else:
         predictions = [_label(task, k) for k in guess.tolist()]
