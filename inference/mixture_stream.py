@@ -2,16 +2,16 @@ r"""Online EM in place, for a million coordinates and more: the same numbers as 
 
 :func:`pyro_lift.inference.online_em.step` is the reference. It makes some twenty arrays of K x D at each draw; here
 
-* the E-step reads x, means and variances once, in pieces that stay in the cache, and the log-determinants are kept. A
-  quadratic form only grows from piece to piece, so a component is given up, exactly, as soon as its density cannot
-  reach the best one's;
+* the E-step reads means and variances once, and x twice, in pieces that stay in the cache: the last draw's component
+  comes first, then all others together. The log-determinants are kept. A quadratic form only grows from piece to piece,
+  so a component is given up, exactly, as soon as its density cannot reach the best one's;
 * past a thousand dimensions the responsibilities are one-hot, and a component with :math:`w_j = 0` to rounding does
   not move. The M-step reads and writes the others only.
 * The average of the sufficient statistics (the polynomial schedule) takes in every component at every draw. While a
   component stands still, though, pooling is associative: its share only grows, and one pooling when it next moves is
   the pooling of all the draws between. That share is kept in ``pending``.
 
-Traffic of a draw that moves one component of K, in numbers: :math:`(2K + 1)\,D` read, then :math:`9 D` read or
+Traffic of a draw that moves one component of K, in numbers: :math:`(2K + 2)\,D` read, then :math:`9 D` read or
 written (:math:`5 D` without averaging).
 """
 

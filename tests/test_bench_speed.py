@@ -77,10 +77,11 @@ def test_the_plain_loop_and_the_chain_leave_the_backbone_as_they_found_it() -> N
     assert not any(p.requires_grad for p in adapter.backbone.parameters())
 
 
-def test_a_part_alone_has_files_of_its_own(tmp_path: Path) -> None:
-    records = speed.run(tmp_path, smoke=True, parts=["curves"], echo=lambda text: None)
-    assert {r["part"] for r in records} == {"curve"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["speed-curves.json", "speed-curves.png"]
+@pytest.mark.parametrize(("part", "kind"), [("curves", "curve"), ("em", "em"), ("large", "large")])
+def test_a_part_alone_has_files_of_its_own(tmp_path: Path, part: str, kind: str) -> None:
+    records = speed.run(tmp_path, smoke=True, parts=[part], echo=lambda text: None)
+    assert {r["part"] for r in records} == {kind}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"speed-{part}.json", f"speed-{part}.png"]
 
 
 def test_a_curve_s_term_is_the_line_it_came_from() -> None:

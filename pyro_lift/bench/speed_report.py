@@ -87,7 +87,7 @@ def large_table(records: Sequence[Record], name: str) -> str:
         peak = "?" if r.get("peak_bytes") is None else f"{r['peak_bytes'] / 2**30:.2f}"
         seconds = f"{r['seconds_per_step']:.2f}" if "seconds_per_step" in r else "does not fit"
         rows.append([r["method"], seconds, f"{r.get('cpu_seconds_per_step', 0.0):.2f}", peak])
-    title = f"{name}, {records[0]['weights'] / 1e6:,.0f} M weights in bfloat16, D = {records[0]['dim']:,}"
+    title = f"{name}, {records[0]['weights'] / 1e6:,.0f} M weights in {records[0]['dtype']}, D = {records[0]['dim']:,}"
     return title + "\n" + format_table(["method", "seconds", "cpu seconds", "peak GiB"], rows)
 
 
@@ -109,10 +109,11 @@ def draw(records: Sequence[Record], path: Path) -> None:
         panels.append(partial(_draw_large, of["large"]))
     columns = min(len(panels), 2)
     rows = -(-len(panels) // max(columns, 1))
-    figure, axes = new_figure(rows, columns, width=5.0 * columns, height=3.6 * rows, squeeze=False)
-    for panel, axis in zip(panels, axes.flat, strict=False):
+    figure, axes = new_figure(rows, columns, width=5.0 * columns, height=3.6 * rows)
+    places = list(axes.flat) if len(panels) > 1 else [axes]
+    for panel, axis in zip(panels, places, strict=False):
         panel(axis)
-    for axis in list(axes.flat)[len(panels) :]:
+    for axis in places[len(panels) :]:
         axis.set_visible(False)
     save_figure(figure, path)
 
@@ -220,4 +221,5 @@ def _draw_large(records: Sequence[Record], axis: Any) -> None:
     axis.invert_yaxis()
     axis.margins(x=0.2)
     axis.set_xlabel("seconds a step; peak memory beside it")
-    axis.set_title(f"{records[0]['backbone']}, {records[0]['weights'] / 1e6:,.0f} M weights, bfloat16", fontsize=10)
+    first = records[0]
+    axis.set_title(f"{first['backbone']}, {first['weights'] / 1e6:,.0f} M weights, {first['dtype']}", fontsize=10)
