@@ -173,7 +173,7 @@ def run(
         echo(speed_report.curves_table(records))
     if "large" in parts:
         name = "t5-tiny" if smoke else largest or ("t5-xl" if device.startswith("cuda") else "t5-large")
-        # Without instructions for it a CPU's products in bfloat16 are a hundred times slower than in float32.
+        # Without instructions for it a CPU's products in bfloat16 are 5 to 95 times slower than in float32.
         dtype = torch.bfloat16 if smoke or device.startswith("cuda") else torch.float32
         found = large(name, min(repeats, 3), device, dtype)
         records += found

@@ -213,7 +213,8 @@ def _draw_blocks(found: Sequence[Sequence[Record]], axis: Any) -> None:
 def _draw_large(records: Sequence[Record], axis: Any) -> None:
     for k, r in enumerate(records):
         if "seconds_per_step" in r:
-            axis.barh([k], [r["seconds_per_step"]], color=COLOURS[k])
+            colour = COLOURS[["LiFT", "SGD", "MAML"].index(r["method"])]
+            axis.barh([k], [r["seconds_per_step"]], color=colour)
         peak = "" if r.get("peak_bytes") is None else f"  {r['peak_bytes'] / 2**30:.1f} GiB"
         text = peak if "seconds_per_step" in r else "  does not fit"
         axis.text(r.get("seconds_per_step", 0.0), k, text, va="center", fontsize=8)
