@@ -100,7 +100,8 @@ def draw_by_task(
         for k, method in enumerate(methods):
             values = [_task_mean(records, method, task, key) for task in tasks]
             shown, places = [*values, float(np.mean(values))], [*range(len(tasks)), len(tasks) + 0.5]
-            ax.plot(shown, places, "o", color=COLOURS[k], alpha=0.8, markersize=5.5, label=method)
+            colour = COLOURS[len(methods) - 1 - k]  # our own method stands last, and has the first colour
+            ax.plot(shown, places, "o", color=colour, alpha=0.8, markersize=5.5, label=method)
         ax.axhline(len(tasks) - 0.25, color="0.6", linewidth=0.8)
         ax.set(xlabel=name)
         ax.grid(axis="y", linewidth=0.3)
