@@ -17,26 +17,35 @@ class Choice(NamedTuple):
         meta_learning_rate: of meta-training.
         options: the method's own settings.
         lift: of :class:`LiFTSettings`, for the methods that have them.
+        warm_share: share of meta-training's minibatches that go into joint training first; None takes what the
+            settings say.
     """
 
     learning_rate: float = 5e-3
     meta_learning_rate: float = 1e-3
     options: Mapping[str, Any] = {}
     lift: Mapping[str, Any] = {}
+    warm_share: float | None = None
 
 
-RATES = (3e-3, 8e-3)
-_ONLY = [Choice(rate) for rate in (1.5e-3, 3e-3, 8e-3, 1.6e-2)]
+#: Rates of adaptation, the same for every group; a setting that differs in nothing else needs no other meta-training.
+RATES = (1e-3, 3e-3, 8e-3, 1.6e-2)
+_ONLY = [Choice(rate) for rate in (5e-4, 2e-3, 5e-3, *RATES, 3e-2)]
 _META = [Choice(rate, meta) for rate, meta in product(RATES, (1e-3, 3e-3))]
+#: What is left after joint training is for learning to adapt: how much that should be is the first question of both.
+_SHARES = (0.55, 0.9)
 _INNER = [
-    Choice(rate, 1e-3, {"inner_learning_rate": inner, "tasks_per_step": 2})
-    for rate, inner in product(RATES, (0.02, 0.1))
+    Choice(rate, 1e-3, {"inner_learning_rate": 0.02, "tasks_per_step": 2}, warm_share=share)
+    for rate, share in product(RATES, _SHARES)
 ]
 _EPISODE = [c._replace(options={"tasks_per_step": 2}) for c in _META]
-_LIFT = [Choice(rate, rate, lift={"beta": 0.03, "n_inflate": power}) for rate, power in product(RATES, (1.0, 3.0))]
-_LANGEVIN = [Choice(rate, rate, {"n_inflate": power}) for rate, power in product(RATES, (1.0, 3.0))]
-#: Four settings for each group of methods that are tuned as one. The adaptation rates are the
-#: same for all but No Meta Train, which has nothing else to tune and gets four rates of a wider range.
+_LIFT = [
+    Choice(rate, 3e-3, lift={"beta": 0.03, "n_inflate": 3.0}, warm_share=share)
+    for rate, share in product(RATES, _SHARES)
+]
+_LANGEVIN = [Choice(rate, 3e-3, {"n_inflate": power}) for rate, power in product(RATES, (1.0, 3.0))]
+#: Eight settings for each group of methods that are tuned as one; No Meta Train, which has nothing else to tune, gets
+#: eight rates of a wider range.
 GRIDS: dict[str, list[Choice]] = {
     "no-meta-train": _ONLY,
     "union-train": _META,
@@ -69,16 +78,16 @@ LIKE = {
 }
 #: What ``tune`` chose, by mean NLL on two development tasks of one other family (``bench methods --tune``).
 CHOSEN: dict[str, Choice] = {
-    "no-meta-train": Choice(1.6e-2),
-    "union-train": Choice(3e-3, 3e-3),
-    "maml": Choice(3e-3, 1e-3, {"inner_learning_rate": 0.02, "tasks_per_step": 2}),
-    "retriever-mixture-k5": Choice(3e-3, 1e-3),
-    "retriever-fusion-k5": Choice(3e-3, 3e-3),
-    "mbc-k5": Choice(3e-3, 3e-3),
-    "protonet": Choice(3e-3, 3e-3, {"tasks_per_step": 2}),
-    "protonet-lite": Choice(8e-3, 3e-3, {"tasks_per_step": 2}),
-    "shared-peft": Choice(3e-3, 3e-3, {"n_inflate": 3.0}),
-    "lift": Choice(3e-3, 3e-3, lift={"beta": 0.03, "n_inflate": 3.0}),
+    "no-meta-train": Choice(3e-2),
+    "union-train": Choice(1e-3, 3e-3),
+    "maml": Choice(1e-3, 1e-3, {"inner_learning_rate": 0.02, "tasks_per_step": 2}, warm_share=0.9),
+    "retriever-mixture-k5": Choice(1.6e-2, 3e-3),
+    "retriever-fusion-k5": Choice(1.6e-2, 3e-3),
+    "mbc-k5": Choice(1.6e-2, 3e-3),
+    "protonet": Choice(1e-3, 1e-3, {"tasks_per_step": 2}),
+    "protonet-lite": Choice(1.6e-2, 1e-3, {"tasks_per_step": 2}),
+    "shared-peft": Choice(1e-3, 3e-3, {"n_inflate": 3.0}),
+    "lift": Choice(8e-3, 3e-3, lift={"beta": 0.03, "n_inflate": 3.0}, warm_share=0.9),
 }
 
 

@@ -204,7 +204,11 @@ def method_of(
 ) -> Baseline:
     """A method of the registry with what was chosen for it."""
     factory: Any = BASELINES[name]
-    if shared is not None:
+    if choice.warm_share is not None:  # a joint training of its own
+        total = settings.warm_up + settings.visits
+        warm_up = round(choice.warm_share * total)
+        budget = {"warm_up": warm_up, "visits": max(total - warm_up, 1), **budget}
+    elif shared is not None:
         budget = {"warm_start": shared.warm_start, **budget}
     options = dict(choice.options)
     if shared is not None and shared.zoo is not None and name.startswith(ZOO):
@@ -324,7 +328,7 @@ def _judged(
             zoos[rate] = train_zoo(problem.adapter, problem.train, budget_of(problem, settings, choice, 0))
         zoo = zoos[rate]
     method = method_of(problem, settings, group, choice, 0, Shared(warm, 0.0, zoo, 0.0))
-    key = repr((choice.meta_learning_rate, choice.options, choice.lift))
+    key = repr(choice._replace(learning_rate=0.0))
     try:
         if key not in states:
             states[key] = method.meta_train(problem.train)
