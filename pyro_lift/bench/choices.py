@@ -43,6 +43,9 @@ _LIFT = [
     Choice(rate, 3e-3, lift={"beta": 0.03, "n_inflate": 3.0}, warm_share=share)
     for rate, share in product(RATES, _SHARES)
 ]
+#: Without a prior nothing holds the noise back, so Reg(X) needs smaller steps than LiFT.
+_NO_PRIOR = [_LIFT[1]._replace(learning_rate=rate) for rate in (1e-5, 3e-5, 1e-4, 3e-4, *RATES)]
+_FIXED = [Choice(rate, 3e-3, lift={"beta": beta, "n_inflate": 3.0}) for rate, beta in product(RATES, (0.03, 0.1))]
 _LANGEVIN = [Choice(rate, 3e-3, {"n_inflate": power}) for rate, power in product(RATES, (1.0, 3.0))]
 #: Eight settings for each group of methods that are tuned as one; No Meta Train, which has nothing else to tune, gets
 #: eight rates of a wider range.
@@ -57,13 +60,14 @@ GRIDS: dict[str, list[Choice]] = {
     "protonet-lite": _EPISODE,
     "shared-peft": _LANGEVIN,
     "lift": _LIFT,
+    "lift-reg-x": _NO_PRIOR,
+    "fixed-theta": _FIXED,
 }
 #: Methods that take the choice of another of their family: gradient-based ones MAML's, samplers LiFT's or SharedPEFT's.
 LIKE = {
     **dict.fromkeys(("fo-maml", "imaml", "boot-maml", "bmaml", "abml", "maml-mix-k5", "imaml-mix-k5"), "maml"),
     "reptile": "protonet",
     "taskwise-peft": "shared-peft",
-    "fixed-theta": "lift",
     "maml-2": "maml",
     "maml-3": "maml",
     "maml-5": "maml",
@@ -73,8 +77,8 @@ LIKE = {
     "retriever-mixture-all": "retriever-mixture-k5",
     "retriever-fusion-all": "retriever-fusion-k5",
     "mbc-k10": "mbc-k5",
-    "fixed-theta-k5": "lift",
-    **{f"lift-{name}": "lift" for name in ("k3", "k5", "single", "table", "reg-x", "noise-x")},
+    "fixed-theta-k5": "fixed-theta",
+    **{f"lift-{name}": "lift" for name in ("k3", "k5", "single", "table", "noise-x")},
 }
 #: What ``tune`` chose, by mean NLL on two development tasks of one other family (``bench methods --tune``).
 CHOSEN: dict[str, Choice] = {
@@ -88,6 +92,8 @@ CHOSEN: dict[str, Choice] = {
     "protonet-lite": Choice(1.6e-2, 1e-3, {"tasks_per_step": 2}),
     "shared-peft": Choice(1e-3, 3e-3, {"n_inflate": 3.0}),
     "lift": Choice(8e-3, 3e-3, lift={"beta": 0.03, "n_inflate": 3.0}, warm_share=0.9),
+    "lift-reg-x": Choice(3e-5, 3e-3, lift={"beta": 0.03, "n_inflate": 3.0}, warm_share=0.9),
+    "fixed-theta": Choice(8e-3, 3e-3, lift={"beta": 0.1, "n_inflate": 3.0}),
 }
 
 
