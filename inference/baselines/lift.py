@@ -6,7 +6,7 @@ This file stands a floor above its neighbours: it calls :mod:`pyro_lift.lift`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from pyro_lift.data.task import Task
@@ -87,7 +87,7 @@ class LiFTMethod:
         """The new task's chain under the mixture, or under none."""
         if self.ablation != "reg":
             # Its own settings, whatever those of the state are: ablations share one meta-training.
-            settings = {f.name: getattr(self.adapt_settings(), f.name) for f in fields(AdaptSettings)}
+            settings = asdict(self.adapt_settings())
             return state.prior.adapt(task, seed=self.budget.seed if seed is None else seed, **settings)
         return self._without_mixture(state.prior, task, seed)
 
@@ -95,7 +95,7 @@ class LiFTMethod:
         """The chains of several new tasks in one pass."""
         if self.ablation == "reg":
             return [self.adapt(state, task) for task in tasks]
-        settings = {f.name: getattr(self.adapt_settings(), f.name) for f in fields(AdaptSettings)}
+        settings = asdict(self.adapt_settings())
         return list(state.prior.adapt_many(tasks, block_size=len(tasks), seed=self.budget.seed, **settings))
 
     def _without_mixture(self, prior: LiFTPrior, task: Task, seed: int | None) -> Ensemble:

@@ -144,15 +144,7 @@ def finetuned(
     adapter: RandomAdapter, task: Task, start: Tensor, budget: Budget, seed: int | None = None, **options: Any
 ) -> Ensemble:
     """The adaptation that all point-estimate methods share, with the budget's settings."""
-    settings: dict[str, Any] = {
-        "steps": budget.steps,
-        "learning_rate": budget.learning_rate,
-        "batch_size": budget.batch_size,
-        "draws": budget.draws,
-        "heads": budget.heads,
-        "noise_scale": budget.noise_scale,
-        "seed": budget.seed if seed is None else seed,
-    }
+    settings = {**_adaptation(budget), "seed": budget.seed if seed is None else seed}
     found = finetune(adapter, task, start, **{**settings, **options})
     thetas, heads = found.thetas, found.heads
     if start.dim() == 2:  # particles: one ensemble of all of them
@@ -164,22 +156,17 @@ def finetuned_block(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor
     """:func:`finetuned` of several tasks in one pass, from the budget's seed; one by one where they cannot share it."""
     if not agree(tasks, budget.heads.scale):
         return [finetuned(adapter, task, start, budget) for task in tasks]
-    found = finetune_block(
-        adapter,
-        tasks,
-        start,
-        steps=budget.steps,
-        learning_rate=budget.learning_rate,
-        batch_size=budget.batch_size,
-        draws=budget.draws,
-        seed=budget.seed,
-        heads=budget.heads,
-        noise_scale=budget.noise_scale,
-    )
+    found = finetune_block(adapter, tasks, start, **_adaptation(budget))
     return [
         Ensemble(adapter, task, one.thetas, one.heads, tuple(one.losses))
         for task, one in zip(tasks, found, strict=True)
     ]
+
+
+def _adaptation(budget: Budget) -> dict[str, Any]:
+    """What fine-tuning takes from the budget."""
+    names = ("steps", "learning_rate", "batch_size", "draws", "heads", "noise_scale", "seed")
+    return {name: getattr(budget, name) for name in names}
 
 
 def adapt_all(method: Baseline, state: Any, tasks: Sequence[Task], *, block_size: int = 8) -> list[Posterior]:
