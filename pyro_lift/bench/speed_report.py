@@ -152,7 +152,7 @@ def _draw_breakdown(records: Sequence[Record], axis: Any) -> None:
     axis.set_title("What is beside the backbone (LiFT, K = 5)", fontsize=10)
     axis.tick_params(axis="y", labelsize=8)
     if records:
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _draw_em(records: Sequence[Record], axis: Any) -> None:
