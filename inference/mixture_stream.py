@@ -23,6 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_lift.inference.fused_mixture import FusedSteps, compiles
 from pyro_lift.inference.offline_em import Covariance, Moments
 from pyro_lift.inference.tiles import Buffers, split, tile_size, total
 
@@ -59,7 +60,10 @@ class MixtureStream:
         pending: shares not yet in the average, as :meth:`state_dict` gives them; None for none.
         exponent: variances are about two to this power; None looks at them.
         shares: the average's weights as sums over draws, without those pending; None takes them from ``average``.
+        log_det: of the variances; None computes them.
         tile: numbers in a piece; None goes by the device.
+        fused: whether a diagonal mixture's steps are compiled
+            (:mod:`~pyro_lift.inference.fused_mixture`); None does so on an accelerator, where it works.
     """
 
     def __init__(
@@ -76,7 +80,9 @@ class MixtureStream:
         pending: list[float] | None = None,
         exponent: int | None = None,
         shares: list[float] | None = None,
+        log_det: list[float] | None = None,
         tile: int | None = None,
+        fused: bool | None = None,
     ) -> None:
         mean, variance = moments.mean, moments.variance
         self.covariance, self.power, self.floor = covariance, power, floor
@@ -96,6 +102,9 @@ class MixtureStream:
             self._shares = self._shares if shares is None else list(shares)
             self._mean_average = [_Part(row.clone(), self._tile) for row in average.mean]
             self._variance_average = [_Part(row.clone(), self._tile) for row in average.variance]
+        device = mean.device.type
+        fused = device != "cpu" if fused is None else fused
+        self.fused = FusedSteps(self.dim) if fused and covariance == "diag" and compiles(device) else None
         self._buffers = Buffers(2, mean, min(self._tile, self.dim))
         self._last = 0
         #: Whether a component's density is given up as soon as it cannot reach the best one's.
@@ -103,7 +112,7 @@ class MixtureStream:
         # Exact scaling by a power of two near the typical variance, for products of several variances.
         typical = max(float(variance.double().mean()), 1e-30)
         self._exponent = round(math.log2(typical)) if exponent is None else exponent
-        self._log_det = [self._log_determinant(part) for part in self._variance]
+        self._log_det = list(log_det) if log_det else [self._log_determinant(part) for part in self._variance]
 
     # ------------------------------------------------------------------------------------------------ one draw
 
@@ -113,33 +122,34 @@ class MixtureStream:
         Raises:
             ValueError: a draw that is not finite.
         """
-        tiles = split(x.to(self.dtype), self._tile)
-        q, evidence = self._responsibilities(tiles)
+        x = x.to(self.dtype)
+        tiles = split(x, self._tile)
+        q, evidence = self._responsibilities(x, tiles)
         gamma = (1.0 + self.total) ** -self.power
         for j in range(self.components):
             weight = self.weight[j] + gamma * (q[j] - self.weight[j])
             w = gamma * q[j] / max(weight, 1e-300)
             if w > STILL:
-                self._move(j, tiles, w)
+                self._move(j, x, tiles, w)
             self.weight[j] = weight
             self.pending[j] += weight
         self.total += 1.0
         self.seen += 1
         self.log_likelihood += evidence
 
-    def _responsibilities(self, tiles: tuple[Tensor, ...]) -> tuple[list[float], float]:
+    def _responsibilities(self, x: Tensor, tiles: tuple[Tensor, ...]) -> tuple[list[float], float]:
         """The E-step: q_j, and log p(x)."""
         joint = [-math.inf] * self.components
         there = [j for j in range(self.components) if self.weight[j] > 0.0]
         constant = {
             j: math.log(self.weight[j]) - 0.5 * (self._log_det[j] + self.dim * math.log(2.0 * math.pi)) for j in there
         }
-        # The last draw's component comes first: once its density is known, the others can be given up early.
-        for turn in ([j for j in there if j == self._last], [j for j in there if j != self._last]):
-            best = max(joint)
-            limits = {j: 2.0 * (constant[j] - best + NEGLIGIBLE) for j in turn}
-            for j, value in self._quadratics(tiles, limits).items():
-                joint[j] = constant[j] - 0.5 * value
+        if self.fused is not None:
+            means, variances = ([parts[j].value for j in there] for parts in (self._mean, self._variance))
+            found = dict(zip(there, self.fused.quadratics(x, means, variances), strict=True))
+            joint = [constant[j] - 0.5 * found[j] if j in found else -math.inf for j in range(self.components)]
+        else:
+            self._by_turns(tiles, there, constant, joint)
         top = max(joint)
         if not math.isfinite(top):
             raise ValueError(f"draw {self.seen} is not finite; the mixture is left as it was.")
@@ -147,6 +157,16 @@ class MixtureStream:
         shares = [math.exp(value - top) for value in joint]
         norm = math.fsum(shares)
         return [share / norm for share in shares], top + math.log(norm)
+
+    def _by_turns(
+        self, tiles: tuple[Tensor, ...], there: list[int], constant: dict[int, float], joint: list[float]
+    ) -> None:
+        """Fill in the joint densities; the last draw's component first: by it the others can be given up early."""
+        for turn in ([j for j in there if j == self._last], [j for j in there if j != self._last]):
+            best = max(joint)
+            limits = {j: 2.0 * (constant[j] - best + NEGLIGIBLE) for j in turn}
+            for j, value in self._quadratics(tiles, limits).items():
+                joint[j] = constant[j] - 0.5 * value
 
     def _quadratics(self, tiles: tuple[Tensor, ...], limits: dict[int, float]) -> dict[int, float]:
         r""":math:`\sum_d (x_d - \mu_{jd})^2 / V_{jd}` of some components, infinity where past the limit: it only grows.
@@ -169,16 +189,19 @@ class MixtureStream:
                 left = [j for j in left if values[j] <= limits[j]]
         return values
 
-    def _move(self, j: int, tiles: tuple[Tensor, ...], w: float) -> None:
+    def _move(self, j: int, x: Tensor, tiles: tuple[Tensor, ...], w: float) -> None:
         """The M-step of one component, its pending share taken into the average on the way; one pass."""
         mean, variance = self._mean[j], self._variance[j]
+        if self.fused is not None:
+            self._move_fused(j, self.fused, x, w)
+            return
         pool = self._pool_of(j)
         squares, between, logs = [], [], []
-        for t, x in enumerate(tiles):
-            gap, spare = self._buffers.of(len(x))
+        for t, piece in enumerate(tiles):
+            gap, spare = self._buffers.of(len(piece))
             if pool is not None:
                 between.append(pool(t, gap))
-            torch.sub(x, mean.tiles[t], out=gap)
+            torch.sub(piece, mean.tiles[t], out=gap)
             mean.tiles[t].add_(gap, alpha=w)
             # (x - mu)(x - mu') = (1 - w) (x - mu)^2
             if self.covariance == "diag":
@@ -192,6 +215,19 @@ class MixtureStream:
             square = total(squares) / self.dim
             variance.value.mul_(1.0 - w).add_((w * (1.0 - w) * square).to(self.dtype)).clamp_min_(self.floor)
         self._log_det[j] = self._log_determinant(variance, logs)
+
+    def _move_fused(self, j: int, steps: FusedSteps, x: Tensor, w: float) -> None:
+        average, share = None, 0.0
+        if self._averages and self.pending[j] > 0.0:
+            average = self._mean_average[j].value, self._variance_average[j].value
+            share = self.pending[j] / (self._shares[j] + self.pending[j])
+        mean, variance = self._mean[j].value, self._variance[j].value
+        about = {"share": share, "w": w, "floor": self.floor}
+        value = steps.move(x, mean, variance, average, **about, exponent=self._exponent)
+        if average is not None:
+            self._shares[j] += self.pending[j]
+            self.pending[j] = 0.0
+        self._log_det[j] = value if math.isfinite(value) else self._log_determinant(self._variance[j])
 
     def _fold(self, j: int) -> None:
         """Take a component's pending share into the average; one pass."""
@@ -279,7 +315,9 @@ class MixtureStream:
             pending=self.pending,
             exponent=self._exponent,
             shares=self._shares,
+            log_det=self._log_det,
             tile=self._tile,
+            fused=self.fused is not None,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -301,6 +339,7 @@ class MixtureStream:
             "pending": torch.tensor(self.pending, dtype=torch.float64),
             "exponent": torch.tensor(self._exponent),
             "shares": torch.tensor(self._shares, dtype=torch.float64),
+            "log_det": torch.tensor(self._log_det, dtype=torch.float64),
         }
 
     def _weights(self, weight: list[float]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift import OnlineGaussianMixture
-from pyro_lift.inference import offline_em, online_em
+from pyro_lift.inference import fused_mixture, offline_em, online_em
 from pyro_lift.inference.mixture_stream import MixtureStream
 from pyro_lift.inference.offline_em import Covariance, Moments, fit
 from pyro_lift.inference.online_em import MixtureState, init, step
@@ -84,6 +84,52 @@ def test_in_single_precision_it_stays_near_the_double_one() -> None:
     torch.testing.assert_close(single.average.variance.double(), state.average.variance, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("apart", [0.02, 3.0])
+@pytest.mark.parametrize("power", [0.7, 1.0])
+@pytest.mark.parametrize("row", [16, 40, 1000])
+def test_the_steps_that_are_compiled_are_the_plain_ones(
+    row: int, power: float, apart: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here without the compiler: whole rows and what they leave, all of it left, lanes of one row and of several."""
+    monkeypatch.setattr(fused_mixture, "_compiled", lambda function: function)
+    x = draws(apart)
+    state = start(x, "diag")
+    stream = MixtureStream(*state, "diag", power=power, floor=FLOOR, fused=True)
+    stream.fused = fused_mixture.FusedSteps(D, row)
+    for row_of_x in x:
+        state = step(state, row_of_x, "diag", power=power, floor=FLOOR)
+        stream.update(row_of_x)
+    assert_same(stream, state, rtol=1e-10, atol=1e-11)
+
+
+def test_compiled_the_steps_are_the_plain_ones() -> None:
+    if not fused_mixture.compiles("cpu"):
+        pytest.skip("torch.compile needs a C++ compiler, and there is none")
+    dim = 2 * 4 * fused_mixture.ROW + 5
+    x = 0.1 * torch.randn(12, dim, dtype=torch.float64)
+    moments = Moments(torch.full((2,), 0.5).double(), x[:2].clone(), torch.ones(2, dim, dtype=torch.float64))
+    plain, fused = (MixtureStream(*init(moments, 2.0), "diag", power=0.7, floor=FLOOR, fused=f) for f in (False, True))
+    for row in x:
+        plain.update(row)
+        fused.update(row)
+    assert fused.fused is not None and plain.fused is None
+    for name, value in plain.tensors().items():
+        torch.testing.assert_close(fused.tensors()[name], value, rtol=1e-10, atol=1e-11)
+
+
+def test_without_a_compiler_the_plain_form_is_used_and_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> Tensor:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(fused_mixture, "_compiled", lambda function: broken)
+    fused_mixture.compiles.cache_clear()
+    state = start(draws(0.5), "diag")
+    with pytest.warns(UserWarning, match="not compiled on cpu: No working C"):
+        stream = MixtureStream(*state, "diag", power=0.7, floor=FLOOR, fused=True)
+    fused_mixture.compiles.cache_clear()
+    assert stream.fused is None
+
+
 def _single(moments: Moments) -> Moments:
     return Moments(*(part.float() for part in moments))
 
@@ -116,19 +162,21 @@ def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(online_em, "DOUBLE_UP_TO", 100)
 
 
-def _fed(x: Tensor) -> OnlineGaussianMixture:
-    mixture = OnlineGaussianMixture(K, buffer_size=12)
+def _fed(x: Tensor, fused: bool | None = None) -> OnlineGaussianMixture:
+    mixture = OnlineGaussianMixture(K, buffer_size=12, fused=fused)
     for row in x:
         mixture.update(row)
     return mixture
 
 
 @pytest.mark.usefixtures("small_is_large")
-def test_a_resumed_stream_goes_on_to_the_bit() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_resumed_stream_goes_on_to_the_bit(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_mixture, "_compiled", lambda function: function)
     x = draws(0.5).float()
-    whole, first = _fed(x), _fed(x[:40])
+    whole, first = _fed(x, fused), _fed(x[:40], fused)
     assert isinstance(first._running, MixtureStream) and any(first._running.pending)
-    second = OnlineGaussianMixture(K)
+    second = OnlineGaussianMixture(K, fused=fused)
     second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
     for row in x[40:]:
         second.update(row)

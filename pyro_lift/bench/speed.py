@@ -24,6 +24,7 @@ from pyro_lift.inference import sgld_gibbs
 from pyro_lift.inference.baselines.episodic import twice_differentiable
 from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.protocol import Budget, Episode, Heads
+from pyro_lift.inference.fused_mixture import compiles
 from pyro_lift.inference.kernels import SGLDGibbs
 from pyro_lift.inference.mixture_stream import MixtureStream
 from pyro_lift.inference.offline_em import Moments
@@ -163,7 +164,8 @@ def run(
                 echo(speed_report.steps_table(records[-6:], f"{backbone}, rank {rank}"))
                 gc.collect()
     if "em" in parts:
-        records += bandwidth(size, repeats, device)
+        records += bandwidth(size, repeats, device, compiled=not smoke)
+        echo(speed_report.em_table(records))
     if "blocks" in parts:
         for backbone in ("bart-tiny", "vit-tiny") if smoke else ("bart-small", "vit-small"):
             records += blocks(backbone, (1, 2) if smoke else (1, 4, 16, 64), repeats, device)
@@ -314,7 +316,7 @@ class Lift:
         return {"cpu_seconds": seconds, "cpu_ratio_to_backbone": sum(seconds.values()) / backbone}
 
 
-def mixture_at(place: Tensor, components: int) -> OnlineGaussianMixture:
+def mixture_at(place: Tensor, components: int, fused: bool | None = None) -> OnlineGaussianMixture:
     """A mixture in mid-stream whose means stand around ``place`` as draws of phi do."""
     spread = (1.0 / SIGMA**2 + 3.0 / BETA**2) ** -0.5
     mean = place + spread * torch.randn(components, len(place), device=place.device)
@@ -322,7 +324,7 @@ def mixture_at(place: Tensor, components: int) -> OnlineGaussianMixture:
     moments = Moments(weight, mean, torch.full_like(mean, spread**2))
     numbers = torch.tensor([100.0, 100.0, 0.0], dtype=torch.float64)
     tensors = {f"{part}.{k}": v for part in ("moments", "average") for k, v in moments._asdict().items()}
-    mixture = OnlineGaussianMixture(components)
+    mixture = OnlineGaussianMixture(components, fused=fused)
     mixture.load_state_dict({**tensors, "numbers": numbers, "floor": torch.tensor(1e-6 * spread**2)})
     return mixture
 
@@ -393,12 +395,22 @@ def large(backbone: str, repeats: int, device: str, dtype: torch.dtype) -> list[
 # ------------------------------------------------------------------------------------------------ memory, curves
 
 
-def bandwidth(size: int, repeats: int, device: str) -> list[Record]:
-    """A mixture's update at K = 5 against a copy, in bytes a second; every component read to its end, and as it is."""
+def bandwidth(size: int, repeats: int, device: str, compiled: bool = True) -> list[Record]:
+    """A mixture's update at K = 5 against a copy, in bytes a second.
+
+    Compiled and piece by piece with every component read to its end, and piece by piece as it is.
+    """
     records = []
-    for early, name in ((False, "EM"), (True, "EM, stopping early")):
-        update, stream = _em(size, K, device)
+    for fused, early, name in (
+        (True, False, "EM, compiled"),
+        (False, False, "EM, piece by piece"),
+        (False, True, "EM, piece by piece, stopping early"),
+    ):
+        if fused and not (compiled and compiles(torch.device(device).type)):
+            continue
+        update, stream = _em(size, K, device, fused)
         stream.early = early
+        update()  # compiles
         times = interleaved({"copy": copy_seconds(size, device), "em": update}, repeats)
         wall, cpu = times["em"].ratios(times["copy"])
         # Read once: x, K means, K variances; of the component that moves, both and their averages, read and written.
@@ -422,9 +434,9 @@ def bandwidth(size: int, repeats: int, device: str) -> list[Record]:
     return records
 
 
-def _em(size: int, components: int, device: str) -> tuple[Callable[[], None], MixtureStream]:
+def _em(size: int, components: int, device: str, fused: bool | None = None) -> tuple[Callable[[], None], MixtureStream]:
     place = torch.zeros(size, device=device)
-    mixture = mixture_at(place, components)
+    mixture = mixture_at(place, components, fused)
     if not isinstance(mixture._running, MixtureStream):
         raise ValueError(f"size={size}: too short for a mixture that is updated in place.")
     stream = mixture._running

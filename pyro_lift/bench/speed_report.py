@@ -68,6 +68,18 @@ def curves_table(records: Sequence[Record]) -> str:
     return "processor time of a step, ms\n" + format_table(["against", "what", "measured", "line"], rows)
 
 
+def em_table(records: Sequence[Record]) -> str:
+    """The mixture's update against a copy."""
+    rows = []
+    for r in (r for r in records if r["part"] == "em"):
+        spread = "{:.2f}-{:.2f}".format(*r["share_quartiles"])
+        numbers = [f"{1e3 * r['seconds_per_step']:.1f}", f"{r['copy_bytes_per_second'] / 1e9:.1f}"]
+        rows.append([r["method"], *numbers, f"{r['share_of_copy_bandwidth']:.2f}", spread])
+    about = next(r for r in records if r["part"] == "em")
+    head = ["update", "ms", "copy, GB/s", "share of its bandwidth", "quartiles"]
+    return f"the mixture, D = {about['dim']:,}, K = {about['components']}\n" + format_table(head, rows)
+
+
 def blocks_table(records: Sequence[Record]) -> str:
     """Visits a second against B."""
     rows = []
