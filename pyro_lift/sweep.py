@@ -3,6 +3,8 @@
 A cell is a name and its arguments. Its result is a JSON file ``NAME.json``, written under a temporary name and renamed,
 and that file is the mark that the cell is done. A process that takes up a cell makes ``NAME.claim`` first, which only
 one can; the claim of a process that died is taken over by ``retry=True``.
+
+:func:`submit` hands the cells to an executor: a local pool of processes, or a cluster through submitit.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-__all__ = ["Cell", "grid", "read_manifest", "results", "run_cells", "write_manifest"]
+__all__ = ["Cell", "Executor", "Job", "grid", "read_manifest", "results", "run_cells", "submit", "write_manifest"]
 
 MANIFEST = "manifest.json"
 
@@ -26,6 +28,20 @@ class Cell(NamedTuple):
 
     name: str
     arguments: Mapping[str, Any]
+
+
+class Job(Protocol):
+    """What an executor gives back: the futures of the standard library, submitit's jobs."""
+
+    def result(self) -> Any:
+        """Wait, and return what was returned or raise what was raised."""
+
+
+class Executor(Protocol):
+    """``ProcessPoolExecutor`` of ``concurrent.futures``, ``submitit.AutoExecutor``, and what else has the verb."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job:
+        """Have a function called somewhere."""
 
 
 def grid(**axes: Sequence[Any]) -> list[Cell]:
@@ -95,6 +111,24 @@ def run_cells(folder: Path, function: Callable[..., Any], *, retry: bool = False
             with contextlib.suppress(FileNotFoundError):
                 claim.unlink()
     return ran
+
+
+def submit(executor: Executor, folder: Path, function: Callable[..., Any], jobs: int) -> list[Job]:
+    """Have ``jobs`` processes of an executor share the manifest's cells.
+
+    Jobs on a cluster that are lost, or stopped at their time limit, leave the cells that they finished: submit again,
+    after ``run_cells(..., retry=True)`` or with the claims of the dead removed.
+
+    Args:
+        executor: where they run; all must see ``folder``.
+        folder: with the manifest.
+        function: of the module's top level, or a ``functools.partial`` of one, so that it can be sent.
+        jobs: how many; each takes the next free cell until none is left.
+
+    Returns:
+        The executor's own jobs; ``result()`` of one gives the names of the cells that it ran.
+    """
+    return [executor.submit(run_cells, folder, function) for _ in range(jobs)]
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pyro_lift.sweep import Cell, grid, results, run_cells, write_manifest
+from pyro_lift.sweep import Cell, grid, results, run_cells, submit, write_manifest
 
 
 def square(x: int, log: str) -> dict[str, Any]:
@@ -33,6 +34,24 @@ def test_each_cell_is_run_once_by_several_processes(tmp_path: Path) -> None:
     assert sorted(map(int, log.read_text().split())) == list(range(12))
     assert [r["square"] for r in results(tmp_path).values()] == [x * x for x in range(12)]
     assert run_cells(tmp_path, square) == [] and not list(tmp_path.glob("*.claim"))
+
+
+def test_a_pool_shares_the_cells(tmp_path: Path) -> None:
+    write_manifest(tmp_path, grid(x=list(range(8)), log=[str(tmp_path / "log")]))
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        ran = [name for job in submit(pool, tmp_path, square, 2) for name in job.result()]
+    assert sorted(ran) == sorted(results(tmp_path)) and len(ran) == 8
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # submitit does not wait for its children
+def test_submitits_jobs_share_the_cells(tmp_path: Path) -> None:
+    submitit = pytest.importorskip("submitit", reason="needs submitit: pip install 'pyro-lift[cluster]'")
+    write_manifest(tmp_path, grid(x=[1, 2]))
+    executor = submitit.LocalExecutor(folder=tmp_path / "jobs")
+    ran = [name for job in submit(executor, tmp_path, dict, 2) for name in job.result()]
+    assert sorted(ran) == ["1", "2"] and results(tmp_path) == {"1": {"x": 1}, "2": {"x": 2}}
 
 
 def test_a_cell_that_fails_is_free_again_and_the_others_stay_done(tmp_path: Path) -> None:
