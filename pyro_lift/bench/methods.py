@@ -49,6 +49,8 @@ __all__ = [
 TUNING_SEED = 1000
 
 
+#: What joint training leaves of a budget, however small: two thirds are draws, of which a mixture of five needs five.
+LEAST_VISITS = 8
 #: Methods that adapt from another's state in another way, so that it need not be learned twice.
 SAME_STATE = {"lift-reg-x": "lift", "lift-noise-x": "lift"}
 ZOO = ("retriever", "mbc", "fixed-theta")
@@ -206,8 +208,8 @@ def method_of(
     factory: Any = BASELINES[name]
     if choice.warm_share is not None:  # a joint training of its own
         total = settings.warm_up + settings.visits
-        warm_up = round(choice.warm_share * total)
-        budget = {"warm_up": warm_up, "visits": max(total - warm_up, 1), **budget}
+        visits = max(total - round(choice.warm_share * total), min(LEAST_VISITS, settings.visits))
+        budget = {"warm_up": total - visits, "visits": visits, **budget}
     elif shared is not None:
         budget = {"warm_start": shared.warm_start, **budget}
     options = dict(choice.options)
