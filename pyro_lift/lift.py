@@ -191,6 +191,7 @@ class LiFT:
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 1000,
         resume: str | Path | None = None,
+        start: Tensor | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> LiFTPrior:
         """Run the chain over the tasks and summarise its draws of phi.
@@ -201,16 +202,22 @@ class LiFT:
             checkpoint: folder to save the run in as it goes; must not hold one yet.
             checkpoint_every: visits between two checkpoints. SIGTERM and Ctrl-C save one more.
             resume: folder to go on with; where it holds no checkpoint yet, the run begins and saves there.
+            start: adapter weights ``[D]`` where phi begins, for example of one adapter trained on all tasks, which then
+                needs few ``sgd_steps``; None begins at the adapter's own. The prior of phi stays where it is.
             on_step: called after each transition, for a bar of one's own.
 
         Raises:
-            ValueError: no task, a task without data, labels outside the head's range; before any training.
+            ValueError: no task, a task without data, labels outside the head's range, a start of another length;
+                before any training.
             DivergedError: a loss that is not finite; names the task and the step.
             RunStopped: SIGTERM or Ctrl-C, where the run is saved.
         """
         session = self.session(tasks, checkpoint, resume, checkpoint_every)
         components = [self.settings.components]
-        return self.meta_train_many(tasks, components, progress=progress, session=session, on_step=on_step)[0]
+        priors = self.meta_train_many(
+            tasks, components, progress=progress, session=session, start=start, on_step=on_step
+        )
+        return priors[0]
 
     def session(
         self,
@@ -241,11 +248,14 @@ class LiFT:
         *,
         progress: bool = True,
         session: Session | None = None,
+        start: Tensor | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> list[LiFTPrior]:
         """One chain, several mixtures: a prior for each number of components; saved in a :meth:`session`."""
         for k in components:
             check_number("components", k, least=1, open_below=False, whole=True)
+        if start is not None and start.shape != self.adapter.initial.shape:
+            raise ValueError(f"start has shape {tuple(start.shape)}; the adapter has {self.adapter.dim} weights.")
         s = self.settings
         if s.share:
             processes.join()
@@ -261,6 +271,7 @@ class LiFT:
                 kernel,
                 num_samples=s.samples,
                 warmup_steps=warmup_steps,
+                initial_params=None if start is None else {"phi": start.to(self.adapter.initial)},
                 statistics=StatsOfDict(default=make),
                 disable_progbar=True,
                 hook_fn=hook,

@@ -85,6 +85,17 @@ def test_one_chain_gives_a_prior_for_each_number_of_components() -> None:
     torch.testing.assert_close(means[0], means[1], atol=0.1, rtol=0)
 
 
+def test_the_chain_begins_where_it_is_told_to() -> None:
+    """One draw of a chain that hardly moves is its start; the prior of phi stays about the adapter's own."""
+    toy = LinearGaussian(3, seed=0)
+    start = torch.full((toy.dim,), 5.0, dtype=torch.float64)
+    still = toy_lift(toy, burn_in=1, samples=2, beta=1e-6, learning_rate=1e-16)
+    prior = still.meta_train(toy_tasks(toy), progress=False, start=start)
+    torch.testing.assert_close(prior.mixture.get().mean, start, rtol=0.0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"start has shape \(7,\); the adapter has"):
+        still.meta_train(toy_tasks(toy), progress=False, start=torch.zeros(7))
+
+
 def test_steps_are_counted() -> None:
     toy = LinearGaussian(5, seed=0)
     steps: list[int] = []
