@@ -10,6 +10,9 @@ Union Train
 LiFT
     learns a mixture over phi by SGLD-Gibbs and draws each new task's weights under it by SGLD (K = 1 and 3).
 
+Both meta-learners begin where one joint training of the same tasks ends, and have the same number of gradients after
+it: Union Train goes on with joint training, at a rate of its own; LiFT spends half on that and half on its chain.
+
 All predict by averaging the probabilities of five networks: late iterates for the first two, draws for LiFT. Each was
 tuned on the development tasks of two other families, over twelve settings each, by mean NLL and, among equally good
 ones, ECE (``--tune`` does it again).
@@ -23,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,6 +41,7 @@ from pyro_lift.data.task import Task
 from pyro_lift.inference.baselines import BASELINES, Baseline, Budget
 from pyro_lift.inference.baselines.lift import LiFTMethod, LiFTState
 from pyro_lift.inference.baselines.protocol import adapt_all
+from pyro_lift.inference.baselines.union_train import UnionTrain, UnionTrainState, union_train
 from pyro_lift.lift import LiFT, LiFTPrior, LiFTSettings
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import TIMM_ATTENTION, adapt_backbone
@@ -51,6 +56,8 @@ LIFT, METHODS = "LiFT K=1", ("No Meta Train", "Union Train", "LiFT K=1", "LiFT K
 MEASURES = ("accuracy", "nll", "ece")
 #: Families that settings were chosen on; the demo's own are 0, 1, 2, ...
 TUNING_SEEDS = (1000, 1001)
+#: Tasks that are adapted to in one pass.
+BLOCK = 6
 #: Settings that differ by less in mean NLL, in nats, are taken for equally good; then calibration decides.
 TIE = 0.01
 
@@ -59,16 +66,14 @@ class Choice(NamedTuple):
     """The settings of a method that were tuned; a method ignores those it has no use for.
 
     Attributes:
-        learning_rate: of adaptation.
-        meta_learning_rate: of joint training, for Union Train and for LiFT's warm-up.
-        meta_share: of the meta-training budget that is used: early stopping.
+        learning_rate: of adaptation, and of LiFT's chain.
+        tail_rate: of the joint training that follows the one both meta-learners share.
         beta: standard deviation of a task's weights around phi.
         n_inflate: power on the likelihood.
     """
 
     learning_rate: float = 3e-3
-    meta_learning_rate: float = 3e-3
-    meta_share: float = 1.0
+    tail_rate: float = 2e-3
     beta: float = 0.03
     n_inflate: float = 1.0
 
@@ -78,20 +83,17 @@ GRIDS: dict[Group, list[Choice]] = {
     "no-meta-train": [
         Choice(rate) for rate in (5e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 4e-2, 8e-2)
     ],
-    "union-train": [
-        *(Choice(rate, meta) for rate, meta in product((1e-4, 2.5e-4, 5e-4), (6e-3, 1e-2, 1.5e-2))),
-        *(Choice(2.5e-4, meta, meta_share=0.65) for meta in (6e-3, 1e-2, 1.5e-2)),
-    ],
+    "union-train": [Choice(rate, tail) for rate, tail in product((1e-4, 2.5e-4, 5e-4, 1e-3), (6e-3, 2e-3, 1e-3))],
     "lift": [
-        Choice(rate, 6e-3, beta=beta, n_inflate=power)
-        for rate, beta, power in product((4e-3, 8e-3), (0.02, 0.03, 0.05), (3.0, 10.0))
+        Choice(rate, beta=beta, n_inflate=power)
+        for rate, beta, power in product((2e-3, 4e-3, 8e-3), (0.02, 0.03), (5.0, 10.0))
     ],
 }
 #: What ``pyro-lift demo --tune`` chose.
 CHOSEN: dict[Group, Choice] = {
     "no-meta-train": Choice(1.6e-2),
-    "union-train": Choice(2.5e-4, 6e-3),
-    "lift": Choice(8e-3, 6e-3, beta=0.03, n_inflate=3.0),
+    "union-train": Choice(2.5e-4, 1e-3),
+    "lift": Choice(4e-3, beta=0.03, n_inflate=10.0),
 }
 
 
@@ -100,8 +102,9 @@ class DemoSettings:
     """Sizes of the experiment; what was tuned is in :data:`CHOSEN`."""
 
     seeds: int = field(default=5, metadata={"help": "families of tasks, each with its own chains"})
-    warm_up: int = field(default=1_300, metadata={"help": "meta-training gradients of joint training"})
-    visits: int = field(default=100, metadata={"help": "meta-training gradients after it"})
+    warm_up: int = field(default=1_200, metadata={"help": "gradients of the joint training that is shared"})
+    warm_up_rate: float = field(default=6e-3, metadata={"help": "of that, Adam"})
+    visits: int = field(default=200, metadata={"help": "gradients of meta-training after it"})
     steps: int = field(default=100, metadata={"help": "adaptation steps on a new task"})
     draws: int = field(default=5, metadata={"help": "networks that a prediction averages over"})
     batch_size: int = field(default=8, metadata={"help": "rows of a minibatch"})
@@ -118,20 +121,19 @@ class DemoSettings:
     @classmethod
     def smoke(cls, device: str = "cpu") -> DemoSettings:
         """Seconds instead of minutes; the numbers mean nothing."""
-        return cls(2, 12, 24, 8, 2, num_train=3, num_test=2, workers=1, device=device)
+        return cls(2, 12, visits=24, steps=8, draws=2, num_train=3, num_test=2, workers=1, device=device)
 
 
 class Cell(NamedTuple):
-    """One method on one family: the unit that is run, in any order and process.
+    """Methods on one family, which share its joint training: the unit that is run, in any order and process.
 
     Attributes:
         part: the tasks that are adapted to and judged, ``"dev"`` or ``"test"``.
-        keep: where to write the chain and the prior; None writes nothing.
+        keep: where to write LiFT's chain and prior; None writes nothing.
     """
 
-    group: Group
     seed: int
-    choice: Choice
+    choices: tuple[tuple[Group, Choice], ...]
     part: Literal["dev", "test"] = "test"
     keep: Path | None = None
 
@@ -175,57 +177,93 @@ def family_of(settings: DemoSettings, seed: int) -> DigitFamily:
     return digit_family(seed, num_train=settings.num_train, num_test=settings.num_test)
 
 
-def run_cell(settings: DemoSettings, cell: Cell, on_step: Callable[[int], None]) -> list[Judged]:
-    """Meta-train one method on one family and adapt it to each of the unseen tasks."""
+def run_cell(settings: DemoSettings, cell: Cell, on_step: Callable[[int], None]) -> list[list[Judged]]:
+    """Meta-train each method on one family and adapt it to each of the unseen tasks; a list for each choice."""
     family = family_of(settings, cell.seed)
     tasks = family.dev if cell.part == "dev" else family.test
     adapter = demo_adapter(settings, cell.seed)
-    method = method_of(settings, cell, adapter)
-    judged = []
-    for name, state in _trained(method, family.train, cell, on_step):
-        for task, posterior in zip(tasks, adapt_all(method, state, tasks), strict=True):
-            assert task.test is not None
-            probabilities = posterior.predict(task.test).cpu()
-            judged.append(Judged(name, cell.seed, task.name, probabilities, task.test.target.cpu()))
-            on_step(settings.steps)
-    return judged
+    joint = None
+    if _meta_learners(cell):
+        joint = union_train(
+            adapter,
+            family.train,
+            steps=settings.warm_up,
+            learning_rate=settings.warm_up_rate,
+            batch_size=settings.batch_size,
+            seed=cell.seed,
+            on_step=lambda: on_step(1),
+        )
+    found: list[list[Judged]] = []
+    for group, choice in cell.choices:
+        method = method_of(settings, group, choice, cell.seed, adapter, joint)
+        judged = []
+        for name, state in _trained(method, family.train, cell, on_step):
+            for task, posterior in zip(tasks, adapt_all(method, state, tasks, block_size=BLOCK), strict=True):
+                assert task.test is not None
+                probabilities = posterior.predict(task.test).cpu()
+                judged.append(Judged(name, cell.seed, task.name, probabilities, task.test.target.cpu()))
+                on_step(settings.steps)
+        found.append(judged)
+    return found
 
 
-def method_of(settings: DemoSettings, cell: Cell, adapter: RandomAdapter) -> Baseline:
-    """The method of a cell, from the registry of all methods, with the settings that were chosen for it."""
-    choice = cell.choice
+def _meta_learners(cell: Cell) -> list[Choice]:
+    return [choice for group, choice in cell.choices if group != "no-meta-train"]
+
+
+def method_of(
+    settings: DemoSettings, group: Group, choice: Choice, seed: int, adapter: RandomAdapter, joint: Tensor | None
+) -> Baseline:
+    """A method from the registry of all, with the settings that were chosen for it, after the joint training."""
+    lift = group == "lift"
+    own = settings.visits // 2 if lift else 0
     budget = Budget(
-        warm_up=max(round(choice.meta_share * settings.warm_up), 1),
-        visits=max(round(choice.meta_share * settings.visits), 1),
-        warm_up_learning_rate=choice.meta_learning_rate,
-        # LiFT's chain moves at the rate it adapts at; Union Train is joint training from the first step to the last.
-        meta_learning_rate=choice.learning_rate if cell.group == "lift" else choice.meta_learning_rate,
+        warm_up=own,
+        visits=settings.visits - own,
+        warm_start=joint,
+        warm_up_learning_rate=choice.tail_rate,
+        # LiFT's chain moves at the rate it adapts at.
+        meta_learning_rate=choice.learning_rate if lift else choice.tail_rate,
         steps=settings.steps,
         learning_rate=choice.learning_rate,
         batch_size=settings.batch_size,
         draws=settings.draws,
-        seed=cell.seed,
+        seed=seed,
     )
-    if cell.group == "lift":
+    if lift:
         return LiFTMethod(adapter, budget, LiFTSettings(beta=choice.beta, n_inflate=choice.n_inflate))
-    return BASELINES[cell.group](adapter, budget)
+    return BASELINES[group](adapter, budget)
 
 
 def _trained(
     method: Baseline, tasks: Sequence[Task], cell: Cell, on_step: Callable[[int], None]
 ) -> Iterator[tuple[str, Any]]:
     """The method's state by name; LiFT's mixtures with one and with three components come from one chain."""
+    budget, count = method.budget, partial(on_step, 1)
+    if isinstance(method, UnionTrain):
+        theta = union_train(
+            method.adapter,
+            tasks,
+            steps=budget.visits,
+            learning_rate=budget.meta_learning_rate,
+            batch_size=budget.batch_size,
+            seed=cell.seed,
+            start=budget.warm_start,
+            on_step=count,
+        )
+        yield "Union Train", UnionTrainState(theta, budget.visits)
+        return
     if not isinstance(method, LiFTMethod):
-        name = {"no-meta-train": "No Meta Train", "union-train": "Union Train"}[cell.group]
-        yield name, method.meta_train(tasks, on_step=lambda: on_step(1))
+        yield "No Meta Train", method.meta_train(tasks)
         return
     lift = LiFT(method.adapter, settings=method.chain_settings(), adapt=method.adapt_settings(), seed=cell.seed)
     components = COMPONENTS if cell.part == "test" else COMPONENTS[:1]
-    priors = lift.meta_train_many(tasks, components, progress=False, on_step=lambda: on_step(1))
+    start = budget.warm_start
+    priors = lift.meta_train_many(tasks, components, progress=False, start=start, on_step=count)
     if cell.keep is not None:
         _keep(priors, cell.keep)
     for k, prior in zip(components, priors, strict=True):
-        yield f"LiFT K={k}", LiFTState(prior, method.budget.warm_up + method.budget.visits)
+        yield f"LiFT K={k}", LiFTState(prior, budget.warm_up + budget.visits)
 
 
 def _keep(priors: Sequence[LiFTPrior], folder: Path) -> None:
@@ -251,7 +289,7 @@ def _start_worker(counter: Any) -> None:
     torch.set_num_threads(1)
 
 
-def _work(settings: DemoSettings, cell: Cell) -> list[Judged]:
+def _work(settings: DemoSettings, cell: Cell) -> list[list[Judged]]:
     return run_cell(settings, cell, _count)
 
 
@@ -262,19 +300,18 @@ def _count(steps: int) -> None:
 
 def steps_of(settings: DemoSettings, cell: Cell) -> int:
     """Gradients that a cell takes, for the progress bar."""
-    lift = cell.group == "lift"
-    adapted = settings.num_test * (len(COMPONENTS) if lift else 1) if cell.part == "test" else 6
-    trained = (
-        0
-        if cell.group == "no-meta-train"
-        else round(cell.choice.meta_share * settings.warm_up) + round(cell.choice.meta_share * settings.visits)
-    )
-    return trained + adapted * settings.steps
+    family = family_of(settings, cell.seed)
+    tasks = len(family.dev if cell.part == "dev" else family.test)
+    total = settings.warm_up if _meta_learners(cell) else 0
+    for group, _ in cell.choices:
+        chains = len(COMPONENTS) if group == "lift" and cell.part == "test" else 1
+        total += chains * tasks * settings.steps + (0 if group == "no-meta-train" else settings.visits)
+    return total
 
 
 def run_cells(
     settings: DemoSettings, cells: Sequence[Cell], *, description: str, progress: bool = True
-) -> list[list[Judged]]:
+) -> list[list[list[Judged]]]:
     """The cells' results in the cells' order, from ``settings.workers`` processes, with one bar for all of them."""
     total = sum(steps_of(settings, cell) for cell in cells)
     hidden = not progress or "CI" in os.environ
@@ -320,12 +357,12 @@ def run(settings: DemoSettings, out: Path, *, progress: bool = True) -> list[dic
     from pyro_lift.bench.records import write_records
 
     out.mkdir(parents=True, exist_ok=True)
-    cells = [
-        Cell(group, seed, CHOSEN[group], keep=out if (group, seed) == ("lift", 0) else None)
-        for group in ("lift", "union-train", "no-meta-train")  # the longest first
-        for seed in range(settings.seeds)
-    ]
-    found = [one for cell in run_cells(settings, cells, description="demo", progress=progress) for one in cell]
+    meta: tuple[tuple[Group, Choice], ...] = tuple((group, CHOSEN[group]) for group in ("union-train", "lift"))
+    # The longest first.
+    cells = [Cell(seed, meta, keep=None if seed else out) for seed in range(settings.seeds)]
+    cells += [Cell(seed, (("no-meta-train", CHOSEN["no-meta-train"]),)) for seed in range(settings.seeds)]
+    results = run_cells(settings, cells, description="demo", progress=progress)
+    found = [judged for cell in results for choice in cell for judged in choice]
     found.sort(key=lambda one: (METHODS.index(one.method), one.seed, one.task))
     records = [one.record() for one in found]
     write_records(records, out / "results.json")
@@ -344,12 +381,15 @@ def tune(settings: DemoSettings, *, progress: bool = True) -> dict[Group, Choice
     from pyro_lift.bench.records import format_table
 
     cells = [
-        Cell(group, seed, choice, "dev") for group, grid in GRIDS.items() for choice in grid for seed in TUNING_SEEDS
+        Cell(seed, tuple((group, choice) for choice in grid), "dev")
+        for group, grid in GRIDS.items()
+        for seed in TUNING_SEEDS
     ]
     results = run_cells(replace(settings, num_test=1), cells, description="tune", progress=progress)
     scores: dict[tuple[Group, Choice], list[dict[str, Any]]] = {}
-    for cell, judged in zip(cells, results, strict=True):
-        scores.setdefault((cell.group, cell.choice), []).extend(one.record() for one in judged)
+    for cell, found in zip(cells, results, strict=True):
+        for key, judged in zip(cell.choices, found, strict=True):
+            scores.setdefault(key, []).extend(one.record() for one in judged)
 
     def mean(key: tuple[Group, Choice], name: str) -> float:
         return sum(float(record[name]) for record in scores[key]) / len(scores[key])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -39,7 +41,8 @@ def test_it_writes_the_chain_the_prior_and_the_pictures(finished: tuple[Path, li
     pictures = {"mixture.png", "reliability.png", "scores.png", "tasks.png", "traces.png"}
     assert pictures <= {path.name for path in out.iterdir()}
     data = az.from_netcdf(str(out / "chain.nc"))
-    draws = 24 - 24 // 3
+    visits = 24 - 24 // 2
+    draws = visits - visits // 3
     assert data["posterior"]["phi_projection"].shape[:2] == (1, draws)
     assert data["sample_stats"]["log_likelihood"].shape == (1, draws)
 
@@ -49,20 +52,19 @@ def test_it_gives_the_same_numbers_again_and_in_other_processes(
 ) -> None:
     _, records = finished
     settings = DemoSettings.smoke()
-    cells = [Cell("lift", 0, CHOSEN["lift"]), Cell("union-train", 0, CHOSEN["union-train"])]
-    from dataclasses import replace
-
+    cells = [Cell(0, ((group, CHOSEN[group]),)) for group in ("lift", "union-train")]  # in the run they are one cell
     found = demo.run_cells(replace(settings, workers=2), cells, description="", progress=False)
-    again = [one.record() for cell in found for one in cell]
+    again = [one.record() for cell in found for choice in cell for one in choice]
     assert sorted(again, key=str) == sorted((r for r in records if r["seed"] == 0 and r in again), key=str)
     assert len(again) == 6
 
 
-@pytest.mark.parametrize("group", sorted(GRIDS))
-def test_the_bar_ends_where_it_said(group: demo.Group) -> None:
+@pytest.mark.parametrize("groups", [("no-meta-train",), ("union-train", "lift"), ("lift",)], ids="+".join)
+@pytest.mark.parametrize("part", ["dev", "test"])
+def test_the_bar_ends_where_it_said(groups: tuple[demo.Group, ...], part: Literal["dev", "test"]) -> None:
     settings = DemoSettings.smoke()
     counted: list[int] = []
-    cell = Cell(group, 0, CHOSEN[group])
+    cell = Cell(0, tuple((group, CHOSEN[group]) for group in groups), part)
     demo.run_cell(settings, cell, counted.append)
     assert sum(counted) == demo.steps_of(settings, cell)
 
@@ -72,9 +74,12 @@ def test_every_method_is_tuned_alike_and_spends_alike() -> None:
     assert all(CHOSEN[group] in grid for group, grid in GRIDS.items())
     settings = DemoSettings()
     adapter = demo.demo_adapter(settings, 0)
-    budgets = [demo.method_of(settings, Cell(group, 0, CHOSEN[group]), adapter).budget for group in GRIDS]
+    budgets = {
+        group: demo.method_of(settings, group, CHOSEN[group], 0, adapter, adapter.initial).budget for group in GRIDS
+    }
     for name in ("steps", "draws", "batch_size", "seed"):
-        assert len({getattr(budget, name) for budget in budgets}) == 1, name
+        assert len({getattr(budget, name) for budget in budgets.values()}) == 1, name
+    assert len({budgets[group].warm_up + budgets[group].visits for group in ("union-train", "lift")}) == 1
 
 
 def test_the_table_holds_means_and_paired_p_values() -> None:

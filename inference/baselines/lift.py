@@ -33,7 +33,8 @@ class LiFTMethod:
 
     Args:
         adapter: the network as a function of theta.
-        budget: the warm-up is LiFT's joint training; a third of the visits burn in, the rest are draws.
+        budget: the warm-up is LiFT's joint training, from the warm start where there is one; a third of the visits burn
+            in, the rest are draws.
         settings: of meta-training; what the budget names is taken from the budget.
         ablation: ``"reg"``, Reg(X): adaptation keeps the start and the noise and drops the mixture; ``"noise"``,
             Noise(X): it keeps start and mixture and drops the noise.
@@ -53,7 +54,7 @@ class LiFTMethod:
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LiFTState:
         """Run the chain; ``on_step`` is called after each transition."""
         lift = LiFT(self.adapter, settings=self.chain_settings(), adapt=self.adapt_settings(), seed=self.budget.seed)
-        prior = lift.meta_train(tasks, progress=False, on_step=on_step)
+        prior = lift.meta_train(tasks, progress=False, start=self.budget.warm_start, on_step=on_step)
         return LiFTState(prior, self.budget.warm_up + self.budget.visits)
 
     def chain_settings(self) -> LiFTSettings:

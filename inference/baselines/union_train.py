@@ -93,9 +93,10 @@ def union_train(
     batch_size: int = 16,
     seed: int = 0,
     budget: Budget | None = None,
+    start: Tensor | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Adam on one vector, from the adapter's own start.
+    """Adam on one vector.
 
     Args:
         adapter: the network as a function of theta.
@@ -105,6 +106,7 @@ def union_train(
         batch_size: rows of a minibatch.
         seed: of the minibatches.
         budget: for its head policy and noise scale.
+        start: where it begins ``[D]``; None takes the adapter's own start.
         on_step: called after each step.
 
     Returns:
@@ -122,7 +124,8 @@ def union_train(
     batches = [minibatches(task.train, batch_size, generator) for task in tasks]
     heads = Heads(adapter, tasks, budget, learning_rate)
     rule = adam(learning_rate)
-    theta, state = adapter.initial.clone(), rule.init(adapter.initial)
+    theta = (adapter.initial if start is None else start.to(adapter.initial)).clone()
+    state = rule.init(theta)
     for step in range(steps):
         index = step % len(tasks)
         weights = heads.weights(index, theta).leaves()
