@@ -24,7 +24,17 @@ OWN = Path(__file__).resolve().parent.parent / "backbones" / "vit-patches"
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
 SMOKE = ("svhn", "patch_camelyon", "eurosat", "dsprites_loc", "smallnorb_ele")
 #: A few minutes of one slow core with the ViT of 2.3 M parameters; more is better.
-DEFAULTS = UnseenSettings(warm_up=240, visits=48, steps=40, draws=3, batch_size=16, dev_tasks=2, rates=(1e-3, 4e-3))
+DEFAULTS = UnseenSettings(
+    warm_up=400,
+    visits=60,
+    steps=120,
+    draws=3,
+    batch_size=16,
+    dev_tasks=2,
+    rates=(1e-3, 4e-3),
+    meta_rate=1e-3,
+    n_inflate=30.0,
+)
 
 
 def make_up(folder: Path) -> None:

@@ -110,6 +110,7 @@ class DemoSettings:
     batch_size: int = field(default=8, metadata={"help": "rows of a minibatch"})
     rank: int = field(default=4, metadata={"help": "of the adapter"})
     num_train: int = field(default=24, metadata={"help": "tasks to meta-train on"})
+    num_dev: int = field(default=6, metadata={"help": "tasks to tune on"})
     num_test: int = field(default=12, metadata={"help": "tasks to be judged by"})
     workers: int = field(default=2, metadata={"help": "processes"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
@@ -174,7 +175,7 @@ def demo_adapter(settings: DemoSettings, seed: int) -> RandomAdapter:
 
 def family_of(settings: DemoSettings, seed: int) -> DigitFamily:
     """The tasks of one seed."""
-    return digit_family(seed, num_train=settings.num_train, num_test=settings.num_test)
+    return digit_family(seed, num_train=settings.num_train, num_dev=settings.num_dev, num_test=settings.num_test)
 
 
 def run_cell(settings: DemoSettings, cell: Cell, on_step: Callable[[int], None]) -> list[list[Judged]]:
@@ -300,8 +301,7 @@ def _count(steps: int) -> None:
 
 def steps_of(settings: DemoSettings, cell: Cell) -> int:
     """Gradients that a cell takes, for the progress bar."""
-    family = family_of(settings, cell.seed)
-    tasks = len(family.dev if cell.part == "dev" else family.test)
+    tasks = settings.num_dev if cell.part == "dev" else settings.num_test
     total = settings.warm_up if _meta_learners(cell) else 0
     for group, _ in cell.choices:
         chains = len(COMPONENTS) if group == "lift" and cell.part == "test" else 1
