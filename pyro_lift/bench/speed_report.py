@@ -176,10 +176,9 @@ def _draw_em(records: Sequence[Record], axis: Any) -> None:
     axis.set_yticks(range(len(records)), [r["method"] for r in records], fontsize=8)
     axis.set_ylim(-0.5, len(records) - 0.5)
     axis.set_xlim(0.0, None)
-    axis.set_xlabel(
-        f"share of the copy's bandwidth (D = {records[0]['dim']:,}, K = {records[0]['components']}; grey: 0.6)"
-    )
-    axis.set_title("The mixture's update (quartiles)", fontsize=10)
+    axis.set_xlabel("share of the copy's bandwidth (grey: 0.6)")
+    about = f"D = {records[0]['dim']:,}, K = {records[0]['components']}"
+    axis.set_title(f"The mixture's update, quartiles\n{about}", fontsize=10)
 
 
 def _draw_curve(found: Sequence[Sequence[Record]], curve: str, axis: Any) -> None:
