@@ -7,7 +7,7 @@ PYTEST_FLAGS ?=
 .PHONY: help demo test test-slow lint format doctest examples wheel clean
 
 help:
-	@echo "make demo       set up, then learn a LoRA prior from digit tasks and adapt to unseen ones (3 to 5 minutes)"
+	@echo "make demo       set up, then learn a LoRA prior from digit tasks and adapt to unseen ones (about 3 minutes)"
 	@echo "make test       set up, then run the tests"
 	@echo "make test-slow  the statistical and heavy tests"
 	@echo "make lint       ruff and mypy"

@@ -33,7 +33,7 @@ def demo(
     workers: Annotated[int, typer.Option(help="processes")] = 2,
     tune: Annotated[bool, typer.Option("--tune", help="choose every method's settings anew, and stop")] = False,
 ) -> None:
-    """Compare three methods on handwriting tasks that come with scikit-learn; no network, three to five minutes."""
+    """Compare three methods on handwriting tasks that come with scikit-learn; no network, about three minutes."""
     from pyro_lift import demo as this
 
     settings = this.DemoSettings(seeds=seeds, workers=workers, device=device)

@@ -83,17 +83,17 @@ GRIDS: dict[Group, list[Choice]] = {
     "no-meta-train": [
         Choice(rate) for rate in (5e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 4e-2, 8e-2)
     ],
-    "union-train": [Choice(rate, tail) for rate, tail in product((1e-4, 2.5e-4, 5e-4, 1e-3), (2e-3, 1e-3, 5e-4))],
+    "union-train": [Choice(rate, tail) for rate, tail in product((1e-4, 2.5e-4, 5e-4, 1e-3), (1e-3, 5e-4, 2.5e-4))],
     "lift": [
         Choice(rate, beta=beta, n_inflate=power)
-        for rate, beta, power in product((4e-3, 8e-3), (0.02, 0.03, 0.05), (10.0, 20.0))
+        for rate, beta, power in product((2e-3, 4e-3, 8e-3), (0.03, 0.05), (5.0, 10.0))
     ],
 }
 #: What ``pyro-lift demo --tune`` chose.
 CHOSEN: dict[Group, Choice] = {
     "no-meta-train": Choice(1.6e-2),
-    "union-train": Choice(2.5e-4, 1e-3),
-    "lift": Choice(4e-3, beta=0.03, n_inflate=10.0),
+    "union-train": Choice(5e-4, 2.5e-4),
+    "lift": Choice(4e-3, beta=0.05, n_inflate=10.0),
 }
 
 
@@ -110,9 +110,10 @@ class DemoSettings:
     batch_size: int = field(default=8, metadata={"help": "rows of a minibatch"})
     rank: int = field(default=4, metadata={"help": "of the adapter"})
     num_train: int = field(default=24, metadata={"help": "tasks to meta-train on"})
-    adapt_rows: int = field(default=12, metadata={"help": "labelled images of a new task"})
+    train_rows: int = field(default=10, metadata={"help": "labelled images of a task to meta-train on"})
+    adapt_rows: int = field(default=25, metadata={"help": "labelled images of a new task"})
     num_dev: int = field(default=6, metadata={"help": "tasks to tune on"})
-    num_test: int = field(default=12, metadata={"help": "tasks to be judged by"})
+    num_test: int = field(default=10, metadata={"help": "tasks to be judged by"})
     workers: int = field(default=2, metadata={"help": "processes"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
 
@@ -176,7 +177,7 @@ def demo_adapter(settings: DemoSettings, seed: int) -> RandomAdapter:
 
 def family_of(settings: DemoSettings, seed: int) -> DigitFamily:
     """The tasks of one seed."""
-    sizes = {name: getattr(settings, name) for name in ("num_train", "num_dev", "num_test", "adapt_rows")}
+    sizes = {name: getattr(settings, name) for name in ("num_train", "num_dev", "num_test", "train_rows", "adapt_rows")}
     return digit_family(seed, **sizes)
 
 
