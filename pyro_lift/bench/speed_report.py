@@ -194,6 +194,9 @@ def _draw_curve(found: Sequence[Sequence[Record]], curve: str, axis: Any) -> Non
         )
     axis.set_xscale("log")
     axis.set_yscale("log")
+    if x[-1] < 100 * x[0]:  # not even two decades, whose own ticks say nothing
+        axis.set_xticks(x, [f"{v:,}" for v in x])
+        axis.set_xticks([], minor=True)
     axis.set_xlabel(LABELS[curve])
     axis.set_ylabel("ms a step, processor time")
     if curve == "N":  # a flat line between the nearest decades
