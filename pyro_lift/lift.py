@@ -86,7 +86,10 @@ class LiFTSettings:
         default=0.1, metadata={"help": "of the Langevin step: share of the largest stable one"}
     )
     temperature: float = field(default=1.0, metadata={"help": "variance of all noise in meta-training"})
-    n_inflate: float = field(default=1.0, metadata={"help": "power on the likelihood"})
+    n_inflate: float = field(
+        default=1.0,
+        metadata={"help": "power on the likelihood; tune it, 10 to 1000 where rows are few (docs/sampler.md)"},
+    )
     batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
     block_size: int = field(default=1, metadata={"help": "tasks of a visit; more than one go in one pass"})
     share: int = field(
