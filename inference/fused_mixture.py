@@ -42,8 +42,8 @@ def move(
         Sums over rows of the logarithm of the product over lanes of ``scale`` V: ``[rows]``.
     """
     product = None
-    for x_q, m, v in zip(x, mean, variance, strict=True):
-        gap = x_q - m
+    for x_l, m, v in zip(x, mean, variance, strict=True):
+        gap = x_l - m
         moved = ((1.0 - w) * v + w * (1.0 - w) * gap.square()).clamp_min(floor)
         m.copy_(m + w * gap)
         v.copy_(moved)

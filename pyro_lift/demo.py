@@ -186,22 +186,20 @@ def run_cell(settings: DemoSettings, cell: Cell, on_step: Callable[[int], None])
     family = family_of(settings, cell.seed)
     tasks = family.dev if cell.part == "dev" else family.test
     adapter = demo_adapter(settings, cell.seed)
-    joint = None
-    if _meta_learners(cell):
-        joint = union_train(
-            adapter,
-            family.train,
-            steps=settings.warm_up,
-            learning_rate=settings.warm_up_rate,
-            batch_size=settings.batch_size,
-            seed=cell.seed,
-            on_step=lambda: on_step(1),
-        )
+    jointly = partial(
+        union_train,
+        adapter,
+        family.train,
+        batch_size=settings.batch_size,
+        seed=cell.seed,
+        on_step=partial(on_step, 1),
+    )
+    joint = jointly(steps=settings.warm_up, learning_rate=settings.warm_up_rate) if _meta_trains(cell) else None
     found: list[list[Judged]] = []
     for group, choice in cell.choices:
         method = method_of(settings, group, choice, cell.seed, adapter, joint)
         judged = []
-        for name, state in _trained(method, family.train, cell, on_step):
+        for name, state in _trained(method, family.train, cell, jointly, on_step):
             for task, posterior in zip(tasks, adapt_all(method, state, tasks, block_size=BLOCK), strict=True):
                 assert task.test is not None
                 probabilities = posterior.predict(task.test).cpu()
@@ -211,8 +209,8 @@ def run_cell(settings: DemoSettings, cell: Cell, on_step: Callable[[int], None])
     return found
 
 
-def _meta_learners(cell: Cell) -> list[Choice]:
-    return [choice for group, choice in cell.choices if group != "no-meta-train"]
+def _meta_trains(cell: Cell) -> bool:
+    return any(group != "no-meta-train" for group, _ in cell.choices)
 
 
 def method_of(
@@ -240,21 +238,16 @@ def method_of(
 
 
 def _trained(
-    method: Baseline, tasks: Sequence[Task], cell: Cell, on_step: Callable[[int], None]
+    method: Baseline,
+    tasks: Sequence[Task],
+    cell: Cell,
+    jointly: Callable[..., Tensor],
+    on_step: Callable[[int], None],
 ) -> Iterator[tuple[str, Any]]:
     """The method's state by name; LiFT's mixtures with one and with three components come from one chain."""
-    budget, count = method.budget, partial(on_step, 1)
+    budget = method.budget
     if isinstance(method, UnionTrain):
-        theta = union_train(
-            method.adapter,
-            tasks,
-            steps=budget.visits,
-            learning_rate=budget.meta_learning_rate,
-            batch_size=budget.batch_size,
-            seed=cell.seed,
-            start=budget.warm_start,
-            on_step=count,
-        )
+        theta = jointly(steps=budget.visits, learning_rate=budget.meta_learning_rate, start=budget.warm_start)
         yield "Union Train", UnionTrainState(theta, budget.visits)
         return
     if not isinstance(method, LiFTMethod):
@@ -262,8 +255,9 @@ def _trained(
         return
     lift = LiFT(method.adapter, settings=method.chain_settings(), adapt=method.adapt_settings(), seed=cell.seed)
     components = COMPONENTS if cell.part == "test" else COMPONENTS[:1]
-    start = budget.warm_start
-    priors = lift.meta_train_many(tasks, components, progress=False, start=start, on_step=count)
+    priors = lift.meta_train_many(
+        tasks, components, progress=False, start=budget.warm_start, on_step=partial(on_step, 1)
+    )
     if cell.keep is not None:
         _keep(priors, cell.keep)
     for k, prior in zip(components, priors, strict=True):
@@ -305,7 +299,7 @@ def _count(steps: int) -> None:
 def steps_of(settings: DemoSettings, cell: Cell) -> int:
     """Gradients that a cell takes, for the progress bar."""
     tasks = settings.num_dev if cell.part == "dev" else settings.num_test
-    total = settings.warm_up if _meta_learners(cell) else 0
+    total = settings.warm_up if _meta_trains(cell) else 0
     for group, _ in cell.choices:
         chains = len(COMPONENTS) if group == "lift" and cell.part == "test" else 1
         total += chains * tasks * settings.steps + (0 if group == "no-meta-train" else settings.visits)
