@@ -33,14 +33,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_lift.data.task import Rows, Task
 from pyro_lift.inference.rules import Rule
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.observation import outputs
 from pyro_lift.models.priors import LocalGaussian, gaussian_at
-from pyro_lift.options import check_number
+from pyro_lift.models.task import Rows, Task
+from pyro_lift.support.options import check_number
 
 __all__ = [
     "HeadPolicy",

@@ -17,7 +17,8 @@ from pyro.infer.mcmc.logger import ProgressBar, initialize_logger
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from pyro_lift.checkpoint import Session, check_statistics
+from pyro_lift.inference.checkpoint.session import Session
+from pyro_lift.inference.checkpoint.summaries import check_statistics
 
 __all__ = ["MCMC", "StreamingMCMC"]
 

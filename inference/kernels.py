@@ -20,12 +20,12 @@ from pyro.infer.autoguide.initialization import init_to_mean
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from pyro_lift import processes
 from pyro_lift.inference import many_processes, sgld, sgld_gibbs
 from pyro_lift.inference.accumulator import Accumulator, GradientTable, langevin_limit
 from pyro_lift.inference.chain import MCMC, StreamingMCMC
 from pyro_lift.inference.conjugate import NormalPair, depends, find_pairs
 from pyro_lift.inference.program import Evaluation, LocalSite, Program
+from pyro_lift.inference.schedules import Schedule, as_schedule, constant
 from pyro_lift.inference.sgld import Integrator
 from pyro_lift.inference.sgld_gibbs import PhiUpdate, Settings, SGLDGibbsState, Structure
 from pyro_lift.inference.stability import (
@@ -35,8 +35,8 @@ from pyro_lift.inference.stability import (
     largest_curvature,
 )
 from pyro_lift.inference.store import ReadsAhead, ThetaStore, make_store
-from pyro_lift.options import check_choice, check_number, named_options
-from pyro_lift.schedules import Schedule, as_schedule, constant
+from pyro_lift.support import distributed
+from pyro_lift.support.options import check_choice, check_number, named_options
 
 __all__ = ["MCMC", "SGLD", "SGLDGibbs", "StreamingMCMC"]
 
@@ -514,9 +514,9 @@ class SGLDGibbs(_Kernel):
             )
         self._begin(warmup_steps)
         if self.share:
-            processes.join()
+            distributed.join()
             assert self._generator is not None
-            self._generator.manual_seed(processes.from_first(self._generator.initial_seed()))
+            self._generator.manual_seed(distributed.from_first(self._generator.initial_seed()))
         program = self._program = Program(self.model, self.plate, args, kwargs, self.init_strategy)
         peeked, subsampled = program.peek(self._generator)
         _check_plate(self.plate, peeked)
@@ -556,7 +556,7 @@ class SGLDGibbs(_Kernel):
 
     def _block(self, num_tasks: int, declared: int, subsampled: bool, sequential: bool) -> int:
         if self.share:
-            return self.block_size or declared * processes.process()[1]
+            return self.block_size or declared * distributed.process()[1]
         if subsampled:
             if self.block_size not in (None, declared):
                 raise ValueError(
@@ -761,7 +761,7 @@ class SGLDGibbs(_Kernel):
             for task, sites in self.structure.layouts.items()
         ]
         if self.share:  # each process has seen its own tasks
-            known = {task: [task, sites] for found in processes.collected(layouts) for task, sites in found}
+            known = {task: [task, sites] for found in distributed.collected(layouts) for task, sites in found}
             layouts = [known[task] for task in sorted(known, key=lambda task: -1 if task is None else task)]
         return {**super().state_dict(), "layouts": layouts, "start": dict(self.structure.start)}
 
@@ -807,7 +807,7 @@ class SGLDGibbs(_Kernel):
             raise RuntimeError("the kernel has not run yet.")
         values = sgld_gibbs.task_values(self.structure, self.store, (task,))
         if values is None:
-            elsewhere = " by this process; another may keep it" if self.share and processes.process()[1] > 1 else ""
+            elsewhere = " by this process; another may keep it" if self.share and distributed.process()[1] > 1 else ""
             raise KeyError(f"task {task} was never visited{elsewhere}.")
         if self.structure.sequential:
             return dict(values[task])

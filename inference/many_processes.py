@@ -30,7 +30,7 @@ from pyro_lift.inference.program import Program
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.inference.sgld_gibbs import Settings, SGLDGibbsInfo, SGLDGibbsState, Structure
 from pyro_lift.inference.store import ThetaStore
-from pyro_lift.processes import add_up, collected, process
+from pyro_lift.support.distributed import add_up, collected, process
 
 __all__ = ["OwnRows", "block_at", "check_alike", "check_share", "generator_of", "own_passes", "visit"]
 

@@ -12,10 +12,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_lift.data.task import Task
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.flat import FlatAdapter, FlatBlock
 from pyro_lift.models.priors import broadened
+from pyro_lift.models.task import Task
 
 __all__ = ["Start", "best_start", "best_starts", "meta_test_program"]
 

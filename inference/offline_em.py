@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.options import check_choice, check_number
+from pyro_lift.support.options import check_choice, check_number
 
 __all__ = ["Covariance", "Moments", "fit", "kmeans_start", "log_densities", "maximise"]
 

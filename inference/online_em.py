@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_lift.inference.mixture_stream import MixtureStream
 from pyro_lift.inference.offline_em import Covariance, Moments, fit, floored, kmeans_start, log_densities
-from pyro_lift.options import check_choice, check_number
+from pyro_lift.support.options import check_choice, check_number
 
 __all__ = ["MixtureState", "OnlineGaussianMixture", "init", "pooled", "step"]
 

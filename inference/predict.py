@@ -13,10 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pyro_lift.data.task import Rows
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.likelihoods import LabelScoring, LossKind, probabilities
+from pyro_lift.models.likelihoods import LossKind, probabilities
 from pyro_lift.models.observation import outputs
+from pyro_lift.models.readouts import LabelScoring
+from pyro_lift.models.task import Rows
 
 __all__ = ["label_probabilities", "predict"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_lift.inference.sgld import exponential, gaussian_noise, precondition, update_second_moment
 from pyro_lift.models.priors import LocalGaussian
-from pyro_lift.options import check_number
+from pyro_lift.support.options import check_number
 
 __all__ = ["AdamState", "Rule", "adam", "langevin", "sgd"]
 

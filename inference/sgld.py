@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_lift.inference.schedules import Schedule
 from pyro_lift.models.priors import LocalGaussian
-from pyro_lift.schedules import Schedule
 
 __all__ = [
     "DivergedError",

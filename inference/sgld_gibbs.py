@@ -20,6 +20,7 @@ from pyro_lift.inference.conjugate import NormalPair, values_of
 from pyro_lift.inference.flat_visit import Workspace, is_flat, mean_root, move_theta
 from pyro_lift.inference.flat_visit import draw_phi as draw_flat
 from pyro_lift.inference.program import Evaluation, LocalSite, Program, Rows
+from pyro_lift.inference.schedules import Schedule, constant
 from pyro_lift.inference.sgld import (
     INTEGRATORS,
     DivergedError,
@@ -32,7 +33,6 @@ from pyro_lift.inference.sgld import (
     update_second_moment,
 )
 from pyro_lift.inference.store import ThetaStore
-from pyro_lift.schedules import Schedule, constant
 
 __all__ = [
     "PhiUpdate",

@@ -7,9 +7,7 @@ and writes them back only when the whole visit has succeeded.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -17,8 +15,9 @@ from torch import Tensor
 
 from pyro_lift.inference.disk_store import DiskStore, HostStore
 from pyro_lift.inference.row_list import RowList
+from pyro_lift.support.memory import free_bytes
 
-__all__ = ["DeviceStore", "DiskStore", "HostStore", "ReadsAhead", "ThetaStore", "free_bytes", "make_store"]
+__all__ = ["DeviceStore", "DiskStore", "HostStore", "ReadsAhead", "ThetaStore", "make_store"]
 
 
 class ThetaStore(Protocol):
@@ -90,23 +89,6 @@ def _fitting(needed: int, device: torch.device) -> str:
         return "device"
     host = torch.device("cpu")
     return "host" if device != host and 2 * needed <= free_bytes(host) else "disk"
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on a device, or on the host; the least of what the machine and its group allow."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):  # not Linux
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
-    except (OSError, ValueError):
-        return free
 
 
 def row_sum(store: ThetaStore, part: slice) -> Tensor:

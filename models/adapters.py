@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_lift.models.blocks import BlockCall, Slot, bound, flattened, slots_of
-from pyro_lift.models.likelihoods import Readout, read, readout_for
+from pyro_lift.models.readouts import Readout, read, readout_for
 
 __all__ = ["AdapterTensor", "RandomAdapter"]
 
@@ -45,8 +45,8 @@ class RandomAdapter(PyroModule):
         prior: makes the random site ``theta`` of a call without ``theta``: a distribution over ``[D]``, or a
             function of this module that returns one. Without it, ``theta`` must be given.
         readout: from the network and a batch's named inputs to the tensor a likelihood wants, as
-            :class:`~pyro_lift.models.likelihoods.LabelMatching`; None goes by the inputs and by what the output
-            holds (:func:`~pyro_lift.models.likelihoods.read`).
+            :class:`~pyro_lift.models.readouts.LabelMatching`; None goes by the inputs and by what the output
+            holds (:func:`~pyro_lift.models.readouts.read`).
         postprocess: from the network's output to the tensor a likelihood wants, in place of a readout.
 
     Attributes:

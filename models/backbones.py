@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
+from pyro_lift.models.activation_checkpointing import checkpoint_layers
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.checkpointing import checkpoint_layers
-from pyro_lift.options import check_choice
+from pyro_lift.support.options import check_choice
 
 if TYPE_CHECKING:
     import peft

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_lift.data.task import Rows
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.likelihoods import pool
+from pyro_lift.models.readouts import pool
+from pyro_lift.models.task import Rows
 
 __all__ = ["features"]
 

@@ -13,11 +13,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_lift.data.task import Task
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.observation import batch_of, check_width, observe, sample_head
 from pyro_lift.models.stacked import block_log_likelihood, stack_rows
-from pyro_lift.options import check_number
+from pyro_lift.models.task import Task
+from pyro_lift.support.options import check_number
 
 __all__ = ["AdapterHierarchy", "agree"]
 

@@ -9,9 +9,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_lift.data.task import Rows, Task
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import log_likelihood
+from pyro_lift.models.task import Rows, Task
 
 __all__ = ["batch_of", "check_width", "observe", "outputs", "sample_head"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pyro_lift.data.task import Rows
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED, LossKind, log_likelihood
+from pyro_lift.models.task import Rows
 
 __all__ = ["Block", "block_log_likelihood", "stack_rows"]
 

@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_lift.data.task import Task as Task
     from pyro_lift.diagnostics import from_mcmc as from_mcmc
     from pyro_lift.diagnostics import summarise as summarise
     from pyro_lift.inference.kernels import MCMC as MCMC
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from pyro_lift.lift import LiFTSettings as LiFTSettings
     from pyro_lift.lift import TaskPosterior as TaskPosterior
     from pyro_lift.models.adapters import RandomAdapter as RandomAdapter
+    from pyro_lift.models.task import Task as Task
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ _HOME = {
     "SGLD": "inference.kernels",
     "SGLDGibbs": "inference.kernels",
     "StreamingMCMC": "inference.kernels",
-    "Task": "data.task",
+    "Task": "models.task",
     "TaskPosterior": "lift",
     "from_mcmc": "diagnostics",
     "summarise": "diagnostics",

@@ -33,8 +33,8 @@ from pyro_lift.inference.sgld import gaussian_noise
 from pyro_lift.lift import LiFTPrior, LiFTSettings
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.options import check_choice, check_number
 from pyro_lift.peft_folder import PEFT_CONFIG, config_from_dict, config_to_dict, read_config, read_peft
+from pyro_lift.support.options import check_choice, check_number
 
 __all__ = ["AdapterZoo", "aligned", "exact_prior", "phi_chain", "prior_from_adapters", "read_zoo"]
 

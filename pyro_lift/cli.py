@@ -168,9 +168,9 @@ def store(
 
 def main() -> None:
     """Entry point: what a user did wrong is one line on stderr and exit code 2, not a traceback."""
-    from pyro_lift.checkpoint import RunStopped
+    from pyro_lift.inference.checkpoint.session import RunStopped
     from pyro_lift.inference.sgld import DivergedError
-    from pyro_lift.processes import ProcessLostError
+    from pyro_lift.support.distributed import ProcessLostError
 
     try:
         app()

@@ -16,18 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_lift import data, processes
+from pyro_lift import data
 from pyro_lift.config import RunConfig, read_config
 from pyro_lift.data import encode
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.folder import read_task
+from pyro_lift.data.images import ImageTask
 from pyro_lift.data.records import RECORD_FILES
-from pyro_lift.data.task import ImageTask, Rows, Task, TextTask
+from pyro_lift.data.text import TextTask
 from pyro_lift.lift import LiFT, LiFTPrior, TaskPosterior
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone, load_backbone, recipe
-from pyro_lift.models.likelihoods import LabelMatching
-from pyro_lift.options import check_choice
+from pyro_lift.models.readouts import LabelMatching
+from pyro_lift.models.task import Rows, Task
+from pyro_lift.support import distributed
+from pyro_lift.support.options import check_choice
 
 __all__ = [
     "adapt",
@@ -65,10 +68,10 @@ def train(path: Path, *, progress: bool = True, resume: bool = False) -> LiFTPri
     config = read_config(path)
     folder = Path(config.output.folder)
     if config.sampler.share:
-        processes.join()
+        distributed.join()
     adapter = adapter_of(config)
     tasks = tasks_of(config)
-    if processes.is_first():
+    if distributed.is_first():
         print(tasks.summary())
         print(f"{adapter.dim} adapter weights on {config.backbone.name}")
     device, seed = _device(config.output.device), config.output.seed
@@ -80,7 +83,7 @@ def train(path: Path, *, progress: bool = True, resume: bool = False) -> LiFTPri
         way_on = f"pyro-lift train {path} --resume"
         session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, way_on=way_on)
     prior = lift.meta_train_many(tasks.train, [config.sampler.components], progress=progress, session=session)[0]
-    if not processes.is_first():
+    if not distributed.is_first():
         return prior
     prior.save_pretrained(folder)
     (folder / CONFIG).write_bytes(path.read_bytes())

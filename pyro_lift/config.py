@@ -24,30 +24,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import tomllib
-import types
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args
 
 from pyro_lift.lift import AdaptSettings, LiFTSettings
-from pyro_lift.options import check_choice, check_number
+from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.schema import from_dict
 
-__all__ = [
-    "AdapterConfig",
-    "BackboneConfig",
-    "OutputConfig",
-    "RunConfig",
-    "TasksConfig",
-    "from_dict",
-    "read_config",
-    "reference",
-]
-
-C = TypeVar("C")
+__all__ = ["AdapterConfig", "BackboneConfig", "OutputConfig", "RunConfig", "TasksConfig", "read_config", "reference"]
 
 
 @dataclass(frozen=True)
@@ -134,65 +122,6 @@ def read_config(path: Path) -> RunConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML: {error}") from error
     return from_dict(RunConfig, data, str(path))
-
-
-def from_dict(cls: type[C], data: Any, where: str) -> C:
-    """A dataclass from a mapping, nested ones from nested mappings; ``where`` begins the error messages."""
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: {data!r} given; expected a table.")
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    for key in data:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}."
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
-    for key, f in known.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and key not in data:
-            raise ValueError(f"{where}: {key!r} is missing ({f.metadata.get('help', 'a table')}).")
-    values = {key: _value(hints[key], value, f"{where}: {key}") for key, value in data.items()}
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type[Any], hint), value, where)
-    if not _fits(hint, value):
-        raise ValueError(f"{where} = {value!r}: expected {_named(hint)}.")
-    return float(value) if hint is float else value
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    origin = get_origin(hint)
-    if origin is Literal:
-        return isinstance(value, str)  # which one is checked by the dataclass, with the nearest choice
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(one, value) for one in get_args(hint))
-    if origin is list:
-        return isinstance(value, list) and all(_fits(get_args(hint)[0], one) for one in value)
-    if origin is dict or hint is Any:
-        return isinstance(value, dict) or hint is Any
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _named(hint: Any) -> str:
-    origin = get_origin(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, get_args(hint)))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_named(one) for one in get_args(hint) if one is not type(None))
-    if origin is list:
-        return f"a list, each {_named(get_args(hint)[0])}"
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "a table"}
-    return names.get(hint, str(hint))
 
 
 def reference(cls: type[Any] = RunConfig) -> str:

@@ -37,7 +37,6 @@ from tqdm import tqdm
 
 from pyro_lift import metrics
 from pyro_lift.data.digits import DigitFamily, digit_backbone, digit_family
-from pyro_lift.data.task import Task
 from pyro_lift.inference.baselines import BASELINES, Baseline, Budget
 from pyro_lift.inference.baselines.lift import LiFTMethod, LiFTState
 from pyro_lift.inference.baselines.protocol import adapt_all
@@ -45,7 +44,8 @@ from pyro_lift.inference.baselines.union_train import UnionTrain, UnionTrainStat
 from pyro_lift.lift import LiFT, LiFTPrior, LiFTSettings
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import TIMM_ATTENTION, adapt_backbone
-from pyro_lift.options import check_number
+from pyro_lift.models.task import Task
+from pyro_lift.support.options import check_number
 
 __all__ = ["CHOSEN", "GRIDS", "Cell", "Choice", "DemoSettings", "Judged", "demo_adapter", "run", "run_cell", "tune"]
 

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_lift.archive import (
+from pyro_lift.base_model import check_base, describe_base
+from pyro_lift.inference.online_em import OnlineGaussianMixture
+from pyro_lift.lift import AdaptSettings, LiFTPrior, LiFTSettings, TaskPosterior
+from pyro_lift.model_card import posterior_card, prior_card
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.task import Rows, Task
+from pyro_lift.peft_folder import config_from_dict, config_to_dict, write_peft
+from pyro_lift.support.archive import (
     DamagedError,
     check_format,
     check_sealed,
@@ -28,15 +36,7 @@ from pyro_lift.archive import (
     write_json,
     write_tensors,
 )
-from pyro_lift.base_model import check_base, describe_base
-from pyro_lift.config import from_dict
-from pyro_lift.data.task import Rows, Task
-from pyro_lift.inference.online_em import OnlineGaussianMixture
-from pyro_lift.lift import AdaptSettings, LiFTPrior, LiFTSettings, TaskPosterior
-from pyro_lift.model_card import posterior_card, prior_card
-from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.peft_folder import config_from_dict, config_to_dict, write_peft
+from pyro_lift.support.schema import from_dict
 
 __all__ = [
     "export_posterior",

@@ -15,23 +15,23 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from pyro.ops.streaming import StatsOfDict, StreamingStats
 from torch import Tensor, nn
 
-from pyro_lift import processes
-from pyro_lift.checkpoint import Session
-from pyro_lift.data.task import Rows, Task, as_rows
 from pyro_lift.inference.accumulator import langevin_limit
+from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.conjugate import NormalPair
 from pyro_lift.inference.kernels import MCMC, SGLD, SGLDGibbs, StreamingMCMC
 from pyro_lift.inference.meta_test import best_start, best_starts, meta_test_program
 from pyro_lift.inference.online_em import OnlineGaussianMixture
 from pyro_lift.inference.predict import predict
+from pyro_lift.inference.progress import chain_bar
 from pyro_lift.inference.trace import ProjectedTrace
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.flat import FlatBlock
 from pyro_lift.models.hierarchical import AdapterHierarchy, agree
 from pyro_lift.models.priors import broadened
-from pyro_lift.options import check_choice, check_number
-from pyro_lift.progress import chain_bar
+from pyro_lift.models.task import Rows, Task, as_rows
+from pyro_lift.support import distributed
+from pyro_lift.support.options import check_choice, check_number
 
 if TYPE_CHECKING:
     import peft
@@ -261,7 +261,7 @@ class LiFT:
             raise ValueError(f"start has shape {tuple(start.shape)}; the adapter has {self.adapter.dim} weights.")
         s = self.settings
         if s.share:
-            processes.join()
+            distributed.join()
         if self.seed is not None:
             pyro.set_rng_seed(self.seed)
         program = self.program(tasks)
@@ -678,7 +678,7 @@ class TaskPosterior:
         """Probabilities ``[n, C]`` averaged over the draws (regression: means).
 
         Args:
-            inputs: a tensor, a mapping of tensors by input name, or :class:`~pyro_lift.data.task.Rows`.
+            inputs: a tensor, a mapping of tensors by input name, or :class:`~pyro_lift.models.task.Rows`.
         """
         if isinstance(inputs, Rows):
             rows = inputs

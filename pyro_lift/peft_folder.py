@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_lift.archive import DamagedError
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.support.archive import DamagedError
 
 if TYPE_CHECKING:
     import peft

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from pyro_lift.options import check_choice
+from pyro_lift.support.options import check_choice
 
 __all__ = [
     "METRICS",

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_lift.data.task import Task
 from pyro_lift.inference.adapt import HeadPolicy
 from pyro_lift.inference.baselines import BASELINES, Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.task import Task
 
 
 def tiny_adapter(width: int = 3) -> RandomAdapter:

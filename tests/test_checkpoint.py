@@ -35,7 +35,7 @@ from test_commands import prepare
 from torch import Tensor
 
 from pyro_lift import MCMC, SGLD, LiFT, SGLDGibbs, StreamingMCMC
-from pyro_lift.checkpoint import RunStopped, Session
+from pyro_lift.inference.checkpoint.session import RunStopped, Session
 from pyro_lift.inference.online_em import OnlineGaussianMixture
 from pyro_lift.inference.trace import ProjectedTrace
 from pyro_lift.models.backbones import recipe
@@ -229,7 +229,7 @@ def test_a_script_that_is_stopped_exits_with_the_message() -> None:
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pyro_lift import archive
+    from pyro_lift.support import archive
 
     plain, write, calls = run("mcmc"), archive.write_file, [0]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pyro_lift.config import RunConfig, from_dict, read_config, reference
+from pyro_lift.config import RunConfig, read_config, reference
+from pyro_lift.support.schema import from_dict
 
 BACKBONE = '[backbone]\nname = "b"\nkind = "encoder"\n'
 

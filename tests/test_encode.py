@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pyro_lift.data.encode import LabelMatching, NextToken, Pictures, TextToText, check_tokenizer
-from pyro_lift.data.task import Images, ImageTask, TextRow, TextTask
+from pyro_lift.data.images import Images, ImageTask
+from pyro_lift.data.text import TextRow, TextTask
 from pyro_lift.models.likelihoods import IGNORED
 
 WORDS = ["<pad>", "<s>", "</s>", "<mask>", "<unk>", "a", "b", "c", "d", "yes", "no", "[", "]", "t"]

@@ -11,7 +11,6 @@ from test_baselines import SMALL, tiny_adapter, tiny_tasks
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pyro_lift.data.task import Rows, Task
 from pyro_lift.inference.adapt import HeadPolicy, Weights
 from pyro_lift.inference.baselines.boot_maml import BootstrappedMAML, predictive_divergence
 from pyro_lift.inference.baselines.episodic import loss_of, twice_differentiable
@@ -25,6 +24,7 @@ from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.protocol import Episode, Heads, episodes
 from pyro_lift.inference.baselines.reptile import Reptile
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.task import Rows, Task
 
 FULL = replace(SMALL, batch_size=1000)  # every minibatch is all rows: the loops have no randomness left
 STEPS = (1e-5, -1e-5)

@@ -24,8 +24,8 @@ from pyro_lift import SGLD, SGLDGibbs
 from pyro_lift.inference.conjugate import NormalPair, draw
 from pyro_lift.inference.kernels import StreamingMCMC
 from pyro_lift.inference.program import Program
+from pyro_lift.inference.schedules import cyclical, polynomial
 from pyro_lift.inference.store import row_sum
-from pyro_lift.schedules import cyclical, polynomial
 
 
 class Case(NamedTuple):

@@ -13,16 +13,9 @@ from transformers import BartConfig, BartForConditionalGeneration, BertConfig, B
 
 from pyro_lift import LiFT, RandomAdapter, Task
 from pyro_lift.inference.predict import label_probabilities, predict
-from pyro_lift.models.likelihoods import (
-    IGNORED,
-    LabelMatching,
-    LabelScoring,
-    log_likelihood,
-    next_tokens,
-    pool,
-    shift_right,
-)
+from pyro_lift.models.likelihoods import IGNORED, log_likelihood, next_tokens, shift_right
 from pyro_lift.models.observation import outputs
+from pyro_lift.models.readouts import LabelMatching, LabelScoring, pool
 
 D = 16
 

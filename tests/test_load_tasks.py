@@ -16,7 +16,7 @@ from pyro_lift.data.encode import Pictures
 from pyro_lift.data.folder import read_task
 from pyro_lift.data.pictures import read_npz
 from pyro_lift.data.shakespeare import read_gutenberg
-from pyro_lift.data.task import TextRow
+from pyro_lift.data.text import TextRow
 from pyro_lift.data.vtab import GROUPS, VTAB, dsprites_location, dsprites_orientation, threshold_label
 
 COUNTS = {

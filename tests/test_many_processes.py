@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyro_lift import MCMC, DivergedError, LiFT, SGLDGibbs, Task
-from pyro_lift.checkpoint import RunStopped
 from pyro_lift.inference import flat_visit
+from pyro_lift.inference.checkpoint.session import RunStopped
 from pyro_lift.inference.many_processes import check_alike, generator_of
 from pyro_lift.models.linear_gaussian import LinearGaussian, fit, gaussian_kl
-from pyro_lift.processes import ProcessLostError, add_up, collected, from_first, in_step
+from pyro_lift.support.distributed import ProcessLostError, add_up, collected, from_first, in_step
 
 N, D = 7, 5
 
@@ -238,9 +238,9 @@ def test_a_signal_to_one_process_saves_and_stops_both(tmp_path: Path) -> None:
 
 
 def test_a_process_that_cannot_write_ends_all_with_the_last_checkpoint_intact(tmp_path: Path) -> None:
-    from pyro_lift import checkpoint
+    from pyro_lift.inference.checkpoint import folder, session
 
-    write, saved = checkpoint.write_tensors, tmp_path / "run"
+    write, saved = session.write_tensors, tmp_path / "run"
 
     def full(path: Path, tensors: Any) -> Any:
         if torch.distributed.get_rank() == 1 and "step-000000016" in path.parent.name:
@@ -248,7 +248,7 @@ def test_a_process_that_cannot_write_ends_all_with_the_last_checkpoint_intact(tm
         return write(path, tensors)
 
     def work(rank: int) -> None:
-        checkpoint.write_tensors = full
+        session.write_tensors = folder.write_tensors = full
         run(saved={"checkpoint": saved, "checkpoint_every": 8})
 
     assert together(tmp_path, work) == [1, 1]
@@ -334,7 +334,7 @@ import sys, pyro, torch
 from pathlib import Path
 from pyro_lift import MCMC, SGLDGibbs
 from pyro_lift.models.linear_gaussian import LinearGaussian
-from pyro_lift.processes import is_first, process
+from pyro_lift.support.distributed import is_first, process
 
 pyro.set_rng_seed(0)
 mcmc = MCMC(SGLDGibbs(LinearGaussian(6, seed=0), step_size=0.005, share=True, block_size=2), 40, disable_progbar=True)

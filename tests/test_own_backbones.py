@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 from pyro_lift.data.encode import TextToText, check_tokenizer
-from pyro_lift.data.task import TextRow, TextTask
+from pyro_lift.data.text import TextRow, TextTask
 from pyro_lift.models.backbones import adapt_backbone, load_backbone, recipe
 from pyro_lift.models.likelihoods import IGNORED, log_likelihood
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pyro_lift.progress import chain_bar
+from pyro_lift.inference.progress import chain_bar
 
 
 class Kernel:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from test_baselines import SMALL, tiny_adapter, tiny_tasks
 
-from pyro_lift.data.task import Rows, Task
 from pyro_lift.inference.baselines.protonet import (
     ProtoNet,
     all_features,
@@ -20,6 +19,7 @@ from pyro_lift.inference.baselines.protonet import (
 from pyro_lift.inference.baselines.protonet_lite import ProtoNetLITE, lite
 from pyro_lift.models.backbones import adapt_backbone, recipe
 from pyro_lift.models.features import features
+from pyro_lift.models.task import Rows, Task
 
 
 def test_prototypes_are_class_means() -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pyro_lift import SGLD
 from pyro_lift.inference import sgld
+from pyro_lift.inference.schedules import as_schedule, constant, cyclical, polynomial
 from pyro_lift.inference.sgld import Drift
 from pyro_lift.models.priors import LocalGaussian, broadened, gaussian_at
-from pyro_lift.schedules import as_schedule, constant, cyclical, polynomial
 
 CHAINS = 20_000
 #: Standard errors that a statistical assertion allows; some fifty numbers in this file are held against it.

@@ -18,6 +18,7 @@ from pyro_lift.cli import app
 from pyro_lift.inference import store as stores
 from pyro_lift.inference.disk_store import DiskStore, HostStore, _close
 from pyro_lift.inference.store import DeviceStore, make_store
+from pyro_lift.support.memory import free_bytes
 
 KINDS = {"device": DeviceStore, "host": HostStore, "disk": DiskStore}
 
@@ -138,7 +139,7 @@ def test_what_fits_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     own = DeviceStore(2)
     assert make_store(own, 4) is own
     monkeypatch.undo()
-    assert stores.free_bytes(cpu) > 2**20
+    assert free_bytes(cpu) > 2**20
     with pytest.raises(ValueError, match="did you mean 'disk'"):
         SGLDGibbs(Program(), store="dsik")
 

@@ -2,7 +2,7 @@
 
 Example:
     >>> import peft, torch
-    >>> from pyro_lift.data.task import Task
+    >>> from pyro_lift.data.text import Task
     >>> from pyro_lift.models.backbones import adapt_backbone
     >>> adapter = adapt_backbone(torch.nn.Sequential(torch.nn.Linear(4, 3)), peft.LoraConfig(r=1, target_modules=["0"]))
     >>> tasks = [Task(f"t{i}", (torch.randn(8, 4), torch.arange(8) % 3)) for i in range(3)]

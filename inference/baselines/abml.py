@@ -27,7 +27,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pyro_lift.data.task import Task
 from pyro_lift.inference.adapt import differentiate
 from pyro_lift.inference.baselines.episodic import (
     EpisodicState,
@@ -40,7 +39,8 @@ from pyro_lift.inference.baselines.finetune import noise_generator
 from pyro_lift.inference.baselines.memory import BACKWARD_GRAPH, check_memory
 from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Episode, Heads, finetuned
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.options import check_number
+from pyro_lift.models.task import Task
+from pyro_lift.support.options import check_number
 
 __all__ = ["ABML", "GaussianWeights", "divergence"]
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from pyro_lift.data.task import Rows, Task
 from pyro_lift.inference.adapt import Weights, differentiate, minibatches
 from pyro_lift.inference.baselines.episodic import EpisodicState, inner_loop, outer_loop, twice_differentiable
 from pyro_lift.inference.baselines.memory import BACKWARD_GRAPH, check_memory
@@ -30,7 +29,8 @@ from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Episode, He
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED, LossKind
 from pyro_lift.models.observation import outputs
-from pyro_lift.options import check_number
+from pyro_lift.models.task import Rows, Task
+from pyro_lift.support.options import check_number
 
 __all__ = ["BootstrappedMAML", "predictive_divergence"]
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_lift.data.task import Task
 from pyro_lift.inference.adapt import HeadPolicy, Kernel, Reparametrisation, Weights, adapt, mean_loss, minibatches
 from pyro_lift.inference.rules import Rule, adam
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.observation import check_width
 from pyro_lift.models.stacked import block_log_likelihood, stack_rows
-from pyro_lift.options import check_number
+from pyro_lift.models.task import Task
+from pyro_lift.support.options import check_number
 
 __all__ = ["Iterates", "finetune", "finetune_block"]
 

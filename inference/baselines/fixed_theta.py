@@ -20,7 +20,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_lift.data.task import Task
 from pyro_lift.inference.baselines.lift import LiFTMethod, LiFTState
 from pyro_lift.inference.baselines.protocol import Budget, Posterior
 from pyro_lift.inference.baselines.zoo import Zoo, train_zoo
@@ -29,7 +28,8 @@ from pyro_lift.inference.sgld import euler, gaussian_noise
 from pyro_lift.lift import LiFTPrior, LiFTSettings
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.priors import LocalGaussian
-from pyro_lift.options import check_choice, check_number
+from pyro_lift.models.task import Task
+from pyro_lift.support.options import check_choice, check_number
 
 __all__ = ["FixedTheta", "phi_chain"]
 

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from pyro_lift.data.task import Rows, Task
 from pyro_lift.inference.adapt import Loss, Weights, minibatches
 from pyro_lift.inference.baselines.episodic import (
     EpisodicState,
@@ -39,7 +38,8 @@ from pyro_lift.inference.baselines.episodic import (
 from pyro_lift.inference.baselines.memory import BACKWARD_GRAPH, check_memory
 from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Episode, Heads, finetuned
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.options import check_choice, check_number
+from pyro_lift.models.task import Rows, Task
+from pyro_lift.support.options import check_choice, check_number
 
 __all__ = ["ImplicitMAML", "conjugate_gradients", "hessian_product", "neumann_series", "proximal"]
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, NamedTuple
 
-from pyro_lift.data.task import Task
 from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Posterior, finetuned
 from pyro_lift.inference.meta_test import best_start, meta_test_program
 from pyro_lift.inference.rules import langevin
 from pyro_lift.lift import AdaptSettings, LiFT, LiFTPrior, LiFTSettings
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.options import check_choice
+from pyro_lift.models.task import Task
+from pyro_lift.support.options import check_choice
 
 __all__ = ["LiFTMethod", "LiFTState"]
 

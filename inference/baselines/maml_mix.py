@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.data.task import Task
 from pyro_lift.inference.baselines.episodic import EpisodicState, outer_loop, scattered, twice_differentiable
 from pyro_lift.inference.baselines.imaml import ImplicitMAML
 from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Episode, Heads
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.options import check_number
+from pyro_lift.models.task import Task
+from pyro_lift.support.options import check_number
 
 __all__ = ["MAMLMix", "MAMLMixState", "mixture_weights"]
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pyro_lift.data.task import Task
 from pyro_lift.inference.baselines.protocol import Budget, Ensemble, finetuned
 from pyro_lift.inference.baselines.union_train import union_train
 from pyro_lift.inference.baselines.zoo import Zoo, train_zoo
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.options import check_number
+from pyro_lift.models.task import Task
+from pyro_lift.support.options import check_number
 
 __all__ = ["MBC", "MBCState", "cluster"]
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_lift.data.task import Task
 from pyro_lift.inference.adapt import Weights, mean_loss
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.observation import check_width
+from pyro_lift.models.task import Task
 
 __all__ = ["BACKWARD_GRAPH", "check_memory", "free_bytes", "graph_bytes"]
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pyro_lift.data.task import Rows, Task, as_rows
 from pyro_lift.inference.adapt import HeadPolicy, Weights
 from pyro_lift.inference.baselines.finetune import finetune, finetune_block
 from pyro_lift.inference.predict import predict
@@ -17,7 +16,8 @@ from pyro_lift.inference.rules import Rule, adam
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.hierarchical import agree
 from pyro_lift.models.observation import check_width
-from pyro_lift.options import check_number
+from pyro_lift.models.task import Rows, Task, as_rows
+from pyro_lift.support.options import check_number
 
 __all__ = [
     "Baseline",

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pyro_lift.data.task import Rows, Task
 from pyro_lift.inference.adapt import Weights, adapt, minibatches
 from pyro_lift.inference.baselines.episodic import EpisodicState, outer_loop
 from pyro_lift.inference.baselines.memory import check_memory
@@ -30,7 +29,8 @@ from pyro_lift.inference.baselines.protocol import Budget, Episode, Heads, rows_
 from pyro_lift.inference.rules import adam
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import features
-from pyro_lift.options import check_number
+from pyro_lift.models.task import Rows, Task
+from pyro_lift.support.options import check_number
 
 __all__ = [
     "ProtoNet",

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_lift.data.task import Rows, Task
 from pyro_lift.inference.adapt import minibatches
 from pyro_lift.inference.baselines.episodic import EpisodicState, outer_loop
 from pyro_lift.inference.baselines.protocol import Budget, Episode, Heads
@@ -34,7 +33,8 @@ from pyro_lift.inference.baselines.protonet import (
 )
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import features
-from pyro_lift.options import check_number
+from pyro_lift.models.task import Rows, Task
+from pyro_lift.support.options import check_number
 
 __all__ = ["ProtoNetLITE", "lite"]
 

@@ -15,13 +15,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.data.task import Task
 from pyro_lift.inference.adapt import adapt, mean_loss, minibatches
 from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Heads, check_tasks, finetuned
 from pyro_lift.inference.baselines.union_train import warm_up
 from pyro_lift.inference.rules import Rule, adam, sgd
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.options import check_choice, check_number
+from pyro_lift.models.task import Task
+from pyro_lift.support.options import check_choice, check_number
 
 __all__ = ["Reptile", "ReptileState"]
 

@@ -21,11 +21,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_lift.data.task import Task
 from pyro_lift.inference.baselines.protocol import Budget, Ensemble, finetuned
 from pyro_lift.inference.baselines.zoo import Zoo, fusion, mixture, nearest, task_key, train_zoo
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.options import check_choice, check_number
+from pyro_lift.models.task import Task
+from pyro_lift.support.options import check_choice, check_number
 
 __all__ = ["LoRARetriever"]
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from pyro_lift.data.task import Task
 from pyro_lift.inference.adapt import differentiate, mean_loss, minibatches
 from pyro_lift.inference.baselines.finetune import noise_generator
 from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Heads, check_tasks, finetuned
@@ -30,7 +29,8 @@ from pyro_lift.inference.rules import langevin
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.priors import LocalGaussian
-from pyro_lift.options import check_number
+from pyro_lift.models.task import Task
+from pyro_lift.support.options import check_number
 
 __all__ = ["SharedPEFT", "SharedPEFTState"]
 

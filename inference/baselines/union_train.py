@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.data.task import Task
 from pyro_lift.inference.adapt import differentiate, mean_loss, minibatches
 from pyro_lift.inference.baselines.protocol import (
     Budget,
@@ -26,7 +25,8 @@ from pyro_lift.inference.baselines.protocol import (
 from pyro_lift.inference.rules import adam
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.options import check_number
+from pyro_lift.models.task import Task
+from pyro_lift.support.options import check_number
 
 __all__ = ["UnionTrain", "UnionTrainState", "union_train", "warm_up"]
 

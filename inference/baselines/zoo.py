@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pyro_lift.data.task import Task
 from pyro_lift.inference.baselines.protocol import Budget, check_tasks, finetuned
 from pyro_lift.models.adapters import AdapterTensor, RandomAdapter
 from pyro_lift.models.features import features
+from pyro_lift.models.task import Task
 
 __all__ = ["Zoo", "fusion", "lora_pairs", "mixture", "nearest", "task_key", "train_zoo"]
 

@@ -36,7 +36,7 @@ from pyro_lift.inference.baselines.union_train import warm_up
 from pyro_lift.inference.baselines.zoo import Zoo, train_zoo
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.lift import LiFTSettings
-from pyro_lift.options import check_choice
+from pyro_lift.support.options import check_choice
 
 __all__ = [
     "draw",

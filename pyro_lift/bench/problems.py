@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from pyro_lift.config import BackboneConfig, OutputConfig, RunConfig, TasksConfig
-from pyro_lift.data.task import Rows, Task
 from pyro_lift.inference.adapt import HeadPolicy
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.options import check_choice, check_number
+from pyro_lift.models.task import Rows, Task
+from pyro_lift.support.options import check_choice, check_number
 
 __all__ = ["BENCHMARKS", "DIGITS", "Experiment", "MethodsSettings", "Problem", "on_tasks"]
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_lift import metrics
-from pyro_lift.data.task import Rows, Task, TextRow
+from pyro_lift.data.text import TextRow
 from pyro_lift.models.likelihoods import IGNORED
+from pyro_lift.models.task import Rows, Task
 from pyro_lift.text_metrics import METRICS, score
 
 __all__ = ["scores"]

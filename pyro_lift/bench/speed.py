@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from pyro_lift.bench import speed_report
 from pyro_lift.bench.records import write_records
 from pyro_lift.bench.timing import Stopwatch, Times, copy_seconds, interleaved, peak_bytes, quartiles, reset_peak
-from pyro_lift.data.task import Task
 from pyro_lift.inference import program as program_module
 from pyro_lift.inference import sgld_gibbs
 from pyro_lift.inference.baselines.episodic import twice_differentiable
@@ -33,7 +32,8 @@ from pyro_lift.inference.store import DeviceStore
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone, recipe
 from pyro_lift.models.hierarchical import AdapterHierarchy
-from pyro_lift.options import check_choice
+from pyro_lift.models.task import Task
+from pyro_lift.support.options import check_choice
 
 __all__ = ["BACKBONES", "run"]
 

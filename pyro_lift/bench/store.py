@@ -21,12 +21,12 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import nn
 
 from pyro_lift.bench.records import format_table
-from pyro_lift.data.task import Rows, Task
 from pyro_lift.inference.disk_store import DiskStore
 from pyro_lift.inference.kernels import SGLDGibbs
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.hierarchical import AdapterHierarchy
+from pyro_lift.models.task import Rows, Task
 
 __all__ = ["TASKS", "draw", "run", "table"]
 

@@ -8,7 +8,7 @@ __all__ = ["load_tasks"]
 
 
 def __getattr__(name: str) -> Any:
-    """``load_tasks``, imported when first used: :mod:`pyro_lift.data.task` stands on a lower floor."""
+    """``load_tasks``, imported when first used: :mod:`pyro_lift.data.text` stands on a lower floor."""
     if name == "load_tasks":
         from pyro_lift.data.load import load_tasks
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
-from pyro_lift.data.task import ImageTask, Task, TextTask
+from pyro_lift.data.images import ImageTask
+from pyro_lift.data.text import TextTask
+from pyro_lift.models.task import Task
 
 __all__ = ["TaskCollection"]
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.records import Record, read_records, record_files, text_row
-from pyro_lift.data.task import TextForm, TextRow, TextTask
-from pyro_lift.options import check_choice, check_number
+from pyro_lift.data.text import TextForm, TextRow, TextTask
+from pyro_lift.support.options import check_choice, check_number
 
 __all__ = ["CROSSFIT_SPLITS", "SAMPLES", "crossfit_facts", "few_shot", "load_crossfit"]
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import grid_sample, interpolate
 
-from pyro_lift.data.task import Task
+from pyro_lift.models.task import Task
 
 __all__ = ["IMAGE_SIZE", "DigitFamily", "Scanner", "digit_backbone", "digit_family", "digit_images", "scan"]
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pyro_lift.data.task import Images, ImageTask, Rows, Task, TextRow, TextTask
+from pyro_lift.data.images import Images, ImageTask
+from pyro_lift.data.text import TextRow, TextTask
 from pyro_lift.models.likelihoods import IGNORED, next_tokens, shift_right
-from pyro_lift.options import check_number
+from pyro_lift.models.task import Rows, Task
+from pyro_lift.support.options import check_number
 
 __all__ = ["LabelMatching", "NextToken", "Pictures", "TextToText", "check_tokenizer"]
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import get_args
 
 from pyro_lift.data.collection import TaskCollection
+from pyro_lift.data.images import ImageTask
 from pyro_lift.data.pictures import PARTS, is_picture_task, read_pictures
 from pyro_lift.data.records import RECORD_FILES, Record, read_json, read_records, text_row
-from pyro_lift.data.task import ImageTask, TextForm, TextTask
-from pyro_lift.options import check_choice
+from pyro_lift.data.text import TextForm, TextTask
+from pyro_lift.support.options import check_choice
 
 __all__ = ["load_folder", "read_task"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_lift.data.collection import TaskCollection
-from pyro_lift.options import check_choice, named_options
+from pyro_lift.support.options import check_choice, named_options
 
 __all__ = ["load_tasks"]
 

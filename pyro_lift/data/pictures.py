@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyro_lift.data.images import Images, ImageTask
 from pyro_lift.data.records import read_json
-from pyro_lift.data.task import Images, ImageTask
-from pyro_lift.options import check_choice
+from pyro_lift.support.options import check_choice
 
 __all__ = ["PARTS", "is_picture_task", "read_npz", "read_pictures"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyro_lift.data.task import TextForm, TextRow, check_answer
+from pyro_lift.data.text import TextForm, TextRow, check_answer
 
 __all__ = ["RECORD_FILES", "Record", "read_json", "read_records", "record_files", "text_row"]
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.records import read_records
-from pyro_lift.data.task import TextRow, TextTask
-from pyro_lift.options import check_choice, check_number
+from pyro_lift.data.text import TextRow, TextTask
+from pyro_lift.support.options import check_choice, check_number
 
 __all__ = ["SHAKESPEARE_SPLITS", "Role", "load_shakespeare", "read_gutenberg", "read_lines", "select_roles"]
 

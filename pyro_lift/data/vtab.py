@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pyro_lift.data.collection import TaskCollection
+from pyro_lift.data.images import ImageTask
 from pyro_lift.data.pictures import is_picture_task, read_pictures
-from pyro_lift.data.task import ImageTask
 from pyro_lift.data.vtab_hub import vtab_from_hub
-from pyro_lift.options import check_choice
+from pyro_lift.support.options import check_choice
 
 __all__ = ["VTAB", "VtabTask", "dsprites_location", "dsprites_orientation", "load_vtab", "threshold_label"]
 

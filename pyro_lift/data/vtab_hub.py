@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pyro_lift.data.task import Images, ImageTask
+from pyro_lift.data.images import Images, ImageTask
 
 __all__ = ["HUB", "HubSource", "vtab_from_hub"]
 

@@ -1,28 +1,21 @@
-"""What a task is: named examples to learn from, perhaps some to be judged by, and the kind of its loss.
-
-:class:`Task` holds tensors and is what the samplers see. :class:`TextTask` and :class:`ImageTask` are what data comes
-as, strings and pictures, before it is encoded for one backbone.
-"""
+"""Tasks in tensors: named rows to learn from, perhaps some to be judged by, and the kind of their loss."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
 from pyro_lift.models.likelihoods import IGNORED, LossKind
-from pyro_lift.options import check_choice
+from pyro_lift.support.options import check_choice
 
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["ImageTask", "Images", "Rows", "Task", "TextForm", "TextRow", "TextTask", "as_rows", "check_answer"]
-
-TextForm = Literal["classification", "multiple_choice", "text_to_text", "next_token"]
+__all__ = ["Rows", "Task", "as_rows"]
 
 
 @dataclass(frozen=True)
@@ -158,114 +151,6 @@ class Task:
         )
 
 
-class TextRow(NamedTuple):
-    """One example of a text task, as strings.
-
-    Attributes:
-        input: what is read.
-        outputs: accepted answers; the first is what is learnt, a score may take the best of them.
-        options: of multiple choice, this row's own; empty elsewhere.
-    """
-
-    input: str
-    outputs: tuple[str, ...]
-    options: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TextTask:
-    """A task of strings, before any tokenizer; :mod:`pyro_lift.data.encode` turns it into a :class:`Task`.
-
-    Attributes:
-        name: for messages, records, figures, and the prefix ``[name]`` of text-to-text inputs.
-        train: what to learn from; at least one row.
-        dev: what choices may be made on.
-        test: what to be judged by.
-        form: ``"classification"`` (one set of labels for all rows), ``"multiple_choice"`` (options by row),
-            ``"text_to_text"``, or ``"next_token"`` (the input is context, the output what follows).
-        metric: a name of :data:`pyro_lift.text_metrics.METRICS`, or ``"Perplexity"``.
-        labels: of classification, every label string in its fixed order.
-
-    Raises:
-        ValueError: no training row; a first answer that is not among the labels or options.
-    """
-
-    name: str
-    train: tuple[TextRow, ...]
-    dev: tuple[TextRow, ...] = ()
-    test: tuple[TextRow, ...] = ()
-    form: TextForm = "text_to_text"
-    metric: str = "EM"
-    labels: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_choice("form", self.form, get_args(TextForm))
-        if not self.train:
-            raise ValueError(f"task {self.name!r}: the train split is empty.")
-        if self.form == "classification" and not self.labels:
-            raise ValueError(f"task {self.name!r}: a classification without labels; pass labels=[...].")
-        for part, rows in self.parts.items():
-            for number, row in enumerate(rows):
-                check_answer(row, self.form, self.labels, f"task {self.name!r}, {part} row {number}")
-
-    @property
-    def parts(self) -> dict[str, tuple[TextRow, ...]]:
-        """The rows by the name of their part."""
-        return {"train": self.train, "dev": self.dev, "test": self.test}
-
-
-@dataclass(frozen=True)
-class Images:
-    """Pictures and their classes.
-
-    Attributes:
-        pictures: ``uint8 [n, H, W, C]`` with 1 or 3 channels, or the paths of n picture files, read when encoded.
-        target: class numbers ``[n]``.
-    """
-
-    pictures: Tensor | tuple[Path, ...]
-    target: Tensor
-
-    def __len__(self) -> int:
-        return len(self.target)
-
-
-@dataclass(frozen=True)
-class ImageTask:
-    """A task of pictures, before the size and scale of any backbone; encoded as :class:`TextTask` is.
-
-    Attributes:
-        name: for messages, records and figures.
-        train: what to learn from; at least one picture.
-        labels: names of the classes, in the order of the targets.
-        dev: what choices may be made on.
-        test: what to be judged by.
-        group: of a benchmark, such as VTAB's natural, specialized and structured.
-        metric: ``"ACC"``, top-1 accuracy.
-
-    Raises:
-        ValueError: no training picture, arrays of another shape or type, targets outside the classes.
-    """
-
-    name: str
-    train: Images
-    labels: tuple[str, ...]
-    dev: Images | None = None
-    test: Images | None = None
-    group: str = ""
-    metric: str = "ACC"
-
-    def __post_init__(self) -> None:
-        for part, images in self.parts.items():
-            _check_images(images, len(self.labels), f"task {self.name!r}, {part} data")
-
-    @property
-    def parts(self) -> dict[str, Images]:
-        """The pictures by the name of their part, absent parts left out."""
-        parts = {"train": self.train, "dev": self.dev, "test": self.test}
-        return {part: images for part, images in parts.items() if images is not None}
-
-
 def as_rows(data: Any, where: str) -> Rows:
     """Tensors, a mapping, or a ``datasets.Dataset`` as :class:`Rows`; ``where`` begins the error messages."""
     if isinstance(data, Rows):
@@ -364,32 +249,3 @@ def _check_target(name: str, where: str, target: Tensor, kind: LossKind, num_cla
             f"task {name!r}, {where} data: label {wrong} is outside the head's range {limit}. "
             "Raise num_classes or mend the labels."
         )
-
-
-def check_answer(row: TextRow, form: str, labels: Sequence[str], where: str) -> None:
-    """Refuse a row without an answer, or whose first answer is not among what may be answered."""
-    if not row.outputs:
-        raise ValueError(f"{where}: no output.")
-    known = labels if form == "classification" else row.options if form == "multiple_choice" else None
-    if known is None or row.outputs[0] in known:
-        return
-    if not known:
-        raise ValueError(f"{where}: multiple choice without options.")
-    shown = ", ".join(map(repr, known[:8])) + (f", ... ({len(known)} in all)" if len(known) > 8 else "")
-    what = "label" if form == "classification" else "answer"
-    raise ValueError(f"{where}: {what} {row.outputs[0]!r} is not one of {shown}.")
-
-
-def _check_images(images: Images, classes: int, where: str) -> None:
-    if len(images) == 0:
-        raise ValueError(f"{where}: no picture.")
-    if len(images.pictures) != len(images):
-        raise ValueError(f"{where}: {len(images.pictures)} pictures and {len(images)} targets.")
-    if isinstance(images.pictures, Tensor):
-        shape, dtype = tuple(images.pictures.shape), images.pictures.dtype
-        if dtype != torch.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
-            raise ValueError(f"{where}: pictures of shape {shape}, {dtype}; expected uint8 [n, height, width, 1 or 3].")
-    low, high = int(images.target.min()), int(images.target.max())
-    if low < 0 or high >= classes:
-        wrong = low if low < 0 else high
-        raise ValueError(f"{where}: target {wrong} is outside the {classes} classes.")

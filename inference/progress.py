@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pyro_lift import processes
+from pyro_lift.support import distributed
 
 __all__ = ["chain_bar"]
 
@@ -31,7 +31,7 @@ def chain_bar(
         A ``hook_fn`` for Pyro's MCMC.
     """
     hidden = not show or "CI" in os.environ or "PYTEST_XDIST_WORKER" in os.environ
-    hidden = hidden or not processes.is_first()
+    hidden = hidden or not distributed.is_first()
     with tqdm(total=total, initial=done, desc=description, disable=hidden, dynamic_ncols=True) as bar:
 
         def hook(kernel: Any, samples: Any, stage: str, i: int) -> None:

@@ -14,33 +14,37 @@ tasks, process 0 everything else. It counts when all of them are done, and any n
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import operator
-import os
-import random
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from pyro.ops.streaming import CountMeanStats, CountMeanVarianceStats, CountStats, StackStats, StatsOfDict
 from torch import Tensor
 
-from pyro_lift import processes
-from pyro_lift.archive import (
+from pyro_lift.inference.checkpoint.folder import (
+    FORMAT,
+    MANY,
+    SavableRows,
+    check_config,
+    checkpoints_in,
+    jsonable,
+    link_or_copy,
+    read_verified,
+    write_rows,
+)
+from pyro_lift.inference.checkpoint.random_state import random_state, set_random_state
+from pyro_lift.inference.checkpoint.summaries import T, load_statistics, moved, statistics_state
+from pyro_lift.support import distributed
+from pyro_lift.support.archive import (
     DamagedError,
-    check_format,
-    check_sealed,
     new_folder,
     pack,
-    read_json,
     read_tensors,
     sealed,
     unfinished,
@@ -49,21 +53,14 @@ from pyro_lift.archive import (
     write_json,
     write_tensors,
 )
-from pyro_lift.options import check_number
+from pyro_lift.support.options import check_number
 
-__all__ = ["Chain", "RunStopped", "Session", "check_statistics"]
+__all__ = ["RunStopped", "Session"]
 
-T = TypeVar("T")
 
 log = logging.getLogger("pyro_lift")
 
-FORMAT = 1
 KEEP = 2
-#: Bytes of a file of rows; what a checkpoint needs in memory beside the run itself.
-SHARD = 128 * 2**20
-#: Past this many files of draws they are written as one.
-MANY = 32
-_KEYS: dict[str, type] = {"transitions": int, "draws": int, "tree": dict, "files": dict, "config": dict}
 
 
 class RunStopped(SystemExit):
@@ -74,23 +71,7 @@ class RunStopped(SystemExit):
         self.message, self.signal_number = message, signal_number
 
 
-class Rows(Protocol):
-    """Many vectors by number; stores and tables of gradients are."""
-
-    def read(self, tasks: Sequence[int]) -> list[Tensor]:
-        """The rows of these numbers."""
-        ...
-
-    def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
-        """Replace them."""
-        ...
-
-    def tasks(self) -> Iterator[int]:
-        """The numbers there are."""
-        ...
-
-
-class Chain(Protocol):
+class SavableKernel(Protocol):
     """What a kernel must answer to be saved."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,7 +82,7 @@ class Chain(Protocol):
         """The inverse, after set-up."""
         ...
 
-    def rows(self) -> dict[str, Rows]:
+    def rows(self) -> dict[str, SavableRows]:
         """What is too large for the state, by name."""
         ...
 
@@ -140,7 +121,7 @@ class Session:
     ) -> None:
         check_number("checkpoint_every", every, least=1, open_below=False, whole=True)
         self.folder, self.every = Path(folder), every
-        self.config = _jsonable(dict(config or {}))
+        self.config = jsonable(dict(config or {}))
         self.way_on = way_on or f"run(resume={str(self.folder)!r})"
         self.transitions = self.draws = 0
         self._start: dict[str, Any] = {}
@@ -149,7 +130,7 @@ class Session:
         self._previous: Path | None = None
         self._signal: int | None = None
         self._shared = False
-        there = _checkpoints(self.folder)
+        there = checkpoints_in(self.folder)
         if there and not resume:
             raise ValueError(
                 f"{self.folder}: holds a run already, saved at {there[-1].name}. Go on with {self.way_on}, or give "
@@ -161,14 +142,14 @@ class Session:
     def _find(self, there: list[Path]) -> None:
         for path in reversed(there):
             try:
-                state = _verified(path)
+                state = read_verified(path)
             except DamagedError as error:
                 log.warning("%s; trying the checkpoint before it", error)
                 damage = error
                 continue
             self._found, self._previous = (path, state), path
             self.transitions, self.draws = state["transitions"], state["draws"]
-            _check_config(path / "state.json", state["config"], self.config)
+            check_config(path / "state.json", state["config"], self.config)
             log.info("going on with %s", path)
             return
         if there:
@@ -180,19 +161,19 @@ class Session:
     def before_setup(self) -> None:
         """Put the global random streams where they were before the run was first set up, or note where they are."""
         if self._found is None:
-            self._start = _random_state()
+            self._start = random_state()
             return
         self._start = self._tree()["random_start"]
-        _set_random_state(self._start)
+        set_random_state(self._start)
 
-    def after_setup(self, kernel: Chain, statistics: Any, device: torch.device) -> None:
+    def after_setup(self, kernel: SavableKernel, statistics: Any, device: torch.device) -> None:
         """Load the checkpoint into a kernel that has been set up, and into the statistics.
 
         Raises:
             ValueError: the run is another than the one that was saved; names the difference.
         """
         self._shared = bool(getattr(kernel, "share", False))
-        if self._shared and len(set(found := processes.collected(self.transitions))) > 1:
+        if self._shared and len(set(found := distributed.collected(self.transitions))) > 1:
             raise ValueError(
                 f"{self.folder}: the processes of this run found it saved at transitions {found}. Give all of them one "
                 "folder that all of them see."
@@ -201,7 +182,7 @@ class Session:
             return
         path, state = self._found
         tree = self._tree()
-        _check_config(path / "state.json", tree["fingerprint"], _jsonable(kernel.fingerprint()))
+        check_config(path / "state.json", tree["fingerprint"], jsonable(kernel.fingerprint()))
         kernel.load_state_dict(tree["kernel"])
         for name, rows in kernel.rows().items():
             for file, record in state["files"].items():
@@ -209,9 +190,9 @@ class Session:
                     tensors = read_tensors(path / file, record, device)
                     rows.write([int(task) for task in tensors], list(tensors.values()))
         if statistics is not None:
-            _load_statistics(statistics, _moved(tree["statistics"], device))
+            load_statistics(statistics, moved(tree["statistics"], device))
         self._old_draws = {file: record for file, record in state["files"].items() if file.startswith("draws-")}
-        _set_random_state(tree["random"])
+        set_random_state(tree["random"])
 
     def _tree(self) -> dict[str, Any]:
         assert self._found is not None
@@ -233,7 +214,7 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------ saving
 
-    def after(self, kernel: Chain, statistics: Any, draws: list[Tensor], *, drawn: bool, last: bool) -> None:
+    def after(self, kernel: SavableKernel, statistics: Any, draws: list[Tensor], *, drawn: bool, last: bool) -> None:
         """Count a transition; save where one is due, and at the end; stop where a signal asked for it.
 
         Args:
@@ -250,7 +231,7 @@ class Session:
         self.transitions += 1
         self.draws += int(drawn)
         if self._shared:  # a signal to one process stops all of them
-            self._signal = max(processes.collected(self._signal or 0)) or None
+            self._signal = max(distributed.collected(self._signal or 0)) or None
         if last or self._signal is not None or self.transitions % self.every == 0:
             self.save(kernel, statistics, draws)
         if self._signal is not None and not last:
@@ -261,7 +242,7 @@ class Session:
                 self._signal,
             )
 
-    def save(self, kernel: Chain, statistics: Any, draws: list[Tensor]) -> None:
+    def save(self, kernel: SavableKernel, statistics: Any, draws: list[Tensor]) -> None:
         """Write a checkpoint now."""
         path = self.folder / f"step-{self.transitions:09d}"
         if path.exists():
@@ -278,26 +259,26 @@ class Session:
             ) from error
         draws.clear()
         self._previous, self._old_draws = path, held
-        for old in _checkpoints(self.folder)[:-KEEP] if self._is_first else []:
+        for old in checkpoints_in(self.folder)[:-KEEP] if self._is_first else []:
             shutil.rmtree(old, ignore_errors=True)
 
     @property
     def _is_first(self) -> bool:
-        return not self._shared or processes.is_first()
+        return not self._shared or distributed.is_first()
 
     def _in_step(self, work: Callable[[], T]) -> list[T]:
-        return processes.in_step(work) if self._shared else [work()]
+        return distributed.in_step(work) if self._shared else [work()]
 
-    def _write(self, path: Path, kernel: Chain, statistics: Any, draws: list[Tensor]) -> dict[str, Any]:
+    def _write(self, path: Path, kernel: SavableKernel, statistics: Any, draws: list[Tensor]) -> dict[str, Any]:
         """Write every file; returns the records of those that hold draws."""
         new = unfinished(path)
         tensors: dict[str, Tensor] = {}
         tree = pack(
             {
                 "kernel": kernel.state_dict(),
-                "fingerprint": _jsonable(kernel.fingerprint()),
-                "statistics": None if statistics is None else _statistics_state(statistics),
-                "random": _random_state(),
+                "fingerprint": jsonable(kernel.fingerprint()),
+                "statistics": None if statistics is None else statistics_state(statistics),
+                "random": random_state(),
                 "random_start": self._start,
             },
             tensors,
@@ -314,9 +295,9 @@ class Session:
             files = {}
             if self._is_first:
                 files["state.safetensors"] = write_tensors(new / "state.safetensors", tensors)
-            number = processes.process()[0] if self._shared else 0
+            number = distributed.process()[0] if self._shared else 0
             for name, rows in kernel.rows().items():
-                files |= _write_rows(new, f"{name}-{number:03d}" if number else name, rows)
+                files |= write_rows(new, f"{name}-{number:03d}" if number else name, rows)
             return files | (self._write_draws(new, draws) if self._is_first else {})
 
         def finish() -> None:
@@ -350,7 +331,7 @@ class Session:
         else:
             for file in old:
                 assert self._previous is not None
-                _link(self._previous / file, new / file)
+                link_or_copy(self._previous / file, new / file)
         if draws:
             file = f"draws-{self.draws - len(draws):09d}.safetensors"
             old[file] = write_tensors(new / file, {"draws": torch.stack(draws)})
@@ -388,191 +369,7 @@ def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
 # --------------------------------------------------------------------------------------------------------- the folder
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Those that are there, the newest last."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
-
-
-def _verified(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint all of whose files have their checksums."""
-    state = read_json(path / "state.json")
-    check_format(path / "state.json", state, "pyro_lift.checkpoint", FORMAT, _KEYS)
-    check_sealed(path / "state.json", state)
-    for file, record in state["files"].items():
-        if not (path / file).is_file():
-            raise DamagedError(f"{path}: no {file} here.")
-        size = (path / file).stat().st_size
-        if size < record["bytes"]:
-            raise DamagedError(f"{path / file}: truncated: {size} of {record['bytes']} bytes.")
-        with (path / file).open("rb") as handle:
-            if hashlib.file_digest(handle, "sha256").hexdigest() != record["sha256"]:
-                raise DamagedError(f"{path / file}: altered since it was written.")
-    return state
-
-
-def _check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> None:
-    """Refuse to go on with another run, naming the first difference."""
-    for name in [*saved, *(name for name in now if name not in saved)]:
-        was: Any = saved.get(name)
-        found: Any = now.get(name)
-        where = f"{at}{name}"
-        if isinstance(was, dict) and isinstance(found, dict):
-            _check_config(path, was, found, f"{where}.")
-        elif name == "start_log_likelihood":
-            if not np.isclose(was, found, rtol=1e-3, atol=1e-3, equal_nan=True):
-                raise ValueError(
-                    f"{path}: the log likelihood at the chain's start is {found:.6g} and was {was:.6g}: the data or "
-                    "the backbone have changed."
-                )
-        elif was != found:
-            raise ValueError(
-                f"{path}: the run was saved with {where} = {_short(was)} and is now {_short(found)}. Go on with the "
-                "same settings and tasks, or begin anew in another folder."
-            )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _jsonable(value: Any) -> Any:
-    """Tuples as lists and keys as strings, as JSON gives them back."""
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(one) for key, one in value.items()}
-    return [_jsonable(one) for one in value] if isinstance(value, (list, tuple)) else value
-
-
-def _link(old: Path, new: Path) -> None:
-    try:
-        os.link(old, new)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(old, new)
-
-
-def _write_rows(new: Path, name: str, rows: Rows) -> dict[str, Any]:
-    """Rows in files of a bounded size, so that a store on the disk is saved in little memory."""
-    files: dict[str, Any] = {}
-    part: dict[str, Tensor] = {}
-    size = 0
-
-    def flush() -> None:
-        file = f"{name}-{len(files):06d}.safetensors"
-        files[file] = write_tensors(new / file, part)
-
-    for task in rows.tasks():
-        row = rows.read([task])[0]
-        part[str(task)] = row
-        size += row.numel() * row.element_size()
-        if size >= SHARD:
-            flush()
-            part, size = {}, 0
-    if part:
-        flush()
-    return files
-
-
 # ------------------------------------------------------------------------------------------------------ random streams
 
 
-def _random_state() -> dict[str, Any]:
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the stream others draw from
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else [],
-        "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-    }
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    kind, words, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, words.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
-
-
 # ---------------------------------------------------------------------------------------------------------- statistics
-
-
-def check_statistics(statistics: Any) -> None:
-    """Refuse statistics that cannot be saved, before the run.
-
-    Raises:
-        ValueError: names the kind, and what it would have to have.
-    """
-    if not (hasattr(statistics, "state_dict") and hasattr(statistics, "load_state_dict")):
-        _codec(statistics)
-
-
-def _statistics_state(statistics: Any) -> Any:
-    if hasattr(statistics, "state_dict"):
-        return statistics.state_dict()
-    return _codec(statistics)[0](statistics)
-
-
-def _load_statistics(statistics: Any, state: Any) -> None:
-    if hasattr(statistics, "load_state_dict"):
-        statistics.load_state_dict(state)
-    else:
-        _codec(statistics)[1](statistics, state)
-
-
-def _codec(statistics: Any) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]]:
-    if isinstance(statistics, StatsOfDict):
-        return _dict_state, _load_dict
-    attributes = _ATTRIBUTES.get(type(statistics))
-    if attributes is not None:
-        return lambda s: _get_all(s, attributes), lambda s, state: _put_all(s, state)
-    raise ValueError(
-        f"statistics of the kind {type(statistics).__name__} cannot be saved: give it state_dict() and "
-        "load_state_dict(), of tensors and plain data, or run without checkpoints."
-    )
-
-
-#: What Pyro's own statistics consist of.
-_ATTRIBUTES: dict[type, tuple[str, ...]] = {
-    CountStats: ("count",),
-    CountMeanStats: ("count", "mean"),
-    CountMeanVarianceStats: ("shape", "welford.n_samples", "welford._mean", "welford._m2"),
-    StackStats: ("samples",),
-}
-
-
-def _get_all(statistics: Any, names: Sequence[str]) -> dict[str, Any]:
-    return {name: _plain(operator.attrgetter(name)(statistics)) for name in names}
-
-
-def _put_all(statistics: Any, state: Mapping[str, Any]) -> None:
-    for name, value in state.items():
-        holder, _, last = name.rpartition(".")
-        place = operator.attrgetter(holder)(statistics) if holder else statistics
-        setattr(place, last, torch.Size(value) if last == "shape" and value is not None else value)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, torch.Size) else value
-
-
-def _dict_state(statistics: StatsOfDict) -> Any:
-    return [[_plain_key(key), _statistics_state(one)] for key, one in statistics.stats.items()]
-
-
-def _load_dict(statistics: StatsOfDict, state: Any) -> None:
-    for key, one in state:
-        _load_statistics(statistics.stats[tuple(key) if isinstance(key, list) else key], one)
-
-
-def _plain_key(key: Any) -> Any:
-    return list(key) if isinstance(key, tuple) else key
-
-
-def _moved(tree: Any, device: torch.device) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.to(device)
-    if isinstance(tree, dict):
-        return {key: _moved(value, device) for key, value in tree.items()}
-    return [_moved(value, device) for value in tree] if isinstance(tree, list) else tree

@@ -1,0 +1,1 @@
+"""Checkpoints of a chain: a session, its folder, random streams and running summaries."""

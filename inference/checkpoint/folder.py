@@ -1,0 +1,145 @@
+"""Folders of one checkpoint: names, checksums, rows in shards, and what must agree before it is resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from pyro_lift.support.archive import DamagedError, check_format, check_sealed, read_json, write_tensors
+
+__all__ = [
+    "FORMAT",
+    "MANY",
+    "SHARD",
+    "SavableRows",
+    "check_config",
+    "checkpoints_in",
+    "jsonable",
+    "link_or_copy",
+    "read_verified",
+    "shortened",
+    "write_rows",
+]
+
+
+FORMAT = 1
+
+
+#: Bytes of a file of rows; what a checkpoint needs in memory beside the run itself.
+SHARD = 128 * 2**20
+
+
+#: Past this many files of draws they are written as one.
+MANY = 32
+
+
+_KEYS: dict[str, type] = {"transitions": int, "draws": int, "tree": dict, "files": dict, "config": dict}
+
+
+class SavableRows(Protocol):
+    """Many vectors by number; stores and tables of gradients are."""
+
+    def read(self, tasks: Sequence[int]) -> list[Tensor]:
+        """The rows of these numbers."""
+        ...
+
+    def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """Replace them."""
+        ...
+
+    def tasks(self) -> Iterator[int]:
+        """The numbers there are."""
+        ...
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Those that are there, the newest last."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def read_verified(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint all of whose files have their checksums."""
+    state = read_json(path / "state.json")
+    check_format(path / "state.json", state, "pyro_lift.checkpoint", FORMAT, _KEYS)
+    check_sealed(path / "state.json", state)
+    for file, record in state["files"].items():
+        if not (path / file).is_file():
+            raise DamagedError(f"{path}: no {file} here.")
+        size = (path / file).stat().st_size
+        if size < record["bytes"]:
+            raise DamagedError(f"{path / file}: truncated: {size} of {record['bytes']} bytes.")
+        with (path / file).open("rb") as handle:
+            if hashlib.file_digest(handle, "sha256").hexdigest() != record["sha256"]:
+                raise DamagedError(f"{path / file}: altered since it was written.")
+    return state
+
+
+def check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> None:
+    """Refuse to go on with another run, naming the first difference."""
+    for name in [*saved, *(name for name in now if name not in saved)]:
+        was: Any = saved.get(name)
+        found: Any = now.get(name)
+        where = f"{at}{name}"
+        if isinstance(was, dict) and isinstance(found, dict):
+            check_config(path, was, found, f"{where}.")
+        elif name == "start_log_likelihood":
+            if not np.isclose(was, found, rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise ValueError(
+                    f"{path}: the log likelihood at the chain's start is {found:.6g} and was {was:.6g}: the data or "
+                    "the backbone have changed."
+                )
+        elif was != found:
+            raise ValueError(
+                f"{path}: the run was saved with {where} = {shortened(was)} and is now {shortened(found)}. "
+                "Go on with the same settings and tasks, or begin anew in another folder."
+            )
+
+
+def shortened(value: Any) -> str:
+    """Return the value as text of at most 80 characters, for messages."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def jsonable(value: Any) -> Any:
+    """Tuples as lists and keys as strings, as JSON gives them back."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(one) for key, one in value.items()}
+    return [jsonable(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def link_or_copy(old: Path, new: Path) -> None:
+    """Link a file that is never written again; copy it where the file system has no links."""
+    try:
+        os.link(old, new)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(old, new)
+
+
+def write_rows(new: Path, name: str, rows: SavableRows) -> dict[str, Any]:
+    """Rows in files of a bounded size, so that a store on the disk is saved in little memory."""
+    files: dict[str, Any] = {}
+    part: dict[str, Tensor] = {}
+    size = 0
+
+    def flush() -> None:
+        file = f"{name}-{len(files):06d}.safetensors"
+        files[file] = write_tensors(new / file, part)
+
+    for task in rows.tasks():
+        row = rows.read([task])[0]
+        part[str(task)] = row
+        size += row.numel() * row.element_size()
+        if size >= SHARD:
+            flush()
+            part, size = {}, 0
+    if part:
+        flush()
+    return files

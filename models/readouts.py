@@ -1,0 +1,196 @@
+"""Readouts: how a network is called and its output read, where one call with the row's inputs is not enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, pad
+
+from pyro_lift.models.likelihoods import IGNORED, log_likelihood, shift_right
+from pyro_lift.support.options import check_choice, check_number
+
+__all__ = ["LabelMatching", "LabelScoring", "Pooling", "Readout", "pool", "read", "readout_for"]
+
+
+Pooling = Literal["mean", "first", "last"]
+
+
+#: From the network, as a function of its inputs, and a batch's named inputs to the output of a likelihood.
+Readout = Callable[[Callable[..., Any], Mapping[str, Tensor]], Tensor]
+
+
+def pool(hidden: Tensor, mask: Tensor | None = None, how: Pooling = "mean") -> Tensor:
+    """One vector a text, ``[..., d]``.
+
+    Args:
+        hidden: hidden states ``[..., L, d]``.
+        mask: 1 where there is a token, 0 where there is padding, ``[..., L]``; None has no padding.
+        how: the mean over the tokens, the first token (``[CLS]``), or the last one that is not padding.
+    """
+    if how == "first":
+        return hidden[..., 0, :]
+    if mask is None:
+        return hidden.mean(-2) if how == "mean" else hidden[..., -1, :]
+    weight = mask.to(hidden.dtype)
+    if how == "last":  # the place of the last 1, wherever the padding is
+        place = mask.shape[-1] - 1 - mask.flip(-1).argmax(-1)
+        weight = torch.nn.functional.one_hot(place, mask.shape[-1]).to(hidden.dtype)
+    return (hidden * weight.unsqueeze(-1)).sum(-2) / weight.sum(-1, keepdim=True).clamp_min(1.0)
+
+
+def _states(output: Any) -> Tensor:
+    return torch.as_tensor(getattr(output, "last_hidden_state", output))
+
+
+@dataclass(frozen=True)
+class LabelMatching:
+    r"""Logits that are scaled similarities of the encoded input to the encoded label texts: no head, any task.
+
+    .. math:: o_c = s \cos\big(f_\theta(x), f_\theta(\ell_c)\big), \qquad f_\theta = \text{pool} \circ \text{encoder}
+
+    Inputs and label texts go through the same adapter, in one forward pass or two. The label texts are those of the
+    task, ``label_input_ids`` ``[C, L]``, or every row's own options, ``option_input_ids`` ``[b, C, L]``; their masks
+    are ``label_attention_mask`` and ``option_attention_mask``. An option whose mask is all zeros is absent: its logit
+    is the most negative number.
+
+    Args:
+        scale: s; with it a logit ranges over ``[-s, s]``.
+        pooling: of the encoder's states; see :func:`pool`.
+        pad_token: what fills the shorter texts.
+    """
+
+    scale: float = 20.0
+    pooling: Pooling = "mean"
+    pad_token: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale)
+        check_choice("pooling", self.pooling, get_args(Pooling))
+
+    def __call__(self, network: Callable[..., Any], named: Mapping[str, Tensor]) -> Tensor:
+        """The logits ``[b, C]``; of a block ``[B, b, ...]``, those of all its rows ``[B b, C]``."""
+        ids, mask = named["input_ids"], named["attention_mask"]
+        texts, text_mask, of_row = _texts(named)
+        b, C = ids.shape[-2], texts.shape[-2]
+        present = text_mask.any(-1)
+        # A text without any token would have softmax over nothing: let it have one, it is left out below.
+        text_mask = torch.cat([torch.ones_like(text_mask[..., :1]), text_mask[..., 1:]], -1)
+        if of_row:
+            texts, text_mask = texts.flatten(-3, -2), text_mask.flatten(-3, -2)
+        ids, mask = _trimmed(ids, mask)
+        inputs, labels = self._encoded(network, (ids, mask), (texts, text_mask))
+        if of_row:
+            similarity = (inputs.unsqueeze(-2) * labels.unflatten(-2, (b, C))).sum(-1)
+        else:
+            similarity, present = inputs @ labels.mT, present.unsqueeze(-2)
+        logits = (self.scale * similarity).masked_fill(~present, torch.finfo(similarity.dtype).min)
+        return torch.as_tensor(logits.flatten(0, -2))
+
+    def _encoded(
+        self, network: Callable[..., Any], first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Vectors ``[..., n, d]`` of two lots of texts: in one pass, or in two where the padding of the shorter ones
+        would be more than a quarter of it."""
+        lengths = [ids.shape[-1] for ids, _ in (first, second)]
+        rows = [ids.shape[-2] for ids, _ in (first, second)]
+        length = max(lengths)
+        padding = sum(n * (length - own) for n, own in zip(rows, lengths, strict=True))
+        if 4 * padding > sum(rows) * length:
+            return self._vectors(network, *first), self._vectors(network, *second)
+        ids = torch.cat([_fill(ids, length, self.pad_token) for ids, _ in (first, second)], -2)
+        mask = torch.cat([_fill(mask, length, 0) for _, mask in (first, second)], -2)
+        vectors = self._vectors(network, ids, mask)
+        return vectors[..., : rows[0], :], vectors[..., rows[0] :, :]
+
+    def _vectors(self, network: Callable[..., Any], ids: Tensor, mask: Tensor) -> Tensor:
+        flat_ids, flat_mask = ids.flatten(0, -2), mask.flatten(0, -2)
+        states = _states(network(input_ids=flat_ids, attention_mask=flat_mask))
+        return normalize(pool(states, flat_mask, self.pooling), dim=-1).view(*ids.shape[:-1], -1)
+
+
+def _texts(named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, bool]:
+    """The texts to match, their mask, and whether they are a row's own."""
+    of_row = "option_input_ids" in named
+    whose = "option" if of_row else "label"
+    if f"{whose}_input_ids" not in named:
+        raise ValueError(
+            f"no label texts among the inputs {', '.join(named)}: give the task label_texts, or its rows options."
+        )
+    return named[f"{whose}_input_ids"], named[f"{whose}_attention_mask"], of_row
+
+
+def _trimmed(ids: Tensor, mask: Tensor, step: int = 8) -> tuple[Tensor, Tensor]:
+    """Without the columns on the right that no row of the minibatch fills; lengths are few, for ``torch.compile``.
+
+    A task is padded to its longest text, most minibatches are shorter, and the label texts are as long as the inputs.
+    """
+    filled = mask.flatten(0, -2).any(0).nonzero()
+    length = -(-(int(filled[-1]) + 1 if len(filled) else 1) // step) * step
+    return ids[..., :length], mask[..., :length]
+
+
+def _fill(x: Tensor, length: int, value: int) -> Tensor:
+    return pad(x, (0, length - x.shape[-1]), value=value)
+
+
+@dataclass(frozen=True)
+class LabelScoring:
+    r"""Logits that are the log probabilities a text-to-text model gives the label strings, by teacher forcing.
+
+    .. math:: o_c = \sum_t \log p(\ell_{c,t} \mid \ell_{c,<t}, x)
+
+    Softmax over the labels then gives class probabilities. The labels are ``label_input_ids`` ``[C, L]`` or
+    ``option_input_ids`` ``[b, C, L]`` with their masks, as for :class:`LabelMatching`.
+
+    Args:
+        start_token: what the decoder begins with (``config.decoder_start_token_id``).
+        length_normalised: whether to divide a label's score by its number of tokens.
+    """
+
+    start_token: int
+    length_normalised: bool = False
+
+    def __call__(self, network: Callable[..., Any], named: Mapping[str, Tensor]) -> Tensor:
+        """The logits ``[b, C]``; of a block ``[B, b, ...]``, those of all its rows ``[B b, C]``."""
+        texts, text_mask, of_row = _texts(named)
+        lead, b, (C, L) = named["input_ids"].shape[:-2], named["input_ids"].shape[-2], texts.shape[-2:]
+        if not of_row:
+            texts, text_mask = (x.unsqueeze(-3).expand(*lead, b, C, L) for x in (texts, text_mask))
+        texts, text_mask = texts.reshape(-1, L), text_mask.reshape(-1, L)
+        rest = {
+            name: x.flatten(0, len(lead)).repeat_interleave(C, 0)
+            for name, x in named.items()
+            if not name.startswith(("label_", "option_", "decoder_"))
+        }
+        target = texts.masked_fill(text_mask == 0, IGNORED)
+        output = network(**rest, decoder_input_ids=shift_right(target, self.start_token))
+        score = log_likelihood("tokens", torch.as_tensor(getattr(output, "logits", output)), target)
+        count = text_mask.sum(-1)
+        if self.length_normalised:
+            score = score / count.clamp_min(1)
+        return score.masked_fill(count == 0, torch.finfo(score.dtype).min).view(-1, C)
+
+
+def readout_for(named: Mapping[str, Tensor], readout: Readout | None = None) -> Readout | None:
+    """The readout given, or label matching where there are label texts among the inputs; never that without texts."""
+    has_texts = "label_input_ids" in named or "option_input_ids" in named
+    if readout is None:
+        return LabelMatching() if has_texts else None
+    return None if isinstance(readout, LabelMatching) and not has_texts else readout
+
+
+def read(output: Any, mask: Tensor | None = None) -> Tensor:
+    """A network's output as a likelihood wants it.
+
+    ``.logits`` where there are any; else of ``.last_hidden_state`` the features for a head of the task's own: the mean
+    over the tokens of a text, the class token of a picture (which has no mask); else the output itself.
+    """
+    if hasattr(output, "logits"):
+        return torch.as_tensor(output.logits)
+    if hasattr(output, "last_hidden_state"):
+        return pool(output.last_hidden_state, mask, "first" if mask is None else "mean")
+    return torch.as_tensor(output)

@@ -1,0 +1,1 @@
+"""The ground of every floor: options, schemas, sealed files, processes, free memory."""
