@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from pyro_lift.inference.online_em import OnlineGaussianMixture as OnlineGaussianMixture
     from pyro_lift.inference.sgld import DivergedError as DivergedError
     from pyro_lift.lift import LiFT as LiFT
-    from pyro_lift.lift import LiFTPrior as LiFTPrior
-    from pyro_lift.lift import LiFTSettings as LiFTSettings
-    from pyro_lift.lift import TaskPosterior as TaskPosterior
     from pyro_lift.models.adapters import RandomAdapter as RandomAdapter
     from pyro_lift.models.task import Task as Task
+    from pyro_lift.posterior import TaskPosterior as TaskPosterior
+    from pyro_lift.prior import LiFTPrior as LiFTPrior
+    from pyro_lift.settings import LiFTSettings as LiFTSettings
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "AdaptSettings": "lift",
+    "AdaptSettings": "settings",
     "DivergedError": "inference.sgld",
     "LiFT": "lift",
-    "LiFTPrior": "lift",
-    "LiFTSettings": "lift",
+    "LiFTPrior": "prior",
+    "LiFTSettings": "settings",
     "MCMC": "inference.kernels",
     "OnlineGaussianMixture": "inference.online_em",
     "RandomAdapter": "models.adapters",
@@ -40,7 +40,7 @@ _HOME = {
     "SGLDGibbs": "inference.kernels",
     "StreamingMCMC": "inference.kernels",
     "Task": "models.task",
-    "TaskPosterior": "lift",
+    "TaskPosterior": "posterior",
     "from_mcmc": "diagnostics",
     "summarise": "diagnostics",
 }

@@ -24,11 +24,13 @@ from pyro_lift.data.folder import read_task
 from pyro_lift.data.images import ImageTask
 from pyro_lift.data.records import RECORD_FILES
 from pyro_lift.data.text import TextTask
-from pyro_lift.lift import LiFT, LiFTPrior, TaskPosterior
+from pyro_lift.lift import LiFT
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone, load_backbone, recipe
 from pyro_lift.models.readouts import LabelMatching
 from pyro_lift.models.task import Rows, Task
+from pyro_lift.posterior import TaskPosterior
+from pyro_lift.prior import LiFTPrior
 from pyro_lift.support import distributed
 from pyro_lift.support.options import check_choice
 

@@ -41,10 +41,12 @@ from pyro_lift.inference.baselines import BASELINES, Baseline, Budget
 from pyro_lift.inference.baselines.lift import LiFTMethod, LiFTState
 from pyro_lift.inference.baselines.protocol import adapt_all
 from pyro_lift.inference.baselines.union_train import UnionTrain, UnionTrainState, union_train
-from pyro_lift.lift import LiFT, LiFTPrior, LiFTSettings
+from pyro_lift.lift import LiFT
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import TIMM_ATTENTION, adapt_backbone
 from pyro_lift.models.task import Task
+from pyro_lift.prior import LiFTPrior
+from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_number
 
 __all__ = ["CHOSEN", "GRIDS", "Cell", "Choice", "DemoSettings", "Judged", "demo_adapter", "run", "run_cell", "tune"]

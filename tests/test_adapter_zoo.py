@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -18,12 +19,14 @@ from test_hub import logits, trained
 from torch import Tensor, nn
 
 from pyro_lift import LiFTPrior, LiFTSettings
-from pyro_lift.adapter_zoo import aligned, exact_prior, phi_chain, read_zoo
 from pyro_lift.inference import conjugate
 from pyro_lift.inference.conjugate import NormalPair
+from pyro_lift.inference.fixed_theta import FixedThetaPosterior, exact_prior, phi_chain
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone, recipe
-from pyro_lift.peft_folder import write_peft
+from pyro_lift.models.lora_factors import aligned
+from pyro_lift.saving.library import read_library
+from pyro_lift.saving.peft_folder import write_peft
 
 
 def zoo_of(
@@ -77,7 +80,7 @@ def test_the_exported_zoo_gives_the_same_prior_back(method: Any, tmp_path: Path)
     options: dict[str, Any] = {"method": method, "components": 1 if method == "exact" else 2}
     options["settings"] = LiFTSettings(burn_in=20, samples=250)
     first = LiFTPrior.from_adapters(folders(tmp_path), copy.deepcopy(base), **options)
-    zoo = read_zoo(folders(tmp_path), copy.deepcopy(base))
+    zoo = read_library(folders(tmp_path), copy.deepcopy(base))
     for name, theta in zip(zoo.names, zoo.thetas, strict=True):
         write_peft(zoo.adapter, theta, tmp_path / "again" / name)
     second = LiFTPrior.from_adapters(folders(tmp_path / "again"), base, **options)
@@ -117,9 +120,10 @@ def test_the_papers_chain_has_its_own_law(scale: Any) -> None:
     N, D, beta, sigma = 3, 3000, 0.5, 1.0
     c = N if scale == "N" else 1
     thetas = torch.tensor([-0.4, 0.1, 0.9]).unsqueeze(-1).expand(N, D).clone()
-    settings = LiFTSettings(beta=beta, sigma=sigma, burn_in=600, samples=3, thinning=1)
+    posterior = FixedThetaPosterior(thetas, torch.zeros(D), beta, sigma, scale)
     eta = 0.02
-    draws = torch.stack(list(phi_chain(thetas, settings, scale=scale, step_size=eta, seed=0)))
+    chain = phi_chain(posterior, itertools.cycle(range(N)), eta, torch.Generator().manual_seed(0))
+    draws = torch.stack(list(itertools.islice(chain, 600, 603)))
     a = 0.5 * eta * (c / beta**2 + 1 / sigma**2)
     variance = eta / (1 - (1 - a) ** 2)
     # The mean is periodic with the tasks: m' = (1 - a) m + b theta_i; iterate it to its cycle.

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
 from test_baselines import SMALL, tiny_adapter, tiny_tasks
 from torch import Tensor, nn
 
-from pyro_lift.inference.baselines.fixed_theta import FixedTheta, phi_chain
+from pyro_lift.inference.baselines.fixed_theta import FixedTheta
+from pyro_lift.inference.baselines.library import nearest, task_key, train_library
 from pyro_lift.inference.baselines.mbc import MBC, MBCState, cluster
 from pyro_lift.inference.baselines.retriever import LoRARetriever
 from pyro_lift.inference.baselines.shared_peft import SharedPEFT
 from pyro_lift.inference.baselines.taskwise_peft import TaskwisePEFT
 from pyro_lift.inference.baselines.union_train import union_train
-from pyro_lift.inference.baselines.zoo import fusion, lora_pairs, mixture, nearest, task_key, train_zoo
+from pyro_lift.inference.fixed_theta import FixedThetaPosterior, exact_draws, phi_chain, random_order
 from pyro_lift.lift import LiFT
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.lora_factors import fusion, lora_pairs, mixture
 
 
 def loras(adapter: RandomAdapter, number: int) -> Tensor:
@@ -78,7 +81,7 @@ def test_an_adapter_without_lora_factors_is_refused() -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     adapter = adapt_backbone(net, peft.IA3Config(target_modules=["0"], feedforward_modules=[]))
     with pytest.raises(ValueError, match='composition="fusion"'):
-        lora_pairs(adapter)
+        mixture(adapter, adapter.initial.expand(2, -1), torch.ones(2) / 2)
 
 
 def test_retrieval_by_cosine() -> None:
@@ -89,7 +92,7 @@ def test_retrieval_by_cosine() -> None:
 
 def test_a_task_retrieves_its_own_lora_and_a_composition_of_one_is_it() -> None:
     adapter, tasks = tiny_adapter(), tiny_tasks(4)
-    zoo = train_zoo(adapter, tasks, SMALL)
+    zoo = train_library(adapter, tasks, SMALL)
     assert zoo.thetas.shape == (4, adapter.dim)
     assert zoo.meta_steps == SMALL.warm_up + SMALL.visits
     for composition in ("mixture", "fusion"):
@@ -123,7 +126,7 @@ def test_clusters_are_found_and_follow_a_permutation_of_the_tasks() -> None:
 
 def test_mbc_trains_one_lora_a_cluster_and_starts_from_their_mean() -> None:
     adapter, tasks = tiny_adapter(), tiny_tasks(4)
-    zoo = train_zoo(adapter, tasks, SMALL)
+    zoo = train_library(adapter, tasks, SMALL)
     state = MBC(adapter, SMALL, components=4, zoo=zoo).meta_train(tasks)
     assert sorted(state.clusters) == [0, 1, 2, 3]
     assert state.meta_steps == 2 * zoo.meta_steps
@@ -142,11 +145,13 @@ def test_mbc_trains_one_lora_a_cluster_and_starts_from_their_mean() -> None:
 def test_the_chain_over_phi_has_its_posteriors_moments(update: str, scale: str) -> None:
     beta, sigma, N, D = 0.3, 0.5, 6, 200
     thetas = torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    chain = phi_chain(
-        thetas, torch.ones(D, dtype=torch.float64), beta=beta, sigma=sigma, steps=6000,
-        update=update, scale=scale, step_share=0.02, generator=torch.Generator().manual_seed(1),  # type: ignore[arg-type]
-    )  # fmt: skip
-    draws = torch.stack(list(chain))[1000:]
+    posterior = FixedThetaPosterior(thetas, torch.ones(D, dtype=torch.float64), beta, sigma, scale)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    if update == "gibbs":
+        chain = exact_draws(posterior, generator)
+    else:
+        chain = phi_chain(posterior, random_order(N, generator), 0.02 * posterior.step_limit, generator)
+    draws = torch.stack(list(islice(chain, 6000)))[1000:]
     c = N if scale == "N" else 1
     precision = sigma**-2 + c / beta**2
     mean = (sigma**-2 + c / beta**2 * thetas.mean(0)) / precision
@@ -166,7 +171,7 @@ def test_the_chain_over_phi_has_its_posteriors_moments(update: str, scale: str) 
 
 def test_fixed_theta_never_calls_the_network_in_its_chain() -> None:
     adapter, tasks = tiny_adapter(), tiny_tasks(3)
-    zoo = train_zoo(adapter, tasks, SMALL)
+    zoo = train_library(adapter, tasks, SMALL)
     calls = []
     handle = adapter.backbone.register_forward_hook(lambda *_: calls.append(1))
     state = FixedTheta(adapter, SMALL, zoo=zoo, update="gibbs", chain_steps=400).meta_train(tasks)

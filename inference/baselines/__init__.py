@@ -35,7 +35,7 @@ from pyro_lift.inference.baselines.retriever import LoRARetriever
 from pyro_lift.inference.baselines.shared_peft import SharedPEFT
 from pyro_lift.inference.baselines.taskwise_peft import TaskwisePEFT
 from pyro_lift.inference.baselines.union_train import UnionTrain
-from pyro_lift.lift import LiFTSettings
+from pyro_lift.settings import LiFTSettings
 
 __all__ = ["BASELINES", "Baseline", "Budget", "Ensemble", "Posterior"]
 

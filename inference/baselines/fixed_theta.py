@@ -20,18 +20,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_lift.inference.baselines.library import TrainedLibrary, train_library
 from pyro_lift.inference.baselines.lift import LiFTMethod, LiFTState
 from pyro_lift.inference.baselines.protocol import Budget, Posterior
-from pyro_lift.inference.baselines.zoo import Zoo, train_zoo
+from pyro_lift.inference.fixed_theta import FixedThetaPosterior, exact_draws, phi_chain, random_order
 from pyro_lift.inference.online_em import OnlineGaussianMixture
-from pyro_lift.inference.sgld import euler, gaussian_noise
-from pyro_lift.lift import LiFTPrior, LiFTSettings
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.priors import LocalGaussian
 from pyro_lift.models.task import Task
+from pyro_lift.prior import LiFTPrior
+from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_choice, check_number
 
-__all__ = ["FixedTheta", "phi_chain"]
+__all__ = ["FixedTheta"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class FixedTheta:
     scale: Literal["N", "1"] = "N"
     chain_steps: int = 1000
     step_share: float = 0.02
-    zoo: Zoo | None = None
+    zoo: TrainedLibrary | None = None
 
     def __post_init__(self) -> None:
         check_choice("update", self.update, ["single", "gibbs"])
@@ -74,57 +74,23 @@ class FixedTheta:
 
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LiFTState:
         """Train the library, then run the chain over phi and summarise its draws."""
-        zoo = self.zoo or train_zoo(self.adapter, tasks, self.budget, on_step=on_step)
+        library = self.zoo or train_library(self.adapter, tasks, self.budget, on_step=on_step)
         s = self.lift.chain_settings()
-        generator = torch.Generator(device=zoo.thetas.device).manual_seed(self.budget.seed)
+        generator = torch.Generator(device=library.thetas.device).manual_seed(self.budget.seed)
         mixture = OnlineGaussianMixture(s.components, s.covariance)
         centre = self.adapter.initial if s.prior_mean == "adapter" else torch.zeros_like(self.adapter.initial)
-        draws = phi_chain(
-            zoo.thetas,
-            centre,
-            beta=s.beta,
-            sigma=s.sigma,
-            steps=self.chain_steps,
-            update=self.update,
-            scale=self.scale,
-            step_share=self.step_share,
-            generator=generator,
-        )
-        for phi in islice(draws, self.chain_steps // 2, None):
+        posterior = FixedThetaPosterior(library.thetas, centre, s.beta, s.sigma, self.scale)
+        for phi in islice(self._draws(posterior, generator), self.chain_steps // 2, self.chain_steps):
             mixture.update(phi)
         prior = LiFTPrior(self.adapter, mixture, s, self.lift.adapt_settings(), seed=self.budget.seed)
-        return LiFTState(prior, zoo.meta_steps)
+        return LiFTState(prior, library.meta_steps)
 
     def adapt(self, state: LiFTState, task: Task, *, seed: int | None = None) -> Posterior:
         """As LiFT."""
         return self.lift.adapt(state, task, seed=seed)
 
-
-def phi_chain(
-    thetas: Tensor,
-    centre: Tensor,
-    *,
-    beta: float,
-    sigma: float,
-    steps: int,
-    update: Literal["single", "gibbs"],
-    scale: Literal["N", "1"],
-    step_share: float,
-    generator: torch.Generator,
-) -> Iterator[Tensor]:
-    """Draws of phi ``[D]`` given ``[N, D]`` fixed theta_i, one after the other; from their mean."""
-    N, phi = len(thetas), thetas.mean(0)
-    prior = LocalGaussian(centre, torch.full_like(centre, sigma**-2))
-    if update == "gibbs":
-        variance = 1.0 / (sigma**-2 + N / beta**2)
-        mean = variance * (centre / sigma**2 + thetas.sum(0) / beta**2)
-        yield from (mean + variance**0.5 * gaussian_noise(phi, generator) for _ in range(steps))
-        return
-    factor = N if scale == "N" else 1
-    eta = step_share * 4.0 / (factor / beta**2 + sigma**-2)
-    for _ in range(steps):
-        i = int(torch.randint(N, (), generator=generator, device=generator.device))
-        gradient = factor * (thetas[i] - phi) / beta**2
-        noise = gaussian_noise(phi, generator)
-        phi = euler(phi, gradient, prior, step_size=eta, temperature=1.0, noise=noise)
-        yield phi
+    def _draws(self, posterior: FixedThetaPosterior, generator: torch.Generator) -> Iterator[Tensor]:
+        if self.update == "gibbs":
+            return exact_draws(posterior, generator)
+        order = random_order(len(posterior.thetas), generator)
+        return phi_chain(posterior, order, self.step_share * posterior.step_limit, generator)

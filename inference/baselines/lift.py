@@ -12,9 +12,11 @@ from typing import Literal, NamedTuple
 from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Posterior, finetuned
 from pyro_lift.inference.meta_test import best_start, meta_test_program
 from pyro_lift.inference.rules import langevin
-from pyro_lift.lift import AdaptSettings, LiFT, LiFTPrior, LiFTSettings
+from pyro_lift.lift import LiFT
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
+from pyro_lift.prior import LiFTPrior
+from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_choice
 
 __all__ = ["LiFTMethod", "LiFTState"]

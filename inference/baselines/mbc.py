@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from pyro_lift.inference.baselines.library import TrainedLibrary, train_library
 from pyro_lift.inference.baselines.protocol import Budget, Ensemble, finetuned
 from pyro_lift.inference.baselines.union_train import union_train
-from pyro_lift.inference.baselines.zoo import Zoo, train_zoo
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number
@@ -64,7 +64,7 @@ class MBC:
     components: int = 5
     sparsity: float = 0.8
     dimensions: int = 64
-    zoo: Zoo | None = None
+    zoo: TrainedLibrary | None = None
 
     def __post_init__(self) -> None:
         check_number("sparsity", self.sparsity, open_below=False)
@@ -75,7 +75,7 @@ class MBC:
 
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> MBCState:
         """Train the library, cluster it, and train one LoRA a cluster."""
-        zoo = self.zoo or train_zoo(self.adapter, tasks, self.budget, on_step=on_step)
+        zoo = self.zoo or train_library(self.adapter, tasks, self.budget, on_step=on_step)
         labels = self.cluster(zoo)
         total = self.budget.warm_up + self.budget.visits
         thetas = []
@@ -85,7 +85,7 @@ class MBC:
             thetas.append(self._train(members, steps, on_step))
         return MBCState(torch.stack(thetas), labels, zoo.meta_steps + total)
 
-    def cluster(self, zoo: Zoo) -> tuple[int, ...]:
+    def cluster(self, zoo: TrainedLibrary) -> tuple[int, ...]:
         """The cluster of each task."""
         changes = zoo.thetas - self.adapter.initial
         return cluster(changes, self.components, self.sparsity, self.dimensions, self.budget.seed)

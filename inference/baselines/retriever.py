@@ -9,7 +9,7 @@ Cost: one LoRA a task, all minibatches of the budget together; a new task costs 
 Our choices: the authors retrieve for each input with a sentence encoder trained for it; here a new task has data to
 adapt to, so retrieval is by task, the mean embedding of up to 20 inputs by the frozen backbone, and the composition is
 the start of the fine-tuning that all methods have (the paper's numbers, at the level of No Meta Train, say as much).
-Mixtures are brought back to the adapter's rank, see :mod:`pyro_lift.inference.baselines.zoo`.
+Mixtures are brought back to the adapter's rank, see :mod:`pyro_lift.inference.baselines.library`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_lift.inference.baselines.library import TrainedLibrary, nearest, task_key, train_library
 from pyro_lift.inference.baselines.protocol import Budget, Ensemble, finetuned
-from pyro_lift.inference.baselines.zoo import Zoo, fusion, mixture, nearest, task_key, train_zoo
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.lora_factors import fusion, mixture
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_choice, check_number
 
@@ -50,18 +51,18 @@ class LoRARetriever:
     budget: Budget = field(default_factory=Budget)
     composition: Literal["mixture", "fusion"] = "mixture"
     components: int | None = 5
-    zoo: Zoo | None = None
+    zoo: TrainedLibrary | None = None
 
     def __post_init__(self) -> None:
         check_choice("composition", self.composition, ["mixture", "fusion"])
         if self.components is not None:
             check_number("components", self.components, least=1, open_below=False, whole=True)
 
-    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> Zoo:
+    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> TrainedLibrary:
         """Train the library, one LoRA a task."""
-        return self.zoo or train_zoo(self.adapter, tasks, self.budget, on_step=on_step)
+        return self.zoo or train_library(self.adapter, tasks, self.budget, on_step=on_step)
 
-    def compose(self, state: Zoo, task: Task) -> Tensor:
+    def compose(self, state: TrainedLibrary, task: Task) -> Tensor:
         """The start for a task ``[D]``."""
         chosen = nearest(state.keys, task_key(self.adapter, task), self.components)
         weights = torch.full((len(chosen),), 1.0 / len(chosen), dtype=state.thetas.dtype, device=state.thetas.device)
@@ -69,6 +70,6 @@ class LoRARetriever:
             return fusion(state.thetas[chosen], weights)
         return mixture(self.adapter, state.thetas[chosen], weights)
 
-    def adapt(self, state: Zoo, task: Task, *, seed: int | None = None) -> Ensemble:
+    def adapt(self, state: TrainedLibrary, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the composition."""
         return finetuned(self.adapter, task, self.compose(state, task), self.budget, seed)

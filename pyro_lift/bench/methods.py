@@ -32,10 +32,10 @@ from pyro_lift.bench.problems import DIGITS, Experiment, MethodsSettings, Proble
 from pyro_lift.bench.records import format_table, write_records
 from pyro_lift.bench.scores import scores
 from pyro_lift.inference.baselines import BASELINES, Baseline, Budget
+from pyro_lift.inference.baselines.library import TrainedLibrary, train_library
 from pyro_lift.inference.baselines.union_train import warm_up
-from pyro_lift.inference.baselines.zoo import Zoo, train_zoo
 from pyro_lift.inference.sgld import DivergedError
-from pyro_lift.lift import LiFTSettings
+from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_choice
 
 __all__ = [
@@ -111,7 +111,7 @@ class Shared(NamedTuple):
 
     warm_start: Tensor
     warm_seconds: float
-    zoo: Zoo | None
+    zoo: TrainedLibrary | None
     zoo_seconds: float
 
 
@@ -138,7 +138,7 @@ def _shared(problem: Problem, settings: MethodsSettings, names: Sequence[str], s
     if wanted is None:
         return Shared(warm, warm_seconds, None, 0.0)
     zoo_budget = budget_of(problem, settings, choice_of(wanted), seed)
-    zoo, zoo_seconds = _timed(lambda: train_zoo(problem.adapter, problem.train, zoo_budget))
+    zoo, zoo_seconds = _timed(lambda: train_library(problem.adapter, problem.train, zoo_budget))
     return Shared(warm, warm_seconds, zoo, zoo_seconds)
 
 
@@ -303,7 +303,7 @@ def tune(
     settings = replace(settings or MethodsSettings(), num_test=2)
     problem = experiment.problem(settings, TUNING_SEED, "dev")
     warm, _ = _timed(lambda: warm_up(problem.adapter, problem.train, budget_of(problem, settings, Choice(), 0)))
-    zoos: dict[float, Zoo] = {}
+    zoos: dict[float, TrainedLibrary] = {}
     chosen = {}
     for group in groups or list(GRIDS):
         states: dict[str, Any] = {}
@@ -320,14 +320,14 @@ def _judged(
     group: str,
     choice: Choice,
     warm: Tensor,
-    zoos: dict[float, Zoo],
+    zoos: dict[float, TrainedLibrary],
     states: dict[str, Any],
 ) -> float:
     zoo = None
     if group.startswith(ZOO):
         rate = choice.meta_learning_rate
         if rate not in zoos:
-            zoos[rate] = train_zoo(problem.adapter, problem.train, budget_of(problem, settings, choice, 0))
+            zoos[rate] = train_library(problem.adapter, problem.train, budget_of(problem, settings, choice, 0))
         zoo = zoos[rate]
     method = method_of(problem, settings, group, choice, 0, Shared(warm, 0.0, zoo, 0.0))
     key = repr(choice._replace(learning_rate=0.0))

@@ -31,9 +31,9 @@ from pyro_lift.inference.adapt import HeadPolicy
 from pyro_lift.inference.baselines import BASELINES, Baseline, Budget
 from pyro_lift.inference.predict import predict
 from pyro_lift.inference.sgld import DivergedError
-from pyro_lift.lift import LiFTSettings
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task
+from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_number
 
 __all__ = [

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_lift.base_model import check_base, describe_base
 from pyro_lift.inference.online_em import OnlineGaussianMixture
-from pyro_lift.lift import AdaptSettings, LiFTPrior, LiFTSettings, TaskPosterior
-from pyro_lift.model_card import posterior_card, prior_card
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.task import Rows, Task
-from pyro_lift.peft_folder import config_from_dict, config_to_dict, write_peft
+from pyro_lift.saving.base_model import check_base, describe_base
+from pyro_lift.saving.model_card import posterior_card, prior_card
+from pyro_lift.saving.parts import PosteriorParts, PriorParts, Savable, SavablePosterior, SavablePrior
+from pyro_lift.saving.peft_folder import config_from_dict, config_to_dict, write_peft
+from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.archive import (
     DamagedError,
     check_format,
@@ -39,9 +40,9 @@ from pyro_lift.support.archive import (
 from pyro_lift.support.schema import from_dict
 
 __all__ = [
+    "export_library",
     "export_posterior",
     "export_prior",
-    "export_zoo",
     "load_posterior",
     "load_prior",
     "push",
@@ -71,7 +72,7 @@ _POSTERIOR_KEYS = {**_ADAPTER_KEYS, "task": dict, "component": int}
 # ------------------------------------------------------------------------------------------------------------- priors
 
 
-def save_prior(prior: LiFTPrior, folder: Path) -> Path:
+def save_prior(prior: SavablePrior, folder: Path) -> Path:
     """Write a prior's folder; files of an older one are replaced when all of the new ones are on the disk."""
     adapter, mixture = prior.adapter, prior.mixture
     if mixture.seen == 0:
@@ -106,7 +107,7 @@ def load_prior(
     check: bool = True,
     options: Mapping[str, Any] | None = None,
     **download: Any,
-) -> LiFTPrior:
+) -> PriorParts:
     """A prior from its folder, or from a repository of the hub.
 
     Args:
@@ -140,15 +141,9 @@ def load_prior(
                 f"{file}: tensor 'second_moment.theta' has shape {tuple(x.shape)}, not ({adapter.dim},)."
             )
     adapter.initial.copy_(tensors["initial"])
-    return LiFTPrior(
-        adapter,
-        mixture,
-        settings,
-        adapt_settings,
-        moments,
-        seed=config.get("seed"),
-        tasks=tuple(map(str, config["tasks"])),
-        results=config["results"],
+    tasks = tuple(map(str, config["tasks"]))
+    return PriorParts(
+        adapter, mixture, settings, adapt_settings, moments, config.get("seed"), tasks, dict(config["results"])
     )
 
 
@@ -193,7 +188,7 @@ def _check_tensor(file: Path, name: str, x: Tensor | None, shape: tuple[int, ...
 # --------------------------------------------------------------------------------------------------------- posteriors
 
 
-def save_posterior(posterior: TaskPosterior, folder: Path) -> Path:
+def save_posterior(posterior: SavablePosterior, folder: Path) -> Path:
     """Write a posterior's folder: its draws, what is needed to predict with them, and a PEFT adapter of their mean."""
     task = posterior.task
     tensors = {"theta": posterior.thetas} | ({} if posterior.heads is None else {"head": posterior.heads})
@@ -230,7 +225,7 @@ def load_posterior(
     check: bool = True,
     options: Mapping[str, Any] | None = None,
     **download: Any,
-) -> TaskPosterior:
+) -> PosteriorParts:
     """A posterior from its folder or from the hub; see :func:`load_prior`.
 
     Args:
@@ -257,9 +252,8 @@ def load_posterior(
         task = _task_without_rows(path, config["task"], _part(tensors, "label_texts."))
     elif task.name != config["task"].get("name"):
         raise ValueError(f"{path}: draws for the task {config['task'].get('name')!r}, not {task.name!r}.")
-    posterior = TaskPosterior(adapter, task, tensors["theta"], heads, config["component"])
-    posterior.results = config.get("results") or {}
-    return posterior
+    results = dict(config.get("results") or {})
+    return PosteriorParts(adapter, task, tensors["theta"], heads, config["component"], results)
 
 
 def _task_without_rows(path: Path, about: dict[str, Any], texts: dict[str, Tensor]) -> Task:
@@ -283,12 +277,12 @@ def _task_without_rows(path: Path, about: dict[str, Any], texts: dict[str, Tenso
 # ------------------------------------------------------------------------------------------------------- PEFT exports
 
 
-def export_prior(prior: LiFTPrior, folder: Path, which: str | int = "phi") -> Path:
+def export_prior(prior: SavablePrior, folder: Path, which: str | int = "phi") -> Path:
     """One PEFT folder: ``"phi"`` (the mixture's mean), a component's number, or a meta-training task's name."""
     return write_peft(prior.adapter, _chosen(prior, which), folder)
 
 
-def export_zoo(prior: LiFTPrior, folder: Path) -> list[Path]:
+def export_library(prior: SavablePrior, folder: Path) -> list[Path]:
     """PEFT folders ``phi``, ``component-0`` ..., and ``task-NAME`` for every task that meta-training still holds."""
     found: dict[str, str | int] = {"phi": "phi"}
     found |= {f"component-{k}": k for k in range(prior.mixture.components)}
@@ -297,7 +291,7 @@ def export_zoo(prior: LiFTPrior, folder: Path) -> list[Path]:
     return [export_prior(prior, folder / name, which) for name, which in found.items()]
 
 
-def export_posterior(posterior: TaskPosterior, folder: Path, which: str | int = "mean") -> Path:
+def export_posterior(posterior: SavablePosterior, folder: Path, which: str | int = "mean") -> Path:
     """One PEFT folder: ``"mean"``, or a draw's number; a head of the task's own is ``head.safetensors`` beside it."""
     draws = len(posterior.thetas)
     if which == "mean":
@@ -312,7 +306,7 @@ def export_posterior(posterior: TaskPosterior, folder: Path, which: str | int = 
     return folder
 
 
-def _chosen(prior: LiFTPrior, which: str | int) -> Tensor:
+def _chosen(prior: SavablePrior, which: str | int) -> Tensor:
     K = prior.mixture.components
     if isinstance(which, int) and not isinstance(which, bool):
         if not 0 <= which < K:
@@ -324,18 +318,18 @@ def _chosen(prior: LiFTPrior, which: str | int) -> Tensor:
     return prior.theta(str(which))
 
 
-def _component(prior: LiFTPrior, k: int) -> Tensor:
+def _component(prior: SavablePrior, k: int) -> Tensor:
     return prior.mixture.moments.mean[k]
 
 
-def _heaviest(prior: LiFTPrior) -> int:
+def _heaviest(prior: SavablePrior) -> int:
     return int(prior.mixture.moments.weight.argmax())
 
 
 # ---------------------------------------------------------------------------------------------------------------- hub
 
 
-def push(thing: LiFTPrior | TaskPosterior, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
+def push(thing: Savable, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
     """Save into a temporary folder and upload it; returns the commit's address.
 
     Args:

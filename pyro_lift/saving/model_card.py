@@ -6,10 +6,9 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pyro_lift.lift import LiFTPrior, TaskPosterior
+from pyro_lift.saving.parts import SavablePosterior, SavablePrior
 
 __all__ = ["posterior_card", "prior_card"]
 
@@ -85,7 +84,7 @@ Written by {versions}.
 """
 
 
-def prior_card(prior: LiFTPrior, config: Mapping[str, Any]) -> str:
+def prior_card(prior: SavablePrior, config: Mapping[str, Any]) -> str:
     """The README.md of a prior's folder."""
     weight, mean, variance = prior.mixture.moments
     rows = [
@@ -104,7 +103,7 @@ def prior_card(prior: LiFTPrior, config: Mapping[str, Any]) -> str:
     )
 
 
-def posterior_card(posterior: TaskPosterior, config: Mapping[str, Any]) -> str:
+def posterior_card(posterior: SavablePosterior, config: Mapping[str, Any]) -> str:
     """The README.md of a posterior's folder."""
     about = [[key, f"`{json.dumps(value)}`"] for key, value in config["task"].items()]
     head = "" if posterior.heads is None else "\nThe task's own linear head is `head.safetensors` (`weight`, `bias`)."
@@ -140,7 +139,7 @@ def _header(base: str | None) -> str:
     return "\n".join([*lines, "---", ""])
 
 
-def _settings(prior: LiFTPrior) -> dict[str, Any]:
+def _settings(prior: SavablePrior) -> dict[str, Any]:
     adapt = {f"adapt.{name}": value for name, value in dataclasses.asdict(prior.adapt_settings).items()}
     return {**dataclasses.asdict(prior.settings), "seed": prior.seed, **adapt}
 

@@ -1,0 +1,86 @@
+r"""A library of LoRAs: one for each meta-training task, what each task reads, and how LoRAs are put together.
+
+All are trained from one common start: an average of adapters means something only in one gauge.
+
+.. math:: \text{fusion:}\quad B = \sum_i w_i B_i,\; A = \sum_i w_i A_i, \qquad
+          \text{mixture:}\quad \Delta W = \sum_i w_i B_i A_i
+
+A mixture of K LoRAs of rank r is one of rank r K. It is brought back to rank r by the singular value decomposition of
+each product, so that it can be a start: exact where the sum has rank r or less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from pyro_lift.inference.baselines.protocol import Budget, check_tasks, finetuned
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.features import features
+from pyro_lift.models.task import Task
+
+__all__ = ["TrainedLibrary", "nearest", "task_key", "train_library"]
+
+#: Inputs of a task that its key is the mean of, as LoRA-Retriever takes them.
+EXAMPLES = 20
+
+
+class TrainedLibrary(NamedTuple):
+    """The library.
+
+    Attributes:
+        thetas: ``[N, D]``, one adapter a task.
+        keys: ``[N, E]``, what the tasks read.
+        names: of the tasks.
+        meta_steps: minibatches it took.
+    """
+
+    thetas: Tensor
+    keys: Tensor
+    names: tuple[str, ...]
+    meta_steps: int
+
+
+def train_library(
+    adapter: RandomAdapter, tasks: Sequence[Task], budget: Budget, *, on_step: Callable[[], None] | None = None
+) -> TrainedLibrary:
+    """Fine-tune one LoRA for each task from the adapter's own start; its mean over the late iterates is kept.
+
+    The minibatches of warm-up and visits together are shared out among the tasks; the rate is the meta-training one.
+    """
+    tasks = check_tasks(tasks, adapter.initial.device)
+    steps = max((budget.warm_up + budget.visits) // len(tasks), 2)
+    thetas = []
+    for number, task in enumerate(tasks):
+        found = finetuned(
+            adapter,
+            task,
+            adapter.initial.clone(),
+            budget,
+            budget.seed + number,
+            steps=steps,
+            draws=min(budget.draws, steps // 2),
+            learning_rate=budget.meta_learning_rate,
+        )
+        thetas.append(found.thetas.mean(0))
+        if on_step is not None:
+            on_step()
+    keys = torch.stack([task_key(adapter, task) for task in tasks])
+    return TrainedLibrary(torch.stack(thetas), keys, tuple(task.name for task in tasks), steps * len(tasks))
+
+
+@torch.no_grad()
+def task_key(adapter: RandomAdapter, task: Task, examples: int = EXAMPLES) -> Tensor:
+    """Mean embedding ``[E]`` of a task's first inputs, by the network without adaptation."""
+    rows = task.train.take(slice(0, examples)).to(adapter.initial.device)
+    return features(adapter, rows, adapter.initial).mean(0)
+
+
+def nearest(keys: Tensor, key: Tensor, number: int | None) -> Tensor:
+    """Indices of the keys with the highest cosine to a key; all of them for None."""
+    similarity = normalize(keys, dim=-1) @ normalize(key, dim=-1)
+    return similarity.topk(len(keys) if number is None else min(number, len(keys))).indices

@@ -1,0 +1,142 @@
+r"""A prior from LoRAs that exist already: the hierarchy with every theta_i held fixed (Table 5, "Fixed theta_i").
+
+.. math:: \phi \sim \mathcal N(0, \sigma^2 I), \qquad \theta_i \mid \phi \sim \mathcal N(\phi, \beta^2 I)
+          \quad\text{with } \theta_1, \dots, \theta_N \text{ given}
+
+``exact``
+    :math:`\phi \mid \theta_{1..N} \sim \mathcal N(v S / \beta^2, v I)`, :math:`v = (N/\beta^2 + 1/\sigma^2)^{-1}`.
+``mixture``
+    K components fitted by batch EM to the theta_i themselves, with the variance within each.
+``chain``
+    The paper's: Langevin steps of phi with the gradient of one task at a time (Eq. 9 with J = c (theta_i - phi) /
+    beta^2), its draws summarised by online EM.
+
+None of them touches the backbone. All average weights over adapters, which means something only where all adapters
+started from the same initial factors: A B = (A R)(R^-1 B) for any R, and a training run keeps the R it began with.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyro_lift.inference.fixed_theta import FixedThetaPosterior, exact_prior, phi_chain
+from pyro_lift.inference.offline_em import Moments, fit
+from pyro_lift.inference.online_em import OnlineGaussianMixture
+from pyro_lift.models.lora_factors import aligned
+from pyro_lift.saving.library import COMMON_START, common_start, read_library
+from pyro_lift.saving.parts import PriorParts
+from pyro_lift.settings import LiFTSettings
+from pyro_lift.support.options import check_choice, check_number
+
+__all__ = ["prior_from_adapters"]
+
+Method = Literal["exact", "mixture", "chain"]
+
+
+def prior_from_adapters(
+    folders: Sequence[str | Path],
+    backbone: nn.Module,
+    *,
+    method: Method = "exact",
+    components: int = 1,
+    beta: float | None = None,
+    scale: Literal["N", "1"] = "N",
+    step_size: float | None = None,
+    align: bool = False,
+    settings: LiFTSettings | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> PriorParts:
+    """A prior over the weights of LoRAs that were trained already.
+
+    Args:
+        folders: PEFT folders, at least two, of one rank, one set of layers, one scale and one base model.
+        backbone: the base model: plain, as a PEFT model or as a RandomAdapter.
+        method: ``"exact"``, ``"mixture"`` or ``"chain"``.
+        components: K, of ``mixture`` and ``chain``.
+        beta: standard deviation of a task's weights around phi; None takes the adapters' own root mean square
+            distance from their mean, by coordinate.
+        scale: of ``chain``, the factor c on one task's gradient: ``"N"`` is unbiased; ``"1"`` is the paper's text, and
+            another target.
+        step_size: of ``chain``, eta; None takes 0.2 pi^2 beta^2 / N^2 (or / N for scale 1).
+        align: rotate each product's factors towards the others' (the products stay what they are), for adapters that
+            started from different factors.
+        settings: for adaptation, and sigma, burn_in, samples and thinning of ``chain``; None takes the defaults.
+        seed: of the chain and of EM.
+        options: of :class:`~pyro_lift.models.adapters.RandomAdapter`, such as a readout.
+
+    Raises:
+        ValueError: a folder that is not a PEFT adapter, or adapters that cannot share one space; names both.
+    """
+    check_choice("method", method, ["exact", "mixture", "chain"])
+    check_choice("scale", scale, ["N", "1"])
+    check_number("components", components, least=1, open_below=False, whole=True)
+    if method == "exact" and components != 1:
+        raise ValueError(f"components={components}: the exact posterior of phi is one Gaussian. Use method='mixture'.")
+    library = read_library(folders, backbone, options)
+    agreement = common_start(library)
+    if align:
+        library = library._replace(thetas=aligned(library.adapter, library.thetas))
+    elif agreement is not None and agreement[0] < COMMON_START:
+        warnings.warn(
+            f"the A factors of {agreement[1]} and {agreement[2]} have a cosine of {agreement[0]:.2f}: they did not "
+            "start from the same initial factors, and averages over such adapters mean little. Train the library from "
+            "one common start, or pass align=True, which rotates the factors and leaves the products as they are.",
+            UserWarning,
+            stacklevel=3,
+        )
+    spread = float((library.thetas - library.thetas.mean(0)).square().mean().sqrt())
+    if beta is None and not spread > 0.0:
+        raise ValueError(
+            "the adapters are all the same, so beta cannot be told from them. Please pass a value for beta."
+        )
+    s = replace(
+        settings or LiFTSettings(), beta=spread if beta is None else beta, components=components, prior_mean="zero"
+    )
+    if method == "exact":
+        mean, variance = exact_prior(library.thetas, s.beta, s.sigma)
+        width = 1 if s.covariance == "spherical" else library.adapter.dim
+        moments = Moments(torch.ones(1), mean.unsqueeze(0), torch.full((1, width), variance))
+        mixture = _mixture(s, moments, len(library.thetas))
+    elif method == "mixture":
+        mixture = _mixture(s, fit(library.thetas, components, s.covariance, seed=seed)[0], len(library.thetas))
+    else:
+        mixture = OnlineGaussianMixture(components, s.covariance, seed=seed)
+        for phi in _chain(library.thetas, s, scale, step_size, seed):
+            mixture.update(phi)
+    library.adapter.initial.copy_(library.thetas.mean(0))
+    results: dict[str, Any] = {"adapters": len(library.thetas), "method": method, "spread (sd of a coordinate)": spread}
+    if agreement is not None:
+        results["least cosine of the A factors"] = agreement[0]
+    return PriorParts(library.adapter, mixture, s, None, {}, seed, library.names, results)
+
+
+def _chain(
+    thetas: Tensor, settings: LiFTSettings, scale: Literal["N", "1"], step_size: float | None, seed: int
+) -> Iterator[Tensor]:
+    """Yield the kept draws of the paper's chain, the tasks in turn."""
+    s, N = settings, len(thetas)
+    posterior = FixedThetaPosterior(thetas, torch.zeros_like(thetas[0]), s.beta, s.sigma, scale, s.temperature)
+    eta = 0.2 * math.pi**2 * s.beta**2 / (N * posterior.factor) if step_size is None else step_size
+    check_number("step_size", eta)
+    generator = torch.Generator(device=thetas.device).manual_seed(seed)
+    draws = phi_chain(posterior, cycle(range(N)), eta, generator)
+    return islice(draws, s.burn_in + s.thinning - 1, s.burn_in + s.samples * s.thinning, s.thinning)
+
+
+def _mixture(settings: LiFTSettings, moments: Moments, seen: int) -> OnlineGaussianMixture:
+    """A finished mixture that counts as N draws."""
+    mixture = OnlineGaussianMixture(settings.components, settings.covariance)
+    tensors = {f"{part}.{name}": x for part in ("moments", "average") for name, x in moments._asdict().items()}
+    numbers = torch.tensor([float(seen), float(seen), 0.0], dtype=torch.float64)
+    mixture.load_state_dict({**tensors, "numbers": numbers, "floor": moments.variance.min() * 1e-6})
+    return mixture

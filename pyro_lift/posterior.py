@@ -1,0 +1,95 @@
+"""The posterior of one task: draws of its weights, and the predictions they average to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_lift.inference.predict import predict
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.task import Rows, Task, as_rows
+from pyro_lift.saving.folders import export_posterior, load_posterior, push, save_posterior
+
+__all__ = ["TaskPosterior"]
+
+
+class TaskPosterior:
+    """Draws of one task's weights, and the predictions they average to.
+
+    Attributes:
+        thetas: draws ``[S, D]``.
+        heads: draws of the task's own head ``[S, C, width + 1]``, or None.
+        component: the mixture component the chain started from.
+        results: measures to be saved with it, by name.
+    """
+
+    def __init__(
+        self,
+        adapter: RandomAdapter,
+        task: Task,
+        thetas: Tensor,
+        heads: Tensor | None = None,
+        component: int = 0,
+        mcmc: Any = None,
+        *,
+        results: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.adapter, self.task, self.thetas, self.heads = adapter, task, thetas, heads
+        self.component, self.mcmc = component, mcmc
+        self.results = dict(results or {})
+
+    def __repr__(self) -> str:
+        return f"TaskPosterior(task={self.task.name!r}, draws={len(self.thetas)}, dim={self.adapter.dim})"
+
+    def predict(self, inputs: Any) -> Tensor:
+        """Probabilities ``[n, C]`` averaged over the draws (regression: means).
+
+        Args:
+            inputs: a tensor, a mapping of tensors by input name, or :class:`~pyro_lift.models.task.Rows`.
+        """
+        if isinstance(inputs, Rows):
+            rows = inputs
+        else:
+            first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
+            rows = replace(as_rows((inputs, torch.zeros(len(first))), "inputs"), shared=self.task.train.shared)
+        rows = rows.to(self.adapter.initial.device)
+        return predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
+
+    def save_pretrained(self, folder: str | Path, *, results: Mapping[str, Any] | None = None) -> Path:
+        """Write a folder: the draws, what predictions need, a model card, and a PEFT adapter of the mean."""
+        self.results |= dict(results or {})
+        return save_posterior(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        backbone: nn.Module,
+        task: Task | None = None,
+        *,
+        check_base: bool = True,
+        **options: Any,
+    ) -> TaskPosterior:
+        """A posterior from its folder or the hub, as :meth:`LiFTPrior.from_pretrained`.
+
+        Args:
+            source: a folder, or ``"user/name"``.
+            backbone: the base model.
+            task: the task itself; None makes one without data, which is all that predictions need.
+            check_base: whether another base model is refused.
+            options: as of :meth:`LiFTPrior.from_pretrained`.
+        """
+        return cls(**load_posterior(source, backbone, task, check=check_base, **options)._asdict())
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
+        """Upload the folder of :meth:`save_pretrained` to the hub; returns the commit's address."""
+        return push(self, repo_id, private=private, **options)
+
+    def to_peft(self, folder: str | Path, which: str | int = "mean") -> Path:
+        """Write an ordinary PEFT adapter folder: ``"mean"``, or a draw's number."""
+        return export_posterior(self, Path(folder), which)

@@ -1,0 +1,283 @@
+"""The prior that meta-training leaves: a Gaussian mixture over phi, ready to adapt to new tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
+from torch import Tensor, nn
+
+from pyro_lift.adapter_library import prior_from_adapters
+from pyro_lift.inference.kernels import MCMC, SGLD
+from pyro_lift.inference.meta_test import best_start, best_starts, meta_test_program
+from pyro_lift.inference.online_em import OnlineGaussianMixture
+from pyro_lift.inference.progress import chain_bar
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.flat import FlatBlock
+from pyro_lift.models.hierarchical import agree
+from pyro_lift.models.priors import broadened
+from pyro_lift.models.task import Task
+from pyro_lift.posterior import TaskPosterior
+from pyro_lift.saving.folders import export_library, export_prior, load_prior, push, save_prior
+from pyro_lift.settings import AdaptSettings, LiFTSettings
+from pyro_lift.support.options import check_choice, check_number
+
+__all__ = ["LiFTPrior"]
+
+
+class LiFTPrior:
+    """What the tasks share: a Gaussian mixture over phi, ready to adapt to a new task.
+
+    Attributes:
+        adapter: the network as a function of theta.
+        mixture: the :class:`~pyro_lift.inference.online_em.OnlineGaussianMixture` over phi.
+        settings: of meta-training.
+        second_moment: the preconditioner that meta-training learned, by local family; adaptation begins with it.
+        mcmc: the finished run, for :func:`pyro_lift.from_mcmc`; None for a prior that was loaded.
+        tasks: names of the tasks it was learned from, in order.
+        results: measures to be saved with it, by name.
+    """
+
+    def __init__(
+        self,
+        adapter: RandomAdapter,
+        mixture: OnlineGaussianMixture,
+        settings: LiFTSettings,
+        adapt_settings: AdaptSettings | None = None,
+        second_moment: dict[str, Tensor] | None = None,
+        mcmc: Any = None,
+        seed: int | None = None,
+        *,
+        tasks: Sequence[str] = (),
+        results: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.adapter, self.mixture, self.settings = adapter, mixture, settings
+        self.tasks, self.results = tuple(tasks), dict(results or {})
+        self.adapt_settings = adapt_settings or AdaptSettings()
+        self.second_moment = second_moment or {}
+        self.mcmc = mcmc
+        self.seed = seed
+
+    def __repr__(self) -> str:
+        return f"LiFTPrior({self.mixture!r}, beta={self.settings.beta}, adapter={self.adapter!r})"
+
+    def merge(self, *others: LiFTPrior) -> LiFTPrior:
+        """This prior and those of other chains in one, as if their draws were one chain's.
+
+        Mixtures are merged by matching components, preconditioners averaged.
+
+        Args:
+            others: of the same tasks, settings and adapter, with other seeds; one process each is enough.
+
+        Raises:
+            ValueError: another model; names what differs.
+        """
+        for other in others:
+            for name in ("tasks", "settings"):
+                if getattr(self, name) != getattr(other, name):
+                    raise ValueError(f"the priors' {name} differ: only chains of one model can be merged.")
+            if not torch.equal(self.adapter.initial, other.adapter.initial.to(self.adapter.initial.device)):
+                raise ValueError(
+                    "the priors' adapters begin at other weights, around which phi's own prior stands: only chains of "
+                    "one model can be merged. Make one adapter and give it to each LiFT(adapter, seed=...)."
+                )
+        mixture = self.mixture
+        for other in others:
+            mixture = mixture.merge(other.mixture)
+        chains = [self, *others]
+        moments = {
+            k: torch.stack([p.second_moment[k].to(v) for p in chains]).mean(0) for k, v in self.second_moment.items()
+        }
+        return LiFTPrior(
+            self.adapter, mixture, self.settings, self.adapt_settings, moments, seed=self.seed, tasks=self.tasks
+        )
+
+    def adapt(self, task: Task, *, seed: int | None = None, progress: bool = False, **options: Any) -> TaskPosterior:
+        """Draw from the posterior of a new task's weights (Eq. 15-18).
+
+        Args:
+            task: its training rows.
+            seed: of this chain; None takes the prior's.
+            progress: whether to show a bar.
+            options: fields of :class:`AdaptSettings` to change for this task.
+
+        Raises:
+            ValueError: labels outside the head's range; before any training.
+            DivergedError: a loss that is not finite.
+        """
+        a = self._adapt_settings(options)
+        seed = self.seed if seed is None else seed
+        if seed is not None:
+            pyro.set_rng_seed(seed)
+        s, task = self.settings, task.to(self.adapter.initial.device)
+        mixture = self.mixture.get()
+        program = meta_test_program(
+            self.adapter,
+            task,
+            mixture,
+            beta=s.beta,
+            batch_size=a.batch_size,
+            head_scale=s.head_scale,
+            noise_scale=s.noise_scale,
+        )
+        start = best_start(program, mixture)
+        mcmc = self._run(program, start.theta, a, f"adapt to {task.name}", progress)
+        draws = mcmc.get_samples()
+        return TaskPosterior(self.adapter, task, draws["theta"], draws.get("head"), start.component, mcmc)
+
+    def adapt_many(
+        self,
+        tasks: Sequence[Task],
+        *,
+        block_size: int = 8,
+        seed: int | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> list[TaskPosterior]:
+        """:meth:`adapt` to several tasks; those of a block go through the network in one pass.
+
+        The same task several times gives as many independent chains. With the RMS preconditioner a block's chains
+        share the mean that its damping is relative to.
+
+        Args:
+            tasks: their training rows. Tasks that differ in kind, or with heads of their own in their number of
+                classes, are adapted to one by one.
+            block_size: tasks of one pass.
+            seed: of all chains; None takes the prior's.
+            progress: whether to show bars.
+            options: fields of :class:`AdaptSettings` to change.
+        """
+        check_number("block_size", block_size, least=1, open_below=False, whole=True)
+        if block_size == 1 or not agree(tasks, self.settings.head_scale):
+            return [self.adapt(task, seed=seed, progress=progress, **options) for task in tasks]
+        a = self._adapt_settings(options)
+        seed = self.seed if seed is None else seed
+        if seed is not None:
+            pyro.set_rng_seed(seed)
+        return [
+            posterior
+            for first in range(0, len(tasks), block_size)
+            for posterior in self._adapt_block(tasks[first : first + block_size], a, progress)
+        ]
+
+    def _adapt_block(self, tasks: Sequence[Task], a: AdaptSettings, progress: bool) -> list[TaskPosterior]:
+        s, mixture = self.settings, self.mixture.get()
+        tasks = [task.to(self.adapter.initial.device) for task in tasks]
+        program = FlatBlock(
+            self.adapter,
+            tasks,
+            broadened(mixture, s.beta),
+            batch_size=a.batch_size,
+            head_scale=s.head_scale,
+            noise_scale=s.noise_scale,
+        )
+        starts = best_starts(program, mixture)
+        names = f"{tasks[0].name} .. {tasks[-1].name}"
+        mcmc = self._run(program, torch.stack([start.theta for start in starts]), a, f"adapt to {names}", progress)
+        theta, head = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
+        return [
+            TaskPosterior(self.adapter, task, theta[:, k], None if head is None else head[:, k], start.component, mcmc)
+            for k, (task, start) in enumerate(zip(tasks, starts, strict=True))
+        ]
+
+    def _run(self, program: Any, start: Tensor, a: AdaptSettings, title: str, progress: bool) -> MCMC:
+        """The chain of Eq. 18 from a start."""
+        thinning = max(a.steps // 2 // a.draws, 1)
+        kernel = SGLD(
+            program,
+            step_size=2.0 * a.learning_rate,
+            temperature=a.temperature,
+            n_inflate=a.n_inflate,
+            integrator="exponential",
+            preconditioner="rms" if self.settings.preconditioner == "rms" else None,
+            second_moment=self.second_moment,
+            thinning=thinning,
+            site_step_scale={"head": self.settings.head_rate},
+            site_temperature={"head": self.settings.head_temperature},
+            init_strategy=init_to_value(values={"theta": start}, fallback=init_to_mean),
+        )
+        warmup_steps = a.steps - thinning * a.draws
+        with chain_bar(warmup_steps + a.draws, title, progress) as hook:
+            mcmc = MCMC(kernel, num_samples=a.draws, warmup_steps=warmup_steps, disable_progbar=True, hook_fn=hook)
+            mcmc.run()
+        return mcmc
+
+    def _adapt_settings(self, options: Mapping[str, Any]) -> AdaptSettings:
+        for name in options:
+            check_choice("setting", name, [f.name for f in fields(AdaptSettings)])
+        return replace(self.adapt_settings, **options)
+
+    def theta(self, task: str) -> Tensor:
+        """The latest weights ``[D]`` of a meta-training task; only while the run is at hand, they are not saved."""
+        check_choice("task", task, self.tasks)
+        if self.mcmc is None:
+            raise ValueError(f"the prior was loaded, and the weights of its tasks are not saved: task={task!r}.")
+        theta: Tensor = self.mcmc.kernel.theta(self.tasks.index(task))["theta"]
+        return theta
+
+    def save_pretrained(self, folder: str | Path, *, results: Mapping[str, Any] | None = None) -> Path:
+        """Write a folder: the mixture, all that its use needs, a model card, a PEFT adapter of its heaviest mean.
+
+        Args:
+            folder: made if it is not there; files of the same names are replaced.
+            results: measures by name, for the model card.
+        """
+        self.results |= dict(results or {})
+        return save_prior(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, backbone: nn.Module, *, check_base: bool = True, **options: Any
+    ) -> LiFTPrior:
+        """A prior from its folder, or from a repository of the hub.
+
+        Args:
+            source: a folder, or ``"user/name"``.
+            backbone: the base model: plain, as a PEFT model or as a
+                :class:`~pyro_lift.models.adapters.RandomAdapter`.
+            check_base: whether another base model is refused.
+            options: of ``huggingface_hub.snapshot_download``, such as ``revision`` and ``token``; ``options={...}``
+                of RandomAdapter, such as a readout.
+
+        Raises:
+            ValueError: a missing, truncated or altered file, a tensor that does not belong, another base model, a
+                newer format; names the file and the tensor.
+        """
+        return cls(**load_prior(source, backbone, check=check_base, **options)._asdict())
+
+    @classmethod
+    def from_adapters(cls, folders: Sequence[str | Path], backbone: nn.Module, **options: Any) -> LiFTPrior:
+        """A prior from LoRAs that exist already, every one a PEFT folder; no training.
+
+        Args:
+            folders: at least two, of one rank, one set of layers, one scale, one base model and one initialisation.
+            backbone: the base model.
+            options: of :func:`pyro_lift.adapter_library.prior_from_adapters`: ``method="exact"``, ``"mixture"`` or
+                ``"chain"``, ``components``, ``beta``, ``align``, ...
+
+        Raises:
+            ValueError: adapters that cannot share one space; names them.
+        """
+        return cls(**prior_from_adapters(folders, backbone, **options)._asdict())
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
+        """Upload the folder of :meth:`save_pretrained` to the hub; returns the commit's address."""
+        return push(self, repo_id, private=private, **options)
+
+    def to_peft(self, folder: str | Path, which: str | int = "phi") -> Path:
+        """Write an ordinary PEFT adapter folder.
+
+        Args:
+            folder: for ``peft.PeftModel.from_pretrained``, which needs no pyro_lift.
+            which: ``"phi"`` (the mixture's mean), a component's number, or the name of a meta-training task.
+        """
+        return export_prior(self, Path(folder), which)
+
+    def to_peft_zoo(self, folder: str | Path) -> list[Path]:
+        """PEFT folders of phi, of every component and, after meta-training, of every task."""
+        return export_library(self, Path(folder))

@@ -1,0 +1,97 @@
+"""Parts of what is saved: the attributes that a folder is written from, and what reading it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from pyro_lift.inference.online_em import OnlineGaussianMixture
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.task import Task
+from pyro_lift.settings import AdaptSettings, LiFTSettings
+
+__all__ = ["PosteriorParts", "PriorParts", "Savable", "SavablePosterior", "SavablePrior"]
+
+
+class PriorParts(NamedTuple):
+    """Arguments of :class:`~pyro_lift.prior.LiFTPrior`, by name.
+
+    Attributes:
+        adapter: the network as a function of theta.
+        mixture: over phi.
+        settings: of meta-training.
+        adapt_settings: of adaptation.
+        second_moment: the preconditioner's mean square, by local family.
+        seed: of the run.
+        tasks: names of the tasks it was learned from.
+        results: measures saved with it.
+    """
+
+    adapter: RandomAdapter
+    mixture: OnlineGaussianMixture
+    settings: LiFTSettings
+    adapt_settings: AdaptSettings | None
+    second_moment: dict[str, Tensor]
+    seed: int | None
+    tasks: tuple[str, ...]
+    results: dict[str, Any]
+
+
+class PosteriorParts(NamedTuple):
+    """Arguments of :class:`~pyro_lift.posterior.TaskPosterior`, by name.
+
+    Attributes:
+        adapter: the network as a function of theta.
+        task: what the draws are of; without rows where it was not given.
+        thetas: draws ``[S, D]``.
+        heads: draws of the task's own head, or None.
+        component: the mixture component the chain started from.
+        results: measures saved with it.
+    """
+
+    adapter: RandomAdapter
+    task: Task
+    thetas: Tensor
+    heads: Tensor | None
+    component: int
+    results: dict[str, Any]
+
+
+class SavablePrior(Protocol):
+    """A prior, as a folder is written from it."""
+
+    adapter: RandomAdapter
+    mixture: OnlineGaussianMixture
+    settings: LiFTSettings
+    adapt_settings: AdaptSettings
+    second_moment: dict[str, Tensor]
+    seed: int | None
+    tasks: tuple[str, ...]
+    results: dict[str, Any]
+    mcmc: Any
+
+    def theta(self, task: str) -> Tensor:
+        """Return the latest weights ``[D]`` of a meta-training task."""
+        ...
+
+
+class SavablePosterior(Protocol):
+    """A posterior, as a folder is written from it."""
+
+    adapter: RandomAdapter
+    task: Task
+    thetas: Tensor
+    heads: Tensor | None
+    component: int
+    results: dict[str, Any]
+
+
+class Savable(Protocol):
+    """A prior or a posterior, as it is uploaded."""
+
+    def save_pretrained(self, folder: str | Path, *, results: Mapping[str, Any] | None = None) -> Path:
+        """Write the folder."""
+        ...

@@ -1,0 +1,110 @@
+"""Settings of meta-training and of adaptation: frozen dataclasses, checked when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pyro_lift.support.options import check_choice, check_number
+
+__all__ = ["AdaptSettings", "LiFTSettings"]
+
+
+@dataclass(frozen=True)
+class AdaptSettings:
+    """How a new task is adapted to."""
+
+    steps: int = field(default=100, metadata={"help": "SGLD steps on the new task"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "move per step and weight; eta = 2 x this"})
+    temperature: float = field(default=1.0, metadata={"help": "variance of the noise; 0 switches it off"})
+    n_inflate: float = field(default=1.0, metadata={"help": "power on the likelihood"})
+    batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
+    draws: int = field(default=10, metadata={"help": "draws kept, evenly spaced over the last half of the steps"})
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, positive=("learning_rate", "n_inflate"), counts=("steps", "batch_size", "draws"))
+        check_number("temperature", self.temperature, open_below=False)
+        if self.steps < 2 * self.draws:
+            raise ValueError(f"steps={self.steps}: {self.draws} draws from the last half need {2 * self.draws} steps.")
+
+
+@dataclass(frozen=True)
+class LiFTSettings:
+    """Everything that meta-training needs beside the tasks and the backbone; ``beta`` and ``sigma`` are sds."""
+
+    components: int = field(default=1, metadata={"help": "K, components of the mixture over phi"})
+    covariance: Literal["diag", "spherical"] = field(default="diag", metadata={"help": "of each component"})
+    beta: float = field(default=0.03, metadata={"help": "standard deviation of a task's weights around phi"})
+    sigma: float = field(default=0.3, metadata={"help": "standard deviation of phi around its prior mean"})
+    prior_mean: Literal["adapter", "zero"] = field(
+        default="adapter", metadata={"help": "of phi: the adapter's initial weights, or zero (the paper's)"}
+    )
+    sgd_steps: int = field(default=300, metadata={"help": "joint training steps before the chain"})
+    sgd_learning_rate: float = field(default=3e-3, metadata={"help": "of those, Adam"})
+    burn_in: int = field(default=300, metadata={"help": "visits before the first draw"})
+    samples: int = field(default=600, metadata={"help": "draws of phi"})
+    thinning: int = field(default=1, metadata={"help": "visits per draw"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "move per visit and weight; eta = 2 x this"})
+    phi_update: Literal["gibbs", "langevin"] = field(
+        default="gibbs", metadata={"help": "of phi: an exact draw, or the paper's Langevin step"}
+    )
+    accumulator: Literal["exact", "table", "single"] = field(
+        default="table", metadata={"help": "of the Langevin step: J exact, the paper's table, or one task alone"}
+    )
+    phi_step_share: float = field(
+        default=0.1, metadata={"help": "of the Langevin step: share of the largest stable one"}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "variance of all noise in meta-training"})
+    n_inflate: float = field(
+        default=1.0,
+        metadata={"help": "power on the likelihood; tune it, 10 to 1000 where rows are few (docs/sampler.md)"},
+    )
+    batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
+    block_size: int = field(default=1, metadata={"help": "tasks of a visit; more than one go in one pass"})
+    share: int = field(
+        default=0, metadata={"help": "tasks of a visit that torchrun's processes share, in passes of block_size; 0: no"}
+    )
+    preconditioner: Literal["rms", "none"] = field(default="rms", metadata={"help": "scale of each weight's step"})
+    head_scale: float | None = field(
+        default=None, metadata={"help": "sd of a task's own linear head; none for a head shared by all tasks"}
+    )
+    noise_scale: float = field(default=1.0, metadata={"help": "sd of the noise in regression"})
+    head_rate: float = field(default=10.0, metadata={"help": "a head's step size over the adapter's"})
+    head_temperature: float = field(
+        default=0.0, metadata={"help": "variance of the noise in a head; 0 moves it to its mode, as all methods do"}
+    )
+
+    def __post_init__(self) -> None:
+        _check_numbers(
+            self,
+            positive=(
+                "beta",
+                "sigma",
+                "learning_rate",
+                "sgd_learning_rate",
+                "n_inflate",
+                "noise_scale",
+                "head_rate",
+                "phi_step_share",
+            ),
+            counts=("components", "samples", "thinning", "batch_size", "block_size"),
+        )
+        check_number("temperature", self.temperature, open_below=False)
+        check_number("head_temperature", self.head_temperature, open_below=False)
+        for name in ("sgd_steps", "burn_in", "share"):
+            check_number(name, getattr(self, name), open_below=False, whole=True)
+        check_choice("covariance", self.covariance, ["diag", "spherical"])
+        check_choice("phi_update", self.phi_update, ["gibbs", "langevin"])
+        check_choice("accumulator", self.accumulator, ["exact", "table", "single"])
+        check_choice("prior_mean", self.prior_mean, ["adapter", "zero"])
+        check_choice("preconditioner", self.preconditioner, ["rms", "none"])
+        if self.head_scale is not None:
+            check_number("head_scale", self.head_scale)
+
+
+def _check_numbers(settings: Any, *, positive: Sequence[str], counts: Sequence[str]) -> None:
+    for name in positive:
+        check_number(name, getattr(settings, name))
+    for name in counts:
+        check_number(name, getattr(settings, name), least=1, open_below=False, whole=True)
