@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_lift import OnlineGaussianMixture
 from pyro_lift.bench.records import format_table
 from pyro_lift.figures import COLOURS, new_figure, save_figure
-from pyro_lift.inference.offline_em import Moments, fit, log_densities
+from pyro_lift.inference.mixture.batch_em import Moments, fit, log_densities
 
 TRUTH = Moments(
     torch.tensor([1 / 3, 1 / 3, 1 / 3], dtype=torch.float64),

@@ -18,7 +18,7 @@ import numpy as np
 from pyro_lift.bench.unseen import UnseenSettings, benchmark_of, hold_out, parser, run, settings_of
 from pyro_lift.data import load_tasks
 from pyro_lift.data.vtab import VTAB
-from pyro_lift.inference.adapt import HeadPolicy
+from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 
 OWN = Path(__file__).resolve().parent.parent / "backbones" / "vit-patches"
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}

@@ -27,7 +27,7 @@ from torch.distributions.transforms import IndependentTransform, identity_transf
 from pyro_lift.inference.sgld import Drift
 from pyro_lift.models.priors import LocalGaussian, gaussian_at
 
-__all__ = ["Evaluation", "Latent", "LocalSite", "Observed", "PlateSize", "Program"]
+__all__ = ["Evaluation", "Latent", "LocalSite", "Observed", "PlateSize", "Program", "depends"]
 
 InitStrategy = Callable[[dict[str, Any]], Tensor]
 Rows = Mapping[str, Tensor]
@@ -362,3 +362,10 @@ class _PlateProbe(Messenger):
         if type(fn) is _Subsample:
             self.subsampled[msg["name"]] = fn.subsample_size is not None and fn.subsample_size < fn.size
             self.declared[msg["name"]] = fn.subsample_size
+
+
+def depends(quantity: Tensor, leaf: Tensor) -> bool:
+    """Whether the graph of ``quantity`` reaches ``leaf``."""
+    if not quantity.requires_grad:
+        return False
+    return torch.autograd.grad(quantity.sum(), leaf, retain_graph=True, allow_unused=True)[0] is not None

@@ -22,6 +22,7 @@ __all__ = [
     "Integrator",
     "SGLDInfo",
     "SGLDState",
+    "check_moved",
     "euler",
     "exponential",
     "init",
@@ -270,3 +271,16 @@ def check_finite(drift: Drift, step: int, tasks: tuple[int, ...] = ()) -> Tensor
             tasks,
         )
     return norm
+
+
+def check_moved(moved: Mapping[str, Tensor], step: int, tasks: tuple[int, ...]) -> None:
+    """Raise :class:`DivergedError` unless every moved value is finite."""
+    for name, value in moved.items():
+        if not torch.isfinite(value).all():
+            where = f"step {step}" + (f", task {', '.join(map(str, tasks))}" if tasks else "")
+            raise DivergedError(
+                f"{where}: the site {name!r} left the finite numbers. The chain has stopped at its last good state. "
+                "Use a smaller step_size.",
+                step,
+                tasks,
+            )

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_lift.diagnostics import from_mcmc as from_mcmc
     from pyro_lift.diagnostics import summarise as summarise
-    from pyro_lift.inference.kernels import MCMC as MCMC
-    from pyro_lift.inference.kernels import SGLD as SGLD
-    from pyro_lift.inference.kernels import SGLDGibbs as SGLDGibbs
-    from pyro_lift.inference.kernels import StreamingMCMC as StreamingMCMC
-    from pyro_lift.inference.online_em import OnlineGaussianMixture as OnlineGaussianMixture
+    from pyro_lift.inference.gibbs.kernel import SGLDGibbs as SGLDGibbs
+    from pyro_lift.inference.mcmc import MCMC as MCMC
+    from pyro_lift.inference.mcmc import StreamingMCMC as StreamingMCMC
+    from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture as OnlineGaussianMixture
     from pyro_lift.inference.sgld import DivergedError as DivergedError
+    from pyro_lift.inference.sgld_kernel import SGLD as SGLD
     from pyro_lift.lift import LiFT as LiFT
     from pyro_lift.models.adapters import RandomAdapter as RandomAdapter
     from pyro_lift.models.task import Task as Task
@@ -33,12 +33,12 @@ _HOME = {
     "LiFT": "lift",
     "LiFTPrior": "prior",
     "LiFTSettings": "settings",
-    "MCMC": "inference.kernels",
-    "OnlineGaussianMixture": "inference.online_em",
+    "MCMC": "inference.mcmc",
+    "OnlineGaussianMixture": "inference.mixture.online_em",
     "RandomAdapter": "models.adapters",
-    "SGLD": "inference.kernels",
-    "SGLDGibbs": "inference.kernels",
-    "StreamingMCMC": "inference.kernels",
+    "SGLD": "inference.sgld_kernel",
+    "SGLDGibbs": "inference.gibbs.kernel",
+    "StreamingMCMC": "inference.mcmc",
     "Task": "models.task",
     "TaskPosterior": "posterior",
     "from_mcmc": "diagnostics",

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lift.inference.fixed_theta import FixedThetaPosterior, exact_prior, phi_chain
-from pyro_lift.inference.offline_em import Moments, fit
-from pyro_lift.inference.online_em import OnlineGaussianMixture
+from pyro_lift.inference.mixture.batch_em import Moments, fit
+from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.lora_factors import aligned
 from pyro_lift.saving.library import COMMON_START, common_start, read_library
 from pyro_lift.saving.parts import PriorParts

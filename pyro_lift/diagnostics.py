@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyro_lift.inference.trace import ProjectedTrace, project
+from pyro_lift.inference.projections import ProjectedTrace, project
 from pyro_lift.models.adapters import RandomAdapter
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def from_mcmc(mcmc: Any, *, max_size: int = 64, coordinates: int = 32, seed: int
 
     Args:
         mcmc: a finished run. ``StreamingMCMC`` keeps no draws: give it a
-            :class:`~pyro_lift.inference.trace.ProjectedTrace` among its statistics.
+            :class:`~pyro_lift.inference.projections.ProjectedTrace` among its statistics.
         max_size: sites with more coordinates are replaced by ``<site>_projection``, a fixed random projection, and
             ``<site>_norm``, one norm per adapted module where the model has an adapter.
         coordinates: of that projection.

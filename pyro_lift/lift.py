@@ -15,13 +15,14 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from pyro.ops.streaming import StatsOfDict, StreamingStats
 from torch import Tensor, nn
 
-from pyro_lift.inference.accumulator import langevin_limit
 from pyro_lift.inference.checkpoint.session import Session
-from pyro_lift.inference.conjugate import NormalPair
-from pyro_lift.inference.kernels import SGLDGibbs, StreamingMCMC
-from pyro_lift.inference.online_em import OnlineGaussianMixture
+from pyro_lift.inference.gibbs.accumulator import langevin_limit
+from pyro_lift.inference.gibbs.conjugate import NormalPair
+from pyro_lift.inference.gibbs.kernel import SGLDGibbs
+from pyro_lift.inference.mcmc import StreamingMCMC
+from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.progress import chain_bar
-from pyro_lift.inference.trace import ProjectedTrace
+from pyro_lift.inference.projections import ProjectedTrace
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.hierarchical import AdapterHierarchy

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_lift.inference.predict import predict
+from pyro_lift.inference.adaptation.predict import predict
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task, as_rows
 from pyro_lift.saving.folders import export_posterior, load_posterior, push, save_posterior

@@ -13,10 +13,11 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor, nn
 
 from pyro_lift.adapter_library import prior_from_adapters
-from pyro_lift.inference.kernels import MCMC, SGLD
-from pyro_lift.inference.meta_test import best_start, best_starts, meta_test_program
-from pyro_lift.inference.online_em import OnlineGaussianMixture
+from pyro_lift.inference.adaptation.meta_testing import best_start, best_starts, meta_test_program
+from pyro_lift.inference.mcmc import MCMC
+from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.progress import chain_bar
+from pyro_lift.inference.sgld_kernel import SGLD
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.flat import FlatBlock
 from pyro_lift.models.hierarchical import agree
@@ -35,7 +36,7 @@ class LiFTPrior:
 
     Attributes:
         adapter: the network as a function of theta.
-        mixture: the :class:`~pyro_lift.inference.online_em.OnlineGaussianMixture` over phi.
+        mixture: the :class:`~pyro_lift.inference.mixture.online_em.OnlineGaussianMixture` over phi.
         settings: of meta-training.
         second_moment: the preconditioner that meta-training learned, by local family; adaptation begins with it.
         mcmc: the finished run, for :func:`pyro_lift.from_mcmc`; None for a prior that was loaded.

@@ -19,9 +19,9 @@ from test_hub import logits, trained
 from torch import Tensor, nn
 
 from pyro_lift import LiFTPrior, LiFTSettings
-from pyro_lift.inference import conjugate
-from pyro_lift.inference.conjugate import NormalPair
 from pyro_lift.inference.fixed_theta import FixedThetaPosterior, exact_prior, phi_chain
+from pyro_lift.inference.gibbs import conjugate
+from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone, recipe
 from pyro_lift.models.lora_factors import aligned

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_lift.inference.adapt import HeadPolicy
+from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.baselines import BASELINES, Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone

@@ -11,14 +11,14 @@ from test_baselines import SMALL, tiny_adapter, tiny_tasks
 from test_gradient_baselines import FULL, one_episode, spread
 from torch.distributions import Gamma, Independent, Normal, kl_divergence
 
-from pyro_lift.inference.adapt import HeadPolicy, Weights
+from pyro_lift.inference.adaptation.inner_loop import HeadPolicy, Weights
 from pyro_lift.inference.baselines.abml import ABML, GaussianWeights, divergence
 from pyro_lift.inference.baselines.bmaml import BMAML, chaser_loss, stein, stein_terms, stein_width
+from pyro_lift.inference.baselines.episodes import Heads
 from pyro_lift.inference.baselines.episodic import inner_loop, loss_of, scattered
 from pyro_lift.inference.baselines.imaml import ImplicitMAML
 from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.maml_mix import MAMLMix, mixture_weights
-from pyro_lift.inference.baselines.protocol import Heads
 
 
 def particles(number: int = 4, dim: int = 6) -> tuple[torch.Tensor, torch.Tensor]:

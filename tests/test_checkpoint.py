@@ -36,8 +36,8 @@ from torch import Tensor
 
 from pyro_lift import MCMC, SGLD, LiFT, SGLDGibbs, StreamingMCMC
 from pyro_lift.inference.checkpoint.session import RunStopped, Session
-from pyro_lift.inference.online_em import OnlineGaussianMixture
-from pyro_lift.inference.trace import ProjectedTrace
+from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
+from pyro_lift.inference.projections import ProjectedTrace
 from pyro_lift.models.backbones import recipe
 
 N, D = 6, 3

@@ -18,7 +18,7 @@ from test_hub import trained
 from torch import nn
 
 from pyro_lift import LiFTPrior, TaskPosterior
-from pyro_lift.inference.online_em import OnlineGaussianMixture
+from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.backbones import adapt_backbone, recipe
 from pyro_lift.support.archive import sealed, write_tensors
 

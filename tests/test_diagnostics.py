@@ -21,7 +21,7 @@ from torch import nn
 import pyro_lift
 from pyro_lift import SGLD, RandomAdapter, SGLDGibbs, from_mcmc, summarise
 from pyro_lift.diagnostics import SAMPLE_STATS
-from pyro_lift.inference.trace import ProjectedTrace, project, projection
+from pyro_lift.inference.projections import ProjectedTrace, project, projection
 
 az = pytest.importorskip("arviz")
 

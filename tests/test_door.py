@@ -15,7 +15,7 @@ from pyro.infer import MCMC
 from torch import Tensor, nn
 
 from pyro_lift import SGLD, DivergedError, LiFT, SGLDGibbs, Task
-from pyro_lift.inference.online_em import OnlineGaussianMixture
+from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.hierarchical import AdapterHierarchy
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from pyro_lift import SGLDGibbs
-from pyro_lift.inference import flat_visit, tiles
-from pyro_lift.inference.store import DeviceStore, row_sum
+from pyro_lift.inference import tiles
+from pyro_lift.inference.gibbs import long_vectors
+from pyro_lift.inference.stores.memory import DeviceStore
+from pyro_lift.inference.stores.store import row_sum
 
 D, N = 117, 3
 TILE = 32
@@ -51,7 +53,7 @@ def run(flat: bool, visits: int, model: Callable[[], None], **options: Any) -> t
 
 @pytest.fixture
 def short_is_long(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(flat_visit, "FLAT_FROM", 10)
+    monkeypatch.setattr(long_vectors, "FLAT_FROM", 10)
     monkeypatch.setattr(tiles, "TILE", TILE)
     return monkeypatch
 
@@ -75,7 +77,7 @@ def test_the_same_chain_as_the_plain_visit(short_is_long: pytest.MonkeyPatch, na
     """The last piece has 21 numbers, which is no multiple of the noise generator's groups of 16."""
     model = program(with_head)
     kernel, draws = run(True, 17, model, **CASES[name])
-    short_is_long.setattr(flat_visit, "FLAT_FROM", 10**9)
+    short_is_long.setattr(long_vectors, "FLAT_FROM", 10**9)
     plain, expected = run(False, 17, model, **CASES[name])
     torch.testing.assert_close(torch.stack(draws), torch.stack(expected), rtol=1e-9, atol=1e-11)
     for i in range(N):

@@ -11,8 +11,9 @@ from test_baselines import SMALL, tiny_adapter, tiny_tasks
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pyro_lift.inference.adapt import HeadPolicy, Weights
+from pyro_lift.inference.adaptation.inner_loop import HeadPolicy, Weights
 from pyro_lift.inference.baselines.boot_maml import BootstrappedMAML, predictive_divergence
+from pyro_lift.inference.baselines.episodes import Episode, Heads, episodes
 from pyro_lift.inference.baselines.episodic import loss_of, twice_differentiable
 from pyro_lift.inference.baselines.imaml import (
     ImplicitMAML,
@@ -21,7 +22,6 @@ from pyro_lift.inference.baselines.imaml import (
     neumann_series,
 )
 from pyro_lift.inference.baselines.maml import MAML
-from pyro_lift.inference.baselines.protocol import Episode, Heads, episodes
 from pyro_lift.inference.baselines.reptile import Reptile
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task

@@ -13,9 +13,9 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor, nn
 
 from pyro_lift import LiFT, SGLDGibbs, Task
-from pyro_lift.inference.adapt import HeadPolicy
+from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
+from pyro_lift.inference.adaptation.predict import predict
 from pyro_lift.inference.baselines.finetune import finetune, finetune_block
-from pyro_lift.inference.predict import predict
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.likelihoods import probabilities

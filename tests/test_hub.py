@@ -143,7 +143,7 @@ def test_a_head_of_the_tasks_own_is_exported_beside_the_adapter(tmp_path: Path) 
 def test_mixtures_come_back_from_their_buffer_and_from_their_stream(
     components: int, samples: int, tmp_path: Path
 ) -> None:
-    from pyro_lift.inference.online_em import OnlineGaussianMixture
+    from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 
     one = trained("bert")
     mixture = OnlineGaussianMixture(components, "spherical", buffer_size=10)

@@ -21,11 +21,11 @@ from torch import Tensor
 
 import pyro_lift
 from pyro_lift import SGLD, SGLDGibbs
-from pyro_lift.inference.conjugate import NormalPair, draw
-from pyro_lift.inference.kernels import StreamingMCMC
+from pyro_lift.inference.gibbs.conjugate import NormalPair, draw
+from pyro_lift.inference.mcmc import StreamingMCMC
 from pyro_lift.inference.program import Program
 from pyro_lift.inference.schedules import cyclical, polynomial
-from pyro_lift.inference.store import row_sum
+from pyro_lift.inference.stores.store import row_sum
 
 
 class Case(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertModel
 
 from pyro_lift import LiFT, RandomAdapter, Task
-from pyro_lift.inference.predict import label_probabilities, predict
+from pyro_lift.inference.adaptation.predict import label_probabilities, predict
 from pyro_lift.models.likelihoods import IGNORED, log_likelihood, next_tokens, shift_right
 from pyro_lift.models.observation import outputs
 from pyro_lift.models.readouts import LabelMatching, LabelScoring, pool

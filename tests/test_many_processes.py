@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyro_lift import MCMC, DivergedError, LiFT, SGLDGibbs, Task
-from pyro_lift.inference import flat_visit
 from pyro_lift.inference.checkpoint.session import RunStopped
-from pyro_lift.inference.many_processes import check_alike, generator_of
+from pyro_lift.inference.gibbs import long_vectors
+from pyro_lift.inference.gibbs.shared_visit import check_alike, generator_of
 from pyro_lift.models.linear_gaussian import LinearGaussian, fit, gaussian_kl
 from pyro_lift.support.distributed import ProcessLostError, add_up, collected, from_first, in_step
 
@@ -144,7 +144,7 @@ def test_two_processes_are_one(tmp_path: Path, name: str) -> None:
 
 def test_long_vectors_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = run()
-    monkeypatch.setattr(flat_visit, "FLAT_FROM", D)
+    monkeypatch.setattr(long_vectors, "FLAT_FROM", D)
     assert together(tmp_path, lambda rank: run()) == [0, 0]
     same(run(), found_by(tmp_path))
     torch.testing.assert_close(run()["draws"], plain["draws"])

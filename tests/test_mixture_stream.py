@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pyro_lift import OnlineGaussianMixture
-from pyro_lift.inference import fused_mixture, offline_em, online_em
-from pyro_lift.inference.mixture_stream import MixtureStream
-from pyro_lift.inference.offline_em import Covariance, Moments, fit
-from pyro_lift.inference.online_em import MixtureState, init, step
+from pyro_lift.inference.mixture import batch_em, compiled, online_em
+from pyro_lift.inference.mixture.batch_em import Covariance, Moments, fit
+from pyro_lift.inference.mixture.in_place import MixtureStream
+from pyro_lift.inference.mixture.online_em import MixtureState, init, step
 
 D, K, N = 301, 3, 60
 FLOOR = 1e-4
@@ -27,7 +27,7 @@ def draws(apart: float, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def start(x: Tensor, covariance: Covariance) -> MixtureState:
     generator = torch.Generator().manual_seed(0)
-    return init(offline_em.kmeans_start(x[:20], K, covariance, FLOOR, generator), 20.0)
+    return init(batch_em.kmeans_start(x[:20], K, covariance, FLOOR, generator), 20.0)
 
 
 def both(x: Tensor, covariance: Covariance, power: float, tile: int) -> tuple[MixtureState, MixtureStream]:
@@ -62,7 +62,7 @@ def test_both_soft_and_one_hot_responsibilities_are_among_the_cases() -> None:
     """Else the test above would not reach the components that stand still, or those that move together."""
     for apart, soft in ((0.02, True), (3.0, False)):
         x = draws(apart)
-        joint = offline_em.log_densities(start(x, "diag").moments, x, "diag")
+        joint = batch_em.log_densities(start(x, "diag").moments, x, "diag")
         best = torch.softmax(joint, -1).amax(-1)
         assert bool((best < 0.99).any()) is soft
 
@@ -91,11 +91,11 @@ def test_the_steps_that_are_compiled_are_the_plain_ones(
     row: int, power: float, apart: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here without the compiler: whole rows and what they leave, all of it left, lanes of one row and of several."""
-    monkeypatch.setattr(fused_mixture, "_compiled", lambda function: function)
+    monkeypatch.setattr(compiled, "_compiled", lambda function: function)
     x = draws(apart)
     state = start(x, "diag")
     stream = MixtureStream(*state, "diag", power=power, floor=FLOOR, fused=True)
-    stream.fused = fused_mixture.FusedSteps(D, row)
+    stream.fused = compiled.FusedSteps(D, row)
     for row_of_x in x:
         state = step(state, row_of_x, "diag", power=power, floor=FLOOR)
         stream.update(row_of_x)
@@ -103,9 +103,9 @@ def test_the_steps_that_are_compiled_are_the_plain_ones(
 
 
 def test_compiled_the_steps_are_the_plain_ones() -> None:
-    if not fused_mixture.compiles("cpu"):
+    if not compiled.compiles("cpu"):
         pytest.skip("torch.compile needs a C++ compiler, and there is none")
-    dim = 2 * 4 * fused_mixture.ROW + 5
+    dim = 2 * 4 * compiled.ROW + 5
     x = 0.1 * torch.randn(12, dim, dtype=torch.float64)
     moments = Moments(torch.full((2,), 0.5).double(), x[:2].clone(), torch.ones(2, dim, dtype=torch.float64))
     plain, fused = (MixtureStream(*init(moments, 2.0), "diag", power=0.7, floor=FLOOR, fused=f) for f in (False, True))
@@ -121,12 +121,12 @@ def test_without_a_compiler_the_plain_form_is_used_and_a_warning_says_so(monkeyp
     def broken(*args: object) -> Tensor:
         raise RuntimeError("No working C++ compiler found")
 
-    monkeypatch.setattr(fused_mixture, "_compiled", lambda function: broken)
-    fused_mixture.compiles.cache_clear()
+    monkeypatch.setattr(compiled, "_compiled", lambda function: broken)
+    compiled.compiles.cache_clear()
     state = start(draws(0.5), "diag")
     with pytest.warns(UserWarning, match="not compiled on cpu: No working C"):
         stream = MixtureStream(*state, "diag", power=0.7, floor=FLOOR, fused=True)
-    fused_mixture.compiles.cache_clear()
+    compiled.compiles.cache_clear()
     assert stream.fused is None
 
 
@@ -172,7 +172,7 @@ def _fed(x: Tensor, fused: bool | None = None) -> OnlineGaussianMixture:
 @pytest.mark.usefixtures("small_is_large")
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_resumed_stream_goes_on_to_the_bit(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_mixture, "_compiled", lambda function: function)
+    monkeypatch.setattr(compiled, "_compiled", lambda function: function)
     x = draws(0.5).float()
     whole, first = _fed(x, fused), _fed(x[:40], fused)
     assert isinstance(first._running, MixtureStream) and any(first._running.pending)
@@ -214,7 +214,7 @@ def test_batch_em_of_many_coordinates_is_that_of_few(monkeypatch: pytest.MonkeyP
     x = draws(0.5)
     for covariance in ("diag", "spherical"):
         together, score = fit(x, K, covariance, seed=1)  # type: ignore[arg-type]
-        monkeypatch.setattr(offline_em, "MANY", 10)
+        monkeypatch.setattr(batch_em, "MANY", 10)
         apart, other = fit(x, K, covariance, seed=1)  # type: ignore[arg-type]
         monkeypatch.undo()
         assert other == pytest.approx(score, rel=1e-12)

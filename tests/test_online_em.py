@@ -14,8 +14,8 @@ from pyro.ops.streaming import StatsOfDict
 from torch import Tensor
 
 from pyro_lift import OnlineGaussianMixture
-from pyro_lift.inference.offline_em import Moments, fit, kmeans_start, log_densities
-from pyro_lift.inference.online_em import init, pooled, step
+from pyro_lift.inference.mixture.batch_em import Moments, fit, kmeans_start, log_densities
+from pyro_lift.inference.mixture.online_em import init, pooled, step
 
 COVARIANCES = ["diag", "spherical", "full"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyro_lift.inference import trace
-from pyro_lift.inference.trace import ProjectedTrace, project, signs, sketched
+from pyro_lift.inference import projections
+from pyro_lift.inference.projections import ProjectedTrace, project, signs, sketched
 
 D, M = 1003, 8
 
@@ -32,7 +32,7 @@ def test_a_projection_has_the_mean_variance_of_its_coordinates() -> None:
 
 
 def test_trace_and_draws_are_projected_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "SPARSE_FROM", 100)
+    monkeypatch.setattr(projections, "SPARSE_FROM", 100)
     draws = torch.randn(5, D)
     kept = ProjectedTrace(coordinates=M)
     for draw in draws:

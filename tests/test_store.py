@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from pyro_lift import MCMC, SGLDGibbs
 from pyro_lift.cli import app
-from pyro_lift.inference import store as stores
-from pyro_lift.inference.disk_store import DiskStore, HostStore, _close
-from pyro_lift.inference.store import DeviceStore, make_store
+from pyro_lift.inference.stores import store as stores
+from pyro_lift.inference.stores.disk import DiskStore, _close
+from pyro_lift.inference.stores.memory import DeviceStore, HostStore
+from pyro_lift.inference.stores.store import make_store
 from pyro_lift.support.memory import free_bytes
 
 KINDS = {"device": DeviceStore, "host": HostStore, "disk": DiskStore}

@@ -13,7 +13,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from pyro_lift import SGLD, SGLDGibbs
-from pyro_lift.inference.accumulator import literal_update
+from pyro_lift.inference.gibbs.accumulator import literal_update
 from pyro_lift.inference.sgld import euler
 from pyro_lift.models.linear_gaussian import Gaussian, LinearGaussian, fit, gaussian_kl
 

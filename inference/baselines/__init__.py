@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.baselines.abml import ABML
 from pyro_lift.inference.baselines.bmaml import BMAML
 from pyro_lift.inference.baselines.boot_maml import BootstrappedMAML
@@ -27,7 +28,7 @@ from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.maml_mix import MAMLMix
 from pyro_lift.inference.baselines.mbc import MBC
 from pyro_lift.inference.baselines.no_meta_train import NoMetaTrain
-from pyro_lift.inference.baselines.protocol import Baseline, Budget, Ensemble, Posterior
+from pyro_lift.inference.baselines.protocol import Baseline, Budget, Posterior
 from pyro_lift.inference.baselines.protonet import ProtoNet
 from pyro_lift.inference.baselines.protonet_lite import ProtoNetLITE
 from pyro_lift.inference.baselines.reptile import Reptile

@@ -27,7 +27,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adapt import differentiate
+from pyro_lift.inference.adaptation.inner_loop import differentiate
+from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.baselines.episodes import Episode, Heads
 from pyro_lift.inference.baselines.episodic import (
     EpisodicState,
     inner_loop,
@@ -35,9 +37,9 @@ from pyro_lift.inference.baselines.episodic import (
     query_loss,
     twice_differentiable,
 )
-from pyro_lift.inference.baselines.finetune import noise_generator
+from pyro_lift.inference.baselines.finetune import finetuned, noise_generator
 from pyro_lift.inference.baselines.memory import BACKWARD_GRAPH, check_memory
-from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Episode, Heads, finetuned
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number

@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from pyro_lift.inference.adapt import Weights, differentiate, minibatches
+from pyro_lift.inference.adaptation.inner_loop import Weights, differentiate, minibatches
+from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.baselines.episodes import Episode, Heads
 from pyro_lift.inference.baselines.episodic import EpisodicState, inner_loop, outer_loop, twice_differentiable
+from pyro_lift.inference.baselines.finetune import finetuned
 from pyro_lift.inference.baselines.memory import BACKWARD_GRAPH, check_memory
-from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Episode, Heads, finetuned
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED, LossKind
 from pyro_lift.models.observation import outputs

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pyro_lift.inference.adapt import Loss, Weights, adapt, differentiate, mean_loss, minibatches
+from pyro_lift.inference.adaptation.inner_loop import Loss, Weights, adapt, differentiate, mean_loss, minibatches
+from pyro_lift.inference.adaptation.update_rules import adam, sgd
+from pyro_lift.inference.baselines.episodes import Episode, Heads, check_tasks, episodes
 from pyro_lift.inference.baselines.finetune import noise_generator
-from pyro_lift.inference.baselines.protocol import Budget, Episode, Heads, check_tasks, episodes
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.union_train import warm_up
-from pyro_lift.inference.rules import adam, sgd
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task
 

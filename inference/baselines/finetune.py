@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_lift.inference.adapt import HeadPolicy, Kernel, Reparametrisation, Weights, adapt, mean_loss, minibatches
-from pyro_lift.inference.rules import Rule, adam
+from pyro_lift.inference.adaptation.inner_loop import (
+    HeadPolicy,
+    Kernel,
+    Reparametrisation,
+    Weights,
+    adapt,
+    mean_loss,
+    minibatches,
+)
+from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.adaptation.update_rules import Rule, adam
+from pyro_lift.inference.baselines.protocol import Budget, Posterior
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.hierarchical import agree
 from pyro_lift.models.observation import check_width
 from pyro_lift.models.stacked import block_log_likelihood, stack_rows
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number
 
-__all__ = ["Iterates", "finetune", "finetune_block"]
+__all__ = ["Iterates", "finetune", "finetune_block", "finetuned", "finetuned_block"]
 
 
 class Iterates(NamedTuple):
@@ -184,3 +195,32 @@ def noise_generator(generator: torch.Generator, like: Tensor) -> torch.Generator
     if like.device.type == "cpu":
         return generator
     return torch.Generator(device=like.device).manual_seed(generator.initial_seed())
+
+
+def finetuned(
+    adapter: RandomAdapter, task: Task, start: Tensor, budget: Budget, seed: int | None = None, **options: Any
+) -> Ensemble:
+    """The adaptation that all point-estimate methods share, with the budget's settings."""
+    settings = {**_adaptation(budget), "seed": budget.seed if seed is None else seed}
+    found = finetune(adapter, task, start, **{**settings, **options})
+    thetas, heads = found.thetas, found.heads
+    if start.dim() == 2:  # particles: one ensemble of all of them
+        thetas, heads = thetas.flatten(0, 1), None if heads is None else heads.flatten(0, 1)
+    return Ensemble(adapter, task, thetas, heads, tuple(found.losses))
+
+
+def finetuned_block(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor, budget: Budget) -> list[Posterior]:
+    """:func:`finetuned` of several tasks in one pass, from the budget's seed; one by one where they cannot share it."""
+    if not agree(tasks, budget.heads.scale):
+        return [finetuned(adapter, task, start, budget) for task in tasks]
+    found = finetune_block(adapter, tasks, start, **_adaptation(budget))
+    return [
+        Ensemble(adapter, task, one.thetas, one.heads, tuple(one.losses))
+        for task, one in zip(tasks, found, strict=True)
+    ]
+
+
+def _adaptation(budget: Budget) -> dict[str, Any]:
+    """What fine-tuning takes from the budget."""
+    names = ("steps", "learning_rate", "batch_size", "draws", "heads", "noise_scale", "seed")
+    return {name: getattr(budget, name) for name in names}

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pyro_lift.inference.baselines.protocol import Budget, check_tasks, finetuned
+from pyro_lift.inference.baselines.episodes import check_tasks
+from pyro_lift.inference.baselines.finetune import finetuned
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import features
 from pyro_lift.models.task import Task

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, NamedTuple
 
-from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Posterior, finetuned
-from pyro_lift.inference.meta_test import best_start, meta_test_program
-from pyro_lift.inference.rules import langevin
+from pyro_lift.inference.adaptation.meta_testing import best_start, meta_test_program
+from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.adaptation.update_rules import langevin
+from pyro_lift.inference.baselines.finetune import finetuned
+from pyro_lift.inference.baselines.protocol import Budget, Posterior
 from pyro_lift.lift import LiFT
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adapt import Weights
+from pyro_lift.inference.adaptation.inner_loop import Weights
+from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.baselines.episodes import Episode, Heads
 from pyro_lift.inference.baselines.episodic import (
     EpisodicState,
     inner_loop,
@@ -27,8 +29,9 @@ from pyro_lift.inference.baselines.episodic import (
     query_loss,
     twice_differentiable,
 )
+from pyro_lift.inference.baselines.finetune import finetuned
 from pyro_lift.inference.baselines.memory import BACKWARD_GRAPH, check_memory
-from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Episode, Heads, finetuned
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number

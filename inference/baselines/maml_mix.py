@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.baselines.episodes import Episode, Heads
 from pyro_lift.inference.baselines.episodic import EpisodicState, outer_loop, scattered, twice_differentiable
 from pyro_lift.inference.baselines.imaml import ImplicitMAML
 from pyro_lift.inference.baselines.maml import MAML
-from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Episode, Heads
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.baselines.finetune import finetuned
 from pyro_lift.inference.baselines.library import TrainedLibrary, train_library
-from pyro_lift.inference.baselines.protocol import Budget, Ensemble, finetuned
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.union_train import union_train
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task

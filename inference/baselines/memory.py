@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adapt import Weights, mean_loss
+from pyro_lift.inference.adaptation.inner_loop import Weights, mean_loss
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.observation import check_width

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Posterior, finetuned, finetuned_block
+from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.baselines.finetune import finetuned, finetuned_block
+from pyro_lift.inference.baselines.protocol import Budget, Posterior
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 

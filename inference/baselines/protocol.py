@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from pyro_lift.inference.adapt import HeadPolicy, Weights
-from pyro_lift.inference.baselines.finetune import finetune, finetune_block
-from pyro_lift.inference.predict import predict
-from pyro_lift.inference.rules import Rule, adam
+from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.hierarchical import agree
-from pyro_lift.models.observation import check_width
-from pyro_lift.models.task import Rows, Task, as_rows
+from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number
 
-__all__ = [
-    "Baseline",
-    "Budget",
-    "Ensemble",
-    "Episode",
-    "Heads",
-    "Posterior",
-    "State",
-    "adapt_all",
-    "episodes",
-    "finetuned",
-    "finetuned_block",
-]
+__all__ = ["Baseline", "Budget", "Posterior", "State", "adapt_all"]
 
 OnStep = Callable[[], None] | None
 
@@ -110,65 +92,6 @@ class Baseline(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Ensemble:
-    """Draws or late iterates of one task's weights; predictions average their probabilities.
-
-    Attributes:
-        thetas: ``[S, D]``.
-        heads: ``[S, C, width + 1]``, or None.
-        losses: of the minibatches on the way, for a look at convergence.
-    """
-
-    adapter: RandomAdapter
-    task: Task
-    thetas: Tensor
-    heads: Tensor | None = None
-    losses: tuple[float, ...] = ()
-
-    def predict(self, inputs: Any) -> Tensor:
-        """Probabilities ``[n, C]``, averaged over the draws."""
-        rows = rows_of(inputs, self.task).to(self.thetas.device)
-        return predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
-
-
-def rows_of(inputs: Any, task: Task) -> Rows:
-    """Inputs in any form as rows of a task; targets, where there are none, are zeros."""
-    if isinstance(inputs, Rows):
-        return inputs
-    first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
-    return replace(as_rows((inputs, torch.zeros(len(first))), "inputs"), shared=task.train.shared)
-
-
-def finetuned(
-    adapter: RandomAdapter, task: Task, start: Tensor, budget: Budget, seed: int | None = None, **options: Any
-) -> Ensemble:
-    """The adaptation that all point-estimate methods share, with the budget's settings."""
-    settings = {**_adaptation(budget), "seed": budget.seed if seed is None else seed}
-    found = finetune(adapter, task, start, **{**settings, **options})
-    thetas, heads = found.thetas, found.heads
-    if start.dim() == 2:  # particles: one ensemble of all of them
-        thetas, heads = thetas.flatten(0, 1), None if heads is None else heads.flatten(0, 1)
-    return Ensemble(adapter, task, thetas, heads, tuple(found.losses))
-
-
-def finetuned_block(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor, budget: Budget) -> list[Posterior]:
-    """:func:`finetuned` of several tasks in one pass, from the budget's seed; one by one where they cannot share it."""
-    if not agree(tasks, budget.heads.scale):
-        return [finetuned(adapter, task, start, budget) for task in tasks]
-    found = finetune_block(adapter, tasks, start, **_adaptation(budget))
-    return [
-        Ensemble(adapter, task, one.thetas, one.heads, tuple(one.losses))
-        for task, one in zip(tasks, found, strict=True)
-    ]
-
-
-def _adaptation(budget: Budget) -> dict[str, Any]:
-    """What fine-tuning takes from the budget."""
-    names = ("steps", "learning_rate", "batch_size", "draws", "heads", "noise_scale", "seed")
-    return {name: getattr(budget, name) for name in names}
-
-
 def adapt_all(method: Baseline, state: Any, tasks: Sequence[Task], *, block_size: int = 8) -> list[Posterior]:
     """The method's posterior for each task, ``block_size`` of them at a time where the method knows how."""
     many = getattr(method, "adapt_many", None)
@@ -176,62 +99,3 @@ def adapt_all(method: Baseline, state: Any, tasks: Sequence[Task], *, block_size
         return [method.adapt(state, task) for task in tasks]
     blocks = [tasks[first : first + block_size] for first in range(0, len(tasks), block_size)]
     return [posterior for block in blocks for posterior in many(state, block)]
-
-
-class Episode(NamedTuple):
-    """One visit: the task, and disjoint random halves of its training rows."""
-
-    number: int
-    task: Task
-    support: Rows
-    query: Rows
-
-
-def episodes(tasks: Sequence[Task], generator: torch.Generator) -> Iterator[Episode]:
-    """Tasks in turn for ever, halved anew at each visit. A query row that was also support would reward memorising.
-
-    Raises:
-        ValueError: a task with a single row.
-    """
-    for task in tasks:
-        if len(task.train) < 2:
-            raise ValueError(
-                f"task {task.name!r} has one training row: an episode needs one to learn, one to judge by."
-            )
-    while True:
-        for index, task in enumerate(tasks):
-            order = torch.randperm(len(task.train), generator=generator).to(task.train.target.device)
-            half = (len(order) + 1) // 2
-            yield Episode(index, task, task.train.take(order[:half]), task.train.take(order[half:]))
-
-
-class Heads:
-    """The heads that meta-training tasks keep for themselves: none of what is learned about the family."""
-
-    def __init__(self, adapter: RandomAdapter, tasks: Sequence[Task], budget: Budget, learning_rate: float) -> None:
-        self.policy = budget.heads
-        self.rule: Rule = adam(self.policy.rate * learning_rate)
-        width = check_width(adapter, tasks, self.policy.scale)
-        self.values = [self.policy.fresh(task, width, adapter.initial) for task in tasks]
-        self._states = [None if head is None else self.rule.init(head) for head in self.values]
-        self._rows = [len(task.train) for task in tasks]
-
-    def weights(self, index: int, theta: Tensor) -> Weights:
-        """Shared adapter weights with one task's own head."""
-        return Weights(theta, self.values[index])
-
-    def move(self, index: int, gradient: Tensor | None) -> None:
-        """One step of one task's head, its prior included."""
-        head = self.values[index]
-        if head is None or gradient is None or self.policy.prior is None:
-            return
-        mean, precision = self.policy.prior
-        g = gradient + precision * (head - mean) / self._rows[index]
-        self.values[index], self._states[index] = self.rule.move(head, g, None, self._states[index], 1.0, None)
-
-
-def check_tasks(tasks: Sequence[Task], device: torch.device) -> list[Task]:
-    """The tasks on the adapter's device; refuses an empty list."""
-    if not tasks:
-        raise ValueError("tasks is empty: there is nothing to train on.")
-    return [task.to(device) for task in tasks]

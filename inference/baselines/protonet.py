@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pyro_lift.inference.adapt import Weights, adapt, minibatches
+from pyro_lift.inference.adaptation.inner_loop import Weights, adapt, minibatches
+from pyro_lift.inference.adaptation.predict import rows_of
+from pyro_lift.inference.adaptation.update_rules import adam
+from pyro_lift.inference.baselines.episodes import Episode, Heads
 from pyro_lift.inference.baselines.episodic import EpisodicState, outer_loop
 from pyro_lift.inference.baselines.memory import check_memory
-from pyro_lift.inference.baselines.protocol import Budget, Episode, Heads, rows_of
-from pyro_lift.inference.rules import adam
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import features
 from pyro_lift.models.task import Rows, Task

@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adapt import minibatches
+from pyro_lift.inference.adaptation.inner_loop import minibatches
+from pyro_lift.inference.baselines.episodes import Episode, Heads
 from pyro_lift.inference.baselines.episodic import EpisodicState, outer_loop
-from pyro_lift.inference.baselines.protocol import Budget, Episode, Heads
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.protonet import (
     PrototypePosterior,
     adapt_prototypes,

@@ -15,10 +15,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adapt import adapt, mean_loss, minibatches
-from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Heads, check_tasks, finetuned
+from pyro_lift.inference.adaptation.inner_loop import adapt, mean_loss, minibatches
+from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.adaptation.update_rules import Rule, adam, sgd
+from pyro_lift.inference.baselines.episodes import Heads, check_tasks
+from pyro_lift.inference.baselines.finetune import finetuned
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.union_train import warm_up
-from pyro_lift.inference.rules import Rule, adam, sgd
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_choice, check_number

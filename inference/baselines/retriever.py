@@ -21,8 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.baselines.finetune import finetuned
 from pyro_lift.inference.baselines.library import TrainedLibrary, nearest, task_key, train_library
-from pyro_lift.inference.baselines.protocol import Budget, Ensemble, finetuned
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.lora_factors import fusion, mixture
 from pyro_lift.models.task import Task

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from pyro_lift.inference.adapt import differentiate, mean_loss, minibatches
-from pyro_lift.inference.baselines.finetune import noise_generator
-from pyro_lift.inference.baselines.protocol import Budget, Ensemble, Heads, check_tasks, finetuned
+from pyro_lift.inference.adaptation.inner_loop import differentiate, mean_loss, minibatches
+from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.adaptation.update_rules import langevin
+from pyro_lift.inference.baselines.episodes import Heads, check_tasks
+from pyro_lift.inference.baselines.finetune import finetuned, noise_generator
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.union_train import warm_up
-from pyro_lift.inference.rules import langevin
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.priors import LocalGaussian

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 
 from torch.distributions import Independent, Normal
 
+from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.adaptation.update_rules import langevin
+from pyro_lift.inference.baselines.finetune import finetuned
 from pyro_lift.inference.baselines.no_meta_train import NoMetaTrainState
-from pyro_lift.inference.baselines.protocol import Budget, Ensemble, finetuned
-from pyro_lift.inference.rules import langevin
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number

@@ -12,17 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adapt import differentiate, mean_loss, minibatches
-from pyro_lift.inference.baselines.protocol import (
-    Budget,
-    Ensemble,
-    Heads,
-    Posterior,
-    check_tasks,
-    finetuned,
-    finetuned_block,
-)
-from pyro_lift.inference.rules import adam
+from pyro_lift.inference.adaptation.inner_loop import differentiate, mean_loss, minibatches
+from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.adaptation.update_rules import adam
+from pyro_lift.inference.baselines.episodes import Heads, check_tasks
+from pyro_lift.inference.baselines.finetune import finetuned, finetuned_block
+from pyro_lift.inference.baselines.protocol import Budget, Posterior
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pyro_lift.config import BackboneConfig, OutputConfig, RunConfig, TasksConfig
-from pyro_lift.inference.adapt import HeadPolicy
+from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.options import check_choice, check_number

@@ -24,8 +24,9 @@ from pyro.infer import MCMC, NUTS
 
 from pyro_lift.bench.records import format_table
 from pyro_lift.bench.toy_chains import Toys, Update, chain, checkpoints, curve, generator_noise, second_half_kl
-from pyro_lift.inference.accumulator import langevin_limit
-from pyro_lift.inference.kernels import SGLD, SGLDGibbs
+from pyro_lift.inference.gibbs.accumulator import langevin_limit
+from pyro_lift.inference.gibbs.kernel import SGLDGibbs
+from pyro_lift.inference.sgld_kernel import SGLD
 from pyro_lift.models.linear_gaussian import LinearGaussian
 
 __all__ = ["TARGETS", "Plan", "draw", "run", "table"]

@@ -19,16 +19,17 @@ from pyro_lift.bench import speed_report
 from pyro_lift.bench.records import write_records
 from pyro_lift.bench.timing import Stopwatch, Times, copy_seconds, interleaved, peak_bytes, quartiles, reset_peak
 from pyro_lift.inference import program as program_module
-from pyro_lift.inference import sgld_gibbs
+from pyro_lift.inference.baselines.episodes import Episode, Heads
 from pyro_lift.inference.baselines.episodic import twice_differentiable
 from pyro_lift.inference.baselines.maml import MAML
-from pyro_lift.inference.baselines.protocol import Budget, Episode, Heads
-from pyro_lift.inference.fused_mixture import compiles
-from pyro_lift.inference.kernels import SGLDGibbs
-from pyro_lift.inference.mixture_stream import MixtureStream
-from pyro_lift.inference.offline_em import Moments
-from pyro_lift.inference.online_em import OnlineGaussianMixture
-from pyro_lift.inference.store import DeviceStore
+from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.gibbs import visit as gibbs_visit
+from pyro_lift.inference.gibbs.kernel import SGLDGibbs
+from pyro_lift.inference.mixture.batch_em import Moments
+from pyro_lift.inference.mixture.compiled import compiles
+from pyro_lift.inference.mixture.in_place import MixtureStream
+from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
+from pyro_lift.inference.stores.memory import DeviceStore
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone, recipe
 from pyro_lift.models.hierarchical import AdapterHierarchy
@@ -302,8 +303,8 @@ class Lift:
             "handlers": (program_module.Program, "run"),
             "forward": (self.adapter, "_call"),
             "backward": (program_module.Evaluation, "drift"),
-            "theta": (sgld_gibbs, "_move_theta"),
-            "phi": (sgld_gibbs, "_move_phi"),
+            "theta": (gibbs_visit, "_move_theta"),
+            "phi": (gibbs_visit, "_move_phi"),
             "store": (DeviceStore, "write"),
             "mixture": (self.mixture, "update"),
             "rest": (self, "step"),

@@ -21,8 +21,8 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import nn
 
 from pyro_lift.bench.records import format_table
-from pyro_lift.inference.disk_store import DiskStore
-from pyro_lift.inference.kernels import SGLDGibbs
+from pyro_lift.inference.gibbs.kernel import SGLDGibbs
+from pyro_lift.inference.stores.disk import DiskStore
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.hierarchical import AdapterHierarchy

@@ -2,7 +2,8 @@ r"""Many chains of the linear-Gaussian toy at once, by the sampler's own step fu
 
 A visit through a Pyro program costs about a millisecond, nearly all of it in handlers. The gradient of the toy is
 known in closed form, so here the functions that the kernels call (:func:`~pyro_lift.inference.sgld.exponential`,
-:func:`~pyro_lift.inference.conjugate.draw`, the accumulators) are driven without the program, for many step sizes and
+:func:`~pyro_lift.inference.gibbs.conjugate.draw`, the accumulators) are driven without the program, for many step
+sizes and
 seeds side by side. With the same noise a chain is the kernel's to the last digit (tests/test_bench_sampler.py).
 
 Shapes: P step sizes, R seeds (each with data of its own), N tasks, d coordinates; a chain's phi is ``[P, R, d]``.
@@ -17,8 +18,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.accumulator import GradientTable, exact, literal_update
-from pyro_lift.inference.conjugate import NormalPair, draw
+from pyro_lift.inference.gibbs.accumulator import GradientTable, exact, literal_update
+from pyro_lift.inference.gibbs.conjugate import NormalPair, draw
 from pyro_lift.inference.sgld import euler, exponential
 from pyro_lift.models.linear_gaussian import Gaussian, LinearGaussian, gaussian_kl
 from pyro_lift.models.priors import LocalGaussian

@@ -27,9 +27,9 @@ from pyro_lift.bench.scores import scores
 from pyro_lift.config import AdapterConfig, BackboneConfig, OutputConfig, RunConfig, TasksConfig
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.text import TextRow, TextTask
-from pyro_lift.inference.adapt import HeadPolicy
+from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
+from pyro_lift.inference.adaptation.predict import predict
 from pyro_lift.inference.baselines import BASELINES, Baseline, Budget
-from pyro_lift.inference.predict import predict
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_lift.inference.online_em import OnlineGaussianMixture
+from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.task import Rows, Task

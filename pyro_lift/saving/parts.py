@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from pyro_lift.inference.online_em import OnlineGaussianMixture
+from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.settings import AdaptSettings, LiFTSettings

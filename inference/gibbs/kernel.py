@@ -1,371 +1,60 @@
-"""Pyro kernels: thin shells that hand a program to :mod:`sgld` and :mod:`sgld_gibbs`.
-
-Only this file and :mod:`chain` know ``pyro.infer.mcmc``. What it has to know: ``setup`` is called before
-``initial_params`` and must start afresh; ``end_warmup`` is never called, so steps are counted here; ``transforms``
-must be a dict from the start; ``logging`` is called at every step.
-"""
+"""The SGLD-Gibbs kernel in Pyro's MCMC interface."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_mean
-from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from pyro_lift.inference import many_processes, sgld, sgld_gibbs
-from pyro_lift.inference.accumulator import Accumulator, GradientTable, langevin_limit
-from pyro_lift.inference.chain import MCMC, StreamingMCMC
-from pyro_lift.inference.conjugate import NormalPair, depends, find_pairs
-from pyro_lift.inference.program import Evaluation, LocalSite, Program
+from pyro_lift.inference import sgld
+from pyro_lift.inference.admission import check_common, coupled_families, refuse_discrete, site_factors, site_transforms
+from pyro_lift.inference.gibbs import shared_visit, visit
+from pyro_lift.inference.gibbs.accumulator import Accumulator, GradientTable, langevin_limit
+from pyro_lift.inference.gibbs.conjugate import NormalPair, find_pairs
+from pyro_lift.inference.gibbs.state import (
+    PhiUpdate,
+    Settings,
+    SGLDGibbsInfo,
+    SGLDGibbsState,
+    Structure,
+    init,
+    task_values,
+)
+from pyro_lift.inference.gibbs.warmup import end_of_sgd
+from pyro_lift.inference.kernel import Kernel, Model, log
+from pyro_lift.inference.program import Evaluation, LocalSite, Program, depends
 from pyro_lift.inference.schedules import Schedule, as_schedule, constant
 from pyro_lift.inference.sgld import Integrator
-from pyro_lift.inference.sgld_gibbs import PhiUpdate, Settings, SGLDGibbsState, Structure
 from pyro_lift.inference.stability import (
-    CURVATURE_DIMENSIONS,
     DEFAULT_SHARE,
+    check_prior_steps,
     curvature_limit,
-    largest_curvature,
+    default_step,
+    measured_curvature,
+    step_too_large,
 )
-from pyro_lift.inference.store import ReadsAhead, ThetaStore, make_store
+from pyro_lift.inference.stores.store import ReadsAhead, ThetaStore, make_store
 from pyro_lift.support import distributed
 from pyro_lift.support.options import check_choice, check_number, named_options
 
-__all__ = ["MCMC", "SGLD", "SGLDGibbs", "StreamingMCMC"]
+__all__ = ["SGLDGibbs", "Scan", "probed"]
 
-log = logging.getLogger("pyro_lift")
 
-Model = Callable[..., Any]
 Scan = Literal["round_robin", "random"]
-#: How often the log's numbers are brought to the host: on CUDA each time costs a synchronisation.
-LOG_EVERY = 50
 
 
-class Draw(NamedTuple):
-    """What is kept of each draw for the sample_stats group; tensors stay on their device until they are asked for."""
-
-    log_likelihood: Tensor
-    grad_norm: Tensor
-    step_size: float
-    refused: bool
-    task: int
-
-
-class _Kernel(MCMCKernel):
-    """What both kernels share: counting, seeding, thinning, statistics. Not for use by itself."""
-
-    state: Any
-
-    def __init__(self, model: Model, thinning: int, init_strategy: Callable[..., Tensor]) -> None:
-        if not callable(model):
-            raise TypeError(f"model={model!r}: expected a Pyro program, that is a function.")
-        check_number("thinning", thinning, least=1, open_below=False, whole=True)
-        self.model = model
-        self.thinning = thinning
-        self.init_strategy = init_strategy
-        self.transforms: dict[str, Any] = {}
-        self._preset: dict[str, Tensor] | None = None
-        self._generator: torch.Generator | None = None
-        self._noise_generator: torch.Generator | None = None
-        self._warmup_steps = 0
-        self._draws: list[Draw] = []
-        self._sampling_since = self._sampling_until = 0.0
-        self._drawn_before = 0
-        self._last_log: tuple[int, dict[str, str]] = (-LOG_EVERY, {})
-        self._start_log_likelihood = math.nan
-        super().__init__()
-
-    # A torch.Generator cannot be sent to a spawned worker, and Pyro would wait for that worker for ever.
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_generator": None, "_noise_generator": None}
-
-    def _begin(self, warmup_steps: int) -> None:
-        self._warmup_steps = warmup_steps
-        self._draws = []
-        self._sampling_since = self._sampling_until = 0.0
-        self._last_log = (-LOG_EVERY, {})
-        # One draw from the global stream: `pyro.set_rng_seed` then governs the chain, which has a stream of its own.
-        seed = int(torch.randint(2**62, ()))
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def _noise_from(self, values: Mapping[str, Tensor]) -> None:
-        """The noise's generator lives where the values do; on the CPU it is the one for indices."""
-        assert self._generator is not None
-        device = next(iter(values.values())).device if values else torch.device("cpu")
-        self._noise_generator = self._generator
-        if device.type != "cpu":
-            self._noise_generator = torch.Generator(device=device).manual_seed(self._generator.initial_seed())
-
-    def _keep(self, info: sgld.SGLDInfo | sgld_gibbs.SGLDGibbsInfo, task: int) -> None:
-        self._sampling_until = time.perf_counter()
-        if not self._sampling_since:
-            self._sampling_since, self._drawn_before = self._sampling_until, len(self._draws)
-        self._draws.append(Draw(info.log_likelihood, info.grad_norm, info.step_size, info.refused, task))
-
-    def _log(self, step: int, info: sgld.SGLDInfo | sgld_gibbs.SGLDGibbsInfo | None, phase: str) -> dict[str, str]:
-        if info is not None and step - self._last_log[0] >= LOG_EVERY:
-            text = {
-                "phase": phase,
-                "loglik": f"{float(info.log_likelihood):.3e}",
-                "step": f"{info.step_size:.1e}",
-            }
-            self._last_log = (step, text)
-        return dict(self._last_log[1])
-
-    def diagnostics(self) -> dict[str, Any]:
-        """What a run reports of itself.
-
-        Returns:
-            ``divergences``, the draws whose gradient was clipped; ``sample_stats``, a list per statistic, with one
-            entry a draw; ``report``, see :meth:`report`; ``seconds``, of the wall clock, spent on draws.
-        """
-        stats = {
-            "log_likelihood": [float(d.log_likelihood) for d in self._draws],
-            "grad_norm": [float(d.grad_norm) for d in self._draws],
-            "step_size": [d.step_size for d in self._draws],
-            "diverging": [d.refused for d in self._draws],
-            "task": [d.task for d in self._draws],
-        }
-        return {
-            "divergences": [i for i, d in enumerate(self._draws) if d.refused],
-            "sample_stats": stats,
-            "report": self.report(),
-            "seconds": self._seconds(),
-        }
-
-    def _seconds(self) -> float:
-        """Of all draws; the first one, and those before a resumption, are taken to be as quick as the others."""
-        timed = len(self._draws) - self._drawn_before - 1
-        return (self._sampling_until - self._sampling_since) * len(self._draws) / max(timed, 1)
-
-    def report(self) -> dict[str, float | str]:
-        """Dimensionless step sizes and what was learned at set-up."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the next transition depends on but what :meth:`rows` holds: tensors and plain data, nested."""
-        assert self._generator is not None and self._noise_generator is not None
-        own = self._noise_generator is not self._generator
-        return {
-            "state": self.state._asdict(),
-            "warmup_steps": self._warmup_steps,
-            "generator": self._generator.get_state(),
-            "noise_generator": self._noise_generator.get_state() if own else None,
-            "draws": {name: _column([getattr(draw, name) for draw in self._draws]) for name in Draw._fields},
-            "last_log": list(self._last_log),
-        }
-
-    def load_state_dict(self, tree: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was called; after set-up with the same program."""
-        assert self._generator is not None and self._noise_generator is not None
-        here = next(iter(self.initial_params.values())).device
-        self.state = type(self.state)(**{name: _on(here, value) for name, value in tree["state"].items()})
-        self._warmup_steps = tree["warmup_steps"]
-        self._generator.set_state(tree["generator"].cpu())
-        if self._noise_generator is not self._generator and tree["noise_generator"] is not None:
-            self._noise_generator.set_state(tree["noise_generator"].cpu())
-        self._draws = [Draw(*row) for row in zip(*(tree["draws"][name] for name in Draw._fields), strict=True)]
-        self._last_log = (tree["last_log"][0], tree["last_log"][1])
-
-    def rows(self) -> dict[str, Any]:
-        """What is too large for the state: none here."""
-        return {}
-
-    def cleanup(self) -> None:
-        """Nothing to release; Pyro calls it twice."""
-
-
-def _column(values: list[Any]) -> Any:
-    """One statistic of all draws: a tensor where they are tensors."""
-    return torch.stack(values) if values and isinstance(values[0], Tensor) else values
-
-
-def _on(device: torch.device, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return {name: _on(device, one) for name, one in value.items()} if isinstance(value, dict) else value
-
-
-class SGLD(_Kernel):
-    r"""Stochastic gradient Langevin dynamics on every latent site of a program (Eq. 6 and 18).
-
-    .. math:: x' = x + \tfrac{\eta}{2}\,\nabla \log p(x, D) + \sqrt{T\,\eta}\;\xi, \qquad \xi \sim \mathcal N(0, I)
-
-    There is no Metropolis test: a Gaussian target of precision P is sampled with covariance
-    ``T (P - (eta/4) P^2)^{-1}`` instead of ``T P^{-1}``.
-
-    Args:
-        model: a Pyro program. Minibatches are its own plates with ``subsample_size``; latent sites must stand
-            outside those.
-        step_size: eta, or a function of the number of steps; None measures the curvature at the start and takes a
-            twentieth of the largest stable step (small programs).
-        temperature: T, multiplies the noise's variance; 0 turns SGLD into gradient ascent.
-        n_inflate: power on the likelihood.
-        integrator: ``"euler"``, or ``"exponential"``, which is exact for normal (or mixture of normals) priors.
-        preconditioner: None or ``"rms"``: an RMS preconditioner that adapts in the warm-up and is frozen after it.
-        decay: of the preconditioner's moving average.
-        damping: of the preconditioner, relative to its mean.
-        second_moment: a moving average to begin with, by site.
-        thinning: transitions per draw, after the warm-up.
-        site_step_scale: factor on the step size by site, e.g. ``{"head": 10.0}``.
-        site_temperature: factor on the temperature by site; ``{"head": 0.0}`` moves the head to its mode while
-            everything else is sampled.
-        init_strategy: where sites start, a function of ``pyro.infer.autoguide.initialization``.
-        check_stability: refuse a step size that cannot be stable at the start.
-
-    Raises:
-        ValueError: an option out of range; at set-up, a program without latent sites, with discrete ones, with
-            latent sites inside a subsampled plate, or a step size past its limit.
-        DivergedError: a loss or gradient that is not finite; the last good state is in ``state``.
-
-    References:
-        Bayesian learning via stochastic gradient Langevin dynamics, Welling and Teh, 2011.
-    """
-
-    @named_options
-    def __init__(
-        self,
-        model: Model,
-        step_size: float | Schedule | None = None,
-        *,
-        temperature: float = 1.0,
-        n_inflate: float = 1.0,
-        integrator: Integrator = "euler",
-        preconditioner: Literal["rms"] | None = None,
-        decay: float = 0.99,
-        damping: float = 0.1,
-        second_moment: Mapping[str, Tensor] | None = None,
-        thinning: int = 1,
-        site_step_scale: Mapping[str, float] | None = None,
-        site_temperature: Mapping[str, float] | None = None,
-        init_strategy: Callable[..., Tensor] = init_to_mean,
-        check_stability: bool = True,
-    ) -> None:
-        super().__init__(model, thinning, init_strategy)
-        _check_common(temperature, n_inflate, integrator, preconditioner, decay, damping)
-        self.site_step_scale, self.site_temperature = _site_factors(site_step_scale, site_temperature)
-        self._schedule = None if step_size is None else as_schedule(step_size)
-        self.temperature = temperature
-        self.n_inflate = n_inflate
-        self.integrator: Integrator = integrator
-        self.decay = decay if preconditioner == "rms" else None
-        self.damping = damping
-        self.second_moment = dict(second_moment or {})
-        self.check_stability = check_stability
-        self.state = sgld.SGLDState(0, {}, {})
-        self._info: sgld.SGLDInfo | None = None
-        self._report: dict[str, float | str] = {}
-        self._coupled: frozenset[str] = frozenset()
-        self._program: Program | None = None
-
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Read the program, check it and the step size, and put the chain at its start."""
-        self._begin(warmup_steps)
-        program = self._program = Program(self.model, None, args, kwargs, self.init_strategy)
-        _refuse_discrete(program.peek(self._generator)[0])
-        run = program.run(self._preset or {}, {}, None, self._generator)
-        _check_latents(run)
-        self._coupled = _coupled(run.latents)
-        self.transforms = _transforms(run)
-        position = {name: site.leaf.detach() for name, site in run.latents.items()}
-        self._noise_from(position)
-        self._step_size = self._checked_step_size(run)
-        self._start_log_likelihood = float(run.log_likelihood.detach())
-        self.state = sgld.SGLDState(0, position, dict(self.second_moment))
-
-    def _checked_step_size(self, run: Evaluation) -> Schedule:
-        curvature = _curvature(run, self.n_inflate, wanted=self._schedule is None)
-        limit = curvature_limit(curvature)
-        schedule = self._schedule or _default_step(curvature)
-        eta = schedule(0)
-        self._report = {"step_size": eta, "curvature": math.nan if curvature is None else curvature}
-        euler = self.integrator == "euler" and self.decay is None
-        if self.check_stability and euler and eta >= limit:
-            raise ValueError(_too_large("step_size", eta, limit, "4 / (largest curvature at the start)"))
-        if self.check_stability and euler:
-            _check_prior_steps(run, eta, self.site_step_scale)
-        return schedule
-
-    @property
-    def initial_params(self) -> dict[str, Tensor]:
-        """Where the chain starts, unconstrained."""
-        return dict(self.state.position)
-
-    @initial_params.setter
-    def initial_params(self, params: dict[str, Tensor]) -> None:
-        self._preset = dict(params)
-
-    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One transition in the warm-up, ``thinning`` of them after it."""
-        if params is not self.state.position:
-            self.state = self.state._replace(position=dict(params))
-        adapt = self.state.step < self._warmup_steps
-        for _ in range(1 if adapt else self.thinning):
-            self.state, self._info = sgld.step(
-                self.state,
-                self._density,
-                step_size=self._step_size,
-                temperature=self.temperature,
-                integrator=self.integrator,
-                decay=self.decay,
-                damping=self.damping,
-                adapt=adapt,
-                site_step_scale=self.site_step_scale,
-                site_temperature=self.site_temperature,
-                generator=self._noise_generator,
-            )
-        if not adapt and self._info is not None:
-            self._keep(self._info, -1)
-        return dict(self.state.position)
-
-    def _density(self, position: dict[str, Tensor]) -> sgld.Drift:
-        assert self._program is not None
-        run = self._program.run(position, {}, None, self._generator)
-        return run.drift(run.latents, self._coupled, self.n_inflate)
-
-    def logging(self) -> dict[str, str]:
-        """For Pyro's progress bar."""
-        phase = "burn-in" if self.state.step <= self._warmup_steps else "sample"
-        return self._log(self.state.step, self._info, phase)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be the same for the chain to be the same: options, sites, the density at the start."""
-        return {
-            "kernel": "SGLD",
-            "options": {
-                "step_size": _probed(self._step_size),
-                "temperature": self.temperature,
-                "n_inflate": self.n_inflate,
-                "integrator": self.integrator,
-                "decay": self.decay,
-                "damping": self.damping,
-                "thinning": self.thinning,
-                "site_step_scale": self.site_step_scale,
-                "site_temperature": self.site_temperature,
-                "warmup_steps": self._warmup_steps,
-            },
-            "sites": {name: list(value.shape) for name, value in self.state.position.items()},
-            "start_log_likelihood": self._start_log_likelihood,
-        }
-
-    def report(self) -> dict[str, float | str]:
-        """Step size and curvature (largest, at the start)."""
-        return dict(self._report)
-
-
-def _probed(schedule: Schedule) -> list[float]:
+def probed(schedule: Schedule) -> list[float]:
     """A schedule by a few of its values."""
     return [schedule(step) for step in (0, 1, 10, 100, 1_000, 10_000, 100_000)]
 
 
-class SGLDGibbs(_Kernel):
+class SGLDGibbs(Kernel):
     r"""SGLD-Gibbs for hierarchical programs: the task plate is the Gibbs block (Eq. 9-11).
 
     The kernel reads the program: sites outside the plate are global (phi), latent sites inside it local (theta and
@@ -382,7 +71,7 @@ class SGLDGibbs(_Kernel):
         phi_update: ``"gibbs"`` draws phi exactly, for phi normal and theta normal around it; ``"langevin"`` takes
             the step of Eq. 9 with an accumulator.
         accumulator: of the Langevin step: ``"exact"``, ``"table"`` (the paper's), ``"single"``;
-            see :mod:`pyro_lift.inference.accumulator`.
+            see :mod:`pyro_lift.inference.gibbs.accumulator`.
         single_scale: ``"N"`` or ``"1"``, the factor on a single task's gradient.
         phi_step_size: eta of Eq. 9; None takes ``step_size``.
         integrator: of theta's step: ``"exponential"`` (exact for normal priors) or ``"euler"`` (the paper's).
@@ -391,8 +80,8 @@ class SGLDGibbs(_Kernel):
         block_size: B, tasks per visit; None takes the plate's own ``subsample_size``.
         scan: ``"round_robin"`` or ``"random"``.
         share: whether the processes of ``torchrun`` share each visit, every one keeping the theta of its own tasks
-            (:mod:`~pyro_lift.inference.many_processes`). The plate's ``subsample_size`` is then what one pass takes,
-            and ``block_size`` what all processes visit together; None is one pass each.
+            (:mod:`~pyro_lift.inference.gibbs.shared_visit`). The plate's ``subsample_size`` is then what one pass
+            takes, and ``block_size`` what all processes visit together; None is one pass each.
         thinning: visits per draw, after the warm-up.
         theta_steps_per_visit: SGLD steps of the block before phi moves.
         preconditioner: None or ``"rms"``: adapts in the warm-up, frozen after it, one for all tasks.
@@ -452,7 +141,7 @@ class SGLDGibbs(_Kernel):
         check_stability: bool = True,
     ) -> None:
         super().__init__(model, thinning, init_strategy)
-        _check_common(temperature, n_inflate, integrator, preconditioner, decay, damping)
+        check_common(temperature, n_inflate, integrator, preconditioner, decay, damping)
         check_choice("phi_update", phi_update, ["gibbs", "langevin"])
         check_choice("accumulator", accumulator, ["exact", "table", "single"])
         check_choice("single_scale", single_scale, ["N", "1"])
@@ -465,7 +154,7 @@ class SGLDGibbs(_Kernel):
             check_number("block_size", block_size, least=1, open_below=False, whole=True)
         if max_grad_norm is not None:
             check_number("max_grad_norm", max_grad_norm)
-        step_scale, temperatures = _site_factors(site_step_scale, site_temperature)
+        step_scale, temperatures = site_factors(site_step_scale, site_temperature)
         self.plate = plate
         self.block_size = block_size
         self.scan: Scan = scan
@@ -496,7 +185,7 @@ class SGLDGibbs(_Kernel):
         self.store: ThetaStore | None = None
         self.structure: Structure | None = None
         self._program: Program | None = None
-        self._info: sgld_gibbs.SGLDGibbsInfo | None = None
+        self._info: SGLDGibbsInfo | None = None
         self._report: dict[str, float | str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -520,7 +209,7 @@ class SGLDGibbs(_Kernel):
         program = self._program = Program(self.model, self.plate, args, kwargs, self.init_strategy)
         peeked, subsampled = program.peek(self._generator)
         _check_plate(self.plate, peeked)
-        _refuse_discrete(peeked)
+        refuse_discrete(peeked)
         num_tasks = peeked.plates[self.plate].size
         sequential = any(site.task is not None for site in peeked.locals.values())
         declared = peeked.plates[self.plate].taken
@@ -529,15 +218,23 @@ class SGLDGibbs(_Kernel):
         index = torch.arange(pass_size)
         run = program.run(self._preset or {}, {}, index, self._generator)
         _check_block(run)
-        self.transforms = {k: t for k, t in _transforms(run).items() if k in run.globals}
+        self.transforms = {k: t for k, t in site_transforms(run).items() if k in run.globals}
         pairs, reasons = find_pairs(program, run, num_tasks - 1 - index, self._generator)
         self._check_phi_update(pairs, reasons, num_tasks, block)
         start = {pair.family: run.globals[name].leaf.detach().clone() for name, pair in pairs.items()}
         self.structure = Structure(
-            num_tasks, block, sequential, pairs, reasons, _coupled(run.locals), _reruns(run), start, pass_size=pass_size
+            num_tasks,
+            block,
+            sequential,
+            pairs,
+            reasons,
+            coupled_families(run.locals),
+            _reruns(run),
+            start,
+            pass_size=pass_size,
         )
         if self.share:
-            many_processes.check_share(self.structure, self.settings, self.scan)
+            shared_visit.check_share(self.structure, self.settings, self.scan)
         if self.settings.phi_update == "langevin" and self.settings.accumulator == "table":
             self.structure.table = GradientTable(num_tasks // block)
         phi = {name: site.leaf.detach().clone() for name, site in run.globals.items()}
@@ -549,10 +246,10 @@ class SGLDGibbs(_Kernel):
         row_bytes = sum(x.numel() * x.element_size() for x in rows) // pass_size
         device = next((x.device for x in rows), torch.device("cpu"))
         self.store = make_store(self.store_kind, num_tasks, row_bytes, device)
-        self.state = sgld_gibbs.init(self.structure, phi)
+        self.state = init(self.structure, phi)
         if self.share:
             norms = {f"norm of {name}": float(value.norm()) for name, value in phi.items()}
-            many_processes.check_alike({**_flat(self.fingerprint()), **norms})
+            shared_visit.check_alike({**_flat(self.fingerprint()), **norms})
 
     def _block(self, num_tasks: int, declared: int, subsampled: bool, sequential: bool) -> int:
         if self.share:
@@ -616,8 +313,8 @@ class SGLDGibbs(_Kernel):
         """Choose or check the step sizes, and report them without dimensions."""
         assert self.structure is not None
         settings, structure = self.settings, self.structure
-        curvature = _curvature(run, settings.n_inflate, wanted=self._schedule is None)
-        schedule = self._schedule or _default_step(curvature)
+        curvature = measured_curvature(run, settings.n_inflate, wanted=self._schedule is None)
+        schedule = self._schedule or default_step(curvature)
         eta = schedule(0)
         phi_schedule = self._phi_schedule
         if phi_schedule is None:
@@ -634,16 +331,16 @@ class SGLDGibbs(_Kernel):
         if not self.check_stability:
             return
         if settings.integrator == "euler" and settings.decay is None:
-            _check_prior_steps(run, eta, settings.site_step_scale)
+            check_prior_steps(run, eta, settings.site_step_scale)
             limit = curvature_limit(curvature)
             if eta >= limit:
-                raise ValueError(_too_large("step_size", eta, limit, "4 / (largest curvature at the start)"))
+                raise ValueError(step_too_large("step_size", eta, limit, "4 / (largest curvature at the start)"))
         if settings.phi_update == "langevin":
             for pair in structure.pairs.values():
                 limit = langevin_limit(settings.accumulator, pair, structure.num_tasks, structure.block_size)
                 if settings.accumulator != "single" and phi_schedule(0) >= limit:
                     formula = "4 β²/N" if settings.accumulator == "exact" else "π² β² B/N²"
-                    raise ValueError(_too_large("phi_step_size", phi_schedule(0), limit, formula))
+                    raise ValueError(step_too_large("phi_step_size", phi_schedule(0), limit, formula))
 
     def _dimensionless(self, eta: float, phi_eta: float, curvature: float | None) -> dict[str, float | str]:
         assert self.structure is not None
@@ -703,7 +400,7 @@ class SGLDGibbs(_Kernel):
     def _visit(self) -> None:
         assert self._program is not None and self.structure is not None and self.store is not None
         if self.sgd_steps and self.state.step == self.sgd_steps:
-            self.state = sgld_gibbs.end_of_sgd(self.state, self.structure, self.store)
+            self.state = end_of_sgd(self.state, self.structure, self.store)
         if self.share:
             self._shared_visit()
             return
@@ -711,7 +408,7 @@ class SGLDGibbs(_Kernel):
         if isinstance(self.store, ReadsAhead) and self.scan == "round_robin":
             after: list[int] = ((block + len(block)) % self.structure.num_tasks).tolist()
             self.store.prefetch([*block.tolist(), *after])
-        self.state, self._info = sgld_gibbs.step(
+        self.state, self._info = visit.step(
             self.state,
             self._program,
             self.structure,
@@ -726,12 +423,12 @@ class SGLDGibbs(_Kernel):
     def _shared_visit(self) -> None:
         assert self._program is not None and self.structure is not None and self.store is not None
         assert self._generator is not None
-        block = many_processes.block_at(self.structure, self.state.step)
+        block = shared_visit.block_at(self.structure, self.state.step)
         if isinstance(self.store, ReadsAhead):
-            after = many_processes.block_at(self.structure, self.state.step + 1)
-            own = [many_processes.own_passes(self.structure, part) for part in (block, after)]
+            after = shared_visit.block_at(self.structure, self.state.step + 1)
+            own = [shared_visit.own_passes(self.structure, part) for part in (block, after)]
             self.store.prefetch([task for passes in own for tasks in passes for task in tasks.tolist()])
-        self.state, self._info = many_processes.visit(
+        self.state, self._info = shared_visit.visit(
             self.state,
             self._program,
             self.structure,
@@ -781,14 +478,14 @@ class SGLDGibbs(_Kernel):
         assert self.structure is not None and self.store is not None
         table = self.structure.table
         if self.share:
-            return {"store": many_processes.OwnRows(self.store, self.structure)}
+            return {"store": shared_visit.OwnRows(self.store, self.structure)}
         return {"store": self.store} | ({} if table is None else {"table": table})
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for the chain to be the same: options, sites, tasks, the likelihood at the start."""
         assert self.structure is not None
         options = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(self.settings)}
-        options |= {name: _probed(value) for name, value in options.items() if callable(value)}
+        options |= {name: probed(value) for name, value in options.items() if callable(value)}
         options |= {"scan": self.scan, "thinning": self.thinning, "sgd_steps": self.sgd_steps}
         if self.share:  # its streams of noise are others
             options["share"] = True
@@ -805,7 +502,7 @@ class SGLDGibbs(_Kernel):
         """The latest values of one task's local sites, by family, unconstrained."""
         if self.structure is None or self.store is None:
             raise RuntimeError("the kernel has not run yet.")
-        values = sgld_gibbs.task_values(self.structure, self.store, (task,))
+        values = task_values(self.structure, self.store, (task,))
         if values is None:
             elsewhere = " by this process; another may keep it" if self.share and distributed.process()[1] > 1 else ""
             raise KeyError(f"task {task} was never visited{elsewhere}.")
@@ -826,27 +523,6 @@ def _flat(facts: Mapping[str, Any], at: str = "") -> dict[str, Any]:
         inner = _flat(value, f"{at}{name}.") if isinstance(value, Mapping) else {f"{at}{name}": value}
         found |= inner
     return found
-
-
-# ------------------------------------------------------------------------------------------------ checks at the door
-
-
-def _check_common(
-    temperature: float,
-    n_inflate: float,
-    integrator: str,
-    preconditioner: str | None,
-    decay: float,
-    damping: float,
-) -> None:
-    check_number("temperature", temperature, open_below=False)
-    check_number("n_inflate", n_inflate)
-    check_choice("integrator", integrator, ["exponential", "euler"])
-    if preconditioner is not None:
-        check_choice("preconditioner", preconditioner, ["rms"])
-    check_number("damping", damping, open_below=False)
-    if not 0.0 <= decay < 1.0:
-        raise ValueError(f"decay={decay!r}: expected at least 0 and below 1.")
 
 
 def _check_plate(plate: str, run: Evaluation) -> None:
@@ -872,97 +548,6 @@ def _check_block(run: Evaluation) -> None:
             )
 
 
-def _refuse_discrete(run: Evaluation) -> None:
-    for name, site in run.latents.items():
-        if site.discrete:
-            raise ValueError(
-                f"the latent site {name!r} is discrete ({type(site.fn).__name__}); no gradient can move it. "
-                "Marginalise it out, or write it as a mixture."
-            )
-
-
-def _check_latents(run: Evaluation) -> None:
-    if not run.latents:
-        raise ValueError("the program has no latent site: there is nothing to sample.")
-    for name, site in run.latents.items():
-        if site.scale != 1.0:
-            raise ValueError(
-                f"the latent site {name!r} stands inside a subsampled plate (scale {site.scale:g}): its value would "
-                "belong to other rows at each step. Use SGLDGibbs, or a plate without subsample_size."
-            )
-    drift = run.drift(run.latents)
-    sgld.check_finite(drift, 0)
-
-
-def _transforms(run: Evaluation) -> dict[str, Any]:
-    return {name: site.transform.inv for name, site in run.latents.items() if site.transform is not None}
-
-
-def _coupled(sites: Mapping[str, Any]) -> frozenset[str]:
-    """Families whose distribution hangs on another of the sites."""
-    return frozenset(
-        site.family
-        for name, site in sites.items()
-        if any(depends(site.log_prob_at(site.leaf.detach()), other.leaf) for k, other in sites.items() if k != name)
-    )
-
-
 def _reruns(run: Evaluation) -> bool:
     direct = any(depends(run.log_likelihood, site.leaf) for site in run.globals.values())
-    return direct or bool(_coupled(run.locals))
-
-
-def _curvature(run: Evaluation, n_inflate: float, wanted: bool) -> float | None:
-    """Largest curvature of the block's density in its local sites; None where it is too large to measure."""
-    sites = run.locals or run.latents
-    size = sum(site.leaf.numel() for site in sites.values())
-    if size > CURVATURE_DIMENSIONS:
-        if wanted:
-            raise ValueError(
-                f"step_size=None measures the curvature at the start, which is done up to {CURVATURE_DIMENSIONS} "
-                f"coordinates; this program has {size}. Please pass a value for step_size."
-            )
-        return None
-    curvature = largest_curvature(
-        n_inflate * run.log_likelihood + run.log_prior(sites), [site.leaf for site in sites.values()]
-    )
-    if wanted and (curvature is None or not curvature > 0.0):
-        raise ValueError(
-            f"step_size=None measures the curvature at the start, which gave {curvature}. "
-            "Please pass a value for step_size."
-        )
-    return curvature
-
-
-def _default_step(curvature: float | None) -> Schedule:
-    return constant(DEFAULT_SHARE * curvature_limit(curvature))
-
-
-def _site_factors(
-    step_scale: Mapping[str, float] | None, temperature: Mapping[str, float] | None
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Both as dicts; refuses factors out of range."""
-    for name, factor in (step_scale or {}).items():
-        check_number(f"site_step_scale[{name!r}]", factor)
-    for name, factor in (temperature or {}).items():
-        check_number(f"site_temperature[{name!r}]", factor, open_below=False)
-    return dict(step_scale or {}), dict(temperature or {})
-
-
-def _check_prior_steps(run: Evaluation, eta: float, scale: Mapping[str, float]) -> None:
-    for site in (run.locals or run.latents).values():
-        prior = site.gaussian()
-        if prior is not None:
-            limit = 4.0 / float(prior.precision.max())
-            own = eta * scale.get(site.family, 1.0)
-            if own >= limit:
-                raise ValueError(_too_large(f"step_size (site {site.name!r})", own, limit, "4 β²"))
-
-
-def _too_large(name: str, value: float, limit: float, formula: str) -> str:
-    return (
-        f"{name}={value:g} is past its stability limit {limit:g} = {formula}: the chain would grow without bound. "
-        f"Use a value well below it ({DEFAULT_SHARE * limit:g} keeps the bias near 5 %), or "
-        'integrator="exponential" for theta and phi_update="gibbs" for phi, which have no such limit; '
-        "check_stability=False tries anyway."
-    )
+    return direct or bool(coupled_families(run.locals))

@@ -25,11 +25,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyro_lift.inference import sgld_gibbs
+from pyro_lift.inference.gibbs import visit as sgld_gibbs
+from pyro_lift.inference.gibbs.state import Settings, SGLDGibbsInfo, SGLDGibbsState, Structure
+from pyro_lift.inference.gibbs.warmup import sgd_gradient, sgd_update
 from pyro_lift.inference.program import Program
 from pyro_lift.inference.sgld import DivergedError
-from pyro_lift.inference.sgld_gibbs import Settings, SGLDGibbsInfo, SGLDGibbsState, Structure
-from pyro_lift.inference.store import ThetaStore
+from pyro_lift.inference.stores.store import ThetaStore
 from pyro_lift.support.distributed import add_up, collected, process
 
 __all__ = ["OwnRows", "block_at", "check_alike", "check_share", "generator_of", "own_passes", "visit"]
@@ -147,7 +148,7 @@ def visit(
     Nothing is kept of a visit that fails, in any process.
 
     Args:
-        phase: as of :func:`~pyro_lift.inference.sgld_gibbs.step`.
+        phase: as of :func:`~pyro_lift.inference.gibbs.visit.step`.
         seed: of the chain, the same in every process.
 
     Raises:
@@ -163,7 +164,7 @@ def visit(
             noise = generator_of(seed, state.step, int(part[0]), device)
         try:
             if phase == "sgd":
-                found = sgld_gibbs.sgd_gradient(state, program, structure, held, part, settings, generator=generator)
+                found = sgd_gradient(state, program, structure, held, part, settings, generator=generator)
                 total.add(found.gradient, found.second_moment, found.info)
                 continue
             moved, info = sgld_gibbs.step(
@@ -189,7 +190,7 @@ def visit(
     tasks = tuple(index.tolist())
     if phase == "sgd":
         eta = settings.sgd_step_size(state.step)
-        after = sgld_gibbs.sgd_update(state, structure, total.parts, total.moments, eta, tasks)
+        after = sgd_update(state, structure, total.parts, total.moments, eta, tasks)
     else:
         eta = settings.step_size(state.step)
         sums = {name: S + total.parts[name] for name, S in state.sums.items()}

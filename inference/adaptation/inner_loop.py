@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_lift.inference.rules import Rule
+from pyro_lift.inference.adaptation.update_rules import Rule
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import log_likelihood

@@ -18,35 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.row_list import RowList
-
-__all__ = ["DiskStore", "HostStore"]
-
-
-class HostStore(RowList):
-    """Rows in host memory, pinned where there is a CUDA device; given back on the device they were written from."""
-
-    def __init__(self, num_tasks: int) -> None:
-        super().__init__(num_tasks)
-        self._device = torch.device("cpu")
-
-    def read(self, tasks: Sequence[int]) -> list[Tensor]:
-        """Copies of the rows of these tasks, in order; KeyError for one that was never written."""
-        rows = [self._row(task) for task in tasks]
-        if self._device.type == "cpu":
-            return [row.clone() for row in rows]
-        # The same stream copies back and forth, so a row is never read before it has arrived.
-        return [row.to(self._device, non_blocking=True) for row in rows]
-
-    def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
-        """Replace the rows of these tasks, by copies."""
-        for task, row in zip(tasks, rows, strict=True):
-            self._device = row.device
-            place = self._rows[task]
-            if place is None or place.shape != row.shape or place.dtype != row.dtype:
-                place = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.device.type == "cuda")
-                self._rows[task] = place
-            place.copy_(row.detach(), non_blocking=True)
+__all__ = ["DiskStore"]
 
 
 class _Place(NamedTuple):

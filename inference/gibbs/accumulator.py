@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.conjugate import NormalPair
+from pyro_lift.inference.gibbs.conjugate import NormalPair
 
 __all__ = ["Accumulator", "GradientTable", "exact", "langevin_limit", "literal_update"]
 

@@ -20,14 +20,14 @@ import torch
 from pyro.ops.streaming import StreamingStats
 from torch import Tensor
 
-from pyro_lift.inference.mixture_stream import MixtureStream
-from pyro_lift.inference.offline_em import Covariance, Moments, fit, floored, kmeans_start, log_densities
+from pyro_lift.inference.mixture.batch_em import Covariance, Moments, fit, floored, kmeans_start, log_densities
+from pyro_lift.inference.mixture.in_place import MixtureStream
 from pyro_lift.support.options import check_choice, check_number
 
 __all__ = ["MixtureState", "OnlineGaussianMixture", "init", "pooled", "step"]
 
 #: Above this many numbers a mean is kept in the draws' own precision, and diagonal and spherical mixtures are updated
-#: in place (:mod:`~pyro_lift.inference.mixture_stream`); responsibilities always are in float64.
+#: in place (:mod:`~pyro_lift.inference.mixture.in_place`); responsibilities always are in float64.
 DOUBLE_UP_TO = 100_000
 
 

@@ -9,6 +9,8 @@ calibrates.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +19,9 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import LossKind, probabilities
 from pyro_lift.models.observation import outputs
 from pyro_lift.models.readouts import LabelScoring
-from pyro_lift.models.task import Rows
+from pyro_lift.models.task import Rows, Task, as_rows
 
-__all__ = ["label_probabilities", "predict"]
+__all__ = ["Ensemble", "label_probabilities", "predict", "rows_of"]
 
 
 #: Rows of a pass up to which a CPU gains from taking several draws at once: past it, stacked products are no larger
@@ -108,3 +110,33 @@ def label_probabilities(
                 one.append(torch.softmax(scoring(adapter.backbone, named), -1))
         parts.append(torch.stack(one).mean(0))
     return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Draws or late iterates of one task's weights; predictions average their probabilities.
+
+    Attributes:
+        thetas: ``[S, D]``.
+        heads: ``[S, C, width + 1]``, or None.
+        losses: of the minibatches on the way, for a look at convergence.
+    """
+
+    adapter: RandomAdapter
+    task: Task
+    thetas: Tensor
+    heads: Tensor | None = None
+    losses: tuple[float, ...] = ()
+
+    def predict(self, inputs: Any) -> Tensor:
+        """Probabilities ``[n, C]``, averaged over the draws."""
+        rows = rows_of(inputs, self.task).to(self.thetas.device)
+        return predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
+
+
+def rows_of(inputs: Any, task: Task) -> Rows:
+    """Inputs in any form as rows of a task; targets, where there are none, are zeros."""
+    if isinstance(inputs, Rows):
+        return inputs
+    first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
+    return replace(as_rows((inputs, torch.zeros(len(first))), "inputs"), shared=task.train.shared)

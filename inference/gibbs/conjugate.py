@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.program import Evaluation, Latent, Program
+from pyro_lift.inference.program import Evaluation, Latent, Program, depends
 from pyro_lift.models.priors import gaussian_at
 
-__all__ = ["NormalPair", "check_pair", "depends", "draw", "find_pairs"]
+__all__ = ["NormalPair", "check_pair", "draw", "find_pairs"]
 
 
 class NormalPair(NamedTuple):
@@ -36,13 +36,6 @@ def draw(pair: NormalPair, S: Tensor, num_tasks: int, temperature: float, noise:
     precision = pair.prior_precision.double() + num_tasks / pair.local_variance.double()
     mean = (pair.prior_precision.double() * pair.prior_mean.double() + S / pair.local_variance.double()) / precision
     return (mean + (temperature / precision).sqrt() * noise.double()).to(noise.dtype)
-
-
-def depends(quantity: Tensor, leaf: Tensor) -> bool:
-    """Whether the graph of ``quantity`` reaches ``leaf``."""
-    if not quantity.requires_grad:
-        return False
-    return torch.autograd.grad(quantity.sum(), leaf, retain_graph=True, allow_unused=True)[0] is not None
 
 
 def find_pairs(

@@ -13,11 +13,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.disk_store import DiskStore, HostStore
-from pyro_lift.inference.row_list import RowList
+from pyro_lift.inference.stores.disk import DiskStore
+from pyro_lift.inference.stores.memory import DeviceStore, HostStore
 from pyro_lift.support.memory import free_bytes
 
-__all__ = ["DeviceStore", "DiskStore", "HostStore", "ReadsAhead", "ThetaStore", "make_store"]
+__all__ = ["DiskStore", "HostStore", "ReadsAhead", "ThetaStore", "make_store"]
 
 
 class ThetaStore(Protocol):
@@ -38,19 +38,6 @@ class ThetaStore(Protocol):
     def tasks(self) -> Iterator[int]:
         """The tasks written so far, in order."""
         ...
-
-
-class DeviceStore(RowList):
-    """Rows kept as tensors on the device they were written from."""
-
-    def read(self, tasks: Sequence[int]) -> list[Tensor]:
-        """The rows of these tasks, in order; KeyError for one that was never written."""
-        return [self._row(task) for task in tasks]
-
-    def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
-        """Replace the rows of these tasks; the tensors are kept, not copied."""
-        for task, row in zip(tasks, rows, strict=True):
-            self._rows[task] = row.detach()
 
 
 @runtime_checkable

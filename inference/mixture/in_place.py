@@ -1,6 +1,7 @@
 r"""Online EM in place, for a million coordinates and more: the same numbers as the plain form, in two passes.
 
-:func:`pyro_lift.inference.online_em.step` is the reference. It makes some twenty arrays of K x D at each draw; here
+:func:`pyro_lift.inference.mixture.online_em.step` is the reference. It makes some twenty arrays of K x D at each draw;
+here
 
 * the E-step reads means and variances once, and x twice, in pieces that stay in the cache: the last draw's component
   comes first, then all others together. The log-determinants are kept. A quadratic form only grows from piece to piece,
@@ -23,8 +24,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.fused_mixture import FusedSteps, compiles
-from pyro_lift.inference.offline_em import Covariance, Moments
+from pyro_lift.inference.mixture.batch_em import Covariance, Moments
+from pyro_lift.inference.mixture.compiled import FusedSteps, compiles
 from pyro_lift.inference.tiles import Buffers, split, tile_size, total
 
 __all__ = ["MixtureStream"]
@@ -49,7 +50,8 @@ class MixtureStream:
     Laws. ``update`` mutates; a draw that is refused changes nothing. ``moments`` and ``average`` are fresh tensors.
 
     Args:
-        moments: the mixture that the stream begins from, as in :class:`~pyro_lift.inference.online_em.MixtureState`.
+        moments: the mixture that the stream begins from, as in
+            :class:`~pyro_lift.inference.mixture.online_em.MixtureState`.
         average: the running average; ignored at ``power`` 1, where the last iterate is the average.
         total: sum of n_j.
         seen: draws so far.
@@ -63,7 +65,7 @@ class MixtureStream:
         log_det: of the variances; None computes them.
         tile: numbers in a piece; None goes by the device.
         fused: whether a diagonal mixture's steps are compiled
-            (:mod:`~pyro_lift.inference.fused_mixture`); None does so on an accelerator, where it works.
+            (:mod:`~pyro_lift.inference.mixture.compiled`); None does so on an accelerator, where it works.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 r"""A visit's arithmetic on long vectors: theta, S and phi, piece by piece, with one number for a constant precision.
 
-The plain form is :func:`pyro_lift.inference.sgld.exponential` and :func:`pyro_lift.inference.conjugate.draw`; the noise
-is theirs too, number for number. With :math:`m = e^{-a} - 1`, :math:`a = \tfrac\eta2 P p` and p the precision of
-theta given phi, one exponential gives all three coefficients:
+The plain form is :func:`pyro_lift.inference.sgld.exponential` and :func:`pyro_lift.inference.gibbs.conjugate.draw`;
+the noise is theirs too, number for number. With :math:`m = e^{-a} - 1`, :math:`a = \tfrac\eta2 P p` and p the precision
+of theta given phi, one exponential gives all three coefficients:
 
 .. math:: \theta' = \theta + m\,\big(\theta - \phi - G/p\big) + \sqrt{-T\,m\,(2 + m)/p}\;\xi, \qquad
           S' = S + \theta' - \theta,
@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.conjugate import NormalPair
+from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.inference.tiles import Buffers, split, tile_size, total
 
 __all__ = ["FLAT_FROM", "Workspace", "draw_phi", "is_flat", "mean_root", "move_theta"]

@@ -1,0 +1,195 @@
+"""The joint training before the chain: all tasks share one vector, which Adam moves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_lift.inference.gibbs.state import (
+    Settings,
+    SGLDGibbsInfo,
+    SGLDGibbsState,
+    Structure,
+    at_start,
+    first_visit,
+    init,
+    per_coordinate,
+    regrouped,
+    task_rows,
+    task_values,
+)
+from pyro_lift.inference.program import Program, Rows
+from pyro_lift.inference.sgld import check_finite, check_moved, precondition, update_second_moment
+from pyro_lift.inference.stores.store import ThetaStore
+
+__all__ = [
+    "ADAM_DECAY",
+    "ADAM_EPSILON",
+    "ADAM_MOMENTUM",
+    "SGDGradient",
+    "end_of_sgd",
+    "sgd_gradient",
+    "sgd_step",
+    "sgd_update",
+]
+
+
+def sgd_step(
+    state: SGLDGibbsState,
+    program: Program,
+    structure: Structure,
+    store: ThetaStore,
+    index: Tensor,
+    values: Mapping[int | None, Rows],
+    settings: Settings,
+    generator: torch.Generator | None,
+) -> tuple[SGLDGibbsState, SGLDGibbsInfo]:
+    """One step of Adam on one vector shared by all tasks, without prior and noise; other local sites follow alone.
+
+    With ``theta_i := phi`` for all i, it is joint training; the chain then starts where S = N phi exactly.
+    """
+    found = _gradient(state, program, structure, index, values, settings, generator)
+    lr = settings.sgd_step_size(state.step)
+    moments = {**state.second_moment, **found.second_moment}
+    after = sgd_update(state, structure, found.gradient, moments, lr, found.info.tasks)
+    store.write(found.info.tasks, found.rows)
+    return after, found.info
+
+
+class SGDGradient(NamedTuple):
+    """What one pass of the joint training finds.
+
+    Attributes:
+        gradient: of the log likelihood in the shared vector, by global site.
+        second_moment: running mean squares of the other local families.
+        rows: of the pass's tasks, with the other families moved.
+        info: of the pass.
+    """
+
+    gradient: dict[str, Tensor]
+    second_moment: dict[str, Tensor]
+    rows: list[Tensor]
+    info: SGLDGibbsInfo
+
+
+def sgd_gradient(
+    state: SGLDGibbsState,
+    program: Program,
+    structure: Structure,
+    store: ThetaStore,
+    index: Tensor,
+    settings: Settings,
+    *,
+    generator: torch.Generator | None = None,
+) -> SGDGradient:
+    """One pass of the joint training, without its step; the tasks' rows are in the store when it returns."""
+    values: Mapping[int | None, Rows] | None = task_values(structure, store, tuple(index.tolist()))
+    if values is None:
+        values = first_visit(state, program, structure, store, index, generator)
+    found = _gradient(state, program, structure, index, values, settings, generator)
+    store.write(found.info.tasks, found.rows)
+    return found
+
+
+def _gradient(
+    state: SGLDGibbsState,
+    program: Program,
+    structure: Structure,
+    index: Tensor,
+    values: Mapping[int | None, Rows],
+    settings: Settings,
+    generator: torch.Generator | None,
+) -> SGDGradient:
+    tasks = tuple(index.tolist())
+    lr = settings.sgd_step_size(state.step)
+    shared = {task: _with_shared(structure, state, rows, len(tasks), task is None) for task, rows in values.items()}
+    run = program.run(state.phi, shared, index, generator)
+    drift = run.drift(run.locals, structure.coupled, settings.n_inflate)
+    norm = check_finite(drift, state.step, tasks)
+    moments = dict(state.second_moment)
+    total: dict[str, Tensor] = {}
+    moved = {}
+    for name, site in run.locals.items():
+        gradient = drift.gradient[name]
+        if site.family in structure.pair_of:
+            part = gradient.sum(site.plate_dim) if site.task is None else gradient
+            shared_site = structure.pair_of[site.family].global_site
+            total[shared_site] = total[shared_site] + part if shared_site in total else part
+            moved[name] = site.leaf.detach()
+        else:
+            square = per_coordinate(gradient.square(), site.family, site.plate_dim, structure)
+            moments[site.family] = update_second_moment(moments.get(site.family), square.sqrt(), ADAM_DECAY)
+            rate = lr * settings.site_step_scale.get(site.family, 1.0)
+            moved[name] = site.leaf.detach() + rate * gradient * precondition(moments[site.family], 1e-3)
+    rows = task_rows(structure, tasks, regrouped(run, moved))
+    info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, lr, False, "sgd")
+    others = {family: v for family, v in moments.items() if family not in structure.pair_of}
+    return SGDGradient(total, others, rows, info)
+
+
+def sgd_update(
+    state: SGLDGibbsState,
+    structure: Structure,
+    gradient: Mapping[str, Tensor],
+    second_moment: Mapping[str, Tensor],
+    lr: float,
+    tasks: tuple[int, ...],
+) -> SGLDGibbsState:
+    """The step of Adam on the shared vector.
+
+    Args:
+        gradient: by global site, summed over the block.
+        second_moment: running mean squares of all local families; those of the pairs are moved here.
+        lr: learning rate.
+        tasks: of the block, for the error.
+
+    Raises:
+        DivergedError: a vector that left the finite numbers.
+    """
+    phi, momentum, moments = dict(state.phi), dict(state.momentum), dict(second_moment)
+    for name, total in gradient.items():
+        family = structure.pairs[name].family
+        phi[name], momentum[name], moments[family] = _adam(
+            phi[name], total.to(phi[name].dtype), momentum.get(name), moments.get(family), state.step, lr
+        )
+    check_moved(phi, state.step, tasks)
+    return SGLDGibbsState(state.step + 1, phi, state.sums, state.J, moments, momentum)
+
+
+ADAM_MOMENTUM, ADAM_DECAY, ADAM_EPSILON = 0.9, 0.99, 1e-8
+
+
+def _adam(
+    x: Tensor, gradient: Tensor, mean: Tensor | None, square: Tensor | None, steps: int, lr: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One ascent step of Adam; the mean square is kept free of its start-up bias, ready to precondition with."""
+    mean = (1 - ADAM_MOMENTUM) * gradient + (ADAM_MOMENTUM * mean if mean is not None else 0.0)
+    # A running average whose weights always sum to one: the bias-corrected form of Adam's second moment.
+    keep = ADAM_DECAY * (1 - ADAM_DECAY**steps) / (1 - ADAM_DECAY ** (steps + 1))
+    square = gradient.square() if square is None else torch.lerp(gradient.square(), square, keep)
+    corrected = mean / (1 - ADAM_MOMENTUM ** (steps + 1))
+    return x + lr * corrected / (square.sqrt() + ADAM_EPSILON), mean, square
+
+
+def _with_shared(structure: Structure, state: SGLDGibbsState, rows: Rows, block: int, stacked: bool) -> Rows:
+    """The block's rows with every paired family put at phi."""
+    shared = dict(rows)
+    for family, pair in structure.pair_of.items():
+        phi = state.phi[pair.global_site]
+        shared[family] = torch.broadcast_to(phi, rows[family].shape) if stacked else phi
+    return shared
+
+
+def end_of_sgd(state: SGLDGibbsState, structure: Structure, store: ThetaStore) -> SGLDGibbsState:
+    """theta_i := phi for every task, S := N phi: where the shared training ended, the chain begins."""
+    for name, pair in structure.pairs.items():
+        structure.start[pair.family] = state.phi[name].clone()
+    for task in list(store.tasks()):
+        values = task_values(structure, store, (task,))
+        assert values is not None
+        store.write((task,), task_rows(structure, (task,), {k: at_start(structure, v) for k, v in values.items()}))
+    fresh = init(structure, state.phi)
+    return fresh._replace(step=state.step, second_moment=state.second_moment)

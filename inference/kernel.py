@@ -1,0 +1,178 @@
+"""The base of both kernels: counting, seeding, thinning, statistics and state in Pyro's MCMC interface.
+
+Only this file and :mod:`~pyro_lift.inference.mcmc` know ``pyro.infer.mcmc``: ``setup`` is called before
+``initial_params`` and must start afresh; ``end_warmup`` is never called, so steps are counted here; ``transforms``
+must be a dict from the start; ``logging`` is called at every step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
+
+from pyro_lift.inference import sgld
+from pyro_lift.inference.gibbs.state import SGLDGibbsInfo
+from pyro_lift.support.options import check_number
+
+__all__ = ["Draw", "Kernel", "Model"]
+
+log = logging.getLogger("pyro_lift")
+
+Model = Callable[..., Any]
+#: How often the log's numbers are brought to the host: on CUDA each time costs a synchronisation.
+LOG_EVERY = 50
+
+
+class Draw(NamedTuple):
+    """What is kept of each draw for the sample_stats group; tensors stay on their device until they are asked for."""
+
+    log_likelihood: Tensor
+    grad_norm: Tensor
+    step_size: float
+    refused: bool
+    task: int
+
+
+class Kernel(MCMCKernel):
+    """What both kernels share: counting, seeding, thinning, statistics. Not for use by itself."""
+
+    state: Any
+
+    def __init__(self, model: Model, thinning: int, init_strategy: Callable[..., Tensor]) -> None:
+        if not callable(model):
+            raise TypeError(f"model={model!r}: expected a Pyro program, that is a function.")
+        check_number("thinning", thinning, least=1, open_below=False, whole=True)
+        self.model = model
+        self.thinning = thinning
+        self.init_strategy = init_strategy
+        self.transforms: dict[str, Any] = {}
+        self._preset: dict[str, Tensor] | None = None
+        self._generator: torch.Generator | None = None
+        self._noise_generator: torch.Generator | None = None
+        self._warmup_steps = 0
+        self._draws: list[Draw] = []
+        self._sampling_since = self._sampling_until = 0.0
+        self._drawn_before = 0
+        self._last_log: tuple[int, dict[str, str]] = (-LOG_EVERY, {})
+        self._start_log_likelihood = math.nan
+        super().__init__()
+
+    # A torch.Generator cannot be sent to a spawned worker, and Pyro would wait for that worker for ever.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_generator": None, "_noise_generator": None}
+
+    def _begin(self, warmup_steps: int) -> None:
+        self._warmup_steps = warmup_steps
+        self._draws = []
+        self._sampling_since = self._sampling_until = 0.0
+        self._last_log = (-LOG_EVERY, {})
+        # One draw from the global stream: `pyro.set_rng_seed` then governs the chain, which has a stream of its own.
+        seed = int(torch.randint(2**62, ()))
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def _noise_from(self, values: Mapping[str, Tensor]) -> None:
+        """The noise's generator lives where the values do; on the CPU it is the one for indices."""
+        assert self._generator is not None
+        device = next(iter(values.values())).device if values else torch.device("cpu")
+        self._noise_generator = self._generator
+        if device.type != "cpu":
+            self._noise_generator = torch.Generator(device=device).manual_seed(self._generator.initial_seed())
+
+    def _keep(self, info: sgld.SGLDInfo | SGLDGibbsInfo, task: int) -> None:
+        self._sampling_until = time.perf_counter()
+        if not self._sampling_since:
+            self._sampling_since, self._drawn_before = self._sampling_until, len(self._draws)
+        self._draws.append(Draw(info.log_likelihood, info.grad_norm, info.step_size, info.refused, task))
+
+    def _log(self, step: int, info: sgld.SGLDInfo | SGLDGibbsInfo | None, phase: str) -> dict[str, str]:
+        if info is not None and step - self._last_log[0] >= LOG_EVERY:
+            text = {
+                "phase": phase,
+                "loglik": f"{float(info.log_likelihood):.3e}",
+                "step": f"{info.step_size:.1e}",
+            }
+            self._last_log = (step, text)
+        return dict(self._last_log[1])
+
+    def diagnostics(self) -> dict[str, Any]:
+        """What a run reports of itself.
+
+        Returns:
+            ``divergences``, the draws whose gradient was clipped; ``sample_stats``, a list per statistic, with one
+            entry a draw; ``report``, see :meth:`report`; ``seconds``, of the wall clock, spent on draws.
+        """
+        stats = {
+            "log_likelihood": [float(d.log_likelihood) for d in self._draws],
+            "grad_norm": [float(d.grad_norm) for d in self._draws],
+            "step_size": [d.step_size for d in self._draws],
+            "diverging": [d.refused for d in self._draws],
+            "task": [d.task for d in self._draws],
+        }
+        return {
+            "divergences": [i for i, d in enumerate(self._draws) if d.refused],
+            "sample_stats": stats,
+            "report": self.report(),
+            "seconds": self._seconds(),
+        }
+
+    def _seconds(self) -> float:
+        """Of all draws; the first one, and those before a resumption, are taken to be as quick as the others."""
+        timed = len(self._draws) - self._drawn_before - 1
+        return (self._sampling_until - self._sampling_since) * len(self._draws) / max(timed, 1)
+
+    def report(self) -> dict[str, float | str]:
+        """Dimensionless step sizes and what was learned at set-up."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next transition depends on but what :meth:`rows` holds: tensors and plain data, nested."""
+        assert self._generator is not None and self._noise_generator is not None
+        own = self._noise_generator is not self._generator
+        return {
+            "state": self.state._asdict(),
+            "warmup_steps": self._warmup_steps,
+            "generator": self._generator.get_state(),
+            "noise_generator": self._noise_generator.get_state() if own else None,
+            "draws": {name: _column([getattr(draw, name) for draw in self._draws]) for name in Draw._fields},
+            "last_log": list(self._last_log),
+        }
+
+    def load_state_dict(self, tree: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was called; after set-up with the same program."""
+        assert self._generator is not None and self._noise_generator is not None
+        here = next(iter(self.initial_params.values())).device
+        self.state = type(self.state)(**{name: to_device(here, value) for name, value in tree["state"].items()})
+        self._warmup_steps = tree["warmup_steps"]
+        self._generator.set_state(tree["generator"].cpu())
+        if self._noise_generator is not self._generator and tree["noise_generator"] is not None:
+            self._noise_generator.set_state(tree["noise_generator"].cpu())
+        self._draws = [Draw(*row) for row in zip(*(tree["draws"][name] for name in Draw._fields), strict=True)]
+        self._last_log = (tree["last_log"][0], tree["last_log"][1])
+
+    def rows(self) -> dict[str, Any]:
+        """What is too large for the state: none here."""
+        return {}
+
+    def cleanup(self) -> None:
+        """Nothing to release; Pyro calls it twice."""
+
+
+def _column(values: list[Any]) -> Any:
+    """One statistic of all draws: a tensor where they are tensors."""
+    return torch.stack(values) if values and isinstance(values[0], Tensor) else values
+
+
+def to_device(device: torch.device, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return {name: to_device(device, one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+# ------------------------------------------------------------------------------------------------ checks at the door

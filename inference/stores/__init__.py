@@ -1,0 +1,1 @@
+"""Stores of the tasks' weights: on the device, on the host, on disk."""

@@ -1,0 +1,85 @@
+"""Stores in memory: rows on the device that computes, or pinned on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["DeviceStore", "HostStore", "RowList"]
+
+
+class RowList:
+    """A place for each task's row; reading and writing belong to the stores.
+
+    Args:
+        num_tasks: N; a task index outside ``0 .. N - 1`` is an error.
+    """
+
+    def __init__(self, num_tasks: int) -> None:
+        self._rows: list[Tensor | None] = [None] * num_tasks
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(num_tasks={len(self)}, written={sum(1 for _ in self.tasks())})"
+
+    def _row(self, task: int) -> Tensor:
+        row = self._rows[task]
+        if row is None:
+            raise KeyError(f"task {task} has no row yet.")
+        return row
+
+    def has(self, task: int) -> bool:
+        """Whether this task has been written."""
+        return self._rows[task] is not None
+
+    def tasks(self) -> Iterator[int]:
+        """The tasks written so far, in order."""
+        return (i for i, row in enumerate(self._rows) if row is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(row.numel() * row.element_size() for row in self._rows if row is not None)
+
+
+class DeviceStore(RowList):
+    """Rows kept as tensors on the device they were written from."""
+
+    def read(self, tasks: Sequence[int]) -> list[Tensor]:
+        """The rows of these tasks, in order; KeyError for one that was never written."""
+        return [self._row(task) for task in tasks]
+
+    def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """Replace the rows of these tasks; the tensors are kept, not copied."""
+        for task, row in zip(tasks, rows, strict=True):
+            self._rows[task] = row.detach()
+
+
+class HostStore(RowList):
+    """Rows in host memory, pinned where there is a CUDA device; given back on the device they were written from."""
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__(num_tasks)
+        self._device = torch.device("cpu")
+
+    def read(self, tasks: Sequence[int]) -> list[Tensor]:
+        """Copies of the rows of these tasks, in order; KeyError for one that was never written."""
+        rows = [self._row(task) for task in tasks]
+        if self._device.type == "cpu":
+            return [row.clone() for row in rows]
+        # The same stream copies back and forth, so a row is never read before it has arrived.
+        return [row.to(self._device, non_blocking=True) for row in rows]
+
+    def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """Replace the rows of these tasks, by copies."""
+        for task, row in zip(tasks, rows, strict=True):
+            self._device = row.device
+            place = self._rows[task]
+            if place is None or place.shape != row.shape or place.dtype != row.dtype:
+                place = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.device.type == "cuda")
+                self._rows[task] = place
+            place.copy_(row.detach(), non_blocking=True)
