@@ -25,7 +25,7 @@ from pyro.infer import MCMC
 from torch import Tensor
 
 from pyro_lift import SGLDGibbs
-from pyro_lift.figures import COLOURS, new_figure, save_figure
+from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
 
 N, SIGMA, BETA, COUNTS = 3, 0.7, 0.5, 6
 #: Ranks run from 0 to DRAWS; they are shown in BINS bins of equal width.

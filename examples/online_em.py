@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from pyro_lift import OnlineGaussianMixture
+from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
 from pyro_lift.bench.records import format_table
-from pyro_lift.figures import COLOURS, new_figure, save_figure
 from pyro_lift.inference.mixture.batch_em import Moments, fit, log_densities
 
 TRUTH = Moments(

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
 from pyro_lift.bench.toy_chains import Toys, Update, chain, curve, generator_noise
-from pyro_lift.figures import COLOURS, new_figure, save_figure
 from pyro_lift.inference.gibbs.accumulator import Accumulator, langevin_limit
 from pyro_lift.models.linear_gaussian import LinearGaussian
 

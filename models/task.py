@@ -71,7 +71,7 @@ class Task:
             plus one. Of matching, the number of label texts or of options.
         test: what to be judged by, never trained on; in any form of ``train``.
         dev: what choices may be made on, never trained on; in any form of ``train``.
-        metric: name of the score that the task is judged by, of :data:`pyro_lift.text_metrics.METRICS`.
+        metric: name of the score that the task is judged by, of :data:`pyro_lift.metrics.text.METRICS`.
         labels: names of the classes, in the order of the targets.
         label_texts: encoded label texts by keyword of the backbone, ``{"input_ids": [C, L], "attention_mask": ...}``.
 

@@ -34,7 +34,7 @@ def demo(
     tune: Annotated[bool, typer.Option("--tune", help="choose every method's settings anew, and stop")] = False,
 ) -> None:
     """Compare three methods on handwriting tasks that come with scikit-learn; no network, about three minutes."""
-    from pyro_lift import demo as this
+    from pyro_lift.bench import demo as this
 
     settings = this.DemoSettings(seeds=seeds, workers=workers, device=device)
     if tune:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
-from pyro_lift.inference.baselines import BASELINES, Budget
+from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.methods.registry import BASELINES
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.task import Task

@@ -14,7 +14,11 @@ from pyro_lift.bench import methods
 from pyro_lift.bench.choices import CHOSEN, GRIDS, LIKE, choice_of
 from pyro_lift.bench.memory import peak_bytes
 from pyro_lift.bench.problems import DIGITS, MethodsSettings, on_tasks
-from pyro_lift.inference.baselines import BASELINES, MAML, Budget, ImplicitMAML, UnionTrain
+from pyro_lift.inference.baselines.imaml import ImplicitMAML
+from pyro_lift.inference.baselines.maml import MAML
+from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.baselines.union_train import UnionTrain
+from pyro_lift.methods.registry import BASELINES
 
 CPU = torch.device("cpu")
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from pyro_lift.bench import speed, speed_report
+from pyro_lift.bench.shapes import BACKBONES
+from pyro_lift.bench.steps import TimedLiFT, plain
 from pyro_lift.bench.timing import Stopwatch, Times, interleaved, quartiles
 
 
@@ -65,14 +67,14 @@ def test_a_stopwatch_takes_inner_functions_out_of_outer_ones() -> None:
 
 
 def test_the_plain_loop_and_the_chain_leave_the_backbone_as_they_found_it() -> None:
-    shape = speed.BACKBONES["bart-tiny"]
+    shape = BACKBONES["bart-tiny"]
     net = shape.make()
     adapter = speed.adapt_backbone(net, speed.recipe(net, rank=2))
     tasks = [shape.task(i) for i in range(2)]
-    step = speed.plain(adapter, tasks, torch.optim.SGD)
+    step = plain(adapter, tasks, torch.optim.SGD)
     frozen = {name: p.clone() for name, p in adapter.backbone.named_parameters() if "lora" not in name}
     step()
-    speed.Lift(adapter, tasks).step()
+    TimedLiFT(adapter, tasks).step()
     assert all(torch.equal(p, frozen[n]) for n, p in adapter.backbone.named_parameters() if n in frozen)
     assert not any(p.requires_grad for p in adapter.backbone.parameters())
 

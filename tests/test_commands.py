@@ -16,6 +16,7 @@ from pyro_lift import LiFTPrior, Task, TaskPosterior, commands
 from pyro_lift.cli import app
 from pyro_lift.data.folder import read_task
 from pyro_lift.models.backbones import load_backbone
+from pyro_lift.wiring import adapter_of, task_of
 
 KINDS = {"bart": "seq2seq", "t5": "seq2seq", "gpt2": "causal", "bert": "encoder", "vit": "vision"}
 
@@ -84,7 +85,7 @@ def test_train_adapt_predict_and_export_from_files(family: str, tmp_path: Path) 
 
     backbone = load_backbone(tmp_path / "model", KINDS[family])  # type: ignore[arg-type]
     loaded = peft.PeftModel.from_pretrained(backbone, tmp_path / "adapted").eval()
-    adapter = commands.adapter_of(commands.read_config(config))
+    adapter = adapter_of(commands.read_config(config))
     mean = TaskPosterior.from_pretrained(tmp_path / "adapted", adapter).thetas.mean(0)
     named = {k: x for k, x in FAMILIES[family].task("t").train.named.items() if not k.startswith("label_")}
     with torch.no_grad(), adapter.bound(mean):
@@ -97,7 +98,7 @@ def test_train_adapt_predict_and_export_from_files(family: str, tmp_path: Path) 
 def test_the_prior_read_back_is_the_prior_written(tmp_path: Path) -> None:
     config = prepare("bert", tmp_path)
     prior = commands.train(config, progress=False)
-    read = LiFTPrior.from_pretrained(tmp_path / "prior", commands.adapter_of(commands.read_config(config)))
+    read = LiFTPrior.from_pretrained(tmp_path / "prior", adapter_of(commands.read_config(config)))
     x = torch.randn(prior.adapter.dim)
     torch.testing.assert_close(read.mixture.get().log_prob(x), prior.mixture.get().log_prob(x))
     torch.testing.assert_close(read.second_moment["theta"], prior.second_moment["theta"])
@@ -113,15 +114,15 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
         commands.predict(tmp_path)
     run = commands.read_config(config)
     with pytest.raises(ValueError, match="no such folder"):
-        commands.task_of(run, tmp_path / "nowhere")
+        task_of(run, tmp_path / "nowhere")
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "train.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match=r"train\.safetensors: not a safetensors file"):
-        commands.task_of(run, bad)
+        task_of(run, bad)
     save_file({"x": torch.zeros(2, D)}, bad / "train.safetensors")
     with pytest.raises(ValueError, match=r"train\.safetensors: no tensor 'labels' among x"):
-        commands.task_of(run, bad)
+        task_of(run, bad)
 
 
 def test_a_prior_of_another_adapter_is_refused(tmp_path: Path) -> None:

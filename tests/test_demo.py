@@ -11,9 +11,10 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from pyro_lift import LiFTPrior, demo, report
+from pyro_lift import LiFTPrior
+from pyro_lift.bench import demo, report
+from pyro_lift.bench.demo import CHOSEN, GRIDS, METHODS, Cell, DemoSettings
 from pyro_lift.data.digits import digit_backbone
-from pyro_lift.demo import CHOSEN, GRIDS, METHODS, Cell, DemoSettings
 
 
 @pytest.fixture(scope="module")

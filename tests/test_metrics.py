@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from pyro_lift.metrics import accuracy, expected_calibration_error, nll, paired_test, reliability
+from pyro_lift.metrics.probabilities import accuracy, expected_calibration_error, nll, reliability
+from pyro_lift.metrics.significance import paired_test
 
 
 def predictions(seed: int, rows: int = 200, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pyro_lift.sweep import Cell, grid, results, run_cells, submit, write_manifest
+from pyro_lift.bench.sweep import Cell, grid, results, run_cells, submit, write_manifest
 
 
 def square(x: int, log: str) -> dict[str, Any]:

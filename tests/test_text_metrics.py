@@ -15,7 +15,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import pearsonr, ttest_ind
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from pyro_lift.text_metrics import METRICS, normalize_answer, pooled_t_test, score, token_f1, welch_t_test
+from pyro_lift.metrics.significance import pooled_t_test, welch_t_test
+from pyro_lift.metrics.text import METRICS, normalize_answer, score, token_f1
 
 WORDS = ["the", "a", "an", "The", "cat", "Cat", "dog", "U.S.", "don't", "--", "élan", "42", "a-b", "theatre", "", "?"]
 CASES = 200

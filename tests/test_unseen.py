@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from pyro_lift import Task
-from pyro_lift.bench.scores import scores
+from pyro_lift.bench.report import by_task, comparison
 from pyro_lift.bench.unseen import METHODS, Benchmark, UnseenSettings, hold_out, parser, run, settings_of
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.text import TextRow
+from pyro_lift.metrics.task import scores
+from pyro_lift.metrics.text import score
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows
-from pyro_lift.report import by_task, comparison
-from pyro_lift.text_metrics import score
 
 SMALL = UnseenSettings(warm_up=6, visits=9, steps=6, draws=2, batch_size=4, rates=(1e-4, 1e-2), dev_tasks=2)
 

@@ -10,7 +10,6 @@ import torch
 from test_baselines import SMALL, tiny_adapter, tiny_tasks
 from torch import Tensor, nn
 
-from pyro_lift.inference.baselines.fixed_theta import FixedTheta
 from pyro_lift.inference.baselines.library import nearest, task_key, train_library
 from pyro_lift.inference.baselines.mbc import MBC, MBCState, cluster
 from pyro_lift.inference.baselines.retriever import LoRARetriever
@@ -19,6 +18,7 @@ from pyro_lift.inference.baselines.taskwise_peft import TaskwisePEFT
 from pyro_lift.inference.baselines.union_train import union_train
 from pyro_lift.inference.fixed_theta import FixedThetaPosterior, exact_draws, phi_chain, random_order
 from pyro_lift.lift import LiFT
+from pyro_lift.methods.fixed_theta import FixedTheta
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.lora_factors import fusion, lora_pairs, mixture

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["peak_bytes"]
+__all__ = ["high_water_mark", "peak_bytes", "reset_high_water_mark"]
 
 
 class _Watch(TorchDispatchMode):
@@ -55,3 +58,22 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     with _Watch() as watch:
         function()
     return int(watch.peak)
+
+
+def reset_high_water_mark() -> None:
+    """Forget the peak memory so far; on the CPU by Linux's ``clear_refs``."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def high_water_mark(device: str) -> int | None:
+    """Peak memory since :func:`reset_peak`: of the device, or of the process; None where it is not told."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if not (os.path.exists(status) and os.access("/proc/self/clear_refs", os.W_OK)):
+        return None
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    return int(lines["VmHWM"].split()[0]) * 1024

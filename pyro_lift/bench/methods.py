@@ -25,16 +25,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift import metrics
 from pyro_lift.bench.choices import GRIDS, Choice, choice_of
 from pyro_lift.bench.memory import peak_bytes
 from pyro_lift.bench.problems import DIGITS, Experiment, MethodsSettings, Problem, on_tasks
 from pyro_lift.bench.records import format_table, write_records
-from pyro_lift.bench.scores import scores
-from pyro_lift.inference.baselines import BASELINES, Baseline, Budget
 from pyro_lift.inference.baselines.library import TrainedLibrary, train_library
+from pyro_lift.inference.baselines.protocol import Baseline, Budget
 from pyro_lift.inference.baselines.union_train import warm_up
 from pyro_lift.inference.sgld import DivergedError
+from pyro_lift.methods.registry import BASELINES
+from pyro_lift.metrics import probabilities
+from pyro_lift.metrics.task import scores
 from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_choice
 
@@ -337,7 +338,7 @@ def _judged(
         losses = []
         for task in problem.test:
             assert task.test is not None
-            losses.append(metrics.nll(method.adapt(states[key], task).predict(task.test), task.test.target))
+            losses.append(probabilities.nll(method.adapt(states[key], task).predict(task.test), task.test.target))
     except DivergedError:
         return math.inf
     return statistics.fmean(losses)
@@ -397,7 +398,7 @@ def _over_seeds(records: Sequence[Mapping[str, Any]], key: str) -> tuple[float, 
 
 def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy, NLL and the cost of a visit, a row a method, best NLL on top."""
-    from pyro_lift.figures import COLOURS, new_figure, save_figure
+    from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
 
     found = _by_method(records)
     order = sorted(found, key=lambda name: -_over_seeds(found[name], "nll")[0])

@@ -91,8 +91,8 @@ def digits(settings: MethodsSettings, seed: int, part: str) -> Problem:
 
 def benchmark(settings: MethodsSettings, seed: int, part: str, config: RunConfig, scale: float | None) -> Problem:
     """Real tasks through a TOML run's wiring; ``scale`` is that of heads of the tasks' own, where they have any."""
-    from pyro_lift.commands import adapter_of, encoder_of
     from pyro_lift.data.load import load_tasks
+    from pyro_lift.wiring import adapter_of, encoder_of
 
     t = config.tasks
     found = load_tasks(t.benchmark, t.split, t.root, **t.options)

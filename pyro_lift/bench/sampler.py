@@ -256,7 +256,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     """KL against iterations and against seconds, one column per N."""
-    from pyro_lift.figures import COLOURS, new_figure, save_figure
+    from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
 
     sizes = sorted({r["tasks"] for r in records})
     figure, axes = new_figure(

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
 from pyro_lift.bench.records import format_table
-from pyro_lift.figures import COLOURS, new_figure, save_figure
 
 __all__ = ["blocks_table", "curves_table", "draw", "large_table", "steps_table", "term"]
 

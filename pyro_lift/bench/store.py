@@ -207,7 +207,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Time of a step and peak of memory against N."""
-    from pyro_lift.figures import COLOURS, new_figure, save_figure
+    from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
 
     figure, axes = new_figure(1, 2, width=8.4, height=3.4)
     N = [r["tasks"] for r in records]

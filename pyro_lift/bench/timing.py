@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Stopwatch", "Times", "copy_seconds", "interleaved", "peak_bytes", "quartiles", "reset_peak"]
+__all__ = ["Stopwatch", "Times", "copy_seconds", "interleaved", "quartiles"]
 
 
 class Times(NamedTuple):
@@ -56,25 +54,6 @@ def copy_seconds(numbers: int, device: str) -> Callable[[], None]:
     """A step that copies float32 numbers from one place to another: 8 bytes of traffic each."""
     source, target = torch.randn(numbers, device=device), torch.empty(numbers, device=device)
     return lambda: (target.copy_(source), None)[1]
-
-
-def reset_peak() -> None:
-    """Forget the peak memory so far; on the CPU by Linux's ``clear_refs``."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes(device: str) -> int | None:
-    """Peak memory since :func:`reset_peak`: of the device, or of the process; None where it is not told."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status")
-    if not (os.path.exists(status) and os.access("/proc/self/clear_refs", os.W_OK)):
-        return None
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 def _synchronise() -> None:

@@ -21,16 +21,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_lift import report
+from pyro_lift.bench import report
 from pyro_lift.bench.records import write_records
-from pyro_lift.bench.scores import scores
 from pyro_lift.config import AdapterConfig, BackboneConfig, OutputConfig, RunConfig, TasksConfig
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.text import TextRow, TextTask
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.adaptation.predict import predict
-from pyro_lift.inference.baselines import BASELINES, Baseline, Budget
+from pyro_lift.inference.baselines.protocol import Baseline, Budget
 from pyro_lift.inference.sgld import DivergedError
+from pyro_lift.methods.registry import BASELINES
+from pyro_lift.metrics.task import scores
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.settings import LiFTSettings
@@ -125,7 +126,7 @@ def benchmark_of(
     Raises:
         ValueError: no task to learn from, or none to be judged by; a tokenizer that does not fit the model.
     """
-    from pyro_lift.commands import adapter_of, encoder_of
+    from pyro_lift.wiring import adapter_of, encoder_of
 
     config = RunConfig(
         backbone=BackboneConfig(name=str(backbone), kind=kind),

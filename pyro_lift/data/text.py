@@ -45,7 +45,7 @@ class TextTask:
         test: what to be judged by.
         form: ``"classification"`` (one set of labels for all rows), ``"multiple_choice"`` (options by row),
             ``"text_to_text"``, or ``"next_token"`` (the input is context, the output what follows).
-        metric: a name of :data:`pyro_lift.text_metrics.METRICS`, or ``"Perplexity"``.
+        metric: a name of :data:`pyro_lift.metrics.text.METRICS`, or ``"Perplexity"``.
         labels: of classification, every label string in its fixed order.
 
     Raises:

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "PairedTest",
-    "Reliability",
-    "accuracy",
-    "expected_calibration_error",
-    "nll",
-    "paired_test",
-    "reliability",
-]
+__all__ = ["Reliability", "accuracy", "expected_calibration_error", "nll", "reliability"]
 
 
 class Reliability(NamedTuple):
@@ -26,14 +16,6 @@ class Reliability(NamedTuple):
     cases: Tensor
     confidence: Tensor
     accuracy: Tensor
-
-
-class PairedTest(NamedTuple):
-    """Mean difference of two methods over paired cases, its standard error, and the two-sided p-value."""
-
-    difference: float
-    standard_error: float
-    p_value: float
 
 
 def accuracy(probabilities: Tensor, target: Tensor) -> float:
@@ -81,20 +63,3 @@ def expected_calibration_error(probabilities: Tensor, target: Tensor, bins: int 
     """
     cases, confidence, correct = reliability(probabilities, target, bins, pooled=pooled)
     return float((cases / cases.sum() * (correct - confidence).abs()).sum())
-
-
-def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
-    """Student's paired t-test of ``first - second``, two-sided.
-
-    Raises:
-        ValueError: unequal lengths or fewer than two pairs.
-    """
-    from scipy.stats import t
-
-    if len(first) != len(second) or len(first) < 2:
-        raise ValueError(f"{len(first)} and {len(second)} values: expected the same number of each, at least two.")
-    gap = torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64)
-    mean, error = float(gap.mean()), float(gap.std() / math.sqrt(len(first)))
-    if error == 0.0:
-        return PairedTest(mean, 0.0, 1.0 if mean == 0.0 else 0.0)
-    return PairedTest(mean, error, float(2.0 * t.sf(abs(mean / error), len(first) - 1)))

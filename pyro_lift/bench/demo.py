@@ -35,13 +35,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_lift import metrics
 from pyro_lift.data.digits import DigitFamily, digit_backbone, digit_family
-from pyro_lift.inference.baselines import BASELINES, Baseline, Budget
-from pyro_lift.inference.baselines.lift import LiFTMethod, LiFTState
-from pyro_lift.inference.baselines.protocol import adapt_all
+from pyro_lift.inference.baselines.protocol import Baseline, Budget, adapt_all
 from pyro_lift.inference.baselines.union_train import UnionTrain, UnionTrainState, union_train
 from pyro_lift.lift import LiFT
+from pyro_lift.methods.lift import LiFTMethod, LiFTState
+from pyro_lift.methods.registry import BASELINES
+from pyro_lift.metrics.task import Judged
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import TIMM_ATTENTION, adapt_backbone
 from pyro_lift.models.task import Task
@@ -49,7 +49,7 @@ from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_number
 
-__all__ = ["CHOSEN", "GRIDS", "Cell", "Choice", "DemoSettings", "Judged", "demo_adapter", "run", "run_cell", "tune"]
+__all__ = ["CHOSEN", "GRIDS", "Cell", "Choice", "DemoSettings", "demo_adapter", "run", "run_cell", "tune"]
 
 Group = Literal["no-meta-train", "union-train", "lift"]
 COMPONENTS = (1, 3)
@@ -141,28 +141,6 @@ class Cell(NamedTuple):
     choices: tuple[tuple[Group, Choice], ...]
     part: Literal["dev", "test"] = "test"
     keep: Path | None = None
-
-
-class Judged(NamedTuple):
-    """One method's predictions for one task's test rows: ``[n, C]`` and ``[n]``."""
-
-    method: str
-    seed: int
-    task: str
-    probabilities: Tensor
-    target: Tensor
-
-    def record(self) -> dict[str, Any]:
-        """Name, seed, task and the three numbers."""
-        p, y = self.probabilities, self.target
-        return {
-            "method": self.method,
-            "seed": self.seed,
-            "task": self.task,
-            "accuracy": metrics.accuracy(p, y),
-            "nll": metrics.nll(p, y),
-            "ece": metrics.expected_calibration_error(p, y),
-        }
 
 
 # ------------------------------------------------------------------------------------------------ one cell
@@ -268,7 +246,7 @@ def _trained(
 
 def _keep(priors: Sequence[LiFTPrior], folder: Path) -> None:
     """The chain as ArviZ's netCDF, and the prior with the most components."""
-    from pyro_lift import report
+    from pyro_lift.bench import report
     from pyro_lift.diagnostics import from_mcmc
 
     priors[-1].save_pretrained(folder / "prior")
@@ -352,7 +330,7 @@ def run(settings: DemoSettings, out: Path, *, progress: bool = True) -> list[dic
     Returns:
         One record per method, seed and task.
     """
-    from pyro_lift import report
+    from pyro_lift.bench import report
     from pyro_lift.bench.records import write_records
 
     out.mkdir(parents=True, exist_ok=True)

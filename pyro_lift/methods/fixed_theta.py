@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.baselines.library import TrainedLibrary, train_library
-from pyro_lift.inference.baselines.lift import LiFTMethod, LiFTState
 from pyro_lift.inference.baselines.protocol import Budget, Posterior
 from pyro_lift.inference.fixed_theta import FixedThetaPosterior, exact_draws, phi_chain, random_order
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
+from pyro_lift.methods.lift import LiFTMethod, LiFTState
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.prior import LiFTPrior

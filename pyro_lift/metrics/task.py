@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_lift import metrics
 from pyro_lift.data.text import TextRow
+from pyro_lift.metrics import probabilities as measures
+from pyro_lift.metrics.text import METRICS, score
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows, Task
-from pyro_lift.text_metrics import METRICS, score
 
-__all__ = ["scores"]
+__all__ = ["Judged", "scores"]
 
 
 def scores(probabilities: Tensor, rows: Rows, task: Task, texts: Sequence[TextRow] | None = None) -> dict[str, Any]:
@@ -37,14 +37,14 @@ def scores(probabilities: Tensor, rows: Rows, task: Task, texts: Sequence[TextRo
         p, y = p[y != IGNORED], y[y != IGNORED]
     elif task.metric in METRICS:
         found["score"] = score(task.metric, *_strings(p.argmax(-1), y, task, texts))
-    nll = metrics.nll(p, y)
+    nll = measures.nll(p, y)
     if task.kind == "tokens":
         found["perplexity"] = math.exp(nll)
     return {
         **found,
-        "accuracy": metrics.accuracy(p, y),
+        "accuracy": measures.accuracy(p, y),
         "nll": nll,
-        "ece": metrics.expected_calibration_error(p, y),
+        "ece": measures.expected_calibration_error(p, y),
         "chance": float(torch.bincount(y).max()) / len(y),
     }
 
@@ -64,3 +64,25 @@ def _strings(
 
 def _label(task: Task, k: int) -> str:
     return task.labels[k] if task.labels else str(k)
+
+
+class Judged(NamedTuple):
+    """One method's predictions for one task's test rows: ``[n, C]`` and ``[n]``."""
+
+    method: str
+    seed: int
+    task: str
+    probabilities: Tensor
+    target: Tensor
+
+    def record(self) -> dict[str, Any]:
+        """Name, seed, task and the three numbers."""
+        p, y = self.probabilities, self.target
+        return {
+            "method": self.method,
+            "seed": self.seed,
+            "task": self.task,
+            "accuracy": measures.accuracy(p, y),
+            "nll": measures.nll(p, y),
+            "ece": measures.expected_calibration_error(p, y),
+        }

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
 from pyro_lift.bench.records import Record, format_table
-from pyro_lift.figures import COLOURS, new_figure, save_figure
-from pyro_lift.metrics import expected_calibration_error, paired_test, reliability
+from pyro_lift.metrics.probabilities import expected_calibration_error, reliability
+from pyro_lift.metrics.significance import paired_test
 
 if TYPE_CHECKING:
     from pyro_lift.data.digits import DigitFamily
-    from pyro_lift.demo import Judged
+    from pyro_lift.metrics.task import Judged
 
 __all__ = [
     "by_task",

@@ -15,25 +15,22 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from pyro_lift.support.options import check_choice
 
 __all__ = [
     "METRICS",
-    "MeanTest",
     "accuracy",
     "exact_match",
     "macro_f1",
     "matthews",
     "normalize_answer",
     "pearson",
-    "pooled_t_test",
     "qa_f1",
     "rouge_l",
     "score",
     "token_f1",
-    "welch_t_test",
 ]
 
 References = Sequence[Sequence[str]]
@@ -171,65 +168,6 @@ def score(metric: str, predictions: Sequence[str], references: References) -> fl
     """
     check_choice("metric", metric, METRICS)
     return METRICS[metric](predictions, references)
-
-
-class MeanTest(NamedTuple):
-    """Difference of two means, Student's t, its degrees of freedom, and the two-sided p-value."""
-
-    difference: float
-    t: float
-    degrees: float
-    p_value: float
-
-
-def pooled_t_test(mean: float, sd: float, n: int, other_mean: float, other_sd: float, other_n: int) -> MeanTest:
-    r"""Student's t-test with pooled variance, from printed "mean ± sd" whose sd is that of the *population* (ddof 0).
-
-    .. math:: s^2 = \frac{n_1 s_1^2 + n_2 s_2^2}{n_1 + n_2 - 2},\qquad
-              t = \frac{\bar x_1 - \bar x_2}{s\sqrt{1/n_1 + 1/n_2}}
-
-    It is this reading of the paper's Table 14 (five runs against five) that gives its p-values; a sample sd or Welch's
-    test do not.
-
-    Args:
-        mean: of the first method over its n runs.
-        sd: of the first method, divided by n and not by n - 1.
-        n: runs of the first method.
-        other_mean: of the second method.
-        other_sd: of the second method.
-        other_n: runs of the second method.
-    """
-    _check_moments(sd, n, other_sd, other_n)
-    degrees = n + other_n - 2
-    variance = (n * sd**2 + other_n * other_sd**2) / degrees
-    return _mean_test(mean - other_mean, variance * (1 / n + 1 / other_n), degrees)
-
-
-def welch_t_test(mean: float, sd: float, n: int, other_mean: float, other_sd: float, other_n: int) -> MeanTest:
-    """Welch's test from the same printed numbers, for variances that differ; arguments as :func:`pooled_t_test`."""
-    _check_moments(sd, n, other_sd, other_n)
-    first, second = sd**2 / (n - 1), other_sd**2 / (other_n - 1)
-    total = first + second
-    degrees = total**2 / (first**2 / (n - 1) + second**2 / (other_n - 1)) if total else float(n + other_n - 2)
-    return _mean_test(mean - other_mean, total, degrees)
-
-
-def _mean_test(difference: float, variance: float, degrees: float) -> MeanTest:
-    from scipy.stats import t
-
-    if variance == 0.0:
-        return MeanTest(
-            difference, math.copysign(math.inf, difference) if difference else 0.0, degrees, 0.0 + (not difference)
-        )
-    value = difference / math.sqrt(variance)
-    return MeanTest(difference, value, degrees, float(2.0 * t.sf(abs(value), degrees)))
-
-
-def _check_moments(sd: float, n: int, other_sd: float, other_n: int) -> None:
-    if min(n, other_n) < 2 or min(sd, other_sd) < 0.0:
-        raise ValueError(
-            f"n={n} and {other_n}, sd={sd} and {other_sd}: expected at least two runs each, sds of 0 or more."
-        )
 
 
 def _mean_of_best(predictions: Sequence[str], references: References, one: Callable[[str, str], float]) -> float:

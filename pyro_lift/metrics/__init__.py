@@ -1,0 +1,1 @@
+"""Scores: of probabilities, of texts, of a task, and tests of their differences."""

@@ -1,0 +1,80 @@
+"""The law of the house: which floor may import which, with no exception, and no circle anywhere."""
+
+from __future__ import annotations
+
+from import_graph import import_graph, modules
+
+#: Floors from the ground up. A module belongs to the longest name that it starts with.
+LAW: dict[str, set[str]] = {
+    "support": set(),
+    "models": {"support"},
+    "data": {"models", "support"},
+    "inference": {"models", "support"},
+    "inference.baselines": {"inference", "models", "support"},
+    "settings": {"support"},
+    "saving": {"inference", "models", "settings", "support"},
+    "diagnostics": {"inference", "models", "settings", "support"},
+    "metrics": {"data", "models", "support"},
+    "posterior": {"saving", "inference", "models", "settings", "support"},
+    "adapter_library": {"posterior", "saving", "inference", "models", "settings", "support"},
+    "prior": {"adapter_library", "posterior", "saving", "inference", "models", "settings", "support"},
+    "lift": {"prior", "adapter_library", "posterior", "saving", "inference", "models", "settings", "support"},
+    "config": {"data", "models", "settings", "support"},
+    "wiring": {"config", "data", "models", "settings", "support"},
+}
+LAW["methods"] = LAW["lift"] | {"lift", "inference.baselines"}
+LAW["commands"] = LAW["lift"] | LAW["wiring"] | LAW["metrics"] | {"lift", "wiring", "metrics"}
+LAW["bench"] = set(LAW) - {"commands"}
+LAW["cli"] = set(LAW)
+#: The package itself: names that are imported when they are first used, and the version.
+ROOT_MODULE = "pyro_lift"
+
+
+def floor_of(module: str) -> str:
+    """The floor that a module stands on."""
+    name = module.removeprefix("pyro_lift.")
+    floors = [floor for floor in LAW if name == floor or name.startswith(f"{floor}.")]
+    assert floors, f"{module} stands on no floor: give it one in LAW"
+    return max(floors, key=len)
+
+
+def test_every_import_points_down() -> None:
+    upward = [
+        f"{module} ({floor_of(module)}) imports {target} ({floor_of(target)})"
+        for module, targets in sorted(import_graph().items())
+        if module != ROOT_MODULE
+        for target in sorted(targets - {ROOT_MODULE})
+        if floor_of(target) not in LAW[floor_of(module)] | {floor_of(module)}
+    ]
+    assert not upward, "\n".join(upward)
+
+
+def test_nobody_imports_the_roof() -> None:
+    importers = [module for module, targets in import_graph().items() if ROOT_MODULE in targets]
+    assert not importers
+
+
+def test_there_is_no_circle() -> None:
+    graph = import_graph()
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join([*way[way.index(module) :], module])
+        if module in done:
+            return
+        for target in sorted(graph[module]):
+            visit(target, (*way, module))
+        done.add(module)
+
+    graph.pop(ROOT_MODULE)
+    for targets in graph.values():
+        targets.discard(ROOT_MODULE)
+    for module in sorted(graph):
+        visit(module, ())
+
+
+def test_files_and_the_root_stay_small() -> None:
+    lengths = {name: len(path.read_text("utf-8").splitlines()) for name, path in modules().items()}
+    assert {name: length for name, length in lengths.items() if length > 500} == {}
+    root = [path.name for name, path in modules().items() if name.count(".") <= 1 and path.name != "__init__.py"]
+    assert len(root) <= 12, sorted(root)
