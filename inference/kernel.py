@@ -11,14 +11,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from pyro_lift.inference import sgld
-from pyro_lift.inference.gibbs.state import SGLDGibbsInfo
 from pyro_lift.support.options import check_number
 
 __all__ = ["Draw", "Kernel", "Model"]
@@ -40,8 +38,32 @@ class Draw(NamedTuple):
     task: int
 
 
+class StepInfo(Protocol):
+    """Diagnostics of one step, as either kernel gives them."""
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """Of the minibatch, scaled to the data."""
+        ...
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Euclidean norm of the gradient."""
+        ...
+
+    @property
+    def step_size(self) -> float:
+        """The step size eta."""
+        ...
+
+    @property
+    def refused(self) -> bool:
+        """Whether the gradient was scaled down."""
+        ...
+
+
 class Kernel(MCMCKernel):
-    """What both kernels share: counting, seeding, thinning, statistics. Not for use by itself."""
+    """The base of both kernels: counting, seeding, thinning and statistics. Not for use by itself."""
 
     state: Any
 
@@ -85,13 +107,13 @@ class Kernel(MCMCKernel):
         if device.type != "cpu":
             self._noise_generator = torch.Generator(device=device).manual_seed(self._generator.initial_seed())
 
-    def _keep(self, info: sgld.SGLDInfo | SGLDGibbsInfo, task: int) -> None:
+    def _keep(self, info: StepInfo, task: int) -> None:
         self._sampling_until = time.perf_counter()
         if not self._sampling_since:
             self._sampling_since, self._drawn_before = self._sampling_until, len(self._draws)
         self._draws.append(Draw(info.log_likelihood, info.grad_norm, info.step_size, info.refused, task))
 
-    def _log(self, step: int, info: sgld.SGLDInfo | SGLDGibbsInfo | None, phase: str) -> dict[str, str]:
+    def _log(self, step: int, info: StepInfo | None, phase: str) -> dict[str, str]:
         if info is not None and step - self._last_log[0] >= LOG_EVERY:
             text = {
                 "phase": phase,
@@ -155,6 +177,11 @@ class Kernel(MCMCKernel):
             self._noise_generator.set_state(tree["noise_generator"].cpu())
         self._draws = [Draw(*row) for row in zip(*(tree["draws"][name] for name in Draw._fields), strict=True)]
         self._last_log = (tree["last_log"][0], tree["last_log"][1])
+
+    @property
+    def distributed(self) -> bool:
+        """Whether several processes share this chain."""
+        return False
 
     def rows(self) -> dict[str, Any]:
         """What is too large for the state: none here."""

@@ -108,8 +108,8 @@ def outcome(mcmc: Any) -> dict[str, Tensor]:
     found |= {f"moment.{name}": x for name, x in kernel.state.second_moment.items()}
     found["generator"] = kernel._generator.get_state()
     found["global"] = torch.get_rng_state()
-    if kernel.structure.table is not None:
-        found["table"] = torch.stack(kernel.structure.table.rows)
+    if kernel.chain.cache.table is not None:
+        found["table"] = torch.stack(kernel.chain.cache.table.rows)
     stats = mcmc._diagnostics[0]["sample_stats"]
     found |= {f"stats.{name}": torch.tensor(values) for name, values in stats.items()}
     if isinstance(mcmc, MCMC):

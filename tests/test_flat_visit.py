@@ -47,7 +47,7 @@ def run(flat: bool, visits: int, model: Callable[[], None], **options: Any) -> t
     for _ in range(visits):
         params = kernel.sample(params)
         draws.append(params["phi"])
-    assert bool(kernel.structure and kernel.structure.workspaces) is flat
+    assert bool(kernel.chain.cache.workspaces) is flat
     return kernel, draws
 
 

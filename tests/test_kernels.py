@@ -206,11 +206,11 @@ def test_sums_and_tables_equal_their_recomputation(name: str) -> None:
         # The rows are flat; a paired family stands first in each of our programs.
         total = row_sum(kernel.store, slice(0, kernel.state.phi[site].numel()))
         missing = kernel.structure.num_tasks - len(list(kernel.store.tasks()))
-        total = total + missing * kernel.structure.start[pair.family].reshape(-1)
+        total = total + missing * kernel.chain.cache.start[pair.family].reshape(-1)
         torch.testing.assert_close(kernel.state.sums[site].reshape(-1), total, rtol=1e-10, atol=1e-10)
-    if kernel.structure.table is not None:
+    if kernel.chain.cache.table is not None:
         J = torch.cat([kernel.state.J[site].reshape(-1) for site in kernel.state.phi])
-        torch.testing.assert_close(J, kernel.structure.table.total(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(J, kernel.chain.cache.table.total(), rtol=1e-10, atol=1e-10)
 
 
 def test_the_line_of_the_readme_runs_as_written() -> None:

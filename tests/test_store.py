@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_the_chain_does_not_depend_on_its_store(kind: str, make: Any) -> None:
 
 def _table(store: str) -> SGLDGibbs:
     kernel = table()
-    kernel.store_kind = store
+    kernel._request = dataclasses.replace(kernel._request, store=store)
     return kernel
 
 
@@ -148,7 +149,7 @@ def test_what_fits_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_store_on_the_disk_stays_with_its_process() -> None:
     kernel = gibbs(store="disk")
     MCMC(kernel, 3, warmup_steps=7, disable_progbar=True).run()
-    assert isinstance(kernel.store, DiskStore) and kernel.__getstate__()["store"] is None
+    assert isinstance(kernel.store, DiskStore) and kernel.__getstate__()["_plan"] is None
 
 
 def test_the_benchmark_writes_its_records(tmp_path: Path) -> None:

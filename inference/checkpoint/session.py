@@ -72,7 +72,12 @@ class RunStopped(SystemExit):
 
 
 class SavableKernel(Protocol):
-    """What a kernel must answer to be saved."""
+    """A kernel that can be saved."""
+
+    @property
+    def distributed(self) -> bool:
+        """Whether several processes share the chain."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data, nested."""
@@ -172,7 +177,7 @@ class Session:
         Raises:
             ValueError: the run is another than the one that was saved; names the difference.
         """
-        self._shared = bool(getattr(kernel, "share", False))
+        self._shared = kernel.distributed
         if self._shared and len(set(found := distributed.collected(self.transitions))) > 1:
             raise ValueError(
                 f"{self.folder}: the processes of this run found it saved at transitions {found}. Give all of them one "

@@ -39,11 +39,15 @@ def is_flat(pair: NormalPair, value: Tensor) -> bool:
 class Workspace:
     """Buffers for vectors of one length, kept from visit to visit.
 
-    The S that a visit writes is the memory of the visit before last's: a fresh float64 vector would cost more in page
-    faults than the whole visit computes.
+    Args:
+        like: a vector of this length.
+        tile: numbers of a piece.
+        recycle: whether the S that a visit writes is the memory of the visit before last's: a fresh float64 vector
+            would cost more in page faults than the whole visit computes.
     """
 
-    def __init__(self, like: Tensor, tile: int | None = None) -> None:
+    def __init__(self, like: Tensor, tile: int | None = None, *, recycle: bool = False) -> None:
+        self.recycle = recycle
         self.tile = tile or tile_size(like)
         self.buffers = Buffers(3, like, min(self.tile, len(like)))
         self._spare: Tensor | None = None
@@ -52,7 +56,9 @@ class Workspace:
         self.root = 0.0
 
     def spare_sum(self, current: Tensor) -> Tensor:
-        """Memory for the next S; ``current`` becomes the spare one after the visit."""
+        """Return memory for the next S; where it is recycled, ``current`` becomes the spare one after the visit."""
+        if not self.recycle:
+            return torch.empty_like(current)
         spare, self._spare = self._spare, current
         return torch.empty_like(current) if spare is None or spare is current else spare
 

@@ -20,15 +20,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.gibbs import visit as sgld_gibbs
-from pyro_lift.inference.gibbs.state import Settings, SGLDGibbsInfo, SGLDGibbsState, Structure
+from pyro_lift.inference.gibbs import visit as gibbs_visit
+from pyro_lift.inference.gibbs.state import (
+    Chain,
+    Phase,
+    Settings,
+    SGLDGibbsInfo,
+    SGLDGibbsState,
+    Streams,
+    Structure,
+)
 from pyro_lift.inference.gibbs.warmup import sgd_gradient, sgd_update
-from pyro_lift.inference.program import Program
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.inference.stores.store import ThetaStore
 from pyro_lift.support.distributed import add_up, collected, process
@@ -37,9 +44,24 @@ __all__ = ["OwnRows", "block_at", "check_alike", "check_share", "generator_of", 
 
 #: Odd, so that multiplying by it modulo 2^63 loses nothing.
 SPREAD = 0x9E3779B97F4A7C15
-#: What travels in front of S: processes that failed, families of local sites that not every process knows, the block's
-#: log likelihood, the square of its gradient's norm, and passes whose gradient was scaled down.
-HEAD = 5
+
+
+class _Head(NamedTuple):
+    """The numbers that travel in front of S, all of them sums over processes.
+
+    Attributes:
+        failed: processes that failed.
+        unknown: families of local sites that not every process knows.
+        log_likelihood: of the block.
+        squared_norm: of its gradient.
+        clipped: passes whose gradient was scaled down.
+    """
+
+    failed: Tensor
+    unknown: Tensor
+    log_likelihood: Tensor
+    squared_norm: Tensor
+    clipped: Tensor
 
 
 def check_share(structure: Structure, settings: Settings, scan: str) -> None:
@@ -133,21 +155,16 @@ class OwnRows:
 
 
 def visit(
-    state: SGLDGibbsState,
-    program: Program,
-    structure: Structure,
-    store: ThetaStore,
-    index: Tensor,
-    settings: Settings,
-    *,
-    phase: Literal["sgd", "burn-in", "sample"],
-    seed: int,
+    state: SGLDGibbsState, chain: Chain, index: Tensor, phase: Phase, seed: int
 ) -> tuple[SGLDGibbsState, SGLDGibbsInfo]:
-    """One visit to the block ``index``, of which this process moves its own share.
+    """Visit the block ``index``, of which this process moves its own share.
 
     Nothing is kept of a visit that fails, in any process.
 
     Args:
+        state: of the chain.
+        chain: what was set at set-up.
+        index: the block's tasks.
         phase: as of :func:`~pyro_lift.inference.gibbs.visit.step`.
         seed: of the chain, the same in every process.
 
@@ -155,32 +172,13 @@ def visit(
         DivergedError: in every process, where one had a loss or gradient that is not finite.
         ProcessLostError: another process is gone.
     """
+    structure, settings = chain.structure, chain.settings
     device = next(iter(state.phi.values())).device
-    held, total = _Held(store), _Total(state, structure, phase)
+    held, total = _Held(chain.store), _Total(state, structure, phase)
     failure: DivergedError | None = None
     for part in own_passes(structure, index):
-        generator = noise = generator_of(seed, state.step, int(part[0]))
-        if device.type != "cpu":
-            noise = generator_of(seed, state.step, int(part[0]), device)
         try:
-            if phase == "sgd":
-                found = sgd_gradient(state, program, structure, held, part, settings, generator=generator)
-                total.add(found.gradient, found.second_moment, found.info)
-                continue
-            moved, info = sgld_gibbs.step(
-                state,
-                program,
-                structure,
-                held,
-                part,
-                settings,
-                phase=phase,
-                generator=generator,
-                noise_generator=noise,
-                move_phi=False,
-            )
-            total.add_change(moved.sums, state.sums)
-            total.add({}, moved.second_moment, info)
+            _add_pass(total, state, chain._replace(store=held), part, phase, _streams(seed, state.step, part, device))
         except DivergedError as error:
             failure = error
             break
@@ -192,13 +190,30 @@ def visit(
         eta = settings.sgd_step_size(state.step)
         after = sgd_update(state, structure, total.parts, total.moments, eta, tasks)
     else:
-        eta = settings.step_size(state.step)
+        eta = settings.eta(state.step)
         sums = {name: S + total.parts[name] for name, S in state.sums.items()}
         noise = generator_of(seed, state.step, structure.num_tasks, device)
-        phi = sgld_gibbs.draw_phi(state, structure, settings, sums, noise)
+        phi = gibbs_visit.draw_phi(state, chain, sums, noise)
         after = SGLDGibbsState(state.step + 1, phi, sums, {}, total.moments, {})
     held.keep()
     return after, SGLDGibbsInfo(tasks, total.log_likelihood, total.grad_norm, eta, total.refused, phase)
+
+
+def _streams(seed: int, visit: int, part: Tensor, device: torch.device) -> Streams:
+    """The streams of one pass, named by its first task; on a CPU, rows and noise share one."""
+    rows = generator_of(seed, visit, int(part[0]))
+    return Streams(rows, rows if device.type == "cpu" else generator_of(seed, visit, int(part[0]), device))
+
+
+def _add_pass(total: _Total, state: SGLDGibbsState, chain: Chain, part: Tensor, phase: Phase, streams: Streams) -> None:
+    """Move the tasks of one pass and add its change to the visit's total."""
+    if phase == "sgd":
+        computed = sgd_gradient(state, chain, part, streams)
+        total.add(computed.gradient, computed.second_moment, computed.info)
+        return
+    moved, info = gibbs_visit.step(state, chain, part, streams, phase, move_phi=False)
+    total.add_change(moved.sums, state.sums)
+    total.add({}, moved.second_moment, info)
 
 
 class _Held:
@@ -243,9 +258,9 @@ class _Total:
         self.known = {family: v.shape for family, v in moving if family not in still}
         sizes = [s.numel() for s in self.shapes.values()] + [1 + s.numel() for s in self.known.values()]
         like = next(iter(state.sums.values()))
-        self.vector = torch.zeros(HEAD + sum(sizes), dtype=torch.float64, device=like.device)
-        head, *rest = self.vector.split([HEAD, *sizes])
-        self.head = head
+        self.vector = torch.zeros(len(_Head._fields) + sum(sizes), dtype=torch.float64, device=like.device)
+        head, *rest = self.vector.split([len(_Head._fields), *sizes])
+        self.head = _Head(*head.unbind())
         self.parts = {k: part.view(s) for (k, s), part in zip(self.shapes.items(), rest, strict=False)}
         self._sums = dict(zip(self.known, rest[len(self.shapes) :], strict=True))
         self._new: dict[str, tuple[Tensor, int]] = {}
@@ -268,9 +283,9 @@ class _Total:
             elif family not in self.old:
                 total, count = self._new.get(family, (torch.zeros_like(value, dtype=torch.float64), 0))
                 self._new[family] = (total + value, count + 1)
-        self.head[2] += info.log_likelihood
-        self.head[3] += info.grad_norm.square()
-        self.head[4] += float(info.refused)
+        self.head.log_likelihood.add_(info.log_likelihood)
+        self.head.squared_norm.add_(info.grad_norm.square())
+        self.head.clipped.add_(float(info.refused))
 
     def share(self, failure: DivergedError | None) -> None:
         """Add up over processes.
@@ -278,11 +293,12 @@ class _Total:
         Raises:
             DivergedError: another process failed, and this one did not.
         """
-        self.head[0], self.head[1] = float(failure is not None), float(len(self._new))
+        self.head.failed.fill_(float(failure is not None))
+        self.head.unknown.fill_(float(len(self._new)))
         add_up(self.vector)
-        failures, unknown, _, _, refused = self.head.tolist()
-        self.log_likelihood, self.grad_norm, self.refused = self.head[2].clone(), self.head[3].sqrt(), refused > 0.0
-        if failures:
+        self.log_likelihood, self.grad_norm = self.head.log_likelihood.clone(), self.head.squared_norm.sqrt()
+        self.refused = float(self.head.clipped) > 0.0
+        if self.head.failed:
             if failure is None:
                 raise DivergedError(
                     f"step {self.step}: the tasks of another process diverged; its own message names them. The chain "
@@ -294,7 +310,7 @@ class _Total:
         for family, total in self._sums.items():
             if total[0]:
                 self.moments[family] = (total[1:] / total[0]).view(self.known[family]).to(self.old[family])
-        if unknown:
+        if self.head.unknown:
             self._share_new()
 
     def _share_new(self) -> None:

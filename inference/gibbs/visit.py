@@ -1,4 +1,4 @@
-"""SGLD-Gibbs (Eq. 9-11): one visit moves a block of theta_i by SGLD and phi by an exact or a Langevin draw.
+"""One visit of SGLD-Gibbs (Eq. 9-11): SGLD moves a block of theta_i, then phi gets an exact or a Langevin draw.
 
 The paper's loop is phi, theta_i, J, phi, theta_i, J, ...; a visit here is theta_i, J, phi. It is the same loop entered
 one phase later, and lets one run of the program serve a whole visit: the gradient for theta_i, the conditional
@@ -8,216 +8,157 @@ p(theta_i | phi) for J and the prior of phi all belong to the same phi.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.gibbs import conjugate
+from pyro_lift.inference.gibbs import conjugate, long_vectors
 from pyro_lift.inference.gibbs.accumulator import exact
-from pyro_lift.inference.gibbs.conjugate import NormalPair
-from pyro_lift.inference.gibbs.long_vectors import Workspace, is_flat, mean_root, move_theta
-from pyro_lift.inference.gibbs.long_vectors import draw_phi as draw_flat
-from pyro_lift.inference.gibbs.state import (
-    Settings,
-    SGLDGibbsInfo,
-    SGLDGibbsState,
-    Structure,
-    first_visit,
-    per_coordinate,
-    plate_dim_of,
-    regrouped,
-    task_rows,
-    task_values,
-)
-from pyro_lift.inference.gibbs.warmup import sgd_step
-from pyro_lift.inference.program import Evaluation, Program, Rows
-from pyro_lift.inference.sgld import (
-    INTEGRATORS,
-    Drift,
-    check_finite,
-    check_moved,
-    gaussian_noise,
-    precondition,
-    running_mean,
-)
-from pyro_lift.inference.stores.store import ThetaStore
+from pyro_lift.inference.gibbs.movers import Move, mover_of
+from pyro_lift.inference.gibbs.rows import Values, block_values, mean_square, regrouped, task_rows
+from pyro_lift.inference.gibbs.state import Chain, Phase, SGLDGibbsInfo, SGLDGibbsState, Streams, Structure
+from pyro_lift.inference.program import Evaluation, Latent
+from pyro_lift.inference.sgld import Drift, check_finite, check_moved, gaussian_noise, running_mean
 
 __all__ = ["draw_phi", "step"]
 
 
+class _ThetaMove(NamedTuple):
+    """The block after its theta have moved.
+
+    Attributes:
+        run: the last run of the program.
+        sites: moved values by site name.
+        values: the same by task and family.
+        sums: S of those pairs whose S came with the move.
+        moments: the preconditioner's mean squares.
+        info: diagnostics of the move.
+    """
+
+    run: Evaluation
+    sites: dict[str, Tensor]
+    values: Values
+    sums: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    info: SGLDGibbsInfo
+
+
 def step(
     state: SGLDGibbsState,
-    program: Program,
-    structure: Structure,
-    store: ThetaStore,
+    chain: Chain,
     index: Tensor,
-    settings: Settings,
-    *,
-    phase: Literal["sgd", "burn-in", "sample"] = "sample",
-    generator: torch.Generator | None = None,
-    noise_generator: torch.Generator | None = None,
+    streams: Streams,
+    phase: Phase = "sample",
     move_phi: bool = True,
 ) -> tuple[SGLDGibbsState, SGLDGibbsInfo]:
-    """One visit to the block of tasks ``index``.
+    """Visit the block of tasks ``index`` once.
 
-    Nothing is kept of a visit that fails: state, store and table change only at its end. A state may be held for one
-    visit more; where the vectors are long, the memory of its S is used again after that.
+    Nothing is kept of a visit that fails: state, store and table change only at its end. The given state stays as it
+    is; with ``chain.cache.recycle``, the memory of its S is used again by the visit after this one.
 
     Args:
-        generator: source of minibatch indices (host).
-        noise_generator: source of noise, on the values' device.
+        state: of the chain.
+        chain: what was set at set-up.
+        index: the block's tasks.
+        streams: of minibatches and noise.
+        phase: ``"burn-in"`` adapts the preconditioner, ``"sample"`` does not.
         move_phi: whether phi is drawn; not where other passes' changes of S are still to come.
 
     Raises:
         DivergedError: a loss or gradient that is not finite.
     """
-    tasks = tuple(index.tolist())
-    values: Mapping[int | None, Rows] | None = task_values(structure, store, tasks)
-    if values is None:
-        values = first_visit(state, program, structure, store, index, generator)
-    if phase == "sgd":
-        return sgd_step(state, program, structure, store, index, values, settings, generator)
-    return _gibbs_step(
-        state, program, structure, store, index, values, settings, phase, generator, noise_generator, move_phi
-    )
-
-
-def _gibbs_step(
-    state: SGLDGibbsState,
-    program: Program,
-    structure: Structure,
-    store: ThetaStore,
-    index: Tensor,
-    values: Mapping[int | None, Rows],
-    settings: Settings,
-    phase: str,
-    generator: torch.Generator | None,
-    noise_generator: torch.Generator | None,
-    move_phi: bool,
-) -> tuple[SGLDGibbsState, SGLDGibbsInfo]:
-    tasks = tuple(index.tolist())
-    eta = settings.step_size(state.step)
-    moments = dict(state.second_moment)
-    start = values
-    gibbs = settings.phi_update == "gibbs"
-
-    # (10)  theta_i | phi, D_i: one or more steps of SGLD
-    for _ in range(settings.theta_steps_per_visit):
-        run = program.run(state.phi, values, index, generator)
-        drift = run.drift(run.locals, structure.coupled, settings.n_inflate, keep_graph=not gibbs)
-        norm = check_finite(drift, state.step, tasks)
-        drift, refused = _clipped(drift, norm, settings.max_grad_norm)
-        flat = _flat_pairs(run, structure, settings)
-        adapting = phase == "burn-in"
-        moved, known = _move_theta(
-            run, drift, eta, settings, moments, adapting, structure, noise_generator, flat, state.sums
-        )
-        check_moved({name: value for name, value in moved.items() if name not in flat}, state.step, tasks)
-        values = regrouped(run, moved)
-
+    before = block_values(state, chain, index, streams.rows)
+    # (10)  theta_i | phi, D_i
+    moved = _move_theta(state, chain, before, index, streams, phase)
     # (11)  what the tasks pull phi with: S and J, one block's part replaced
-    sums = _updated_sums(state.sums, structure, run, start, values, known)
-    pull, J, stored = _pull_on_phi(state, program, structure, settings, run, moved, values, index, sums, generator)
-
+    sums = _updated_sums(state, chain.structure, moved, before)
+    pull, J, table_row = _pull_on_phi(state, chain, moved, sums, index, streams)
     # (9)  phi | theta_1..N
-    phi = state.phi
-    if move_phi:
-        phi = _move_phi(state, structure, settings, run, sums, pull, noise_generator)
+    phi = _move_phi(state, chain, moved.run, sums, pull, streams.noise) if move_phi else state.phi
 
-    store.write(tasks, task_rows(structure, tasks, values))
-    if stored is not None and structure.table is not None:
-        structure.table.store(_block_of(structure, index), stored)
-    info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, eta, refused, phase)
-    return SGLDGibbsState(state.step + 1, phi, sums, J, moments, {}), info
-
-
-def _flat_pairs(run: Evaluation, structure: Structure, settings: Settings) -> dict[str, NormalPair]:
-    """The local sites that one visit moves piece by piece together with S and phi: long, paired, one task's own."""
-    pairs = structure.pair_of
-    return {
-        name: pairs[site.family]
-        for name, site in run.locals.items()
-        if site.family in pairs and _goes_flat(structure, settings, pairs[site.family], site.leaf)
-    }
-
-
-def _goes_flat(structure: Structure, settings: Settings, pair: NormalPair, value: Tensor) -> bool:
-    plain = settings.phi_update != "gibbs" or settings.integrator != "exponential" or structure.pass_size > 1
-    if plain or settings.theta_steps_per_visit > 1 or not structure.sequential or pair.family in structure.coupled:
-        return False
-    return is_flat(pair, value)
+    chain.store.write(moved.info.tasks, task_rows(chain, moved.info.tasks, moved.values))
+    if table_row is not None and chain.cache.table is not None:
+        chain.cache.table.store(_block_of(chain.structure, index), table_row)
+    return SGLDGibbsState(state.step + 1, phi, sums, J, moved.moments, {}), moved.info
 
 
 def _move_theta(
+    state: SGLDGibbsState, chain: Chain, values: Values, index: Tensor, streams: Streams, phase: Phase
+) -> _ThetaMove:
+    """Move the block's theta by one or more steps of SGLD."""
+    program, structure, _, settings, _ = chain
+    tasks, moments = tuple(index.tolist()), _Moments(state, chain, phase)
+    for _ in range(settings.theta_steps_per_visit):
+        run = program.run(state.phi, values, index, streams.rows)
+        keep_graph = settings.phi_update != "gibbs"
+        drift = run.drift(run.locals, structure.coupled, settings.n_inflate, keep_graph=keep_graph)
+        norm = check_finite(drift, state.step, tasks)
+        drift, clipped = _clipped(drift, norm, settings.max_grad_norm)
+        sites, sums = _moved_sites(state, chain, run, drift, moments, streams.noise)
+        # A long vector with a finite gradient stays finite; looking at it would cost another pass over it.
+        short = {name: value for name, value in sites.items() if run.locals[name].family not in structure.long}
+        check_moved(short, state.step, tasks)
+        values = regrouped(run, sites)
+    info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, settings.eta(state.step), clipped, phase)
+    return _ThetaMove(run, sites, values, sums, moments.values, info)
+
+
+class _Moments:
+    """The preconditioner's mean squares by family: they move in the burn-in, and at the first sight of a family."""
+
+    def __init__(self, state: SGLDGibbsState, chain: Chain, phase: Phase) -> None:
+        self.values = dict(state.second_moment)
+        self._structure, self._decay, self._adapts = chain.structure, chain.settings.decay, phase == "burn-in"
+
+    def of(self, site: Latent, gradient: Tensor) -> Tensor | None:
+        """Return the mean square for a site, its own gradient seen; None without a preconditioner."""
+        if self._decay is None:
+            return None
+        if self._adapts or site.family not in self.values:
+            square = mean_square(gradient, site.family, site.plate_dim, self._structure)
+            self.values[site.family] = running_mean(self.values.get(site.family), square, self._decay)
+        return self.values[site.family]
+
+
+def _moved_sites(
+    state: SGLDGibbsState,
+    chain: Chain,
     run: Evaluation,
     drift: Drift,
-    eta: float,
-    settings: Settings,
-    moments: dict[str, Tensor],
-    adapt: bool,
-    structure: Structure,
-    generator: torch.Generator | None,
-    flat: Mapping[str, NormalPair],
-    sums: Mapping[str, Tensor],
+    moments: _Moments,
+    noise: torch.Generator | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The moved local sites by name, and S of those pairs whose S came with the move."""
-    moved, known = {}, {}
+    """Move every local site by its mover; return the values by site, and S by global site where it came along."""
+    settings, structure = chain.settings, chain.structure
+    eta, moved, sums = settings.eta(state.step), {}, {}
     for name, site in run.locals.items():
-        gradient = drift.gradient[name]
-        if settings.decay is not None and (adapt or site.family not in moments):
-            square = per_coordinate(gradient.square(), site.family, site.plate_dim, structure)
-            moments[site.family] = running_mean(moments.get(site.family), square, settings.decay)
-        step_size = eta * settings.site_step_scale.get(site.family, 1.0)
-        temperature = settings.temperature * settings.site_temperature.get(site.family, 1.0)
-        if name in flat:
-            pair, moment = flat[name], None if settings.decay is None else moments[site.family]
-            workspace = structure.workspace(pair.global_site, site.leaf.detach())
-            moved[name], known[pair.global_site] = move_theta(
-                workspace,
-                site.leaf.detach(),
-                run.globals[pair.global_site].leaf.detach(),
-                gradient,
-                sums[pair.global_site],
-                1.0 / float(pair.local_variance),
-                step_size=step_size,
-                temperature=temperature,
-                generator=generator,
-                second_moment=moment,
-                damping=0.0 if moment is None else _damping(settings, moment, workspace),
-            )
-            continue
-        moved[name] = INTEGRATORS[settings.integrator](
-            site.leaf.detach(),
-            gradient,
+        move = Move(
+            site,
+            drift.gradient[name],
             drift.gaussian[name],
-            step_size=step_size,
-            temperature=temperature,
-            noise=gaussian_noise(site.leaf, generator),
-            preconditioner=1.0 if settings.decay is None else precondition(moments[site.family], settings.damping),
+            eta * settings.site_step_scale.get(site.family, 1.0),
+            settings.temperature * settings.site_temperature.get(site.family, 1.0),
+            moments.of(site, drift.gradient[name]),
         )
-    return moved, known
-
-
-def _damping(settings: Settings, moment: Tensor, workspace: Workspace) -> float:
-    """What the preconditioner adds to the root, as :func:`~pyro_lift.inference.sgld.precondition` does."""
-    if workspace.root_of is not moment:  # frozen after the warm-up, it needs no second look
-        workspace.root_of, workspace.root = moment, mean_root(moment, workspace)
-    return settings.damping * workspace.root + torch.finfo(moment.dtype).tiny
+        moved[name], S = mover_of(structure, site.family)(move, state, chain, noise)
+        if S is not None:
+            sums[structure.pair_of[site.family].global_site] = S
+    return moved, sums
 
 
 def _move_phi(
     state: SGLDGibbsState,
-    structure: Structure,
-    settings: Settings,
+    chain: Chain,
     run: Evaluation,
     sums: Mapping[str, Tensor],
     pull: Mapping[str, Tensor],
-    generator: torch.Generator | None,
+    noise: torch.Generator | None,
 ) -> dict[str, Tensor]:
+    settings = chain.settings
     if settings.phi_update == "gibbs":
-        return draw_phi(state, structure, settings, sums, generator)
-    eta = settings.phi_step_size(state.step)
+        return draw_phi(state, chain, sums, noise)
+    eta = settings.phi_eta(state.step)
     leaves = {name: site.leaf for name, site in run.globals.items()}
     # What pulls on phi beside the tasks: its own prior, and data observed outside the plate.
     rest = run.log_prior(run.globals) + sum(
@@ -225,64 +166,52 @@ def _move_phi(
     )
     grads = torch.autograd.grad(rest, list(leaves.values()), allow_unused=True, retain_graph=True)
     phi = {}
-    for (name, leaf), own in zip(leaves.items(), grads, strict=True):
-        drift = pull[name] if own is None else pull[name] + own
-        noise = gaussian_noise(leaf, generator)
-        phi[name] = leaf.detach() + 0.5 * eta * drift + (settings.temperature * eta) ** 0.5 * noise
+    for (name, leaf), gradient in zip(leaves.items(), grads, strict=True):
+        drift = pull[name] if gradient is None else pull[name] + gradient
+        phi[name] = (
+            leaf.detach() + 0.5 * eta * drift + (settings.temperature * eta) ** 0.5 * gaussian_noise(leaf, noise)
+        )
     check_moved(phi, state.step, ())
     return phi
 
 
 def draw_phi(
-    state: SGLDGibbsState,
-    structure: Structure,
-    settings: Settings,
-    sums: Mapping[str, Tensor],
-    generator: torch.Generator | None,
+    state: SGLDGibbsState, chain: Chain, sums: Mapping[str, Tensor], noise: torch.Generator | None
 ) -> dict[str, Tensor]:
-    """The exact draw of every paired global site, given S."""
-    return {name: _draw(name, state, structure, settings, sums[name], generator) for name in structure.pairs}
-
-
-def _draw(
-    name: str,
-    state: SGLDGibbsState,
-    structure: Structure,
-    settings: Settings,
-    S: Tensor,
-    generator: torch.Generator | None,
-) -> Tensor:
-    pair, phi, T = structure.pairs[name], state.phi[name], settings.temperature
-    if _goes_flat(structure, settings, pair, phi):
-        return draw_flat(structure.workspace(name, phi), pair, S, structure.num_tasks, T, generator, phi)
-    return conjugate.draw(pair, S, structure.num_tasks, T, gaussian_noise(phi, generator))
+    """Draw every paired global site exactly, given S (:func:`pyro_lift.inference.gibbs.conjugate.draw`)."""
+    structure, T, draws = chain.structure, chain.settings.temperature, {}
+    for name, pair in structure.pairs.items():
+        S, phi = sums[name], state.phi[name]
+        if pair.family in structure.long:
+            workspace = chain.cache.workspace(name, phi)
+            draws[name] = long_vectors.draw_phi(workspace, pair, S, structure.num_tasks, T, noise, phi)
+        else:
+            draws[name] = conjugate.draw(pair, S, structure.num_tasks, T, gaussian_noise(phi, noise))
+    return draws
 
 
 def _pull_on_phi(
     state: SGLDGibbsState,
-    program: Program,
-    structure: Structure,
-    settings: Settings,
-    run: Evaluation,
-    moved: Mapping[str, Tensor],
-    values: Mapping[int | None, Rows],
-    index: Tensor,
+    chain: Chain,
+    moved: _ThetaMove,
     sums: Mapping[str, Tensor],
-    generator: torch.Generator | None,
+    index: Tensor,
+    streams: Streams,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
-    """J by global site as the Langevin step needs it, the accumulator's state, and the block's row of the table."""
+    """Return J by global site as the Langevin step needs it, the accumulator's state, and the block's table row."""
+    structure, settings, table = chain.structure, chain.settings, chain.cache.table
     if settings.phi_update == "gibbs":
         return {}, {}, None
     if settings.accumulator == "exact":
         pairs = structure.pairs
         return {k: exact(p, state.phi[k], sums[k], structure.num_tasks) for k, p in pairs.items()}, {}, None
-    gradient = _conditional_gradient(state, program, structure, settings, run, moved, values, index, generator)
+    gradient = _conditional_gradient(state, chain, moved, index, streams)
     if settings.accumulator == "single":
         scale = structure.num_tasks / len(index) if settings.single_scale == "N" else 1.0
         return {k: scale * g for k, g in gradient.items()}, {}, None
-    assert structure.table is not None
+    assert table is not None
     flat = torch.cat([g.reshape(-1) for g in gradient.values()])
-    change = structure.table.change(_block_of(structure, index), flat)
+    change = table.change(_block_of(structure, index), flat)
     parts = change.split([g.numel() for g in gradient.values()])
     J = {k: state.J[k] + part.view_as(state.J[k]) for k, part in zip(gradient, parts, strict=True)}
     return {k: v.to(state.phi[k].dtype) for k, v in J.items()}, J, flat
@@ -293,23 +222,16 @@ def _block_of(structure: Structure, index: Tensor) -> int:
 
 
 def _conditional_gradient(
-    state: SGLDGibbsState,
-    program: Program,
-    structure: Structure,
-    settings: Settings,
-    run: Evaluation,
-    moved: Mapping[str, Tensor],
-    values: Mapping[int | None, Rows],
-    index: Tensor,
-    generator: torch.Generator | None,
+    state: SGLDGibbsState, chain: Chain, moved: _ThetaMove, index: Tensor, streams: Streams
 ) -> dict[str, Tensor]:
     """Gradient in phi of the block's log p(theta_i | phi), and of p(D_i | theta_i, phi) where phi enters there."""
-    if structure.reruns:
-        run = program.run(state.phi, values, index, generator)
-        total = run.log_prior(run.locals) + settings.n_inflate * run.log_likelihood
+    run = moved.run
+    if chain.structure.reruns:
+        run = chain.program.run(state.phi, moved.values, index, streams.rows)
+        total = run.log_prior(run.locals) + chain.settings.n_inflate * run.log_likelihood
     else:
         # The conditionals' parameters hang on phi alone: evaluate the same distributions at the moved theta.
-        total = sum((site.log_prob_at(moved[name]) for name, site in run.locals.items()), torch.zeros(()))
+        total = sum((site.log_prob_at(moved.sites[name]) for name, site in run.locals.items()), torch.zeros(()))
     leaves = {name: site.leaf for name, site in run.globals.items()}
     grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, retain_graph=True)
     return {
@@ -317,24 +239,17 @@ def _conditional_gradient(
     }
 
 
-def _updated_sums(
-    sums: Mapping[str, Tensor],
-    structure: Structure,
-    run: Evaluation,
-    before: Mapping[int | None, Rows],
-    after: Mapping[int | None, Rows],
-    known: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
+def _updated_sums(state: SGLDGibbsState, structure: Structure, moved: _ThetaMove, before: Values) -> dict[str, Tensor]:
     """S + sum over the block of (new theta - old theta), in float64; some came with the move of theta."""
-    updated = dict(known)
+    updated = dict(moved.sums)
     for name, pair in structure.pairs.items():
-        if name in known:
+        if name in updated:
             continue
-        total = sums[name]
-        for task, rows in after.items():
+        total = state.sums[name]
+        for task, rows in moved.values.items():
             change = rows[pair.family].double() - before[task][pair.family].double()
             if task is None:
-                change = change.sum(plate_dim_of(run, pair.family))
+                change = change.sum(moved.run.locals[pair.family].plate_dim)
             total = total + change
         updated[name] = total
     return updated
@@ -346,9 +261,3 @@ def _clipped(drift: Drift, norm: Tensor, limit: float | None) -> tuple[Drift, bo
         return drift, False
     gradient = {name: g * (limit / norm) for name, g in drift.gradient.items()}
     return drift._replace(gradient=gradient), True
-
-
-# ------------------------------------------------------------------------------------------------ SGD warm-up
-
-
-# ------------------------------------------------------------------------------------------------ rows and values

@@ -8,59 +8,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.gibbs.state import (
-    Settings,
-    SGLDGibbsInfo,
-    SGLDGibbsState,
-    Structure,
-    at_start,
-    first_visit,
-    init,
-    per_coordinate,
-    regrouped,
-    task_rows,
-    task_values,
-)
-from pyro_lift.inference.program import Program, Rows
+from pyro_lift.inference.gibbs.rows import Values, block_values, mean_square, put_at_start, regrouped, task_rows
+from pyro_lift.inference.gibbs.state import Chain, SGLDGibbsInfo, SGLDGibbsState, Streams, Structure, init
+from pyro_lift.inference.program import Rows
 from pyro_lift.inference.sgld import check_finite, check_moved, precondition, update_second_moment
-from pyro_lift.inference.stores.store import ThetaStore
 
-__all__ = [
-    "ADAM_DECAY",
-    "ADAM_EPSILON",
-    "ADAM_MOMENTUM",
-    "SGDGradient",
-    "end_of_sgd",
-    "sgd_gradient",
-    "sgd_step",
-    "sgd_update",
-]
+__all__ = ["SGDGradient", "end_of_sgd", "sgd_gradient", "sgd_step", "sgd_update"]
 
 
 def sgd_step(
-    state: SGLDGibbsState,
-    program: Program,
-    structure: Structure,
-    store: ThetaStore,
-    index: Tensor,
-    values: Mapping[int | None, Rows],
-    settings: Settings,
-    generator: torch.Generator | None,
+    state: SGLDGibbsState, chain: Chain, index: Tensor, streams: Streams
 ) -> tuple[SGLDGibbsState, SGLDGibbsInfo]:
-    """One step of Adam on one vector shared by all tasks, without prior and noise; other local sites follow alone.
+    """Take one step of Adam on one vector shared by all tasks, without prior and noise; other local sites follow alone.
 
     With ``theta_i := phi`` for all i, it is joint training; the chain then starts where S = N phi exactly.
+
+    Raises:
+        DivergedError: a loss or gradient that is not finite; nothing has changed.
     """
-    found = _gradient(state, program, structure, index, values, settings, generator)
-    lr = settings.sgd_step_size(state.step)
-    moments = {**state.second_moment, **found.second_moment}
-    after = sgd_update(state, structure, found.gradient, moments, lr, found.info.tasks)
-    store.write(found.info.tasks, found.rows)
-    return after, found.info
+    values = block_values(state, chain, index, streams.rows)
+    computed = _gradient(state, chain, index, values, streams)
+    moments = {**state.second_moment, **computed.second_moment}
+    lr = chain.settings.sgd_step_size(state.step)
+    after = sgd_update(state, chain.structure, computed.gradient, moments, lr, computed.info.tasks)
+    chain.store.write(computed.info.tasks, computed.rows)
+    return after, computed.info
 
 
 class SGDGradient(NamedTuple):
-    """What one pass of the joint training finds.
+    """The gradient of one pass of the joint training, and all that goes with it.
 
     Attributes:
         gradient: of the log likelihood in the shared vector, by global site.
@@ -75,38 +51,20 @@ class SGDGradient(NamedTuple):
     info: SGLDGibbsInfo
 
 
-def sgd_gradient(
-    state: SGLDGibbsState,
-    program: Program,
-    structure: Structure,
-    store: ThetaStore,
-    index: Tensor,
-    settings: Settings,
-    *,
-    generator: torch.Generator | None = None,
-) -> SGDGradient:
-    """One pass of the joint training, without its step; the tasks' rows are in the store when it returns."""
-    values: Mapping[int | None, Rows] | None = task_values(structure, store, tuple(index.tolist()))
-    if values is None:
-        values = first_visit(state, program, structure, store, index, generator)
-    found = _gradient(state, program, structure, index, values, settings, generator)
-    store.write(found.info.tasks, found.rows)
-    return found
+def sgd_gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, streams: Streams) -> SGDGradient:
+    """Compute one pass of the joint training, without its step; the tasks' rows are in the store when it returns."""
+    values = block_values(state, chain, index, streams.rows)
+    computed = _gradient(state, chain, index, values, streams)
+    chain.store.write(computed.info.tasks, computed.rows)
+    return computed
 
 
-def _gradient(
-    state: SGLDGibbsState,
-    program: Program,
-    structure: Structure,
-    index: Tensor,
-    values: Mapping[int | None, Rows],
-    settings: Settings,
-    generator: torch.Generator | None,
-) -> SGDGradient:
+def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values, streams: Streams) -> SGDGradient:
+    structure, settings = chain.structure, chain.settings
     tasks = tuple(index.tolist())
     lr = settings.sgd_step_size(state.step)
-    shared = {task: _with_shared(structure, state, rows, len(tasks), task is None) for task, rows in values.items()}
-    run = program.run(state.phi, shared, index, generator)
+    shared = {task: _with_shared(structure, state, rows, task is None) for task, rows in values.items()}
+    run = chain.program.run(state.phi, shared, index, streams.rows)
     drift = run.drift(run.locals, structure.coupled, settings.n_inflate)
     norm = check_finite(drift, state.step, tasks)
     moments = dict(state.second_moment)
@@ -120,11 +78,11 @@ def _gradient(
             total[shared_site] = total[shared_site] + part if shared_site in total else part
             moved[name] = site.leaf.detach()
         else:
-            square = per_coordinate(gradient.square(), site.family, site.plate_dim, structure)
+            square = mean_square(gradient, site.family, site.plate_dim, structure)
             moments[site.family] = update_second_moment(moments.get(site.family), square.sqrt(), ADAM_DECAY)
             rate = lr * settings.site_step_scale.get(site.family, 1.0)
             moved[name] = site.leaf.detach() + rate * gradient * precondition(moments[site.family], 1e-3)
-    rows = task_rows(structure, tasks, regrouped(run, moved))
+    rows = task_rows(chain, tasks, regrouped(run, moved))
     info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, lr, False, "sgd")
     others = {family: v for family, v in moments.items() if family not in structure.pair_of}
     return SGDGradient(total, others, rows, info)
@@ -174,7 +132,7 @@ def _adam(
     return x + lr * corrected / (square.sqrt() + ADAM_EPSILON), mean, square
 
 
-def _with_shared(structure: Structure, state: SGLDGibbsState, rows: Rows, block: int, stacked: bool) -> Rows:
+def _with_shared(structure: Structure, state: SGLDGibbsState, rows: Rows, stacked: bool) -> Rows:
     """The block's rows with every paired family put at phi."""
     shared = dict(rows)
     for family, pair in structure.pair_of.items():
@@ -183,13 +141,10 @@ def _with_shared(structure: Structure, state: SGLDGibbsState, rows: Rows, block:
     return shared
 
 
-def end_of_sgd(state: SGLDGibbsState, structure: Structure, store: ThetaStore) -> SGLDGibbsState:
-    """theta_i := phi for every task, S := N phi: where the shared training ended, the chain begins."""
-    for name, pair in structure.pairs.items():
-        structure.start[pair.family] = state.phi[name].clone()
-    for task in list(store.tasks()):
-        values = task_values(structure, store, (task,))
-        assert values is not None
-        store.write((task,), task_rows(structure, (task,), {k: at_start(structure, v) for k, v in values.items()}))
-    fresh = init(structure, state.phi)
+def end_of_sgd(state: SGLDGibbsState, chain: Chain) -> SGLDGibbsState:
+    """Put theta_i := phi for every task and S := N phi: where the shared training ended, the chain begins."""
+    for name, pair in chain.structure.pairs.items():
+        chain.cache.start[pair.family] = state.phi[name].clone()
+    put_at_start(chain)
+    fresh = init(chain.structure, chain.cache, state.phi)
     return fresh._replace(step=state.step, second_moment=state.second_moment)

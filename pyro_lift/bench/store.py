@@ -148,10 +148,10 @@ def _built(adapter: RandomAdapter, N: int, folder: str | Path | None) -> _Chain:
     kernel.setup(0)
     kernel.sample(kernel.initial_params)
     assert kernel.structure is not None and kernel.store is not None
-    start, layout = kernel.structure.start["theta"], kernel.structure.layouts[0]
+    start, layout = kernel.chain.cache.start["theta"], kernel.chain.cache.layouts[0]
     for task in range(1, N):
         kernel.store.write([task], [start])
-        kernel.structure.layouts[task] = layout
+        kernel.chain.cache.layouts[task] = layout
     chain = _Chain(N, kernel, [], 0)
     _turn(chain)
     chain.seconds.clear()

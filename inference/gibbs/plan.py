@@ -1,0 +1,270 @@
+"""The plan of a chain: a program is read once, checked, and given its structure, step sizes, store and start."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from pyro_lift.inference import sgld
+from pyro_lift.inference.admission import coupled_families, refuse_discrete, site_transforms
+from pyro_lift.inference.gibbs import shared_visit
+from pyro_lift.inference.gibbs.accumulator import GradientTable, langevin_limit
+from pyro_lift.inference.gibbs.conjugate import find_pairs
+from pyro_lift.inference.gibbs.movers import long_families
+from pyro_lift.inference.gibbs.state import Cache, Chain, Settings, SGLDGibbsState, Structure, init
+from pyro_lift.inference.kernel import log
+from pyro_lift.inference.program import Evaluation, Program, Rows, depends
+from pyro_lift.inference.schedules import constant
+from pyro_lift.inference.stability import (
+    DEFAULT_SHARE,
+    check_prior_steps,
+    curvature_limit,
+    default_step,
+    measured_curvature,
+    step_too_large,
+)
+from pyro_lift.inference.stores.store import ThetaStore, make_store
+from pyro_lift.support import distributed
+
+__all__ = ["Plan", "Request", "Scan", "plan"]
+
+Scan = Literal["round_robin", "random"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Options of the kernel that concern its set-up alone; see :class:`pyro_lift.inference.gibbs.kernel.SGLDGibbs`."""
+
+    plate: str
+    block_size: int | None
+    scan: Scan
+    distributed: bool
+    sgd_steps: int
+    store: str | ThetaStore
+    check_stability: bool
+
+
+class Plan(NamedTuple):
+    """All that set-up gives.
+
+    Attributes:
+        chain: what every visit needs.
+        state: where the chain begins.
+        transforms: from constrained to unconstrained space, by global site.
+        start_log_likelihood: of the first block, at the start.
+        report: step sizes without dimensions.
+    """
+
+    chain: Chain
+    state: SGLDGibbsState
+    transforms: dict[str, Any]
+    start_log_likelihood: float
+    report: dict[str, float | str]
+
+
+def plan(
+    program: Program, request: Request, settings: Settings, preset: Rows, generator: torch.Generator | None
+) -> Plan:
+    """Read a program, check it and the step sizes, and make a chain at its start.
+
+    Args:
+        program: the model with its arguments.
+        request: options of set-up.
+        settings: options of a visit; step sizes that are None are chosen here.
+        preset: unconstrained starting values of global sites.
+        generator: of minibatches.
+
+    Raises:
+        ValueError: a program that the kernel cannot sample, or a step size past its limit; with the way out.
+        DivergedError: a density that is not finite at the start.
+    """
+    peeked, subsampled = program.peek(generator)
+    _check_plate(request.plate, peeked)
+    refuse_discrete(peeked)
+    num_tasks, declared = peeked.plates[request.plate]
+    sequential = any(site.task is not None for site in peeked.locals.values())
+    block = _block_size(request, peeked, subsampled[request.plate], sequential)
+    pass_size = min(declared, block) if request.distributed else block
+    index = torch.arange(pass_size)
+    run = program.run(preset, {}, index, generator)
+    _check_block(run)
+    pairs, reasons = find_pairs(program, run, num_tasks - 1 - index, generator)
+    structure = Structure(
+        num_tasks, block, sequential, pairs, reasons, coupled_families(run.locals), _reruns(run), pass_size
+    )
+    _check_phi_update(structure, settings, request)
+    structure = replace(structure, long=long_families(structure, settings, run))
+    if request.distributed:
+        shared_visit.check_share(structure, settings, request.scan)
+    tabled = settings.phi_update == "langevin" and settings.accumulator == "table"
+    cache = Cache(
+        {pair.family: run.globals[name].leaf.detach().clone() for name, pair in pairs.items()},
+        table=GradientTable(num_tasks // block) if tabled else None,
+        recycle=True,
+    )
+    _check_saddle(run, structure, settings)
+    settings, report = _with_steps(run, structure, settings, request.check_stability)
+    log.info("dimensionless steps at the start: %s", report)
+    chain = Chain(program, structure, _store(request, run, structure), settings, cache)
+    state = init(structure, cache, {name: site.leaf.detach().clone() for name, site in run.globals.items()})
+    transforms = {k: t for k, t in site_transforms(run).items() if k in run.globals}
+    return Plan(chain, state, transforms, float(run.log_likelihood.detach()), report)
+
+
+def _store(request: Request, run: Evaluation, structure: Structure) -> ThetaStore:
+    rows = [site.leaf for site in run.locals.values()]
+    row_bytes = sum(x.numel() * x.element_size() for x in rows) // structure.pass_size
+    device = next((x.device for x in rows), torch.device("cpu"))
+    return make_store(request.store, structure.num_tasks, row_bytes, device)
+
+
+def _block_size(request: Request, peeked: Evaluation, subsampled: bool, sequential: bool) -> int:
+    plate, block_size = request.plate, request.block_size
+    num_tasks, declared = peeked.plates[plate]
+    if request.distributed:
+        return block_size or declared * distributed.process()[1]
+    if subsampled:
+        if block_size not in (None, declared):
+            raise ValueError(
+                f"block_size={block_size}, but the program takes subsample_size={declared} of the plate "
+                f"{plate!r}. Give the plate subsample_size={block_size}, or leave block_size out."
+            )
+        return declared
+    if block_size is not None:
+        if block_size > num_tasks:
+            raise ValueError(f"block_size={block_size} is more than the plate's {num_tasks} tasks.")
+        return block_size
+    # A program that iterates over its plate takes any indices; a vectorised one that never asked for a
+    # subsample may hold the data of all tasks, so it is one block.
+    return 1 if sequential else num_tasks
+
+
+def _check_phi_update(structure: Structure, settings: Settings, request: Request) -> None:
+    pairs, reasons, num_tasks, block = structure.pairs, structure.reasons, structure.num_tasks, structure.block_size
+    if not pairs and not reasons:
+        raise ValueError(
+            f"the program has no latent site outside the plate {request.plate!r}: its tasks share nothing. "
+            "Use SGLD for independent tasks."
+        )
+    exact = settings.phi_update == "gibbs" or settings.accumulator == "exact"
+    if exact and reasons:
+        site, reason = next(iter(reasons.items()))
+        name = "gibbs" if settings.phi_update == "gibbs" else "exact"
+        raise ValueError(
+            f"{name!r} needs every global site normal and the mean of one normal local family, and {site!r} is "
+            f'not: {reason}. Use phi_update="langevin", accumulator="table", which works for any program.'
+        )
+    if settings.accumulator == "table" and settings.phi_update == "langevin" and num_tasks % block:
+        raise ValueError(
+            f'accumulator="table" stores one gradient per block, and {num_tasks} tasks are no whole number of '
+            f"blocks of {block}. Use a block_size that divides {num_tasks}."
+        )
+    if request.sgd_steps and not pairs:
+        site, reason = next(iter(reasons.items()))
+        raise ValueError(
+            f"sgd_steps={request.sgd_steps} trains one vector shared by all tasks, which needs a normal local family "
+            f"around a global site; {site!r} is none: {reason}. Leave sgd_steps at 0."
+        )
+
+
+def _check_saddle(run: Evaluation, structure: Structure, settings: Settings) -> None:
+    """Refuse a start without gradient: adapters at zero have none, and no chain would ever leave."""
+    drift = run.drift(run.locals, structure.coupled, settings.n_inflate)
+    sgld.check_finite(drift, 0, (0,))
+    if run.log_likelihood.requires_grad and all(not g.any() for g in drift.gradient.values()):
+        raise ValueError(
+            "the likelihood's gradient is exactly zero at the start, for every local site: a saddle, as adapters "
+            "at zero are. Start elsewhere: init_strategy=init_to_value(values={'phi': adapter.initial}) or "
+            "MCMC(..., initial_params={'phi': ...})."
+        )
+
+
+def _with_steps(
+    run: Evaluation, structure: Structure, settings: Settings, check_stability: bool
+) -> tuple[Settings, dict[str, float | str]]:
+    """Choose the step sizes that are None, check them, and report them without dimensions."""
+    curvature = measured_curvature(run, settings.n_inflate, wanted=settings.step_size is None)
+    schedule = settings.step_size or default_step(curvature)
+    phi_schedule = settings.phi_step_size
+    if phi_schedule is None:
+        phi_schedule = schedule
+        if settings.step_size is None and structure.pairs and settings.phi_update == "langevin":
+            phi_schedule = constant(DEFAULT_SHARE * min(_phi_limits(structure, settings)))
+    settings = replace(settings, step_size=schedule, phi_step_size=phi_schedule)
+    if check_stability:
+        _check_steps(run, structure, settings, curvature)
+    return settings, _dimensionless(structure, settings, curvature)
+
+
+def _phi_limits(structure: Structure, settings: Settings) -> list[float]:
+    """The stability limits of the Langevin step of phi, one a pair."""
+    return [
+        langevin_limit(settings.accumulator, pair, structure.num_tasks, structure.block_size)
+        for pair in structure.pairs.values()
+    ]
+
+
+def _check_steps(run: Evaluation, structure: Structure, settings: Settings, curvature: float | None) -> None:
+    eta = settings.eta(0)
+    if settings.integrator == "euler" and settings.decay is None:
+        check_prior_steps(run, eta, settings.site_step_scale)
+        limit = curvature_limit(curvature)
+        if eta >= limit:
+            raise ValueError(step_too_large("step_size", eta, limit, "4 / (largest curvature at the start)"))
+    if settings.phi_update == "langevin" and settings.accumulator != "single":
+        for limit in _phi_limits(structure, settings):
+            if settings.phi_eta(0) >= limit:
+                formula = "4 β²/N" if settings.accumulator == "exact" else "π² β² B/N²"
+                raise ValueError(step_too_large("phi_step_size", settings.phi_eta(0), limit, formula))
+
+
+def _dimensionless(structure: Structure, settings: Settings, curvature: float | None) -> dict[str, float | str]:
+    r"""Step sizes without dimensions: :math:`a_\theta = \eta / (2 \beta^2)`, and a_phi, the same of Eq. 9."""
+    eta, phi_eta = settings.eta(0), settings.phi_eta(0)
+    report: dict[str, float | str] = {
+        "step_size": eta,
+        "curvature": math.nan if curvature is None else curvature,
+        "phi_update": settings.phi_update,
+        "block_size": float(structure.block_size),
+        "tasks": float(structure.num_tasks),
+    }
+    for name, pair in structure.pairs.items():
+        variance = float(pair.local_variance.min())
+        report[f"a_theta ({name})"] = eta / (2.0 * variance)
+        report[f"a_phi ({name})"] = (
+            0.5 * phi_eta * (structure.num_tasks / variance + float(pair.prior_precision.max()))
+            if settings.phi_update == "langevin"
+            else 0.0
+        )
+    return report
+
+
+def _check_plate(plate: str, run: Evaluation) -> None:
+    if plate not in run.plates:
+        known = ", ".join(map(repr, run.plates)) or "none"
+        raise ValueError(
+            f"the program has no plate named {plate!r} (its plates: {known}). Name the task plate with "
+            f'SGLDGibbs(model, plate="..."), and write it as pyro.plate("...", N, subsample_size=1).'
+        )
+    if not run.locals:
+        raise ValueError(
+            f"the plate {plate!r} holds no latent site, so there is nothing to sample for a task. Sample each task's "
+            f'own variable inside it: with pyro.plate({plate!r}, N, subsample_size=1): pyro.sample("theta", ...).'
+        )
+
+
+def _check_block(run: Evaluation) -> None:
+    for site in run.locals.values():
+        if site.scale != 1.0:
+            raise ValueError(
+                f"the local site {site.name!r} stands inside a second subsampled plate (scale {site.scale:g}): its "
+                "value would belong to other rows at each visit. Take it out of that plate."
+            )
+
+
+def _reruns(run: Evaluation) -> bool:
+    direct = any(depends(run.log_likelihood, site.leaf) for site in run.globals.values())
+    return direct or bool(coupled_families(run.locals))

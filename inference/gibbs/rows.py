@@ -1,0 +1,113 @@
+"""Rows of the store and values by site: how a task's local values lie in its flat row, and where they start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_lift.inference.gibbs import conjugate
+from pyro_lift.inference.gibbs.conjugate import values_of
+from pyro_lift.inference.gibbs.state import Chain, SGLDGibbsState, Structure
+from pyro_lift.inference.program import Evaluation, LocalSite, Rows
+
+__all__ = ["Values", "block_values", "mean_square", "put_at_start", "regrouped", "task_rows", "task_values"]
+
+#: Local values by task (None for a vectorised block) and family.
+Values = Mapping[int | None, Rows]
+
+
+def block_values(state: SGLDGibbsState, chain: Chain, index: Tensor, generator: torch.Generator | None) -> Values:
+    """Return the local values of a block, which are put at their start where one of its tasks was never visited."""
+    values = task_values(chain, tuple(index.tolist()))
+    return _first_visit(state, chain, index, generator) if values is None else values
+
+
+def task_values(chain: Chain, tasks: tuple[int, ...]) -> dict[int | None, dict[str, Tensor]] | None:
+    """Return the stored local values of some tasks; None where one of them was never visited."""
+    if not all(chain.store.has(task) for task in tasks):
+        return None
+    rows, layouts = chain.store.read(tasks), chain.cache.layouts
+    if chain.structure.sequential:
+        return {task: _unpacked(layouts[task], row) for task, row in zip(tasks, rows, strict=True)}
+    layout = layouts[None]
+    parts = [_unpacked(layout, row) for row in rows]
+    return {None: {s.family: torch.stack([part[s.family] for part in parts], s.plate_dim) for s in layout}}
+
+
+def _unpacked(layout: tuple[LocalSite, ...], row: Tensor) -> dict[str, Tensor]:
+    if len(layout) == 1:
+        return {layout[0].family: row.view(layout[0].shape)}
+    parts = row.split([site.shape.numel() for site in layout])
+    return {site.family: part.view(site.shape) for site, part in zip(layout, parts, strict=True)}
+
+
+def task_rows(chain: Chain, tasks: tuple[int, ...], values: Values) -> list[Tensor]:
+    """Return one flat row per task."""
+    sequential, rows = chain.structure.sequential, []
+    for k, task in enumerate(tasks):
+        layout = chain.cache.layouts[task if sequential else None]
+        source = values[task if sequential else None]
+        parts = [
+            (source[s.family] if sequential else source[s.family].select(s.plate_dim, k)).reshape(-1) for s in layout
+        ]
+        # A task's only site is a vector of its own already; a block's rows are views of one.
+        alone = parts[0] if sequential else parts[0].clone()
+        rows.append(alone if len(parts) == 1 else torch.cat(parts))
+    return rows
+
+
+def regrouped(run: Evaluation, moved: Mapping[str, Tensor]) -> dict[int | None, dict[str, Tensor]]:
+    """Return values by site name as values by task and family."""
+    grouped: dict[int | None, dict[str, Tensor]] = {}
+    for name, site in run.locals.items():
+        grouped.setdefault(site.task, {})[site.family] = moved[name]
+    return grouped
+
+
+def _first_visit(state: SGLDGibbsState, chain: Chain, index: Tensor, generator: torch.Generator | None) -> Values:
+    """Learn the block's layout and give its new tasks their start: phi's start for paired families."""
+    structure, layouts = chain.structure, chain.cache.layouts
+    tasks = tuple(index.tolist())
+    run = chain.program.run(state.phi, {}, index, generator, want_grad=False)
+    for pair in structure.pairs.values():
+        conjugate.check_pair(pair, run)
+    for site in run.locals.values():
+        dim = -1 if site.plate_dim is None else site.plate_dim
+        shape = site.leaf.shape if structure.sequential else site.leaf.select(dim, 0).shape
+        known = layouts.get(site.task, ())
+        if site.family not in {s.family for s in known}:
+            layouts[site.task] = (*known, LocalSite(site.family, shape, dim))
+    values = {task: _at_start(chain, rows) for task, rows in values_of(run).items()}
+    rows = task_rows(chain, tasks, values)
+    new = [k for k, task in enumerate(tasks) if not chain.store.has(task)]
+    chain.store.write([tasks[k] for k in new], [rows[k] for k in new])
+    stored = task_values(chain, tasks)
+    assert stored is not None
+    return stored
+
+
+def put_at_start(chain: Chain) -> None:
+    """Put the paired families of every visited task at their starting values."""
+    for task in list(chain.store.tasks()):
+        values = task_values(chain, (task,))
+        assert values is not None
+        started = {key: _at_start(chain, rows) for key, rows in values.items()}
+        chain.store.write((task,), task_rows(chain, (task,), started))
+
+
+def _at_start(chain: Chain, rows: Rows) -> Rows:
+    start = chain.cache.start
+    return {
+        family: torch.broadcast_to(start[family], value.shape).clone() if family in start else value
+        for family, value in rows.items()
+    }
+
+
+def mean_square(gradient: Tensor, family: str, plate_dim: int | None, structure: Structure) -> Tensor:
+    """Return the mean square by coordinate, over the block; by family alone where the tasks' shapes may differ."""
+    square = gradient.square()
+    if structure.sequential:
+        return square if family in structure.pair_of else square.mean()
+    return square.mean(plate_dim, keepdim=True)
