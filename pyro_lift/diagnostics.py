@@ -10,6 +10,7 @@ import torch
 
 from pyro_lift.inference.projections import ProjectedTrace, project
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.support.archive import versions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -194,9 +195,7 @@ def _reach(steps: dict[str, float | str], draws: int) -> dict[str, float | None]
 def _container(groups: dict[str, Any], dims: dict[str, list[str]], coords: dict[str, Any]) -> Any:
     import arviz as az
 
-    from pyro_lift import __version__
-
-    attrs = {"inference_library": "pyro_lift", "inference_library_version": __version__}
+    attrs = {"inference_library": "pyro_lift", "inference_library_version": versions().get("pyro-lift", "")}
     if az.__version__.startswith("0."):
         data = az.from_dict(**groups, dims=dims, coords=coords)
     else:
