@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyro_lift.models.task import Task as Task
     from pyro_lift.posterior import TaskPosterior as TaskPosterior
     from pyro_lift.prior import LiFTPrior as LiFTPrior
+    from pyro_lift.settings import AdaptSettings as AdaptSettings
     from pyro_lift.settings import LiFTSettings as LiFTSettings
 
 __version__ = "0.1.0"
@@ -48,10 +49,12 @@ _HOME = {
 __all__ = ["__version__", *sorted(_HOME)]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'pyro_lift' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}.")
-    return getattr(importlib.import_module(f"pyro_lift.{_HOME[name]}"), name)
+if not TYPE_CHECKING:  # mypy takes a module that has __getattr__ to have every name, misspelt ones too
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'pyro_lift' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}.")
+        return getattr(importlib.import_module(f"pyro_lift.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -51,3 +53,29 @@ def test_unknown_names_are_refused() -> None:
     assert set(pyro_lift.__all__) <= set(dir(pyro_lift))
     for name in pyro_lift.__all__:
         assert getattr(pyro_lift, name) is not None
+
+
+def test_the_three_lists_of_public_names_are_equal() -> None:
+    import pyro_lift
+
+    tree = ast.parse((ROOT / "pyro_lift" / "__init__.py").read_text("utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    typed = {
+        alias.asname: statement.module
+        for statement in block.body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    assert typed == {name: f"pyro_lift.{module}" for name, module in pyro_lift._HOME.items()}
+    assert sorted(pyro_lift.__all__) == sorted(["__version__", *pyro_lift._HOME])
+
+
+def test_mypy_knows_a_misspelt_public_name(tmp_path: Path) -> None:
+    # The roof alone, so that mypy need not read what stands below it.
+    (tmp_path / "pyro_lift").mkdir()
+    (tmp_path / "pyro_lift" / "__init__.py").write_text((ROOT / "pyro_lift" / "__init__.py").read_text("utf-8"))
+    (tmp_path / "user.py").write_text("from pyro_lift import LiFTPrior, LiFTPriors\n")
+    command = [sys.executable, "-m", "mypy", "--ignore-missing-imports", "--cache-dir=cache", "user.py"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert 'has no attribute "LiFTPriors"' in answer.stdout, answer.stdout + answer.stderr
+    assert answer.stdout.count("error") == 2, answer.stdout  # the name's, and the count at the end
