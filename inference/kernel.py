@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +20,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_lift.support.options import check_number
+from pyro_lift.support.random_streams import own_global_stream, stream_seed
 
 __all__ = ["Draw", "Kernel", "Model"]
 
@@ -67,13 +70,21 @@ class Kernel(MCMCKernel):
 
     state: Any
 
-    def __init__(self, model: Model, thinning: int, init_strategy: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, model: Model, thinning: int, init_strategy: Callable[..., Tensor], seed: int | None = None
+    ) -> None:
         if not callable(model):
             raise TypeError(f"model={model!r}: expected a Pyro program, that is a function.")
         check_number("thinning", thinning, least=1, open_below=False, whole=True)
         self.model = model
         self.thinning = thinning
         self.init_strategy = init_strategy
+        if seed is not None:
+            check_number("seed", seed, open_below=False, whole=True)
+        self.seed = seed
+        #: Number of the chain among those of one run; None counts the set-ups.
+        self.chain_number: int | None = None
+        self._setups = 0
         self.transforms: dict[str, Any] = {}
         self._preset: dict[str, Tensor] | None = None
         self._generator: torch.Generator | None = None
@@ -95,9 +106,33 @@ class Kernel(MCMCKernel):
         self._draws = []
         self._sampling_since = self._sampling_until = 0.0
         self._last_log = (-LOG_EVERY, {})
-        # One draw from the global stream: `pyro.set_rng_seed` then governs the chain, which has a stream of its own.
-        seed = int(torch.randint(2**62, ()))
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(self._chain_seed())
+
+    def begin_run(self) -> None:
+        """Count the chains of a new run from zero; :class:`~pyro_lift.inference.mcmc.MCMC` calls it."""
+        self._setups = 0
+
+    def _own_stream(self) -> AbstractContextManager[None]:
+        """Keep what set-up draws from the global stream away from the caller's, where there is a seed."""
+        return own_global_stream(self._start_seed())
+
+    def _start_seed(self) -> int | None:
+        """Return the seed of what starting values are drawn with; None, the caller's stream, without a seed of ours."""
+        assert self._generator is not None
+        return None if self.seed is None else self._generator.initial_seed()
+
+    def _chain_seed(self) -> int:
+        """Return the seed of the next chain's stream."""
+        if self.seed is None:
+            # One draw from the caller's stream, as documented: `pyro.set_rng_seed` then governs the chain.
+            return int(torch.randint(2**62, ()))
+        number = self._setups if self.chain_number is None else self.chain_number
+        self._setups += 1
+        source = torch.Generator().manual_seed(self.seed)
+        if self.chain_number is None and multiprocessing.parent_process() is not None:
+            # A chain in a process of its own, which Pyro seeds by the chain's number and tells nothing else.
+            source.manual_seed(stream_seed(self.seed, torch.initial_seed()))
+        return int(torch.randint(2**62, (number + 1,), generator=source)[-1])
 
     def _noise_from(self, values: Mapping[str, Tensor]) -> None:
         """The noise's generator lives where the values do; on the CPU it is the one for indices."""

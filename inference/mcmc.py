@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.checkpoint.summaries import check_statistics
+from pyro_lift.inference.kernel import Kernel
 
 __all__ = ["MCMC", "StreamingMCMC"]
 
@@ -56,6 +57,7 @@ class MCMC(pyro.infer.MCMC):
             OSError: a checkpoint could not be written; the last one is intact.
             RunStopped: SIGTERM or Ctrl-C; the run is saved.
         """
+        _begin_run(self.kernel)
         session = _session(self, checkpoint, checkpoint_every, resume)
         if session is None:
             super().run(*args, **kwargs)
@@ -83,6 +85,7 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
         **kwargs: Any,
     ) -> None:
         """Run the chain; see :meth:`MCMC.run`. Statistics must be Pyro's, ours, or have a ``state_dict``."""
+        _begin_run(self.kernel)
         session = _session(self, checkpoint, checkpoint_every, resume)
         if session is None:
             super().run(*args, **kwargs)
@@ -96,6 +99,12 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
             super().run(*args, **kwargs)
         finally:
             self.sampler, self.num_samples = plain, wanted
+
+
+def _begin_run(kernel: Any) -> None:
+    """Let a kernel of ours count its chains anew, so that a run with a seed can be repeated."""
+    if isinstance(kernel, Kernel):
+        kernel.begin_run()
 
 
 def _session(

@@ -61,6 +61,8 @@ class SGLD(Kernel):
             everything else is sampled.
         init_strategy: where sites start, a function of ``pyro.infer.autoguide.initialization``.
         check_stability: refuse a step size that cannot be stable at the start.
+        seed: of everything random in the chain, which then leaves the global streams alone; chains of one run get
+            streams of their own. None draws one from torch's global stream.
 
     Raises:
         ValueError: an option out of range; at set-up, a program without latent sites, with discrete ones, with
@@ -89,8 +91,9 @@ class SGLD(Kernel):
         site_temperature: Mapping[str, float] | None = None,
         init_strategy: Callable[..., Tensor] = init_to_mean,
         check_stability: bool = True,
+        seed: int | None = None,
     ) -> None:
-        super().__init__(model, thinning, init_strategy)
+        super().__init__(model, thinning, init_strategy, seed)
         check_common(temperature, n_inflate, integrator, preconditioner, decay, damping)
         self.site_step_scale, self.site_temperature = site_factors(site_step_scale, site_temperature)
         self._schedule = None if step_size is None else as_schedule(step_size)
@@ -111,6 +114,10 @@ class SGLD(Kernel):
         """Read the program, check it and the step size, and put the chain at its start."""
         self._begin(warmup_steps)
         program = self._program = Program(self.model, None, args, kwargs, self.init_strategy)
+        with self._own_stream():
+            self._put_at_start(program)
+
+    def _put_at_start(self, program: Program) -> None:
         refuse_discrete(program.peek(self._generator)[0])
         run = program.run(self._preset or {}, {}, None, self._generator)
         check_latents(run)

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyro
 import torch
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from pyro.ops.streaming import StatsOfDict, StreamingStats
@@ -162,8 +161,6 @@ class LiFT:
         s = self.settings
         if s.share:
             distributed.join()
-        if self.seed is not None:
-            pyro.set_rng_seed(self.seed)
         program = self.program(tasks)
         kernel = self.kernel(program)
         make = partial(_ChainSummary, tuple(components), s.covariance, self.adapter)
@@ -231,6 +228,7 @@ class LiFT:
             site_step_scale={"head": s.head_rate},
             site_temperature={"head": s.head_temperature},
             init_strategy=init_to_value(values={"phi": self.adapter.initial}, fallback=init_to_mean),
+            seed=self.seed,
         )
 
     def _phi_step_size(self, num_tasks: int) -> float | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pyro
 import torch
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor, nn
@@ -29,6 +28,13 @@ from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_choice, check_number
 
 __all__ = ["LiFTPrior"]
+
+
+class _Source(NamedTuple):
+    """The source of a chain's randomness: a seed, or None for torch's global stream, and the number of its block."""
+
+    seed: int | None
+    number: int = 0
 
 
 class LiFTPrior:
@@ -113,8 +119,6 @@ class LiFTPrior:
         """
         a = self._adapt_settings(options)
         seed = self.seed if seed is None else seed
-        if seed is not None:
-            pyro.set_rng_seed(seed)
         s, task = self.settings, task.to(self.adapter.initial.device)
         mixture = self.mixture.get()
         program = meta_test_program(
@@ -127,7 +131,7 @@ class LiFTPrior:
             noise_scale=s.noise_scale,
         )
         start = best_start(program, mixture)
-        mcmc = self._run(program, start.theta, a, f"adapt to {task.name}", progress)
+        mcmc = self._run(program, start.theta, a, _Source(seed), f"adapt to {task.name}" if progress else None)
         draws = mcmc.get_samples()
         return TaskPosterior(self.adapter, task, draws["theta"], draws.get("head"), start.component, mcmc)
 
@@ -158,15 +162,16 @@ class LiFTPrior:
             return [self.adapt(task, seed=seed, progress=progress, **options) for task in tasks]
         a = self._adapt_settings(options)
         seed = self.seed if seed is None else seed
-        if seed is not None:
-            pyro.set_rng_seed(seed)
+        blocks = [tasks[first : first + block_size] for first in range(0, len(tasks), block_size)]
         return [
             posterior
-            for first in range(0, len(tasks), block_size)
-            for posterior in self._adapt_block(tasks[first : first + block_size], a, progress)
+            for number, block in enumerate(blocks)
+            for posterior in self._adapt_block(block, a, _Source(seed, number), progress)
         ]
 
-    def _adapt_block(self, tasks: Sequence[Task], a: AdaptSettings, progress: bool) -> list[TaskPosterior]:
+    def _adapt_block(
+        self, tasks: Sequence[Task], a: AdaptSettings, source: _Source, progress: bool
+    ) -> list[TaskPosterior]:
         s, mixture = self.settings, self.mixture.get()
         tasks = [task.to(self.adapter.initial.device) for task in tasks]
         program = FlatBlock(
@@ -179,15 +184,16 @@ class LiFTPrior:
         )
         starts = best_starts(program, mixture)
         names = f"{tasks[0].name} .. {tasks[-1].name}"
-        mcmc = self._run(program, torch.stack([start.theta for start in starts]), a, f"adapt to {names}", progress)
+        title = f"adapt to {names}" if progress else None
+        mcmc = self._run(program, torch.stack([start.theta for start in starts]), a, source, title)
         theta, head = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
         return [
             TaskPosterior(self.adapter, task, theta[:, k], None if head is None else head[:, k], start.component, mcmc)
             for k, (task, start) in enumerate(zip(tasks, starts, strict=True))
         ]
 
-    def _run(self, program: Any, start: Tensor, a: AdaptSettings, title: str, progress: bool) -> MCMC:
-        """The chain of Eq. 18 from a start."""
+    def _run(self, program: Any, start: Tensor, a: AdaptSettings, source: _Source, title: str | None) -> MCMC:
+        """Run the chain of Eq. 18 from a start; with a title, there is a bar."""
         thinning = max(a.steps // 2 // a.draws, 1)
         kernel = SGLD(
             program,
@@ -201,9 +207,11 @@ class LiFTPrior:
             site_step_scale={"head": self.settings.head_rate},
             site_temperature={"head": self.settings.head_temperature},
             init_strategy=init_to_value(values={"theta": start}, fallback=init_to_mean),
+            seed=source.seed,
         )
+        kernel.chain_number = source.number
         warmup_steps = a.steps - thinning * a.draws
-        with chain_bar(warmup_steps + a.draws, title, progress) as hook:
+        with chain_bar(warmup_steps + a.draws, title or "", title is not None) as hook:
             mcmc = MCMC(kernel, num_samples=a.draws, warmup_steps=warmup_steps, disable_progbar=True, hook_fn=hook)
             mcmc.run()
         return mcmc

@@ -88,6 +88,8 @@ class SGLDGibbs(Kernel):
             block read ahead), ``"auto"`` (the first of these that fits), or a store.
         init_strategy: where sites start. Local sites centred on a global one start at it.
         check_stability: refuse step sizes that cannot be stable.
+        seed: of everything random in the chain, which then leaves the global streams alone; chains of one run get
+            streams of their own. None draws one from torch's global stream.
 
     Raises:
         ValueError, TypeError: an option out of range or unknown; at set-up, a program that this kernel cannot
@@ -128,8 +130,9 @@ class SGLDGibbs(Kernel):
         store: str | ThetaStore = "auto",
         init_strategy: Callable[..., Tensor] = init_to_mean,
         check_stability: bool = True,
+        seed: int | None = None,
     ) -> None:
-        super().__init__(model, thinning, init_strategy)
+        super().__init__(model, thinning, init_strategy, seed)
         check_common(temperature, n_inflate, integrator, preconditioner, decay, damping)
         check_choice("phi_update", phi_update, ["gibbs", "langevin"])
         check_choice("accumulator", accumulator, ["exact", "table", "single"])
@@ -218,7 +221,8 @@ class SGLDGibbs(Kernel):
             assert self._generator is not None
             self._generator.manual_seed(distributed.from_first(self._generator.initial_seed()))
         program = Program(self.model, request.plate, args, kwargs, self.init_strategy)
-        self._plan = plan(program, request, self.settings, self._preset or {}, self._generator)
+        with self._own_stream():
+            self._plan = plan(program, request, self.settings, self._preset or {}, self._generator)
         self.state, self.transforms = self._plan.state, self._plan.transforms
         self._start_log_likelihood = self._plan.start_log_likelihood
         self._noise_from(self.state.phi)
@@ -272,7 +276,7 @@ class SGLDGibbs(Kernel):
         if isinstance(chain.store, ReadsAhead) and self._request.scan == "round_robin":
             after: list[int] = ((block + len(block)) % chain.structure.num_tasks).tolist()
             chain.store.prefetch([*block.tolist(), *after])
-        streams = Streams(self._generator, self._noise_generator)
+        streams = Streams(self._generator, self._noise_generator, self._start_seed())
         if phase == "sgd":
             self.state, self._info = sgd_step(self.state, chain, block, streams)
         else:

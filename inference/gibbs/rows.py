@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pyro_lift.inference.gibbs import conjugate
 from pyro_lift.inference.gibbs.conjugate import values_of
-from pyro_lift.inference.gibbs.state import Chain, SGLDGibbsState, Structure
+from pyro_lift.inference.gibbs.state import Chain, SGLDGibbsState, Streams, Structure
 from pyro_lift.inference.program import Evaluation, LocalSite, Rows
+from pyro_lift.support.random_streams import own_global_stream, stream_seed
 
 __all__ = ["Values", "block_values", "mean_square", "put_at_start", "regrouped", "task_rows", "task_values"]
 
@@ -18,10 +19,10 @@ __all__ = ["Values", "block_values", "mean_square", "put_at_start", "regrouped",
 Values = Mapping[int | None, Rows]
 
 
-def block_values(state: SGLDGibbsState, chain: Chain, index: Tensor, generator: torch.Generator | None) -> Values:
+def block_values(state: SGLDGibbsState, chain: Chain, index: Tensor, streams: Streams) -> Values:
     """Return the local values of a block, which are put at their start where one of its tasks was never visited."""
     values = task_values(chain, tuple(index.tolist()))
-    return _first_visit(state, chain, index, generator) if values is None else values
+    return _first_visit(state, chain, index, streams) if values is None else values
 
 
 def task_values(chain: Chain, tasks: tuple[int, ...]) -> dict[int | None, dict[str, Tensor]] | None:
@@ -66,11 +67,12 @@ def regrouped(run: Evaluation, moved: Mapping[str, Tensor]) -> dict[int | None, 
     return grouped
 
 
-def _first_visit(state: SGLDGibbsState, chain: Chain, index: Tensor, generator: torch.Generator | None) -> Values:
+def _first_visit(state: SGLDGibbsState, chain: Chain, index: Tensor, streams: Streams) -> Values:
     """Learn the block's layout and give its new tasks their start: phi's start for paired families."""
     structure, layouts = chain.structure, chain.cache.layouts
     tasks = tuple(index.tolist())
-    run = chain.program.run(state.phi, {}, index, generator, want_grad=False)
+    with own_global_stream(None if streams.start_seed is None else stream_seed(streams.start_seed, *tasks)):
+        run = chain.program.run(state.phi, {}, index, streams.rows, want_grad=False)
     for pair in structure.pairs.values():
         conjugate.check_pair(pair, run)
     for site in run.locals.values():

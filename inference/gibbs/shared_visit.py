@@ -202,7 +202,8 @@ def visit(
 def _streams(seed: int, visit: int, part: Tensor, device: torch.device) -> Streams:
     """The streams of one pass, named by its first task; on a CPU, rows and noise share one."""
     rows = generator_of(seed, visit, int(part[0]))
-    return Streams(rows, rows if device.type == "cpu" else generator_of(seed, visit, int(part[0]), device))
+    noise = rows if device.type == "cpu" else generator_of(seed, visit, int(part[0]), device)
+    return Streams(rows, noise, seed)
 
 
 def _add_pass(total: _Total, state: SGLDGibbsState, chain: Chain, part: Tensor, phase: Phase, streams: Streams) -> None:

@@ -194,10 +194,12 @@ class Streams(NamedTuple):
     Attributes:
         rows: of minibatch indices, on the host.
         noise: on the device of the values.
+        start_seed: of what starting values are drawn with at a task's first visit; None takes torch's global stream.
     """
 
     rows: torch.Generator | None = None
     noise: torch.Generator | None = None
+    start_seed: int | None = None
 
 
 def init(structure: Structure, cache: Cache, phi: Rows) -> SGLDGibbsState:

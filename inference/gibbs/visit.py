@@ -68,7 +68,7 @@ def step(
     Raises:
         DivergedError: a loss or gradient that is not finite.
     """
-    before = block_values(state, chain, index, streams.rows)
+    before = block_values(state, chain, index, streams)
     # (10)  theta_i | phi, D_i
     moved = _move_theta(state, chain, before, index, streams, phase)
     # (11)  what the tasks pull phi with: S and J, one block's part replaced

@@ -26,7 +26,7 @@ def sgd_step(
     Raises:
         DivergedError: a loss or gradient that is not finite; nothing has changed.
     """
-    values = block_values(state, chain, index, streams.rows)
+    values = block_values(state, chain, index, streams)
     computed = _gradient(state, chain, index, values, streams)
     moments = {**state.second_moment, **computed.second_moment}
     lr = chain.settings.sgd_step_size(state.step)
@@ -53,7 +53,7 @@ class SGDGradient(NamedTuple):
 
 def sgd_gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, streams: Streams) -> SGDGradient:
     """Compute one pass of the joint training, without its step; the tasks' rows are in the store when it returns."""
-    values = block_values(state, chain, index, streams.rows)
+    values = block_values(state, chain, index, streams)
     computed = _gradient(state, chain, index, values, streams)
     chain.store.write(computed.info.tasks, computed.rows)
     return computed
