@@ -24,6 +24,7 @@ from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import features
 from pyro_lift.models.task import Task
+from pyro_lift.support.random_streams import stream_seed
 
 __all__ = ["TrainedLibrary", "nearest", "task_key", "train_library"]
 
@@ -63,7 +64,7 @@ def train_library(
             task,
             adapter.initial.clone(),
             budget,
-            budget.seed + number,
+            stream_seed(budget.seed, number),
             steps=steps,
             draws=min(budget.draws, steps // 2),
             learning_rate=budget.meta_learning_rate,

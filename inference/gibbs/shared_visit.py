@@ -39,11 +39,9 @@ from pyro_lift.inference.gibbs.warmup import sgd_gradient, sgd_update
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.inference.stores.store import ThetaStore
 from pyro_lift.support.distributed import add_up, collected, process
+from pyro_lift.support.random_streams import generator
 
 __all__ = ["OwnRows", "block_at", "check_alike", "check_share", "generator_of", "own_passes", "visit"]
-
-#: Odd, so that multiplying by it modulo 2^63 loses nothing.
-SPREAD = 0x9E3779B97F4A7C15
 
 
 class _Head(NamedTuple):
@@ -126,9 +124,8 @@ def own_passes(structure: Structure, index: Tensor) -> list[Tensor]:
 
 
 def generator_of(seed: int, visit: int, number: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The generator of one pass, or (``number`` = N) of phi; the same in every process."""
-    mixed = (seed + SPREAD * (visit + 1) + (SPREAD >> 7) * (number + 1)) % 2**63
-    return torch.Generator(device=device).manual_seed(mixed)
+    """Return the generator of one pass, or (``number`` = N) of phi; the same in every process."""
+    return generator(seed, visit, number, device=device)
 
 
 class OwnRows:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyro_lift import MCMC, SGLD, LiFT, LiFTPrior, SGLDGibbs, StreamingMCMC, Task
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.gibbs.shared_visit import generator_of
 from pyro_lift.methods.registry import BASELINES
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.support.random_streams import generator, own_global_stream, stream_seed
@@ -160,6 +161,14 @@ def test_streams_of_neighbouring_keys_and_seeds_have_nothing_in_common() -> None
     steps = {stream_seed(0, visit + 1, 3) - stream_seed(0, visit, 3) for visit in range(50)}
     assert len(steps) == 50
     assert stream_seed(1, 2) != stream_seed(2, 1) != stream_seed(1, 2, 0)
+
+
+def test_a_pass_of_a_shared_visit_has_a_stream_that_no_other_seed_repeats() -> None:
+    """Linear seeds did: (seed, visit, task) = (5, 11, 3) and (26, 10, 131) drew the same noise."""
+    first, second = (torch.randn(4, generator=generator_of(*key)) for key in ((5, 11, 3), (26, 10, 131)))
+    assert not torch.equal(first, second)
+    again = torch.randn(4, generator=generator_of(5, 11, 3))
+    assert torch.equal(first, again)
 
 
 def test_a_global_stream_of_ours_ends_with_its_context() -> None:
