@@ -45,7 +45,7 @@ doctest: $(VENV)/.installed
 	$(BIN)/python -m pytest --doctest-modules pyro_lift
 
 examples: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/test_examples.py
+	$(BIN)/python -m pytest tests/house/test_examples.py
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

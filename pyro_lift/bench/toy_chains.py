@@ -4,7 +4,7 @@ A visit through a Pyro program costs about a millisecond, nearly all of it in ha
 known in closed form, so here the functions that the kernels call (:func:`~pyro_lift.inference.sgld.exponential`,
 :func:`~pyro_lift.inference.gibbs.conjugate.draw`, the accumulators) are driven without the program, for many step
 sizes and
-seeds side by side. With the same noise a chain is the kernel's to the last digit (tests/test_bench_sampler.py).
+seeds side by side. With the same noise a chain is the kernel's to the last digit (tests/bench/test_sampler.py).
 
 Shapes: P step sizes, R seeds (each with data of its own), N tasks, d coordinates; a chain's phi is ``[P, R, d]``.
 """

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from test_baselines import SMALL, tiny_adapter, tiny_tasks
+from tiny_methods import SMALL, tiny_adapter, tiny_tasks
 
 from pyro_lift.inference.baselines.protonet import (
     ProtoNet,

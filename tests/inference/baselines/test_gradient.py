@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_baselines import SMALL, tiny_adapter, tiny_tasks
+from tiny_methods import FULL, SMALL, one_episode, spread, tiny_adapter, tiny_tasks
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy, Weights
 from pyro_lift.inference.baselines.boot_maml import BootstrappedMAML, predictive_divergence
-from pyro_lift.inference.baselines.episodes import Episode, Heads, episodes
+from pyro_lift.inference.baselines.episodes import Episode, Heads
 from pyro_lift.inference.baselines.episodic import loss_of, twice_differentiable
 from pyro_lift.inference.baselines.imaml import (
     ImplicitMAML,
@@ -24,20 +24,9 @@ from pyro_lift.inference.baselines.imaml import (
 from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.reptile import Reptile
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.task import Rows, Task
+from pyro_lift.models.task import Rows
 
-FULL = replace(SMALL, batch_size=1000)  # every minibatch is all rows: the loops have no randomness left
 STEPS = (1e-5, -1e-5)
-
-
-def spread(adapter: RandomAdapter) -> Tensor:
-    """Weights with no factor at zero, where all gradients live."""
-    generator = torch.Generator().manual_seed(3)
-    return adapter.initial + 0.3 * torch.randn(adapter.dim, generator=generator, dtype=torch.float64)
-
-
-def one_episode(task: Task) -> Episode:
-    return next(episodes([task], torch.Generator().manual_seed(0)))
 
 
 def reference_loss(adapter: RandomAdapter, rows: Rows, theta: dict[str, Tensor]) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_backbones import bart, bert
-from test_hub import trained
+from saved_priors import trained
+from tiny_backbones import bart, bert
 from torch import nn
 
 from pyro_lift import LiFTPrior, TaskPosterior

@@ -4,38 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from tiny_methods import SMALL, tiny_adapter, tiny_tasks
 
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
-from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.methods.registry import BASELINES
-from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.models.task import Task
-
-
-def tiny_adapter(width: int = 3) -> RandomAdapter:
-    import peft
-
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, width)).double()
-    adapter = adapt_backbone(net, peft.LoraConfig(r=2, target_modules=["0", "2"]))
-    return adapter.to(torch.float64)
-
-
-def tiny_tasks(number: int, rows: int = 12, classes: int = 3) -> list[Task]:
-    generator = torch.Generator().manual_seed(1)
-    shared = torch.randn(4, classes, generator=generator, dtype=torch.float64)
-    tasks = []
-    for i in range(number):
-        x = torch.randn(rows + 20, 4, generator=generator, dtype=torch.float64)
-        own = shared + 0.3 * torch.randn(4, classes, generator=generator, dtype=torch.float64)
-        y = (x @ own).argmax(-1)
-        tasks.append(Task(f"t{i}", (x[:rows], y[:rows]), num_classes=classes, test=(x[rows:], y[rows:])))
-    return tasks
-
-
-SMALL = Budget(warm_up=4, visits=12, steps=8, draws=2, batch_size=6)
 
 
 @pytest.fixture(params=sorted(BASELINES))

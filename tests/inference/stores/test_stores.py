@@ -11,7 +11,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from test_checkpoint import Program, gibbs, outcome, run, same, table
+from resumed_runs import Program, gibbs, outcome, run, same, table
 from typer.testing import CliRunner
 
 from pyro_lift import MCMC, SGLDGibbs

@@ -7,8 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_baselines import SMALL, tiny_adapter, tiny_tasks
-from test_gradient_baselines import FULL, one_episode, spread
+from tiny_methods import FULL, SMALL, one_episode, spread, tiny_adapter, tiny_tasks
 from torch.distributions import Gamma, Independent, Normal, kl_divergence
 
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy, Weights

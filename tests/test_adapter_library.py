@@ -14,8 +14,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_backbones import bert, matching_task
-from test_hub import logits, trained
+from saved_priors import logits, trained
+from tiny_backbones import bert, matching_task
 from torch import Tensor, nn
 
 from pyro_lift import LiFTPrior, LiFTSettings
