@@ -31,7 +31,7 @@ def checkpoint_layers(network: nn.Module) -> int:
             f"gradient_checkpointing: {type(network).__name__} has no list of layers (an nn.ModuleList) to checkpoint."
         )
     for layer in layers:
-        layer.forward = _checkpointed(layer, layer.forward)
+        layer.forward = _Checkpointed(layer, layer.forward)
     config: Any = getattr(network, "config", None)
     if config is not None:
         config.use_cache = False  # a second pass would write to the cache twice
@@ -46,19 +46,22 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
             yield from _layers(child)
 
 
-def _checkpointed(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*inputs: Any, **named: Any) -> Any:
+class _Checkpointed:
+    """A layer's forward that keeps its inputs only. An object, not a closure, so that a copied layer gets its own."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
+        self.layer, self.forward = layer, forward
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*inputs, **named)
-        noted = _note(layer)
+            return self.forward(*inputs, **named)
+        noted = _note(self.layer)
 
         def again(*inputs: Any) -> Any:
             with _as_noted(noted):
-                return forward(*inputs, **named)
+                return self.forward(*inputs, **named)
 
         return checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-    return call
 
 
 Noted = list[tuple[nn.Module, dict[str, Any], Any]]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from pyro.nn import PyroModule, PyroSample
@@ -13,9 +15,15 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_lift.models.blocks import BlockCall, Slot, bound, flattened, slots_of
-from pyro_lift.models.readouts import Readout, read, readout_for
+from pyro_lift.models.networks import WeightProbe, check_network, share_hooks, sharing_copy, without_fast_paths
+from pyro_lift.models.peft_layers import active_adapter, adapter_tensors, check_in_use, check_places, peft_layers
+from pyro_lift.models.reach import Probe, ReachError, check_reach, synthetic_rows
+from pyro_lift.models.readouts import Readout, gives_features, read, readout_for
 
 __all__ = ["AdapterTensor", "RandomAdapter"]
+
+#: Networks that an adapter stands on, and the names of its tensors: they are frozen by then.
+_COORDINATES: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
 
 
 class AdapterTensor(NamedTuple):
@@ -40,6 +48,10 @@ class RandomAdapter(PyroModule):
     draws. A block of vectors goes through the network in one pass, each with its own rows
     (:mod:`pyro_lift.models.blocks`).
 
+    Several adapters may stand on one PEFT model: a call uses the model's structure and frozen weights, and theta. The
+    model is put in eval mode, and PyTorch's fused transformer paths, which would read past the adapter, are switched
+    off in it; nothing else of it is written. theta is float32 (float64 where a tensor is) whatever the network's dtype.
+
     Args:
         backbone: a PEFT model (``peft.get_peft_model``); its tensors with ``requires_grad`` are the adapter.
         prior: makes the random site ``theta`` of a call without ``theta``: a distribution over ``[D]``, or a
@@ -48,11 +60,18 @@ class RandomAdapter(PyroModule):
             :class:`~pyro_lift.models.readouts.LabelMatching`; None goes by the inputs and by what the output
             holds (:func:`~pyro_lift.models.readouts.read`).
         postprocess: from the network's output to the tensor a likelihood wants, in place of a readout.
+        allow_unreached: whether some adapter tensors may have no effect on the rows the network is first tried with,
+            as a mixture's experts that none of these rows is sent to.
 
     Attributes:
         initial: the adapter's own initial weights ``[D]``. All tasks start here: zero is a saddle (a LoRA product
             with both factors zero has no gradient), and averages over tasks mean something only in one common gauge.
         layout: name, shape and place of every adapter tensor.
+
+    Raises:
+        ValueError: a network that does not use the adapter's weights, or not each by itself: merged or disabled by
+            PEFT, several adapters, tied tensors, layers that are read past. Where no row can be made up to try it
+            with, the first real one is (:meth:`check_reach`).
 
     Example:
         >>> import peft, torch
@@ -64,7 +83,9 @@ class RandomAdapter(PyroModule):
     """
 
     initial: Tensor
+    backbone: nn.Module
     _slots: list[list[Slot]]
+    _kept: list[Slot]
     _block: BlockCall
 
     def __init__(
@@ -74,37 +95,124 @@ class RandomAdapter(PyroModule):
         *,
         readout: Readout | None = None,
         postprocess: Callable[[Any], Tensor] | None = None,
+        allow_unreached: bool = False,
     ) -> None:
         super().__init__()
-        trainable = sorted((name, p) for name, p in backbone.named_parameters() if p.requires_grad)
-        if not trainable:
-            raise ValueError(
-                "the backbone has no trainable tensor, so there is no adapter to make random. Wrap it first: "
-                "peft.get_peft_model(backbone, peft.LoraConfig(target_modules=...))."
-            )
-        total = sum(p.numel() for p in backbone.parameters())
-        self.dim = sum(p.numel() for _, p in trainable)
-        if self.dim == total:
-            raise ValueError(
-                f"all {total} weights of the backbone are trainable. Wrap it with peft.get_peft_model first; "
-                "RandomAdapter makes the trainable tensors random and takes the others as they are."
-            )
-        self.layout = _layout(trainable)
-        self.register_buffer("initial", torch.cat([p.detach().reshape(-1) for _, p in trainable]).clone())
-        # Dropout would make the likelihood itself random, and the sampler's noise is calibrated without it.
-        backbone.eval()
-        for parameter in backbone.parameters():
-            parameter.requires_grad_(False)
-        # Outside the registry: PyroModule would look for random sites in every submodule at every access.
-        object.__setattr__(self, "backbone", backbone)
-        object.__setattr__(self, "_slots", slots_of(backbone, [p for _, p in trainable]))
-        object.__setattr__(self, "_block", BlockCall(self._slots, self._read))
-        self._sizes = [math.prod(entry.shape) for entry in self.layout]
         if readout is not None and postprocess is not None:
             raise TypeError("give a readout or a postprocess, not both.")
+        check_network(backbone)
+        trainable = _coordinates(backbone)
+        layers = peft_layers(backbone)
+        #: Name of the PEFT adapter whose weights theta is; None for a network without PEFT.
+        self.adapter_name = active_adapter(backbone)
+        check_in_use(layers.values(), self.adapter_name)
+        check_places(backbone, layers)
+        self.dim = sum(p.numel() for _, p in trainable)
+        self.layout = _layout(trainable)
+        self._sizes = [math.prod(entry.shape) for entry in self.layout]
+        # A chain's moves are smaller than half precision's last digit, so theta is float32 at least.
+        wide = [p.detach().reshape(-1).to(torch.promote_types(p.dtype, torch.float32)) for _, p in trainable]
+        self.register_buffer("initial", torch.cat(wide).clone())
+        # Dropout would make the likelihood itself random, and the sampler's noise is calibrated without it.
+        backbone.eval()
+        if layers:
+            without_fast_paths(backbone)
+        # Outside the registry: PyroModule would look for random sites in every submodule at every access.
+        slots, kept = slots_of(backbone, [p for _, p in trainable]), _rewritten(layers)
+        for name, value in {"backbone": backbone, "_slots": slots, "_kept": kept}.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_block", BlockCall(self._slots, self._read, self._kept))
+        self._layers = list(layers.values())
+        _COORDINATES[backbone] = tuple(entry.name for entry in self.layout)
+        self._note_weights()
         self.readout, self.postprocess = readout, postprocess
+        self.allow_unreached, self._reached = allow_unreached, False
+        self._features: bool | None = None
         if prior is not None:
             self.theta = PyroSample(prior)
+        self._try_made_up_rows()
+
+    def beginning_at(self, initial: Tensor) -> RandomAdapter:
+        """The same adapter with another start ``[D]``, as an object of its own; the weights stay shared."""
+        if initial.shape != self.initial.shape:
+            raise ValueError(f"a start of shape {tuple(initial.shape)}; the adapter has {self.dim} weights.")
+        memo: dict[int, Any] = {}
+        memo[id(self.backbone)] = sharing_copy(self.backbone, memo)
+        view = copy.deepcopy(self, memo)
+        share_hooks(self.backbone, memo)
+        view.initial = initial.detach().to(self.initial).clone()
+        _COORDINATES[view.backbone] = tuple(entry.name for entry in view.layout)
+        return view
+
+    def check_use(self) -> None:
+        """Refuse a network that no longer is what the adapter was made on; at the beginning of every run.
+
+        Raises:
+            ValueError: PEFT's layers were merged, disabled or taken out, a frozen weight was changed in place, or theta
+                would not be kept in float32; names the way out.
+        """
+        check_in_use(self._layers, self.adapter_name)
+        present = {id(module) for module in self.backbone.modules()}
+        if gone := [e.name for e, s in zip(self.layout, self._slots, strict=True) if id(s[0].module) not in present]:
+            raise ValueError(
+                f"the adapter tensor {gone[0]!r} is no longer in the network: PEFT's layers were taken out or put in "
+                "again since. Make another adapter, or keep one network for each (copy.deepcopy)."
+            )
+        if self.initial.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"the adapter is in {self.initial.dtype}, in which a chain's moves are lost. Call adapter.float(), or "
+                'load the backbone alone in half precision: load_backbone(..., dtype="bfloat16").'
+            )
+        if changed := self._weights.changed(self.backbone):
+            raise ValueError(
+                f"the frozen weight {changed!r} was changed in place since the adapter was made, and with it what the "
+                "adapter's weights mean. Make another adapter, or give each its own network (copy.deepcopy)."
+            )
+        if any(module.training for module in self.backbone.modules()):
+            self.backbone.eval()
+
+    def check_reach(self, *inputs: Any, **named: Any) -> None:
+        """Show with some rows that every adapter tensor has an effect on the output; once, later calls do nothing.
+
+        Raises:
+            ValueError: names the tensors that have none, and the way out.
+        """
+        if not self._reached and not torch.is_inference_mode_enabled():
+            check_reach(self._probe(), inputs, named, allow_none=self.allow_unreached)
+            self._reached = True
+
+    @property
+    def gives_features(self) -> bool:
+        """Whether the last network output that was read is features, for heads to stand on, rather than answers."""
+        return bool(self._features)
+
+    def _try_made_up_rows(self) -> None:
+        for rows in synthetic_rows(self.backbone):
+            try:
+                check_reach(self._probe(), rows.inputs, rows.named, allow_zero=True, allow_none=self.allow_unreached)
+            except ReachError:
+                if rows.conclusive:
+                    raise
+                return
+            except Exception:  # not what this network takes
+                continue
+            self._reached = True
+            return
+
+    def _probe(self) -> Probe:
+        def call(tensors: Sequence[Tensor], inputs: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+            with bound(self._slots, tensors, self._kept):
+                return self._read(inputs, named)
+
+        return Probe(self.backbone, call, [entry.name for entry in self.layout], self._tensors(self.initial))
+
+    def _note_weights(self) -> None:
+        """What the frozen weights are, and the dtypes in which the network has the adapter's tensors."""
+        own = [places[0].module._parameters[places[0].attribute] for places in self._slots]
+        dtypes = [self.initial.dtype if x is None else x.dtype for x in own]
+        self._dtypes = None if all(dtype == self.initial.dtype for dtype in dtypes) else dtypes
+        names = frozenset(entry.name for entry in self.layout) | frozenset(adapter_tensors(self.backbone))
+        self._weights = WeightProbe(self.backbone, names)
 
     def bind(self, theta: Tensor) -> dict[str, Tensor]:
         """The adapter's tensors by name, as views of ``theta``: ``[D]``, or with leading dimensions."""
@@ -112,13 +220,16 @@ class RandomAdapter(PyroModule):
 
     def bound(self, theta: Tensor) -> AbstractContextManager[None]:
         """A context in which ``backbone`` itself has the adapter weights ``theta`` ``[D]``."""
-        return bound(self._slots, self._tensors(theta))
+        return bound(self._slots, self._tensors(theta), self._kept)
 
     def _tensors(self, theta: Tensor) -> list[Tensor]:
         # One split: its backward is one concatenation, where a slice a tensor would add up as many vectors of length D.
         parts = theta.split(self._sizes, -1)
         lead = theta.shape[:-1]
-        return [part.view(*lead, *entry.shape) for part, entry in zip(parts, self.layout, strict=True)]
+        tensors = [part.view(*lead, *entry.shape) for part, entry in zip(parts, self.layout, strict=True)]
+        if self._dtypes is None:
+            return tensors
+        return [tensor.to(dtype) for tensor, dtype in zip(tensors, self._dtypes, strict=True)]
 
     def flatten(self, tensors: dict[str, Tensor]) -> Tensor:
         """The inverse of :meth:`bind`; every tensor must be there, with its shape, and no other.
@@ -149,6 +260,10 @@ class RandomAdapter(PyroModule):
             theta = self.theta
         if theta.shape[-1] != self.dim:
             raise ValueError(f"theta has {theta.shape[-1]} coordinates, the adapter {self.dim}.")
+        check_in_use(self._layers, self.adapter_name)
+        if not self._reached:
+            first = inputs if theta.dim() == 1 else tuple(_first(x) for x in inputs)
+            self.check_reach(*first, **(named if theta.dim() == 1 else {k: _first(x) for k, x in named.items()}))
         if theta.dim() == 1:
             return self._call(theta, inputs, named)
         if theta.shape[0] == 1:
@@ -162,13 +277,22 @@ class RandomAdapter(PyroModule):
 
     def _read(self, inputs: Sequence[Any], named: Mapping[str, Any], block: bool = False) -> Tensor:
         """What the likelihood wants of the bound network; of a block, one leading row per row of any task."""
+        output = self._read_as_it_is(inputs, named, block)
+        half = isinstance(output, Tensor) and output.dtype in (torch.float16, torch.bfloat16)
+        return output.float() if half else output  # a likelihood adds up many small terms
+
+    def _read_as_it_is(self, inputs: Sequence[Any], named: Mapping[str, Any], block: bool) -> Tensor:
         readout = None if self.postprocess else readout_for(named, self.readout)
         if readout is not None:  # it knows how its texts lie in a block
             return readout(self.backbone, named)
         if block:
             inputs, named = [flattened(x) for x in inputs], {k: flattened(x) for k, x in named.items()}
         output = self.backbone(*inputs, **named)
-        return self.postprocess(output) if self.postprocess else read(output, named.get("attention_mask"))
+        if self.postprocess:
+            return self.postprocess(output)
+        if self._features is None:
+            object.__setattr__(self, "_features", gives_features(self.backbone, output))
+        return read(output, named.get("attention_mask"))
 
     def norms(self, theta: Tensor) -> dict[str, Tensor]:
         """Euclidean norm of each adapted module's tensors, for ``theta`` of shape ``[..., D]``."""
@@ -178,10 +302,11 @@ class RandomAdapter(PyroModule):
             squares[entry.module] = squares[entry.module] + part if entry.module in squares else part
         return {name: value.sqrt() for name, value in squares.items()}
 
-    def to(self, *args: Any, **kwargs: Any) -> RandomAdapter:
-        """Move the backbone and the initial weights."""
-        self.backbone.to(*args, **kwargs)
-        super().to(*args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomAdapter:
+        """Move the backbone too: ``to``, ``cuda``, ``double`` and the like all come here."""
+        super()._apply(fn, recurse)
+        self.backbone._apply(fn, recurse)
+        self._note_weights()
         return self
 
     def extra_repr(self) -> str:
@@ -196,3 +321,64 @@ def _layout(trainable: list[tuple[str, nn.Parameter]]) -> tuple[AdapterTensor, .
         entries.append(AdapterTensor(name, parameter.shape, slice(start, stop)))
         start = stop
     return tuple(entries)
+
+
+def _coordinates(backbone: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The adapter's tensors, in order of name.
+
+    Raises:
+        ValueError: none, or all of the network's; one that is tied to another.
+    """
+    known = _COORDINATES.get(backbone, ())
+    trainable = sorted((name, p) for name, p in backbone.named_parameters() if p.requires_grad or name in known)
+    if not trainable:
+        loaded = "PeftModel.from_pretrained(..., is_trainable=True)"
+        raise ValueError(
+            "the backbone has no trainable tensor, so there is no adapter to make random. Wrap it first: "
+            f"peft.get_peft_model(backbone, peft.LoraConfig(target_modules=...)); or load an adapter by {loaded}."
+        )
+    total = sum(p.numel() for p in backbone.parameters())
+    if sum(p.numel() for _, p in trainable) == total:
+        raise ValueError(
+            f"all {total} weights of the backbone are trainable. Wrap it with peft.get_peft_model first; "
+            "RandomAdapter makes the trainable tensors random and takes the others as they are."
+        )
+    _check_apart(trainable)
+    return trainable
+
+
+def _check_apart(trainable: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Refuse tensors that share memory: as coordinates they would stand twice, and PEFT saves one of them."""
+    places: dict[int, list[tuple[int, int, str]]] = {}
+    for name, p in trainable:
+        if not p.is_floating_point():
+            raise ValueError(f"the adapter tensor {name!r} is {p.dtype}; expected floating-point weights.")
+        start = p.storage_offset() * p.element_size()
+        end = start + (sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1) * p.element_size()
+        places.setdefault(p.untyped_storage().data_ptr(), []).append((start, end, name))
+    for spans in places.values():
+        spans.sort()
+        for (_, end, one), (start, _, other) in zip(spans, spans[1:], strict=False):
+            if start < end:
+                raise ValueError(
+                    f"the adapter tensors {one!r} and {other!r} share their memory, so that they cannot be coordinates "
+                    "of their own. Adapt one of the tied layers only (ensure_weight_tying=False)."
+                )
+
+
+def _rewritten(layers: Mapping[str, Any]) -> list[Slot]:
+    """Frozen weights that PEFT's attention layer adds theta's product to and subtracts it from again, at every call.
+
+    Each time leaves a rounding error; put back as they were, they stay what they are.
+    """
+    attentions = [getattr(layer, "base_layer", None) for layer in layers.values()]
+    kept = []
+    for attention in attentions:
+        if isinstance(attention, nn.MultiheadAttention):
+            kept.append(Slot(attention, "in_proj_weight"))
+            kept.append(Slot(getattr(attention.out_proj, "base_layer", attention.out_proj), "weight"))
+    return kept
+
+
+def _first(x: Any) -> Any:
+    return x[0] if isinstance(x, Tensor) else x

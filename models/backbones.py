@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -11,6 +12,8 @@ from torch import nn
 
 from pyro_lift.models.activation_checkpointing import checkpoint_layers
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.networks import COMPILER, check_network, plain_network, private_stream, share_hooks, sharing_copy
+from pyro_lift.models.peft_layers import active_adapter, file_name, peft_layers
 from pyro_lift.support.options import check_choice
 
 if TYPE_CHECKING:
@@ -101,7 +104,9 @@ def load_backbone(
     if gradient_checkpointing:
         checkpoint_layers(model)
     if compile:
-        model.compile(backend=compile if isinstance(compile, str) else "inductor")
+        backend = compile if isinstance(compile, str) else "inductor"
+        setattr(model, COMPILER, backend)
+        model.compile(backend=backend)
     return model
 
 
@@ -190,39 +195,97 @@ def check_peft(config: peft.PeftConfig) -> None:
         ("use_dora", "DoRA's product depends on the norm of the frozen weights plus its own, at every call"),
         ("use_qalora", "it needs quantised layers"),
         ("trainable_token_indices", "trained tokens are not layers"),
+        ("alora_invocation_tokens", "it acts only after certain tokens"),
+        ("arrow_config", "it mixes several adapters; ours is one"),
+        ("monteclora_config", "it brings noise of its own"),
+        ("velora_config", "its gradients are approximate"),
+        ("kasa_config", "it has not been tried with a sampler"),
+        ("use_bdlora", "it has not been tried with a sampler"),
     ):
         if getattr(config, name, None):
             raise ValueError(f"{name}={getattr(config, name)} is not supported: {why}.")
 
 
-def adapt_backbone(backbone: nn.Module, peft_config: peft.PeftConfig | None = None, **options: Any) -> RandomAdapter:
+def adapt_backbone(
+    backbone: nn.Module, peft_config: peft.PeftConfig | None = None, *, seed: int | None = None, **options: Any
+) -> RandomAdapter:
     """A backbone with its adapter as a :class:`~pyro_lift.models.adapters.RandomAdapter`.
+
+    A plain backbone is left as it is: PEFT's layers go into a copy of its modules, which shares its weights. A PEFT
+    model is used itself.
 
     Args:
         backbone: a PEFT model already, or any module that ``peft.get_peft_model`` accepts.
         peft_config: the adapter to attach; None for a backbone that has one.
+        seed: of the adapter's initial weights; None draws them from torch's global stream.
         options: of :class:`~pyro_lift.models.adapters.RandomAdapter`.
 
     Raises:
-        TypeError: a plain backbone without a config, or a PEFT model with one.
-        ValueError: a config with dropout, a kind that is not supported, or one that PEFT cannot apply.
+        TypeError: a plain backbone without a config, or one with an adapter and a config too.
+        ValueError: a config with dropout, a kind that is not supported, or one that PEFT cannot apply; a network that
+            does not use the adapter's weights, or whose export would not hold them all.
     """
     from peft import PeftModel, get_peft_model
 
+    if isinstance(backbone, RandomAdapter):
+        raise TypeError("the backbone is a RandomAdapter already; use it as it is.")
+    backbone = plain_network(backbone)
+    check_network(backbone)
     if isinstance(backbone, PeftModel):
         if peft_config is not None:
             raise TypeError("the backbone has an adapter already; leave peft_config out, or pass the plain backbone.")
-        check_peft(backbone.active_peft_config)
+        _check_model(backbone)
         return RandomAdapter(backbone, **options)
+    if inside := next(iter(peft_layers(backbone)), None):
+        raise ValueError(
+            f"the backbone has a PEFT layer inside already, at {inside!r}. Pass the PEFT model itself, take the adapter "
+            "out first (its unload()), or load the backbone again."
+        )
     if peft_config is None:
         raise TypeError(
             f"{type(backbone).__name__} has no adapter. Pass peft_config=peft.LoraConfig(target_modules=...)."
         )
     check_peft(peft_config)
+    memo: dict[int, Any] = {}
+    twin = sharing_copy(backbone, memo)
     with warnings.catch_warnings():  # PEFT asks transformers by an older name whether it checkpoints
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        adapted = get_peft_model(backbone, peft_config)
-    return RandomAdapter(adapted, **options)
+        with private_stream(seed, twin):
+            adapted = get_peft_model(twin, copy.deepcopy(peft_config))
+    share_hooks(backbone, memo)  # after PEFT's own, which belong to the copy alone
+    adapter = RandomAdapter(adapted, **options)
+    adapted.requires_grad_(False)
+    return adapter
+
+
+def _check_model(model: Any) -> None:
+    """Refuse a PEFT model whose trained tensors are not one supported adapter's, as PEFT would save it.
+
+    Raises:
+        ValueError: names what stands in the way.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if any(isinstance(module, PeftModel) for module in model.modules() if module is not model):
+        raise ValueError(
+            "a PEFT model inside a PEFT model: its export would not find its base. Wrap the plain network."
+        )
+    if any("_orig_mod" in name for name, _ in model.named_modules()):
+        raise ValueError(
+            "the PEFT model stands on a network compiled by torch.compile(network), whose prefix would be part of every "
+            "exported name. Wrap the plain network, and compile afterwards: model.compile()."
+        )
+    name = active_adapter(model)
+    config = model.active_peft_config if name is None else model.peft_config[name]
+    check_peft(config)
+    layers = peft_layers(model)
+    saved = get_peft_model_state_dict(model, adapter_name=name or "default", save_embedding_layers=False)
+    for tensor, parameter in model.named_parameters():
+        if parameter.requires_grad and file_name(tensor, layers) not in saved:
+            raise ValueError(
+                f"the trainable tensor {tensor!r} is not part of the PEFT adapter {name!r} and would be missing from "
+                "every export. Freeze it (requires_grad_(False)), or name its module in modules_to_save."
+            )
 
 
 def load_timm(name: str, checkpoint: str | None = None, **options: Any) -> nn.Module:

@@ -50,17 +50,24 @@ def slots_of(network: nn.Module, tensors: Sequence[Tensor]) -> list[list[Slot]]:
 
 
 @contextmanager
-def bound(slots: Sequence[Sequence[Slot]], tensors: Sequence[Tensor]) -> Iterator[None]:
+def bound(slots: Sequence[Sequence[Slot]], tensors: Sequence[Tensor], kept: Sequence[Slot] = ()) -> Iterator[None]:
     """The network with these tensors in the slots; whatever happens, its own come back.
 
     It is what ``torch.func.functional_call`` does, without looking up every name of the network at every call.
+
+    Args:
+        slots: the places of each tensor.
+        tensors: what to put there.
+        kept: places whose tensors a layer replaces while it runs; they come back too.
     """
     own = [places[0].module._parameters[places[0].attribute] for places in slots]
+    held = [module._parameters[attribute] for module, attribute in kept]
     try:
         _put(slots, tensors)
         yield
     finally:
         _put(slots, own)
+        _put([[slot] for slot in kept], held)
 
 
 def _put(slots: Sequence[Sequence[Slot]], tensors: Sequence[Tensor | None]) -> None:
@@ -93,10 +100,11 @@ class BlockCall:
         slots: where the adapter's tensors are in the network, as :func:`slots_of` gives them.
         read: from positional and named inputs to a tensor with one leading row per input row; told as a third
             argument whether they are a block's, ``[B, b, ...]``.
+        kept: as in :func:`bound`.
     """
 
-    def __init__(self, slots: Sequence[Sequence[Slot]], read: Callable[..., Tensor]) -> None:
-        self.slots, self.read = slots, read
+    def __init__(self, slots: Sequence[Sequence[Slot]], read: Callable[..., Tensor], kept: Sequence[Slot] = ()) -> None:
+        self.slots, self.read, self.kept = slots, read, kept
         #: Whether one pass serves a block; None until the first block has been tried.
         self.one_pass: bool | None = None if _all_linear(slots) else False
 
@@ -116,7 +124,8 @@ class BlockCall:
         try:
             for module, layer in layers:
                 module.__dict__["forward"] = layer
-            rows = self.read(inputs, named, True)
+            with bound((), (), self.kept):
+                rows = self.read(inputs, named, True)
         finally:
             for module, _ in layers:
                 module.__dict__.pop("forward", None)
@@ -136,7 +145,7 @@ class BlockCall:
     def _alone(
         self, adapter: int, tensors: Sequence[Tensor], task: int, inputs: Sequence[Any], named: Mapping[str, Any]
     ) -> Tensor:
-        with bound(self.slots, [tensor[adapter] for tensor in tensors]):
+        with bound(self.slots, [tensor[adapter] for tensor in tensors], self.kept):
             return self.read([_rows(x, task) for x in inputs], _named_rows(named, task))
 
     @torch.no_grad()

@@ -15,6 +15,9 @@ from pyro_lift.models.task import Rows, Task
 
 __all__ = ["batch_of", "check_width", "observe", "outputs", "sample_head"]
 
+#: Rows of the first task that show whether every adapter weight has an effect.
+TRIAL_ROWS = 16
+
 
 def batch_of(task: Task, batch_size: int | None) -> int:
     """Rows of a minibatch: never more than the task has."""
@@ -51,13 +54,31 @@ def observe(
 
 @torch.no_grad()
 def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float | None) -> int:
-    """Width of the network's output; refuses a shared head that is too narrow for a task's labels.
+    """Width of the network's output; the door of every run.
 
     Matching tasks have as many logits as texts to match, whatever the network.
+
+    Raises:
+        ValueError: a network that does not use the adapter, or is no longer what it was made on; features without a
+            head to stand on; a shared head that is too narrow for a task's labels.
     """
+    adapter.check_use()
     tasks = [task for task in tasks if task.kind != "matching"] or tasks[:1]
+    trial = tasks[0].train.take(slice(0, TRIAL_ROWS))
+    adapter.check_reach(*trial.positional, **trial.named)
     first = tasks[0].train.take(slice(0, 1))
     width = int(outputs(adapter, first, adapter.initial, None).shape[-1])
+    for task in tasks:
+        own_head = head_scale is not None and task.num_classes is not None
+        if adapter.gives_features and not own_head and task.kind != "matching":
+            raise ValueError(
+                f"task {task.name!r}: the network's output is {width} features, not answers: it has no head. "
+                + (
+                    "Give the tasks heads of their own (head_scale=0.5, say), or load the network with a head."
+                    if task.num_classes is not None
+                    else f"Load the network with a head for {task.kind}."
+                )
+            )
     if head_scale is None:
         for task in tasks:
             if task.num_classes is not None and task.num_classes > width:

@@ -194,3 +194,12 @@ def read(output: Any, mask: Tensor | None = None) -> Tensor:
     if hasattr(output, "last_hidden_state"):
         return pool(output.last_hidden_state, mask, "first" if mask is None else "mean")
     return torch.as_tensor(output)
+
+
+def gives_features(network: Any, output: Any) -> bool:
+    """Whether an output is features, not answers: hidden states without logits, or that of a timm model without a head."""
+    unwrap = getattr(network, "get_base_model", None)
+    base = unwrap() if unwrap else network
+    if type(base).__module__.startswith("timm."):
+        return getattr(base, "num_classes", None) == 0
+    return hasattr(output, "last_hidden_state") and not hasattr(output, "logits")
