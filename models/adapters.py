@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -302,6 +303,11 @@ class RandomAdapter(PyroModule):
             squares[entry.module] = squares[entry.module] + part if entry.module in squares else part
         return {name: value.sqrt() for name, value in squares.items()}
 
+    def to(self, *args: Any, **kwargs: Any) -> RandomAdapter:
+        """Move the backbone and the initial weights."""
+        super().to(*args, **kwargs)
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomAdapter:
         """Move the backbone too: ``to``, ``cuda``, ``double`` and the like all come here."""
         super()._apply(fn, recurse)
@@ -353,12 +359,13 @@ def _check_apart(trainable: Sequence[tuple[str, nn.Parameter]]) -> None:
     for name, p in trainable:
         if not p.is_floating_point():
             raise ValueError(f"the adapter tensor {name!r} is {p.dtype}; expected floating-point weights.")
-        start = p.storage_offset() * p.element_size()
-        end = start + (sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1) * p.element_size()
+        start = int(p.storage_offset() * p.element_size())
+        last = sum((int(n) - 1) * int(s) for n, s in zip(p.shape, p.stride(), strict=True))
+        end = start + (last + 1) * p.element_size()
         places.setdefault(p.untyped_storage().data_ptr(), []).append((start, end, name))
     for spans in places.values():
         spans.sort()
-        for (_, end, one), (start, _, other) in zip(spans, spans[1:], strict=False):
+        for (_, end, one), (start, _, other) in pairwise(spans):
             if start < end:
                 raise ValueError(
                     f"the adapter tensors {one!r} and {other!r} share their memory, so that they cannot be coordinates "

@@ -238,8 +238,8 @@ def adapt_backbone(
         return RandomAdapter(backbone, **options)
     if inside := next(iter(peft_layers(backbone)), None):
         raise ValueError(
-            f"the backbone has a PEFT layer inside already, at {inside!r}. Pass the PEFT model itself, take the adapter "
-            "out first (its unload()), or load the backbone again."
+            f"the backbone has a PEFT layer inside already, at {inside!r}. Pass the PEFT model itself, take the "
+            "adapter out first (its unload()), or load the backbone again."
         )
     if peft_config is None:
         raise TypeError(
@@ -272,8 +272,8 @@ def _check_model(model: Any) -> None:
         )
     if any("_orig_mod" in name for name, _ in model.named_modules()):
         raise ValueError(
-            "the PEFT model stands on a network compiled by torch.compile(network), whose prefix would be part of every "
-            "exported name. Wrap the plain network, and compile afterwards: model.compile()."
+            "the PEFT model stands on a network compiled by torch.compile(network), whose prefix would be part of "
+            "every exported name. Wrap the plain network, and compile afterwards: model.compile()."
         )
     name = active_adapter(model)
     config = model.active_peft_config if name is None else model.peft_config[name]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 __all__ = [
     "WeightProbe",
@@ -62,7 +62,7 @@ def check_network(network: nn.Module) -> None:
             "Pass network.module; LiFT shares tasks over processes itself (share=...)."
         )
     for name, parameter in network.named_parameters():
-        if isinstance(parameter, UninitializedTensorMixin):
+        if is_lazy(parameter):
             raise ValueError(f"the weight {name!r} has no shape yet (a lazy module). Run the network once first.")
 
 

@@ -6,9 +6,17 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["active_adapter", "adapter_tensors", "check_in_use", "check_places", "file_name", "peft_layers"]
+__all__ = [
+    "active_adapter",
+    "adapter_tensors",
+    "check_in_use",
+    "check_places",
+    "default_name",
+    "file_name",
+    "peft_layers",
+]
 
 
 def peft_layers(network: nn.Module) -> dict[str, Any]:
@@ -73,30 +81,26 @@ def check_places(network: nn.Module, layers: dict[str, Any]) -> None:
     modules = dict(network.named_modules())
     for name, layer in layers.items():
         parent, _, own = name.rpartition(".")
-        wrapper = modules.get(parent.removesuffix(".base_layer"))
-        if (
-            own == "out_proj"
-            and isinstance(modules.get(parent), nn.MultiheadAttention)
-            and wrapper not in _wrapped(layers)
-        ):
-            if hasattr(layer, "modules_to_save"):
-                continue  # a copy of the whole layer, whose weight is the one that is read
-            attention = parent.rpartition(".")[2]
-            raise ValueError(
-                f"the adapter at {name!r} would have no effect: nn.MultiheadAttention reads out_proj's weight and never "
-                f"calls the layer. Target the attention itself (target_modules=[{attention!r}, ...]; LoRA has a layer "
-                "for it), or leave out_proj out."
-            )
+        attention = modules.get(parent)
+        if own != "out_proj" or not isinstance(attention, nn.MultiheadAttention):
+            continue
+        wrapped = any(vars(other).get("_modules", {}).get("base_layer") is attention for other in layers.values())
+        if wrapped or hasattr(
+            layer, "modules_to_save"
+        ):  # a copy of the whole layer: its weight is the one that is read
+            continue
+        raise ValueError(
+            f"the adapter at {name!r} would have no effect: nn.MultiheadAttention reads out_proj's weight and never "
+            f"calls the layer. Target the attention itself (target_modules=[{parent.rpartition('.')[2]!r}, ...]; LoRA "
+            "has a layer for it), or leave out_proj out."
+        )
 
 
-def _wrapped(layers: dict[str, Any]) -> list[Any]:
-    return [layer for layer in layers.values() if isinstance(getattr(layer, "base_layer", None), nn.MultiheadAttention)]
-
-
-def adapter_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Every parameter that belongs to an adapter of any name, by its name in the network."""
+def adapter_tensors(network: nn.Module) -> dict[str, str]:
+    """Every parameter that belongs to an adapter, by its name in the network; the value is that adapter's name."""
     layers = peft_layers(network)
-    return {name: x for name, x in network.named_parameters() if _owner(name, layers) is not None}
+    owners = {name: _owner(name, layers) for name, _ in network.named_parameters()}
+    return {name: owner[1][1] for name, owner in owners.items() if owner is not None}
 
 
 def _owner(name: str, layers: dict[str, Any]) -> tuple[str, Sequence[str]] | None:
@@ -124,3 +128,12 @@ def file_name(name: str, layers: dict[str, Any]) -> str:
         return name
     layer, (kind, _, *rest) = owner
     return ".".join([part for part in (layer, kind if kind != "modules_to_save" else "", *rest) if part])
+
+
+def default_name(name: str, layers: dict[str, Any]) -> str:
+    """A tensor's name where PEFT's own default name stands for the adapter's."""
+    owner = _owner(name, layers)
+    if owner is None:
+        return name
+    layer, (kind, _, *rest) = owner
+    return ".".join([part for part in (layer, kind, "default", *rest) if part])

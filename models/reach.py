@@ -216,7 +216,7 @@ def _of_layers(base: nn.Module, weight: Tensor) -> Iterator[Candidate]:
     for module in _leaves(base):
         width = getattr(module, "embed_dim", None) or getattr(module, "in_features", None)
         width = width or getattr(module, "input_size", None)
-        channels = getattr(module, "in_channels", None)
+        channels = int(getattr(module, "in_channels", 0))
         if isinstance(module, nn.Embedding):
             ids = (1 + torch.arange(5 * MADE_UP).view(-1, 5)) % module.num_embeddings
             yield Candidate((ids.to(weight.device),), {}, conclusive)

@@ -197,7 +197,7 @@ def read(output: Any, mask: Tensor | None = None) -> Tensor:
 
 
 def gives_features(network: Any, output: Any) -> bool:
-    """Whether an output is features, not answers: hidden states without logits, or that of a timm model without a head."""
+    """Whether an output is features, not answers: hidden states without logits, or timm without a head."""
     unwrap = getattr(network, "get_base_model", None)
     base = unwrap() if unwrap else network
     if type(base).__module__.startswith("timm."):

@@ -113,11 +113,11 @@ def prior_from_adapters(
         mixture = OnlineGaussianMixture(components, s.covariance, seed=seed)
         for phi in _chain(library.thetas, s, scale, step_size, seed):
             mixture.update(phi)
-    library.adapter.initial.copy_(library.thetas.mean(0))
+    adapter = library.adapter.beginning_at(library.thetas.mean(0))  # the caller's may be another prior's
     results: dict[str, Any] = {"adapters": len(library.thetas), "method": method, "spread (sd of a coordinate)": spread}
     if agreement is not None:
         results["least cosine of the A factors"] = agreement[0]
-    return PriorParts(library.adapter, mixture, s, None, {}, seed, library.names, results)
+    return PriorParts(adapter, mixture, s, None, {}, seed, library.names, results)
 
 
 def _chain(

@@ -43,12 +43,14 @@ class LiFT:
     """Learn a prior over LoRA weights from many tasks.
 
     Args:
-        backbone: a module, a PEFT model, or a :class:`~pyro_lift.models.adapters.RandomAdapter`.
+        backbone: a module, a PEFT model, or a :class:`~pyro_lift.models.adapters.RandomAdapter`. A plain module is not
+            changed, and may be given to any number of LiFT objects: its weights are shared, PEFT's layers are not.
         peft_config: the adapter to attach to a plain module.
         settings: a :class:`LiFTSettings`; or give its fields as keywords.
         adapt: how new tasks are adapted to; a :class:`AdaptSettings`.
         device: where to compute; None stays where the backbone is.
-        seed: of everything random; None draws one from torch's global stream.
+        seed: of everything random, the start of the adapter that is made here too; None draws one from torch's global
+            stream.
 
     Raises:
         ValueError: an unknown setting, with the nearest known one; a setting out of range.
@@ -80,8 +82,10 @@ class LiFT:
             check_choice("setting", name, known)
         self.settings = replace(settings or LiFTSettings(), **options)
         self.adapt_settings = adapt or AdaptSettings()
-        self.adapter = backbone if isinstance(backbone, RandomAdapter) else adapt_backbone(backbone, peft_config)
+        self.adapter = _adapter(backbone, peft_config, seed)
         if device is not None:
+            if self.adapter is backbone:  # the caller's stays where it is
+                self.adapter = self.adapter.beginning_at(self.adapter.initial)
             self.adapter.to(device)
         self.seed = seed
 
@@ -239,6 +243,14 @@ class LiFT:
         one = torch.ones(1)
         pair = NormalPair("phi", "theta", 0.0 * one, s.sigma**-2 * one, s.beta**2 * one)
         return s.phi_step_share * langevin_limit(s.accumulator, pair, num_tasks)
+
+
+def _adapter(backbone: nn.Module, peft_config: peft.PeftConfig | None, seed: int | None) -> RandomAdapter:
+    if not isinstance(backbone, RandomAdapter):
+        return adapt_backbone(backbone, peft_config, seed=seed)
+    if peft_config is not None:
+        raise TypeError("the backbone is a RandomAdapter, which has its adapter already; leave peft_config out.")
+    return backbone
 
 
 class _ChainSummary(StreamingStats):

@@ -44,9 +44,9 @@ def adapter_of(config: RunConfig) -> RandomAdapter:
         options["lora_alpha"] = a.alpha
     if a.target_modules is not None:
         options["target_modules"] = a.target_modules
-    with torch.random.fork_rng():
-        torch.manual_seed(config.output.seed)
-        return adapt_backbone(backbone, recipe(backbone, a.rank, **options), readout=_matching(config, backbone))
+    return adapt_backbone(
+        backbone, recipe(backbone, a.rank, **options), seed=config.output.seed, readout=_matching(config, backbone)
+    )
 
 
 def _matching(config: RunConfig, backbone: torch.nn.Module) -> LabelMatching | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.peft_layers import adapter_tensors
 
 __all__ = ["check_base", "describe_base"]
 
@@ -68,17 +69,22 @@ def _name(network: Any) -> str | None:
 
 
 def _weights(adapter: RandomAdapter) -> dict[str, Tensor]:
-    own = {entry.name for entry in adapter.layout}
+    left_out = {entry.name for entry in adapter.layout} | _brought_by_peft(adapter)
     return {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach()
         for name, parameter in sorted(adapter.backbone.named_parameters())
-        if name not in own and not _is_adapter(name)
+        if name not in left_out
     }
 
 
-def _is_adapter(name: str) -> bool:
-    """Frozen tensors that PEFT brings: VeRA's shared projections, OFT's and FourierFT's own."""
-    return any(part in name for part in ("vera_", "oft_", "fourierft_", "lora_"))
+def _brought_by_peft(adapter: RandomAdapter) -> set[str]:
+    """Frozen tensors that PEFT makes: those of other adapters, VeRA's shared projections, OFT's and FourierFT's own.
+
+    A frozen factor of this adapter (LoRA with A held fixed) stays: the adapter means nothing beside another one.
+    """
+    made = {name for name, owner in adapter_tensors(adapter.backbone).items() if owner != adapter.adapter_name}
+    names = [name for name, _ in adapter.backbone.named_parameters()]
+    return made | {name for name in names if any(part in name for part in ("vera_", "oft_", "fourierft_"))}
 
 
 def _digest(x: Tensor) -> str:

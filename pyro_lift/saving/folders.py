@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.peft_layers import default_name, peft_layers
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.saving.base_model import check_base, describe_base
 from pyro_lift.saving.model_card import posterior_card, prior_card
 from pyro_lift.saving.parts import PosteriorParts, PriorParts, Savable, SavablePosterior, SavablePrior
-from pyro_lift.saving.peft_folder import config_from_dict, config_to_dict, write_peft
+from pyro_lift.saving.peft_folder import adapter_config, config_from_dict, config_to_dict, write_peft
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.archive import (
     DamagedError,
@@ -63,6 +64,42 @@ MIXTURE_OPTIONS = (
     "buffer_size",
     "variance_floor",
     "seed",
+)
+#: Of a PEFT configuration, what does not change what the adapter's tensors do: names, the start, and which layers have
+#: tensors, which the tensors tell.
+NO_PART_OF_THE_FUNCTION = frozenset(
+    {
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "target_modules",
+        "exclude_modules",
+        "target_parameters",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "bias",
+        "save_projection",
+        "init_lora_weights",
+        "init_weights",
+        "init_ia3_weights",
+        "d_initial",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+        "megatron_config",
+        "megatron_core",
+        "lora_dropout",
+        "module_dropout",
+        "rank_dropout",
+        "vera_dropout",
+        "ensure_weight_tying",
+    }
 )
 _ADAPTER_KEYS: dict[str, type] = {"adapter": dict, "peft": dict, "base_model": dict, "files": dict}
 _PRIOR_KEYS = {**_ADAPTER_KEYS, "settings": dict, "adapt": dict, "mixture": dict, "tasks": list, "results": dict}
@@ -140,7 +177,7 @@ def load_prior(
             raise DamagedError(
                 f"{file}: tensor 'second_moment.theta' has shape {tuple(x.shape)}, not ({adapter.dim},)."
             )
-    adapter.initial.copy_(tensors["initial"])
+    adapter = adapter.beginning_at(tensors["initial"])  # the caller's may be another prior's
     tasks = tuple(map(str, config["tasks"]))
     return PriorParts(
         adapter, mixture, settings, adapt_settings, moments, config.get("seed"), tasks, dict(config["results"])
@@ -367,9 +404,11 @@ def _local(source: str | Path, download: dict[str, Any]) -> Path:
 
 
 def _described(adapter: RandomAdapter) -> dict[str, Any]:
+    layers = peft_layers(adapter.backbone)
+    table = [[default_name(entry.name, layers), list(entry.shape)] for entry in adapter.layout]
     return {
-        "adapter": {"dim": adapter.dim, "tensors": [[entry.name, list(entry.shape)] for entry in adapter.layout]},
-        "peft": config_to_dict(adapter.backbone.active_peft_config),
+        "adapter": {"dim": adapter.dim, "tensors": table},
+        "peft": config_to_dict(adapter_config(adapter)),
         "base_model": describe_base(adapter),
     }
 
@@ -385,12 +424,11 @@ def _adapter(
     elif isinstance(backbone, PeftModel):
         adapter = adapt_backbone(backbone, **options)
     else:
-        # The fresh start is replaced by the saved one; the caller's random stream should not notice it.
-        with torch.random.fork_rng():
-            try:
-                adapter = adapt_backbone(backbone, config_from_dict(config["peft"], path), **options)
-            except ValueError as error:
-                raise ValueError(f"{path}: the adapter does not fit {type(backbone).__name__}: {error}") from error
+        # The fresh start is replaced by the saved one; with a seed, the caller's random stream does not notice it.
+        try:
+            adapter = adapt_backbone(backbone, config_from_dict(config["peft"], path), seed=0, **options)
+        except ValueError as error:
+            raise ValueError(f"{path}: the adapter does not fit {type(backbone).__name__}: {error}") from error
     _check_layout(path, adapter, config["adapter"])
     _check_scaling(path, adapter, config["peft"])
     if check:
@@ -404,7 +442,8 @@ def _check_layout(path: Path, adapter: RandomAdapter, saved: dict[str, Any]) -> 
     if not isinstance(table, list) or not all(isinstance(row, list) and len(row) == 2 for row in table):
         raise DamagedError(f"{path}: adapter: 'tensors' is not a list of names and shapes.")
     old = {name: tuple(shape) for name, shape in table}
-    new = {entry.name: tuple(entry.shape) for entry in adapter.layout}
+    layers = peft_layers(adapter.backbone)
+    new = {default_name(entry.name, layers): tuple(entry.shape) for entry in adapter.layout}
     for name, shape in old.items():
         if name not in new:
             raise ValueError(f"{path}: adapter tensor {name!r} has no place in this backbone. Another base or adapter?")
@@ -421,11 +460,11 @@ def _check_layout(path: Path, adapter: RandomAdapter, saved: dict[str, Any]) -> 
 
 
 def _check_scaling(path: Path, adapter: RandomAdapter, saved: dict[str, Any]) -> None:
-    """The same tensors mean another network under another scale."""
-    found = config_to_dict(adapter.backbone.active_peft_config)
-    for name in ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
-        if saved.get(name) != found.get(name):
-            was, now = saved.get(name), found.get(name)
+    """The same tensors mean another network under another scale, another block size, another projection's key."""
+    present = config_to_dict(adapter_config(adapter))
+    for name in saved.keys() & present.keys() - NO_PART_OF_THE_FUNCTION:
+        was, now = saved[name], present[name]
+        if was != now:
             raise ValueError(f"{path}: the adapter was made with {name}={was!r}; this backbone's has {now!r}.")
 
 

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.lora_factors import lora_pairs
-from pyro_lift.saving.peft_folder import PEFT_CONFIG, config_from_dict, config_to_dict, read_config, read_peft
+from pyro_lift.saving.peft_folder import (
+    PEFT_CONFIG,
+    adapter_config,
+    config_from_dict,
+    config_to_dict,
+    read_config,
+    read_peft,
+)
 
 __all__ = ["COMMON_START", "MOVES_BASE", "SHARED", "LoRALibrary", "common_start", "read_library"]
 
@@ -107,7 +114,7 @@ def _attached(path: Path, config: dict[str, Any], backbone: nn.Module, options: 
 
     if isinstance(backbone, (RandomAdapter, PeftModel)):
         adapter = backbone if isinstance(backbone, RandomAdapter) else adapt_backbone(backbone, **options)
-        own = config_to_dict(adapter.backbone.active_peft_config)
+        own = config_to_dict(adapter_config(adapter))
         _check_same(Path("the backbone's own adapter"), own, path, config)
         return adapter
     name = str(getattr(backbone, "name_or_path", "") or "").rstrip("/")
@@ -116,11 +123,10 @@ def _attached(path: Path, config: dict[str, Any], backbone: nn.Module, options: 
         raise ValueError(f"{path / PEFT_CONFIG}: an adapter of the base model {told!r}, not of {name!r}.")
     # Dropout was for training, and the sampler brings its own noise.
     ready = config_from_dict({**config, "lora_dropout": 0.0, "inference_mode": False}, path / PEFT_CONFIG)
-    with torch.random.fork_rng():
-        try:
-            return adapt_backbone(backbone, ready, **options)
-        except ValueError as error:
-            raise ValueError(f"{path / PEFT_CONFIG}: does not fit {type(backbone).__name__}: {error}") from error
+    try:
+        return adapt_backbone(backbone, ready, seed=0, **options)
+    except ValueError as error:
+        raise ValueError(f"{path / PEFT_CONFIG}: does not fit {type(backbone).__name__}: {error}") from error
 
 
 def common_start(library: LoRALibrary) -> tuple[float, str, str] | None:

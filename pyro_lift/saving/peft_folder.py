@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.peft_layers import file_name, peft_layers
 from pyro_lift.support.archive import DamagedError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PEFT_CONFIG",
     "PEFT_WEIGHTS",
+    "adapter_config",
     "config_from_dict",
     "config_to_dict",
     "read_config",
@@ -30,14 +32,41 @@ PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def write_peft(adapter: RandomAdapter, theta: Tensor, folder: Path) -> Path:
-    """A folder with these weights ``[D]`` that ``peft.PeftModel.from_pretrained(base, folder)`` loads."""
-    theta = theta.detach().to(adapter.initial)
+    """A folder with these weights ``[D]`` that ``peft.PeftModel.from_pretrained(base, folder)`` loads.
+
+    It holds this adapter alone, at the top, whatever its name in the PEFT model and whatever others that one has.
+
+    Raises:
+        ValueError: weights of another length; a network that is not a PEFT model, or no longer the adapter's.
+    """
+    adapter_config(adapter)
+    adapter.check_use()
+    name, theta = str(adapter.adapter_name), theta.detach().to(adapter.initial)
     if theta.shape != adapter.initial.shape:
         raise ValueError(f"weights of shape {tuple(theta.shape)}; the adapter has {adapter.dim}.")
     with adapter.bound(theta):
         # "auto" would ask the hub whether the vocabulary was resized; ours never is.
-        adapter.backbone.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
+        adapter.backbone.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)  # type: ignore[operator]
+    if name != "default":  # PEFT puts it into a folder of its name
+        for file in (folder / name).iterdir():
+            os.replace(file, folder / file.name)
+        (folder / name).rmdir()
     return folder
+
+
+def adapter_config(adapter: RandomAdapter) -> peft.PeftConfig:
+    """Configuration of the adapter in its PEFT model.
+
+    Raises:
+        ValueError: a network that is not a PEFT model, whose weights PEFT cannot save.
+    """
+    configs = getattr(adapter.backbone, "peft_config", {})
+    if adapter.adapter_name not in configs or not hasattr(adapter.backbone, "save_pretrained"):
+        raise ValueError(
+            f"{type(adapter.backbone).__name__} is not a PEFT model, so there is no PEFT adapter to write. Wrap the "
+            "network with peft.get_peft_model, or pass LiFT the plain network and a peft_config."
+        )
+    return configs[adapter.adapter_name]
 
 
 def config_to_dict(config: peft.PeftConfig) -> dict[str, Any]:
@@ -105,7 +134,8 @@ def read_peft(folder: Path, adapter: RandomAdapter) -> Tensor:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise DamagedError(f"{path}: cannot be read ({error}); the file is damaged.") from error
-    known = {_file_name(entry.name): entry for entry in adapter.layout}
+    layers = peft_layers(adapter.backbone)
+    known = {file_name(entry.name, layers): entry for entry in adapter.layout}
     for name in known:
         if name not in tensors:
             raise DamagedError(f"{path}: tensor {name!r} is missing. Other target modules, or another base model?")
@@ -120,8 +150,3 @@ def read_peft(folder: Path, adapter: RandomAdapter) -> Tensor:
         if not bool(torch.isfinite(x).all()):
             raise DamagedError(f"{path}: tensor {name!r} holds values that are not finite.")
     return torch.cat([tensors[name].reshape(-1) for name in known]).to(adapter.initial)
-
-
-def _file_name(name: str) -> str:
-    """PEFT leaves the adapter's own name out of its files."""
-    return re.sub(r"\.default(?=\.|$)", "", name)
