@@ -48,7 +48,7 @@ def reliability(probabilities: Tensor, target: Tensor, bins: int = 15, *, pooled
         confidence, top = p.max(-1)
         correct = (top == target).double()
         which = (confidence * bins).ceil().long().sub(1).clamp_min(0)
-    count = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, torch.ones_like(confidence))
+    count = torch.zeros(bins, dtype=p.dtype, device=p.device).index_add_(0, which, torch.ones_like(confidence))
     total = count.clamp_min(1.0)
     mean_confidence = torch.zeros_like(count).index_add_(0, which, confidence) / total
     mean_correct = torch.zeros_like(count).index_add_(0, which, correct) / total

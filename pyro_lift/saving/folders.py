@@ -23,7 +23,7 @@ from pyro_lift.models.task import Rows, Task
 from pyro_lift.saving.base_model import check_base, describe_base
 from pyro_lift.saving.model_card import posterior_card, prior_card
 from pyro_lift.saving.parts import PosteriorParts, PriorParts, Savable, SavablePosterior, SavablePrior
-from pyro_lift.saving.peft_folder import adapter_config, config_from_dict, config_to_dict, write_peft
+from pyro_lift.saving.peft_folder import PEFT_CONFIG, adapter_config, config_from_dict, config_to_dict, write_peft
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.archive import (
     DamagedError,
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 CONFIG, CARD = "config.json", "README.md"
-PRIOR, POSTERIOR = "prior.safetensors", "posterior.safetensors"
+PRIOR, POSTERIOR, HEAD = "prior.safetensors", "posterior.safetensors", "head.safetensors"
 #: Newest format that is read; written is always the newest.
 PRIOR_FORMAT = POSTERIOR_FORMAT = 1
 MIXTURE_OPTIONS = (
@@ -117,7 +117,7 @@ def save_prior(prior: SavablePrior, folder: Path) -> Path:
     tensors = {f"mixture.{k}": x for k, x in mixture.state_dict().items()}
     tensors |= {f"second_moment.{k}": x for k, x in prior.second_moment.items()}
     tensors["initial"] = adapter.initial
-    with new_files(folder, CONFIG) as new:
+    with new_files(folder, CONFIG, stale=(POSTERIOR, HEAD)) as new:
         write_peft(adapter, _component(prior, _heaviest(prior)), new)
         config = {
             "format": "pyro_lift.prior",
@@ -230,8 +230,8 @@ def save_posterior(posterior: SavablePosterior, folder: Path) -> Path:
     task = posterior.task
     tensors = {"theta": posterior.thetas} | ({} if posterior.heads is None else {"head": posterior.heads})
     tensors |= {f"label_texts.{name}": x for name, x in (task.label_texts or {}).items()}
-    with new_files(folder, CONFIG) as new:
-        export_posterior(posterior, new, "mean")
+    with new_files(folder, CONFIG, stale=(PRIOR, HEAD)) as new:
+        _write_draw(posterior, new, "mean")
         config = {
             "format": "pyro_lift.posterior",
             "format_version": POSTERIOR_FORMAT,
@@ -316,7 +316,10 @@ def _task_without_rows(path: Path, about: dict[str, Any], texts: dict[str, Tenso
 
 def export_prior(prior: SavablePrior, folder: Path, which: str | int = "phi") -> Path:
     """One PEFT folder: ``"phi"`` (the mixture's mean), a component's number, or a meta-training task's name."""
-    return write_peft(prior.adapter, _chosen(prior, which), folder)
+    theta = _chosen(prior, which)
+    with new_files(folder, PEFT_CONFIG, stale=(HEAD,)) as new:
+        write_peft(prior.adapter, theta, new)
+    return folder
 
 
 def export_library(prior: SavablePrior, folder: Path) -> list[Path]:
@@ -330,6 +333,12 @@ def export_library(prior: SavablePrior, folder: Path) -> list[Path]:
 
 def export_posterior(posterior: SavablePosterior, folder: Path, which: str | int = "mean") -> Path:
     """One PEFT folder: ``"mean"``, or a draw's number; a head of the task's own is ``head.safetensors`` beside it."""
+    with new_files(folder, PEFT_CONFIG, stale=(HEAD,)) as new:
+        _write_draw(posterior, new, which)
+    return folder
+
+
+def _write_draw(posterior: SavablePosterior, folder: Path, which: str | int) -> None:
     draws = len(posterior.thetas)
     if which == "mean":
         theta, head = posterior.thetas.mean(0), None if posterior.heads is None else posterior.heads.mean(0)
@@ -339,8 +348,7 @@ def export_posterior(posterior: SavablePosterior, folder: Path, which: str | int
         raise ValueError(f"which={which!r}: expected 'mean' or a draw's number, 0 .. {draws - 1}.")
     write_peft(posterior.adapter, theta, folder)
     if head is not None:
-        write_tensors(folder / "head.safetensors", {"weight": head[:, :-1], "bias": head[:, -1]})
-    return folder
+        write_tensors(folder / HEAD, {"weight": head[:, :-1], "bias": head[:, -1]})
 
 
 def _chosen(prior: SavablePrior, which: str | int) -> Tensor:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,19 +132,23 @@ def unfinished(path: Path) -> Path:
 
 
 @contextmanager
-def new_files(folder: Path, last: str) -> Iterator[Path]:
+def new_files(folder: Path, last: str, stale: Collection[str] = ()) -> Iterator[Path]:
     """A folder to write into, whose files then go into ``folder``, over those of the same name and beside others.
 
     Args:
         folder: made if it is not there.
         last: the file that describes the others; a kill in the moment of moving leaves the old one, whose checksums
             tell.
+        stale: names of files that go where they are not written anew: they would belong to something else.
     """
     with _partial_folder(folder) as partial:
         yield partial
         folder.mkdir(exist_ok=True)
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
+        paths = sorted(partial.iterdir(), key=lambda path: path.name == last)
+        for path in paths:
             os.replace(path, folder / path.name)
+        for name in set(stale) - {path.name for path in paths}:
+            (folder / name).unlink(missing_ok=True)
         _flush_folder(folder)
 
 
