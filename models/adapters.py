@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,10 +19,12 @@ from torch.distributions import Distribution
 from pyro_lift.models.blocks import BlockCall, Slot, bound, flattened, slots_of
 from pyro_lift.models.networks import WeightProbe, check_network, share_hooks, sharing_copy, without_fast_paths
 from pyro_lift.models.peft_layers import active_adapter, adapter_tensors, check_in_use, check_places, peft_layers
-from pyro_lift.models.reach import Probe, ReachError, check_reach, synthetic_rows
+from pyro_lift.models.reach import POINTS, Probe, ReachError, check_reach, synthetic_rows
 from pyro_lift.models.readouts import Readout, gives_features, read, readout_for
 
 __all__ = ["AdapterTensor", "RandomAdapter"]
+
+log = logging.getLogger("pyro_lift")
 
 #: Networks that an adapter stands on, and the names of its tensors: they are frozen by then.
 _COORDINATES: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
@@ -107,7 +110,7 @@ class RandomAdapter(PyroModule):
         #: Name of the PEFT adapter whose weights theta is; None for a network without PEFT.
         self.adapter_name = active_adapter(backbone)
         check_in_use(layers.values(), self.adapter_name)
-        check_places(backbone, layers)
+        check_places(backbone, layers, self.adapter_name)
         self.dim = sum(p.numel() for _, p in trainable)
         self.layout = _layout(trainable)
         self._sizes = [math.prod(entry.shape) for entry in self.layout]
@@ -178,9 +181,17 @@ class RandomAdapter(PyroModule):
         Raises:
             ValueError: names the tensors that have none, and the way out.
         """
-        if not self._reached and not torch.is_inference_mode_enabled():
-            check_reach(self._probe(), inputs, named, allow_none=self.allow_unreached)
-            self._reached = True
+        if self._reached or torch.is_inference_mode_enabled():
+            return
+        zero = check_reach(self._probe(), inputs, named, allow_none=self.allow_unreached)
+        if len(zero) == len(self.layout):
+            raise ReachError(
+                f"the gradient of the network's output is zero in every adapter weight, at {POINTS} random points: "
+                "theta has no effect. Does the network round what the adapter gives?"
+            )
+        if zero:
+            log.warning("the gradient of these adapter tensors is zero on the first rows: %s", ", ".join(zero))
+        self._reached = True
 
     @property
     def gives_features(self) -> bool:
@@ -190,14 +201,14 @@ class RandomAdapter(PyroModule):
     def _try_made_up_rows(self) -> None:
         for rows in synthetic_rows(self.backbone):
             try:
-                check_reach(self._probe(), rows.inputs, rows.named, allow_zero=True, allow_none=self.allow_unreached)
+                zero = check_reach(self._probe(), rows.inputs, rows.named, allow_none=self.allow_unreached)
             except ReachError:
                 if rows.conclusive:
                     raise
                 return
             except Exception:  # not what this network takes
                 continue
-            self._reached = True
+            self._reached = not zero
             return
 
     def _probe(self) -> Probe:

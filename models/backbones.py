@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import peft
 
 __all__ = [
+    "MOVES_BASE",
     "RECIPES",
     "TIMM_ATTENTION",
     "BackboneKind",
@@ -64,6 +65,9 @@ REFUSED = {
     "XLORA": "it mixes several adapters; ours is one",
     "POLY": "it mixes several adapters by task number; ours is one",
 }
+
+#: Initialisations of LoRA that move the base model's own weights.
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 BackboneKind = Literal["seq2seq", "causal", "encoder", "vision", "timm"]
 
@@ -186,6 +190,12 @@ def check_peft(config: peft.PeftConfig) -> None:
     if kind in REFUSED or kind not in SUPPORTED:
         why = REFUSED.get(kind, "it has not been tried with a sampler")
         raise ValueError(f"a {kind} adapter is not supported: {why}. Supported: {', '.join(SUPPORTED)}.")
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.startswith("pissa_niter"):
+        raise ValueError(
+            f"init_lora_weights={start!r} is not supported: it moves the base model's weights by a random amount, anew "
+            "whenever the adapter is loaded. Use 'pissa', which is exact."
+        )
     for name in ("lora_dropout", "module_dropout", "rank_dropout", "vera_dropout"):
         if getattr(config, name, 0.0):
             raise ValueError(
@@ -247,7 +257,9 @@ def adapt_backbone(
         )
     check_peft(peft_config)
     memo: dict[int, Any] = {}
-    twin = sharing_copy(backbone, memo)
+    # Some starts subtract their product from the weights in place.
+    moves = str(getattr(peft_config, "init_lora_weights", "")).startswith(MOVES_BASE)
+    twin = (copy.deepcopy(backbone) if moves else sharing_copy(backbone, memo)).eval()
     with warnings.catch_warnings():  # PEFT asks transformers by an older name whether it checkpoints
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         with private_stream(seed, twin):

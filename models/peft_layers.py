@@ -72,14 +72,18 @@ def check_in_use(layers: Iterable[Any], adapter: str | None) -> None:
             )
 
 
-def check_places(network: nn.Module, layers: dict[str, Any]) -> None:
-    """Refuse layers that PyTorch reads past: an attention's ``out_proj`` is never called, only its weight is read.
+def check_places(network: nn.Module, layers: dict[str, Any], adapter: str | None) -> None:
+    """Refuse layers whose adapter has no effect whatever its weights: scaled by zero, or read past by PyTorch.
 
     Raises:
         ValueError: names the layer and the way out.
     """
     modules = dict(network.named_modules())
     for name, layer in layers.items():
+        if (getattr(layer, "scaling", None) or {}).get(adapter) == 0:
+            raise ValueError(
+                f"the adapter at {name!r} is scaled by zero (lora_alpha, alpha_pattern): it has no effect."
+            )
         parent, _, own = name.rpartition(".")
         attention = modules.get(parent)
         if own != "out_proj" or not isinstance(attention, nn.MultiheadAttention):

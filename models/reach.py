@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ __all__ = ["Candidate", "Probe", "ReachError", "check_reach", "synthetic_rows"]
 SPREAD = 0.1
 #: Random points before a gradient that is zero everywhere is believed.
 POINTS = 3
+#: Numbers beyond it stand for minus infinity (a masked logit), and are left out.
+HUGE = 1e30
 #: Made-up rows of a network that is known by its layers only: one row would leave a router's other experts out.
 MADE_UP = 32
 #: Largest difference, relative to the output, between a pass with gradients and one without; bfloat16's is below 0.02.
@@ -66,49 +69,66 @@ class Candidate(NamedTuple):
 
 
 def check_reach(
-    probe: Probe, inputs: Sequence[Any], named: Mapping[str, Any], *, allow_zero: bool = False, allow_none: bool = False
-) -> None:
-    """Refuse a network in which some adapter tensor has no effect on the output of these rows.
+    probe: Probe, inputs: Sequence[Any], named: Mapping[str, Any], *, allow_none: bool = False
+) -> list[str]:
+    """Refuse a network in which some adapter tensor is no part of what the output of these rows is computed from.
 
     Args:
         probe: the network.
         inputs: positional inputs.
         named: inputs by keyword.
-        allow_zero: whether gradients may be zero everywhere; made-up rows can miss a tiny network's every unit.
-        allow_none: whether tensors may be outside the graph, as those of experts that no row was sent to.
+        allow_none: whether some tensors may be, as those of experts that no row was sent to.
+
+    Returns:
+        Names of tensors whose gradient is zero all the same, at every point that was tried.
 
     Raises:
         ReachError: names the tensors and the way out.
     """
-    before = [(x, x.clone()) for x in probe.network.buffers()]
     generator = torch.Generator().manual_seed(0)
+    zero = set(probe.names)
+    with _as_it_was(probe.network), without_compilation(probe.network):
+        for _ in range(POINTS):
+            zero &= _zero_gradients(probe, generator, inputs, named, allow_none)
+            if not zero:
+                break
+    return [name for name in probe.names if name in zero]
+
+
+@contextmanager
+def _as_it_was(network: nn.Module) -> Iterator[None]:
+    """Random streams, buffers and flags come back as they were; no weight of the network's own asks for a gradient.
+
+    Activation checkpointing of the network's own would compute a layer again with the weights that are there in the
+    backward pass. Where these ask for gradients too, torch does not notice that they are others.
+    """
+    buffers = [(x, x.clone()) for x in network.buffers()]
+    asking = [p for p in network.parameters() if p.requires_grad]
     try:
-        with private_stream(0, probe.network), without_compilation(probe.network), warnings.catch_warnings():
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        with private_stream(0, network), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for _ in range(1 if allow_zero else POINTS):
-                if _reaches(probe, generator, inputs, named, allow_none) or allow_zero:
-                    return
+            yield
     finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
         with torch.no_grad():
-            for x, old in before:
+            for x, old in buffers:
                 x.copy_(old)
-    raise ReachError(
-        "the gradient of the network's output is zero in every adapter weight, at each of three random points: theta "
-        "has no effect. Is the adapter's scale zero (lora_alpha), or does the network round what the adapter gives?"
-    )
 
 
-def _reaches(
+def _zero_gradients(
     probe: Probe, generator: torch.Generator, inputs: Sequence[Any], named: Mapping[str, Any], allow_none: bool
-) -> bool:
-    """Whether some gradient is not zero, at a random point."""
+) -> set[str]:
+    """Names of the tensors whose gradient is zero at a random point."""
     point = [
         (x + SPREAD * torch.randn(x.shape, generator=generator).to(x)).detach().requires_grad_() for x in probe.start
     ]
     with torch.enable_grad():
         output = _numbers(probe.call(point, inputs, named))
-        gradients = _gradients(output, point)
-    unused = [name for name, gradient in zip(probe.names, gradients, strict=True) if gradient is None]
+        gradients = dict(zip(probe.names, _gradients(output, point), strict=True))
+    unused = [name for name, gradient in gradients.items() if gradient is None]
     if len(unused) == len(point):
         raise ReachError(
             "no gradient reaches the adapter from the network's output: the network does not use theta. Its layers are "
@@ -118,19 +138,19 @@ def _reaches(
         raise ReachError(
             f"{len(unused)} of {len(point)} adapter tensors do not reach the network's output: {', '.join(unused[:3])}"
             f"{', ...' if len(unused) > 3 else ''}. Leave their modules out (target_modules=..., exclude_modules=...). "
-            "Where only some rows reach them, as in a mixture of experts, pass allow_unreached=True."
+            "Where only some rows reach them, as in a mixture of experts, pass adapt_backbone(allow_unreached=True)."
         )
     with torch.no_grad():
         again = _numbers(probe.call(point, inputs, named))
     shown = output.detach()
-    finite = shown.isfinite() & again.isfinite() & (shown.abs() < 1e30)
-    difference, size = ((shown - again) * finite).float().norm(), (shown * finite).float().norm()
+    plain = shown.isfinite() & again.isfinite() & (shown.abs() < HUGE)
+    difference, size = ((shown - again) * plain).float().norm(), (shown * plain).float().norm()
     if not bool(difference <= AGREEMENT * size):
         raise ReachError(
             f"without gradients the network gives another output than with them (off by {float(difference / size):.0%}"
             "): a fused path reads other weights than the adapter's. Predictions would not be the trained network's."
         )
-    return any(gradient is not None and bool((gradient != 0).any()) for gradient in gradients)
+    return {name for name, gradient in gradients.items() if gradient is None or not bool((gradient != 0).any())}
 
 
 def _numbers(output: Any) -> Tensor:
@@ -147,7 +167,7 @@ def _gradients(output: Tensor, point: Sequence[Tensor]) -> Sequence[Tensor | Non
         return [None] * len(point)
     generator = torch.Generator().manual_seed(1)  # a plain sum would be constant after a softmax
     weight = torch.randn(output.shape, generator=generator).to(output)
-    kept = torch.where(output.detach().isfinite() & (output.detach().abs() < 1e30), output, 0.0)
+    kept = torch.where(output.detach().isfinite() & (output.detach().abs() < HUGE), output, 0.0)
     try:
         return torch.autograd.grad((kept * weight).sum(), list(point), allow_unused=True)
     except RuntimeError as error:

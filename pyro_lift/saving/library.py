@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.backbones import MOVES_BASE, adapt_backbone
 from pyro_lift.models.lora_factors import lora_pairs
 from pyro_lift.saving.peft_folder import (
     PEFT_CONFIG,
@@ -21,7 +21,7 @@ from pyro_lift.saving.peft_folder import (
     read_peft,
 )
 
-__all__ = ["COMMON_START", "MOVES_BASE", "SHARED", "LoRALibrary", "common_start", "read_library"]
+__all__ = ["COMMON_START", "SHARED", "LoRALibrary", "common_start", "read_library"]
 
 
 #: What must be the same in all adapters for their weights to be coordinates of one space, with the reason.
@@ -39,10 +39,6 @@ SHARED: dict[str, tuple[Any, str]] = {
     "bias": ("none", "trained biases are not part of the adapter"),
     "modules_to_save": (None, "copied layers are not part of the adapter"),
 }
-
-
-#: Initialisations that move the base model's own weights, so that the adapter alone is not the adapter.
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 #: Below this cosine of the A factors two adapters did not start from the same ones (which gives nearly 1; chance, 0).
