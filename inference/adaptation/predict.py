@@ -51,6 +51,7 @@ def predict(
     """
     if thetas.dim() != 2 or len(thetas) == 0:
         raise ValueError(f"thetas has shape {tuple(thetas.shape)}; expected at least one draw, [S, {adapter.dim}].")
+    adapter.check_use()
     parts = []
     for start in range(0, len(rows), batch_size):
         part = rows.take(slice(start, start + batch_size))
@@ -100,6 +101,7 @@ def label_probabilities(
     """
     if thetas.dim() != 2 or len(thetas) == 0:
         raise ValueError(f"thetas has shape {tuple(thetas.shape)}; expected at least one draw, [S, {adapter.dim}].")
+    adapter.check_use()
     labels = {f"label_{name}": x.to(thetas.device) for name, x in label_texts.items()}
     parts = []
     for start in range(0, len(rows), batch_size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,17 @@ def config_to_dict(config: peft.PeftConfig) -> dict[str, Any]:
     return plain
 
 
+def _frozen(adapter: RandomAdapter, names: Set[str]) -> dict[str, Tensor]:
+    """Those of these names that PEFT saves with the adapter and that are not part of theta."""
+    if not names:
+        return {}
+    from peft import get_peft_model_state_dict
+
+    name = str(adapter.adapter_name)
+    saved = get_peft_model_state_dict(adapter.backbone, adapter_name=name, save_embedding_layers=False)
+    return {name: saved[name] for name in names & saved.keys()}
+
+
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, frozenset)) else str(getattr(value, "value", value))
 
@@ -139,7 +151,12 @@ def read_peft(folder: Path, adapter: RandomAdapter) -> Tensor:
     for name in known:
         if name not in tensors:
             raise DamagedError(f"{path}: tensor {name!r} is missing. Other target modules, or another base model?")
+    frozen = _frozen(adapter, tensors.keys() - known.keys())
     for name, x in tensors.items():
+        if name in frozen:  # VeRA's shared projections
+            if not torch.equal(x, frozen[name].cpu()):
+                raise DamagedError(f"{path}: tensor {name!r} is another than this adapter's, and it is not learned.")
+            continue
         if name not in known:
             raise DamagedError(f"{path}: tensor {name!r} is not part of the adapter. Other target modules?")
         if x.shape != known[name].shape:
