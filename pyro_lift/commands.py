@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pyro_lift.config import RunConfig, read_config
 from pyro_lift.lift import LiFT
-from pyro_lift.models.task import Rows, Task
+from pyro_lift.metrics.task import scores
+from pyro_lift.models.task import Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.support import distributed
@@ -92,10 +93,10 @@ def adapt(prior_folder: Path, task_folder: Path, out: Path, *, seed: int = 0, pr
         "component": posterior.component,
         "seed": seed,
     }
-    scores = {} if task.test is None else _score(posterior, task, task.test)
-    posterior.save_pretrained(out, results=scores)
-    (out / RECORD).write_text(json.dumps({**record, **scores}, indent=1) + "\n")
-    print(json.dumps({**record, **scores}))
+    results = {} if task.test is None else scores(posterior.predict(task.test), task.test, task)
+    posterior.save_pretrained(out, results=results)
+    (out / RECORD).write_text(json.dumps({**record, **results}, indent=1) + "\n")
+    print(json.dumps({**record, **results}))
     return posterior
 
 
@@ -125,9 +126,6 @@ def predict(folder: Path, task_folder: Path | None = None, out: Path | None = No
     return out
 
 
-# ------------------------------------------------------------------------------------------ what a configuration means
-
-
 def _config_of(prior_folder: Path) -> RunConfig:
     for name in (CONFIG, PRIOR):
         if not (prior_folder / name).is_file():
@@ -135,31 +133,14 @@ def _config_of(prior_folder: Path) -> RunConfig:
     return read_config(prior_folder / CONFIG)
 
 
-# ------------------------------------------------------------------------------------------------- draws, predictions
-
-
-def _score(posterior: TaskPosterior, task: Task, rows: Rows) -> dict[str, float]:
-    """Test scores by the posterior's averaged probabilities."""
-    p, target = posterior.predict(rows).cpu(), rows.target.cpu()
-    if task.kind == "regression":
-        return {"mse": float((p.squeeze(-1) - target).square().mean())}
-    if task.kind == "tokens":
-        counts = target >= 0
-        chosen = p.flatten(0, -2).gather(1, target.clamp_min(0).flatten()[:, None]).view(target.shape)
-        nll = -chosen[counts].log().double().mean()
-        return {"nll": float(nll), "perplexity": float(nll.exp())}
-    chosen = p.gather(1, target[:, None])
-    return {"accuracy": float((p.argmax(-1) == target).double().mean()), "nll": float(-chosen.log().double().mean())}
-
-
 def _predictions(task: Task, p: Tensor) -> Iterator[dict[str, Any]]:
-    for row, one in enumerate(p.cpu()):
-        line: dict[str, Any] = {"row": row}
+    for number, probabilities in enumerate(p.cpu()):
+        line: dict[str, Any] = {"row": number}
         if task.kind == "regression":
-            line["mean"] = one.tolist()
+            line["mean"] = probabilities.tolist()
         elif task.kind == "tokens":
-            line |= {"tokens": one.argmax(-1).tolist(), "probabilities": one.amax(-1).tolist()}
+            line |= {"tokens": probabilities.argmax(-1).tolist(), "probabilities": probabilities.amax(-1).tolist()}
         else:
-            best = int(one.argmax())
-            line |= {"label": task.labels[best] if task.labels else best, "probabilities": one.tolist()}
+            best = int(probabilities.argmax())
+            line |= {"label": task.labels[best] if task.labels else best, "probabilities": probabilities.tolist()}
         yield line

@@ -34,7 +34,6 @@ from pyro_lift.inference.baselines.protocol import Baseline, Budget
 from pyro_lift.inference.baselines.union_train import warm_up
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.methods.registry import BASELINES
-from pyro_lift.metrics import probabilities
 from pyro_lift.metrics.task import scores
 from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_choice
@@ -338,7 +337,7 @@ def _judged(
         losses = []
         for task in problem.test:
             assert task.test is not None
-            losses.append(probabilities.nll(method.adapt(states[key], task).predict(task.test), task.test.target))
+            losses.append(scores(method.adapt(states[key], task).predict(task.test), task.test, task)["nll"])
     except DivergedError:
         return math.inf
     return statistics.fmean(losses)

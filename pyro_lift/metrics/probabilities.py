@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Reliability", "accuracy", "expected_calibration_error", "nll", "reliability"]
+__all__ = ["Reliability", "accuracy", "class_scores", "expected_calibration_error", "nll", "reliability"]
 
 
 class Reliability(NamedTuple):
@@ -19,18 +19,35 @@ class Reliability(NamedTuple):
 
 
 def accuracy(probabilities: Tensor, target: Tensor) -> float:
-    """Share of rows whose most probable class is the target; ``[n, C]`` and ``[n]``."""
+    """Return the share of rows whose most probable class is the target; ``[n, C]`` and ``[n]``."""
     return float((probabilities.argmax(-1) == target).double().mean())
 
 
 def nll(probabilities: Tensor, target: Tensor) -> float:
-    """Mean of ``-log p(target)``, in nats; the probabilities are averages over draws, already normalised."""
+    """Return the mean of ``-log p(target)`` in nats; the probabilities are averages over draws, already normalised.
+
+    A probability of 0 counts as the smallest positive double (708 nats), so that one row cannot make the mean infinite.
+    """
     chosen = probabilities.double().gather(-1, target.unsqueeze(-1)).squeeze(-1)
     return float(-chosen.clamp_min(torch.finfo(torch.float64).tiny).log().mean())
 
 
+def class_scores(probabilities: Tensor, target: Tensor) -> dict[str, float]:
+    """Return ``accuracy``, ``nll`` in nats and ``ece``: the three numbers that every comparison here reports.
+
+    Args:
+        probabilities: ``[n, C]``, averaged over draws.
+        target: ``[n]``.
+    """
+    return {
+        "accuracy": accuracy(probabilities, target),
+        "nll": nll(probabilities, target),
+        "ece": expected_calibration_error(probabilities, target),
+    }
+
+
 def reliability(probabilities: Tensor, target: Tensor, bins: int = 15, *, pooled: bool = False) -> Reliability:
-    """Cases by confidence, in equal bins.
+    """Count the cases by confidence, in equal bins.
 
     Args:
         probabilities: ``[n, C]``.

@@ -1,4 +1,4 @@
-"""What one task's predictions are worth: accuracy, likelihood, calibration, and the task's own metric."""
+"""Scores of one task's predictions: accuracy, likelihood, calibration, and the task's own metric."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.data.text import TextRow
-from pyro_lift.metrics import probabilities as measures
+from pyro_lift.metrics.probabilities import class_scores
 from pyro_lift.metrics.text import METRICS, score
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows, Task
@@ -18,41 +18,39 @@ from pyro_lift.models.task import Rows, Task
 __all__ = ["Judged", "scores"]
 
 
-def scores(probabilities: Tensor, rows: Rows, task: Task, texts: Sequence[TextRow] | None = None) -> dict[str, Any]:
-    """Of the classes, or of the tokens that count; ``chance`` is the share of the commonest.
+def scores(probabilities: Tensor, rows: Rows, task: Task, texts: Sequence[TextRow] | None = None) -> dict[str, float]:
+    """Score class predictions, predictions of tokens that are not ignored, or those of a regression.
 
     Args:
-        probabilities: ``[n, C]``, of tokens ``[n, L, V]``, already averaged over draws.
+        probabilities: ``[n, C]``, of tokens ``[n, L, V]``, already averaged over draws; of a regression its mean
+            ``[n]`` or ``[n, 1]``.
         rows: what they predict.
         task: for its kind, its labels and its metric.
         texts: the same rows as strings; they bring further accepted answers, and the options of multiple choice.
 
     Returns:
-        ``accuracy``, ``nll`` in nats, ``ece`` and ``chance``; of tokens ``perplexity``, :math:`e^{\\mathrm{nll}}` with
-        the end of a line counted as a token; of classes with a metric by CrossFit's names ``score``.
+        ``accuracy``, ``nll`` in nats, ``ece`` and ``chance``, the frequency of the most common class; of tokens
+        ``perplexity``, :math:`e^{\\mathrm{nll}}` with the end of a line counted as a token; of classes with a metric by
+        CrossFit's names ``score``. Of a regression ``mse``, the mean squared error.
     """
     p, y = probabilities.cpu(), rows.target.cpu()
-    found: dict[str, Any] = {}
+    if task.kind == "regression":
+        return {"mse": float((p.reshape(y.shape) - y).square().mean())}
+    special: dict[str, float] = {}
     if task.kind == "tokens":
         p, y = p[y != IGNORED], y[y != IGNORED]
     elif task.metric in METRICS:
-        found["score"] = score(task.metric, *_strings(p.argmax(-1), y, task, texts))
-    nll = measures.nll(p, y)
+        special["score"] = score(task.metric, *_strings(p.argmax(-1), y, task, texts))
+    common = class_scores(p, y)
     if task.kind == "tokens":
-        found["perplexity"] = math.exp(nll)
-    return {
-        **found,
-        "accuracy": measures.accuracy(p, y),
-        "nll": nll,
-        "ece": measures.expected_calibration_error(p, y),
-        "chance": float(torch.bincount(y).max()) / len(y),
-    }
+        special["perplexity"] = math.exp(common["nll"])
+    return {**special, **common, "chance": float(torch.bincount(y).max()) / len(y)}
 
 
 def _strings(
     guess: Tensor, target: Tensor, task: Task, texts: Sequence[TextRow] | None
 ) -> tuple[list[str], list[list[str]]]:
-    """Class numbers as the strings that they stand for; as numbers where nothing says what that is."""
+    """Return class numbers as the strings that they stand for; as numbers where nothing says what that is."""
     if texts is not None and task.labels is None:
         predictions = [row.options[k] for row, k in zip(texts, guess.tolist(), strict=True)]
     else:
@@ -76,13 +74,6 @@ class Judged(NamedTuple):
     target: Tensor
 
     def record(self) -> dict[str, Any]:
-        """Name, seed, task and the three numbers."""
-        p, y = self.probabilities, self.target
-        return {
-            "method": self.method,
-            "seed": self.seed,
-            "task": self.task,
-            "accuracy": measures.accuracy(p, y),
-            "nll": measures.nll(p, y),
-            "ece": measures.expected_calibration_error(p, y),
-        }
+        """Return a record: name, seed, task and the three scores."""
+        scored = class_scores(self.probabilities, self.target)
+        return {"method": self.method, "seed": self.seed, "task": self.task, **scored}

@@ -10,6 +10,8 @@ from scipy.stats import ttest_rel
 
 from pyro_lift.metrics.probabilities import accuracy, expected_calibration_error, nll, reliability
 from pyro_lift.metrics.significance import paired_test
+from pyro_lift.metrics.task import Judged, scores
+from pyro_lift.models.task import Rows, Task
 
 
 def predictions(seed: int, rows: int = 200, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,3 +79,30 @@ def test_paired_test_is_scipys() -> None:
 def test_paired_test_refuses_unequal_lengths() -> None:
     with pytest.raises(ValueError, match="3 and 2 values"):
         paired_test([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+def test_a_record_of_a_comparison_has_the_scores_of_its_task() -> None:
+    p, y = predictions(5)
+    task = Task("t", ({"x": torch.zeros(len(y), 1)}, y), num_classes=4)
+    record, scored = Judged("m", 0, "t", p, y).record(), scores(p, task.train, task)
+    assert {name: record[name] for name in ("accuracy", "nll", "ece")} == {
+        name: scored[name] for name in ("accuracy", "nll", "ece")
+    }
+    assert scored["chance"] == max((y == k).double().mean().item() for k in range(4))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_a_regression_is_scored_by_its_squared_error(shape: tuple[int, ...]) -> None:
+    target, guess = torch.arange(6.0), torch.linspace(-1.0, 2.0, 6)
+    task = Task("t", ({"x": torch.zeros(6, 1)}, target), "regression")
+    expected = sum((a - b) ** 2 for a, b in zip(guess.tolist(), target.tolist(), strict=True)) / 6
+    assert scores(guess.view(shape), task.train, task) == {"mse": pytest.approx(expected)}
+
+
+def test_a_token_of_probability_zero_leaves_the_scores_finite() -> None:
+    target = torch.tensor([[1, 0, -100]])
+    task = Task("t", ({"x": torch.zeros(1, 3)}, target), "tokens")
+    p = torch.tensor([[[1.0, 0.0], [0.5, 0.5], [1.0, 0.0]]])
+    scored = scores(p, Rows({"x": torch.zeros(1, 3)}, target), task)
+    assert scored["nll"] == pytest.approx((-math.log(2.0**-1022) + math.log(2.0)) / 2)
+    assert math.isfinite(scored["perplexity"])
