@@ -1,7 +1,6 @@
-"""What ``pyro-lift train``, ``adapt`` and ``predict`` do: files in, files out.
+"""``pyro-lift train``, ``adapt`` and ``predict``: files in, files out.
 
-A task is a folder, of tensors with ``train.safetensors`` (:func:`read_tensor_task`), or of text or pictures as
-:func:`pyro_lift.data.folder.read_task` reads them, or an NPZ file of pictures.
+A task is a folder or a file that :func:`pyro_lift.data.folder.read_task` reads: tensors, text or pictures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a configuration means: its backbone, adapter, encoder and tasks."""
+"""From a run's configuration to the objects it names: backbone, adapter, encoder, tasks and device."""
 
 from __future__ import annotations
 
@@ -7,29 +7,22 @@ from typing import Any
 
 import torch
 
-from pyro_lift import data
 from pyro_lift.config import RunConfig
 from pyro_lift.data import encode
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.folder import read_task
 from pyro_lift.data.images import ImageTask
-from pyro_lift.data.records import RECORD_FILES
-from pyro_lift.data.tensors import read_tensor_task
-from pyro_lift.data.text import TextTask
+from pyro_lift.data.load import load_tasks
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone, load_backbone, recipe
 from pyro_lift.models.readouts import LabelMatching
 from pyro_lift.models.task import Task
-from pyro_lift.support.options import check_choice
 
-__all__ = ["TASK_FILES", "adapter_of", "device_of", "encoder_of", "task_of", "tasks_of"]
-
-
-TASK_FILES = (*RECORD_FILES, ".safetensors")
+__all__ = ["adapter_of", "device_of", "encode_tasks", "encoder_of", "task_of", "tasks_of"]
 
 
 def adapter_of(config: RunConfig) -> RandomAdapter:
-    """The backbone with its adapter; the adapter's initial weights are a function of the seed."""
+    """Load the backbone and put its adapter on; the adapter's initial weights are a function of the seed."""
     b, a = config.backbone, config.adapter
     if b.name == "digits":
         from pyro_lift.data.digits import digit_backbone
@@ -50,13 +43,13 @@ def adapter_of(config: RunConfig) -> RandomAdapter:
 
 
 def _matching(config: RunConfig, backbone: torch.nn.Module) -> LabelMatching | None:
-    """Label matching for an encoder, which pads as its backbone does; without label texts it is not used."""
+    """Return label matching for an encoder, which pads as its backbone does; without label texts it is not used."""
     padding = getattr(getattr(backbone, "config", None), "pad_token_id", None)
     return LabelMatching(pad_token=padding or 0) if config.backbone.kind == "encoder" else None
 
 
 def tasks_of(config: RunConfig) -> TaskCollection[Task]:
-    """The tasks of a run, encoded for its backbone.
+    """Load the tasks of a run, encoded for its backbone.
 
     Raises:
         ValueError: no task to train on; bad data, with file and line.
@@ -67,75 +60,45 @@ def tasks_of(config: RunConfig) -> TaskCollection[Task]:
 
         family = digit_family(config.output.seed)
         return TaskCollection("digits", tuple(family.train), tuple(family.dev), tuple(family.test))
-    if t.benchmark == "folder" and t.split is None:
-        return _folder_tasks(config, Path(t.root or "."))
-    load: Any = getattr(data, "load_tasks", None)
-    if load is None:
-        raise ValueError(
-            f"benchmark={t.benchmark!r} cannot be loaded by this version; give folders (benchmark='folder')."
-        )
-    encoded: TaskCollection[Task] = load(t.benchmark, t.split, t.root, **t.options).encode(encoder_of(config))
+    options = t.options if t.names is None else {**t.options, "names": t.names}
+    root = "." if t.root is None and t.benchmark == "folder" else t.root
+    encoded = encode_tasks(load_tasks(t.benchmark, t.split, root, **options), config)
     if not encoded.train:
         raise ValueError(f"{encoded.name}: no task to train on.\n{encoded.summary()}")
     return encoded
 
 
-def _folder_tasks(config: RunConfig, root: Path) -> TaskCollection[Task]:
-    names = config.tasks.names
-    found = {path.stem: path for path in sorted(root.glob("*.npz"))}
-    found |= {path.parent.name: path.parent for end in ("", *TASK_FILES) for path in sorted(root.glob(f"*/train{end}"))}
-    if not found:
-        files = " or ".join(f"train{end}" for end in TASK_FILES)
-        raise ValueError(f"{root}: no task here. A task is an NPZ file, or a folder with {files}, or pictures.")
-    for name in names or ():
-        check_choice(f"{root}: task", name, found)
-    encoder = _Lazy(config)
-    tasks = tuple(_encoded(found[name], encoder) for name in names or found)
-    return TaskCollection(f"tasks of {root}", tasks, notes=encoder.notes)
-
-
 def task_of(config: RunConfig, path: Path) -> Task:
-    """The one task of a folder or of an NPZ file, encoded for a run's backbone."""
+    """Load the one task of a folder or of an NPZ file, encoded for a run's backbone."""
     if not path.exists():
         raise ValueError(f"{path}: no such folder. A task is a folder with train.* and, to be judged by, test.*.")
-    encoder = _Lazy(config)
-    task = _encoded(path, encoder)
-    for note in encoder.notes:
+    collection: TaskCollection[Any] = TaskCollection(str(path), (read_task(path),))
+    encoded = encode_tasks(collection, config)
+    for note in encoded.notes:
         print(f"note: {note}")
-    return task
+    return encoded.train[0]
 
 
-def _encoded(path: Path, encoder: _Lazy) -> Task:
-    if (path / "train.safetensors").is_file():
-        return read_tensor_task(path)
-    return encoder(read_task(path))
+def encode_tasks(tasks: TaskCollection[Any], config: RunConfig) -> TaskCollection[Task]:
+    """Encode a collection for a run's backbone; one of tensors is as it must be, and needs no tokenizer.
 
-
-class _Lazy:
-    """The encoder of a run, made when the first task needs one: tasks of tensors need none."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self._encoder: Any = None
-
-    def __call__(self, task: TextTask | ImageTask) -> Task:
-        self._encoder = self._encoder or encoder_of(self.config)
+    Raises:
+        ValueError: pictures for a backbone of text, or text for one of pictures; a tokenizer that does not fit.
+    """
+    if all(isinstance(task, Task) for task in tasks):
+        return tasks
+    kind = config.backbone.kind
+    for task in tasks:
         pictures = isinstance(task, ImageTask)
-        if pictures != isinstance(self._encoder, encode.Pictures):
-            kind = self.config.backbone.kind
+        if not isinstance(task, Task) and pictures != (kind in ("vision", "timm")):
             raise ValueError(
                 f"task {task.name!r} is {'pictures' if pictures else 'text'}; a {kind!r} backbone takes the other."
             )
-        encoded: Task = self._encoder(task)
-        return encoded
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return tuple(self._encoder.notes) if self._encoder else ()
+    return tasks.encode(encoder_of(config))
 
 
 def encoder_of(config: RunConfig) -> Any:
-    """From a task of strings or pictures to the tensors of a run's backbone.
+    """Make the encoder that turns a task of strings or pictures into the tensors of a run's backbone.
 
     Raises:
         ValueError: a tokenizer that does not fit the model.

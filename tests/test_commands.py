@@ -17,7 +17,7 @@ from pyro_lift import LiFTPrior, TaskPosterior, commands
 from pyro_lift.cli import app
 from pyro_lift.data.folder import read_task
 from pyro_lift.models.backbones import load_backbone
-from pyro_lift.wiring import adapter_of, task_of
+from pyro_lift.wiring import adapter_of, task_of, tasks_of
 
 
 @pytest.mark.parametrize("family", sorted(KINDS))
@@ -79,6 +79,21 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2, D)}, bad / "train.safetensors")
     with pytest.raises(ValueError, match=r"train\.safetensors: no tensor 'labels' among x"):
         task_of(run, bad)
+
+
+def test_the_tasks_of_a_split_to_be_judged_by_are_not_trained_on(tmp_path: Path) -> None:
+    run = commands.read_config(prepare("bert", tmp_path))
+    assert [task.name for task in tasks_of(run).train] == ["a", "b"]
+    (tmp_path / "tasks" / "split.json").write_text('{"train": ["b"], "test": ["a"]}')
+    tasks = tasks_of(run)
+    assert [[task.name for task in part] for part in tasks.parts.values()] == [["b"], [], ["a"]]
+
+
+def test_text_for_a_backbone_of_pictures_is_refused(tmp_path: Path) -> None:
+    run = commands.read_config(prepare("vit", tmp_path))
+    folder = write_text(tmp_path / "words", train='{"input": "a", "output": "b"}')
+    with pytest.raises(ValueError, match=r"task 'words' is text; a 'vision' backbone takes the other"):
+        task_of(run, folder)
 
 
 def test_a_prior_of_another_adapter_is_refused(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 
 from pyro_lift.config import BackboneConfig, OutputConfig, RunConfig, TasksConfig
+from pyro_lift.data.load import load_tasks
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.wiring import adapter_of, encode_tasks
 
 __all__ = ["BENCHMARKS", "DIGITS", "Experiment", "MethodsSettings", "Problem", "on_tasks"]
 
@@ -91,14 +93,11 @@ def digits(settings: MethodsSettings, seed: int, part: str) -> Problem:
 
 def benchmark(settings: MethodsSettings, seed: int, part: str, config: RunConfig, scale: float | None) -> Problem:
     """Real tasks through a TOML run's wiring; ``scale`` is that of heads of the tasks' own, where they have any."""
-    from pyro_lift.data.load import load_tasks
-    from pyro_lift.wiring import adapter_of, encoder_of
-
     t = config.tasks
     found = load_tasks(t.benchmark, t.split, t.root, **t.options)
     judged = found.dev if part == "dev" and found.dev else found.test
     few = replace(found, train=found.train[: settings.num_train], dev=(), test=judged[: settings.num_test])
-    encoded = few.encode(encoder_of(config))
+    encoded = encode_tasks(few, config)
     adapter = adapter_of(replace(config, output=replace(config.output, seed=seed))).to(settings.device)
     return Problem(adapter, list(encoded.train), list(encoded.test), HeadPolicy(scale=scale))
 

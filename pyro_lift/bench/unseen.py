@@ -36,6 +36,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_number
+from pyro_lift.wiring import adapter_of, encode_tasks
 
 __all__ = [
     "METHODS",
@@ -126,8 +127,6 @@ def benchmark_of(
     Raises:
         ValueError: no task to learn from, or none to be judged by; a tokenizer that does not fit the model.
     """
-    from pyro_lift.wiring import adapter_of, encoder_of
-
     config = RunConfig(
         backbone=BackboneConfig(name=str(backbone), kind=kind),
         adapter=AdapterConfig(rank=settings.rank),
@@ -140,7 +139,7 @@ def benchmark_of(
         return adapter_of(replace(config, output=OutputConfig(seed=seed))).to(settings.device)
 
     texts = found if isinstance(found.train[0], TextTask) else None
-    return Benchmark(found.encode(encoder_of(config)), adapter, measures, heads or HeadPolicy(), texts)
+    return Benchmark(encode_tasks(found, config), adapter, measures, heads or HeadPolicy(), texts)
 
 
 def _cut(benchmark: Benchmark, settings: UnseenSettings) -> Benchmark:

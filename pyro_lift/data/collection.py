@@ -53,8 +53,11 @@ class TaskCollection(Generic[T]):
         raise KeyError(f"{name!r} is not in {self.name}; it has {', '.join(task.name for task in self)}.")
 
     def encode(self, encoder: Callable[[T], U]) -> TaskCollection[U]:
-        """The same collection with every task encoded, such as by :class:`pyro_lift.data.encode.LabelMatching`."""
-        parts = {part: tuple(encoder(task) for task in tasks) for part, tasks in self.parts.items()}
+        """Encode every task that is not of tensors, such as by :class:`pyro_lift.data.encode.LabelMatching`."""
+        parts = {
+            part: tuple(task if isinstance(task, Task) else encoder(task) for task in tasks)
+            for part, tasks in self.parts.items()
+        }
         notes = (*self.notes, *getattr(encoder, "notes", ()))
         return replace(self, **parts, notes=notes)  # type: ignore[return-value, arg-type]
 

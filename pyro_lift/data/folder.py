@@ -10,21 +10,26 @@ from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.images import ImageTask
 from pyro_lift.data.pictures import PARTS, is_picture_task, read_pictures
 from pyro_lift.data.records import RECORD_FILES, Record, read_json, read_records, text_row
+from pyro_lift.data.tensors import read_tensor_task
 from pyro_lift.data.text import TextForm, TextTask
+from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_choice
 
 __all__ = ["load_folder", "read_task"]
 
 
 def load_folder(
-    split: Mapping[str, Sequence[str]] | None = None, root: str | Path | None = None
-) -> TaskCollection[TextTask | ImageTask]:
-    """Every task of a folder: one folder or NPZ file each (see :func:`read_task`).
+    split: Mapping[str, Sequence[str]] | None = None,
+    root: str | Path | None = None,
+    names: Sequence[str] | None = None,
+) -> TaskCollection[TextTask | ImageTask | Task]:
+    """Load every task of a folder: one folder or NPZ file each (see :func:`read_task`).
 
     Args:
         split: names by ``"train"``, ``"dev"`` and ``"test"``; None reads ``split.json``, and without that all tasks
             are for training.
         root: the folder.
+        names: only these tasks, in this order; None takes all.
 
     Raises:
         ValueError: no task; a bad one, with file and line.
@@ -41,9 +46,15 @@ def load_folder(
         raise ValueError(
             f"{folder}: no task; a task is an NPZ file, or a folder with train.jsonl or train/CLASS/*.png."
         )
+    for name in names or ():
+        check_choice(f"{folder}: task", name, found)
+    if names is not None:
+        found = {name: found[name] for name in names}
     if split is None:
         path = folder / "split.json"
         split = read_json(path) if path.is_file() else {"train": list(found)}
+    if names is not None:
+        split = {part: [name for name in listed if name in names] for part, listed in split.items()}
     for part in split:
         check_choice("part of split", part, PARTS)
     parts = {part: tuple(read_task(found[n]) for n in split.get(part, ()) if n in found) for part in PARTS}
@@ -55,16 +66,18 @@ def load_folder(
     )
 
 
-def read_task(path: Path) -> TextTask | ImageTask:
-    """One task: an NPZ file, a folder of records, or a folder of pictures ``train/CLASS/*.png``.
+def read_task(path: Path) -> TextTask | ImageTask | Task:
+    """Read one task: an NPZ file, a folder of records, of pictures ``train/CLASS/*.png``, or of tensors.
 
     Records are ``train``, ``dev`` and ``test`` with one of the endings ``.jsonl``, ``.jsonl.gz``, ``.parquet``,
     ``.tsv``. ``task.json`` may say ``form``, ``labels`` and ``metric``; without it, rows with options are multiple
-    choice, others text to text.
+    choice, others text to text. Tensors are ``train.safetensors`` (:func:`~pyro_lift.data.tensors.read_tensor_task`).
 
     Raises:
         ValueError: nothing to train on, or a bad record; names file and line.
     """
+    if (path / "train.safetensors").is_file():
+        return read_tensor_task(path)
     if is_picture_task(path):
         return read_pictures(path)
     records = {part: _records(path, names) for part, names in PARTS.items()}

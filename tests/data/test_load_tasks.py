@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pyro_lift.data import load_tasks
 from pyro_lift.data.crossfit import CROSSFIT_SPLITS, crossfit_facts, few_shot
@@ -18,6 +19,7 @@ from pyro_lift.data.pictures import read_npz
 from pyro_lift.data.shakespeare import read_gutenberg
 from pyro_lift.data.text import TextRow
 from pyro_lift.data.vtab import GROUPS, VTAB, dsprites_location, dsprites_orientation, threshold_label
+from pyro_lift.models.task import Task
 
 COUNTS = {
     "CLS-45": (45, 10, 10),
@@ -253,6 +255,32 @@ def test_a_folder_of_tasks_with_its_split(tmp_path: Path) -> None:
     assert [task.name for task in found] == ["a", "b"]
     assert found.missing["test"] == ("gone",)
     assert "no part of the split: c" in found.notes[0]
+
+
+def test_only_some_tasks_of_a_folder_in_their_parts_of_the_split(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        _folder(tmp_path / "x", [GOOD]).rename(tmp_path / name)
+        (tmp_path / "x").rmdir()
+    collection = load_tasks("folder", root=tmp_path, names=["c", "a"])
+    assert [task.name for task in collection.train] == ["c", "a"]
+    (tmp_path / "split.json").write_text(json.dumps({"train": ["a"], "test": ["b", "c"]}))
+    collection = load_tasks("folder", root=tmp_path, names=["c", "a"])
+    assert [[task.name for task in tasks] for tasks in collection.parts.values()] == [["a"], [], ["c"]]
+    assert not any(collection.missing.values()) and not collection.notes
+    with pytest.raises(ValueError, match=r"task='bb' is not known; did you mean 'b'"):
+        load_tasks("folder", root=tmp_path, names=["bb"])
+
+
+def test_tasks_of_tensors_stand_beside_others_and_are_not_encoded(tmp_path: Path) -> None:
+    _folder(tmp_path, [GOOD])
+    (tmp_path / "encoded").mkdir()
+    save_file({"x": torch.zeros(4, 3), "labels": torch.tensor([0, 1, 0, 1])}, tmp_path / "encoded/train.safetensors")
+    collection = load_tasks("folder", root=tmp_path)
+    assert [task.name for task in collection.train] == ["encoded", "mine"]
+    tensors = collection.train[0]
+    assert isinstance(tensors, Task) and tensors.num_classes == 2
+    encoded = collection.encode(lambda task: task.name)
+    assert encoded.train[0] is tensors and encoded.train[1] == "mine"
 
 
 def test_unknown_names_get_the_nearest_known_one(tmp_path: Path) -> None:
