@@ -26,6 +26,7 @@ from torch.distributions.transforms import IndependentTransform, identity_transf
 
 from pyro_lift.inference.sgld import Drift
 from pyro_lift.models.priors import LocalGaussian, gaussian_at
+from pyro_lift.support.spans import span
 
 __all__ = ["Evaluation", "Latent", "LocalSite", "Observed", "PlateSize", "Program", "depends"]
 
@@ -115,6 +116,7 @@ class Evaluation:
         """Summed log density of some latent sites at their own values."""
         return sum((s.log_prob_at(s.leaf) for s in sites.values()), torch.zeros(()))
 
+    @span("pyro_lift.backward")
     def drift(
         self,
         sites: Mapping[str, Latent],
@@ -300,6 +302,7 @@ class Program:
             self._transforms[family] = None if base == identity_transform else transform
         return self._transforms[family]
 
+    @span("pyro_lift.handlers")
     def run(
         self,
         global_values: Rows,

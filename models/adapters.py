@@ -21,6 +21,7 @@ from pyro_lift.models.networks import WeightProbe, check_network, share_hooks, s
 from pyro_lift.models.peft_layers import active_adapter, adapter_tensors, check_in_use, check_places, peft_layers
 from pyro_lift.models.reach import POINTS, Probe, ReachError, check_reach, synthetic_rows
 from pyro_lift.models.readouts import Readout, gives_features, read, readout_for
+from pyro_lift.support.spans import span
 
 __all__ = ["AdapterTensor", "RandomAdapter"]
 
@@ -281,8 +282,10 @@ class RandomAdapter(PyroModule):
         if theta.shape[0] == 1:
             one = {k: v[0] for k, v in named.items()}
             return self._call(theta[0], tuple(x[0] for x in inputs), one).unsqueeze(0)
-        return self._block(self._tensors(theta), inputs, named)
+        with span("pyro_lift.forward"):
+            return self._block(self._tensors(theta), inputs, named)
 
+    @span("pyro_lift.forward")
     def _call(self, theta: Tensor, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
         with self.bound(theta):
             return self._read(inputs, named)

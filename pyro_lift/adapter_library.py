@@ -56,7 +56,7 @@ def prior_from_adapters(
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
 ) -> PriorParts:
-    """A prior over the weights of LoRAs that were trained already.
+    """Make a prior over the weights of LoRAs that were trained already.
 
     Args:
         folders: PEFT folders, at least two, of one rank, one set of layers, one scale and one base model.
@@ -106,9 +106,10 @@ def prior_from_adapters(
         mean, variance = exact_prior(library.thetas, s.beta, s.sigma)
         width = 1 if s.covariance == "spherical" else library.adapter.dim
         moments = Moments(torch.ones(1), mean.unsqueeze(0), torch.full((1, width), variance))
-        mixture = _mixture(s, moments, len(library.thetas))
+        mixture = OnlineGaussianMixture.from_moments(moments, len(library.thetas), s.covariance)
     elif method == "mixture":
-        mixture = _mixture(s, fit(library.thetas, components, s.covariance, seed=seed)[0], len(library.thetas))
+        moments = fit(library.thetas, components, s.covariance, seed=seed)[0]
+        mixture = OnlineGaussianMixture.from_moments(moments, len(library.thetas), s.covariance)
     else:
         mixture = OnlineGaussianMixture(components, s.covariance, seed=seed)
         for phi in _chain(library.thetas, s, scale, step_size, seed):
@@ -131,12 +132,3 @@ def _chain(
     generator = torch.Generator(device=thetas.device).manual_seed(seed)
     draws = phi_chain(posterior, cycle(range(N)), eta, generator)
     return islice(draws, s.burn_in + s.thinning - 1, s.burn_in + s.samples * s.thinning, s.thinning)
-
-
-def _mixture(settings: LiFTSettings, moments: Moments, seen: int) -> OnlineGaussianMixture:
-    """A finished mixture that counts as N draws."""
-    mixture = OnlineGaussianMixture(settings.components, settings.covariance)
-    tensors = {f"{part}.{name}": x for part in ("moments", "average") for name, x in moments._asdict().items()}
-    numbers = torch.tensor([float(seen), float(seen), 0.0], dtype=torch.float64)
-    mixture.load_state_dict({**tensors, "numbers": numbers, "floor": moments.variance.min() * 1e-6})
-    return mixture

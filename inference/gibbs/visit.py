@@ -20,6 +20,7 @@ from pyro_lift.inference.gibbs.rows import Values, block_values, mean_square, re
 from pyro_lift.inference.gibbs.state import Chain, Phase, SGLDGibbsInfo, SGLDGibbsState, Streams, Structure
 from pyro_lift.inference.program import Evaluation, Latent
 from pyro_lift.inference.sgld import Drift, check_finite, check_moved, gaussian_noise, running_mean
+from pyro_lift.support.spans import span
 
 __all__ = ["draw_phi", "step"]
 
@@ -121,6 +122,7 @@ class _Moments:
         return self.values[site.family]
 
 
+@span("pyro_lift.theta")
 def _moved_sites(
     state: SGLDGibbsState,
     chain: Chain,
@@ -147,6 +149,7 @@ def _moved_sites(
     return moved, sums
 
 
+@span("pyro_lift.phi")
 def _move_phi(
     state: SGLDGibbsState,
     chain: Chain,

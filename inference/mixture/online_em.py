@@ -23,6 +23,7 @@ from torch import Tensor
 from pyro_lift.inference.mixture.batch_em import Covariance, Moments, fit, floored, kmeans_start, log_densities
 from pyro_lift.inference.mixture.in_place import MixtureStream
 from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.spans import span
 
 __all__ = ["MixtureState", "OnlineGaussianMixture", "init", "pooled", "step"]
 
@@ -32,7 +33,7 @@ DOUBLE_UP_TO = 100_000
 
 
 class MixtureState(NamedTuple):
-    """What the next draw needs.
+    """State of the stream between two draws.
 
     Attributes:
         moments: the current mixture.
@@ -50,14 +51,14 @@ class MixtureState(NamedTuple):
 
 
 def init(moments: Moments, total: float) -> MixtureState:
-    """A mixture that counts as ``total`` draws."""
+    """Make the state of a mixture that counts as ``total`` draws."""
     return MixtureState(moments, moments, total, 0, 0.0)
 
 
 def step(
     state: MixtureState, x: Tensor, covariance: Covariance, *, power: float, floor: Tensor | float
 ) -> MixtureState:
-    r"""One draw; pure.
+    r"""Update the mixture with one draw. Pure.
 
     Args:
         state: the mixture so far.
@@ -91,7 +92,7 @@ def step(
 
 
 def pooled(first: Moments, second: Moments, share: float, covariance: Covariance) -> Moments:
-    """The moments of component j of both, taken together: ``1 - share`` of the first, ``share`` of the second."""
+    """Pool the moments of component j of both: ``1 - share`` of the first, ``share`` of the second."""
     a, b = (1.0 - share) * first.weight, share * second.weight
     weight = a + b
     part = (b / weight.clamp_min(torch.finfo(weight.dtype).tiny)).unsqueeze(-1)
@@ -183,6 +184,39 @@ class OnlineGaussianMixture(StreamingStats):
         self._dtype = torch.get_default_dtype()
         self._floor: Tensor | float = 0.0
 
+    @classmethod
+    def from_moments(
+        cls, moments: Moments, seen: int, covariance: Covariance = "diag", **options: Any
+    ) -> OnlineGaussianMixture:
+        """Make a mixture that streams on from given moments.
+
+        Args:
+            moments: weights, means and variances of the components; their number is K.
+            seen: draws that they count as.
+            covariance: of the components.
+            options: further ones of the class.
+
+        Raises:
+            ValueError: weights that are no probabilities, or a variance that is not positive.
+
+        Example:
+            >>> moments = Moments(torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1))
+            >>> mixture = OnlineGaussianMixture.from_moments(moments, seen=10)
+            >>> mixture.seen, mixture.get().mean.item()
+            (10, 0.0)
+        """
+        check_number("seen", seen, least=1, open_below=False, whole=True)
+        weight, variance = moments.weight, moments.variance
+        if not bool((weight >= 0.0).all()) or abs(float(weight.double().sum()) - 1.0) > 1e-4:
+            raise ValueError(f"weights {weight.tolist()}: expected numbers of at least 0 that sum to 1.")
+        spread = variance.diagonal(dim1=-2, dim2=-1) if covariance == "full" else variance
+        if not bool((spread > 0.0).all()):
+            raise ValueError(f"the least variance is {float(spread.min())}; expected variances above 0.")
+        mixture = cls(len(weight), covariance, **options)
+        mixture._floor = mixture.variance_floor * spread.min()
+        mixture._resume(MixtureState(moments, moments, float(seen), seen, 0.0))
+        return mixture
+
     def __repr__(self) -> str:
         return f"OnlineGaussianMixture({self.components}, {self.covariance!r}, seen={self.seen})"
 
@@ -200,8 +234,9 @@ class OnlineGaussianMixture(StreamingStats):
             return self._running.moments.mean.shape[-1]
         return self._buffer[0].numel() if self._buffer else None
 
+    @span("pyro_lift.mixture")
     def update(self, sample: Tensor) -> None:
-        """See one draw, flattened."""
+        """Update the mixture with one draw, flattened to a vector."""
         x = sample.detach().reshape(-1)
         if self.dim not in (None, x.numel()):
             raise ValueError(f"a draw of length {x.numel()} for a mixture over {self.dim} coordinates.")
@@ -221,10 +256,14 @@ class OnlineGaussianMixture(StreamingStats):
             self._begin()
 
     def _begin(self) -> None:
-        """From the buffer to a mixture that streams, in place where it is large."""
+        """Turn the buffer into a mixture that streams, in place where it is large."""
         state, self._floor = self._started()
-        self._running = self._in_place(state) if self._is_large(state.moments.mean) else state
+        self._resume(state)
         self._buffer = []
+
+    def _resume(self, state: MixtureState, **resumed: Any) -> None:
+        """Stream on from a state, in place where it is large; ``resumed`` is what only :class:`MixtureStream` keeps."""
+        self._running = self._in_place(state, **resumed) if self._is_large(state.moments.mean) else state
 
     def _is_large(self, mean: Tensor) -> bool:
         return self.covariance != "full" and mean.numel() > DOUBLE_UP_TO
@@ -256,7 +295,7 @@ class OnlineGaussianMixture(StreamingStats):
         return step(state, x, self.covariance, power=self.power, floor=self._floor)
 
     def _started(self) -> tuple[MixtureState, Tensor | float]:
-        """The mixture as the buffer alone gives it."""
+        """Fit the mixture to the buffer alone."""
         if len(self._buffer) < self.components:
             raise ValueError(
                 f"{len(self._buffer)} draws for {self.components} components: at least one each is needed. "
@@ -285,11 +324,11 @@ class OnlineGaussianMixture(StreamingStats):
     @property
     def moments(self) -> Moments:
         """Weights, means and variances as :meth:`get` uses them: averaged, where the schedule averages."""
-        found = self._current().average
-        return found._replace(weight=found.weight / found.weight.sum())
+        average = self._current().average
+        return average._replace(weight=average.weight / average.weight.sum())
 
     def get(self) -> dist.MixtureSameFamily:
-        """The mixture, in the draws' dtype: a Categorical over Normals (diag, spherical) or MultivariateNormals."""
+        """Return the mixture in the draws' dtype, its components Normals (diag, spherical) or MultivariateNormals."""
         weight, mean, variance = (part.to(self._dtype) for part in self.moments)
         categorical = dist.Categorical(probs=weight)
         if self.covariance == "full":
@@ -298,7 +337,7 @@ class OnlineGaussianMixture(StreamingStats):
         return dist.MixtureSameFamily(categorical, dist.Normal(mean, scale).to_event(1))
 
     def report(self) -> dict[str, Any]:
-        """What to look at before believing in K components.
+        """Report what to look at before believing in K components.
 
         Returns:
             ``seen``; ``n``, the draws of each component; ``log_likelihood``, the mean over draws of log p(x) under
@@ -318,7 +357,7 @@ class OnlineGaussianMixture(StreamingStats):
         }
 
     def merge(self, other: OnlineGaussianMixture) -> OnlineGaussianMixture:
-        """Both streams' mixtures in one, components matched by the smallest total distance of their means.
+        """Merge both streams' mixtures, components matched by the smallest total distance of their means.
 
         Distances are measured in standard deviations of both components together. An empty side adds nothing.
 
@@ -336,22 +375,22 @@ class OnlineGaussianMixture(StreamingStats):
             raise ValueError(f"mixtures over {self.dim} and {other.dim} coordinates do not merge.")
         if self._running is None or other._running is None:
             return self._merged_buffer(other)
-        mine, theirs = self._current(), other._current()
-        order = _matching(mine.average, theirs.average, self.covariance)
-        share = theirs.total / (mine.total + theirs.total)
+        first, second = self._current(), other._current()
+        order = _matching(first.average, second.average, self.covariance)
+        share = second.total / (first.total + second.total)
         merged = self._copy()
         state = MixtureState(
-            pooled(mine.moments, _permuted(theirs.moments, order), share, self.covariance),
-            pooled(mine.average, _permuted(theirs.average, order), share, self.covariance),
-            mine.total + theirs.total,
-            mine.seen + theirs.seen,
-            mine.log_likelihood + theirs.log_likelihood,
+            pooled(first.moments, _permuted(second.moments, order), share, self.covariance),
+            pooled(first.average, _permuted(second.average, order), share, self.covariance),
+            first.total + second.total,
+            first.seen + second.seen,
+            first.log_likelihood + second.log_likelihood,
         )
         merged._running = self._in_place(state) if isinstance(self._running, MixtureStream) else state
         return merged
 
     def _merged_buffer(self, other: OnlineGaussianMixture) -> OnlineGaussianMixture:
-        """One side has no mixture yet: its draws go through the other's stream."""
+        """Put the draws of the side that has no mixture yet through the other's stream."""
         first, second = (self, other) if self._running is not None else (other, self)
         merged = first._copy()
         for x in second._buffer:
@@ -367,7 +406,7 @@ class OnlineGaussianMixture(StreamingStats):
         return copy
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything but the options, as tensors."""
+        """Return everything but the options, as tensors."""
         s = self._running
         if s is None:
             dtype = torch.empty(0, dtype=self._dtype)
@@ -405,13 +444,10 @@ class OnlineGaussianMixture(StreamingStats):
         total, seen, log_likelihood = tensors["numbers"].tolist()
         state = MixtureState(moments, average, total, int(seen), log_likelihood)
         self._floor, self._buffer = tensors["floor"], []
-        if not self._is_large(moments.mean):
-            self._running = state
-            return
         resumed = {
             name: tensors[name].tolist() for name in ("pending", "exponent", "shares", "log_det") if name in tensors
         }
-        self._running = self._in_place(state, **resumed)
+        self._resume(state, **resumed)
 
 
 def _permuted(moments: Moments, order: Tensor) -> Moments:
@@ -419,7 +455,7 @@ def _permuted(moments: Moments, order: Tensor) -> Moments:
 
 
 def _matching(first: Moments, second: Moments, covariance: Covariance) -> Tensor:
-    """For each component of the first, the one of the second that is its match (Hungarian algorithm)."""
+    """Return the index of the matching component of ``second`` for each of ``first`` (Hungarian algorithm)."""
     from scipy.optimize import linear_sum_assignment
 
     def spread(m: Moments) -> Tensor:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_lift.support.spans import span
+
 __all__ = ["DiskStore"]
 
 
@@ -94,6 +96,7 @@ class DiskStore:
             if self._places[task] is not None and task not in self._waiting and task not in self._ahead:
                 self._ahead[task] = self._thread.submit(self._read, task)
 
+    @span("pyro_lift.store")
     def read(self, tasks: Sequence[int]) -> list[Tensor]:
         """Copies of the rows of these tasks, in order; KeyError for one that was never written."""
         missing = [task for task in tasks if self._places[task] is None]
@@ -107,6 +110,7 @@ class DiskStore:
             return self._waiting[task].clone()
         return self._ahead.pop(task).result()
 
+    @span("pyro_lift.store")
     def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
         """Replace the rows of these tasks, by copies."""
         for task, row in zip(tasks, rows, strict=True):

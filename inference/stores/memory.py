@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pyro_lift.support.spans import span
+
 __all__ = ["DeviceStore", "HostStore", "RowList"]
 
 
@@ -49,10 +51,12 @@ class RowList:
 class DeviceStore(RowList):
     """Rows kept as tensors on the device they were written from."""
 
+    @span("pyro_lift.store")
     def read(self, tasks: Sequence[int]) -> list[Tensor]:
         """The rows of these tasks, in order; KeyError for one that was never written."""
         return [self._row(task) for task in tasks]
 
+    @span("pyro_lift.store")
     def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
         """Replace the rows of these tasks; the tensors are kept, not copied."""
         for task, row in zip(tasks, rows, strict=True):
@@ -66,6 +70,7 @@ class HostStore(RowList):
         super().__init__(num_tasks)
         self._device = torch.device("cpu")
 
+    @span("pyro_lift.store")
     def read(self, tasks: Sequence[int]) -> list[Tensor]:
         """Copies of the rows of these tasks, in order; KeyError for one that was never written."""
         rows = [self._row(task) for task in tasks]
@@ -74,6 +79,7 @@ class HostStore(RowList):
         # The same stream copies back and forth, so a row is never read before it has arrived.
         return [row.to(self._device, non_blocking=True) for row in rows]
 
+    @span("pyro_lift.store")
     def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
         """Replace the rows of these tasks, by copies."""
         for task, row in zip(tasks, rows, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -12,21 +12,18 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor, nn
 
 from pyro_lift.bench.shapes import ROWS
-from pyro_lift.bench.timing import Stopwatch
-from pyro_lift.inference import program as program_module
 from pyro_lift.inference.baselines.episodes import Episode, Heads
 from pyro_lift.inference.baselines.episodic import twice_differentiable
 from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.protocol import Budget
-from pyro_lift.inference.gibbs import visit as gibbs_visit
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.mixture.batch_em import Moments
 from pyro_lift.inference.mixture.in_place import MixtureStream
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
-from pyro_lift.inference.stores.memory import DeviceStore
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.task import Task
+from pyro_lift.support.spans import Stopwatch, span
 
 __all__ = [
     "BETA",
@@ -50,6 +47,10 @@ K = 5
 BETA, SIGMA = 0.03, 0.3
 
 
+#: Draws that a mixture in mid-stream counts as.
+SEEN = 100
+
+
 #: A step that moves the weights by next to nothing, so that a long run of them stays where it is.
 STEP = 1e-8
 
@@ -61,7 +62,8 @@ def plain(
     adapter: RandomAdapter, tasks: Sequence[Task], make: Callable[..., torch.optim.Optimizer], batch: int = ROWS
 ) -> Callable[[], None]:
     """The usual loop: the PEFT model's own parameters, ``backward`` and ``torch.optim``."""
-    parameters = [places[0].module._parameters[places[0].attribute] for places in adapter._slots]
+    named = dict(adapter.backbone.named_parameters())
+    parameters = [named[entry.name] for entry in adapter.layout]
     optimiser = make(parameters, lr=STEP)
     count = iter(range(10**9))
 
@@ -108,36 +110,25 @@ class TimedLiFT:
 
     def breakdown(self, repeats: int) -> Record:
         """Processor seconds of a step by part; the parts add up to the step."""
-        watch = Stopwatch()
-        places: Mapping[str, tuple[Any, str]] = {
-            "handlers": (program_module.Program, "run"),
-            "forward": (self.adapter, "_call"),
-            "backward": (program_module.Evaluation, "drift"),
-            "theta": (gibbs_visit, "_move_theta"),
-            "phi": (gibbs_visit, "_move_phi"),
-            "store": (DeviceStore, "write"),
-            "mixture": (self.mixture, "update"),
-            "rest": (self, "step"),
-        }
-        with watch.watching(places):
+        with Stopwatch() as watch:
             for _ in range(repeats):
-                self.step()
-        seconds = {name: spent / repeats for name, spent in watch.seconds.items()}
+                with span("pyro_lift.rest"):
+                    self.step()
+        seconds = {name.removeprefix("pyro_lift."): spent / repeats for name, spent in watch.seconds.items()}
         backbone = seconds["forward"] + seconds["backward"]
         return {"cpu_seconds": seconds, "cpu_ratio_to_backbone": sum(seconds.values()) / backbone}
 
 
 def mixture_at(place: Tensor, components: int, fused: bool | None = None) -> OnlineGaussianMixture:
-    """A mixture in mid-stream whose means stand around ``place`` as draws of phi do."""
+    """Make a mixture in mid-stream whose means stand around ``place`` as draws of phi do."""
+    return OnlineGaussianMixture.from_moments(_moments_at(place, components), SEEN, fused=fused)
+
+
+def _moments_at(place: Tensor, components: int) -> Moments:
     spread = (1.0 / SIGMA**2 + 3.0 / BETA**2) ** -0.5
     mean = place + spread * torch.randn(components, len(place), device=place.device)
     weight = torch.full((components,), 1.0 / components, device=place.device)
-    moments = Moments(weight, mean, torch.full_like(mean, spread**2))
-    numbers = torch.tensor([100.0, 100.0, 0.0], dtype=torch.float64)
-    tensors = {f"{part}.{k}": v for part in ("moments", "average") for k, v in moments._asdict().items()}
-    mixture = OnlineGaussianMixture(components, fused=fused)
-    mixture.load_state_dict({**tensors, "numbers": numbers, "floor": torch.tensor(1e-6 * spread**2)})
-    return mixture
+    return Moments(weight, mean, torch.full_like(mean, spread**2))
 
 
 def maml(adapter: RandomAdapter, tasks: Sequence[Task], batch: int = ROWS) -> Callable[[], None]:
@@ -161,12 +152,11 @@ def mixture_step(
     size: int, components: int, device: str, fused: bool | None = None
 ) -> tuple[Callable[[], None], MixtureStream]:
     """Return one draw through a mixture of a given size, and the mixture's stream."""
-    place = torch.zeros(size, device=device)
-    mixture = mixture_at(place, components, fused)
-    if not isinstance(mixture._running, MixtureStream):
-        raise ValueError(f"size={size}: too short for a mixture that is updated in place.")
-    stream = mixture._running
-    x = stream.moments.mean[0].clone()
+    moments = _moments_at(torch.zeros(size, device=device), components)
+    power = 1.0 if components == 1 else 0.7  # as the schedules of OnlineGaussianMixture
+    floor = 1e-6 * float(moments.variance.min())
+    stream = MixtureStream(moments, moments, SEEN, SEEN, 0.0, "diag", power=power, floor=floor, fused=fused)
+    x = moments.mean[0].clone()
     return lambda: stream.update(x), stream
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from pyro_lift.bench import speed, speed_report
 from pyro_lift.bench.shapes import BACKBONES
 from pyro_lift.bench.steps import TimedLiFT, plain
-from pyro_lift.bench.timing import Stopwatch, Times, interleaved, quartiles
+from pyro_lift.bench.timing import Times, interleaved, quartiles
 
 
 def test_the_short_form_writes_records_and_a_figure(tmp_path: Path) -> None:
@@ -48,22 +47,6 @@ def test_ratios_are_round_by_round() -> None:
     ours, plain = Times([2.0, 9.0], [1.0, 3.0]), Times([1.0, 3.0], [1.0, 1.0])
     assert ours.ratios(plain) == ([2.0, 3.0], [1.0, 3.0])
     assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
-
-
-def test_a_stopwatch_takes_inner_functions_out_of_outer_ones() -> None:
-    class Work:
-        def inner(self) -> None:
-            end = time.process_time() + 0.05
-            while time.process_time() < end:
-                pass
-
-        def outer(self) -> None:
-            self.inner()
-
-    work, watch = Work(), Stopwatch()
-    with watch.watching({"inner": (work, "inner"), "outer": (work, "outer")}):
-        work.outer()
-    assert watch.seconds["inner"] >= 0.05 > 0.02 > watch.seconds["outer"]
 
 
 def test_the_plain_loop_and_the_chain_leave_the_backbone_as_they_found_it() -> None:

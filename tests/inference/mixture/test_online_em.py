@@ -14,7 +14,7 @@ from pyro.ops.streaming import StatsOfDict
 from torch import Tensor
 
 from pyro_lift import OnlineGaussianMixture
-from pyro_lift.inference.mixture.batch_em import Moments, fit, kmeans_start, log_densities
+from pyro_lift.inference.mixture.batch_em import Covariance, Moments, fit, kmeans_start, log_densities
 from pyro_lift.inference.mixture.online_em import init, pooled, step
 
 COVARIANCES = ["diag", "spherical", "full"]
@@ -302,3 +302,26 @@ def test_merging_keeps_the_draws_dtype() -> None:
             for x in torch.randn(n, 4):
                 streams[-1].update(x)
         assert streams[0].merge(streams[1]).get().mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("covariance", ["diag", "spherical", "full"])
+def test_a_mixture_from_moments_streams_on_as_the_one_they_came_from(covariance: Covariance) -> None:
+    draws = torch.randn(80, 3, dtype=torch.float64) + 4.0 * torch.arange(80).remainder(2).unsqueeze(-1)
+    first = OnlineGaussianMixture(2, covariance, buffer_size=50, schedule="counts")
+    for x in draws[:60]:
+        first.update(x)
+    second = OnlineGaussianMixture.from_moments(first.moments, first.seen, covariance, schedule="counts")
+    assert (second.components, second.seen) == (2, 60)
+    for x in draws[60:]:
+        first.update(x)
+        second.update(x)
+    for a, b in zip(first.moments, second.moments, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_moments_that_are_no_mixture_are_refused() -> None:
+    mean, variance = torch.zeros(2, 3), torch.ones(2, 3)
+    with pytest.raises(ValueError, match="sum to 1"):
+        OnlineGaussianMixture.from_moments(Moments(torch.ones(2), mean, variance), 10)
+    with pytest.raises(ValueError, match="least variance is 0"):
+        OnlineGaussianMixture.from_moments(Moments(torch.full((2,), 0.5), mean, variance.fill_diagonal_(0.0)), 10)
