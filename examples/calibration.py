@@ -109,7 +109,7 @@ def p_value(counts: Tensor) -> float:
     return float(chisquare(counts.numpy()).pvalue)
 
 
-def draw_figure(records: list[dict[str, Any]], path: Path) -> None:
+def plot_figure(records: list[dict[str, Any]], path: Path) -> None:
     """One histogram for each sampler and site, with the band that 99 % of uniform counts fall into."""
     from scipy.stats import binom
 
@@ -151,7 +151,7 @@ def main() -> None:
             print(f"{name:<28} {site:<8} chi-square p = {records[-1]['p']:.3g}")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "calibration.json").write_text(json.dumps(records, indent=1))
-    draw_figure(records, options.out / "calibration.png")
+    plot_figure(records, options.out / "calibration.png")
     print(f"written: {options.out / 'calibration.json'}, {options.out / 'calibration.png'}")
 
 

@@ -16,7 +16,8 @@ import random
 import tempfile
 from pathlib import Path
 
-from pyro_lift.bench.unseen import UnseenSettings, benchmark_of, parser, run, settings_of
+from pyro_lift.bench.comparison import ComparisonSettings, benchmark_of, run
+from pyro_lift.bench.example_arguments import parser, settings_of
 from pyro_lift.data import load_tasks
 from pyro_lift.data.crossfit import crossfit_facts
 
@@ -27,7 +28,7 @@ SMOKE = {"train": ("glue-sst2", "emotion", "sms_spam"), "dev": ("ag_news",), "te
 #: Ten minutes of one slow core with the MiniLM encoder and 41 training tasks; more is better. The last three come from
 #: development tasks (docs/tasks.md): with n_inflate of 3 or 100, or beta of 0.01, a task's 73,728 weights lie as far
 #: from phi as draws of the prior do, and predict no better than phi.
-DEFAULTS = UnseenSettings(
+DEFAULTS = ComparisonSettings(
     warm_up=123,
     visits=82,
     steps=16,

@@ -47,7 +47,7 @@ def run(num_tasks: int, iterations: int, step_size: float, seeds: int) -> list[d
     return records
 
 
-def draw_figure(records: list[dict[str, float]], path: Path) -> None:
+def plot_figure(records: list[dict[str, float]], path: Path) -> None:
     """KL against visits: the median over seeds, and every seed in pale."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -90,7 +90,7 @@ def main() -> None:
         print(f"N = {tasks:5d}: KL after {options.iterations} visits, median of {len(last)} seeds: {median:.5f}")
         records += mine
     (options.out / "linear_gaussian.json").write_text(json.dumps(records, indent=1))
-    draw_figure(records, options.out / "linear_gaussian.png")
+    plot_figure(records, options.out / "linear_gaussian.png")
     print(f"written: {options.out / 'linear_gaussian.json'}, {options.out / 'linear_gaussian.png'}")
 
 

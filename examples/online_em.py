@@ -101,7 +101,7 @@ def table(records: list[dict[str, Any]], n: int) -> str:
     return f"{format_table(['method', 'median KL', 'worst', 'best'], rows)}\nparameters / (2 n) = {limit:.4f}"
 
 
-def draw_figure(records: list[dict[str, Any]], n: int, path: Path) -> None:
+def plot_figure(records: list[dict[str, Any]], n: int, path: Path) -> None:
     """Left: the samples of one seed and the components found. Right: its learning curve."""
     seed = min(r["seed"] for r in records)
     x = sample(n, seed)
@@ -146,7 +146,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     flat = [{k: v for k, v in r.items() if k not in ("mixture", "curve")} for r in records]
     (options.out / "online_em.json").write_text(json.dumps(flat, indent=1))
-    draw_figure(records, options.samples, options.out / "online_em.png")
+    plot_figure(records, options.samples, options.out / "online_em.png")
     print(f"written: {options.out / 'online_em.json'}, {options.out / 'online_em.png'}")
 
 

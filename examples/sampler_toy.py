@@ -50,7 +50,7 @@ def run(update: Update, num_tasks: int, gradients: int, seeds: int) -> list[dict
     ]
 
 
-def draw_figure(records: list[dict[str, Any]], path: Path) -> None:
+def plot_figure(records: list[dict[str, Any]], path: Path) -> None:
     """One panel for each N."""
     sizes = sorted({r["tasks"] for r in records})
     figure, axes = new_figure(1, len(sizes), width=1.0 + 3.2 * len(sizes), height=4.2, sharey=True, squeeze=False)
@@ -88,7 +88,7 @@ def main() -> None:
             print(f"N = {N:5d}  {name:<34} KL {mine[-1]['kl']:.4g} after {mine[-1]['gradients']:,} task gradients")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "sampler_toy.json").write_text(json.dumps(records, indent=1))
-    draw_figure(records, options.out / "sampler_toy.png")
+    plot_figure(records, options.out / "sampler_toy.png")
     print(f"written: {options.out / 'sampler_toy.json'}, {options.out / 'sampler_toy.png'}")
 
 

@@ -14,13 +14,14 @@ import random
 import tempfile
 from pathlib import Path
 
-from pyro_lift.bench.unseen import UnseenSettings, benchmark_of, parser, run, settings_of
+from pyro_lift.bench.comparison import ComparisonSettings, benchmark_of, run
+from pyro_lift.bench.example_arguments import parser, settings_of
 from pyro_lift.data import load_tasks
 
 OWN = Path(__file__).resolve().parent.parent / "backbones" / "bart-novels"
 MEASURES = {"perplexity": "perplexity", "nll": "NLL a token", "accuracy": "token accuracy", "ece": "ECE"}
 #: A few minutes of one slow core with the BART of 6.3 M parameters; more is better.
-DEFAULTS = UnseenSettings(warm_up=122, visits=61, steps=12, draws=3, dev_tasks=2, rates=(1e-3, 4e-3), test_rows=24)
+DEFAULTS = ComparisonSettings(warm_up=122, visits=61, steps=12, draws=3, dev_tasks=2, rates=(1e-3, 4e-3), test_rows=24)
 
 
 def make_up(path: Path) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pyro_lift.bench.unseen import UnseenSettings, benchmark_of, hold_out, parser, run, settings_of
+from pyro_lift.bench.comparison import ComparisonSettings, benchmark_of, hold_out, run
+from pyro_lift.bench.example_arguments import parser, settings_of
 from pyro_lift.data import load_tasks
 from pyro_lift.data.vtab import VTAB
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
@@ -24,7 +25,7 @@ OWN = Path(__file__).resolve().parent.parent / "backbones" / "vit-patches"
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
 SMOKE = ("svhn", "patch_camelyon", "eurosat", "dsprites_loc", "smallnorb_ele")
 #: A few minutes of one slow core with the ViT of 2.3 M parameters; more is better.
-DEFAULTS = UnseenSettings(
+DEFAULTS = ComparisonSettings(
     warm_up=400,
     visits=60,
     steps=120,

@@ -97,7 +97,7 @@ def sampler(out: Out = Path("bench"), smoke: Smoke = False, device: Device = "cp
 
     records = benchmark.run(smoke=smoke, device=device)
     write_records(records, out / "sampler.json")
-    benchmark.draw(records, out / "sampler.png")
+    benchmark.plot(records, out / "sampler.png")
     print(f"\n{benchmark.table(records)}\n\nwritten: {out / 'sampler.json'}, {out / 'sampler.png'}")
 
 
@@ -115,11 +115,17 @@ def speed(
     largest: Annotated[str | None, typer.Option(help="of the part large: t5-xl or t5-large")] = None,
 ) -> None:
     """What a step costs beside a plain PEFT step, what each part of it costs, and how it grows."""
+    from dataclasses import replace
+
     from pyro_lift.bench import speed as benchmark
 
     chosen = {"backbones": backbone, "ranks": rank, "parts": part}
     given: dict[str, Any] = {name: tuple(value) for name, value in chosen.items() if value}
-    benchmark.run(out, smoke=smoke, device=device, repeats=repeats, largest=largest, **given)
+    if smoke:
+        given = {"parts": given["parts"]} if part else {}
+        benchmark.run(out, replace(benchmark.SpeedSettings.smoke(device), **given))
+    else:
+        benchmark.run(out, benchmark.SpeedSettings(device=device, repeats=repeats, largest=largest, **given))
 
 
 @bench.command("methods")
@@ -139,11 +145,19 @@ def bench_methods(
     device: Device = "cpu",
 ) -> None:
     """Every method of the paper's tables on the same tasks: scores, seconds, memory."""
-    from pyro_lift.bench import methods as bench_of_methods
+    from dataclasses import replace
 
-    bench_of_methods.command(
-        out, family, tasks, split, root, backbone, kind, methods, seeds, workers, choose, smoke, device
-    )
+    from pyro_lift.bench import methods as bench_of_methods
+    from pyro_lift.bench.experiments import DIGITS, MethodsSettings, on_tasks
+    from pyro_lift.support.options import check_choice
+
+    check_choice("family", family, ["digits"])
+    experiment = DIGITS if tasks is None else on_tasks(tasks, split, root, backbone, kind)
+    sizes: dict[str, Any] = {
+        name: value for name, value in (("seeds", seeds), ("workers", workers)) if value is not None
+    }
+    settings = replace(MethodsSettings.smoke(device) if smoke else MethodsSettings(device=device), **sizes)
+    bench_of_methods.command(out, experiment, settings, methods, choose=choose)
 
 
 @bench.command()
@@ -162,7 +176,7 @@ def store(
     chosen = tuple(tasks) if tasks else benchmark.TASKS
     records = benchmark.run(tasks=chosen, rounds=rounds, smoke=smoke, device=device, folder=folder)
     write_records(records, out / "store.json")
-    benchmark.draw(records, out / "store.png")
+    benchmark.plot(records, out / "store.png")
     print(f"\n{benchmark.table(records)}\n\nwritten: {out / 'store.json'}, {out / 'store.png'}")
 
 

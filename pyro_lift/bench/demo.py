@@ -20,11 +20,8 @@ ones, ECE (``--tune`` does it again).
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -35,7 +32,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_lift.bench import report
+from pyro_lift.bench.records import Record, format_table, write_records
+from pyro_lift.bench.sweep import Cell, map_cells
+from pyro_lift.bench.tuner import Choice, choose
 from pyro_lift.data.digits import DigitFamily, digit_backbone, digit_family
+from pyro_lift.diagnostics import from_mcmc
 from pyro_lift.inference.baselines.protocol import Baseline, Budget, adapt_all
 from pyro_lift.inference.baselines.union_train import UnionTrain, UnionTrainState, union_train
 from pyro_lift.lift import LiFT
@@ -49,7 +51,7 @@ from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_number
 
-__all__ = ["CHOSEN", "GRIDS", "Cell", "Choice", "DemoSettings", "demo_adapter", "run", "run_cell", "tune"]
+__all__ = ["CHOSEN", "GRIDS", "DemoSettings", "FamilyRun", "demo_adapter", "run", "run_family", "tune"]
 
 Group = Literal["no-meta-train", "union-train", "lift"]
 COMPONENTS = (1, 3)
@@ -64,38 +66,28 @@ BLOCK = 6
 TIE = 0.01
 
 
-class Choice(NamedTuple):
-    """The settings of a method that were tuned; a method ignores those it has no use for.
-
-    Attributes:
-        learning_rate: of adaptation, and of LiFT's chain.
-        tail_rate: of the joint training that follows the one both meta-learners share.
-        beta: standard deviation of a task's weights around phi.
-        n_inflate: power on the likelihood.
-    """
-
-    learning_rate: float = 3e-3
-    tail_rate: float = 2e-3
-    beta: float = 0.03
-    n_inflate: float = 1.0
+def _lift_choice(rate: float, beta: float, power: float) -> Choice:
+    return Choice(rate, LIFT_TAIL_RATE, lift={"beta": beta, "n_inflate": power})
 
 
-#: Twelve settings each.
+#: Rate of the joint training that LiFT goes on with before its chain; that of Union Train is tuned.
+LIFT_TAIL_RATE = 2e-3
+#: Twelve settings each: the rate of adaptation, then that of the joint training after the one that is shared; LiFT's
+#: rate is that of its chain too.
 GRIDS: dict[Group, list[Choice]] = {
     "no-meta-train": [
         Choice(rate) for rate in (5e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 4e-2, 8e-2)
     ],
     "union-train": [Choice(rate, tail) for rate, tail in product((1e-4, 2.5e-4, 5e-4, 1e-3), (1e-3, 5e-4, 2.5e-4))],
     "lift": [
-        Choice(rate, beta=beta, n_inflate=power)
-        for rate, beta, power in product((2e-3, 4e-3, 8e-3), (0.03, 0.05), (5.0, 10.0))
+        _lift_choice(rate, beta, power) for rate, beta, power in product((2e-3, 4e-3, 8e-3), (0.03, 0.05), (5.0, 10.0))
     ],
 }
 #: What ``pyro-lift demo --tune`` chose.
 CHOSEN: dict[Group, Choice] = {
     "no-meta-train": Choice(1.6e-2),
     "union-train": Choice(5e-4, 2.5e-4),
-    "lift": Choice(4e-3, beta=0.05, n_inflate=10.0),
+    "lift": _lift_choice(4e-3, 0.05, 10.0),
 }
 
 
@@ -129,7 +121,7 @@ class DemoSettings:
         return cls(2, 12, visits=24, steps=8, draws=2, num_train=3, num_test=2, workers=1, device=device)
 
 
-class Cell(NamedTuple):
+class FamilyRun(NamedTuple):
     """Methods on one family, which share its joint training: the unit that is run, in any order and process.
 
     Attributes:
@@ -143,11 +135,11 @@ class Cell(NamedTuple):
     keep: Path | None = None
 
 
-# ------------------------------------------------------------------------------------------------ one cell
+# ------------------------------------------------------------------------------------------------ one family
 
 
 def demo_adapter(settings: DemoSettings, seed: int) -> RandomAdapter:
-    """The shipped ViT with LoRA on its attention; the initial adapter is a function of the seed."""
+    """Make the shipped ViT with LoRA on its attention; the initial adapter is a function of the seed."""
     import peft
 
     torch.manual_seed(seed)
@@ -156,56 +148,56 @@ def demo_adapter(settings: DemoSettings, seed: int) -> RandomAdapter:
 
 
 def family_of(settings: DemoSettings, seed: int) -> DigitFamily:
-    """The tasks of one seed."""
+    """Make the tasks of one seed."""
     sizes = {name: getattr(settings, name) for name in ("num_train", "num_dev", "num_test", "train_rows", "adapt_rows")}
     return digit_family(seed, **sizes)
 
 
-def run_cell(settings: DemoSettings, cell: Cell, on_step: Callable[[int], None]) -> list[list[Judged]]:
+def run_family(settings: DemoSettings, run: FamilyRun, on_step: Callable[[int], Any]) -> list[list[Judged]]:
     """Meta-train each method on one family and adapt it to each of the unseen tasks; a list for each choice."""
-    family = family_of(settings, cell.seed)
-    tasks = family.dev if cell.part == "dev" else family.test
-    adapter = demo_adapter(settings, cell.seed)
+    family = family_of(settings, run.seed)
+    tasks = family.dev if run.part == "dev" else family.test
+    adapter = demo_adapter(settings, run.seed)
     jointly = partial(
         union_train,
         adapter,
         family.train,
         batch_size=settings.batch_size,
-        seed=cell.seed,
+        seed=run.seed,
         on_step=partial(on_step, 1),
     )
-    joint = jointly(steps=settings.warm_up, learning_rate=settings.warm_up_rate) if _meta_trains(cell) else None
-    found: list[list[Judged]] = []
-    for group, choice in cell.choices:
-        method = method_of(settings, group, choice, cell.seed, adapter, joint)
+    joint = jointly(steps=settings.warm_up, learning_rate=settings.warm_up_rate) if _meta_trains(run) else None
+    results: list[list[Judged]] = []
+    for group, choice in run.choices:
+        method = method_of(settings, group, choice, run.seed, adapter, joint)
         judged = []
-        for name, state in _trained(method, family.train, cell, jointly, on_step):
+        for name, state in _trained(method, family.train, run, jointly, on_step):
             for task, posterior in zip(tasks, adapt_all(method, state, tasks, block_size=BLOCK), strict=True):
                 assert task.test is not None
                 probabilities = posterior.predict(task.test).cpu()
-                judged.append(Judged(name, cell.seed, task.name, probabilities, task.test.target.cpu()))
+                judged.append(Judged(name, run.seed, task.name, probabilities, task.test.target.cpu()))
                 on_step(settings.steps)
-        found.append(judged)
-    return found
+        results.append(judged)
+    return results
 
 
-def _meta_trains(cell: Cell) -> bool:
-    return any(group != "no-meta-train" for group, _ in cell.choices)
+def _meta_trains(run: FamilyRun) -> bool:
+    return any(group != "no-meta-train" for group, _ in run.choices)
 
 
 def method_of(
     settings: DemoSettings, group: Group, choice: Choice, seed: int, adapter: RandomAdapter, joint: Tensor | None
 ) -> Baseline:
-    """A method from the registry of all, with the settings that were chosen for it, after the joint training."""
+    """Set up a method of the registry with the settings that were chosen for it, after the joint training."""
     lift = group == "lift"
-    own = settings.visits // 2 if lift else 0
+    warm_up = settings.visits // 2 if lift else 0
     budget = Budget(
-        warm_up=own,
-        visits=settings.visits - own,
+        warm_up=warm_up,
+        visits=settings.visits - warm_up,
         warm_start=joint,
-        warm_up_learning_rate=choice.tail_rate,
+        warm_up_learning_rate=choice.meta_learning_rate,
         # LiFT's chain moves at the rate it adapts at.
-        meta_learning_rate=choice.learning_rate if lift else choice.tail_rate,
+        meta_learning_rate=choice.learning_rate if lift else choice.meta_learning_rate,
         steps=settings.steps,
         learning_rate=choice.learning_rate,
         batch_size=settings.batch_size,
@@ -213,18 +205,18 @@ def method_of(
         seed=seed,
     )
     if lift:
-        return LiFTMethod(adapter, budget, LiFTSettings(beta=choice.beta, n_inflate=choice.n_inflate))
+        return LiFTMethod(adapter, budget, LiFTSettings(**choice.lift))
     return BASELINES[group](adapter, budget)
 
 
 def _trained(
     method: Baseline,
     tasks: Sequence[Task],
-    cell: Cell,
+    run: FamilyRun,
     jointly: Callable[..., Tensor],
-    on_step: Callable[[int], None],
+    on_step: Callable[[int], Any],
 ) -> Iterator[tuple[str, Any]]:
-    """The method's state by name; LiFT's mixtures with one and with three components come from one chain."""
+    """Yield the method's state by name; LiFT's mixtures with one and with three components come from one chain."""
     budget = method.budget
     if isinstance(method, UnionTrain):
         theta = jointly(steps=budget.visits, learning_rate=budget.meta_learning_rate, start=budget.warm_start)
@@ -233,152 +225,102 @@ def _trained(
     if not isinstance(method, LiFTMethod):
         yield "No Meta Train", method.meta_train(tasks)
         return
-    lift = LiFT(method.adapter, settings=method.chain_settings(), adapt=method.adapt_settings(), seed=cell.seed)
-    components = COMPONENTS if cell.part == "test" else COMPONENTS[:1]
+    lift = LiFT(method.adapter, settings=method.chain_settings(), adapt=method.adapt_settings(), seed=run.seed)
+    components = COMPONENTS if run.part == "test" else COMPONENTS[:1]
     priors = lift.meta_train_many(
         tasks, components, progress=False, start=budget.warm_start, on_step=partial(on_step, 1)
     )
-    if cell.keep is not None:
-        _keep(priors, cell.keep)
+    if run.keep is not None:
+        _keep(priors, run.keep)
     for k, prior in zip(components, priors, strict=True):
         yield f"LiFT K={k}", LiFTState(prior, budget.warm_up + budget.visits)
 
 
 def _keep(priors: Sequence[LiFTPrior], folder: Path) -> None:
-    """The chain as ArviZ's netCDF, and the prior with the most components."""
-    from pyro_lift.bench import report
-    from pyro_lift.diagnostics import from_mcmc
-
+    """Write the chain as ArviZ's netCDF, and the prior with the most components."""
     priors[-1].save_pretrained(folder / "prior")
     data = from_mcmc(priors[-1].mcmc)
     data.to_netcdf(str(folder / "chain.nc"), engine="h5netcdf")
-    report.draw_traces(data, folder / "traces.png")
-    report.draw_mixture(priors[-1].mixture.report(), folder / "mixture.png")
+    report.plot_traces(data, folder / "traces.png")
+    report.plot_mixture(priors[-1].mixture.report(), folder / "mixture.png")
 
 
-# ------------------------------------------------------------------------------------------------ all cells
-
-_counter: Any = None
+# ------------------------------------------------------------------------------------------------ all families
 
 
-def _start_worker(counter: Any) -> None:
-    global _counter
-    _counter = counter
-    torch.set_num_threads(1)
-
-
-def _work(settings: DemoSettings, cell: Cell) -> list[list[Judged]]:
-    return run_cell(settings, cell, _count)
-
-
-def _count(steps: int) -> None:
-    with _counter.get_lock():
-        _counter.value += steps
-
-
-def steps_of(settings: DemoSettings, cell: Cell) -> int:
-    """Gradients that a cell takes, for the progress bar."""
-    tasks = settings.num_dev if cell.part == "dev" else settings.num_test
-    total = settings.warm_up if _meta_trains(cell) else 0
-    for group, _ in cell.choices:
-        chains = len(COMPONENTS) if group == "lift" and cell.part == "test" else 1
+def steps_of(settings: DemoSettings, run: FamilyRun) -> int:
+    """Count the gradients that a run takes, for the progress bar."""
+    tasks = settings.num_dev if run.part == "dev" else settings.num_test
+    total = settings.warm_up if _meta_trains(run) else 0
+    for group, _ in run.choices:
+        chains = len(COMPONENTS) if group == "lift" and run.part == "test" else 1
         total += chains * tasks * settings.steps + (0 if group == "no-meta-train" else settings.visits)
     return total
 
 
-def run_cells(
-    settings: DemoSettings, cells: Sequence[Cell], *, description: str, progress: bool = True
+def run_families(
+    settings: DemoSettings, runs: Sequence[FamilyRun], *, description: str, progress: bool = True
 ) -> list[list[list[Judged]]]:
-    """The cells' results in the cells' order, from ``settings.workers`` processes, with one bar for all of them."""
-    total = sum(steps_of(settings, cell) for cell in cells)
+    """Do the runs in ``settings.workers`` processes, with one bar for all; results are in the runs' order."""
+    total = sum(steps_of(settings, run) for run in runs)
     hidden = not progress or "CI" in os.environ
+    cells = [Cell(f"run-{number}", {"settings": settings, "run": run}) for number, run in enumerate(runs)]
     with tqdm(total=total, desc=description, unit="step", disable=hidden, dynamic_ncols=True) as bar:
-        if settings.workers == 1:
-            return [run_cell(settings, cell, bar.update) for cell in cells]
-        context = multiprocessing.get_context("spawn")
-        counter = context.Value("q", 0)
-        with _pool(settings.workers, context, counter) as pool:
-            futures = [pool.submit(_work, settings, cell) for cell in cells]
-            _watch(futures, counter, bar)
-            return [future.result() for future in futures]
+        return list(map_cells(run_family, cells, workers=settings.workers, on_step=bar.update))
 
 
-@contextmanager
-def _pool(workers: int, context: Any, counter: Any) -> Iterator[ProcessPoolExecutor]:
-    """A pool that drops what has not begun when something goes wrong, Ctrl-C included."""
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counter,))
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
-def _watch(futures: Sequence[Future[Any]], counter: Any, bar: Any) -> None:
-    left = set(futures)
-    while left:
-        done, left = wait(left, timeout=0.25, return_when=FIRST_COMPLETED)
-        for future in done:
-            future.result()
-        bar.update(counter.value - bar.n)
-
-
-def run(settings: DemoSettings, out: Path, *, progress: bool = True) -> list[dict[str, Any]]:
-    """The demo: all methods on all seeds; records, table and pictures in ``out``.
+def run(settings: DemoSettings, out: Path, *, progress: bool = True) -> list[Record]:
+    """Run the demo: all methods on all seeds; writes records, table and pictures in ``out``.
 
     Returns:
         One record per method, seed and task.
     """
-    from pyro_lift.bench import report
-    from pyro_lift.bench.records import write_records
-
     out.mkdir(parents=True, exist_ok=True)
     meta: tuple[tuple[Group, Choice], ...] = tuple((group, CHOSEN[group]) for group in ("union-train", "lift"))
     # The longest first.
-    cells = [Cell(seed, meta, keep=None if seed else out) for seed in range(settings.seeds)]
-    cells += [Cell(seed, (("no-meta-train", CHOSEN["no-meta-train"]),)) for seed in range(settings.seeds)]
-    results = run_cells(settings, cells, description="demo", progress=progress)
-    found = [judged for cell in results for choice in cell for judged in choice]
-    found.sort(key=lambda one: (METHODS.index(one.method), one.seed, one.task))
-    records = [one.record() for one in found]
+    runs = [FamilyRun(seed, meta, keep=None if seed else out) for seed in range(settings.seeds)]
+    runs += [FamilyRun(seed, (("no-meta-train", CHOSEN["no-meta-train"]),)) for seed in range(settings.seeds)]
+    results = run_families(settings, runs, description="demo", progress=progress)
+    predictions = [judged for of_run in results for of_choice in of_run for judged in of_choice]
+    predictions.sort(key=lambda judged: (METHODS.index(judged.method), judged.seed, judged.task))
+    records = [judged.record() for judged in predictions]
     write_records(records, out / "results.json")
-    report.draw_tasks(family_of(settings, 0), out / "tasks.png")
-    report.draw_reliability(found, METHODS, out / "reliability.png")
-    report.draw_scores(records, METHODS, out / "scores.png")
+    report.plot_tasks(family_of(settings, 0), out / "tasks.png")
+    report.plot_reliability(predictions, METHODS, out / "reliability.png")
+    report.plot_scores(records, METHODS, out / "scores.png")
     print(report.comparison(records, METHODS, LIFT))
     return records
 
 
 def tune(settings: DemoSettings, *, progress: bool = True) -> dict[Group, Choice]:
-    """For each method the setting of its grid with the lowest mean NLL on the development tasks.
+    """Choose each method's setting from its grid, by mean NLL on the development tasks of other families.
 
-    Among those within :data:`TIE` of it, which so few tasks cannot tell apart, the one with the lowest ECE.
+    Among those within :data:`TIE` of the lowest the one with the lowest ECE is taken.
     """
-    from pyro_lift.bench.records import format_table
-
-    cells = [
-        Cell(seed, tuple((group, choice) for choice in grid), "dev")
+    runs = {
+        (group, seed): FamilyRun(seed, tuple((group, choice) for choice in grid), "dev")
         for group, grid in GRIDS.items()
         for seed in TUNING_SEEDS
-    ]
-    results = run_cells(replace(settings, num_test=1), cells, description="tune", progress=progress)
-    scores: dict[tuple[Group, Choice], list[dict[str, Any]]] = {}
-    for cell, found in zip(cells, results, strict=True):
-        for key, judged in zip(cell.choices, found, strict=True):
-            scores.setdefault(key, []).extend(one.record() for one in judged)
-
-    def mean(key: tuple[Group, Choice], name: str) -> float:
-        return sum(float(record[name]) for record in scores[key]) / len(scores[key])
-
-    rows = [
-        [group, *(f"{v:g}" for v in choice), *(f"{mean((group, choice), n):.4f}" for n in MEASURES)]
-        for group, choice in sorted(scores, key=lambda key: (key[0], mean(key, "nll")))
-    ]
-    print(format_table(["method", *Choice._fields, *MEASURES], rows))
+    }
+    results = run_families(replace(settings, num_test=1), list(runs.values()), description="tune", progress=progress)
+    by_run = dict(zip(runs, results, strict=True))
     chosen: dict[Group, Choice] = {}
+    rows: list[list[str]] = []
     for group, grid in GRIDS.items():
-        best = min(mean((group, choice), "nll") for choice in grid)
-        close = [choice for choice in grid if mean((group, choice), "nll") <= best + TIE]
-        chosen[group] = min(close, key=lambda choice, g=group: mean((g, choice), "ece"))  # type: ignore[misc]
+        scores = [
+            [judged.record() for seed in TUNING_SEEDS for judged in by_run[group, seed][number]]
+            for number in range(len(grid))
+        ]
+        tuned = choose(grid, scores, tie=TIE)
+        chosen[group] = tuned.best
+        for number in sorted(range(len(grid)), key=tuned.losses.__getitem__):
+            means = (sum(record[name] for record in scores[number]) / len(scores[number]) for name in MEASURES)
+            rows.append([group, *_shown(grid[number]), *(f"{mean:.4f}" for mean in means)])
+    print(format_table(["method", "learning_rate", "meta_learning_rate", "beta", "n_inflate", *MEASURES], rows))
     return chosen
+
+
+def _shown(choice: Choice) -> tuple[str, ...]:
+    """Format the four numbers that are tuned here; a dash where a method has none."""
+    lift = (f"{choice.lift[name]:g}" if name in choice.lift else "-" for name in ("beta", "n_inflate"))
+    return (f"{choice.learning_rate:g}", f"{choice.meta_learning_rate:g}", *lift)

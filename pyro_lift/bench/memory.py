@@ -1,4 +1,4 @@
-"""Peak memory of a call, on either device: tensors alive at once beyond those that were there before."""
+"""Memory of a call and of the process: peaks on either device, and what the process holds now."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["high_water_mark", "peak_bytes", "reset_high_water_mark"]
+__all__ = ["high_water_mark", "peak_bytes", "reset_high_water_mark", "resident_bytes"]
 
 
 class _Watch(TorchDispatchMode):
@@ -48,7 +48,7 @@ class _Watch(TorchDispatchMode):
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
-    """Bytes of tensors that a call had alive at its peak, beyond what was alive before it."""
+    """Return the bytes of tensors that a call had alive at its peak, beyond those alive before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -69,11 +69,21 @@ def reset_high_water_mark() -> None:
 
 
 def high_water_mark(device: str) -> int | None:
-    """Peak memory since :func:`reset_peak`: of the device, or of the process; None where it is not told."""
+    """Return the peak since :func:`reset_high_water_mark`, of device or process; None where it is not told."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status")
-    if not (os.path.exists(status) and os.access("/proc/self/clear_refs", os.W_OK)):
+    return _status("VmHWM") if os.access("/proc/self/clear_refs", os.W_OK) else None
+
+
+def resident_bytes() -> int | None:
+    """Return the bytes that this process has in memory now; None where it is not told."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int | None:
+    """Read an entry of Linux's ``/proc/self/status``, in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
         return None
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-    return int(lines["VmHWM"].split()[0]) * 1024
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

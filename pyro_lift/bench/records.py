@@ -1,4 +1,4 @@
-"""Records: what every benchmark and the demo write, a JSON list of flat dictionaries."""
+"""Records, the flat dictionaries that every benchmark and the demo write as a JSON list, and tables of text."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["format_table", "write_records"]
+__all__ = ["Record", "format_table", "write_records"]
 
-Record = Mapping[str, Any]
+Record = dict[str, Any]
 
 
-def write_records(records: Sequence[Record], path: Path) -> None:
-    """A JSON list, one record a line, so that two files can be compared by eye and by ``diff``."""
+def write_records(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a JSON list, one record a line, so that two files can be compared by eye and by ``diff``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(dict(record)) for record in records)
     path.write_text(f"[\n{lines}\n]\n")
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns as wide as they need to be, the first flush left and the others flush right.
+    """Format columns as wide as they need to be, the first flush left and the others flush right.
 
     Example:
         >>> print(format_table(["method", "nll"], [["LiFT", "0.41"], ["Union Train", "0.52"]]))

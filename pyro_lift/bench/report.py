@@ -1,4 +1,4 @@
-"""What a comparison of methods shows: one table, and the pictures beside it."""
+"""The table of a comparison of methods, and the figures beside it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 __all__ = [
     "by_task",
     "comparison",
-    "draw_by_task",
-    "draw_mixture",
-    "draw_reliability",
-    "draw_scores",
-    "draw_tasks",
-    "draw_traces",
+    "plot_by_task",
+    "plot_mixture",
+    "plot_reliability",
+    "plot_scores",
+    "plot_tasks",
+    "plot_traces",
 ]
 
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
@@ -35,7 +35,7 @@ MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
 def comparison(
     records: Sequence[Record], methods: Sequence[str], reference: str, measures: Mapping[str, str] = MEASURES
 ) -> str:
-    """Each method's mean ± standard deviation over seeds, and the paired p-values of its gap to ``reference``.
+    """Format each method's mean ± standard deviation over seeds, and the paired p-values of its gap to ``reference``.
 
     The standard deviation is that of the seeds' means over tasks; the test is Student's, paired over seeds and tasks.
 
@@ -55,9 +55,9 @@ def comparison(
             spread = f" ± {np.std(by_seed, ddof=1):.3f}" if len(by_seed) > 1 else ""
             cells.append(f"{np.mean(by_seed):.3f}{spread}")
         for key in measures:
-            mine = _paired(records, method, key)
-            alone = method == reference or len(mine) < 2
-            cells.append("" if alone else f"{paired_test(mine, base[key]).p_value:.1e}")
+            values = _paired(records, method, key)
+            alone = method == reference or len(values) < 2
+            cells.append("" if alone else f"{paired_test(values, base[key]).p_value:.1e}")
         rows.append([method, *cells])
     seeds, tasks = {r["seed"] for r in records}, {r["task"] for r in records}
     spread = "mean ± sd over seeds" if len(seeds) > 1 else "means over tasks"
@@ -67,18 +67,19 @@ def comparison(
 
 
 def _paired(records: Sequence[Record], method: str, key: str) -> list[float]:
-    """A method's values in one order for all methods."""
-    mine = {(r["seed"], r["task"]): float(r[key]) for r in records if r["method"] == method}
-    return [mine[pair] for pair in sorted(mine)]
+    """Return a method's values in one order for all methods."""
+    values = {(r["seed"], r["task"]): float(r[key]) for r in records if r["method"] == method}
+    return [values[pair] for pair in sorted(values)]
 
 
 def _seed_means(records: Sequence[Record], method: str, key: str) -> list[float]:
-    mine = [r for r in records if r["method"] == method]
-    return [float(np.mean([r[key] for r in mine if r["seed"] == seed])) for seed in sorted({r["seed"] for r in mine})]
+    of_method = [r for r in records if r["method"] == method]
+    seeds = sorted({r["seed"] for r in of_method})
+    return [float(np.mean([r[key] for r in of_method if r["seed"] == seed])) for seed in seeds]
 
 
 def by_task(records: Sequence[Record], methods: Sequence[str], key: str, digits: int = 3) -> str:
-    """One measure, a row a task and a column a method, means over seeds."""
+    """Format one measure, a row a task and a column a method, means over seeds."""
     tasks = list(dict.fromkeys(str(r["task"]) for r in records))
     rows = [[task, *(f"{_task_mean(records, m, task, key):.{digits}f}" for m in methods)] for task in tasks]
     return format_table([key, *methods], rows)
@@ -88,10 +89,10 @@ def _task_mean(records: Sequence[Record], method: str, task: str, key: str) -> f
     return float(np.mean([r[key] for r in records if r["method"] == method and r["task"] == task]))
 
 
-def draw_by_task(
+def plot_by_task(
     records: Sequence[Record], methods: Sequence[str], path: Path, measures: Mapping[str, str] = MEASURES
 ) -> None:
-    """Each measure, a row a task and the mean of all below: a dot a method, means over seeds."""
+    """Plot each measure, a row a task and the mean of all below: a dot a method, means over seeds."""
     tasks = list(dict.fromkeys(str(r["task"]) for r in records))
     figure, axes = new_figure(
         1, len(measures), width=2.2 + 2.6 * len(measures), height=1.5 + 0.26 * len(tasks), sharey=True
@@ -113,8 +114,8 @@ def draw_by_task(
     save_figure(figure, path)
 
 
-def draw_scores(records: Sequence[Record], methods: Sequence[str], path: Path) -> None:
-    """Each measure by method: a dot a seed, a bar at the mean."""
+def plot_scores(records: Sequence[Record], methods: Sequence[str], path: Path) -> None:
+    """Plot each measure by method: a dot a seed, a bar at the mean."""
     figure, axes = new_figure(1, len(MEASURES), width=9.0, height=2.8, sharey=True)
     for ax, (key, name) in zip(axes, MEASURES.items(), strict=True):
         for row, method in enumerate(methods):
@@ -128,12 +129,12 @@ def draw_scores(records: Sequence[Record], methods: Sequence[str], path: Path) -
     save_figure(figure, path)
 
 
-def draw_reliability(found: Sequence[Judged], methods: Sequence[str], path: Path) -> None:
-    """Share of right answers against confidence; all tasks and seeds of a method together."""
+def plot_reliability(predictions: Sequence[Judged], methods: Sequence[str], path: Path) -> None:
+    """Plot the share of right answers against confidence; all tasks and seeds of a method together."""
     figure, axes = new_figure(1, len(methods), width=2.7 * len(methods), height=3.6, sharey=True)
     for k, (ax, method) in enumerate(zip(axes, methods, strict=True)):
-        mine = [one for one in found if one.method == method]
-        p, y = torch.cat([one.probabilities for one in mine]), torch.cat([one.target for one in mine])
+        of_method = [judged for judged in predictions if judged.method == method]
+        p, y = (torch.cat([getattr(judged, name) for judged in of_method]) for name in ("probabilities", "target"))
         cases, confidence, right = reliability(p, y, bins=10)
         filled = cases > 0
         ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--")
@@ -146,8 +147,8 @@ def draw_reliability(found: Sequence[Judged], methods: Sequence[str], path: Path
     save_figure(figure, path)
 
 
-def draw_tasks(family: DigitFamily, path: Path, tasks: int = 6, images: int = 10) -> None:
-    """The first labelled images of some tasks, a row each."""
+def plot_tasks(family: DigitFamily, path: Path, tasks: int = 6, images: int = 10) -> None:
+    """Show the first labelled images of some tasks, a row each."""
     shown = [*family.train[: tasks // 2], *family.test[: tasks - tasks // 2]]
     figure, axes = new_figure(len(shown), images, width=8.0, height=0.95 * len(shown))
     for row, task in zip(axes, shown, strict=True):
@@ -161,8 +162,8 @@ def draw_tasks(family: DigitFamily, path: Path, tasks: int = 6, images: int = 10
     save_figure(figure, path)
 
 
-def draw_mixture(report: Mapping[str, Any], path: Path) -> None:
-    """The components' shares of the draws, and how far apart they stand."""
+def plot_mixture(report: Mapping[str, Any], path: Path) -> None:
+    """Plot the components' shares of the draws, and the distances between them."""
     figure, (left, right) = new_figure(1, 2, width=7.2, height=3.2)
     counts, separation = np.array(report["n"]), np.array(report["separation"])
     names = [str(j + 1) for j in range(len(counts))]
@@ -180,8 +181,8 @@ def draw_mixture(report: Mapping[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_traces(data: Any, path: Path, coordinates: int = 3) -> None:
-    """Projections of phi, norms of its modules, and the tasks' log likelihood along the chain."""
+def plot_traces(data: Any, path: Path, coordinates: int = 3) -> None:
+    """Plot projections of phi, norms of its modules, and the tasks' log likelihood along the chain."""
     posterior, stats = data["posterior"], data["sample_stats"]
     projection, norm = posterior["phi_projection"].values[0], posterior["phi_norm"].values[0]
     names = [str(name) for name in posterior["phi_module"].values]

@@ -22,14 +22,14 @@ import pyro
 import torch
 from pyro.infer import MCMC, NUTS
 
-from pyro_lift.bench.records import format_table
+from pyro_lift.bench.records import Record, format_table
 from pyro_lift.bench.toy_chains import Toys, Update, chain, checkpoints, curve, generator_noise, second_half_kl
 from pyro_lift.inference.gibbs.accumulator import langevin_limit
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.sgld_kernel import SGLD
 from pyro_lift.models.linear_gaussian import LinearGaussian
 
-__all__ = ["TARGETS", "Plan", "draw", "run", "table"]
+__all__ = ["TARGETS", "Plan", "plot", "run", "table"]
 
 #: KL divergences (nats) that the table asks for.
 TARGETS = (0.01, 0.001)
@@ -82,38 +82,38 @@ FULL = Plan(
 SMOKE = Plan((5,), {}, other=200, seeds=2, nuts_seconds=20.0, nuts_draws=40, timed=20)
 
 
-def run(*, smoke: bool = False, device: str = "cpu", say: Any = print) -> list[dict[str, Any]]:
-    """Records ``update, tasks, iterations, seconds, kl`` with the step sizes, one per checkpoint of every curve.
+def run(*, smoke: bool = False, device: str = "cpu", log: Any = print) -> list[Record]:
+    """Return records ``update, tasks, iterations, seconds, kl`` with the step sizes, one per checkpoint of every curve.
 
     Args:
         smoke: seconds instead of minutes.
         device: of the chains; NUTS stays on the CPU.
-        say: told of every finished curve.
+        log: told of every finished curve.
     """
     plan = SMOKE if smoke else FULL
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     for N in plan.tasks:
         for update in UPDATES:
-            mine = _chains(plan, update, N, device)
-            records += mine
-            last = mine[-1]
-            say(f"N = {N:5d}  {NAMES[update]:<22} KL {last['kl']:.5f} after {last['iterations']:,} iterations")
-        mine = _nuts(plan, N)
-        records += mine
-        if mine:
-            last = mine[-1]
-            say(f"N = {N:5d}  {'NUTS':<22} KL {last['kl']:.5f} after {last['iterations']:,} iterations")
+            points = _chains(plan, update, N, device)
+            records += points
+            last = points[-1]
+            log(f"N = {N:5d}  {NAMES[update]:<22} KL {last['kl']:.5f} after {last['iterations']:,} iterations")
+        points = _nuts(plan, N)
+        records += points
+        if points:
+            last = points[-1]
+            log(f"N = {N:5d}  {'NUTS':<22} KL {last['kl']:.5f} after {last['iterations']:,} iterations")
     return records
 
 
-def _chains(plan: Plan, update: Update, N: int, device: str) -> list[dict[str, Any]]:
+def _chains(plan: Plan, update: Update, N: int, device: str) -> list[Record]:
     toys = Toys.of([LinearGaussian(N, seed=seed) for seed in range(plan.seeds)], device)
     theta, phi = _steps(toys, update, N)
     noise = generator_noise((len(SHARES), plan.seeds, toys.pull.shape[-1]), seed=N, device=device)
     theta_step, phi_step = (torch.tensor(s, dtype=torch.float64, device=device).view(-1, 1, 1) for s in (theta, phi))
     phis = chain(toys, update, theta_step, phi_step, noise)
-    found = curve(phis, toys, plan.limits.get((update, N), plan.other), stop_at=min(TARGETS))
-    kl, which = found.best
+    averaged = curve(phis, toys, plan.limits.get((update, N), plan.other), stop_at=min(TARGETS))
+    kl, which = averaged.best
     seconds = _seconds_a_visit(update, N, theta[0], phi[0], plan.timed, device)
     return [
         {
@@ -128,13 +128,13 @@ def _chains(plan: Plan, update: Update, N: int, device: str) -> list[dict[str, A
             "seeds": plan.seeds,
             "device": device,
         }
-        for k, n in enumerate(found.visits)
+        for k, n in enumerate(averaged.visits)
         if math.isfinite(float(kl[k]))
     ]
 
 
 def _steps(toys: Toys, update: Update, N: int) -> tuple[list[float], list[float]]:
-    """Candidate steps of theta and of phi."""
+    """Return candidate steps of theta and of phi."""
     theta_limit = 4.0 / toys.curvature
     if update == "gibbs":
         return [share * theta_limit for share in SHARES], [0.0] * len(SHARES)
@@ -187,7 +187,7 @@ class _BudgetSpentError(Exception):
     """NUTS's budget is spent."""
 
 
-def _nuts(plan: Plan, N: int) -> list[dict[str, Any]]:
+def _nuts(plan: Plan, N: int) -> list[Record]:
     """One chain of NUTS on the whole program; its warm-up counts, and its draws' second half is judged."""
     toy = LinearGaussian(N, seed=0, block_size=None)
     posterior = toy.posterior()
@@ -230,32 +230,32 @@ def _nuts(plan: Plan, N: int) -> list[dict[str, Any]]:
 # --------------------------------------------------------------------------------------------- what is shown
 
 
-def reached(records: Iterable[dict[str, Any]], update: str, tasks: int, target: float) -> dict[str, Any] | None:
-    """The first record of a curve at or below a KL; None where it was not reached."""
-    mine = (r for r in records if r["update"] == update and r["tasks"] == tasks and r["kl"] <= target)
-    return min(mine, key=lambda r: int(r["iterations"]), default=None)
+def reached(records: Iterable[Record], update: str, tasks: int, target: float) -> Record | None:
+    """Find the first record of a curve at or below a KL; None where it was not reached."""
+    close = (r for r in records if r["update"] == update and r["tasks"] == tasks and r["kl"] <= target)
+    return min(close, key=lambda r: int(r["iterations"]), default=None)
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Iterations and seconds to each target, for every update and N."""
+def table(records: Sequence[Record]) -> str:
+    """Format iterations and seconds to each target, for every update and N."""
     header = ["N", "update", *(f"{what} to {t:g}" for t in TARGETS for what in ("iterations", "s")), "least KL", "by"]
     rows = []
     for N in sorted({r["tasks"] for r in records}):
         for update, name in NAMES.items():
-            mine = [r for r in records if r["update"] == update and r["tasks"] == N]
-            if not mine:
+            points = [r for r in records if r["update"] == update and r["tasks"] == N]
+            if not points:
                 continue
             cells = []
             for target in TARGETS:
-                hit = reached(mine, update, N, target)
+                hit = reached(points, update, N, target)
                 cells += [f"{hit['iterations']:,}", f"{hit['seconds']:.3g}"] if hit else ["-", "-"]
-            least = min(mine, key=lambda r: float(r["kl"]))
+            least = min(points, key=lambda r: float(r["kl"]))
             rows.append([f"{N}", name, *cells, f"{least['kl']:.5f}", f"{least['iterations']:,}"])
     return format_table(header, rows)
 
 
-def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """KL against iterations and against seconds, one column per N."""
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Plot KL against iterations and against seconds, one column per N."""
     from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
 
     sizes = sorted({r["tasks"] for r in records})

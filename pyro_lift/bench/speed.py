@@ -1,95 +1,130 @@
-"""What a step of LiFT costs beside a plain PEFT step on the same backbone and batch, and what each part of it costs."""
+"""The cost of a step of LiFT beside a plain PEFT step on the same backbone and batch, and the cost of its parts."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from pyro_lift.bench import speed_report
 from pyro_lift.bench.memory import high_water_mark, reset_high_water_mark
-from pyro_lift.bench.records import write_records
+from pyro_lift.bench.records import Record, write_records
 from pyro_lift.bench.shapes import BACKBONES, ROWS
-from pyro_lift.bench.steps import K, Record, TimedLiFT, block_step, maml, mixture_step, plain, sampler_alone
+from pyro_lift.bench.steps import K, TimedLiFT, block_step, maml, mixture_step, plain, sampler_alone
 from pyro_lift.bench.timing import Times, copy_seconds, interleaved, quartiles
 from pyro_lift.inference.mixture.compiled import compiles
 from pyro_lift.models.backbones import adapt_backbone, recipe
-from pyro_lift.support.options import check_choice
+from pyro_lift.support.options import check_choice, check_number
 
-__all__ = ["run"]
-
-
-PARTS = ("steps", "em", "blocks", "curves", "large")
+__all__ = ["SpeedSettings", "run"]
 
 
-def run(
-    out: Path,
-    *,
-    smoke: bool = False,
-    device: str = "cpu",
-    backbones: Sequence[str] = ("bart-base", "vit-b16", "bart-small", "vit-small"),
-    ranks: Sequence[int] = (4, 64),
-    repeats: int = 7,
-    parts: Sequence[str] = PARTS,
-    largest: str | None = None,
-    echo: Callable[[str], None] = print,
-) -> list[Record]:
+Part = Literal["steps", "em", "blocks", "curves", "large"]
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """Sizes of the benchmark, and the parts of it that are measured."""
+
+    backbones: tuple[str, ...] = field(
+        default=("bart-base", "vit-b16", "bart-small", "vit-small"), metadata={"help": "of BACKBONES, for steps"}
+    )
+    ranks: tuple[int, ...] = field(default=(4, 64), metadata={"help": "of the adapters"})
+    repeats: int = field(default=7, metadata={"help": "rounds; each method once a round"})
+    #: steps: methods on a backbone; em: the mixture against the memory's bandwidth; blocks: visits a second against B,
+    #: on small backbones; curves: step time against D, N and K, without a backbone; large: a few steps of a large T5,
+    #: in bfloat16 on a GPU.
+    parts: tuple[Part, ...] = field(default=get_args(Part), metadata={"help": "that are measured"})
+    largest: str | None = field(default=None, metadata={"help": "of large; none: t5-xl on a GPU, t5-large on a CPU"})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
+    block_backbones: tuple[str, ...] = field(default=("bart-small", "vit-small"), metadata={"help": "for blocks"})
+    block_sizes: tuple[int, ...] = field(default=(1, 4, 16, 64), metadata={"help": "tasks of a pass"})
+    mixture_size: int = field(default=10_000_000, metadata={"help": "D of the mixture alone"})
+    short: bool = field(default=False, metadata={"help": "short curves, nothing compiled"})
+
+    def __post_init__(self) -> None:
+        for name in (*self.backbones, *self.block_backbones):
+            check_choice("backbone", name, BACKBONES)
+        for part in self.parts:
+            check_choice("part", part, get_args(Part))
+        if self.largest is not None:
+            check_choice("largest", self.largest, BACKBONES)
+        check_number("repeats", self.repeats, least=1, open_below=False, whole=True)
+
+    @classmethod
+    def smoke(cls, device: str = "cpu") -> SpeedSettings:
+        """Return sizes that take seconds: the tiny backbones at rank 4, two repeats, short vectors."""
+        tiny = ("bart-tiny", "vit-tiny")
+        return cls(tiny, (4,), 2, get_args(Part), "t5-tiny", device, tiny, (1, 2), 200_000, short=True)
+
+
+def run(out: Path, settings: SpeedSettings | None = None, *, log: Callable[[str], None] = print) -> list[Record]:
     """Measure, and write ``speed.json`` and ``speed.png`` in ``out``; of some parts, ``speed-PARTS.json`` and figure.
 
     Args:
         out: folder.
-        smoke: the tiny backbones at rank 4, two repeats, short vectors.
-        device: ``"cpu"`` or ``"cuda"``.
-        backbones: of :data:`BACKBONES`.
-        ranks: of the adapters.
-        repeats: rounds; each method once a round.
-        parts: ``"steps"`` (methods on a backbone), ``"em"`` (mixture against the memory's bandwidth), ``"blocks"``
-            (visits a second against B, on the small backbones), ``"curves"`` (step time against D, N and K, without a
-            backbone), ``"large"`` (a few steps of a large T5, in bfloat16 on a GPU).
-        largest: backbone of the last part; None takes t5-xl on a GPU and t5-large on a CPU.
-        echo: for progress.
+        settings: sizes and parts.
+        log: told of the tables on the way.
     """
-    for name in backbones:
-        check_choice("backbone", name, BACKBONES)
-    for part in parts:
-        check_choice("part", part, PARTS)
-    if largest is not None:
-        check_choice("largest", largest, BACKBONES)
-    if smoke:
-        backbones, ranks, repeats = ("bart-tiny", "vit-tiny"), (4,), 2
-    size = 200_000 if smoke else 10_000_000
-    common = {"device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    s = settings or SpeedSettings()
+    measure = {
+        "steps": _steps,
+        "em": _mixtures,
+        "blocks": _blocks,
+        "curves": _curves,
+        "large": _largest,
+    }
+    common = {"device": _device_name(s.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     records: list[Record] = []
-    if "steps" in parts:
-        for backbone in backbones:
-            for rank in ranks:
-                records += steps(backbone, rank, repeats, device)
-                echo(speed_report.steps_table(records[-6:], f"{backbone}, rank {rank}"))
-                gc.collect()
-    if "em" in parts:
-        records += bandwidth(size, repeats, device, compiled=not smoke)
-        echo(speed_report.em_table(records))
-    if "blocks" in parts:
-        for backbone in ("bart-tiny", "vit-tiny") if smoke else ("bart-small", "vit-small"):
-            records += blocks(backbone, (1, 2) if smoke else (1, 4, 16, 64), repeats, device)
-        echo(speed_report.blocks_table(records))
-    if "curves" in parts:
-        records += curves(smoke, repeats, device)
-        echo(speed_report.curves_table(records))
-    if "large" in parts:
-        name = "t5-tiny" if smoke else largest or ("t5-xl" if device.startswith("cuda") else "t5-large")
-        # Without instructions for it a CPU's products in bfloat16 are 5 to 95 times slower than in float32.
-        dtype = torch.bfloat16 if smoke or device.startswith("cuda") else torch.float32
-        found = large(name, min(repeats, 3), device, dtype)
-        records += found
-        echo(speed_report.large_table(found, name))
+    for part in get_args(Part):
+        if part in s.parts:
+            records += measure[part](s, log)
     records = [common | record for record in records]
-    stem = "speed" if set(parts) == set(PARTS) else f"speed-{'-'.join(parts)}"
+    stem = "speed" if set(s.parts) == set(get_args(Part)) else f"speed-{'-'.join(s.parts)}"
     write_records(records, out / f"{stem}.json")
-    speed_report.draw(records, out / f"{stem}.png")
+    speed_report.plot(records, out / f"{stem}.png")
+    return records
+
+
+def _steps(s: SpeedSettings, log: Callable[[str], None]) -> list[Record]:
+    records: list[Record] = []
+    for backbone in s.backbones:
+        for rank in s.ranks:
+            records += steps(backbone, rank, s.repeats, s.device)
+            log(speed_report.steps_table(records[-6:], f"{backbone}, rank {rank}"))
+            gc.collect()
+    return records
+
+
+def _mixtures(s: SpeedSettings, log: Callable[[str], None]) -> list[Record]:
+    records = bandwidth(s.mixture_size, s.repeats, s.device, compiled=not s.short)
+    log(speed_report.em_table(records))
+    return records
+
+
+def _blocks(s: SpeedSettings, log: Callable[[str], None]) -> list[Record]:
+    records = [r for name in s.block_backbones for r in blocks(name, s.block_sizes, s.repeats, s.device)]
+    log(speed_report.blocks_table(records))
+    return records
+
+
+def _curves(s: SpeedSettings, log: Callable[[str], None]) -> list[Record]:
+    records = curves(s.short, s.repeats, s.device)
+    log(speed_report.curves_table(records))
+    return records
+
+
+def _largest(s: SpeedSettings, log: Callable[[str], None]) -> list[Record]:
+    on_gpu = s.device.startswith("cuda")
+    name = s.largest or ("t5-xl" if on_gpu else "t5-large")
+    # Without instructions for it a CPU's products in bfloat16 are 5 to 95 times slower than in float32.
+    dtype = torch.bfloat16 if s.short or on_gpu else torch.float32
+    records = large(name, min(s.repeats, 3), s.device, dtype)
+    log(speed_report.large_table(records, name))
     return records
 
 
@@ -101,7 +136,7 @@ def _device_name(device: str) -> str:
 
 
 def steps(backbone: str, rank: int, repeats: int, device: str) -> list[Record]:
-    """Plain SGD, Adam, LiFT and MAML in turn, on one backbone and the same batches."""
+    """Time plain SGD, Adam, LiFT and MAML in turn, on one backbone and the same batches."""
     torch.manual_seed(0)
     shape = BACKBONES[backbone]
     net = shape.make()
@@ -119,7 +154,7 @@ def steps(backbone: str, rank: int, repeats: int, device: str) -> list[Record]:
     gc.collect()
     peaks = {name: _peak(step, device) for name, step in methods.items()}
     times = interleaved({name: step for name, step in methods.items() if name != "MAML"}, repeats)
-    # Several times a step's cost: fewer rounds of its own, with a plain step in each.
+    # Several times a step's cost: fewer rounds, apart from the others, with a plain step in each.
     slow = interleaved({"SGD": methods["SGD"], "MAML": methods["MAML"]}, max(repeats // 3, 2), warm_up=0)
     records = [_record(name, times[name], times["SGD"], peaks[name]) for name in times]
     records.append(_record("MAML", slow["MAML"], slow["SGD"], peaks["MAML"]))
@@ -128,7 +163,7 @@ def steps(backbone: str, rank: int, repeats: int, device: str) -> list[Record]:
 
 
 def _peak(step: Callable[[], Any], device: str) -> int | None:
-    """Peak memory of one step."""
+    """Measure the peak memory of one step."""
     reset_high_water_mark()
     step()
     return high_water_mark(device)
@@ -153,7 +188,7 @@ def _record(name: str, times: Times, plain_times: Times, peak: int | None) -> Re
 
 
 def large(backbone: str, repeats: int, device: str, dtype: torch.dtype) -> list[Record]:
-    """A few steps on a large backbone: Union Train, which is plain PEFT, LiFT with K = 5, and MAML.
+    """Time a few steps on a large backbone: Union Train, which is plain PEFT, LiFT with K = 5, and MAML.
 
     One method after the other, so that none holds memory while another is measured; a method that does not fit says so.
     """
@@ -202,7 +237,7 @@ def large(backbone: str, repeats: int, device: str, dtype: torch.dtype) -> list[
 
 
 def bandwidth(size: int, repeats: int, device: str, compiled: bool = True) -> list[Record]:
-    """A mixture's update at K = 5 against a copy, in bytes a second.
+    """Time a mixture's update at K = 5 against a copy, in bytes a second.
 
     Compiled and piece by piece with every component read to its end, and piece by piece as it is.
     """
@@ -240,10 +275,10 @@ def bandwidth(size: int, repeats: int, device: str, compiled: bool = True) -> li
     return records
 
 
-def curves(smoke: bool, repeats: int, device: str) -> list[Record]:
-    """Step time against D, N and K, one at a time; the sampler and the mixture alone."""
+def curves(short: bool, repeats: int, device: str) -> list[Record]:
+    """Measure step time against D, N and K, one at a time; the sampler and the mixture alone."""
     records = []
-    top = 2 if smoke else 4
+    top = 2 if short else 4
     for size in [10_000 * 10**k for k in range(top)]:
         seconds = interleaved({"sampler": sampler_alone(size, 10, device)}, repeats)["sampler"]
         records.append(_point("D", size, "sampler", seconds, dim=size, tasks=10))
@@ -252,23 +287,23 @@ def curves(smoke: bool, repeats: int, device: str) -> list[Record]:
             records.append(_point("D", size, "mixture, K = 5", seconds, dim=size, components=K))
         gc.collect()
     counts = {count: sampler_alone(100_000, count, device) for count in [10 * 10**k for k in range(top)]}
-    found = interleaved({str(count): step for count, step in counts.items()}, 3 * repeats)
-    records += [_point("N", n, "sampler", found[str(n)], dim=100_000, tasks=n) for n in counts]
-    size = 200_000 if smoke else 1_000_000
+    times = interleaved({str(count): step for count, step in counts.items()}, 3 * repeats)
+    records += [_point("N", n, "sampler", times[str(n)], dim=100_000, tasks=n) for n in counts]
+    size = 200_000 if short else 1_000_000
     steps: dict[str, Callable[[], None]] = {}
-    sizes = (1, 2, 4) if smoke else (1, 2, 4, 8, 16)
+    sizes = (1, 2, 4) if short else (1, 2, 4, 8, 16)
     for components in sizes:
         for early in (True, False):
             steps[f"{components} {early}"], stream = mixture_step(size, components, device)
             stream.early = early
-    found = interleaved(steps, repeats)
+    times = interleaved(steps, repeats)
     for early, name in ((True, "mixture"), (False, "mixture, every component to its end")):
-        records += [_point("K", k, name, found[f"{k} {early}"], dim=size, components=k) for k in sizes]
+        records += [_point("K", k, name, times[f"{k} {early}"], dim=size, components=k) for k in sizes]
     return records
 
 
 def blocks(backbone: str, sizes: Sequence[int], repeats: int, device: str) -> list[Record]:
-    """Step time and visits a second against B, tasks of one pass, with few-shot batches; against B steps of one."""
+    """Measure step time and visits a second against B, tasks of one pass, beside B steps of one task."""
     torch.manual_seed(0)
     shape = BACKBONES[backbone]
     net = shape.make()

@@ -1,4 +1,4 @@
-"""What a reader sees of the speed benchmark: tables, the line through each curve, the figure."""
+"""The speed benchmark's tables, the line through each curve, and its figure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
-from pyro_lift.bench.records import format_table
+from pyro_lift.bench.records import Record, format_table
 
-__all__ = ["blocks_table", "curves_table", "draw", "large_table", "steps_table", "term"]
+__all__ = ["blocks_table", "curves_table", "large_table", "plot", "steps_table", "term"]
 
-Record = dict[str, Any]
-#: What a curve is drawn against.
+#: Labels of the axis that a curve is plotted against.
 LABELS = {
     "D": "D, adapter weights (N = 10)",
     "N": "N, tasks (D = 100,000)",
@@ -23,7 +22,7 @@ LABELS = {
 
 
 def term(records: Sequence[Record]) -> tuple[float, float]:
-    r"""The line :math:`a + b\,x` through a curve, a and b not negative, least squares of relative errors; seconds."""
+    r"""Fit a line :math:`a + b\,x` to a curve in seconds, a and b not negative, by least squares of relative errors."""
     import numpy as np
     from scipy.optimize import nnls
 
@@ -34,7 +33,7 @@ def term(records: Sequence[Record]) -> tuple[float, float]:
 
 
 def steps_table(records: Sequence[Record], title: str) -> str:
-    """Methods on one backbone: seconds, and ratios to the plain step."""
+    """Format the methods on one backbone: seconds, and ratios to the plain step."""
     rows = []
     for record in records:
         if record["part"] == "step":
@@ -51,25 +50,25 @@ def steps_table(records: Sequence[Record], title: str) -> str:
 
 
 def _curves_of(records: Sequence[Record], curves: str) -> dict[tuple[str, str], list[Record]]:
-    found: dict[tuple[str, str], list[Record]] = {}
+    points: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if record["part"] == "curve" and record["curve"] in curves:
-            found.setdefault((record["curve"], record["method"]), []).append(record)
-    return found
+            points.setdefault((record["curve"], record["method"]), []).append(record)
+    return points
 
 
 def curves_table(records: Sequence[Record]) -> str:
-    """Every curve but B's: what was measured, and its line."""
+    """Format every curve but B's: what was measured, and its line."""
     rows = []
-    for (curve, method), mine in _curves_of(records, "DNK").items():
-        a, b = term(mine)
-        measured = ", ".join(f"{r['at']:,}: {1e3 * r['cpu_seconds_per_step']:.3g}" for r in mine)
+    for (curve, method), points in _curves_of(records, "DNK").items():
+        a, b = term(points)
+        measured = ", ".join(f"{r['at']:,}: {1e3 * r['cpu_seconds_per_step']:.3g}" for r in points)
         rows.append([curve, method, measured, _term_text(a, b, curve)])
     return "processor time of a step, ms\n" + format_table(["against", "what", "measured", "line"], rows)
 
 
 def em_table(records: Sequence[Record]) -> str:
-    """The mixture's update against a copy."""
+    """Format the mixture's update against a copy."""
     rows = []
     for r in (r for r in records if r["part"] == "em"):
         spread = "{:.2f}-{:.2f}".format(*r["share_quartiles"])
@@ -81,10 +80,10 @@ def em_table(records: Sequence[Record]) -> str:
 
 
 def blocks_table(records: Sequence[Record]) -> str:
-    """Visits a second against B."""
+    """Format visits a second against B."""
     rows = []
-    for mine in _curves_of(records, "B").values():
-        for r in mine:
+    for points in _curves_of(records, "B").values():
+        for r in points:
             spread = "{:.2f}-{:.2f}".format(*r["cpu_visits_quartiles"])
             numbers = [f"{r['visits_per_second']:.1f}", f"{r['cpu_visits_to_one_by_one']:.2f}", spread]
             rows.append([r["backbone"], str(r["at"]), f"{r['cpu_seconds_per_step']:.3f}", *numbers])
@@ -93,7 +92,7 @@ def blocks_table(records: Sequence[Record]) -> str:
 
 
 def large_table(records: Sequence[Record], name: str) -> str:
-    """Methods on the largest backbone: seconds and peak memory."""
+    """Format the methods on the largest backbone: seconds and peak memory."""
     rows = []
     for r in records:
         peak = "?" if r.get("peak_bytes") is None else f"{r['peak_bytes'] / 2**30:.2f}"
@@ -103,22 +102,22 @@ def large_table(records: Sequence[Record], name: str) -> str:
     return title + "\n" + format_table(["method", "seconds", "cpu seconds", "peak GiB"], rows)
 
 
-def draw(records: Sequence[Record], path: Path) -> None:
-    """Ratios by method, where a step's time goes, the curves, and the largest backbone; what was measured of these."""
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Plot ratios by method, where a step's time goes, the curves and the largest backbone, as far as measured."""
     of = {part: [r for r in records if r["part"] == part] for part in ("step", "breakdown", "em", "large")}
     panels: list[Callable[[Any], None]] = []
     if of["step"]:
-        panels += [partial(_draw_ratios, of["step"]), partial(_draw_breakdown, of["breakdown"])]
+        panels += [partial(_plot_ratios, of["step"]), partial(_plot_breakdown, of["breakdown"])]
     if of["em"]:
-        panels.append(partial(_draw_em, of["em"]))
+        panels.append(partial(_plot_em, of["em"]))
     for curve in LABELS:
-        found = _curves_of(records, curve)
-        if found:
-            panels.append(partial(_draw_curve, list(found.values()), curve))
+        curves = _curves_of(records, curve)
+        if curves:
+            panels.append(partial(_plot_curve, list(curves.values()), curve))
     if any(r["part"] == "curve" and r["curve"] == "B" for r in records):
-        panels.append(partial(_draw_blocks, list(_curves_of(records, "B").values())))
+        panels.append(partial(_plot_blocks, list(_curves_of(records, "B").values())))
     if of["large"]:
-        panels.append(partial(_draw_large, of["large"]))
+        panels.append(partial(_plot_large, of["large"]))
     columns = min(len(panels), 2)
     rows = -(-len(panels) // max(columns, 1))
     figure, axes = new_figure(rows, columns, width=5.0 * columns, height=3.6 * rows)
@@ -130,13 +129,12 @@ def draw(records: Sequence[Record], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_ratios(records: Sequence[Record], axis: Any) -> None:
+def _plot_ratios(records: Sequence[Record], axis: Any) -> None:
     cells = list(dict.fromkeys((r["backbone"], r["rank"]) for r in records))
     methods = [m for m in dict.fromkeys(r["method"] for r in records) if m not in ("SGD", "MAML")]
     for k, method in enumerate(methods):
         for place, cell in enumerate(cells):
-            found = [r for r in records if (r["backbone"], r["rank"]) == cell and r["method"] == method]
-            for r in found:
+            for r in (r for r in records if (r["backbone"], r["rank"]) == cell and r["method"] == method):
                 low, high = r["cpu_ratio_quartiles"]
                 x = place + 0.15 * (k - (len(methods) - 1) / 2)
                 axis.plot([x, x], [low, high], color=COLOURS[k])
@@ -149,7 +147,7 @@ def _draw_ratios(records: Sequence[Record], axis: Any) -> None:
         axis.legend(frameon=False, fontsize=8)
 
 
-def _draw_breakdown(records: Sequence[Record], axis: Any) -> None:
+def _plot_breakdown(records: Sequence[Record], axis: Any) -> None:
     labels = [f"{r['backbone']}\nrank {r['rank']}" for r in records]
     left = [0.0] * len(records)
     names = ["mixture", "phi", "theta", "store", "handlers", "rest"]
@@ -167,7 +165,7 @@ def _draw_breakdown(records: Sequence[Record], axis: Any) -> None:
         axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _draw_em(records: Sequence[Record], axis: Any) -> None:
+def _plot_em(records: Sequence[Record], axis: Any) -> None:
     for k, r in enumerate(records):
         low, high = r["share_quartiles"]
         axis.plot([low, high], [k, k], color=COLOURS[k])
@@ -181,12 +179,12 @@ def _draw_em(records: Sequence[Record], axis: Any) -> None:
     axis.set_title(f"The mixture's update, quartiles\n{about}", fontsize=10)
 
 
-def _draw_curve(found: Sequence[Sequence[Record]], curve: str, axis: Any) -> None:
-    for k, mine in enumerate(found):
-        a, b = term(mine)
-        x, y = [r["at"] for r in mine], [1e3 * r["cpu_seconds_per_step"] for r in mine]
-        axis.plot(x, y, "o", color=COLOURS[k], label=mine[0]["method"])
-        low, high = zip(*(r["cpu_seconds_quartiles"] for r in mine), strict=True)
+def _plot_curve(curves: Sequence[Sequence[Record]], curve: str, axis: Any) -> None:
+    for k, points in enumerate(curves):
+        a, b = term(points)
+        x, y = [r["at"] for r in points], [1e3 * r["cpu_seconds_per_step"] for r in points]
+        axis.plot(x, y, "o", color=COLOURS[k], label=points[0]["method"])
+        low, high = zip(*(r["cpu_seconds_quartiles"] for r in points), strict=True)
         axis.vlines(x, [1e3 * t for t in low], [1e3 * t for t in high], color=COLOURS[k])
         grid = [x[0] * (x[-1] / x[0]) ** (i / 50.0) for i in range(51)]
         axis.plot(
@@ -200,7 +198,7 @@ def _draw_curve(found: Sequence[Sequence[Record]], curve: str, axis: Any) -> Non
     axis.set_xlabel(LABELS[curve])
     axis.set_ylabel("ms a step, processor time")
     if curve == "N":  # a flat line between the nearest decades
-        middle = 1e3 * found[0][0]["cpu_seconds_per_step"]
+        middle = 1e3 * curves[0][0]["cpu_seconds_per_step"]
         axis.set_ylim(middle / 10.0, middle * 10.0)
     axis.legend(frameon=False, fontsize=7)
 
@@ -210,11 +208,11 @@ def _term_text(a: float, b: float, curve: str) -> str:
     return f"{1e3 * a:.3g} ms + {scale * b:.3g} {unit} × {curve}"
 
 
-def _draw_blocks(found: Sequence[Sequence[Record]], axis: Any) -> None:
-    for k, mine in enumerate(found):
-        x = [r["at"] for r in mine]
-        axis.plot(x, [r["cpu_visits_to_one_by_one"] for r in mine], "o-", color=COLOURS[k], label=mine[0]["backbone"])
-        low, high = zip(*(r["cpu_visits_quartiles"] for r in mine), strict=True)
+def _plot_blocks(curves: Sequence[Sequence[Record]], axis: Any) -> None:
+    for k, points in enumerate(curves):
+        x, y = [r["at"] for r in points], [r["cpu_visits_to_one_by_one"] for r in points]
+        axis.plot(x, y, "o-", color=COLOURS[k], label=points[0]["backbone"])
+        low, high = zip(*(r["cpu_visits_quartiles"] for r in points), strict=True)
         axis.vlines(x, low, high, color=COLOURS[k])
     axis.axhline(1.0, color="0.7", zorder=0, linewidth=1)
     axis.set_xscale("log")
@@ -224,7 +222,7 @@ def _draw_blocks(found: Sequence[Sequence[Record]], axis: Any) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def _draw_large(records: Sequence[Record], axis: Any) -> None:
+def _plot_large(records: Sequence[Record], axis: Any) -> None:
     for k, r in enumerate(records):
         if "seconds_per_step" in r:
             colour = COLOURS[["LiFT", "SGD", "MAML"].index(r["method"])]

@@ -11,6 +11,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor, nn
 
+from pyro_lift.bench.records import Record
 from pyro_lift.bench.shapes import ROWS
 from pyro_lift.inference.baselines.episodes import Episode, Heads
 from pyro_lift.inference.baselines.episodic import twice_differentiable
@@ -30,7 +31,6 @@ __all__ = [
     "SIGMA",
     "STEP",
     "K",
-    "Record",
     "TimedLiFT",
     "block_step",
     "maml",
@@ -55,13 +55,10 @@ SEEN = 100
 STEP = 1e-8
 
 
-Record = dict[str, Any]
-
-
 def plain(
     adapter: RandomAdapter, tasks: Sequence[Task], make: Callable[..., torch.optim.Optimizer], batch: int = ROWS
 ) -> Callable[[], None]:
-    """The usual loop: the PEFT model's own parameters, ``backward`` and ``torch.optim``."""
+    """Return a step of the usual loop: the PEFT model's own parameters, ``backward`` and ``torch.optim``."""
     named = dict(adapter.backbone.named_parameters())
     parameters = [named[entry.name] for entry in adapter.layout]
     optimiser = make(parameters, lr=STEP)
@@ -87,7 +84,7 @@ def plain(
 
 
 class TimedLiFT:
-    """A chain and its mixture, made to run for ever at one place."""
+    """A chain and its mixture with a negligible step size, so that it can be timed without drifting."""
 
     def __init__(
         self, adapter: RandomAdapter, tasks: Sequence[Task], components: int = K, batch: int = ROWS, **options: Any
@@ -105,11 +102,11 @@ class TimedLiFT:
             self.step()
 
     def step(self) -> None:
-        """A visit, and its draw through the mixture."""
+        """Make a visit, and put its draw through the mixture."""
         self.mixture.update(self.kernel.sample(self.kernel.state.phi)["phi"])
 
     def breakdown(self, repeats: int) -> Record:
-        """Processor seconds of a step by part; the parts add up to the step."""
+        """Measure the processor seconds of a step by part; the parts add up to the step."""
         with Stopwatch() as watch:
             for _ in range(repeats):
                 with span("pyro_lift.rest"):
@@ -132,7 +129,7 @@ def _moments_at(place: Tensor, components: int) -> Moments:
 
 
 def maml(adapter: RandomAdapter, tasks: Sequence[Task], batch: int = ROWS) -> Callable[[], None]:
-    """One inner step and its query, second order, on one task: two minibatches."""
+    """Return one inner step and its query, second order, on one task: two minibatches."""
     method = MAML(adapter, Budget(), tasks_per_step=1)
     heads, generator = Heads(adapter, tasks, Budget(), 1e-3), torch.Generator().manual_seed(0)
     phi, count = adapter.initial.clone(), iter(range(10**9))
@@ -174,7 +171,7 @@ class _Free(torch.autograd.Function):
 
 
 def sampler_alone(size: int, num_tasks: int, device: str) -> Callable[[], Any]:
-    """A visit without a backbone."""
+    """Return a visit without a backbone."""
     prior_mean, gradient = torch.zeros(size, device=device), torch.full((size,), 1e-3, device=device)
 
     def model() -> None:
@@ -188,7 +185,7 @@ def sampler_alone(size: int, num_tasks: int, device: str) -> Callable[[], Any]:
     visited = min(num_tasks, 3)
 
     def step() -> None:
-        # Round and round among the first few tasks, whose rows are there.
+        # Round and round among the first few tasks, whose rows are written already.
         if kernel.state.step >= visited:
             kernel.state = kernel.state._replace(step=0)
         kernel.sample(kernel.state.phi)
@@ -208,7 +205,7 @@ def block_step(adapter: RandomAdapter, tasks: Sequence[Task], B: int) -> Callabl
     kernel.setup(0)
 
     def step() -> None:
-        kernel.state = kernel.state._replace(step=0)  # the first block, whose rows are there
+        kernel.state = kernel.state._replace(step=0)  # the first block, whose rows are written already
         kernel.sample(kernel.state.phi)
 
     step()

@@ -20,7 +20,8 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import nn
 
-from pyro_lift.bench.records import format_table
+from pyro_lift.bench.memory import high_water_mark, reset_high_water_mark, resident_bytes
+from pyro_lift.bench.records import Record, format_table
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.stores.disk import DiskStore
 from pyro_lift.models.adapters import RandomAdapter
@@ -28,7 +29,7 @@ from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.task import Rows, Task
 
-__all__ = ["TASKS", "draw", "run", "table"]
+__all__ = ["TASKS", "plot", "run", "table"]
 
 TASKS = (10, 100, 1_000, 10_000)
 #: Visits of one turn; the first is not timed, since the turn before read ahead for another chain.
@@ -51,9 +52,9 @@ def run(
     smoke: bool = False,
     device: str = "cpu",
     folder: str | Path | None = None,
-    say: Callable[[str], Any] = print,
-) -> list[dict[str, Any]]:
-    """Measure.
+    log: Callable[[str], Any] = print,
+) -> list[Record]:
+    """Measure the visits of every number of tasks.
 
     Args:
         tasks: each N, the smallest first.
@@ -61,7 +62,7 @@ def run(
         smoke: small adapters, few tasks.
         device: ``"cpu"`` or ``"cuda"``.
         folder: of the stores' files; None takes the system's for temporary files.
-        say: what is told on the way.
+        log: told what is done on the way.
 
     Returns:
         ``tasks``, ``seconds_per_step`` (median), ``peak_bytes`` (of the process while N is built and visited, above
@@ -87,7 +88,7 @@ def run(
     for N in sorted(tasks):
         start = time.perf_counter()
         chains.append(_built(adapter, N, folder))
-        say(f"N = {N}: {N * adapter.dim * 4 / 1e9:.2f} GB written in {time.perf_counter() - start:.0f} s")
+        log(f"N = {N}: {N * adapter.dim * 4 / 1e9:.2f} GB written in {time.perf_counter() - start:.0f} s")
     del first_use
     for _ in range(rounds):
         for chain in chains:
@@ -96,7 +97,7 @@ def run(
     return [_record(chain, adapter, device, first) for chain in chains]
 
 
-def _record(chain: _Chain, adapter: RandomAdapter, device: str, first: float) -> dict[str, Any]:
+def _record(chain: _Chain, adapter: RandomAdapter, device: str, first: float) -> Record:
     median = statistics.median(chain.seconds)
     return {
         "tasks": chain.tasks,
@@ -112,7 +113,7 @@ def _record(chain: _Chain, adapter: RandomAdapter, device: str, first: float) ->
 
 
 def _adapter(width: int, rank: int) -> RandomAdapter:
-    """Four layers; D = 4 x 2 x width x rank weights, 1,048,576 at 2048 and 64."""
+    """Make an adapter on four layers; D = 4 x 2 x width x rank weights, 1,048,576 at 2048 and 64."""
     from peft import LoraConfig
 
     torch.manual_seed(0)
@@ -122,7 +123,7 @@ def _adapter(width: int, rank: int) -> RandomAdapter:
 
 
 def _tasks(N: int, width: int) -> list[Task]:
-    """N tasks that share eight sets of rows: only theta grows with N."""
+    """Make N tasks that share eight sets of rows: only theta grows with N."""
     generator = torch.Generator().manual_seed(1)
     rows = [
         Rows({"": torch.randn(16, width, generator=generator)}, torch.randint(3, (16,), generator=generator))
@@ -132,10 +133,10 @@ def _tasks(N: int, width: int) -> list[Task]:
 
 
 def _built(adapter: RandomAdapter, N: int, folder: str | Path | None) -> _Chain:
-    """A chain that has visited every task once, as far as its store and its layouts go."""
+    """Build a chain that has visited every task once, as far as its store and its layouts go."""
     gc.collect()
-    before = _resident("VmRSS")
-    _reset_peak()
+    before = resident_bytes() or 0
+    reset_high_water_mark()
     width = adapter.backbone.get_base_model()[0].in_features  # type: ignore[operator]
     device = adapter.initial.device
     program = AdapterHierarchy(adapter, _on(_tasks(N, width), device), beta=0.03, sigma=0.3)
@@ -155,7 +156,7 @@ def _built(adapter: RandomAdapter, N: int, folder: str | Path | None) -> _Chain:
     chain = _Chain(N, kernel, [], 0)
     _turn(chain)
     chain.seconds.clear()
-    return chain._replace(peak_bytes=max(_resident("VmHWM") - before, 0))
+    return chain._replace(peak_bytes=max((high_water_mark("cpu") or 0) - before, 0))
 
 
 def _on(tasks: list[Task], device: torch.device) -> list[Task]:
@@ -173,24 +174,8 @@ def _turn(chain: _Chain) -> None:
             chain.seconds.append(time.perf_counter() - start)
 
 
-def _resident(name: str) -> int:
-    """Bytes of this process in memory, now (``VmRSS``) or at most since the last reset (``VmHWM``); 0 if unknown."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
-
-
-def _reset_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """One line for each N."""
+def table(records: Sequence[Record]) -> str:
+    """Format one line for each N."""
     header = ["tasks", "store (GB)", "ms a step", "ratio", "peak (MB)"]
     rows = [
         [
@@ -205,8 +190,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return format_table(header, rows)
 
 
-def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time of a step and peak of memory against N."""
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Plot the time of a step and the peak of memory against N."""
     from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
 
     figure, axes = new_figure(1, 2, width=8.4, height=3.4)

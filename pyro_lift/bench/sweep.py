@@ -1,37 +1,55 @@
-"""Sweeps: a manifest of independent cells, done in any order by any number of processes, each cell once.
+"""Sweeps: independent cells, done in any order by any number of processes, each cell once.
 
-A cell is a name and its arguments. Its result is a JSON file ``NAME.json``, written under a temporary name and renamed,
-and that file is the mark that the cell is done. A process that takes up a cell makes ``NAME.claim`` first, which only
-one can; the claim of a process that died is taken over by ``retry=True``.
+:func:`map_cells` runs cells in a pool of this machine's processes and hands back their results.
 
-:func:`submit` hands the cells to an executor: a local pool of processes, or a cluster through submitit.
+For sweeps that outlive a process there is a manifest. A cell is a name and its arguments. Its result is a JSON file
+``NAME.json``, written under a temporary name and renamed, and that file is the mark that the cell is done. A process
+that takes up a cell makes ``NAME.claim`` first, which only one can; the claim of a process that died is taken over by
+``retry=True``. :func:`submit` hands the cells to an executor: a local pool of processes, or a cluster through submitit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-__all__ = ["Cell", "Executor", "Job", "grid", "read_manifest", "results", "run_cells", "submit", "write_manifest"]
+import torch
+
+__all__ = [
+    "Cell",
+    "Executor",
+    "Job",
+    "grid",
+    "map_cells",
+    "read_manifest",
+    "results",
+    "run_cells",
+    "submit",
+    "write_manifest",
+]
+
+R = TypeVar("R")
 
 MANIFEST = "manifest.json"
 
 
 class Cell(NamedTuple):
-    """One run: its name, a file's name too, and what it is run with."""
+    """One run: its name, a file's name too, and the keyword arguments it is run with."""
 
     name: str
     arguments: Mapping[str, Any]
 
 
 class Job(Protocol):
-    """What an executor gives back: the futures of the standard library, submitit's jobs."""
+    """A running job of an executor: a future of the standard library, a job of submitit."""
 
     def result(self) -> Any:
         """Wait, and return what was returned or raise what was raised."""
@@ -45,7 +63,7 @@ class Executor(Protocol):
 
 
 def grid(**axes: Sequence[Any]) -> list[Cell]:
-    """Every combination; names are the values, joined by dashes.
+    """Return a cell for every combination; names are the values, joined by dashes.
 
     Example:
         >>> [cell.name for cell in grid(method=["lift", "maml"], seed=[0, 1])]
@@ -56,6 +74,82 @@ def grid(**axes: Sequence[Any]) -> list[Cell]:
         name = re.sub(r"[^\w.+-]", "_", "-".join(map(str, values)))
         cells.append(Cell(name, dict(zip(axes, values, strict=True))))
     return cells
+
+
+# ------------------------------------------------------------------------------------------------ a pool of processes
+
+
+def map_cells(
+    function: Callable[..., R],
+    cells: Sequence[Cell],
+    *,
+    workers: int,
+    threads: int = 1,
+    on_step: Callable[[int], Any] | None = None,
+) -> Iterator[R]:
+    """Call a function with each cell's arguments, in this process or in ``workers`` others.
+
+    Args:
+        function: of a module's top level, or a ``functools.partial`` of one, so that it can be sent.
+        cells: in the order in which they are begun.
+        workers: processes; 1 calls the function here, and leaves torch's threads alone.
+        threads: of torch, in each of several processes.
+        on_step: told of progress, in this process. The function then gets a keyword argument ``on_step``, to be
+            called with the number of steps that it has made since.
+
+    Yields:
+        The results in the order of the cells, each as soon as it and those before it are there. Where a cell raises,
+        so does this, at the cell's turn, and cells that have not begun are dropped.
+    """
+    if workers == 1 or len(cells) <= 1:
+        told = {} if on_step is None else {"on_step": on_step}
+        for cell in cells:
+            yield function(**cell.arguments, **told)
+        return
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    told = {} if on_step is None else {"on_step": _count}
+    with _pool(workers, context, (threads, counter)) as pool:
+        futures = [pool.submit(function, **cell.arguments, **told) for cell in cells]
+        seen = 0
+        for future in futures:
+            waiting = True
+            while waiting:
+                waiting = bool(wait([future], timeout=0.25).not_done)
+                made = counter.value
+                if on_step is not None and made > seen:
+                    on_step(made - seen)
+                    seen = made
+            yield future.result()
+
+
+_counter: Any = None
+
+
+def _start_worker(threads: int, counter: Any) -> None:
+    global _counter
+    _counter = counter
+    torch.set_num_threads(threads)
+
+
+def _count(steps: int) -> None:
+    with _counter.get_lock():
+        _counter.value += steps
+
+
+@contextlib.contextmanager
+def _pool(workers: int, context: Any, arguments: tuple[Any, ...]) -> Iterator[ProcessPoolExecutor]:
+    """Start a pool that drops what has not begun when something goes wrong, Ctrl-C included."""
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+# ------------------------------------------------------------------------------------------------ a manifest
 
 
 def write_manifest(folder: Path, cells: Sequence[Cell]) -> Path:
@@ -75,7 +169,7 @@ def write_manifest(folder: Path, cells: Sequence[Cell]) -> Path:
 
 
 def read_manifest(folder: Path) -> list[Cell]:
-    """The cells of a folder."""
+    """Read the cells of a folder."""
     return [Cell(entry["name"], entry["arguments"]) for entry in json.loads((folder / MANIFEST).read_text())]
 
 
@@ -132,7 +226,7 @@ def submit(executor: Executor, folder: Path, function: Callable[..., Any], jobs:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """What is done so far, by cell, in the manifest's order."""
+    """Read the results so far, by cell, in the manifest's order."""
     done = {cell.name: folder / f"{cell.name}.json" for cell in read_manifest(folder)}
     return {name: json.loads(path.read_text()) for name, path in done.items() if path.exists()}
 

@@ -13,7 +13,7 @@ from scipy.stats import ttest_rel
 
 from pyro_lift import LiFTPrior
 from pyro_lift.bench import demo, report
-from pyro_lift.bench.demo import CHOSEN, GRIDS, METHODS, Cell, DemoSettings
+from pyro_lift.bench.demo import CHOSEN, GRIDS, METHODS, DemoSettings, FamilyRun
 from pyro_lift.data.digits import digit_backbone
 
 
@@ -53,9 +53,9 @@ def test_it_gives_the_same_numbers_again_and_in_other_processes(
 ) -> None:
     _, records = finished
     settings = DemoSettings.smoke()
-    cells = [Cell(0, ((group, CHOSEN[group]),)) for group in ("lift", "union-train")]  # in the run they are one cell
-    found = demo.run_cells(replace(settings, workers=2), cells, description="", progress=False)
-    again = [one.record() for cell in found for choice in cell for one in choice]
+    runs = [FamilyRun(0, ((group, CHOSEN[group]),)) for group in ("lift", "union-train")]  # there they are one run
+    results = demo.run_families(replace(settings, workers=2), runs, description="", progress=False)
+    again = [judged.record() for of_run in results for of_choice in of_run for judged in of_choice]
     assert sorted(again, key=str) == sorted((r for r in records if r["seed"] == 0 and r in again), key=str)
     assert len(again) == 6
 
@@ -65,9 +65,9 @@ def test_it_gives_the_same_numbers_again_and_in_other_processes(
 def test_the_bar_ends_where_it_said(groups: tuple[demo.Group, ...], part: Literal["dev", "test"]) -> None:
     settings = DemoSettings.smoke()
     counted: list[int] = []
-    cell = Cell(0, tuple((group, CHOSEN[group]) for group in groups), part)
-    demo.run_cell(settings, cell, counted.append)
-    assert sum(counted) == demo.steps_of(settings, cell)
+    run = FamilyRun(0, tuple((group, CHOSEN[group]) for group in groups), part)
+    demo.run_family(settings, run, counted.append)
+    assert sum(counted) == demo.steps_of(settings, run)
 
 
 def test_every_method_is_tuned_alike_and_spends_alike() -> None:

@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT
 
 from pyro_lift.bench import methods
-from pyro_lift.bench.choices import CHOSEN, GRIDS, LIKE, choice_of
+from pyro_lift.bench.experiments import DIGITS, MethodsSettings, on_tasks
+from pyro_lift.bench.grids import CHOSEN, GRIDS, LIKE, choice_of
 from pyro_lift.bench.memory import peak_bytes
-from pyro_lift.bench.problems import DIGITS, MethodsSettings, on_tasks
 from pyro_lift.inference.baselines.imaml import ImplicitMAML
 from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.protocol import Budget
@@ -61,9 +61,7 @@ def test_memory_reckoned_before_a_run_is_what_it_takes() -> None:
 
 def test_records_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = "no-meta-train,union-train,maml,lift,retriever-fusion-k5"
-    methods.command(
-        tmp_path, "digits", None, None, None, None, None, names, None, None, choose=False, smoke=True, device="cpu"
-    )
+    methods.command(tmp_path, DIGITS, MethodsSettings.smoke(), names)
     records = json.loads((tmp_path / "methods.json").read_text())
     assert {r["method"] for r in records} == set(names.split(","))
     for r in records:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 
 from pyro_lift.bench import speed, speed_report
 from pyro_lift.bench.shapes import BACKBONES
+from pyro_lift.bench.speed import Part, SpeedSettings
 from pyro_lift.bench.steps import TimedLiFT, plain
 from pyro_lift.bench.timing import Times, interleaved, quartiles
 
 
 def test_the_short_form_writes_records_and_a_figure(tmp_path: Path) -> None:
     lines: list[str] = []
-    records = speed.run(tmp_path, smoke=True, echo=lines.append)
+    records = speed.run(tmp_path, SpeedSettings.smoke(), log=lines.append)
     assert json.loads((tmp_path / "speed.json").read_text()) == records
     assert (tmp_path / "speed.png").stat().st_size > 10_000
     steps = [r for r in records if r["part"] == "step"]
@@ -31,9 +33,9 @@ def test_the_short_form_writes_records_and_a_figure(tmp_path: Path) -> None:
     assert any("LiFT" in line for line in lines)
 
 
-def test_unknown_backbones_are_refused(tmp_path: Path) -> None:
+def test_unknown_backbones_are_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'vit-b16'"):
-        speed.run(tmp_path, backbones=["vit-b"])
+        SpeedSettings(backbones=("vit-b",))
 
 
 def test_rounds_are_paired_and_begin_at_each_step_in_turn() -> None:
@@ -63,8 +65,8 @@ def test_the_plain_loop_and_the_chain_leave_the_backbone_as_they_found_it() -> N
 
 
 @pytest.mark.parametrize(("part", "kind"), [("curves", "curve"), ("em", "em"), ("large", "large")])
-def test_a_part_alone_has_files_of_its_own(tmp_path: Path, part: str, kind: str) -> None:
-    records = speed.run(tmp_path, smoke=True, parts=[part], echo=lambda text: None)
+def test_a_part_alone_has_files_of_its_own(tmp_path: Path, part: Part, kind: str) -> None:
+    records = speed.run(tmp_path, replace(SpeedSettings.smoke(), parts=(part,)), log=lambda text: None)
     assert {r["part"] for r in records} == {kind}
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"speed-{part}.json", f"speed-{part}.png"]
 

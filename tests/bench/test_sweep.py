@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pyro_lift.bench.sweep import Cell, grid, results, run_cells, submit, write_manifest
+from pyro_lift.bench.sweep import Cell, grid, map_cells, results, run_cells, submit, write_manifest
 
 
 def square(x: int, log: str) -> dict[str, Any]:
@@ -79,3 +81,27 @@ def test_names_are_files_and_unique(tmp_path: Path) -> None:
     assert [cell.name for cell in grid(split=["a/b"], rate=[1e-3])] == ["a_b-0.001"]
     with pytest.raises(ValueError, match="two cells are named 'a'"):
         write_manifest(tmp_path, [Cell("a", {}), Cell("a", {"x": 1})])
+
+
+def reciprocal(x: int, on_step: Callable[[int], object] | None = None) -> tuple[float, int]:
+    if on_step is not None:
+        for _ in range(3):
+            on_step(2)
+    return 1 / x, os.getpid()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_cells_are_mapped_in_their_order_with_all_steps_told(workers: int) -> None:
+    told: list[int] = []
+    cells = [Cell(str(x), {"x": x}) for x in (1, 2, 4)]
+    mapped = list(map_cells(reciprocal, cells, workers=workers, on_step=told.append))
+    assert [value for value, _ in mapped] == [1.0, 0.5, 0.25]
+    assert sum(told) == 18
+    assert ({process for _, process in mapped} == {os.getpid()}) == (workers == 1)
+
+
+def test_a_cell_that_raises_does_so_at_its_turn() -> None:
+    mapped = map_cells(reciprocal, [Cell(str(x), {"x": x}) for x in (1, 0, 2)], workers=2)
+    assert next(mapped)[0] == 1.0
+    with pytest.raises(ZeroDivisionError):
+        next(mapped)

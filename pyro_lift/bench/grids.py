@@ -1,32 +1,12 @@
-"""What was tuned of each method of ``pyro-lift bench methods``, on which grid, and what was chosen."""
+"""Grids of settings for each method of ``pyro-lift bench methods``, and the settings that tuning chose."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import product
-from typing import Any, NamedTuple
 
-__all__ = ["CHOSEN", "GRIDS", "LIKE", "Choice", "choice_of"]
+from pyro_lift.bench.tuner import Choice
 
-
-class Choice(NamedTuple):
-    """What was tuned of a method.
-
-    Attributes:
-        learning_rate: of adaptation.
-        meta_learning_rate: of meta-training.
-        options: the method's own settings.
-        lift: of :class:`LiFTSettings`, for the methods that have them.
-        warm_share: share of meta-training's minibatches that go into joint training first; None takes what the
-            settings say.
-    """
-
-    learning_rate: float = 5e-3
-    meta_learning_rate: float = 1e-3
-    options: Mapping[str, Any] = {}
-    lift: Mapping[str, Any] = {}
-    warm_share: float | None = None
-
+__all__ = ["CHOSEN", "GRIDS", "LIKE", "choice_of"]
 
 #: Rates of adaptation, the same for every group; a setting that differs in nothing else needs no other meta-training.
 RATES = (1e-3, 3e-3, 8e-3, 1.6e-2)
@@ -80,7 +60,7 @@ LIKE = {
     "fixed-theta-k5": "fixed-theta",
     **{f"lift-{name}": "lift" for name in ("k3", "k5", "single", "table", "noise-x")},
 }
-#: What ``tune`` chose, by mean NLL on two development tasks of one other family (``bench methods --tune``).
+#: Chosen by mean NLL on two development tasks of one other family (``bench methods --tune``).
 CHOSEN: dict[str, Choice] = {
     "no-meta-train": Choice(3e-2),
     "union-train": Choice(1e-3, 3e-3),
@@ -98,6 +78,6 @@ CHOSEN: dict[str, Choice] = {
 
 
 def choice_of(name: str) -> Choice:
-    """What was tuned for a method; its own default where it was not."""
+    """Return the settings that were tuned for a method; the middle of its grid where none were."""
     group = LIKE.get(name, name)
     return CHOSEN.get(group, GRIDS[group][len(GRIDS[group]) // 2])

@@ -1,4 +1,4 @@
-"""What ``pyro-lift bench methods`` runs on: a network, tasks to learn from, and tasks to be judged by."""
+"""Experiments of ``pyro-lift bench methods``: a network, tasks to learn from, and tasks to be judged by."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class MethodsSettings:
 
 
 class Problem(NamedTuple):
-    """What one seed is about: the network, tasks to learn from, and tasks to be judged by."""
+    """The problem of one seed: the network, tasks to learn from, and tasks to be judged by."""
 
     adapter: RandomAdapter
     train: list[Task]
@@ -59,7 +59,7 @@ class Problem(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """Where problems come from; a top-level function and its arguments, so that processes can be given it.
+    """A source of problems: a top-level function and its arguments, so that processes can be given it.
 
     Attributes:
         name: for titles.
@@ -72,14 +72,14 @@ class Experiment(NamedTuple):
     arguments: tuple[Any, ...] = ()
 
     def problem(self, settings: MethodsSettings, seed: int, part: str = "test") -> Problem:
-        """The problem of one seed, no larger than the settings say."""
-        found = self.make(settings, seed, part, *self.arguments)
-        test = [_shortened(task, settings.test_rows) for task in found.test[: settings.num_test]]
-        return found._replace(train=found.train[: settings.num_train], test=test)
+        """Make the problem of one seed, no larger than the settings say."""
+        problem = self.make(settings, seed, part, *self.arguments)
+        test = [_shortened(task, settings.test_rows) for task in problem.test[: settings.num_test]]
+        return problem._replace(train=problem.train[: settings.num_train], test=test)
 
 
 def digits(settings: MethodsSettings, seed: int, part: str) -> Problem:
-    """The embedded family: the shipped ViT, LoRA on its attention, one scanner a task."""
+    """Make a problem of the embedded family: the shipped ViT, LoRA on its attention, one scanner a task."""
     from pyro_lift.data.digits import digit_backbone, digit_family
     from pyro_lift.models.backbones import adapt_backbone, recipe
 
@@ -92,11 +92,11 @@ def digits(settings: MethodsSettings, seed: int, part: str) -> Problem:
 
 
 def benchmark(settings: MethodsSettings, seed: int, part: str, config: RunConfig, scale: float | None) -> Problem:
-    """Real tasks through a TOML run's wiring; ``scale`` is that of heads of the tasks' own, where they have any."""
+    """Make a problem of real tasks, wired as a TOML run's; ``scale`` is that of per-task heads, where there are any."""
     t = config.tasks
-    found = load_tasks(t.benchmark, t.split, t.root, **t.options)
-    judged = found.dev if part == "dev" and found.dev else found.test
-    few = replace(found, train=found.train[: settings.num_train], dev=(), test=judged[: settings.num_test])
+    loaded = load_tasks(t.benchmark, t.split, t.root, **t.options)
+    judged = loaded.dev if part == "dev" and loaded.dev else loaded.test
+    few = replace(loaded, train=loaded.train[: settings.num_train], dev=(), test=judged[: settings.num_test])
     encoded = encode_tasks(few, config)
     adapter = adapter_of(replace(config, output=replace(config.output, seed=seed))).to(settings.device)
     return Problem(adapter, list(encoded.train), list(encoded.test), HeadPolicy(scale=scale))
@@ -106,7 +106,7 @@ DIGITS = Experiment("digits", digits)
 
 
 class Defaults(NamedTuple):
-    """Of one benchmark: backbone and its kind, scale of the tasks' own heads, and options of the loader."""
+    """Defaults of one benchmark: backbone and its kind, scale of per-task heads, and options of the loader."""
 
     backbone: str
     kind: Any
@@ -125,7 +125,7 @@ BENCHMARKS: dict[str, Defaults] = {
 def on_tasks(
     name: str, split: str | None = None, root: str | None = None, backbone: str | None = None, kind: Any = None
 ) -> Experiment:
-    """The methods on a benchmark's real tasks.
+    """Make the experiment on a benchmark's real tasks.
 
     Args:
         name: crossfit, vtab or shakespeare.
@@ -156,18 +156,8 @@ TOKEN_ROWS = 32
 
 
 def _shortened(task: Task, rows: int) -> Task:
-    """The task judged by its first rows."""
+    """Return the task with no more test rows than these, its first."""
     if task.test is None:
         raise ValueError(f"task {task.name!r} has no test rows to be judged by.")
     test: Rows = task.test.take(slice(0, min(rows, TOKEN_ROWS) if task.kind == "tokens" else rows))
-    return Task(
-        task.name,
-        task.train,
-        task.kind,
-        task.num_classes,
-        test,
-        dev=task.dev,
-        metric=task.metric,
-        labels=task.labels,
-        label_texts=task.label_texts,
-    )
+    return replace(task, test=test)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pyro_lift import Task
+from pyro_lift.bench.comparison import METHODS, Benchmark, ComparisonSettings, hold_out, run
+from pyro_lift.bench.example_arguments import parser, settings_of
 from pyro_lift.bench.report import by_task, comparison
-from pyro_lift.bench.unseen import METHODS, Benchmark, UnseenSettings, hold_out, parser, run, settings_of
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.text import TextRow
 from pyro_lift.metrics.task import scores
@@ -22,7 +23,7 @@ from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows
 
-SMALL = UnseenSettings(warm_up=6, visits=9, steps=6, draws=2, batch_size=4, rates=(1e-4, 1e-2), dev_tasks=2)
+SMALL = ComparisonSettings(warm_up=6, visits=9, steps=6, draws=2, batch_size=4, rates=(1e-4, 1e-2), dev_tasks=2)
 
 
 def blobs(name: str) -> Task:
@@ -100,13 +101,13 @@ def test_held_out_tasks_are_no_longer_trained_on() -> None:
 
 
 def test_flags_overrule_the_settings_and_smoke_is_small() -> None:
-    options = parser("x", UnseenSettings(steps=99), "out")
-    plain = settings_of(options.parse_args(["--rates", "0.1", "0.2", "--rank", "2"]), UnseenSettings(steps=99))
+    options = parser("x", ComparisonSettings(steps=99), "out")
+    plain = settings_of(options.parse_args(["--rates", "0.1", "0.2", "--rank", "2"]), ComparisonSettings(steps=99))
     assert (plain.rates, plain.rank, plain.steps) == ((0.1, 0.2), 2, 99)
-    smoke = settings_of(options.parse_args(["--smoke", "--visits", "7"]), UnseenSettings(steps=99))
+    smoke = settings_of(options.parse_args(["--smoke", "--visits", "7"]), ComparisonSettings(steps=99))
     assert smoke.steps < 10 and smoke.visits == 7
     with pytest.raises(ValueError, match="rate=-1"):
-        UnseenSettings(rates=(-1.0,))
+        ComparisonSettings(rates=(-1.0,))
 
 
 def test_tables_pair_tasks_and_say_how_many() -> None:

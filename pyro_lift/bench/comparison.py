@@ -1,4 +1,4 @@
-"""LiFT beside No Meta Train and Union Train on the unseen tasks of a benchmark: what three of the examples run.
+"""A comparison of LiFT, No Meta Train and Union Train on the unseen tasks of a benchmark, run by three of the examples.
 
 All methods get the same backbone, initial adapter, number of meta-training minibatches, adaptation steps and number of
 networks behind a prediction. Each chooses its rate of adaptation on the development tasks, from one grid, by mean NLL;
@@ -7,13 +7,11 @@ the unseen tasks are looked at once, with that rate.
 
 from __future__ import annotations
 
-import argparse
-import math
 import os
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_lift.bench import report
-from pyro_lift.bench.records import write_records
+from pyro_lift.bench.records import Record, write_records
+from pyro_lift.bench.tuner import FAILED, tune
 from pyro_lift.config import AdapterConfig, BackboneConfig, OutputConfig, RunConfig, TasksConfig
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.text import TextRow, TextTask
@@ -38,17 +37,7 @@ from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_number
 from pyro_lift.wiring import adapter_of, encode_tasks
 
-__all__ = [
-    "METHODS",
-    "Benchmark",
-    "UnseenSettings",
-    "benchmark_of",
-    "hold_out",
-    "parser",
-    "run",
-    "settings_of",
-    "table_of",
-]
+__all__ = ["METHODS", "Benchmark", "ComparisonSettings", "benchmark_of", "hold_out", "run", "table_of"]
 
 #: Methods as tables name them, and as the registry does; the last is what the others are tested against.
 METHODS = {"No Meta Train": "no-meta-train", "Union Train": "union-train", "LiFT": "lift"}
@@ -56,7 +45,7 @@ LIFT = "LiFT"
 
 
 @dataclass(frozen=True)
-class UnseenSettings:
+class ComparisonSettings:
     """Sizes and rates of a comparison."""
 
     seeds: int = field(default=1, metadata={"help": "repetitions: initial adapters, minibatches, chains"})
@@ -89,13 +78,13 @@ class UnseenSettings:
 
 
 class Benchmark(NamedTuple):
-    """What is compared on.
+    """The tasks, the network and the measures of a comparison.
 
     Attributes:
         tasks: encoded for the backbone, with what is missing by name.
         adapter: the network with its initial adapter, by seed.
         measures: keys of the records that the table shows, and what they are called.
-        heads: of the tasks' own, where they have any.
+        heads: of every task, where they have any.
         texts: the tasks as strings, for the metrics that compare strings.
     """
 
@@ -107,17 +96,17 @@ class Benchmark(NamedTuple):
 
 
 def benchmark_of(
-    found: TaskCollection[Any],
+    tasks: TaskCollection[Any],
     backbone: str | Path,
     kind: Any,
-    settings: UnseenSettings,
+    settings: ComparisonSettings,
     measures: Mapping[str, str],
     heads: HeadPolicy | None = None,
 ) -> Benchmark:
-    """Loaded tasks and a backbone, wired as ``pyro-lift train`` wires them.
+    """Wire loaded tasks and a backbone as ``pyro-lift train`` wires them.
 
     Args:
-        found: what ``load_tasks`` returned.
+        tasks: what ``load_tasks`` returned.
         backbone: folder or name.
         kind: how it is loaded; see :func:`~pyro_lift.models.backbones.load_backbone`.
         settings: for the rank and the longest text.
@@ -132,46 +121,46 @@ def benchmark_of(
         adapter=AdapterConfig(rank=settings.rank),
         tasks=TasksConfig(max_length=settings.max_length),
     )
-    if not found.train or not found.test:
-        raise ValueError(f"{found.name}: nothing to {'learn from' if not found.train else 'be judged by'}.")
+    if not tasks.train or not tasks.test:
+        raise ValueError(f"{tasks.name}: nothing to {'learn from' if not tasks.train else 'be judged by'}.")
 
     def adapter(seed: int) -> RandomAdapter:
         return adapter_of(replace(config, output=OutputConfig(seed=seed))).to(settings.device)
 
-    texts = found if isinstance(found.train[0], TextTask) else None
-    return Benchmark(encode_tasks(found, config), adapter, measures, heads or HeadPolicy(), texts)
+    texts = tasks if isinstance(tasks.train[0], TextTask) else None
+    return Benchmark(encode_tasks(tasks, config), adapter, measures, heads or HeadPolicy(), texts)
 
 
-def _cut(benchmark: Benchmark, settings: UnseenSettings) -> Benchmark:
-    """The benchmark with no more development and unseen tasks than the settings say."""
+def _cut(benchmark: Benchmark, settings: ComparisonSettings) -> Benchmark:
+    """Return the benchmark with no more development and unseen tasks than the settings say."""
     tasks = benchmark.tasks
     dev, test = _spread(tasks.dev, settings.dev_tasks), _spread(tasks.test, settings.test_tasks)
     return benchmark._replace(tasks=replace(tasks, dev=dev if len(settings.rates) > 1 else (), test=test))
 
 
 def _spread(tasks: Sequence[Any], most: int) -> tuple[Any, ...]:
-    """At most so many, evenly over the list: neighbours in a list of tasks are often relatives."""
+    """Pick at most so many, evenly over the list: neighbours in a list of tasks are often relatives."""
     if len(tasks) <= most:
         return tuple(tasks)
     return tuple(tasks[k * len(tasks) // most] for k in range(most))
 
 
-def hold_out(found: TaskCollection[Any], names: Sequence[str]) -> TaskCollection[Any]:
-    """Move training tasks to the development tasks, for benchmarks that have none; names that are not there stay out.
+def hold_out(tasks: TaskCollection[Any], names: Sequence[str]) -> TaskCollection[Any]:
+    """Move training tasks to the development tasks, for benchmarks that have none; unknown names are passed over.
 
     They are then not meta-trained on.
     """
-    moved = tuple(task for task in found.train if task.name in names)
-    kept = tuple(task for task in found.train if task.name not in names)
+    moved = tuple(task for task in tasks.train if task.name in names)
+    kept = tuple(task for task in tasks.train if task.name not in names)
     note = f"held out of train to choose rates on: {', '.join(task.name for task in moved)}"
-    return replace(found, train=kept, dev=(*found.dev, *moved), notes=(*found.notes, note) if moved else found.notes)
+    return replace(tasks, train=kept, dev=(*tasks.dev, *moved), notes=(*tasks.notes, note) if moved else tasks.notes)
 
 
 # ------------------------------------------------------------------------------------------------ the comparison
 
 
-def run(benchmark: Benchmark, settings: UnseenSettings, out: Path, *, progress: bool = True) -> list[dict[str, Any]]:
-    """Compare; writes ``results.json``, ``tasks.txt``, ``table.txt`` and ``scores.png`` in ``out``.
+def run(benchmark: Benchmark, settings: ComparisonSettings, out: Path, *, progress: bool = True) -> list[Record]:
+    """Compare the methods; writes ``results.json``, ``tasks.txt``, ``table.txt`` and ``scores.png`` in ``out``.
 
     Returns:
         One record a method, seed and task.
@@ -183,51 +172,78 @@ def run(benchmark: Benchmark, settings: UnseenSettings, out: Path, *, progress: 
         summary += f"\n  {part}: {', '.join(task.name for task in tasks) or 'nothing'}"
     (out / "tasks.txt").write_text(summary + "\n")
     print(summary, flush=True)
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     hidden = not progress or "CI" in os.environ
     with tqdm(total=_gradients(benchmark, settings), unit="step", disable=hidden, dynamic_ncols=True) as bar:
         for seed in range(settings.seeds):
             adapter = benchmark.adapter(seed)
             bar.write(f"seed {seed}: {adapter.dim} adapter weights")
             for name in METHODS:
-                records += _run_method(benchmark, settings, adapter, name, seed, bar)
+                records += _run_method(_Contender(benchmark, settings, adapter, name, seed, bar))
                 write_records(records, out / "results.json")
     table = table_of(records, benchmark.measures)
     (out / "table.txt").write_text(table + "\n")
-    report.draw_by_task(records, list(METHODS), out / "scores.png", benchmark.measures)
+    report.plot_by_task(records, list(METHODS), out / "scores.png", benchmark.measures)
     print(table)
     return records
 
 
-def table_of(records: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) -> str:
-    """Methods over all unseen tasks, then the first measure by task."""
+def table_of(records: Sequence[Record], measures: Mapping[str, str]) -> str:
+    """Format the methods over all unseen tasks, then the first measure by task."""
     names, first = list(METHODS), next(iter(measures))
     return f"{report.comparison(records, names, LIFT, measures)}\n\n{report.by_task(records, names, first)}"
 
 
-def _gradients(benchmark: Benchmark, settings: UnseenSettings) -> int:
-    """What the bar counts to."""
+def _gradients(benchmark: Benchmark, settings: ComparisonSettings) -> int:
+    """Count the gradients of the whole comparison, for the bar."""
     trained = 2 * (settings.warm_up + settings.visits)
     tried = len(settings.rates) * len(benchmark.tasks.dev)
     return settings.seeds * (trained + len(METHODS) * (tried + len(benchmark.tasks.test)) * settings.steps)
 
 
-def _run_method(
-    benchmark: Benchmark, settings: UnseenSettings, adapter: RandomAdapter, name: str, seed: int, bar: Any
-) -> list[dict[str, Any]]:
-    def method(rate: float) -> Baseline:
-        return _method(benchmark, settings, adapter, name, seed, rate)
+class _Contender(NamedTuple):
+    """One method of the comparison on one seed, and the bar that tells of it."""
 
+    benchmark: Benchmark
+    settings: ComparisonSettings
+    adapter: RandomAdapter
+    name: str
+    seed: int
+    bar: Any
+
+    def method(self, rate: float) -> Baseline:
+        """Set the method up with a rate of adaptation."""
+        s = self.settings
+        budget = Budget(
+            warm_up=s.warm_up,
+            visits=s.visits,
+            warm_up_learning_rate=s.meta_rate,
+            meta_learning_rate=s.meta_rate,
+            steps=s.steps,
+            learning_rate=rate,
+            batch_size=s.batch_size,
+            draws=s.draws,
+            heads=self.benchmark.heads,
+            seed=self.seed,
+        )
+        options: dict[str, Any] = {}
+        if self.name == LIFT:
+            options["settings"] = LiFTSettings(components=s.components, beta=s.beta, n_inflate=s.n_inflate)
+        return BASELINES[METHODS[self.name]](self.adapter, budget, **options)
+
+
+def _run_method(contender: _Contender) -> list[Record]:
+    benchmark, settings, _, name, seed, bar = contender
     bar.set_description(f"{name}: meta-train")
     start = time.perf_counter()
-    state = method(settings.rates[0]).meta_train(benchmark.tasks.train, on_step=bar.update)
+    state = contender.method(settings.rates[0]).meta_train(benchmark.tasks.train, on_step=bar.update)
     meta_seconds = time.perf_counter() - start
-    rate = _chosen_rate(benchmark, settings, method, state, name, bar)
+    rate = _chosen_rate(contender, state)
     records = []
     for task in benchmark.tasks.test:
         bar.set_description(f"{name}: {task.name}")
         start = time.perf_counter()
-        posterior = method(rate).adapt(state, task, seed=seed)
+        posterior = contender.method(rate).adapt(state, task, seed=seed)
         adapt_seconds = time.perf_counter() - start
         rows, texts = _judged_rows(benchmark, task, settings.test_rows)
         records.append(
@@ -247,64 +263,33 @@ def _run_method(
     return records
 
 
-def _method(
-    benchmark: Benchmark, settings: UnseenSettings, adapter: RandomAdapter, name: str, seed: int, rate: float
-) -> Baseline:
-    s = settings
-    budget = Budget(
-        warm_up=s.warm_up,
-        visits=s.visits,
-        warm_up_learning_rate=s.meta_rate,
-        meta_learning_rate=s.meta_rate,
-        steps=s.steps,
-        learning_rate=rate,
-        batch_size=s.batch_size,
-        draws=s.draws,
-        heads=benchmark.heads,
-        seed=seed,
-    )
-    options: dict[str, Any] = {}
-    if name == LIFT:
-        options["settings"] = LiFTSettings(components=s.components, beta=s.beta, n_inflate=s.n_inflate)
-    return BASELINES[METHODS[name]](adapter, budget, **options)
+def _chosen_rate(contender: _Contender, state: Any) -> float:
+    """Choose the rate with the lowest mean NLL on the development tasks; the first where there are none."""
+    tasks, rates = contender.benchmark.tasks.dev, contender.settings.rates
+    if not tasks:
+        return rates[0]
+    tuned = tune(rates, partial(_dev_scores, contender, state))
+    shown = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in zip(rates, tuned.losses, strict=True))
+    name = contender.name
+    contender.bar.write(f"{name}: rate {tuned.best:g} chosen by NLL on {len(tasks)} development tasks ({shown})")
+    return tuned.best
 
 
-def _chosen_rate(
-    benchmark: Benchmark,
-    settings: UnseenSettings,
-    method: Callable[[float], Baseline],
-    state: Any,
-    name: str,
-    bar: Any,
-) -> float:
-    """The rate with the lowest mean NLL on the development tasks; the first where there is nothing to choose by."""
-    if not benchmark.tasks.dev:
-        return settings.rates[0]
-    found: dict[float, float] = {}
-    for rate in settings.rates:
-        losses = []
-        for task in benchmark.tasks.dev:
-            bar.set_description(f"{name}: {task.name}, rate {rate:g}")
-            losses.append(_loss(method(rate), state, benchmark, task, settings))
-            bar.update(settings.steps)
-        found[rate] = statistics.fmean(losses)
-    best = min(found, key=found.__getitem__)
-    shown = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in found.items())
-    bar.write(f"{name}: rate {best:g} chosen by NLL on {len(benchmark.tasks.dev)} development tasks ({shown})")
-    return best
-
-
-def _loss(method: Baseline, state: Any, benchmark: Benchmark, task: Task, settings: UnseenSettings) -> float:
-    rows, _ = _judged_rows(benchmark, task, settings.test_rows)
-    try:
-        nll: float = scores(_predicted(method.adapt(state, task), task, rows), rows, task)["nll"]
-    except DivergedError:
-        return math.inf
-    return nll
+def _dev_scores(contender: _Contender, state: Any, rate: float) -> Iterator[Mapping[str, float]]:
+    """Yield the scores of a rate on each development task."""
+    benchmark, settings, bar = contender.benchmark, contender.settings, contender.bar
+    for task in benchmark.tasks.dev:
+        bar.set_description(f"{contender.name}: {task.name}, rate {rate:g}")
+        rows, _ = _judged_rows(benchmark, task, settings.test_rows)
+        try:
+            yield scores(_predicted(contender.method(rate).adapt(state, task), task, rows), rows, task)
+        except DivergedError:  # the others are adapted to all the same, so that the bar ends where it said
+            yield FAILED
+        bar.update(settings.steps)
 
 
 def _predicted(posterior: Any, task: Task, rows: Rows) -> Tensor:
-    """Probabilities averaged over the draws, a draw and a few rows at a time.
+    """Average the probabilities over the draws, a draw and a few rows at a time.
 
     That is how a CPU likes it (3.5 times faster than four draws of MiniLM in one pass); it holds few token
     probabilities at once, and text is padded to the longest of its own pass.
@@ -314,7 +299,7 @@ def _predicted(posterior: Any, task: Task, rows: Rows) -> Tensor:
 
 
 def _judged_rows(benchmark: Benchmark, task: Task, most: int) -> tuple[Rows, Sequence[TextRow] | None]:
-    """Test rows of a task, a random choice with a fixed seed where they are many, and the same rows as strings."""
+    """Return test rows of a task, chosen with a fixed seed where there are many, and the same rows as strings."""
     if task.test is None:
         raise ValueError(f"task {task.name!r} has no test rows to be judged by.")
     order = torch.randperm(len(task.test), generator=torch.Generator().manual_seed(0))
@@ -324,35 +309,3 @@ def _judged_rows(benchmark: Benchmark, task: Task, most: int) -> tuple[Rows, Seq
         strings = benchmark.texts[task.name].test
         texts = [strings[k] for k in kept.tolist()]
     return task.test.take(kept), texts
-
-
-# ------------------------------------------------------------------------------------------------ the command line
-
-
-def parser(description: str, defaults: UnseenSettings, out: str) -> argparse.ArgumentParser:
-    """Options that the three examples share: data, output, and a flag for every field of the settings."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--root", help="where the data lies")
-    made.add_argument("--out", default=out, type=Path, help=f"folder for records, table and figure (default {out})")
-    made.add_argument("--smoke", action="store_true", help="small made-up data, seconds; the numbers mean nothing")
-    made.add_argument("--backbone", help="folder or name on the hub; by default the repository's own")
-    for f in fields(UnseenSettings):
-        default = getattr(defaults, f.name)
-        kind, several = (float, "+") if isinstance(default, tuple) else (type(default), None)
-        made.add_argument(
-            f"--{f.name.replace('_', '-')}", type=kind, nargs=several, help=f"{f.metadata['help']} (default {default})"
-        )
-    return made
-
-
-def settings_of(given: argparse.Namespace, defaults: UnseenSettings) -> UnseenSettings:
-    """The settings of a command line: what it names, else the example's own, else the smallest for ``--smoke``."""
-    if given.smoke:
-        defaults = replace(defaults, warm_up=4, visits=6, steps=4, draws=2, batch_size=4, rates=(1e-3, 3e-3))
-        defaults = replace(defaults, seeds=1, dev_tasks=1, test_rows=8)
-    named: dict[str, Any] = {}
-    for f in fields(UnseenSettings):
-        value = getattr(given, f.name)
-        if value is not None:
-            named[f.name] = tuple(value) if isinstance(value, list) else value
-    return replace(defaults, **named)
