@@ -91,7 +91,7 @@ def keys() -> None:
 
 @bench.command()
 def sampler(out: Out = Path("bench"), smoke: Smoke = False, device: Device = "cpu") -> None:
-    """Visits and seconds until phi's draws have the toy's exact posterior: every update, full SGLD and NUTS."""
+    """Count visits and seconds until phi's draws have the toy's exact posterior: every update, full SGLD and NUTS."""
     from pyro_lift.bench import sampler as benchmark
     from pyro_lift.bench.records import write_records
 
@@ -114,7 +114,7 @@ def speed(
     part: Annotated[list[str] | None, typer.Option(help="steps, em, blocks, curves, large; repeat")] = None,
     largest: Annotated[str | None, typer.Option(help="of the part large: t5-xl or t5-large")] = None,
 ) -> None:
-    """What a step costs beside a plain PEFT step, what each part of it costs, and how it grows."""
+    """Time a step beside a plain PEFT step, each part of it, and how it grows."""
     from dataclasses import replace
 
     from pyro_lift.bench import speed as benchmark
@@ -144,7 +144,7 @@ def bench_methods(
     smoke: Smoke = False,
     device: Device = "cpu",
 ) -> None:
-    """Every method of the paper's tables on the same tasks: scores, seconds, memory."""
+    """Compare every method of the paper's tables on the same tasks: scores, seconds, memory."""
     from dataclasses import replace
 
     from pyro_lift.bench import methods as bench_of_methods
@@ -169,7 +169,7 @@ def store(
     rounds: Annotated[int, typer.Option(help="turns of each number of tasks")] = 20,
     folder: Annotated[Path | None, typer.Option(help="of the stores' files, 47 GB for the default")] = None,
 ) -> None:
-    """What a step costs, in time and memory, as the number of tasks grows, with theta on the disk."""
+    """Measure the time and memory of a step as the number of tasks grows, with theta on the disk."""
     from pyro_lift.bench import store as benchmark
     from pyro_lift.bench.records import write_records
 
@@ -181,7 +181,7 @@ def store(
 
 
 def main() -> None:
-    """Entry point: what a user did wrong is one line on stderr and exit code 2, not a traceback."""
+    """Run the command line; a user's mistake is one line on stderr and exit code 2, not a traceback."""
     from pyro_lift.inference.checkpoint.session import RunStopped
     from pyro_lift.inference.sgld import DivergedError
     from pyro_lift.support.distributed import ProcessLostError

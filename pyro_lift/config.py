@@ -71,7 +71,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class TasksConfig:
-    """What to learn from, and how it is put before the backbone."""
+    """The tasks to learn from, and their form before the backbone."""
 
     benchmark: str = field(default="folder", metadata={"help": "crossfit, vtab, shakespeare, folder or digits"})
     split: str | None = field(default=None, metadata={"help": "of the benchmark; none takes its first"})
@@ -87,7 +87,7 @@ class TasksConfig:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """Where the prior goes, and how it was made."""
+    """The prior's folder, the seed and the device."""
 
     folder: str = field(default="prior", metadata={"help": "of the prior"})
     seed: int = field(default=0, metadata={"help": "of everything random"})
@@ -111,7 +111,7 @@ class RunConfig:
 
 
 def read_config(path: Path) -> RunConfig:
-    """A run from a TOML file.
+    """Read a run from a TOML file.
 
     Raises:
         ValueError: not TOML (with the line), an unknown key (with the nearest known one), a value of another type or
@@ -125,7 +125,7 @@ def read_config(path: Path) -> RunConfig:
 
 
 def reference(cls: type[Any] = RunConfig) -> str:
-    """Every key with its default and its meaning, as a TOML file."""
+    """Format every key with its default and its meaning, as a TOML file."""
     lines = []
     for f in fields(cls):
         hint = typing.get_type_hints(cls)[f.name]

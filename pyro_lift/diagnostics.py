@@ -22,7 +22,7 @@ SAMPLE_STATS = ("log_likelihood", "grad_norm", "step_size", "diverging", "task")
 
 
 def from_mcmc(mcmc: Any, *, max_size: int = 64, coordinates: int = 32, seed: int = 0) -> Any:
-    """ArviZ's container for a finished run of ``MCMC`` or ``StreamingMCMC``, of any kernel.
+    """Convert a finished run of ``MCMC`` or ``StreamingMCMC``, of any kernel, to ArviZ's container.
 
     The model is not run again, as ``az.from_pyro`` would (four times).
 
@@ -68,7 +68,7 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a statistician asks of a run; ``str()`` is a table.
+    """Convergence diagnostics of a run; ``str()`` is a table.
 
     Attributes:
         coordinates: one per coordinate, or projection, of every site.
@@ -114,7 +114,7 @@ def _rate(value: float | None) -> str:
 
 
 def summarise(mcmc: Any, *, seconds: float | None = None, max_size: int = 64, coordinates: int = 32) -> Summary:
-    """R-hat, bulk and tail ESS (also per second), MCSE, divergences, step sizes and reach of a finished run.
+    """Summarise a finished run: R-hat, bulk and tail ESS (also per second), MCSE, divergences, step sizes and reach.
 
     Args:
         mcmc: a finished run, as :func:`from_mcmc` takes it.
@@ -130,7 +130,7 @@ def summarise(mcmc: Any, *, seconds: float | None = None, max_size: int = 64, co
     reports = [report or {} for report in mcmc._diagnostics]
     if seconds is None and all(report.get("seconds") for report in reports):
         seconds = sum(report["seconds"] for report in reports)
-    found = [
+    rows = [
         coordinate
         for name in posterior.data_vars
         for coordinate in _coordinates(str(name), np.asarray(posterior[name]), seconds)
@@ -139,7 +139,7 @@ def summarise(mcmc: Any, *, seconds: float | None = None, max_size: int = 64, co
     chains, draws = np.asarray(next(iter(posterior.data_vars.values()))).shape[:2]
     steps = dict(reports[0].get("report") or {})
     return Summary(
-        found,
+        rows,
         int(np.asarray(stats["diverging"]).sum()) if "diverging" in stats else 0,
         chains * draws,
         seconds,
@@ -157,11 +157,11 @@ def _coordinates(name: str, values: NDArray[Any], seconds: float | None) -> list
     import arviz as az
 
     flat = values.reshape(*values.shape[:2], -1)
-    found = []
+    rows = []
     for k in range(flat.shape[-1]):
         x = flat[..., k]
         bulk, tail = (float(az.ess(x, method=method)) for method in ("bulk", "tail"))
-        found.append(
+        rows.append(
             Coordinate(
                 name if flat.shape[-1] == 1 else f"{name}[{k}]",
                 float(x.mean()),
@@ -174,11 +174,11 @@ def _coordinates(name: str, values: NDArray[Any], seconds: float | None) -> list
                 tail / seconds if seconds else None,
             )
         )
-    return found
+    return rows
 
 
 def _reach(steps: dict[str, float | str], draws: int) -> dict[str, float | None]:
-    """Relaxation times that one chain's draws cover, from the step sizes at the start."""
+    """Compute the relaxation times that one chain's draws cover, from the step sizes at the start."""
     if "tasks" not in steps:
         return {}
     visits = draws * float(steps["thinning"])

@@ -47,7 +47,7 @@ class TaskPosterior:
         return f"TaskPosterior(task={self.task.name!r}, draws={len(self.thetas)}, dim={self.adapter.dim})"
 
     def predict(self, inputs: Any) -> Tensor:
-        """Probabilities ``[n, C]`` averaged over the draws (regression: means).
+        """Return probabilities ``[n, C]`` averaged over the draws (of a regression the means).
 
         Args:
             inputs: a tensor, a mapping of tensors by input name, or :class:`~pyro_lift.models.task.Rows`.
@@ -75,7 +75,7 @@ class TaskPosterior:
         check_base: bool = True,
         **options: Any,
     ) -> TaskPosterior:
-        """A posterior from its folder or the hub, as :meth:`LiFTPrior.from_pretrained`.
+        """Load a posterior from its folder or the hub, as :meth:`LiFTPrior.from_pretrained` does a prior.
 
         Args:
             source: a folder, or ``"user/name"``.

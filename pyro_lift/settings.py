@@ -13,7 +13,7 @@ __all__ = ["AdaptSettings", "LiFTSettings"]
 
 @dataclass(frozen=True)
 class AdaptSettings:
-    """How a new task is adapted to."""
+    """Settings of the adaptation to a new task."""
 
     steps: int = field(default=100, metadata={"help": "SGLD steps on the new task"})
     learning_rate: float = field(default=2e-3, metadata={"help": "move per step and weight; eta = 2 x this"})

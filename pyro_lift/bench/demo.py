@@ -117,7 +117,7 @@ class DemoSettings:
 
     @classmethod
     def smoke(cls, device: str = "cpu") -> DemoSettings:
-        """Seconds instead of minutes; the numbers mean nothing."""
+        """Return sizes that take seconds instead of minutes; the numbers mean nothing."""
         return cls(2, 12, visits=24, steps=8, draws=2, num_train=3, num_test=2, workers=1, device=device)
 
 

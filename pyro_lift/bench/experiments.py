@@ -43,7 +43,7 @@ class MethodsSettings:
 
     @classmethod
     def smoke(cls, device: str = "cpu") -> MethodsSettings:
-        """Seconds instead of minutes; the numbers mean nothing."""
+        """Return sizes that take seconds instead of minutes; the numbers mean nothing."""
         return cls(
             1, 4, 12, 4, 2, batch_size=4, num_train=3, num_test=1, test_rows=16, cost_visits=9, workers=1, device=device
         )

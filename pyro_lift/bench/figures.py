@@ -15,14 +15,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, width: float = 6.4, height: float = 4.0, **options: Any) -> Any:
-    """A figure and its axes (an array where there are several); ``width`` and ``height`` in inches, of the whole."""
+    """Make a figure and its axes (an array of several); ``width`` and ``height`` of the whole are in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, **options)
-    for one in axes.flat if rows * columns > 1 else [axes]:
-        one.spines[["top", "right"]].set_visible(False)
-        one.set_prop_cycle(color=COLOURS)
+    for axis in axes.flat if rows * columns > 1 else [axes]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_prop_cycle(color=COLOURS)
     return figure, axes
 
 

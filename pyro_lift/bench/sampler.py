@@ -50,7 +50,7 @@ UPDATES: tuple[Update, ...] = ("gibbs", "exact", "table", "single", "single, sca
 
 
 class Plan(NamedTuple):
-    """How far to go: visits per update (``other`` where none is named), seeds, NUTS's budget, visits to time."""
+    """Length of the runs: visits per update (``other`` for those not named), seeds, NUTS's budget, visits to time."""
 
     tasks: tuple[int, ...]
     limits: dict[tuple[str, int], int]
@@ -163,7 +163,7 @@ def _kernel(update: Update, toy: LinearGaussian, theta: float, phi: float) -> SG
 
 
 def _seconds_a_visit(update: Update, N: int, theta: float, phi: float, visits: int, device: str) -> float:
-    """Of the kernel in ``pyro.infer.MCMC``, without its set-up: the median over visits."""
+    """Measure the median time of a visit of the kernel in ``pyro.infer.MCMC``, without its set-up."""
     toy = LinearGaussian(N, seed=0, block_size=None if update == "sgld" else 1).to(device)
     stamps: list[float] = []
     pyro.set_rng_seed(0)
@@ -179,7 +179,7 @@ def _seconds_a_visit(update: Update, N: int, theta: float, phi: float, visits: i
 
 
 def _clock(device: str) -> float:
-    """Seconds: of this process alone on the CPU, so that others on the machine do not count; of the wall elsewhere."""
+    """Read the clock: this process's on the CPU, so that others on the machine do not count, else the wall's."""
     return time.process_time() if device == "cpu" else time.perf_counter()
 
 
@@ -188,7 +188,7 @@ class _BudgetSpentError(Exception):
 
 
 def _nuts(plan: Plan, N: int) -> list[Record]:
-    """One chain of NUTS on the whole program; its warm-up counts, and its draws' second half is judged."""
+    """Run one chain of NUTS on the whole program; its warm-up counts, and its draws' second half is judged."""
     toy = LinearGaussian(N, seed=0, block_size=None)
     posterior = toy.posterior()
     warm_up = min(100, plan.nuts_draws)

@@ -49,7 +49,7 @@ def _vit(size: int, patch: int, width: int, depth: int, heads: int) -> nn.Module
 
 
 def _t5(layers: int, width: int, hidden: int, heads: int, vocabulary: int = 32128) -> nn.Module:
-    """T5 1.1."""
+    """Make a network of T5 1.1's shape."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(

@@ -48,7 +48,7 @@ class Toys(NamedTuple):
 
     @classmethod
     def of(cls, toys: Sequence[LinearGaussian], device: str = "cpu") -> Toys:
-        """From programs that differ in their data alone."""
+        """Stack programs that differ in their data alone."""
         first = toys[0]
         gram = torch.stack([t.x.mT @ t.x for t in toys], 1) / first.alpha**2
         pull = torch.stack([(t.x.mT @ t.y.unsqueeze(-1)).squeeze(-1) for t in toys], 1) / first.alpha**2
@@ -63,7 +63,7 @@ class Toys(NamedTuple):
 
 
 def generator_noise(shape: tuple[int, ...], seed: int, device: str = "cpu") -> Noise:
-    """Standard normal noise of a seed, for chains of shape ``[P, R, d]``."""
+    """Make the standard normal noise of a seed, for chains of shape ``[P, R, d]``."""
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def noise(visits: int, vectors: int) -> Tensor:
@@ -73,7 +73,7 @@ def generator_noise(shape: tuple[int, ...], seed: int, device: str = "cpu") -> N
 
 
 def chain(toys: Toys, update: Update, theta_step: Tensor, phi_step: Tensor, noise: Noise) -> Iterator[Tensor]:
-    """The endless sequence of phi ``[P, R, d]``, one a visit (one an iteration over all tasks for ``"sgld"``).
+    """Yield phi ``[P, R, d]`` without end, one a visit (one an iteration over all tasks for ``"sgld"``).
 
     Args:
         toys: the data.
@@ -119,12 +119,12 @@ def _visits(toys: Toys, update: Update, theta_step: Tensor, phi_step: Tensor, no
             elif update == "literal":
                 J = literal_update(J, old, new, phi, variance)
             else:
-                own = (new - phi) * precision
+                gradient = (new - phi) * precision
                 if update == "table":
-                    J = J + table.change(i, own)
-                    table.store(i, own)
+                    J = J + table.change(i, gradient)
+                    table.store(i, gradient)
                 else:
-                    J = own * (N if update == "single" else 1)
+                    J = gradient * (N if update == "single" else 1)
             drift = J - phi * pair.prior_precision
             phi = euler(phi, drift, None, step_size=1.0, temperature=1.0, noise=for_phi, preconditioner=phi_step)
             yield phi
@@ -155,14 +155,14 @@ class Curve(NamedTuple):
     @property
     def best(self) -> tuple[Tensor, Tensor]:
         """For each checkpoint the smallest KL of all step sizes, and which step size has it."""
-        found = self.kl.min(0)
-        return found.values, found.indices
+        least = self.kl.min(0)
+        return least.values, least.indices
 
 
 def checkpoints(limit: int) -> list[int]:
-    """Numbers of visits in steps of the fourth root of two; the half of each (from the fifth on) is one, too."""
-    found = [base << octave for octave in range(40) for base in (32, 38, 45, 54)]
-    return [n for n in found if n <= limit]
+    """List numbers of visits in steps of the fourth root of two; the half of each (from the fifth on) is one, too."""
+    numbers = [base << octave for octave in range(40) for base in (32, 38, 45, 54)]
+    return [n for n in numbers if n <= limit]
 
 
 def curve(phis: Iterator[Tensor], toys: Toys, limit: int, stop_at: float = 0.0) -> Curve:
@@ -186,18 +186,18 @@ def curve(phis: Iterator[Tensor], toys: Toys, limit: int, stop_at: float = 0.0) 
 
 
 def second_half_kl(draws: Tensor, posterior: Gaussian) -> float:
-    """KL of the Gaussian fit to the second half of draws ``[S, d]`` from the posterior."""
+    """Compute the KL of the Gaussian fit to the second half of draws ``[S, d]`` from the posterior."""
     half = draws[len(draws) // 2 :]
     return gaussian_kl(Gaussian(half.mean(0), torch.cov(half.T, correction=0)), posterior)
 
 
 def _median_kl(mean: Tensor, square: Tensor, posterior: Sequence[Gaussian]) -> Tensor:
-    """Median over seeds for each step size; infinite where a chain has left the numbers."""
+    """Compute the median over seeds for each step size; infinite where a chain has diverged."""
     covariance = (square - mean.unsqueeze(-1) * mean.unsqueeze(-2)).cpu()
     mean = mean.cpu()
-    found = torch.full(mean.shape[:2], torch.inf, dtype=torch.float64)
+    kl = torch.full(mean.shape[:2], torch.inf, dtype=torch.float64)
     for p, r in torch.cartesian_prod(*(torch.arange(size) for size in mean.shape[:2])).tolist():
-        one = Gaussian(mean[p, r], covariance[p, r])
-        if bool(torch.isfinite(one.covariance).all()) and float(torch.linalg.det(one.covariance)) > 0.0:
-            found[p, r] = gaussian_kl(one, posterior[r])
-    return found.quantile(0.5, dim=1)
+        fit = Gaussian(mean[p, r], covariance[p, r])
+        if bool(torch.isfinite(fit.covariance).all()) and float(torch.linalg.det(fit.covariance)) > 0.0:
+            kl[p, r] = gaussian_kl(fit, posterior[r])
+    return kl.quantile(0.5, dim=1)

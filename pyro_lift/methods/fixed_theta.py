@@ -86,7 +86,7 @@ class FixedTheta:
         return LiFTState(prior, library.meta_steps)
 
     def adapt(self, state: LiFTState, task: Task, *, seed: int | None = None) -> Posterior:
-        """As LiFT."""
+        """Run the new task's chain under the mixture, as LiFT does."""
         return self.lift.adapt(state, task, seed=seed)
 
     def _draws(self, posterior: FixedThetaPosterior, generator: torch.Generator) -> Iterator[Tensor]:

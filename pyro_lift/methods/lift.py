@@ -62,7 +62,7 @@ class LiFTMethod:
         return LiFTState(prior, self.budget.warm_up + self.budget.visits)
 
     def chain_settings(self) -> LiFTSettings:
-        """The settings with the budget's share filled in."""
+        """Return the settings of the chain, with the budget filled in."""
         b = self.budget
         return replace(
             self.settings,
@@ -78,7 +78,7 @@ class LiFTMethod:
         )
 
     def adapt_settings(self) -> AdaptSettings:
-        """How a new task is adapted to."""
+        """Return the settings of adaptation, with the budget filled in."""
         return AdaptSettings(
             steps=self.budget.steps,
             learning_rate=self.budget.learning_rate,
@@ -89,7 +89,7 @@ class LiFTMethod:
         )
 
     def adapt(self, state: LiFTState, task: Task, *, seed: int | None = None) -> Posterior:
-        """The new task's chain under the mixture, or under none."""
+        """Run the new task's chain under the mixture, or under none."""
         if self.ablation != "reg":
             # Its own settings, whatever those of the state are: ablations share one meta-training.
             settings = asdict(self.adapt_settings())
@@ -97,7 +97,7 @@ class LiFTMethod:
         return self._without_mixture(state.prior, task, seed)
 
     def adapt_many(self, state: LiFTState, tasks: Sequence[Task]) -> list[Posterior]:
-        """The chains of several new tasks in one pass."""
+        """Run the chains of several new tasks in one pass."""
         if self.ablation == "reg":
             return [self.adapt(state, task) for task in tasks]
         settings = asdict(self.adapt_settings())

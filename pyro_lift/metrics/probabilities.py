@@ -73,7 +73,7 @@ def reliability(probabilities: Tensor, target: Tensor, bins: int = 15, *, pooled
 
 
 def expected_calibration_error(probabilities: Tensor, target: Tensor, bins: int = 15, *, pooled: bool = False) -> float:
-    r""":math:`\sum_b \tfrac{n_b}{n}\,|\mathrm{acc}_b - \mathrm{conf}_b|` over the bins of :func:`reliability`.
+    r"""Compute :math:`\sum_b \tfrac{n_b}{n}\,|\mathrm{acc}_b - \mathrm{conf}_b|` over the bins of :func:`reliability`.
 
     References:
         On calibration of modern neural networks, Guo et al., 2017, arXiv:1706.04599.

@@ -20,7 +20,7 @@ class PairedTest(NamedTuple):
 
 
 def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
-    """Student's paired t-test of ``first - second``, two-sided.
+    """Run Student's paired t-test of ``first - second``, two-sided.
 
     Raises:
         ValueError: unequal lengths or fewer than two pairs.
@@ -46,7 +46,7 @@ class MeanTest(NamedTuple):
 
 
 def pooled_t_test(mean: float, sd: float, n: int, other_mean: float, other_sd: float, other_n: int) -> MeanTest:
-    r"""Student's t-test with pooled variance, from printed "mean ± sd" whose sd is that of the *population* (ddof 0).
+    r"""Run Student's t-test with pooled variance, from printed "mean ± sd" whose sd has ddof 0 (a *population's*).
 
     .. math:: s^2 = \frac{n_1 s_1^2 + n_2 s_2^2}{n_1 + n_2 - 2},\qquad
               t = \frac{\bar x_1 - \bar x_2}{s\sqrt{1/n_1 + 1/n_2}}
@@ -69,7 +69,7 @@ def pooled_t_test(mean: float, sd: float, n: int, other_mean: float, other_sd: f
 
 
 def welch_t_test(mean: float, sd: float, n: int, other_mean: float, other_sd: float, other_n: int) -> MeanTest:
-    """Welch's test from the same printed numbers, for variances that differ; arguments as :func:`pooled_t_test`."""
+    """Run Welch's test on the same printed numbers, for variances that differ; arguments as :func:`pooled_t_test`."""
     _check_moments(sd, n, other_sd, other_n)
     first, second = sd**2 / (n - 1), other_sd**2 / (other_n - 1)
     total = first + second

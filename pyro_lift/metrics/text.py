@@ -40,7 +40,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalize_answer(text: str) -> str:
-    """SQuAD's normal form: lower case, without ASCII punctuation and the articles a, an, the; single spaces.
+    """Convert to SQuAD's normal form: lower case, no ASCII punctuation, no articles a, an, the, single spaces.
 
     Example:
         >>> normalize_answer(" The  U.S.A. (an atlas)")
@@ -50,45 +50,45 @@ def normalize_answer(text: str) -> str:
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """F1 of the bags of normalised words; 0 where no word is shared, two empty answers included (SQuAD 1.1's rule)."""
+    """Compute F1 of the bags of normalised words; 0 if no word is shared, two empty answers included (SQuAD 1.1)."""
     ours, theirs = normalize_answer(prediction).split(), normalize_answer(reference).split()
     shared = (Counter(ours) & Counter(theirs)).total()
     return 2.0 * shared / (len(ours) + len(theirs)) if shared else 0.0
 
 
 def accuracy(predictions: Sequence[str], references: References) -> float:
-    """Share of rows whose prediction is a reference, letter case aside; nothing else is forgiven, blanks included."""
+    """Return the share of rows whose prediction is a reference; letter case is ignored, blanks are not."""
     return _mean_of_best(predictions, references, lambda p, r: float(p.lower() == r.lower()))
 
 
 def exact_match(predictions: Sequence[str], references: References) -> float:
-    """Share of rows whose prediction equals a reference in SQuAD's normal form."""
+    """Return the share of rows whose prediction equals a reference in SQuAD's normal form."""
     return _mean_of_best(predictions, references, lambda p, r: float(normalize_answer(p) == normalize_answer(r)))
 
 
 def qa_f1(predictions: Sequence[str], references: References) -> float:
-    """Mean of :func:`token_f1` with the best reference."""
+    """Return the mean of :func:`token_f1` with the best reference."""
     return _mean_of_best(predictions, references, token_f1)
 
 
 def rouge_l(predictions: Sequence[str], references: References) -> float:
-    """Mean ROUGE-L F with the best reference, by rouge-score without stemming.
+    """Return the mean ROUGE-L F with the best reference, by rouge-score without stemming.
 
     0 for a prediction that is empty once punctuation is taken off. CrossFit's own figures come from the package
     `rouge`, which splits at blanks and full stops and keeps letter case, so they are not the same numbers.
     """
     scorer = _rouge_scorer()
 
-    def one(prediction: str, reference: str) -> float:
+    def f1(prediction: str, reference: str) -> float:
         if not prediction.translate(_NO_PUNCTUATION):
             return 0.0
         return float(scorer.score(reference, prediction)["rougeL"].fmeasure)
 
-    return _mean_of_best(predictions, references, one)
+    return _mean_of_best(predictions, references, f1)
 
 
 def macro_f1(predictions: Sequence[str], references: References) -> float:
-    """Unweighted mean of the classes' F1, by scikit-learn, strings compared as they are.
+    """Return the unweighted mean of the classes' F1, by scikit-learn, strings compared as they are.
 
     The classes are all strings that occur, as truth *or as prediction*: a generated string that is no label is a class
     with F1 zero, so each distinct one lowers the mean.
@@ -100,7 +100,7 @@ def macro_f1(predictions: Sequence[str], references: References) -> float:
 
 
 def matthews(predictions: Sequence[str], references: References, positive: str = "acceptable") -> float:
-    """Matthews correlation of "is ``positive``", blanks at the ends of a prediction aside; 0 where either is constant.
+    """Compute Matthews' correlation of "is ``positive``", blanks at the ends stripped; 0 where either is constant.
 
     Args:
         predictions: one string a row; whatever is not ``positive`` counts as negative, off-label strings included.
@@ -118,7 +118,7 @@ def matthews(predictions: Sequence[str], references: References, positive: str =
 
 
 def pearson(predictions: Sequence[str], references: References) -> float:
-    """Pearson correlation of the strings read as numbers; 0 where it is undefined.
+    """Compute Pearson's correlation of the strings read as numbers; 0 where it is undefined.
 
     Undefined is: a prediction that is no finite number (CrossFit's own score is then NaN), fewer than two rows, or
     either side constant.
@@ -152,7 +152,7 @@ METRICS: dict[str, Callable[[Sequence[str], References], float]] = {
 
 
 def score(metric: str, predictions: Sequence[str], references: References) -> float:
-    """The score of one task by the name of its metric.
+    """Score one task by the name of its metric.
 
     Args:
         metric: a key of :data:`METRICS`.
@@ -170,9 +170,9 @@ def score(metric: str, predictions: Sequence[str], references: References) -> fl
     return METRICS[metric](predictions, references)
 
 
-def _mean_of_best(predictions: Sequence[str], references: References, one: Callable[[str, str], float]) -> float:
+def _mean_of_best(predictions: Sequence[str], references: References, compare: Callable[[str, str], float]) -> float:
     _check_rows(predictions, references)
-    best = [max(one(p, r) for r in accepted) for p, accepted in zip(predictions, references, strict=True)]
+    best = [max(compare(p, r) for r in accepted) for p, accepted in zip(predictions, references, strict=True)]
     return sum(best) / len(best)
 
 

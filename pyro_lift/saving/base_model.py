@@ -20,7 +20,7 @@ PROBES = 256
 
 
 def describe_base(adapter: RandomAdapter) -> dict[str, Any]:
-    """Name, class and digests; the names are the network's own, without PEFT's wrappers."""
+    """Describe a base model by name, class and digests; tensors have the network's names, without PEFT's wrappers."""
     network = _plain(adapter.backbone)
     weights = _weights(adapter)
     return {
@@ -32,14 +32,14 @@ def describe_base(adapter: RandomAdapter) -> dict[str, Any]:
 
 
 def check_base(adapter: RandomAdapter, saved: Mapping[str, Any], where: Path) -> None:
-    """Refuse another base model.
+    """Raise unless this is the base model the adapter was trained on.
 
     Raises:
         ValueError: names the file, both models and the first weight that is missing, misshapen or different.
     """
-    found = describe_base(adapter)
-    who = f"made for {saved.get('name') or saved.get('class')}, not this {found['name'] or found['class']}"
-    old, new = saved.get("tensors") or {}, found["tensors"]
+    given = describe_base(adapter)
+    who = f"made for {saved.get('name') or saved.get('class')}, not this {given['name'] or given['class']}"
+    old, new = saved.get("tensors") or {}, given["tensors"]
     if missing := [name for name in old if name not in new]:
         raise ValueError(f"{where}: {who}: the network has no weight {missing[0]!r} ({len(missing)} missing).")
     if extra := [name for name in new if name not in old]:

@@ -145,7 +145,7 @@ def load_prior(
     options: Mapping[str, Any] | None = None,
     **download: Any,
 ) -> PriorParts:
-    """A prior from its folder, or from a repository of the hub.
+    """Load a prior from its folder, or from a repository of the hub.
 
     Args:
         source: a folder, or ``"user/name"``.
@@ -263,7 +263,7 @@ def load_posterior(
     options: Mapping[str, Any] | None = None,
     **download: Any,
 ) -> PosteriorParts:
-    """A posterior from its folder or from the hub; see :func:`load_prior`.
+    """Load a posterior from its folder or from the hub; see :func:`load_prior`.
 
     Args:
         source: a folder, or ``"user/name"``.
@@ -323,12 +323,12 @@ def export_prior(prior: SavablePrior, folder: Path, which: str | int = "phi") ->
 
 
 def export_library(prior: SavablePrior, folder: Path) -> list[Path]:
-    """PEFT folders ``phi``, ``component-0`` ..., and ``task-NAME`` for every task that meta-training still holds."""
-    found: dict[str, str | int] = {"phi": "phi"}
-    found |= {f"component-{k}": k for k in range(prior.mixture.components)}
+    """Write PEFT folders ``phi``, ``component-0`` ..., and ``task-NAME`` of every task that meta-training holds."""
+    exports: dict[str, str | int] = {"phi": "phi"}
+    exports |= {f"component-{k}": k for k in range(prior.mixture.components)}
     if prior.mcmc is not None:
-        found |= {f"task-{name}": name for name in prior.tasks}
-    return [export_prior(prior, folder / name, which) for name, which in found.items()]
+        exports |= {f"task-{name}": name for name in prior.tasks}
+    return [export_prior(prior, folder / name, which) for name, which in exports.items()]
 
 
 def export_posterior(posterior: SavablePosterior, folder: Path, which: str | int = "mean") -> Path:
@@ -424,7 +424,7 @@ def _described(adapter: RandomAdapter) -> dict[str, Any]:
 def _adapter(
     path: Path, config: dict[str, Any], backbone: nn.Module, check: bool, options: Mapping[str, Any]
 ) -> RandomAdapter:
-    """The backbone with the adapter that was saved, every tensor of it in its place."""
+    """Put the adapter that was saved on the backbone, every tensor of it in its place."""
     from peft import PeftModel
 
     if isinstance(backbone, RandomAdapter):

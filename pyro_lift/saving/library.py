@@ -62,7 +62,7 @@ class LoRALibrary(NamedTuple):
 def read_library(
     folders: Sequence[str | Path], backbone: nn.Module, options: Mapping[str, Any] | None = None
 ) -> LoRALibrary:
-    """PEFT folders as vectors of one space; see :func:`prior_from_adapters`."""
+    """Read PEFT folders as vectors of one space; see :func:`prior_from_adapters`."""
     paths = [Path(folder) for folder in folders]
     if len(paths) < 2:
         raise ValueError(f"{len(paths)} adapters given: a prior over adapters needs at least two.")
@@ -93,16 +93,16 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 
 def _check_same(first: Path, wanted: Mapping[str, Any], path: Path, config: Mapping[str, Any]) -> None:
     for name, (default, why) in SHARED.items():
-        was, found = (_plain(c.get(name, default)) for c in (wanted, config))
-        if was != found:
-            raise ValueError(f"{path / PEFT_CONFIG}: {name}={found!r}, but {was!r} in {first}: {why}.")
-    was, found = (str(c.get("base_model_name_or_path") or "").rstrip("/") for c in (wanted, config))
-    if was and found and was != found:
-        raise ValueError(f"{path / PEFT_CONFIG}: an adapter of the base model {found!r}, but {was!r} in {first}.")
+        was, given = (_plain(c.get(name, default)) for c in (wanted, config))
+        if was != given:
+            raise ValueError(f"{path / PEFT_CONFIG}: {name}={given!r}, but {was!r} in {first}: {why}.")
+    was, given = (str(c.get("base_model_name_or_path") or "").rstrip("/") for c in (wanted, config))
+    if was and given and was != given:
+        raise ValueError(f"{path / PEFT_CONFIG}: an adapter of the base model {given!r}, but {was!r} in {first}.")
 
 
 def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list) and all(isinstance(one, str) for one in value) else value
+    return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
 
 
 def _attached(path: Path, config: dict[str, Any], backbone: nn.Module, options: Mapping[str, Any]) -> RandomAdapter:
@@ -126,7 +126,7 @@ def _attached(path: Path, config: dict[str, Any], backbone: nn.Module, options: 
 
 
 def common_start(library: LoRALibrary) -> tuple[float, str, str] | None:
-    """The least cosine between the A factors of two adapters, and their names; None without A factors."""
+    """Find the least cosine between the A factors of two adapters, and their names; None without A factors."""
     parts = [library.thetas[:, a.part] for a, _ in lora_pairs(library.adapter)]
     if not parts:
         return None

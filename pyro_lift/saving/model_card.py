@@ -85,7 +85,7 @@ Written by {versions}.
 
 
 def prior_card(prior: SavablePrior, config: Mapping[str, Any]) -> str:
-    """The README.md of a prior's folder."""
+    """Format the README.md of a prior's folder."""
     weight, mean, variance = prior.mixture.moments
     rows = [
         [k, f"{float(w):.3f}", f"{float(m.norm()):.4g}", f"{float(v.mean()) ** 0.5:.3g}"]
@@ -104,7 +104,7 @@ def prior_card(prior: SavablePrior, config: Mapping[str, Any]) -> str:
 
 
 def posterior_card(posterior: SavablePosterior, config: Mapping[str, Any]) -> str:
-    """The README.md of a posterior's folder."""
+    """Format the README.md of a posterior's folder."""
     about = [[key, f"`{json.dumps(value)}`"] for key, value in config["task"].items()]
     head = "" if posterior.heads is None else "\nThe task's own linear head is `head.safetensors` (`weight`, `bias`)."
     return _POSTERIOR.format(

@@ -71,7 +71,7 @@ def adapter_config(adapter: RandomAdapter) -> peft.PeftConfig:
 
 
 def config_to_dict(config: peft.PeftConfig) -> dict[str, Any]:
-    """A PEFT configuration as JSON."""
+    """Convert a PEFT configuration to JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=_plain))
     plain["inference_mode"] = False
     return plain
@@ -93,7 +93,7 @@ def _plain(value: Any) -> Any:
 
 
 def config_from_dict(values: dict[str, Any], where: Path) -> peft.PeftConfig:
-    """The inverse of :func:`config_to_dict`.
+    """Make a PEFT configuration again, from the dictionary of :func:`config_to_dict`.
 
     Raises:
         ValueError: a kind or a value that this version of PEFT does not know; names the file.
@@ -110,7 +110,7 @@ def config_from_dict(values: dict[str, Any], where: Path) -> peft.PeftConfig:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``adapter_config.json`` of a PEFT folder.
+    """Read ``adapter_config.json`` of a PEFT folder.
 
     Raises:
         ValueError: no PEFT folder; names it.
@@ -128,7 +128,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_peft(folder: Path, adapter: RandomAdapter) -> Tensor:
-    """The weights ``[D]`` of a PEFT folder, in the order of this adapter.
+    """Read the weights ``[D]`` of a PEFT folder, in the order of this adapter.
 
     Raises:
         ValueError: a file that is missing or cannot be read, a tensor that is missing, unknown, misshapen or not

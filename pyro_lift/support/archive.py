@@ -1,4 +1,4 @@
-"""Files that are read as they were written, or not at all: JSON beside safetensors, with checksums. No pickle.
+"""Checksummed JSON and safetensors files; a file that was altered is rejected. No pickle.
 
 A safetensors file is described by a record, kept in the JSON: its size, its SHA-256, and shape and dtype of every
 tensor. Reading compares all of it and names the file and the tensor that differ.
@@ -42,16 +42,16 @@ class DamagedError(ValueError):
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that a saved file depends on, those that are installed."""
+    """Return the versions of the libraries that a saved file depends on, those that are installed."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    installed = {}
     for name in ("pyro-lift", "torch", "pyro-ppl", "peft", "transformers", "safetensors"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -66,17 +66,17 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """A JSON object for people to read; floats come back to the bit."""
+    """Write a JSON object that people can read; floats come back to the bit."""
     write_file(path, (json.dumps(data, indent=1) + "\n").encode())
 
 
 def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The object with a checksum of all of it under ``"sha256"``."""
+    """Return the object with a checksum of all of it under ``"sha256"``."""
     return {**data, "sha256": _digest(data)}
 
 
 def check_sealed(path: Path, data: Mapping[str, Any]) -> None:
-    """Refuse a sealed object that is not what it was; comes last, after errors that say more."""
+    """Raise if a sealed object was modified. Call it after the checks whose messages are more specific."""
     if data.get("sha256") != _digest(data):
         raise DamagedError(f"{path}: altered since it was written: its SHA-256 is another than recorded.")
 
@@ -87,7 +87,7 @@ def _digest(data: Mapping[str, Any]) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A safetensors file; returns its record."""
+    """Write a safetensors file and return its record."""
     from safetensors.torch import save
 
     ready = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
@@ -109,7 +109,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``path`` only when everything in it is on the disk.
+    """Stage a folder that becomes ``path`` only when everything in it is on the disk.
 
     Whatever is interrupted, ``path`` is either complete or not there. A kill leaves at most a hidden folder
     ``.NAME.new`` behind, which the next attempt takes away.
@@ -127,7 +127,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def unfinished(path: Path) -> Path:
-    """Where :func:`new_folder` has a folder before it is complete."""
+    """Return the place where :func:`new_folder` has a folder before it is complete."""
     return path.absolute().with_name(f".{path.name}.new")
 
 
@@ -176,7 +176,7 @@ def _flush_folder(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         DamagedError: no such file, not JSON, no object; names the file.
@@ -198,9 +198,9 @@ def check_format(path: Path, data: Mapping[str, Any], kind: str, newest: int, ke
     Raises:
         ValueError: names the file and the key.
     """
-    found = data.get("format")
-    if found != kind:
-        raise DamagedError(f"{path}: format {found!r}; expected {kind!r}. Is it the right folder?")
+    named = data.get("format")
+    if named != kind:
+        raise DamagedError(f"{path}: format {named!r}; expected {kind!r}. Is it the right folder?")
     version = data.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise DamagedError(f"{path}: format_version {version!r}; expected a whole number of at least 1.")
@@ -223,7 +223,7 @@ def read_tensors(
     device: torch.device | str = "cpu",
     expected: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of a file, after every check; each has memory of its own.
+    """Read the tensors of a file, after every check; each has memory of its own.
 
     Args:
         path: of the safetensors file.
@@ -292,7 +292,7 @@ def _dtype(x: Tensor) -> str:
 
 
 def pack(tree: Any, tensors: dict[str, Tensor], at: str = "") -> Any:
-    """Nested dicts and lists with their tensors taken out into ``tensors``; what is left is JSON."""
+    """Move the tensors of nested dicts and lists into ``tensors``; JSON is left."""
     if isinstance(tree, Tensor):
         while at in tensors:  # keys with dots of their own
             at += "'"
@@ -308,7 +308,7 @@ def pack(tree: Any, tensors: dict[str, Tensor], at: str = "") -> Any:
 
 
 def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of :func:`pack`; tuples come back as lists."""
+    """Put the tensors that :func:`pack` moved back; tuples come back as lists."""
     if isinstance(tree, dict):
         if tree.keys() == {"$tensor"}:
             return tensors[tree["$tensor"]]

@@ -39,7 +39,7 @@ def join() -> None:
 
 
 def process() -> tuple[int, int]:
-    """Number of this process, and how many there are; (0, 1) outside ``torch.distributed``."""
+    """Return the number of this process and how many there are; (0, 1) outside ``torch.distributed``."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
@@ -51,7 +51,7 @@ def is_first() -> bool:
 
 
 def add_up(value: Tensor) -> Tensor:
-    """The sum over processes, in place; every process gets it to the bit.
+    """Add up over processes, in place; every process gets the sum to the bit.
 
     Raises:
         ProcessLostError: another process is gone.
@@ -63,7 +63,7 @@ def add_up(value: Tensor) -> Tensor:
 
 
 def collected(value: Any) -> list[Any]:
-    """The plain data of every process, by number.
+    """Collect the plain data of every process, by number.
 
     Raises:
         ProcessLostError: another process is gone.
@@ -72,23 +72,23 @@ def collected(value: Any) -> list[Any]:
     if count == 1:
         return [value]
     home = _home()
-    mine = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=home)
+    encoded = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=home)
     with _speaking():
         sizes = [torch.zeros(1, dtype=torch.int64, device=home) for _ in range(count)]
-        dist.all_gather(sizes, torch.tensor([len(mine)], device=home))
+        dist.all_gather(sizes, torch.tensor([len(encoded)], device=home))
         longest = max(int(size) for size in sizes)
         texts = [torch.zeros(longest, dtype=torch.uint8, device=home) for _ in range(count)]
-        dist.all_gather(texts, torch.nn.functional.pad(mine, (0, longest - len(mine))))
+        dist.all_gather(texts, torch.nn.functional.pad(encoded, (0, longest - len(encoded))))
     return [json.loads(bytes(x[: int(n)].tolist())) for x, n in zip(texts, sizes, strict=True)]
 
 
 def from_first(value: Any) -> Any:
-    """The plain data of process 0."""
+    """Get the plain data of process 0."""
     return collected(value)[0]
 
 
 def in_step(work: Callable[[], T]) -> list[T]:
-    """Do a piece of work in every process; what each returned, once all are done.
+    """Do a piece of work in every process; return the results of all, once all are done.
 
     Raises:
         OSError: in every process, where the work failed in one for want of room or of a right.
@@ -97,18 +97,18 @@ def in_step(work: Callable[[], T]) -> list[T]:
     if process()[1] == 1:
         return [work()]
     try:
-        mine: dict[str, Any] = {"value": work()}
+        outcome: dict[str, Any] = {"value": work()}
     except OSError as error:
-        mine = {"errno": error.errno, "text": error.strerror or str(error)}
-    found = collected(mine)
-    for number, one in enumerate(found):
-        if "errno" in one:
-            raise OSError(one["errno"], f"{one['text']}, in process {number}")
-    return [one["value"] for one in found]
+        outcome = {"errno": error.errno, "text": error.strerror or str(error)}
+    outcomes = collected(outcome)
+    for number, answer in enumerate(outcomes):
+        if "errno" in answer:
+            raise OSError(answer["errno"], f"{answer['text']}, in process {number}")
+    return [answer["value"] for answer in outcomes]
 
 
 def _home() -> torch.device:
-    """Where small messages travel: a group of NCCL alone takes nothing from the CPU."""
+    """Return the device of small messages: a group of NCCL alone takes nothing from the CPU."""
     nccl = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 

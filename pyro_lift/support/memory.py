@@ -11,7 +11,7 @@ __all__ = ["free_bytes"]
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on a device, or on the host; the least of what the machine and its group allow."""
+    """Return the free memory on a device or the host in bytes, respecting the cgroup's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

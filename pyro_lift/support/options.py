@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def named_options(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a wrong keyword's error name the nearest right one."""
+    """Suggest the closest known option when a keyword is unknown."""
     known = [name for name in inspect.signature(function).parameters if name != "self"]
 
     @functools.wraps(function)

@@ -16,7 +16,7 @@ C = TypeVar("C")
 
 
 def from_dict(cls: type[C], data: Any, where: str) -> C:
-    """A dataclass from a mapping, nested ones from nested mappings; ``where`` begins the error messages."""
+    """Make a dataclass from a mapping, nested ones from nested mappings; ``where`` begins the error messages."""
     if not isinstance(data, dict):
         raise ValueError(f"{where}: {data!r} given; expected a table.")
     hints = typing.get_type_hints(cls)
@@ -50,9 +50,9 @@ def _fits(hint: Any, value: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str)  # which one is checked by the dataclass, with the nearest choice
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(one, value) for one in get_args(hint))
+        return any(_fits(option, value) for option in get_args(hint))
     if origin is list:
-        return isinstance(value, list) and all(_fits(get_args(hint)[0], one) for one in value)
+        return isinstance(value, list) and all(_fits(get_args(hint)[0], option) for option in value)
     if origin is dict or hint is Any:
         return isinstance(value, dict) or hint is Any
     if hint is float:
@@ -67,7 +67,7 @@ def _named(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_named(one) for one in get_args(hint) if one is not type(None))
+        return " or ".join(_named(option) for option in get_args(hint) if option is not type(None))
     if origin is list:
         return f"a list, each {_named(get_args(hint)[0])}"
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "a table"}
