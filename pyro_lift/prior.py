@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -287,6 +288,11 @@ class LiFTPrior:
         """
         return export_prior(self, Path(folder), which)
 
-    def to_peft_zoo(self, folder: str | Path) -> list[Path]:
-        """PEFT folders of phi, of every component and, after meta-training, of every task."""
+    def to_peft_library(self, folder: str | Path) -> list[Path]:
+        """Write PEFT folders of phi, of every component and, after meta-training, of every task."""
         return export_library(self, Path(folder))
+
+    def to_peft_zoo(self, folder: str | Path) -> list[Path]:
+        """Do what :meth:`to_peft_library` does, under its name of version 0.1; goes with the next version."""
+        warnings.warn("to_peft_zoo is now called to_peft_library.", FutureWarning, stacklevel=2)
+        return self.to_peft_library(folder)

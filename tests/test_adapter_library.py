@@ -93,7 +93,7 @@ def test_the_exported_zoo_gives_the_same_prior_back(method: Any, tmp_path: Path)
 
 def test_a_meta_trained_zoo_exported_and_imported_is_the_same_prior(tmp_path: Path) -> None:
     one = trained("bert")
-    paths = [path for path in one.prior.to_peft_zoo(tmp_path) if path.name.startswith("task-")]
+    paths = [path for path in one.prior.to_peft_library(tmp_path) if path.name.startswith("task-")]
     prior = LiFTPrior.from_adapters(paths, copy.deepcopy(one.backbone), beta=0.03)
     thetas = torch.stack([one.prior.theta(name) for name in one.prior.tasks])
     mean, variance = exact_prior(thetas, 0.03, prior.settings.sigma)

@@ -31,7 +31,9 @@ def test_every_export_loads_in_plain_peft_with_the_same_logits(name: str, tmp_pa
         tmp_path / "task-t0": prior.mcmc.kernel.theta(0)["theta"],
         tmp_path / "task-t1": prior.mcmc.kernel.theta(1)["theta"],
     }
-    assert prior.to_peft_zoo(tmp_path) == list(exports)
+    assert prior.to_peft_library(tmp_path) == list(exports)
+    with pytest.warns(FutureWarning, match="to_peft_zoo is now called to_peft_library"):
+        assert prior.to_peft_zoo(tmp_path) == list(exports)
     exports |= {posterior.to_peft(tmp_path / "draw", 2): posterior.thetas[2]}
     exports |= {posterior.to_peft(tmp_path / "mean"): posterior.thetas.mean(0)}
     exports |= {posterior.save_pretrained(tmp_path / "posterior"): posterior.thetas.mean(0)}
