@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_FLAGS ?=
 
-.PHONY: help demo test test-slow lint format doctest examples wheel clean
+.PHONY: help demo test test-slow lint format doctest examples map wheel clean
 
 help:
 	@echo "make demo       set up, then learn a LoRA prior from digit tasks and adapt to unseen ones (about 3 minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make format     let ruff rewrite the code"
 	@echo "make doctest    the examples in the docstrings"
 	@echo "make examples   every example in its short form"
+	@echo "make map        draw docs/figures/architecture.svg from the import graph"
 	@echo "make wheel      build the wheel"
 
 $(VENV)/.installed: pyproject.toml
@@ -46,6 +47,9 @@ doctest: $(VENV)/.installed
 
 examples: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/house/test_examples.py
+
+map: $(VENV)/.installed
+	$(BIN)/python docs/make_map.py
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

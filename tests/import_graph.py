@@ -5,8 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from conftest import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
     "pyro_lift.models": ROOT / "models",
     "pyro_lift.inference": ROOT / "inference",
