@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "house"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "house")]
 
 from import_graph import import_graph  # noqa: E402
 from test_floors import LAW, ROOT_MODULE, floor_of  # noqa: E402

@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_lift import OnlineGaussianMixture
 from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
 from pyro_lift.bench.records import format_table
-from pyro_lift.inference.mixture.batch_em import Moments, fit, log_densities
+from pyro_lift.inference.mixture.batch_em import Moments, Stopping, fit, log_densities
 
 TRUTH = Moments(
     torch.tensor([1 / 3, 1 / 3, 1 / 3], dtype=torch.float64),
@@ -84,7 +84,7 @@ def run(seed: int, n: int = 3_000, every: int = 100) -> list[dict[str, Any]]:
     buffer = OnlineGaussianMixture(3, "full", seed=seed)
     for row in x[:300]:
         buffer.update(row)
-    batch, _ = fit(x, 3, "full", start=buffer.moments, tolerance=1e-9, max_iterations=1_000)
+    batch, _ = fit(x, 3, "full", start=buffer.moments, stopping=Stopping(1_000, 1e-9))
     records.append({"method": NAMES[-1], "seed": seed, "mixture": batch, "curve": []})
     for record in records:
         record["kl"] = kl_from_truth(record["mixture"])

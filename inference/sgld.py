@@ -7,7 +7,7 @@ being that of the *full-data* log density: a minibatch's sum scaled by N/b, neve
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "Drift",
     "Integrator",
     "SGLDInfo",
+    "SGLDSettings",
     "SGLDState",
     "check_moved",
     "euler",
@@ -195,57 +196,68 @@ def init(position: dict[str, Tensor]) -> SGLDState:
     return SGLDState(0, dict(position), {})
 
 
+@dataclass(frozen=True)
+class SGLDSettings:
+    """Options of a step of SGLD.
+
+    Attributes:
+        step_size: eta as a function of the steps taken.
+        temperature: T, multiplies the noise's variance.
+        integrator: ``"euler"`` or ``"exponential"``.
+        decay: of the moving average behind the RMS preconditioner; None for no preconditioner.
+        damping: epsilon of :func:`precondition`.
+        site_step_scale: factor on eta by site.
+        site_temperature: factor on T by site.
+    """
+
+    step_size: Schedule
+    temperature: float = 1.0
+    integrator: Integrator = "euler"
+    decay: float | None = None
+    damping: float = 0.1
+    site_step_scale: Mapping[str, float] = field(default_factory=dict)
+    site_temperature: Mapping[str, float] = field(default_factory=dict)
+
+
 def step(
     state: SGLDState,
     density: Callable[[dict[str, Tensor]], Drift],
+    settings: SGLDSettings,
     *,
-    step_size: Schedule,
-    temperature: float = 1.0,
-    integrator: Integrator = "euler",
-    decay: float | None = None,
-    damping: float = 0.1,
     adapt: bool = False,
-    site_step_scale: Mapping[str, float] = MappingProxyType({}),
-    site_temperature: Mapping[str, float] = MappingProxyType({}),
     generator: torch.Generator | None = None,
 ) -> tuple[SGLDState, SGLDInfo]:
-    """One transition of SGLD on every site at once.
+    """Make one transition of SGLD on every site at once; pure.
 
     Args:
         state: where the chain is.
         density: gives the :class:`Drift` at a position.
-        step_size: eta as a function of the steps taken.
-        temperature: T.
-        integrator: ``"euler"`` or ``"exponential"``.
-        decay: of the moving average behind the RMS preconditioner; None for no preconditioner.
-        damping: epsilon of :func:`precondition`.
-        adapt: whether the moving average still moves. Frozen after burn-in it leaves the target untouched;
-            while it moves, the term that its dependence on the position would call for is left out.
-        site_step_scale: factor on eta by site.
-        site_temperature: factor on T by site.
+        settings: of the step.
+        adapt: whether the preconditioner's moving average still moves. Frozen after burn-in it leaves the target
+            untouched; while it moves, the term that its dependence on the position would call for is left out.
         generator: source of the noise.
 
     Raises:
         DivergedError: loss or gradient not finite; ``state`` is unchanged.
     """
-    drift = density(state.position)
-    eta = step_size(state.step)
+    drift, s = density(state.position), settings
+    eta = s.step_size(state.step)
     norm = check_finite(drift, state.step)
     moments = dict(state.second_moment)
     position = {}
     for name, x in state.position.items():
         gradient = drift.gradient[name]
         preconditioner: Tensor | float = 1.0
-        if decay is not None:
+        if s.decay is not None:
             if adapt or name not in moments:
-                moments[name] = update_second_moment(moments.get(name), gradient, decay)
-            preconditioner = precondition(moments[name], damping)
-        position[name] = INTEGRATORS[integrator](
+                moments[name] = update_second_moment(moments.get(name), gradient, s.decay)
+            preconditioner = precondition(moments[name], s.damping)
+        position[name] = INTEGRATORS[s.integrator](
             x,
             gradient,
             drift.gaussian[name],
-            step_size=eta * site_step_scale.get(name, 1.0),
-            temperature=temperature * site_temperature.get(name, 1.0),
+            step_size=eta * s.site_step_scale.get(name, 1.0),
+            temperature=s.temperature * s.site_temperature.get(name, 1.0),
             noise=gaussian_noise(x, generator),
             preconditioner=preconditioner,
         )

@@ -125,7 +125,15 @@ class SGLD(Kernel):
         self.transforms = site_transforms(run)
         position = {name: site.leaf.detach() for name, site in run.latents.items()}
         self._noise_from(position)
-        self._step_size = self._checked_step_size(run)
+        self._step_settings = sgld.SGLDSettings(
+            self._checked_step_size(run),
+            self.temperature,
+            self.integrator,
+            self.decay,
+            self.damping,
+            self.site_step_scale,
+            self.site_temperature,
+        )
         self._start_log_likelihood = float(run.log_likelihood.detach())
         self.state = sgld.SGLDState(0, position, dict(self.second_moment))
 
@@ -158,17 +166,7 @@ class SGLD(Kernel):
         adapt = self.state.step < self._warmup_steps
         for _ in range(1 if adapt else self.thinning):
             self.state, self._info = sgld.step(
-                self.state,
-                self._density,
-                step_size=self._step_size,
-                temperature=self.temperature,
-                integrator=self.integrator,
-                decay=self.decay,
-                damping=self.damping,
-                adapt=adapt,
-                site_step_scale=self.site_step_scale,
-                site_temperature=self.site_temperature,
-                generator=self._noise_generator,
+                self.state, self._density, self._step_settings, adapt=adapt, generator=self._noise_generator
             )
         if not adapt and self._info is not None:
             self._keep(self._info, -1)
@@ -189,7 +187,7 @@ class SGLD(Kernel):
         return {
             "kernel": "SGLD",
             "options": {
-                "step_size": probed(self._step_size),
+                "step_size": probed(self._step_settings.step_size),
                 "temperature": self.temperature,
                 "n_inflate": self.n_inflate,
                 "integrator": self.integrator,

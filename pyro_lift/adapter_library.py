@@ -20,10 +20,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,30 +37,16 @@ from pyro_lift.saving.parts import PriorParts
 from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_choice, check_number
 
-__all__ = ["prior_from_adapters"]
+__all__ = ["LibraryMethod", "prior_from_adapters"]
 
 Method = Literal["exact", "mixture", "chain"]
 
 
-def prior_from_adapters(
-    folders: Sequence[str | Path],
-    backbone: nn.Module,
-    *,
-    method: Method = "exact",
-    components: int = 1,
-    beta: float | None = None,
-    scale: Literal["N", "1"] = "N",
-    step_size: float | None = None,
-    align: bool = False,
-    settings: LiFTSettings | None = None,
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
-) -> PriorParts:
-    """Make a prior over the weights of LoRAs that were trained already.
+@dataclass(frozen=True)
+class LibraryMethod:
+    """A way from fixed adapters to a prior.
 
     Args:
-        folders: PEFT folders, at least two, of one rank, one set of layers, one scale and one base model.
-        backbone: the base model: plain, as a PEFT model or as a RandomAdapter.
         method: ``"exact"``, ``"mixture"`` or ``"chain"``.
         components: K, of ``mixture`` and ``chain``.
         beta: standard deviation of a task's weights around phi; None takes the adapters' own root mean square
@@ -70,21 +56,56 @@ def prior_from_adapters(
         step_size: of ``chain``, eta; None takes 0.2 pi^2 beta^2 / N^2 (or / N for scale 1).
         align: rotate each product's factors towards the others' (the products stay what they are), for adapters that
             started from different factors.
-        settings: for adaptation, and sigma, burn_in, samples and thinning of ``chain``; None takes the defaults.
         seed: of the chain and of EM.
+    """
+
+    method: Method = "exact"
+    components: int = 1
+    beta: float | None = None
+    scale: Literal["N", "1"] = "N"
+    step_size: float | None = None
+    align: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, get_args(Method))
+        check_choice("scale", self.scale, ["N", "1"])
+        check_number("components", self.components, least=1, open_below=False, whole=True)
+        if self.beta is not None:
+            check_number("beta", self.beta)
+        if self.method == "exact" and self.components != 1:
+            raise ValueError(
+                f"components={self.components}: the exact posterior of phi is one Gaussian. Use method='mixture'."
+            )
+
+
+def prior_from_adapters(
+    folders: Sequence[str | Path],
+    backbone: nn.Module,
+    *,
+    settings: LiFTSettings | None = None,
+    options: Mapping[str, Any] | None = None,
+    **method: Any,
+) -> PriorParts:
+    """Make a prior over the weights of LoRAs that were trained already.
+
+    Args:
+        folders: PEFT folders, at least two, of one rank, one set of layers, one scale and one base model.
+        backbone: the base model: plain, as a PEFT model or as a RandomAdapter.
+        settings: for adaptation, and sigma, burn_in, samples and thinning of ``chain``; None takes the defaults.
         options: of :class:`~pyro_lift.models.adapters.RandomAdapter`, such as a readout.
+        method: fields of :class:`LibraryMethod`.
 
     Raises:
-        ValueError: a folder that is not a PEFT adapter, or adapters that cannot share one space; names both.
+        ValueError: a folder that is not a PEFT adapter, or adapters that cannot share one space; names both. An
+            unknown option.
     """
-    check_choice("method", method, ["exact", "mixture", "chain"])
-    check_choice("scale", scale, ["N", "1"])
-    check_number("components", components, least=1, open_below=False, whole=True)
-    if method == "exact" and components != 1:
-        raise ValueError(f"components={components}: the exact posterior of phi is one Gaussian. Use method='mixture'.")
+    for name in method:
+        check_choice("option", name, [field.name for field in fields(LibraryMethod)])
+    way = LibraryMethod(**method)
     library = read_library(folders, backbone, options)
     agreement = common_start(library)
-    if align:
+    if way.align:
         library = library._replace(thetas=aligned(library.adapter, library.thetas))
     elif agreement is not None and agreement[0] < COMMON_START:
         warnings.warn(
@@ -95,40 +116,45 @@ def prior_from_adapters(
             stacklevel=3,
         )
     spread = float((library.thetas - library.thetas.mean(0)).square().mean().sqrt())
-    if beta is None and not spread > 0.0:
+    if way.beta is None and not spread > 0.0:
         raise ValueError(
             "the adapters are all the same, so beta cannot be told from them. Please pass a value for beta."
         )
     s = replace(
-        settings or LiFTSettings(), beta=spread if beta is None else beta, components=components, prior_mean="zero"
+        settings or LiFTSettings(),
+        beta=spread if way.beta is None else way.beta,
+        components=way.components,
+        prior_mean="zero",
     )
-    if method == "exact":
+    if way.method == "exact":
         mean, variance = exact_prior(library.thetas, s.beta, s.sigma)
         width = 1 if s.covariance == "spherical" else library.adapter.dim
         moments = Moments(torch.ones(1), mean.unsqueeze(0), torch.full((1, width), variance))
         mixture = OnlineGaussianMixture.from_moments(moments, len(library.thetas), s.covariance)
-    elif method == "mixture":
-        moments = fit(library.thetas, components, s.covariance, seed=seed)[0]
+    elif way.method == "mixture":
+        moments = fit(library.thetas, way.components, s.covariance, seed=way.seed)[0]
         mixture = OnlineGaussianMixture.from_moments(moments, len(library.thetas), s.covariance)
     else:
-        mixture = OnlineGaussianMixture(components, s.covariance, seed=seed)
-        for phi in _chain(library.thetas, s, scale, step_size, seed):
+        mixture = OnlineGaussianMixture(way.components, s.covariance, seed=way.seed)
+        for phi in _chain(library.thetas, s, way):
             mixture.update(phi)
     adapter = library.adapter.beginning_at(library.thetas.mean(0))  # the caller's may be another prior's
-    results: dict[str, Any] = {"adapters": len(library.thetas), "method": method, "spread (sd of a coordinate)": spread}
+    results: dict[str, Any] = {
+        "adapters": len(library.thetas),
+        "method": way.method,
+        "spread (sd of a coordinate)": spread,
+    }
     if agreement is not None:
         results["least cosine of the A factors"] = agreement[0]
-    return PriorParts(adapter, mixture, s, None, {}, seed, library.names, results)
+    return PriorParts(adapter, mixture, s, None, {}, way.seed, library.names, results)
 
 
-def _chain(
-    thetas: Tensor, settings: LiFTSettings, scale: Literal["N", "1"], step_size: float | None, seed: int
-) -> Iterator[Tensor]:
+def _chain(thetas: Tensor, settings: LiFTSettings, way: LibraryMethod) -> Iterator[Tensor]:
     """Yield the kept draws of the paper's chain, the tasks in turn."""
     s, N = settings, len(thetas)
-    posterior = FixedThetaPosterior(thetas, torch.zeros_like(thetas[0]), s.beta, s.sigma, scale, s.temperature)
-    eta = 0.2 * math.pi**2 * s.beta**2 / (N * posterior.factor) if step_size is None else step_size
+    posterior = FixedThetaPosterior(thetas, torch.zeros_like(thetas[0]), s.beta, s.sigma, way.scale, s.temperature)
+    eta = 0.2 * math.pi**2 * s.beta**2 / (N * posterior.factor) if way.step_size is None else way.step_size
     check_number("step_size", eta)
-    generator = torch.Generator(device=thetas.device).manual_seed(seed)
+    generator = torch.Generator(device=thetas.device).manual_seed(way.seed)
     draws = phi_chain(posterior, cycle(range(N)), eta, generator)
     return islice(draws, s.burn_in + s.thinning - 1, s.burn_in + s.samples * s.thinning, s.thinning)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -22,6 +25,26 @@ Device = Annotated[str, typer.Option("--device", help="cpu or cuda")]
 @app.callback()
 def _root() -> None:
     """Learn a prior over LoRA adapters from many tasks, and adapt to new ones by Bayesian inference."""
+
+
+def _with_options(options: type[Any]) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """Let a command take the fields of a dataclass as its options."""
+    hints = get_type_hints(options, include_extras=True)
+
+    def of(function: Callable[[Any], None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            function(options(**given))
+
+        command.__name__, command.__doc__, command.__annotations__ = function.__name__, function.__doc__, hints
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+                for f in fields(options)
+            ]
+        )
+        return command
+
+    return of
 
 
 @app.command()
@@ -128,22 +151,28 @@ def speed(
         benchmark.run(out, benchmark.SpeedSettings(device=device, repeats=repeats, largest=largest, **given))
 
 
+@dataclass(frozen=True)
+class MethodsOptions:
+    """Options of ``pyro-lift bench methods``."""
+
+    out: Out = Path("bench")
+    family: Annotated[str, typer.Option(help="digits, the embedded family")] = "digits"
+    tasks: Annotated[str | None, typer.Option(help="crossfit, vtab or shakespeare, in place of the family")] = None
+    split: Annotated[str | None, typer.Option(help="of these tasks; by default their first")] = None
+    root: Annotated[str | None, typer.Option(help="where these tasks' data lies")] = None
+    backbone: Annotated[str | None, typer.Option(help="of these tasks: folder or name")] = None
+    kind: Annotated[str | None, typer.Option(help="of that backbone")] = None
+    methods: Annotated[str | None, typer.Option(help="names with commas between; by default all")] = None
+    seeds: Annotated[int | None, typer.Option(help="families of tasks, or repetitions")] = None
+    workers: Annotated[int | None, typer.Option(help="processes")] = None
+    choose: Annotated[bool, typer.Option("--tune", help="choose the settings again, and print them")] = False
+    smoke: Smoke = False
+    device: Device = "cpu"
+
+
 @bench.command("methods")
-def bench_methods(
-    out: Out = Path("bench"),
-    family: Annotated[str, typer.Option(help="digits, the embedded family")] = "digits",
-    tasks: Annotated[str | None, typer.Option(help="crossfit, vtab or shakespeare, in place of the family")] = None,
-    split: Annotated[str | None, typer.Option(help="of these tasks; by default their first")] = None,
-    root: Annotated[str | None, typer.Option(help="where these tasks' data lies")] = None,
-    backbone: Annotated[str | None, typer.Option(help="of these tasks: folder or name")] = None,
-    kind: Annotated[str | None, typer.Option(help="of that backbone")] = None,
-    methods: Annotated[str | None, typer.Option(help="names with commas between; by default all")] = None,
-    seeds: Annotated[int | None, typer.Option(help="families of tasks, or repetitions")] = None,
-    workers: Annotated[int | None, typer.Option(help="processes")] = None,
-    choose: Annotated[bool, typer.Option("--tune", help="choose the settings again, and print them")] = False,
-    smoke: Smoke = False,
-    device: Device = "cpu",
-) -> None:
+@_with_options(MethodsOptions)
+def bench_methods(options: MethodsOptions) -> None:
     """Compare every method of the paper's tables on the same tasks: scores, seconds, memory."""
     from dataclasses import replace
 
@@ -151,13 +180,14 @@ def bench_methods(
     from pyro_lift.bench.experiments import DIGITS, MethodsSettings, on_tasks
     from pyro_lift.support.options import check_choice
 
-    check_choice("family", family, ["digits"])
-    experiment = DIGITS if tasks is None else on_tasks(tasks, split, root, backbone, kind)
+    o = options
+    check_choice("family", o.family, ["digits"])
+    experiment = DIGITS if o.tasks is None else on_tasks(o.tasks, o.split, o.root, o.backbone, o.kind)
     sizes: dict[str, Any] = {
-        name: value for name, value in (("seeds", seeds), ("workers", workers)) if value is not None
+        name: value for name, value in (("seeds", o.seeds), ("workers", o.workers)) if value is not None
     }
-    settings = replace(MethodsSettings.smoke(device) if smoke else MethodsSettings(device=device), **sizes)
-    bench_of_methods.command(out, experiment, settings, methods, choose=choose)
+    settings = replace(MethodsSettings.smoke(o.device) if o.smoke else MethodsSettings(device=o.device), **sizes)
+    bench_of_methods.command(o.out, experiment, settings, o.methods, choose=o.choose)
 
 
 @bench.command()

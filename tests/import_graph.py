@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "pyro_lift.models": ROOT / "models",
     "pyro_lift.inference": ROOT / "inference",

@@ -17,6 +17,7 @@ norm and finite theta and phi, all of these are finite.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.inference.tiles import Buffers, split, tile_size, total
 
-__all__ = ["FLAT_FROM", "Workspace", "draw_phi", "is_flat", "mean_root", "move_theta"]
+__all__ = ["FLAT_FROM", "LongStep", "Workspace", "draw_phi", "is_flat", "mean_root", "move_theta"]
 
 #: From this many numbers on a visit goes piece by piece; below, the plain form is faster and easier to look into.
 FLAT_FROM = 50_000
@@ -72,21 +73,34 @@ def mean_root(second_moment: Tensor, workspace: Workspace) -> float:
     return float(total(parts)) / len(second_moment)
 
 
+class LongStep(NamedTuple):
+    """Numbers of one step of the exponential integrator.
+
+    Attributes:
+        precision: p, of theta given phi.
+        step_size: eta.
+        temperature: T.
+        second_moment: of the RMS preconditioner; None for P = 1.
+        damping: what is added to its root.
+    """
+
+    precision: float
+    step_size: float
+    temperature: float
+    second_moment: Tensor | None = None
+    damping: float = 0.0
+
+
 def move_theta(
     workspace: Workspace,
     x: Tensor,
     phi: Tensor,
     gradient: Tensor,
     S: Tensor,
-    precision: float,
-    *,
-    step_size: float,
-    temperature: float,
+    step: LongStep,
     generator: torch.Generator | None,
-    second_moment: Tensor | None = None,
-    damping: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the exponential integrator and its change of S.
+    """Step theta by the exponential integrator, and S by its change.
 
     Args:
         workspace: of this length.
@@ -94,16 +108,13 @@ def move_theta(
         phi: its prior mean ``[D]``.
         gradient: G ``[D]``.
         S: sum of all theta, float64 ``[D]``.
-        precision: p.
-        step_size: eta.
-        temperature: T.
+        step: numbers of the step.
         generator: of the noise.
-        second_moment: of the RMS preconditioner; None for P = 1.
-        damping: what is added to its root.
 
     Returns:
         theta' in fresh memory, and S' in the workspace's.
     """
+    precision, step_size, temperature, second_moment, damping = step
     moved, S_new = torch.empty_like(x), workspace.spare_sum(S)
     whole = math.expm1(-0.5 * step_size * precision)
     spread = math.sqrt(-temperature * whole * (2.0 + whole) / precision)

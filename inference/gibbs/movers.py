@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.gibbs import long_vectors
-from pyro_lift.inference.gibbs.long_vectors import Workspace, is_flat, mean_root
+from pyro_lift.inference.gibbs.long_vectors import LongStep, Workspace, is_flat, mean_root
 from pyro_lift.inference.gibbs.state import Chain, Settings, SGLDGibbsState, Structure
 from pyro_lift.inference.program import Evaluation, Latent
 from pyro_lift.inference.sgld import INTEGRATORS, gaussian_noise, precondition
@@ -70,19 +70,15 @@ def long(
     """Step a long vector and S piece by piece (:mod:`~pyro_lift.inference.gibbs.long_vectors`); the same numbers."""
     pair, moment = chain.structure.pair_of[move.site.family], move.second_moment
     workspace = chain.cache.workspace(pair.global_site, move.site.leaf.detach())
-    return long_vectors.move_theta(
-        workspace,
-        move.site.leaf.detach(),
-        state.phi[pair.global_site],
-        move.gradient,
-        state.sums[pair.global_site],
+    step = LongStep(
         1.0 / float(pair.local_variance),
-        step_size=move.step_size,
-        temperature=move.temperature,
-        generator=noise,
-        second_moment=moment,
-        damping=0.0 if moment is None else _damping(chain.settings, moment, workspace),
+        move.step_size,
+        move.temperature,
+        moment,
+        0.0 if moment is None else _damping(chain.settings, moment, workspace),
     )
+    phi, S = state.phi[pair.global_site], state.sums[pair.global_site]
+    return long_vectors.move_theta(workspace, move.site.leaf.detach(), phi, move.gradient, S, step, noise)
 
 
 def mover_of(structure: Structure, family: str) -> Mover:

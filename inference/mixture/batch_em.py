@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_lift.support.options import check_choice, check_number
 
-__all__ = ["Covariance", "Moments", "fit", "kmeans_start", "log_densities", "maximise"]
+__all__ = ["Covariance", "Moments", "Stopping", "fit", "kmeans_start", "log_densities", "maximise"]
 
 Covariance = Literal["diag", "spherical", "full"]
 #: Above this many numbers, rows times components times coordinates, components are taken one after the other.
@@ -105,6 +105,18 @@ def kmeans_start(
     return Moments(weight, mean, pooled.expand(components, *pooled.shape[1:]).clone())
 
 
+class Stopping(NamedTuple):
+    """The end of EM.
+
+    Attributes:
+        max_iterations: at most so many.
+        tolerance: EM stops when the mean log likelihood (nats a draw) gains less.
+    """
+
+    max_iterations: int = 200
+    tolerance: float = 1e-6
+
+
 def fit(
     x: Tensor,
     components: int,
@@ -112,8 +124,7 @@ def fit(
     *,
     start: Moments | None = None,
     restarts: int = 10,
-    max_iterations: int = 200,
-    tolerance: float = 1e-6,
+    stopping: Stopping = Stopping(),  # noqa: B008 - immutable
     floor: Tensor | float | None = None,
     seed: int = 0,
 ) -> tuple[Moments, float]:
@@ -125,8 +136,7 @@ def fit(
         covariance: of each component.
         start: where to begin; None seeds ``restarts`` times.
         restarts: number of seedings.
-        max_iterations: of EM.
-        tolerance: EM stops when the mean log likelihood gains less.
+        stopping: when EM stops.
         floor: least variance; None takes a millionth of the mean variance of x.
         seed: of the seedings.
 
@@ -146,7 +156,7 @@ def fit(
     best: tuple[Moments, float] | None = None
     for _ in range(1 if start is not None or components == 1 else restarts):
         begin = start or kmeans_start(x, components, covariance, floor, generator)
-        found = _iterate(x, begin, covariance, floor, max_iterations, tolerance)
+        found = _iterate(x, begin, covariance, floor, stopping)
         if best is None or found[1] > best[1]:
             best = found
     assert best is not None
@@ -154,14 +164,14 @@ def fit(
 
 
 def _iterate(
-    x: Tensor, moments: Moments, covariance: Covariance, floor: Tensor | float, max_iterations: int, tolerance: float
+    x: Tensor, moments: Moments, covariance: Covariance, floor: Tensor | float, stopping: Stopping
 ) -> tuple[Moments, float]:
     previous = -torch.inf
     score = previous
-    for _ in range(max_iterations):
+    for _ in range(stopping.max_iterations):
         joint = log_densities(moments, x, covariance)
         score = float(joint.logsumexp(-1).mean())
-        if score - previous < tolerance:
+        if score - previous < stopping.tolerance:
             break
         previous = score
         moments = maximise(x, torch.softmax(joint, -1), covariance, floor)

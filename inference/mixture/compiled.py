@@ -60,16 +60,14 @@ def pool_and_move(
     mean_average: Sequence[Tensor],
     variance_average: Sequence[Tensor],
     share: Tensor,
-    w: Tensor,
-    floor: Tensor,
-    scale: Tensor,
+    *numbers: Tensor,
 ) -> Tensor:
     """As :func:`move`, after ``share`` of the component as it stands has been taken into its average, in place."""
     for m, v, m_a, v_a in zip(mean, variance, mean_average, variance_average, strict=True):
         gap = m - m_a
         v_a.copy_(v_a + share * (v - v_a) + share * (1.0 - share) * gap.square())
         m_a.copy_(m_a + share * gap)
-    return move(x, mean, variance, w, floor, scale)
+    return move(x, mean, variance, *numbers)
 
 
 @functools.cache

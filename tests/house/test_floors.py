@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 from import_graph import import_graph, modules
 
 #: Floors from the ground up. A module belongs to the longest name that it starts with.
@@ -78,3 +80,30 @@ def test_files_and_the_root_stay_small() -> None:
     assert {name: length for name, length in lengths.items() if length > 500} == {}
     root = [path.name for name, path in modules().items() if name.count(".") <= 1 and path.name != "__init__.py"]
     assert len(root) <= 12, sorted(root)
+
+
+#: Functions that still take more than eight parameters: none may join them.
+LONG = {"finetune", "finetune_block", "adapt", "inner_loop", "union_train"}
+
+
+def test_no_function_takes_more_than_eight_parameters() -> None:
+    """Public constructors and dataclasses apart, whose arguments have names at every call."""
+    long = {
+        f"{name}.{node.name}"
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name not in {"__init__", *LONG}
+        if len([a for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg != "self"]) > 8
+    }
+    assert not long
+
+
+def test_functions_of_a_visit_take_at_most_six_parameters() -> None:
+    long = {
+        f"{name}.{node.name}"
+        for name in ("visit", "warmup", "shared_visit", "movers", "rows")
+        for node in ast.walk(ast.parse(modules()[f"pyro_lift.inference.gibbs.{name}"].read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        if len([a for a in (*node.args.args, *node.args.kwonlyargs) if a.arg != "self"]) > 6
+    }
+    assert not long

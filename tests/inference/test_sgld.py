@@ -42,7 +42,7 @@ def run(density: Callable[[dict[str, Tensor]], Drift], d: int, steps: int, **opt
     state = sgld.init({"x": torch.full((CHAINS, d), 3.0, dtype=torch.float64)})
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
-        state, _ = sgld.step(state, density, generator=generator, **options)
+        state, _ = sgld.step(state, density, sgld.SGLDSettings(**options), generator=generator)
     return state.position["x"]
 
 
@@ -90,11 +90,13 @@ def test_a_gaussian_prior_beside_a_likelihood(integrator: str, eta: float, T: fl
         state, _ = sgld.step(
             state,
             diagonal_target(prior, H, centre),
-            step_size=constant(eta),
-            temperature=T,
-            integrator=integrator,  # type: ignore[arg-type]
-            decay=0.9 if preconditioned else None,
-            damping=0.2,
+            sgld.SGLDSettings(
+                step_size=constant(eta),
+                temperature=T,
+                integrator=integrator,  # type: ignore[arg-type]
+                decay=0.9 if preconditioned else None,
+                damping=0.2,
+            ),
             generator=generator,
         )
     # x' = A x + ... + N(0, Q) for each coordinate: variance Q / (1 - A^2), mean where the drift vanishes.
@@ -156,10 +158,10 @@ def test_the_bias_shrinks_in_proportion_to_the_step() -> None:
 def test_without_noise_a_step_is_gradient_ascent_and_a_tiny_step_changes_nothing() -> None:
     x = {"x": torch.tensor([[1.0, 2.0]], dtype=torch.float64)}
     density = gaussian_target(P2, M2)
-    state, info = sgld.step(sgld.init(x), density, step_size=constant(0.2), temperature=0.0)
+    state, info = sgld.step(sgld.init(x), density, sgld.SGLDSettings(constant(0.2), temperature=0.0))
     torch.testing.assert_close(state.position["x"], x["x"] + 0.1 * density(x).gradient["x"])
     assert info.step_size == 0.2 and not info.refused
-    still, _ = sgld.step(sgld.init(x), density, step_size=constant(1e-300))
+    still, _ = sgld.step(sgld.init(x), density, sgld.SGLDSettings(constant(1e-300)))
     torch.testing.assert_close(still.position["x"], x["x"], rtol=0, atol=1e-140)
 
 

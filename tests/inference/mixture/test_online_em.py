@@ -14,7 +14,7 @@ from pyro.ops.streaming import StatsOfDict
 from torch import Tensor
 
 from pyro_lift import OnlineGaussianMixture
-from pyro_lift.inference.mixture.batch_em import Covariance, Moments, fit, kmeans_start, log_densities
+from pyro_lift.inference.mixture.batch_em import Covariance, Moments, Stopping, fit, kmeans_start, log_densities
 from pyro_lift.inference.mixture.online_em import init, pooled, step
 
 COVARIANCES = ["diag", "spherical", "full"]
@@ -91,7 +91,7 @@ def test_batch_em_equals_scikit_learns_from_the_same_start(covariance: Any) -> N
 
     x = three(300)
     start = kmeans_start(x, 3, covariance, 1e-9, torch.Generator().manual_seed(0))
-    ours, score = fit(x, 3, covariance, start=start, tolerance=1e-12, max_iterations=500, floor=1e-12)
+    ours, score = fit(x, 3, covariance, start=start, stopping=Stopping(500, 1e-12), floor=1e-12)
     precision = torch.linalg.inv(start.variance) if covariance == "full" else 1.0 / start.variance
     oracle = GaussianMixture(
         3,
