@@ -60,8 +60,8 @@ def train(path: Path, *, progress: bool = True, resume: bool = False) -> LiFTPri
     session = None
     if every or resume:
         where: dict[str, Any] = {"resume": saved} if resume else {"checkpoint": saved}
-        way_on = f"pyro-lift train {path} --resume"
-        session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, way_on=way_on)
+        resume_hint = f"pyro-lift train {path} --resume"
+        session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, resume_hint=resume_hint)
     prior = lift.meta_train_many(tasks.train, [config.sampler.components], progress=progress, session=session)[0]
     if not distributed.is_first():
         return prior

@@ -53,7 +53,7 @@ from pyro_lift.support.archive import (
     write_json,
     write_tensors,
 )
-from pyro_lift.support.options import check_number
+from pyro_lift.support.options import check_number, renamed_keywords
 
 __all__ = ["RunStopped", "Session"]
 
@@ -96,6 +96,7 @@ class SavableKernel(Protocol):
         ...
 
 
+@renamed_keywords(way_on="resume_hint")
 class Session:
     """One run and its folder of checkpoints.
 
@@ -105,7 +106,7 @@ class Session:
         resume: go on with the newest intact checkpoint, or begin where there is none. Without it, a folder that holds
             checkpoints is refused.
         config: plain data that must be the same when the run goes on.
-        way_on: told to the user when a run stops.
+        resume_hint: the command or call that goes on with the run, told to the user when it stops.
 
     Attributes:
         transitions: made so far.
@@ -122,12 +123,12 @@ class Session:
         every: int = 1000,
         resume: bool = False,
         config: Mapping[str, Any] | None = None,
-        way_on: str | None = None,
+        resume_hint: str | None = None,
     ) -> None:
         check_number("checkpoint_every", every, least=1, open_below=False, whole=True)
         self.folder, self.every = Path(folder), every
         self.config = jsonable(dict(config or {}))
-        self.way_on = way_on or f"run(resume={str(self.folder)!r})"
+        self.resume_hint = resume_hint or f"run(resume={str(self.folder)!r})"
         self.transitions = self.draws = 0
         self._start: dict[str, Any] = {}
         self._found: tuple[Path, dict[str, Any]] | None = None
@@ -138,8 +139,8 @@ class Session:
         there = checkpoints_in(self.folder)
         if there and not resume:
             raise ValueError(
-                f"{self.folder}: holds a run already, saved at {there[-1].name}. Go on with {self.way_on}, or give "
-                "another folder."
+                f"{self.folder}: holds a run already, saved at {there[-1].name}. Go on with {self.resume_hint}, or "
+                "give another folder."
             )
         if resume:
             self._find(there)
@@ -243,7 +244,7 @@ class Session:
             name = signal.Signals(self._signal).name
             raise RunStopped(
                 f"stopped by {name} after {self.transitions} transitions; saved in {self.folder}. "
-                f"Go on with {self.way_on}.",
+                f"Go on with {self.resume_hint}.",
                 self._signal,
             )
 
@@ -260,7 +261,7 @@ class Session:
                 error.errno,
                 f"{self.folder}: the checkpoint at transition {self.transitions} could not be written "
                 f"({error.strerror or error}). The last one is intact: {kept}. Make room, then go on with "
-                f"{self.way_on}",
+                f"{self.resume_hint}",
             ) from error
         draws.clear()
         self._previous, self._old_draws = path, held

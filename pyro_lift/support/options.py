@@ -6,13 +6,15 @@ import difflib
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
-__all__ = ["check_choice", "check_number", "named_options"]
+__all__ = ["check_choice", "check_literal", "check_number", "named_options", "renamed_keywords"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 def named_options(function: Callable[P, R]) -> Callable[P, R]:
@@ -29,6 +31,57 @@ def named_options(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return checked
+
+
+def renamed_keywords(**new_names: str) -> Callable[[type[T]], type[T]]:
+    """Let a class accept old names of its keywords for one version, with a warning that tells the new ones.
+
+    Example:
+        >>> @renamed_keywords(zoo="library")
+        ... class Method:
+        ...     def __init__(self, library: int) -> None:
+        ...         self.library = library
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     Method(zoo=3).library
+        3
+        >>> print(caught[0].message)
+        Method: 'zoo' is now called 'library'; the old name goes with the next version.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        construct = cls.__init__
+
+        @functools.wraps(construct)
+        def checked(self: T, /, *args: Any, **kwargs: Any) -> None:
+            for old, new in new_names.items():
+                if old not in kwargs:
+                    continue
+                if new in kwargs:
+                    raise TypeError(f"{cls.__name__}: {old!r} is the old name of {new!r}; give the new one alone.")
+                message = f"{cls.__name__}: {old!r} is now called {new!r}; the old name goes with the next version."
+                warnings.warn(message, FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            construct(self, *args, **kwargs)
+
+        cls.__init__ = checked  # type: ignore[method-assign, assignment]
+        return cls
+
+    return decorate
+
+
+def check_literal(name: str, value: object, literal: Any) -> None:
+    """Refuse a value that is not one of the values of a ``Literal`` type, naming the nearest one.
+
+    Example:
+        >>> from typing import Literal
+        >>> check_literal("solver", "cgs", Literal["cg", "neumann"])
+        Traceback (most recent call last):
+        ...
+        ValueError: solver='cgs' is not known; did you mean 'cg'? (one of: 'cg', 'neumann')
+    """
+    check_choice(name, value, get_args(literal))
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
