@@ -16,7 +16,9 @@ from torch import Tensor
 from pyro_lift.inference.sgld import euler, gaussian_noise
 from pyro_lift.models.priors import LocalGaussian
 
-__all__ = ["FixedThetaPosterior", "exact_draws", "exact_prior", "phi_chain", "random_order"]
+__all__ = ["FixedThetaPosterior", "Scale", "exact_draws", "exact_prior", "phi_chain", "random_order"]
+
+Scale = Literal["N", "1"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class FixedThetaPosterior:
     centre: Tensor
     beta: float
     sigma: float
-    scale: Literal["N", "1"] = "N"
+    scale: Scale = "N"
     temperature: float = 1.0
 
     @property

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.block_likelihood import block_log_likelihood, stack_rows
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.observation import batch_of, check_width, observe, outputs, sample_head
-from pyro_lift.models.stacked import block_log_likelihood, stack_rows
 from pyro_lift.models.task import Task
 
 __all__ = ["FlatAdapter", "FlatBlock"]

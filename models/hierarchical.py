@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.block_likelihood import block_log_likelihood, stack_rows
 from pyro_lift.models.observation import batch_of, check_width, observe, sample_head
-from pyro_lift.models.stacked import block_log_likelihood, stack_rows
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number
 
-__all__ = ["AdapterHierarchy", "agree"]
+__all__ = ["AdapterHierarchy", "can_share_pass"]
 
 
 class AdapterHierarchy:
@@ -81,7 +81,7 @@ class AdapterHierarchy:
         if block_size > len(tasks):
             raise ValueError(f"block_size={block_size} is more than the {len(tasks)} tasks there are.")
         self.block_size = block_size
-        self.one_pass = block_size > 1 and agree(self.tasks, head_scale)
+        self.one_pass = block_size > 1 and can_share_pass(self.tasks, head_scale)
 
     def __call__(self) -> None:
         """The program."""
@@ -112,7 +112,7 @@ class AdapterHierarchy:
             pyro.factor("obs", value)
 
 
-def agree(tasks: Sequence[Task], head_scale: float | None) -> bool:
+def can_share_pass(tasks: Sequence[Task], head_scale: float | None) -> bool:
     """Whether the tasks are of one kind and, with heads of their own, have as many classes."""
     found = {(task.kind, task.num_classes if head_scale is not None else None) for task in tasks}
     return len(found) == 1

@@ -20,7 +20,7 @@ from pyro_lift.inference.progress import chain_bar
 from pyro_lift.inference.sgld_kernel import SGLD
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.flat import FlatBlock
-from pyro_lift.models.hierarchical import agree
+from pyro_lift.models.hierarchical import can_share_pass
 from pyro_lift.models.priors import broadened
 from pyro_lift.models.task import Task
 from pyro_lift.posterior import TaskPosterior
@@ -159,7 +159,7 @@ class LiFTPrior:
             options: fields of :class:`AdaptSettings` to change.
         """
         check_number("block_size", block_size, least=1, open_below=False, whole=True)
-        if block_size == 1 or not agree(tasks, self.settings.head_scale):
+        if block_size == 1 or not can_share_pass(tasks, self.settings.head_scale):
             return [self.adapt(task, seed=seed, progress=progress, **options) for task in tasks]
         a = self._adapt_settings(options)
         seed = self.seed if seed is None else seed

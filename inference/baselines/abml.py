@@ -27,18 +27,20 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adaptation.inner_loop import differentiate
+from pyro_lift.inference.adaptation.gradients import differentiate
+from pyro_lift.inference.adaptation.inner_loop import Hooks
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.baselines.episodes import Episode, Heads
 from pyro_lift.inference.baselines.episodic import (
+    EpisodicMethod,
     EpisodicState,
-    inner_loop,
-    outer_loop,
+    Gradient,
+    InnerLoop,
+    meta_train,
     query_loss,
-    twice_differentiable,
 )
-from pyro_lift.inference.baselines.finetune import finetuned, noise_generator
-from pyro_lift.inference.baselines.memory import BACKWARD_GRAPH, check_memory
+from pyro_lift.inference.baselines.finetune import finetune, noise_generator
+from pyro_lift.inference.baselines.peak_memory import BACKWARD_GRAPH, PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
@@ -49,30 +51,42 @@ __all__ = ["ABML", "GaussianWeights", "divergence"]
 
 @dataclass(frozen=True)
 class GaussianWeights:
-    """The reparametrisation hook: parameters ``[2 D]``, mean and log standard deviation, under such a prior."""
+    """The mean-field Gaussian of the weights as a reparametrisation.
+
+    Attributes:
+        prior: mean and log standard deviation of the prior, ``[2 D]``, as the parameters are.
+        samples: L, draws in an expectation.
+    """
 
     prior: Tensor
     samples: int = 1
 
     def sample(self, theta: Tensor, generator: torch.Generator | None) -> Tensor:
-        """One draw ``[D]``."""
+        r"""Draw the weights ``[D]`` once, :math:`\mu + e^\rho \epsilon`."""
         mean, log_sd = theta.chunk(2)
         noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
         return mean + log_sd.exp() * noise
 
     def penalty(self, theta: Tensor) -> Tensor:
-        """KL divergence to the prior, in nats."""
+        """Compute the KL divergence to the prior, in nats."""
         return divergence(theta, self.prior)
 
 
 def divergence(q: Tensor, p: Tensor) -> Tensor:
-    """KL(q || p) of diagonal Gaussians given as mean and log standard deviation, ``[2 D]``."""
+    r"""Compute KL(q || p) of diagonal Gaussians given as mean and log standard deviation, ``[2 D]``, in nats.
+
+    .. math:: \sum_d \rho_{p,d} - \rho_{q,d}
+              + \tfrac12 \bigl\{e^{2 (\rho_{q,d} - \rho_{p,d})} + (\mu_{q,d} - \mu_{p,d})^2 e^{-2 \rho_{p,d}} - 1\bigr\}
+
+    References:
+        Auto-encoding variational Bayes, Kingma and Welling, 2014, arXiv:1312.6114, appendix B.
+    """
     (m, r), (m0, r0) = q.chunk(2), p.chunk(2)
     return (r0 - r + 0.5 * ((2.0 * (r - r0)).exp() + ((m - m0) * (-r0).exp()).square() - 1.0)).sum()
 
 
 @dataclass(frozen=True)
-class ABML:
+class ABML(EpisodicMethod):
     """ABML.
 
     Args:
@@ -108,65 +122,65 @@ class ABML:
         for name in ("inner_steps", "samples", "tasks_per_step"):
             check_number(name, getattr(self, name), least=1, open_below=False, whole=True)
 
-    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> EpisodicState:
-        """Joint training, then outer steps; the state's ``phi`` is ``[2 D]``, mean and log standard deviation."""
-        self.needed_bytes(tasks)
-        rows = sum(len(task.train) for task in tasks)
-        centre: list[Tensor] = []
+    @property
+    def minibatches_per_task(self) -> int:
+        """Minibatches drawn in one task of an outer step: k of support rows and one of query rows."""
+        return self.inner_steps + 1
 
-        def start(phi: Tensor) -> Tensor:
-            centre.append(phi)
-            return torch.cat([phi, torch.full_like(phi, math.log(self.prior_scale))])
+    @property
+    def second_order(self) -> bool:
+        """Whether the whole run needs attention with a double backward."""
+        return not self.first_order
 
-        def gradient(omega: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
-            g = self.gradient(omega, episode, heads, generator)
-            return g - self.hyper_gradient(omega, centre[0]) / rows if self.hyper_prior else g
-
-        with twice_differentiable(not self.first_order):
-            return outer_loop(
-                gradient,
-                self.adapter,
-                tasks,
-                self.budget,
-                tasks_per_step=self.tasks_per_step,
-                minibatches_per_task=self.inner_steps + 1,
-                start=start,
-                on_step=on_step,
-            )
-
-    def needed_bytes(self, tasks: Sequence[Task]) -> int:
-        """Peak memory of meta-training; refused where it cannot fit."""
+    @property
+    def memory(self) -> PeakMemory:
+        """Peak memory: MAML's, once for each draw of the weights."""
         k = 0 if self.first_order else self.inner_steps
-        return check_memory(
-            self.adapter,
-            tasks,
-            self.budget,
+        return PeakMemory(
             graphs=self.samples * (BACKWARD_GRAPH * k + 1.0),
             vectors=2.0 * (8.0 + 4.0 * self.inner_steps * self.samples),
-            way_out="Use first_order=True, fewer samples, fewer inner_steps, or a smaller batch_size.",
+            advice="Use first_order=True, fewer samples, fewer inner_steps, or a smaller batch_size.",
         )
 
+    def start(self, phi: Tensor) -> Tensor:
+        """Begin from ``[2 D]``, the jointly trained weights and the log of ``prior_scale``."""
+        return torch.cat([phi, torch.full_like(phi, math.log(self.prior_scale))])
+
+    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> EpisodicState:
+        """Train jointly, then take outer steps; the state's ``phi`` is ``[2 D]``, mean and log standard deviation."""
+        rows = sum(len(task.train) for task in tasks)
+
+        def with_hyper_prior(centre: Tensor) -> Gradient:
+            def gradient(omega: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
+                g = self.gradient(omega, episode, heads, generator)
+                return g - self.hyper_gradient(omega, centre) / rows
+
+            return gradient
+
+        return meta_train(self, tasks, gradient=with_hyper_prior if self.hyper_prior else None, on_step=on_step)
+
     def gradient(self, omega: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
-        """Of one task's query objective, with respect to the prior; moves that task's head."""
+        """Compute the gradient of one task's query objective with respect to the prior's parameters.
+
+        Also updates that task's head.
+        """
         start = heads.weights(episode.number, omega).leaves()
         rows = float(len(episode.task.train))
         noise = noise_generator(generator, omega)
-        q = inner_loop(
+        form = GaussianWeights(start.theta, self.samples)
+        inner = InnerLoop(
             self.adapter,
             self.budget,
-            episode,
-            start,
-            generator,
-            steps=self.inner_steps,
-            learning_rate=self.inner_learning_rate,
+            self.inner_steps,
+            self.inner_learning_rate,
             create_graph=not self.first_order,
-            n_eff=rows,
-            reparametrisation=GaussianWeights(start.theta, self.samples),
+            hooks=Hooks(reparametrisation=form),
+            effective_rows=rows,
         )
+        q = inner.run(episode, start, generator)
         at = start
         if self.first_order:
             at = q = q.leaves()
-        form = GaussianWeights(start.theta, self.samples)
         draws = [q._replace(theta=form.sample(q.theta, noise)) for _ in range(self.samples)]
         losses = [query_loss(self.adapter, self.budget, episode, draw, generator) for draw in draws]
         value = torch.stack(losses).mean() + form.penalty(q.theta) / rows
@@ -174,11 +188,16 @@ class ABML:
         if self.first_order:  # q moves with the prior one to one, but the divergence also has the prior itself
             of_prior = torch.autograd.grad(divergence(q.theta.detach(), start.theta) / rows, start.theta)[0]
             g = g._replace(theta=g.theta + of_prior)
-        heads.move(episode.number, g.head)
+        heads.update(episode.number, g.head)
         return g.theta
 
     def hyper_gradient(self, omega: Tensor, centre: Tensor) -> Tensor:
-        """Of the log hyper-prior at (mu, rho)."""
+        r"""Compute the gradient of the log hyper-prior at :math:`(\mu, \rho)`.
+
+        .. math:: \log p = \log \mathcal N(\mu; c, I) + \log \mathrm{Gamma}(e^{-2 \rho}; a, a \sigma_0^2)
+
+        with centre c, a the ``gamma_shape`` and sigma_0 the ``prior_scale``.
+        """
         mean, log_sd = omega.chunk(2)
         # log Gamma(tau; a, b) = (a - 1) log tau - b tau with tau = exp(-2 rho)
         rate = self.gamma_shape * self.prior_scale**2
@@ -186,8 +205,8 @@ class ABML:
         return torch.cat([centre - mean, of_log_sd])
 
     def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> Ensemble:
-        """Variational inference under the learned prior; draws are one from each of the late posteriors."""
+        """Run variational inference under the learned prior; draw once from each of the late posteriors."""
         form = GaussianWeights(state.phi)
-        found = finetuned(self.adapter, task, state.phi, self.budget, seed, reparametrisation=form)
+        late = finetune(self.adapter, task, state.phi, self.budget, Hooks(reparametrisation=form), seed=seed)
         generator = torch.Generator(device=state.phi.device).manual_seed(self.budget.seed if seed is None else seed)
-        return replace(found, thetas=torch.stack([form.sample(q, generator) for q in found.thetas]))
+        return replace(late, thetas=torch.stack([form.sample(q, generator) for q in late.thetas]))

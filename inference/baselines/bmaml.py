@@ -20,24 +20,18 @@ leader's, averaged. A prediction averages as many draws as any other method's, l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adaptation.inner_loop import Weights
+from pyro_lift.inference.adaptation.gradients import Weights
+from pyro_lift.inference.adaptation.inner_loop import Hooks
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.baselines.episodes import Episode, Heads
-from pyro_lift.inference.baselines.episodic import (
-    EpisodicState,
-    inner_loop,
-    outer_loop,
-    scattered,
-    twice_differentiable,
-)
-from pyro_lift.inference.baselines.finetune import finetuned
-from pyro_lift.inference.baselines.memory import BACKWARD_GRAPH, check_memory
+from pyro_lift.inference.baselines.episodic import EpisodicMethod, EpisodicState, InnerLoop, scattered
+from pyro_lift.inference.baselines.finetune import finetune
+from pyro_lift.inference.baselines.peak_memory import BACKWARD_GRAPH, PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
@@ -47,7 +41,7 @@ __all__ = ["BMAML", "chaser_loss", "stein", "stein_terms", "stein_width"]
 
 
 @dataclass(frozen=True)
-class BMAML:
+class BMAML(EpisodicMethod):
     """BMAML.
 
     Args:
@@ -82,75 +76,94 @@ class BMAML:
         for name in ("particles", "follow_steps", "tasks_per_step"):
             check_number(name, getattr(self, name), least=1, open_below=False, whole=True)
 
-    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> EpisodicState:
-        """Joint training, then the chaser's outer steps; the state's ``phi`` is ``[M, D]``."""
-        self.needed_bytes(tasks)
-        with twice_differentiable():
-            return outer_loop(
-                self.gradient,
-                self.adapter,
-                tasks,
-                self.budget,
-                tasks_per_step=self.tasks_per_step,
-                minibatches_per_task=self.follow_steps + self.lead_steps,
-                start=lambda phi: scattered(phi, self.particles, self.jitter, self.budget.seed),
-                on_step=on_step,
-            )
+    @property
+    def minibatches_per_task(self) -> int:
+        """Minibatches drawn in one task of an outer step: the follower's and the leader's."""
+        return self.follow_steps + self.lead_steps
 
-    def needed_bytes(self, tasks: Sequence[Task]) -> int:
-        """Peak memory of meta-training; refused where it cannot fit."""
+    @property
+    def second_order(self) -> bool:
+        """Whether the whole run needs attention with a double backward."""
+        return True
+
+    @property
+    def memory(self) -> PeakMemory:
+        """Peak memory: MAML's, once for each particle."""
         M = self.particles
-        return check_memory(
-            self.adapter,
-            tasks,
-            self.budget,
+        return PeakMemory(
             graphs=M * BACKWARD_GRAPH * self.follow_steps + 1.0,
             vectors=M * (8.0 + 4.0 * self.follow_steps),
-            way_out="Use fewer particles, fewer follow_steps, or a smaller batch_size.",
+            advice="Use fewer particles, fewer follow_steps, or a smaller batch_size.",
         )
 
-    def gradient(self, particles: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
-        """Of the chaser loss, with respect to the meta-particles; the task keeps the leader's head."""
-        own = heads.values[episode.number]
-        each = None if own is None else own.expand(len(particles), *own.shape).clone()
-        start = Weights(particles, each).leaves()
-        follower = self._steps(episode, start, generator, self.follow_steps, graph=True)
+    def start(self, phi: Tensor) -> Tensor:
+        """Scatter the meta-particles ``[M, D]`` around the jointly trained weights."""
+        return scattered(phi, self.particles, self.jitter, self.budget.seed)
+
+    def gradient(self, omega: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
+        """Compute the gradient of the chaser loss with respect to the meta-particles.
+
+        The task keeps the leader's head.
+        """
+        head = heads.values[episode.number]
+        head_of_each = None if head is None else head.expand(len(omega), *head.shape).clone()
+        start = Weights(omega, head_of_each).leaves()
+        rows = episode.task.train
+        follower = self.follower(len(rows)).run(episode, start, generator)
         if self.lead_steps == 0:
-            return torch.zeros_like(particles)
-        leader = self._steps(episode, follower.detached(), generator, self.lead_steps, graph=False)
+            return torch.zeros_like(omega)
+        leader = self.leader(len(rows)).run(episode, follower.detached(), generator, rows=rows)
         if leader.head is not None:
             heads.values[episode.number] = leader.head.mean(0)
         return torch.autograd.grad(chaser_loss(follower.theta, leader.theta), start.theta)[0]
 
-    def _steps(self, episode: Episode, start: Weights, generator: torch.Generator, steps: int, graph: bool) -> Weights:
-        return inner_loop(
+    def follower(self, rows: int) -> InnerLoop:
+        """Make the n differentiable SVGD steps from the meta-particles, for a task of so many rows."""
+        return InnerLoop(
             self.adapter,
             self.budget,
-            episode,
-            start,
-            generator,
-            steps=steps,
-            learning_rate=self.inner_learning_rate,
-            create_graph=graph,
-            rows=episode.support if graph else episode.task.train,
-            n_eff=float(len(episode.task.train)),
-            kernel=stein,
+            self.follow_steps,
+            self.inner_learning_rate,
+            create_graph=True,
+            hooks=Hooks(kernel=stein),
+            effective_rows=float(rows),
         )
 
+    def leader(self, rows: int) -> InnerLoop:
+        """Make the s further SVGD steps, held fixed in gradients, for a task of so many rows."""
+        return replace(self.follower(rows), steps=self.lead_steps, create_graph=False)
+
     def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> Ensemble:
-        """Stein variational gradient descent from the meta-particles, Adam in place of plain steps."""
-        draws = max(self.budget.draws // self.particles, 1)
-        return finetuned(self.adapter, task, state.phi, self.budget, seed, kernel=stein, draws=draws)
+        """Run Stein variational gradient descent from the meta-particles, Adam in place of plain steps."""
+        budget = replace(self.budget, draws=max(self.budget.draws // self.particles, 1))
+        return finetune(self.adapter, task, state.phi, budget, Hooks(kernel=stein), seed=seed)
 
 
-def stein(particles: Tensor, gradients: Tensor, n_eff: float, width: float | None = None) -> Tensor:
-    """What particles ``[M, D]`` move by, from gradients of *mean* losses ``[M, D]``; descends."""
+def stein(particles: Tensor, gradients: Tensor, effective_rows: float, width: float | None = None) -> Tensor:
+    r"""Compute the SVGD direction, to be descended, from gradients of *mean* losses.
+
+    .. math:: \phi_m = \tfrac1M \sum_l \bigl[k(\theta_l, \theta_m)\, g_l
+              - \nabla_{\theta_l} k(\theta_l, \theta_m) / N_{\mathrm{eff}}\bigr]
+
+    Args:
+        particles: ``[M, D]``.
+        gradients: g, ``[M, D]``.
+        effective_rows: N_eff, the number of rows that the mean loss stands for.
+        width: of the kernel; None takes :func:`stein_width`.
+
+    References:
+        Stein variational gradient descent, Liu and Wang, 2016, arXiv:1608.04471.
+    """
     attraction, repulsion = stein_terms(particles, gradients, width)
-    return attraction - repulsion / n_eff
+    return attraction - repulsion / effective_rows
 
 
 def stein_width(particles: Tensor) -> float:
-    """h: the median of the squared distances between different particles, over log M."""
+    r"""Compute the kernel's width :math:`h = \mathrm{median}_{l \ne m} \lVert\theta_l - \theta_m\rVert^2 / \log M`.
+
+    References:
+        Stein variational gradient descent, Liu and Wang, 2016, arXiv:1608.04471, section 5.
+    """
     M = len(particles)
     squares = torch.cdist(particles.detach(), particles.detach(), compute_mode="donot_use_mm_for_euclid_dist").square()
     off_diagonal = squares[~torch.eye(M, dtype=torch.bool, device=particles.device)]
@@ -158,7 +171,9 @@ def stein_width(particles: Tensor) -> float:
 
 
 def stein_terms(particles: Tensor, gradients: Tensor, width: float | None = None) -> tuple[Tensor, Tensor]:
-    r"""Attraction :math:`\tfrac1M \sum_l k_{lm} g_l` and repulsion :math:`\tfrac1M \sum_l \nabla_{\theta_l} k_{lm}`.
+    r"""Compute the attraction and the repulsion of :func:`stein`, each ``[M, D]``.
+
+    .. math:: \tfrac1M \sum_l k_{lm}\, g_l, \qquad \tfrac1M \sum_l \nabla_{\theta_l} k_{lm}
 
     Repulsion sums to zero over the particles. One particle has a kernel of one and no repulsion.
 
@@ -178,5 +193,11 @@ def stein_terms(particles: Tensor, gradients: Tensor, width: float | None = None
 
 
 def chaser_loss(follower: Tensor, leader: Tensor) -> Tensor:
-    """Sum of squared distances; the leader is held fixed."""
+    r"""Sum the squared distances of followers and leaders, the leader held fixed.
+
+    .. math:: \sum_m \lVert \theta_m^{\mathrm{follower}} - \theta_m^{\mathrm{leader}} \rVert^2
+
+    References:
+        Bayesian model-agnostic meta-learning, Yoon et al., 2018, arXiv:1806.03836.
+    """
     return (follower - leader.detach()).square().sum()

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adaptation.inner_loop import Weights
-from pyro_lift.inference.adaptation.update_rules import Rule, adam
+from pyro_lift.inference.adaptation.gradients import Weights
+from pyro_lift.inference.adaptation.update_rules import UpdateRule, adam
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.observation import check_width
@@ -28,7 +28,7 @@ class Episode(NamedTuple):
 
 
 def episodes(tasks: Sequence[Task], generator: torch.Generator) -> Iterator[Episode]:
-    """Tasks in turn for ever, halved anew at each visit. A query row that was also support would reward memorising.
+    """Yield tasks in turn for ever, halved anew at each visit; a query row in the support would reward memorising.
 
     Raises:
         ValueError: a task with a single row.
@@ -46,32 +46,32 @@ def episodes(tasks: Sequence[Task], generator: torch.Generator) -> Iterator[Epis
 
 
 class Heads:
-    """The heads that meta-training tasks keep for themselves: none of what is learned about the family."""
+    """Per-task heads during meta-training; they are not part of the learned initialisation."""
 
     def __init__(self, adapter: RandomAdapter, tasks: Sequence[Task], budget: Budget, learning_rate: float) -> None:
         self.policy = budget.heads
-        self.rule: Rule = adam(self.policy.rate * learning_rate)
+        self.rule: UpdateRule = adam(self.policy.lr_scale * learning_rate)
         width = check_width(adapter, tasks, self.policy.scale)
         self.values = [self.policy.fresh(task, width, adapter.initial) for task in tasks]
         self._states = [None if head is None else self.rule.init(head) for head in self.values]
         self._rows = [len(task.train) for task in tasks]
 
     def weights(self, index: int, theta: Tensor) -> Weights:
-        """Shared adapter weights with one task's own head."""
+        """Join shared adapter weights with one task's head."""
         return Weights(theta, self.values[index])
 
-    def move(self, index: int, gradient: Tensor | None) -> None:
-        """One step of one task's head, its prior included."""
+    def update(self, index: int, gradient: Tensor | None) -> None:
+        """Take one step of one task's head, its prior included; without a head do nothing."""
         head = self.values[index]
         if head is None or gradient is None or self.policy.prior is None:
             return
         mean, precision = self.policy.prior
-        g = gradient + precision * (head - mean) / self._rows[index]
-        self.values[index], self._states[index] = self.rule.move(head, g, None, self._states[index], 1.0, None)
+        gradient = gradient + precision * (head - mean) / self._rows[index]
+        self.values[index], self._states[index] = self.rule.update(head, gradient, self._states[index])
 
 
 def check_tasks(tasks: Sequence[Task], device: torch.device) -> list[Task]:
-    """The tasks on the adapter's device; refuses an empty list."""
+    """Move the tasks to the adapter's device; raise if there are none."""
     if not tasks:
         raise ValueError("tasks is empty: there is nothing to train on.")
     return [task.to(device) for task in tasks]

@@ -17,7 +17,7 @@ plain steps and a single proximal one) and in adaptation (``proximal_adaptation`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,32 +25,33 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from pyro_lift.inference.adaptation.inner_loop import Loss, Weights, minibatches
+from pyro_lift.inference.adaptation.gradients import Loss, Weights
+from pyro_lift.inference.adaptation.inner_loop import Hooks, minibatches
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.baselines.episodes import Episode, Heads
 from pyro_lift.inference.baselines.episodic import (
+    EpisodicMethod,
     EpisodicState,
-    inner_loop,
-    loss_of,
-    outer_loop,
+    InnerLoop,
     query_gradient,
     query_loss,
     twice_differentiable,
 )
-from pyro_lift.inference.baselines.finetune import finetuned
-from pyro_lift.inference.baselines.memory import BACKWARD_GRAPH, check_memory
+from pyro_lift.inference.baselines.finetune import finetune, loss_of
+from pyro_lift.inference.baselines.peak_memory import BACKWARD_GRAPH, PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task
-from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.options import check_literal, check_number
 
 __all__ = ["ImplicitMAML", "conjugate_gradients", "hessian_product", "neumann_series", "proximal"]
 
 Product = Callable[[Tensor], Tensor]
+Solver = Literal["cg", "neumann"]
 
 
 @dataclass(frozen=True)
-class ImplicitMAML:
+class ImplicitMAML(EpisodicMethod):
     """i-MAML.
 
     Args:
@@ -75,7 +76,7 @@ class ImplicitMAML:
     regularisation: float = 1.0
     inner_steps: int = 3
     inner_learning_rate: float = 0.05
-    solver: Literal["cg", "neumann"] = "cg"
+    solver: Solver = "cg"
     solver_steps: int = 3
     damping: float = 0.0
     tasks_per_step: int = 4
@@ -85,40 +86,30 @@ class ImplicitMAML:
         check_number("regularisation", self.regularisation)
         check_number("inner_learning_rate", self.inner_learning_rate)
         check_number("damping", self.damping, open_below=False)
-        check_choice("solver", self.solver, ["cg", "neumann"])
+        check_literal("solver", self.solver, Solver)
         check_number("solver_steps", self.solver_steps, open_below=False, whole=True)
         for name in ("inner_steps", "tasks_per_step"):
             check_number(name, getattr(self, name), least=1, open_below=False, whole=True)
 
-    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> EpisodicState:
-        """Joint training, then i-MAML's outer steps."""
-        self.needed_bytes(tasks)
-        return outer_loop(
-            self.gradient,
-            self.adapter,
-            tasks,
-            self.budget,
-            tasks_per_step=self.tasks_per_step,
-            minibatches_per_task=self.inner_steps + 1,
-            on_step=on_step,
-        )
+    @property
+    def minibatches_per_task(self) -> int:
+        """Minibatches drawn in one task of an outer step; the solver's is one of the support rows again."""
+        return self.inner_steps + 1
 
-    def needed_bytes(self, tasks: Sequence[Task]) -> int:
-        """Peak memory of meta-training; refused where it cannot fit."""
-        return check_memory(
-            self.adapter,
-            tasks,
-            self.budget,
+    @property
+    def memory(self) -> PeakMemory:
+        """Peak memory: one gradient that can be differentiated again, whatever the number of inner steps."""
+        return PeakMemory(
             graphs=BACKWARD_GRAPH + 1.0,
             vectors=12.0,
-            way_out="Use solver_steps=0 with a smaller batch_size, or Reptile.",
+            advice="Use solver_steps=0 with a smaller batch_size, or Reptile.",
         )
 
-    def gradient(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
-        """The implicit gradient of one task; moves that task's head by the query loss."""
-        adapted = self.solve_inner(phi, episode, heads, generator).leaves()
+    def gradient(self, omega: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
+        """Compute the implicit gradient of one task; also updates that task's head by the query loss."""
+        adapted = self.solve_inner(omega, episode, heads, generator).leaves()
         g = query_gradient(self.adapter, self.budget, episode, adapted, adapted, generator)
-        heads.move(episode.number, g.head)
+        heads.update(episode.number, g.head)
         if self.solver_steps == 0:
             return g.theta
         rows = minibatches(episode.support, self.budget.batch_size, generator)()
@@ -132,37 +123,44 @@ class ImplicitMAML:
             return solve(operator, g.theta, self.solver_steps)
 
     def query_loss(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
-        """Of one query minibatch at the inner problem's solution, without a graph."""
+        """Compute the loss of one query minibatch at the inner problem's solution, without a graph."""
         adapted = self.solve_inner(phi, episode, heads, generator)
         return query_loss(self.adapter, self.budget, episode, adapted, generator).detach()
 
     def solve_inner(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Weights:
-        """Gradient steps on support loss and proximal term."""
-        return inner_loop(
+        """Take gradient steps on the support loss and the proximal term."""
+        inner = InnerLoop(
             self.adapter,
             self.budget,
-            episode,
-            heads.weights(episode.number, phi),
-            generator,
-            steps=self.inner_steps,
-            learning_rate=self.inner_learning_rate,
-            create_graph=False,
-            prior=proximal(phi, self.regularisation, len(episode.support)),
+            self.inner_steps,
+            self.inner_learning_rate,
+            hooks=Hooks(prior=proximal(phi, self.regularisation, len(episode.support))),
         )
+        return inner.run(episode, heads.weights(episode.number, phi), generator)
 
     def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the learned centre, and towards it."""
         prior = proximal(state.phi, self.regularisation, len(task.train)) if self.proximal_adaptation else None
-        return finetuned(self.adapter, task, state.phi, self.budget, seed, prior=prior)
+        return finetune(self.adapter, task, state.phi, self.budget, Hooks(prior=prior), seed=seed)
 
 
 def proximal(phi: Tensor, regularisation: float, rows: int) -> Distribution:
-    r"""The prior whose negative log density over N rows is :math:`N\,\tfrac\lambda2 \lVert\theta - \phi\rVert^2`."""
+    r"""Make the Gaussian prior that is the proximal term: variance :math:`1 / (\lambda N)` around phi.
+
+    Its negative log density is :math:`N\,\tfrac\lambda2 \lVert\theta - \phi\rVert^2` over N rows, i-MAML's term for
+    a mean loss.
+    """
     return Independent(Normal(phi.detach(), (regularisation * rows) ** -0.5), 1)
 
 
-def hessian_product(loss: Loss, weights: Weights, rows: Rows) -> Product:
-    """The Hessian in theta of a minibatch's mean loss, as a product with a vector; the head is held fixed."""
+def hessian_product(loss: Loss[Rows], weights: Weights, rows: Rows) -> Product:
+    r"""Make the map :math:`v \mapsto \nabla^2_\theta \bar L(\theta)\,v` of a minibatch's mean loss, the head fixed.
+
+    The gradient is differentiated again along v, so that the Hessian is never formed.
+
+    References:
+        Fast exact multiplication by the Hessian, Pearlmutter, Neural Computation 1994.
+    """
     theta = weights.theta.detach().requires_grad_()
     head = None if weights.head is None else weights.head.detach()
     (g,) = torch.autograd.grad(loss(Weights(theta, head), rows), theta, create_graph=True)
@@ -174,7 +172,20 @@ def hessian_product(loss: Loss, weights: Weights, rows: Rows) -> Product:
 
 
 def conjugate_gradients(operator: Product, b: Tensor, steps: int) -> Tensor:
-    """Solve ``A x = b`` for positive A, from x = 0; what was found so far where A turns out not to be positive."""
+    """Solve ``A x = b`` for positive A, from x = 0.
+
+    Args:
+        operator: A.
+        b: right-hand side.
+        steps: products with A.
+
+    Returns:
+        The last iterate; at a direction of negative curvature the one before it, and b itself at the first.
+
+    References:
+        Methods of conjugate gradients for solving linear systems, Hestenes and Stiefel, 1952; Meta-learning with
+        implicit gradients, Rajeswaran et al., 2019, arXiv:1909.04630, which solves its meta-gradient by it.
+    """
     x, r = torch.zeros_like(b), b.clone()
     p, square = r.clone(), r.dot(r)
     for _ in range(steps):
@@ -191,7 +202,7 @@ def conjugate_gradients(operator: Product, b: Tensor, steps: int) -> Tensor:
 
 
 def neumann_series(operator: Product, b: Tensor, steps: int, scale: float | None = None) -> Tensor:
-    r""":math:`A^{-1} b \approx s \sum_{k \le K} (I - s A)^k b`.
+    r"""Approximate :math:`A^{-1} b \approx s \sum_{k \le K} (I - s A)^k b`.
 
     Args:
         operator: A.
@@ -199,6 +210,9 @@ def neumann_series(operator: Product, b: Tensor, steps: int, scale: float | None
         steps: K, products.
         scale: s, below 2 over A's largest eigenvalue; None takes :math:`\lVert b\rVert / \lVert A b\rVert`. The series
             ends where its terms begin to grow.
+
+    References:
+        Optimizing millions of hyperparameters by implicit differentiation, Lorraine et al., 2020, arXiv:1911.02590.
     """
     term, total, s = b, b, scale
     for _ in range(steps):

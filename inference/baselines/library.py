@@ -1,4 +1,4 @@
-r"""A library of LoRAs: one for each meta-training task, what each task reads, and how LoRAs are put together.
+r"""A library of LoRAs, one for each meta-training task, and retrieval from it by what the tasks read.
 
 All are trained from one common start: an average of adapters means something only in one gauge.
 
@@ -12,6 +12,7 @@ each product, so that it can be a start: exact where the sum has rank r or less.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pyro_lift.inference.baselines.episodes import check_tasks
-from pyro_lift.inference.baselines.finetune import finetuned
+from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import features
@@ -33,11 +34,11 @@ EXAMPLES = 20
 
 
 class TrainedLibrary(NamedTuple):
-    """The library.
+    """A library of LoRAs and the keys by which they are retrieved.
 
     Attributes:
         thetas: ``[N, D]``, one adapter a task.
-        keys: ``[N, E]``, what the tasks read.
+        keys: ``[N, E]``, mean embeddings of the tasks' inputs.
         names: of the tasks.
         meta_steps: minibatches it took.
     """
@@ -57,19 +58,12 @@ def train_library(
     """
     tasks = check_tasks(tasks, adapter.initial.device)
     steps = max((budget.warm_up + budget.visits) // len(tasks), 2)
+    draws = min(budget.draws, steps // 2)
+    share = replace(budget, steps=steps, draws=draws, learning_rate=budget.meta_learning_rate)
     thetas = []
     for number, task in enumerate(tasks):
-        found = finetuned(
-            adapter,
-            task,
-            adapter.initial.clone(),
-            budget,
-            stream_seed(budget.seed, number),
-            steps=steps,
-            draws=min(budget.draws, steps // 2),
-            learning_rate=budget.meta_learning_rate,
-        )
-        thetas.append(found.thetas.mean(0))
+        late = finetune(adapter, task, adapter.initial.clone(), share, seed=stream_seed(budget.seed, number))
+        thetas.append(late.thetas.mean(0))
         if on_step is not None:
             on_step()
     keys = torch.stack([task_key(adapter, task) for task in tasks])
@@ -78,12 +72,22 @@ def train_library(
 
 @torch.no_grad()
 def task_key(adapter: RandomAdapter, task: Task, examples: int = EXAMPLES) -> Tensor:
-    """Mean embedding ``[E]`` of a task's first inputs, by the network without adaptation."""
+    r"""Average the embeddings ``[E]`` of a task's first inputs, by the network without adaptation.
+
+    .. math:: e_i = \tfrac1n \sum_{x \in D_i} f(x)
+
+    References:
+        LoraRetriever, Zhao et al., 2024, arXiv:2402.09997, whose keys are such means over a LoRA's own data.
+    """
     rows = task.train.take(slice(0, examples)).to(adapter.initial.device)
     return features(adapter, rows, adapter.initial).mean(0)
 
 
 def nearest(keys: Tensor, key: Tensor, number: int | None) -> Tensor:
-    """Indices of the keys with the highest cosine to a key; all of them for None."""
+    r"""Find the indices of the keys with the highest cosine :math:`\cos(e_*, e_i)` to a key; all of them for None.
+
+    References:
+        LoraRetriever, Zhao et al., 2024, arXiv:2402.09997.
+    """
     similarity = normalize(keys, dim=-1) @ normalize(key, dim=-1)
     return similarity.topk(len(keys) if number is None else min(number, len(keys))).indices

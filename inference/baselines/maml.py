@@ -12,25 +12,22 @@ first order k + 1 and one graph. Second order needs attention with a double back
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adaptation.inner_loop import Weights
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.baselines.episodes import Episode, Heads
 from pyro_lift.inference.baselines.episodic import (
+    EpisodicMethod,
     EpisodicState,
-    inner_loop,
-    outer_loop,
+    InnerLoop,
     query_gradient,
     query_loss,
-    twice_differentiable,
 )
-from pyro_lift.inference.baselines.finetune import finetuned
-from pyro_lift.inference.baselines.memory import BACKWARD_GRAPH, check_memory
+from pyro_lift.inference.baselines.finetune import finetune
+from pyro_lift.inference.baselines.peak_memory import BACKWARD_GRAPH, PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
@@ -40,7 +37,7 @@ __all__ = ["MAML"]
 
 
 @dataclass(frozen=True)
-class MAML:
+class MAML(EpisodicMethod):
     """MAML, and FO-MAML.
 
     Args:
@@ -72,58 +69,46 @@ class MAML:
         check_number("inner_learning_rate", self.inner_learning_rate)
         check_number("tasks_per_step", self.tasks_per_step, least=1, open_below=False, whole=True)
 
-    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> EpisodicState:
-        """Joint training, then MAML's outer steps."""
-        self.needed_bytes(tasks)
-        with twice_differentiable(not self.first_order):
-            return outer_loop(
-                self.gradient,
-                self.adapter,
-                tasks,
-                self.budget,
-                tasks_per_step=self.tasks_per_step,
-                minibatches_per_task=self.inner_steps + 1,
-                on_step=on_step,
-            )
+    @property
+    def minibatches_per_task(self) -> int:
+        """Minibatches drawn in one task of an outer step: k of support rows and one of query rows."""
+        return self.inner_steps + 1
 
-    def needed_bytes(self, tasks: Sequence[Task]) -> int:
-        """Peak memory of meta-training; refused where it cannot fit."""
-        return check_memory(
-            self.adapter,
-            tasks,
-            self.budget,
+    @property
+    def second_order(self) -> bool:
+        """Whether the whole run needs attention with a double backward."""
+        return not self.first_order
+
+    @property
+    def memory(self) -> PeakMemory:
+        """Peak memory: the graphs of all inner steps, or one of them in first order."""
+        return PeakMemory(
             graphs=2.0 if self.first_order else BACKWARD_GRAPH * self.inner_steps + 1.0,
             vectors=6.0 + self.inner_steps,
-            way_out="Use first_order=True, fewer inner_steps, a smaller batch_size, or Reptile.",
+            advice="Use first_order=True, fewer inner_steps, a smaller batch_size, or Reptile.",
         )
 
-    def gradient(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
-        """Of one task's query loss after adaptation, with respect to the start; moves that task's head."""
-        start = heads.weights(episode.number, phi).leaves()
-        adapted = self._adapted(start, episode, generator, create_graph=not self.first_order)
+    def gradient(self, omega: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
+        """Compute the gradient of one task's query loss after adaptation with respect to the initialisation.
+
+        Also updates that task's head.
+        """
+        start = heads.weights(episode.number, omega).leaves()
+        adapted = self._inner_loop(create_graph=not self.first_order).run(episode, start, generator)
         if self.first_order:
             start = adapted = adapted.leaves()
         g = query_gradient(self.adapter, self.budget, episode, adapted, start, generator)
-        heads.move(episode.number, g.head)
+        heads.update(episode.number, g.head)
         return g.theta
 
     def query_loss(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
-        """Of one query minibatch after adaptation, without a graph."""
-        adapted = self._adapted(heads.weights(episode.number, phi), episode, generator, create_graph=False)
+        """Compute the loss of one query minibatch after adaptation, without a graph."""
+        adapted = self._inner_loop(create_graph=False).run(episode, heads.weights(episode.number, phi), generator)
         return query_loss(self.adapter, self.budget, episode, adapted, generator).detach()
 
-    def _adapted(self, start: Weights, episode: Episode, generator: torch.Generator, create_graph: bool) -> Weights:
-        return inner_loop(
-            self.adapter,
-            self.budget,
-            episode,
-            start,
-            generator,
-            steps=self.inner_steps,
-            learning_rate=self.inner_learning_rate,
-            create_graph=create_graph,
-        )
+    def _inner_loop(self, create_graph: bool) -> InnerLoop:
+        return InnerLoop(self.adapter, self.budget, self.inner_steps, self.inner_learning_rate, create_graph)
 
     def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the learned start, by the budget that all methods have."""
-        return finetuned(self.adapter, task, state.phi, self.budget, seed)
+        return finetune(self.adapter, task, state.phi, self.budget, seed=seed)

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.baselines.episodes import Episode, Heads
-from pyro_lift.inference.baselines.episodic import EpisodicState, outer_loop, scattered, twice_differentiable
+from pyro_lift.inference.baselines.episodic import EpisodicState, Gradient, meta_train, scattered
 from pyro_lift.inference.baselines.imaml import ImplicitMAML
 from pyro_lift.inference.baselines.maml import MAML
+from pyro_lift.inference.baselines.peak_memory import PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
@@ -90,40 +91,56 @@ class MAMLMix:
         }
         return self.base(self.adapter, self.budget, **options)
 
+    @property
+    def minibatches_per_task(self) -> int:
+        """Minibatches drawn in one task of an outer step: the base's."""
+        return self.method.minibatches_per_task
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the whole run needs attention with a double backward: as the base."""
+        return self.method.second_order
+
+    @property
+    def memory(self) -> PeakMemory:
+        """Peak memory: the base's, for one start has a graph at a time."""
+        return self.method.memory
+
+    def start(self, phi: Tensor) -> Tensor:
+        """Scatter the starts ``[K, D]`` around the jointly trained weights."""
+        return scattered(phi, self.components, self.jitter, self.budget.seed)
+
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> MAMLMixState:
-        """Joint training, then outer steps on all starts."""
-        base = self.method
-        base.needed_bytes(tasks)
+        """Train jointly, then take outer steps on all starts; early ones explore."""
         taken = [0] * self.components
-        episodes_of_all = self.budget.visits // (base.inner_steps + 1)
+        visits = self.budget.visits // self.minibatches_per_task
         chance = torch.Generator().manual_seed(self.budget.seed)
 
-        def gradient(starts: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
-            early = sum(taken) < EXPLORED * episodes_of_all
-            explore = early and float(torch.rand((), generator=chance)) < self.exploration
-            weights = self.weights(starts, episode, heads, generator)
-            if explore:
-                choice = int(torch.randint(self.components, (), generator=chance))
-                weights = torch.nn.functional.one_hot(torch.tensor(choice), self.components).to(weights)
-            taken[int(weights.argmax())] += 1
-            return self.gradient(starts, weights, episode, heads, generator)
+        def exploring(phi: Tensor) -> Gradient:
+            del phi
 
-        second_order = isinstance(base, MAML) and not base.first_order
-        with twice_differentiable(second_order):
-            found = outer_loop(
-                gradient,
-                self.adapter,
-                tasks,
-                self.budget,
-                tasks_per_step=self.tasks_per_step,
-                minibatches_per_task=base.inner_steps + 1,
-                start=lambda phi: scattered(phi, self.components, self.jitter, self.budget.seed),
-                on_step=on_step,
-            )
-        return MAMLMixState(found.phi, tuple(taken), found.meta_steps)
+            def gradient(omega: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
+                early = sum(taken) < EXPLORED * visits
+                explore = early and float(torch.rand((), generator=chance)) < self.exploration
+                weights = self.weights(omega, episode, heads, generator)
+                if explore:
+                    choice = int(torch.randint(self.components, (), generator=chance))
+                    weights = torch.nn.functional.one_hot(torch.tensor(choice), self.components).to(weights)
+                taken[int(weights.argmax())] += 1
+                return self.weighted_gradient(omega, weights, episode, heads, generator)
+
+            return gradient
+
+        state = meta_train(self, tasks, gradient=exploring, on_step=on_step)
+        return MAMLMixState(state.phi, tuple(taken), state.meta_steps)
+
+    def gradient(self, omega: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
+        """Compute the gradient of one task with respect to the starts ``[K, D]``, without exploration."""
+        weights = self.weights(omega, episode, heads, generator)
+        return self.weighted_gradient(omega, weights, episode, heads, generator)
 
     def weights(self, starts: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
-        """r ``[K]``: every start sees the same minibatches."""
+        """Compute the weights r ``[K]`` of the starts; every start sees the same minibatches."""
         seed = generator.get_state()
         losses = []
         for phi in starts:
@@ -132,10 +149,10 @@ class MAMLMix:
         generator.set_state(seed)
         return mixture_weights(torch.stack(losses), self.temperature)
 
-    def gradient(
+    def weighted_gradient(
         self, starts: Tensor, weights: Tensor, episode: Episode, heads: Heads, generator: torch.Generator
     ) -> Tensor:
-        """The base's gradient of each start that the task trains, times its weight ``[K, D]``."""
+        """Compute the base's gradient of each start that the task trains, times its weight ``[K, D]``."""
         g = torch.zeros_like(starts)
         seed = generator.get_state()
         for k in torch.nonzero(weights).flatten().tolist():
@@ -149,7 +166,7 @@ class MAMLMix:
         return self.method.adapt(EpisodicState(state.phi[best], state.meta_steps), task, seed=seed)
 
     def choose(self, starts: Tensor, task: Task) -> int:
-        """The start with the lowest loss on the task's rows after the inner loop on them."""
+        """Choose the start with the lowest loss on the task's rows after the inner loop on them."""
         task = task.to(starts.device)
         heads = Heads(self.adapter, [task], self.budget, self.budget.learning_rate)
         episode = Episode(0, task, task.train, task.train)
@@ -158,7 +175,14 @@ class MAMLMix:
 
 
 def mixture_weights(losses: Tensor, temperature: float) -> Tensor:
-    """Softmax of the negative losses ``[K]`` over a temperature; one-hot at zero."""
+    r"""Compute :math:`r_k = \mathrm{softmax}_k(-L_k / \tau)` of losses ``[K]``; one-hot at a temperature of zero.
+
+    The responsibilities of the starts, as in the E-step of a mixture with equal weights.
+
+    References:
+        Reconciling meta-learning and continual learning with online mixtures of tasks, Jerfel et al., 2019,
+        arXiv:1812.06080, whose mixture of MAML starts takes responsibilities of this form.
+    """
     if temperature == 0.0:
         return torch.nn.functional.one_hot(losses.argmin(), len(losses)).to(losses)
     return torch.softmax(-losses / temperature, -1)

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pyro_lift.inference.adaptation.predict import Ensemble
-from pyro_lift.inference.baselines.finetune import finetuned
+from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.library import TrainedLibrary, train_library
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.union_train import union_train
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
-from pyro_lift.support.options import check_number
+from pyro_lift.support.options import check_number, renamed_keywords
 
 __all__ = ["MBC", "MBCState", "cluster"]
 
@@ -41,10 +41,11 @@ class MBCState(NamedTuple):
 
     @property
     def phi(self) -> Tensor:
-        """Their mean."""
+        """Mean of the clusters' LoRAs ``[D]``, the start of adaptation."""
         return self.thetas.mean(0)
 
 
+@renamed_keywords(zoo="library")
 @dataclass(frozen=True)
 class MBC:
     """MBC-mu.
@@ -55,7 +56,7 @@ class MBC:
         components: K, at most the number of tasks; the paper has 5 and 10.
         sparsity: share of each LoRA's smallest weights that are left out of the comparison (the authors: 0.8).
         dimensions: of the decomposition, at most (the authors: 64).
-        zoo: a library that is there already; None trains one.
+        library: a library that is trained already; None trains one.
 
     References:
         Towards modular LLMs by building and reusing a library of LoRAs, Ostapenko et al., 2024, arXiv:2405.11157.
@@ -66,7 +67,7 @@ class MBC:
     components: int = 5
     sparsity: float = 0.8
     dimensions: int = 64
-    zoo: TrainedLibrary | None = None
+    library: TrainedLibrary | None = None
 
     def __post_init__(self) -> None:
         check_number("sparsity", self.sparsity, open_below=False)
@@ -77,19 +78,19 @@ class MBC:
 
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> MBCState:
         """Train the library, cluster it, and train one LoRA a cluster."""
-        zoo = self.zoo or train_library(self.adapter, tasks, self.budget, on_step=on_step)
-        labels = self.cluster(zoo)
+        library = self.library or train_library(self.adapter, tasks, self.budget, on_step=on_step)
+        labels = self.cluster(library)
         total = self.budget.warm_up + self.budget.visits
         thetas = []
         for k in range(max(labels) + 1):
             members = [task for task, label in zip(tasks, labels, strict=True) if label == k]
             steps = max(total * len(members) // len(tasks), 1)
             thetas.append(self._train(members, steps, on_step))
-        return MBCState(torch.stack(thetas), labels, zoo.meta_steps + total)
+        return MBCState(torch.stack(thetas), labels, library.meta_steps + total)
 
-    def cluster(self, zoo: TrainedLibrary) -> tuple[int, ...]:
-        """The cluster of each task."""
-        changes = zoo.thetas - self.adapter.initial
+    def cluster(self, library: TrainedLibrary) -> tuple[int, ...]:
+        """Assign each task to a cluster."""
+        changes = library.thetas - self.adapter.initial
         return cluster(changes, self.components, self.sparsity, self.dimensions, self.budget.seed)
 
     def _train(self, tasks: Sequence[Task], steps: int, on_step: Callable[[], None] | None) -> Tensor:
@@ -97,30 +98,42 @@ class MBC:
         return union_train(
             self.adapter,
             tasks,
+            b,
             steps=steps,
             learning_rate=b.meta_learning_rate,
-            batch_size=b.batch_size,
-            seed=b.seed,
-            budget=b,
             on_step=on_step,
         )
 
     def adapt(self, state: MBCState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the mean of the clusters' LoRAs."""
-        return finetuned(self.adapter, task, state.phi, self.budget, seed)
+        return finetune(self.adapter, task, state.phi, self.budget, seed=seed)
 
 
 def cluster(thetas: Tensor, components: int, sparsity: float, dimensions: int, seed: int) -> tuple[int, ...]:
-    """Cluster numbers of ``[N, D]`` adapters, without gaps; at most ``components`` of them."""
+    r"""Cluster adapters ``[N, D]`` by their cosines; numbers without gaps, at most ``components`` of them.
+
+    .. math:: \text{sparsify} \to U S V^\top \to Z = \text{unit rows of } U_{:d} S_{:d}
+              \to \text{k-means on the rows of } Z Z^\top
+
+    Args:
+        thetas: ``[N, D]``, differences from a common start.
+        components: K.
+        sparsity: share of each adapter's smallest weights that are set to zero.
+        dimensions: d, at most N - 1 are used.
+        seed: of k-means.
+
+    References:
+        Towards modular LLMs by building and reusing a library of LoRAs, Ostapenko et al., 2024, arXiv:2405.11157.
+    """
     from sklearn.cluster import KMeans
 
-    kept = thetas.double().cpu()
-    kept = kept * (kept.abs() >= kept.abs().quantile(sparsity, dim=-1, keepdim=True))
-    U, s, _ = torch.linalg.svd(kept, full_matrices=False)
+    sparse = thetas.double().cpu()
+    sparse = sparse * (sparse.abs() >= sparse.abs().quantile(sparsity, dim=-1, keepdim=True))
+    U, s, _ = torch.linalg.svd(sparse, full_matrices=False)
     number = max(min(dimensions, len(thetas) - 1), 1)
     Z = normalize(U[:, :number] * s[:number], dim=-1)
     cosines = Z @ Z.T
     distinct = len(torch.unique(cosines.round(decimals=10), dim=0))
-    found = KMeans(min(components, distinct), n_init=10, random_state=seed).fit(cosines.numpy()).labels_
-    order = {int(label): rank for rank, label in enumerate(dict.fromkeys(found.tolist()))}
-    return tuple(order[int(label)] for label in found)
+    labels = KMeans(min(components, distinct), n_init=10, random_state=seed).fit(cosines.numpy()).labels_
+    order = {int(label): rank for rank, label in enumerate(dict.fromkeys(labels.tolist()))}
+    return tuple(order[int(label)] for label in labels)

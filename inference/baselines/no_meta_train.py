@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pyro_lift.inference.adaptation.predict import Ensemble
-from pyro_lift.inference.baselines.finetune import finetuned, finetuned_block
-from pyro_lift.inference.baselines.protocol import Budget, Posterior
+from pyro_lift.inference.baselines.finetune import finetune, finetune_each
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 
@@ -26,7 +26,7 @@ class NoMetaTrainState(NamedTuple):
 
 @dataclass(frozen=True)
 class NoMetaTrain:
-    """What there is without other tasks: the row that a meta-learner has to beat."""
+    """Fine-tuning without meta-training: the row that a meta-learner has to beat."""
 
     adapter: RandomAdapter
     budget: Budget = field(default_factory=Budget)
@@ -38,8 +38,8 @@ class NoMetaTrain:
 
     def adapt(self, state: NoMetaTrainState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the adapter's own start."""
-        return finetuned(self.adapter, task, state.theta, self.budget, seed)
+        return finetune(self.adapter, task, state.theta, self.budget, seed=seed)
 
-    def adapt_many(self, state: NoMetaTrainState, tasks: Sequence[Task]) -> list[Posterior]:
+    def adapt_many(self, state: NoMetaTrainState, tasks: Sequence[Task]) -> list[Ensemble]:
         """Fine-tune several tasks in one pass, each from the adapter's own start."""
-        return finetuned_block(self.adapter, tasks, state.theta, self.budget)
+        return finetune_each(self.adapter, tasks, state.theta, self.budget)

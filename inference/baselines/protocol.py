@@ -1,10 +1,10 @@
-"""What all methods have in common: the budget they share, the protocol they answer, what adaptation returns."""
+"""The protocol of all methods: the budget they share, training and adaptation, and the posterior they return."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -13,14 +13,14 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number
 
-__all__ = ["Baseline", "Budget", "Posterior", "State", "adapt_all"]
+__all__ = ["AdaptsMany", "Baseline", "Budget", "OnStep", "Posterior", "State", "adapt_all"]
 
 OnStep = Callable[[], None] | None
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every method is given alike; learning rates are tuned for each, on the same grid."""
+    """The settings that every method is given alike; learning rates are tuned for each, on the same grid."""
 
     warm_up: int = field(default=300, metadata={"help": "joint training steps that every meta-learner begins with"})
     visits: int = field(default=900, metadata={"help": "minibatches drawn in meta-training after the warm-up"})
@@ -31,10 +31,10 @@ class Budget:
     batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
     draws: int = field(default=10, metadata={"help": "late iterates or draws that a prediction averages over"})
     heads: HeadPolicy = field(default_factory=HeadPolicy)
-    noise_scale: float = field(default=1.0, metadata={"help": "sd of the noise in regression"})
+    noise_scale: float = field(default=1.0, metadata={"help": "standard deviation of the noise in regression"})
     seed: int = field(default=0, metadata={"help": "of everything random"})
     warm_start: Tensor | None = field(
-        default=None, repr=False, metadata={"help": "what the warm-up led to, where it has been run already"}
+        default=None, repr=False, metadata={"help": "weights after the warm-up, if it has been run already"}
     )
     memory_limit: int | None = field(
         default=None, metadata={"help": "bytes that meta-training may take; none: what the device has free"}
@@ -54,7 +54,7 @@ class Budget:
 
 
 class Posterior(Protocol):
-    """What adaptation returns."""
+    """The result of adaptation: a predictive distribution for one task."""
 
     def predict(self, inputs: Any) -> Tensor:
         """Probabilities ``[n, C]`` (regression: means) for a tensor, a mapping of tensors, or ``Rows``."""
@@ -62,7 +62,7 @@ class Posterior(Protocol):
 
 
 class State(Protocol):
-    """What meta-training learned: a NamedTuple of the method's own."""
+    """The result of meta-training: a NamedTuple of the method's own."""
 
     @property
     def meta_steps(self) -> int:
@@ -70,8 +70,12 @@ class State(Protocol):
         ...
 
 
-class Baseline(Protocol):
-    """A method: a frozen dataclass of its settings. States are the method's own, so they are ``Any`` here."""
+S = TypeVar("S", bound=State)
+S_contra = TypeVar("S_contra", bound=State, contravariant=True)
+
+
+class Baseline(Protocol[S]):
+    """A method, a frozen dataclass of its settings, generic in the state that its meta-training returns."""
 
     @property
     def adapter(self) -> RandomAdapter:
@@ -80,22 +84,30 @@ class Baseline(Protocol):
 
     @property
     def budget(self) -> Budget:
-        """What all methods are given alike."""
+        """The settings that all methods are given alike."""
         ...
 
-    def meta_train(self, tasks: Sequence[Task], *, on_step: OnStep = None) -> Any:
+    def meta_train(self, tasks: Sequence[Task], *, on_step: OnStep = None) -> S:
         """Learn what the tasks share; ``on_step`` is called after every outer step."""
         ...
 
-    def adapt(self, state: Any, task: Task, *, seed: int | None = None) -> Posterior:
+    def adapt(self, state: S, task: Task, *, seed: int | None = None) -> Posterior:
         """Learn a new task from its training rows."""
         ...
 
 
-def adapt_all(method: Baseline, state: Any, tasks: Sequence[Task], *, block_size: int = 8) -> list[Posterior]:
-    """The method's posterior for each task, ``block_size`` of them at a time where the method knows how."""
-    many = getattr(method, "adapt_many", None)
-    if many is None:
+@runtime_checkable
+class AdaptsMany(Protocol[S_contra]):
+    """A method that can adapt to several tasks in one pass."""
+
+    def adapt_many(self, state: S_contra, tasks: Sequence[Task]) -> Sequence[Posterior]:
+        """Learn several new tasks, each from its training rows."""
+        ...
+
+
+def adapt_all(method: Baseline[S], state: S, tasks: Sequence[Task], *, block_size: int = 8) -> list[Posterior]:
+    """Adapt a method to each task, ``block_size`` of them at a time where the method can share a pass."""
+    if not isinstance(method, AdaptsMany):
         return [method.adapt(state, task) for task in tasks]
     blocks = [tasks[first : first + block_size] for first in range(0, len(tasks), block_size)]
-    return [posterior for block in blocks for posterior in many(state, block)]
+    return [posterior for block in blocks for posterior in method.adapt_many(state, block)]

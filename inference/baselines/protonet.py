@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pyro_lift.inference.adaptation.inner_loop import Weights, adapt, minibatches
+from pyro_lift.inference.adaptation.gradients import Weights, value_and_gradient
+from pyro_lift.inference.adaptation.inner_loop import WeightsRule, follow, iterates, minibatches
 from pyro_lift.inference.adaptation.predict import rows_of
 from pyro_lift.inference.adaptation.update_rules import adam
 from pyro_lift.inference.baselines.episodes import Episode, Heads
-from pyro_lift.inference.baselines.episodic import EpisodicState, outer_loop
-from pyro_lift.inference.baselines.memory import check_memory
+from pyro_lift.inference.baselines.episodic import Episodic, EpisodicMethod, EpisodicState, meta_train
+from pyro_lift.inference.baselines.peak_memory import PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import features
@@ -37,41 +38,64 @@ from pyro_lift.support.options import check_number
 __all__ = [
     "ProtoNet",
     "PrototypePosterior",
+    "Prototypical",
+    "PrototypicalMethod",
     "adapt_prototypes",
     "all_features",
     "check_classes",
     "distances",
     "prototypes",
-    "prototypical_gradient",
     "prototypical_loss",
 ]
 
 
-class Prototypical(Protocol):
-    """What ProtoNet and its LITE form have in common."""
-
-    @property
-    def adapter(self) -> RandomAdapter:
-        """The network as a function of theta."""
-        ...
-
-    @property
-    def budget(self) -> Budget:
-        """Shared settings."""
-        ...
+class Prototypical(Episodic, Protocol):
+    """The statements of a prototypical method: how it takes support rows, and their features."""
 
     @property
     def temperature(self) -> float | None:
-        """Tau."""
+        """Tau, the divisor of squared distances; None for the square root of the number of features."""
         ...
 
     def support(self, rows: Rows, generator: torch.Generator) -> Rows:
-        """The support rows of one step, of those there are."""
+        """Choose the support rows of one step among those available."""
         ...
 
     def support_features(self, theta: Tensor, support: Rows, generator: torch.Generator) -> Tensor:
-        """Their features ``[n, E]``."""
+        """Compute the features ``[n, E]`` of the support rows."""
         ...
+
+
+class PrototypicalMethod(EpisodicMethod):
+    """Base of ProtoNet and its LITE form: episodes and adaptation by the prototypical loss."""
+
+    @property
+    def minibatches_per_task(self) -> int:
+        """Minibatches drawn in one task of an outer step: support and query."""
+        return 2
+
+    def meta_train(
+        self: Prototypical, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None
+    ) -> EpisodicState:
+        """Train jointly, then by prototypical episodes; raise for a task without classes that its rows share."""
+        for task in tasks:
+            check_classes(task)
+        return meta_train(self, tasks, on_step=on_step)
+
+    def gradient(
+        self: Prototypical, omega: Tensor, episode: Episode, heads: Heads, generator: torch.Generator
+    ) -> Tensor:
+        """Compute the gradient of one episode's prototypical loss."""
+        del heads
+        query = minibatches(episode.query, self.budget.batch_size, generator)()
+        theta = omega.detach().requires_grad_()
+        support = self.support(episode.support, generator)
+        loss = prototypical_loss(self, theta, episode.task, support, query, generator)
+        return torch.autograd.grad(loss, theta)[0]
+
+    def adapt(self: Prototypical, state: EpisodicState, task: Task, *, seed: int | None = None) -> PrototypePosterior:
+        """Fine-tune the features by the prototypical loss of the task."""
+        return adapt_prototypes(self, state.phi, task, seed)
 
 
 @dataclass(frozen=True)
@@ -89,7 +113,7 @@ class PrototypePosterior:
 
     @torch.no_grad()
     def predict(self, inputs: Any) -> Tensor:
-        """Probabilities ``[n, C]``, averaged over the iterates."""
+        """Compute probabilities ``[n, C]``, averaged over the iterates."""
         rows = rows_of(inputs, self.task).to(self.thetas.device)
         total = []
         for theta in self.thetas:
@@ -100,7 +124,7 @@ class PrototypePosterior:
 
 
 @dataclass(frozen=True)
-class ProtoNet:
+class ProtoNet(PrototypicalMethod):
     """ProtoNet.
 
     Args:
@@ -126,70 +150,69 @@ class ProtoNet:
         if self.temperature is not None:
             check_number("temperature", self.temperature)
 
-    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> EpisodicState:
-        """Joint training, then prototypical episodes."""
-        for task in tasks:
-            check_classes(task)
-        check_memory(
-            self.adapter, tasks, self.budget, graphs=2.0, vectors=6.0, way_out="Use a smaller batch_size, or LITE."
-        )
-        return outer_loop(
-            self.gradient,
-            self.adapter,
-            tasks,
-            self.budget,
-            tasks_per_step=self.tasks_per_step,
-            minibatches_per_task=2,
-            on_step=on_step,
-        )
+    @property
+    def memory(self) -> PeakMemory:
+        """Peak memory: the graphs of a support and a query minibatch."""
+        return PeakMemory(graphs=2.0, vectors=6.0, advice="Use a smaller batch_size, or LITE.")
 
-    def gradient(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
-        """Of one episode's prototypical loss."""
-        del heads
-        query = minibatches(episode.query, self.budget.batch_size, generator)()
-        return prototypical_gradient(self, phi, episode.task, episode.support, query, generator)
+    def support(self, rows: Rows, generator: torch.Generator) -> Rows:
+        """Choose a minibatch of the rows."""
+        return minibatches(rows, self.budget.batch_size, generator)()
 
     def support_features(self, theta: Tensor, support: Rows, generator: torch.Generator) -> Tensor:
-        """Features of the support rows, and which rows: a minibatch of them."""
+        """Compute the features of all support rows, with their gradient."""
         del generator
         return features(self.adapter, support, theta)
 
-    def support(self, rows: Rows, generator: torch.Generator) -> Rows:
-        """The support rows of one step: a minibatch."""
-        return minibatches(rows, self.budget.batch_size, generator)()
-
-    def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> PrototypePosterior:
-        """Fine-tune the features by the prototypical loss of the task."""
-        return adapt_prototypes(self, state.phi, task, seed)
-
 
 def check_classes(task: Task) -> None:
-    """Prototypes need classes that all rows share."""
+    """Raise unless the task has classes that all its rows share."""
     if task.num_classes is None or (task.kind == "matching" and task.label_texts is None):
         raise ValueError(f"task {task.name!r}: prototypes need classes that all its rows share; it has none.")
 
 
-def prototypes(found: Tensor, task: Task, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Class means ``[C, E]`` of features, and which classes have rows ``[C]``; others take the mean of all."""
+def prototypes(embedded: Tensor, task: Task, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    r"""Average features by class, :math:`c_k = \frac{1}{|S_k|} \sum_{x \in S_k} f(x)`.
+
+    Args:
+        embedded: features of rows ``[n, E]``.
+        task: says how many classes there are.
+        target: classes of the rows; None takes those of the task's training rows.
+
+    Returns:
+        Class means ``[C, E]`` (a class without rows takes the mean of all), and which classes have rows ``[C]``.
+
+    References:
+        Prototypical networks for few-shot learning, Snell et al., 2017, arXiv:1703.05175, Eq. 1.
+    """
     assert task.num_classes is not None
     target = task.train.target if target is None else target
-    member = torch.nn.functional.one_hot(target, task.num_classes).to(found)
+    member = torch.nn.functional.one_hot(target, task.num_classes).to(embedded)
     count = member.sum(0)
-    means = member.T @ found / count.clamp_min(1.0).unsqueeze(-1)
+    means = member.T @ embedded / count.clamp_min(1.0).unsqueeze(-1)
     present = count > 0
-    return torch.where(present.unsqueeze(-1), means, found.mean(0)), present
+    return torch.where(present.unsqueeze(-1), means, embedded.mean(0)), present
 
 
-def distances(found: Tensor, means: Tensor, temperature: float | None) -> Tensor:
-    """Logits ``[n, C]``: negative squared distances over tau."""
-    tau = found.shape[-1] ** 0.5 if temperature is None else temperature
-    return -(found.unsqueeze(1) - means).square().sum(-1) / tau
+def distances(embedded: Tensor, means: Tensor, temperature: float | None) -> Tensor:
+    r"""Compute logits ``[n, C]``, :math:`-\lVert f(x) - c_k \rVert^2 / \tau`.
+
+    Args:
+        embedded: features ``[n, E]``.
+        means: prototypes ``[C, E]``.
+        temperature: tau; None takes the square root of E.
+
+    References:
+        Prototypical networks for few-shot learning, Snell et al., 2017, arXiv:1703.05175, Eq. 2.
+    """
+    tau = embedded.shape[-1] ** 0.5 if temperature is None else temperature
+    return -(embedded.unsqueeze(1) - means).square().sum(-1) / tau
 
 
 def prototypical_loss(
     method: Prototypical, theta: Tensor, task: Task, support: Rows, query: Rows, generator: torch.Generator
 ) -> Tensor:
-    """Mean loss of the query rows whose class has a support row; zero where there is none."""
+    """Compute the mean cross entropy of the query rows whose class has a support row; zero where there is none."""
     means, present = prototypes(method.support_features(theta, support, generator), task, support.target)
     usable = present[query.target]
     if not usable.any():
@@ -200,46 +223,32 @@ def prototypical_loss(
     return cross_entropy(logits, rows.target)
 
 
-def prototypical_gradient(
-    method: Prototypical, phi: Tensor, task: Task, support: Rows, query: Rows, generator: torch.Generator
-) -> Tensor:
-    """Gradient of :func:`prototypical_loss` at phi; the method says which support rows, and their features."""
-    theta = phi.detach().requires_grad_()
-    loss = prototypical_loss(method, theta, task, method.support(support, generator), query, generator)
-    return torch.autograd.grad(loss, theta)[0]
-
-
 def adapt_prototypes(method: Prototypical, start: Tensor, task: Task, seed: int | None) -> PrototypePosterior:
-    """The engine on the prototypical loss: each minibatch is the query, the task's other rows are the support."""
+    """Adapt the features to a task: each minibatch is the query, the task's other rows are the support."""
     check_classes(task)
     budget: Budget = method.budget
     task = task.to(start.device)
     generator = torch.Generator().manual_seed(budget.seed if seed is None else seed)
     rows = task.train
     size = max(min(budget.batch_size, len(rows) // 2), 1)
-    supports: list[Rows] = []
 
-    def batches() -> Rows:
+    def batches() -> tuple[Rows, Rows]:
         order = torch.randperm(len(rows), generator=generator).to(rows.target.device)
-        supports[:] = [method.support(rows.take(order[size:]), generator)]
-        return rows.take(order[:size])
+        return method.support(rows.take(order[size:]), generator), rows.take(order[:size])
 
-    path = adapt(
-        lambda weights, query: prototypical_loss(method, weights.theta, task, supports[0], query, generator),
-        Weights(start),
-        batches,
-        adam(budget.learning_rate),
-        steps=budget.steps,
-        n_eff=float(len(rows)),
-        keep=budget.draws,
-        name=task.name,
-    )
-    thetas = torch.stack([weights.theta for weights in path.kept])
+    def loss(weights: Weights, batch: tuple[Rows, Rows]) -> Tensor:
+        support, query = batch
+        return prototypical_loss(method, weights.theta, task, support, query, generator)
+
+    rule = WeightsRule(adam(budget.learning_rate), float(len(rows)))
+    steps = iterates(value_and_gradient(loss), rule, Weights(start), batches, task.name)
+    trajectory = follow(steps, budget.steps, keep=budget.draws)
+    thetas = torch.stack([weights.theta for weights in trajectory.kept])
     return PrototypePosterior(method.adapter, task, thetas, method.temperature)
 
 
 @torch.no_grad()
 def all_features(adapter: RandomAdapter, rows: Rows, theta: Tensor, batch_size: int = 256) -> Tensor:
-    """Features of any number of rows, without a graph."""
+    """Compute the features of any number of rows, without a graph."""
     parts = range(0, len(rows), batch_size)
     return torch.cat([features(adapter, rows.take(slice(i, i + batch_size)), theta) for i in parts])

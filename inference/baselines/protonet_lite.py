@@ -15,33 +15,23 @@ too); otherwise as :mod:`pyro_lift.inference.baselines.protonet`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adaptation.inner_loop import minibatches
-from pyro_lift.inference.baselines.episodes import Episode, Heads
-from pyro_lift.inference.baselines.episodic import EpisodicState, outer_loop
 from pyro_lift.inference.baselines.protocol import Budget
-from pyro_lift.inference.baselines.protonet import (
-    PrototypePosterior,
-    adapt_prototypes,
-    all_features,
-    check_classes,
-    prototypical_gradient,
-)
+from pyro_lift.inference.baselines.protonet import PrototypicalMethod, all_features
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import features
-from pyro_lift.models.task import Rows, Task
+from pyro_lift.models.task import Rows
 from pyro_lift.support.options import check_number
 
 __all__ = ["ProtoNetLITE", "lite"]
 
 
 @dataclass(frozen=True)
-class ProtoNetLITE:
+class ProtoNetLITE(PrototypicalMethod):
     """ProtoNet-LITE.
 
     Args:
@@ -65,44 +55,36 @@ class ProtoNetLITE:
         for name in ("rows", "tasks_per_step"):
             check_number(name, getattr(self, name), least=1, open_below=False, whole=True)
 
-    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> EpisodicState:
-        """Joint training, then prototypical episodes."""
-        for task in tasks:
-            check_classes(task)
-        return outer_loop(
-            self.gradient,
-            self.adapter,
-            tasks,
-            self.budget,
-            tasks_per_step=self.tasks_per_step,
-            minibatches_per_task=2,
-            on_step=on_step,
-        )
-
-    def gradient(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
-        """Of one episode's prototypical loss."""
-        del heads
-        query = minibatches(episode.query, self.budget.batch_size, generator)()
-        return prototypical_gradient(self, phi, episode.task, episode.support, query, generator)
+    @property
+    def memory(self) -> None:
+        """Peak memory: no more than that of two minibatches, whatever the support set; not checked."""
+        return None
 
     def support(self, rows: Rows, generator: torch.Generator) -> Rows:
-        """All of them."""
+        """Return all rows."""
         del generator
         return rows
 
     def support_features(self, theta: Tensor, support: Rows, generator: torch.Generator) -> Tensor:
-        """Features of all support rows; the gradient goes through H of them."""
+        """Compute the features of all support rows; the gradient goes through H of them."""
         fixed = all_features(self.adapter, support, theta.detach())
         order = torch.randperm(len(support), generator=generator).to(fixed.device)
         chosen = order[: self.rows]
         return lite(fixed, chosen, features(self.adapter, support.take(chosen), theta))
 
-    def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> PrototypePosterior:
-        """Fine-tune the features by the prototypical loss of the task."""
-        return adapt_prototypes(self, state.phi, task, seed)
 
+def lite(fixed: Tensor, chosen: Tensor, embedded: Tensor) -> Tensor:
+    r"""Join all features at their exact values with N / H times the gradient of the chosen ones.
 
-def lite(fixed: Tensor, chosen: Tensor, found: Tensor) -> Tensor:
-    """All features ``[N, E]`` at their exact values, the chosen rows with N / H times their gradient."""
-    scaled = fixed[chosen] + len(fixed) / len(chosen) * (found - found.detach())
+    .. math:: \tilde f_h = \mathrm{sg}(f_h) + \tfrac{N}{H}\,\bigl(f_h - \mathrm{sg}(f_h)\bigr)
+
+    Args:
+        fixed: features of all rows ``[N, E]``, without a graph.
+        chosen: indices of H rows.
+        embedded: features of those ``[H, E]``, with a graph.
+
+    References:
+        Memory efficient meta-learning with large images, Bronskill et al., 2021, arXiv:2107.01105.
+    """
+    scaled = fixed[chosen] + len(fixed) / len(chosen) * (embedded - embedded.detach())
     return fixed.index_copy(0, chosen, scaled)

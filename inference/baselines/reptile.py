@@ -15,18 +15,21 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adaptation.inner_loop import adapt, mean_loss, minibatches
+from pyro_lift.inference.adaptation.gradients import value_and_gradient
+from pyro_lift.inference.adaptation.inner_loop import WeightsRule, follow, iterates, minibatches
 from pyro_lift.inference.adaptation.predict import Ensemble
-from pyro_lift.inference.adaptation.update_rules import Rule, adam, sgd
+from pyro_lift.inference.adaptation.update_rules import UpdateRule, adam, sgd
 from pyro_lift.inference.baselines.episodes import Heads, check_tasks
-from pyro_lift.inference.baselines.finetune import finetuned
+from pyro_lift.inference.baselines.finetune import finetune, loss_of
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.union_train import warm_up
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
-from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.options import check_literal, check_number
 
 __all__ = ["Reptile", "ReptileState"]
+
+InnerRule = Literal["adam", "sgd"]
 
 
 class ReptileState(NamedTuple):
@@ -59,13 +62,13 @@ class Reptile:
     inner_steps: int = 5
     tasks_per_step: int = 4
     outer_rate: float = 1.0
-    inner: Literal["adam", "sgd"] = "adam"
+    inner: InnerRule = "adam"
 
     def __post_init__(self) -> None:
         check_number("inner_steps", self.inner_steps, least=1, open_below=False, whole=True)
         check_number("tasks_per_step", self.tasks_per_step, least=1, open_below=False, whole=True)
         check_number("outer_rate", self.outer_rate)
-        check_choice("inner", self.inner, ["adam", "sgd"])
+        check_literal("inner", self.inner, InnerRule)
 
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> ReptileState:
         """Joint training, then Reptile's outer steps."""
@@ -76,33 +79,32 @@ class Reptile:
         heads = Heads(self.adapter, tasks, self.budget, self.budget.meta_learning_rate)
         turn = cycle(range(len(tasks)))
         for step in range(steps):
-            found = [self.inner_loop(phi, i, tasks[i], heads, generator) for i in islice(turn, self.tasks_per_step)]
+            ends = [self.inner_loop(phi, i, tasks[i], heads, generator) for i in islice(turn, self.tasks_per_step)]
             rate = self.outer_rate * (1.0 - step / steps)
-            phi = phi + rate * (torch.stack(found).mean(0) - phi)
+            phi = phi + rate * (torch.stack(ends).mean(0) - phi)
             if on_step is not None:
                 on_step()
         return ReptileState(phi, steps)
 
     def inner_loop(self, phi: Tensor, index: int, task: Task, heads: Heads, generator: torch.Generator) -> Tensor:
-        """Where k steps on one task lead; the task keeps its head."""
+        """Take k steps on one task and return where they lead; the task keeps its head."""
         rate = self.budget.meta_learning_rate
-        path = adapt(
-            lambda weights, rows: mean_loss(self.adapter, task, rows, weights, noise_scale=self.budget.noise_scale),
-            heads.weights(index, phi),
-            minibatches(task.train, self.budget.batch_size, generator),
+        rule = WeightsRule(
             self._rule(rate),
-            steps=self.inner_steps,
-            n_eff=len(task.train),
-            head_rule=self._rule(heads.policy.rate * rate),
+            float(len(task.train)),
+            head=self._rule(heads.policy.lr_scale * rate),
             head_prior=heads.policy.prior,
-            name=task.name,
         )
-        heads.values[index] = path.last.head
-        return path.last.theta
+        estimator = value_and_gradient(loss_of(self.adapter, task, self.budget))
+        batches = minibatches(task.train, self.budget.batch_size, generator)
+        start = heads.weights(index, phi)
+        last = follow(iterates(estimator, rule, start, batches, task.name), self.inner_steps).last
+        heads.values[index] = last.head
+        return last.theta
 
-    def _rule(self, rate: float) -> Rule:
+    def _rule(self, rate: float) -> UpdateRule:
         return sgd(rate) if self.inner == "sgd" else adam(rate, momentum=0.0)
 
     def adapt(self, state: ReptileState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the learned start."""
-        return finetuned(self.adapter, task, state.phi, self.budget, seed)
+        return finetune(self.adapter, task, state.phi, self.budget, seed=seed)

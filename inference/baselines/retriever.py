@@ -22,17 +22,20 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.adaptation.predict import Ensemble
-from pyro_lift.inference.baselines.finetune import finetuned
+from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.library import TrainedLibrary, nearest, task_key, train_library
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.lora_factors import fusion, mixture
 from pyro_lift.models.task import Task
-from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.options import check_literal, check_number, renamed_keywords
 
 __all__ = ["LoRARetriever"]
 
+Composition = Literal["mixture", "fusion"]
 
+
+@renamed_keywords(zoo="library")
 @dataclass(frozen=True)
 class LoRARetriever:
     """LoRA-Retriever.
@@ -42,7 +45,7 @@ class LoRARetriever:
         budget: shared settings.
         composition: ``"mixture"`` or ``"fusion"``.
         components: K; None takes all, each with the same weight.
-        zoo: a library that is there already; None trains one.
+        library: a library that is trained already; None trains one.
 
     References:
         LoraRetriever: input-aware LoRA retrieval and composition for mixed tasks in the wild, Zhao et al., 2024,
@@ -51,21 +54,21 @@ class LoRARetriever:
 
     adapter: RandomAdapter
     budget: Budget = field(default_factory=Budget)
-    composition: Literal["mixture", "fusion"] = "mixture"
+    composition: Composition = "mixture"
     components: int | None = 5
-    zoo: TrainedLibrary | None = None
+    library: TrainedLibrary | None = None
 
     def __post_init__(self) -> None:
-        check_choice("composition", self.composition, ["mixture", "fusion"])
+        check_literal("composition", self.composition, Composition)
         if self.components is not None:
             check_number("components", self.components, least=1, open_below=False, whole=True)
 
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> TrainedLibrary:
         """Train the library, one LoRA a task."""
-        return self.zoo or train_library(self.adapter, tasks, self.budget, on_step=on_step)
+        return self.library or train_library(self.adapter, tasks, self.budget, on_step=on_step)
 
     def compose(self, state: TrainedLibrary, task: Task) -> Tensor:
-        """The start for a task ``[D]``."""
+        """Compose the start for a task ``[D]`` from the LoRAs of the tasks that read alike."""
         chosen = nearest(state.keys, task_key(self.adapter, task), self.components)
         weights = torch.full((len(chosen),), 1.0 / len(chosen), dtype=state.thetas.dtype, device=state.thetas.device)
         if self.composition == "fusion":
@@ -74,4 +77,4 @@ class LoRARetriever:
 
     def adapt(self, state: TrainedLibrary, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the composition."""
-        return finetuned(self.adapter, task, self.compose(state, task), self.budget, seed)
+        return finetune(self.adapter, task, self.compose(state, task), self.budget, seed=seed)

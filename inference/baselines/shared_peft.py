@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from pyro_lift.inference.adaptation.inner_loop import differentiate, mean_loss, minibatches
+from pyro_lift.inference.adaptation.gradients import differentiate
+from pyro_lift.inference.adaptation.inner_loop import Hooks, mean_loss, minibatches
 from pyro_lift.inference.adaptation.predict import Ensemble
-from pyro_lift.inference.adaptation.update_rules import langevin
+from pyro_lift.inference.adaptation.update_rules import Terms, langevin
 from pyro_lift.inference.baselines.episodes import Heads, check_tasks
-from pyro_lift.inference.baselines.finetune import finetuned, noise_generator
+from pyro_lift.inference.baselines.finetune import finetune, noise_generator
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.union_train import warm_up
 from pyro_lift.inference.sgld import DivergedError
@@ -48,7 +49,7 @@ class SharedPEFTState(NamedTuple):
 
 @dataclass(frozen=True)
 class SharedPEFT:
-    """One posterior for all tasks.
+    """A single posterior for all tasks.
 
     Args:
         adapter: the network as a function of theta.
@@ -87,7 +88,7 @@ class SharedPEFT:
         rule = langevin(b.meta_learning_rate, temperature=self.temperature, adapt_steps=max(burn_in, 1))
         state = rule.init(theta)
         prior = LocalGaussian(self.adapter.initial, torch.full_like(theta, self.sigma**-2))
-        rows = self.n_inflate * sum(len(task.train) for task in tasks)
+        terms = Terms(prior, self.n_inflate * sum(len(task.train) for task in tasks), noise)
         total, squares = torch.zeros_like(theta, dtype=torch.float64), torch.zeros_like(theta, dtype=torch.float64)
         for step in range(b.visits):
             i = step % len(tasks)
@@ -96,8 +97,8 @@ class SharedPEFT:
             if not torch.isfinite(loss):
                 raise DivergedError(f"step {step}, task {tasks[i].name!r}: the loss is {float(loss)}.", step)
             g = differentiate(loss, weights)
-            theta, state = rule.move(theta, g.theta, prior, state, rows, noise)
-            heads.move(i, g.head)
+            theta, state = rule.update(theta, g.theta, state, terms)
+            heads.update(i, g.head)
             if step >= burn_in:
                 total, squares = total + theta, squares + theta.double().square()
             if on_step is not None:
@@ -108,8 +109,8 @@ class SharedPEFT:
         return SharedPEFTState(mean.to(theta), variance.to(theta), n, b.warm_up + b.visits)
 
     def adapt(self, state: SharedPEFTState, task: Task, *, seed: int | None = None) -> Ensemble:
-        """SGLD on the new task from the posterior's mean."""
+        """Run SGLD on the new task from the posterior's mean."""
         b = self.budget
         rule = langevin(b.learning_rate, temperature=self.temperature, adapt_steps=b.steps // 2)
         prior = Independent(Normal(state.mean, state.variance.sqrt()), 1) if self.prior_adaptation else None
-        return finetuned(self.adapter, task, state.mean, b, seed, rule=rule, prior=prior, n_inflate=self.n_inflate)
+        return finetune(self.adapter, task, state.mean, b, Hooks(prior), rule=rule, n_inflate=self.n_inflate, seed=seed)

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 from torch.distributions import Independent, Normal
 
+from pyro_lift.inference.adaptation.inner_loop import Hooks
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.adaptation.update_rules import langevin
-from pyro_lift.inference.baselines.finetune import finetuned
+from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.no_meta_train import NoMetaTrainState
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
@@ -59,8 +60,10 @@ class TaskwisePEFT:
         return NoMetaTrainState(self.adapter.initial.clone())
 
     def adapt(self, state: NoMetaTrainState, task: Task, *, seed: int | None = None) -> Ensemble:
-        """SGLD on the new task under the prior."""
+        """Run SGLD on the new task under the prior."""
         b = self.budget
         rule = langevin(b.learning_rate, temperature=self.temperature, adapt_steps=b.steps // 2)
         prior = Independent(Normal(state.theta, self.sigma), 1)
-        return finetuned(self.adapter, task, state.theta, b, seed, rule=rule, prior=prior, n_inflate=self.n_inflate)
+        return finetune(
+            self.adapter, task, state.theta, b, Hooks(prior), rule=rule, n_inflate=self.n_inflate, seed=seed
+        )

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adaptation.inner_loop import differentiate, mean_loss, minibatches
+from pyro_lift.inference.adaptation.gradients import differentiate
+from pyro_lift.inference.adaptation.inner_loop import mean_loss, minibatches
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.adaptation.update_rules import adam
 from pyro_lift.inference.baselines.episodes import Heads, check_tasks
-from pyro_lift.inference.baselines.finetune import finetuned, finetuned_block
-from pyro_lift.inference.baselines.protocol import Budget, Posterior
+from pyro_lift.inference.baselines.finetune import finetune, finetune_each
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
@@ -35,7 +36,7 @@ class UnionTrainState(NamedTuple):
 
 @dataclass(frozen=True)
 class UnionTrain:
-    """Adam on one vector; each step takes a minibatch of one task, tasks in turn (uniform over tasks, not rows).
+    """Joint training of one vector by Adam; each step takes a minibatch of one task, in turn (uniform over tasks).
 
     The warm-up and the visits of the budget are one run here, at the meta learning rate.
     """
@@ -52,17 +53,17 @@ class UnionTrain:
 
     def adapt(self, state: UnionTrainState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the joint weights."""
-        return finetuned(self.adapter, task, state.theta, self.budget, seed)
+        return finetune(self.adapter, task, state.theta, self.budget, seed=seed)
 
-    def adapt_many(self, state: UnionTrainState, tasks: Sequence[Task]) -> list[Posterior]:
+    def adapt_many(self, state: UnionTrainState, tasks: Sequence[Task]) -> list[Ensemble]:
         """Fine-tune several tasks in one pass, each from the joint weights."""
-        return finetuned_block(self.adapter, tasks, state.theta, self.budget)
+        return finetune_each(self.adapter, tasks, state.theta, self.budget)
 
 
 def warm_up(
     adapter: RandomAdapter, tasks: Sequence[Task], budget: Budget, *, on_step: Callable[[], None] | None = None
 ) -> Tensor:
-    """Joint training by the budget's warm-up settings; the adapter's own start where it has no steps."""
+    """Train jointly by the budget's warm-up settings; return the adapter's own start where it has no steps."""
     if budget.warm_start is not None:
         return budget.warm_start.to(adapter.initial)
     if budget.warm_up == 0:
@@ -70,11 +71,9 @@ def warm_up(
     return union_train(
         adapter,
         tasks,
+        budget,
         steps=budget.warm_up,
         learning_rate=budget.warm_up_learning_rate,
-        batch_size=budget.batch_size,
-        seed=budget.seed,
-        budget=budget,
         on_step=on_step,
     )
 
@@ -82,26 +81,22 @@ def warm_up(
 def union_train(
     adapter: RandomAdapter,
     tasks: Sequence[Task],
+    budget: Budget | None = None,
     *,
     steps: int = 600,
     learning_rate: float = 3e-3,
-    batch_size: int = 16,
-    seed: int = 0,
-    budget: Budget | None = None,
     start: Tensor | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Adam on one vector.
+    r"""Train one vector on all tasks by Adam, :math:`\min_\theta \tfrac1N \sum_i L_i(\theta)`.
 
     Args:
         adapter: the network as a function of theta.
         tasks: at least one.
+        budget: rows of a minibatch, seed, head policy and noise scale; None takes the defaults.
         steps: gradient steps, each on a minibatch of one task.
         learning_rate: of Adam.
-        batch_size: rows of a minibatch.
-        seed: of the minibatches.
-        budget: for its head policy and noise scale.
-        start: where it begins ``[D]``; None takes the adapter's own start.
+        start: the weights to begin from ``[D]``; None takes the adapter's own start.
         on_step: called after each step.
 
     Returns:
@@ -115,8 +110,8 @@ def union_train(
     check_number("steps", steps, least=1, open_below=False, whole=True)
     budget = budget or Budget()
     tasks = check_tasks(tasks, adapter.initial.device)
-    generator = torch.Generator().manual_seed(seed)
-    batches = [minibatches(task.train, batch_size, generator) for task in tasks]
+    generator = torch.Generator().manual_seed(budget.seed)
+    batches = [minibatches(task.train, budget.batch_size, generator) for task in tasks]
     heads = Heads(adapter, tasks, budget, learning_rate)
     rule = adam(learning_rate)
     theta = (adapter.initial if start is None else start.to(adapter.initial)).clone()
@@ -128,8 +123,8 @@ def union_train(
         if not torch.isfinite(loss):
             raise DivergedError(f"step {step}, task {tasks[index].name!r}: the loss is {float(loss)}.", step)
         gradient = differentiate(loss, weights)
-        theta, state = rule.move(theta, gradient.theta, None, state, 1.0, None)
-        heads.move(index, gradient.head)
+        theta, state = rule.update(theta, gradient.theta, state)
+        heads.update(index, gradient.head)
         if on_step is not None:
             on_step()
     return theta

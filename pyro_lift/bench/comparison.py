@@ -211,7 +211,7 @@ class _Contender(NamedTuple):
     seed: int
     bar: Any
 
-    def method(self, rate: float) -> Baseline:
+    def method(self, rate: float) -> Baseline[Any]:
         """Set the method up with a rate of adaptation."""
         s = self.settings
         budget = Budget(

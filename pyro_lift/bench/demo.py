@@ -162,8 +162,7 @@ def run_family(settings: DemoSettings, run: FamilyRun, on_step: Callable[[int], 
         union_train,
         adapter,
         family.train,
-        batch_size=settings.batch_size,
-        seed=run.seed,
+        Budget(batch_size=settings.batch_size, seed=run.seed),
         on_step=partial(on_step, 1),
     )
     joint = jointly(steps=settings.warm_up, learning_rate=settings.warm_up_rate) if _meta_trains(run) else None
@@ -187,7 +186,7 @@ def _meta_trains(run: FamilyRun) -> bool:
 
 def method_of(
     settings: DemoSettings, group: Group, choice: Choice, seed: int, adapter: RandomAdapter, joint: Tensor | None
-) -> Baseline:
+) -> Baseline[Any]:
     """Set up a method of the registry with the settings that were chosen for it, after the joint training."""
     lift = group == "lift"
     warm_up = settings.visits // 2 if lift else 0
@@ -210,7 +209,7 @@ def method_of(
 
 
 def _trained(
-    method: Baseline,
+    method: Baseline[Any],
     tasks: Sequence[Task],
     run: FamilyRun,
     jointly: Callable[..., Tensor],

@@ -189,7 +189,7 @@ def budget_of(problem: Problem, settings: MethodsSettings, choice: Choice, seed:
     return Budget(**{**values, **options})
 
 
-def method_of(setup: Setup, name: str, choice: Choice, **budget: Any) -> Baseline:
+def method_of(setup: Setup, name: str, choice: Choice, **budget: Any) -> Baseline[Any]:
     """Set up a method of the registry with what was chosen for it."""
     problem, settings, seed, shared = setup
     factory: Any = BASELINES[name]
@@ -201,11 +201,11 @@ def method_of(setup: Setup, name: str, choice: Choice, **budget: Any) -> Baselin
         budget = {"warm_start": shared.warm_start, **budget}
     options = dict(choice.options)
     if shared is not None and shared.library is not None and name.startswith(FROM_LIBRARY):
-        options["zoo"] = shared.library
+        options["library"] = shared.library
     if choice.lift:
         settings_of = getattr(factory, "keywords", {}).get("settings", LiFTSettings())
         options["settings"] = replace(settings_of, **choice.lift)
-    method: Baseline = factory(problem.adapter, budget_of(problem, settings, choice, seed, **budget), **options)
+    method: Baseline[Any] = factory(problem.adapter, budget_of(problem, settings, choice, seed, **budget), **options)
     return method
 
 
@@ -254,7 +254,7 @@ def _cost(problem: Problem, settings: MethodsSettings, name: str) -> dict[str, f
         choice = choice._replace(options={**choice.options, "chain_steps": 20})
     setup = Setup(problem, settings, 0, Shared(problem.adapter.initial))
 
-    def prepared(visits: int) -> Baseline:
+    def prepared(visits: int) -> Baseline[Any]:
         # Union Train's own steps are its warm-up; nobody else's are measured with it.
         return method_of(setup, name, choice, warm_up=0, visits=visits)
 

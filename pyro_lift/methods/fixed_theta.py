@@ -22,18 +22,21 @@ from torch import Tensor
 
 from pyro_lift.inference.baselines.library import TrainedLibrary, train_library
 from pyro_lift.inference.baselines.protocol import Budget, Posterior
-from pyro_lift.inference.fixed_theta import FixedThetaPosterior, exact_draws, phi_chain, random_order
+from pyro_lift.inference.fixed_theta import FixedThetaPosterior, Scale, exact_draws, phi_chain, random_order
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.methods.lift import LiFTMethod, LiFTState
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import LiFTSettings
-from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.options import check_literal, check_number, renamed_keywords
 
 __all__ = ["FixedTheta"]
 
+PhiUpdate = Literal["single", "gibbs"]
 
+
+@renamed_keywords(zoo="library")
 @dataclass(frozen=True)
 class FixedTheta:
     """LiFT with theta_i fixed.
@@ -46,7 +49,7 @@ class FixedTheta:
         scale: c, of the single update.
         chain_steps: of the chain over phi; the first half burns in.
         step_share: of the largest stable step.
-        zoo: a library that is there already; None trains one.
+        library: a library that is trained already; None trains one.
 
     References:
         LiFT, section 4.5 and Table 5.
@@ -55,15 +58,15 @@ class FixedTheta:
     adapter: RandomAdapter
     budget: Budget = field(default_factory=Budget)
     settings: LiFTSettings = field(default_factory=LiFTSettings)
-    update: Literal["single", "gibbs"] = "single"
-    scale: Literal["N", "1"] = "N"
+    update: PhiUpdate = "single"
+    scale: Scale = "N"
     chain_steps: int = 1000
     step_share: float = 0.02
-    zoo: TrainedLibrary | None = None
+    library: TrainedLibrary | None = None
 
     def __post_init__(self) -> None:
-        check_choice("update", self.update, ["single", "gibbs"])
-        check_choice("scale", self.scale, ["N", "1"])
+        check_literal("update", self.update, PhiUpdate)
+        check_literal("scale", self.scale, Scale)
         check_number("chain_steps", self.chain_steps, least=2, open_below=False, whole=True)
         check_number("step_share", self.step_share)
 
@@ -74,7 +77,7 @@ class FixedTheta:
 
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LiFTState:
         """Train the library, then run the chain over phi and summarise its draws."""
-        library = self.zoo or train_library(self.adapter, tasks, self.budget, on_step=on_step)
+        library = self.library or train_library(self.adapter, tasks, self.budget, on_step=on_step)
         s = self.lift.chain_settings()
         generator = torch.Generator(device=library.thetas.device).manual_seed(self.budget.seed)
         mixture = OnlineGaussianMixture(s.components, s.covariance)

@@ -12,16 +12,18 @@ from typing import Literal, NamedTuple
 from pyro_lift.inference.adaptation.meta_testing import best_start, meta_test_program
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.adaptation.update_rules import langevin
-from pyro_lift.inference.baselines.finetune import finetuned
+from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.protocol import Budget, Posterior
 from pyro_lift.lift import LiFT
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
-from pyro_lift.support.options import check_choice
+from pyro_lift.support.options import check_literal
 
 __all__ = ["LiFTMethod", "LiFTState"]
+
+Ablation = Literal["none", "reg", "noise"]
 
 
 class LiFTState(NamedTuple):
@@ -50,10 +52,10 @@ class LiFTMethod:
     adapter: RandomAdapter
     budget: Budget = field(default_factory=Budget)
     settings: LiFTSettings = field(default_factory=LiFTSettings)
-    ablation: Literal["none", "reg", "noise"] = "none"
+    ablation: Ablation = "none"
 
     def __post_init__(self) -> None:
-        check_choice("ablation", self.ablation, ["none", "reg", "noise"])
+        check_literal("ablation", self.ablation, Ablation)
 
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LiFTState:
         """Run the chain; ``on_step`` is called after each transition."""
@@ -73,7 +75,7 @@ class LiFTMethod:
             learning_rate=b.meta_learning_rate,
             batch_size=b.batch_size,
             head_scale=b.heads.scale,
-            head_rate=b.heads.rate,
+            head_rate=b.heads.lr_scale,
             noise_scale=b.noise_scale,
         )
 
@@ -113,4 +115,4 @@ class LiFTMethod:
             adapt_steps=self.budget.steps // 2,
         )
         start = best_start(program, mixture).theta
-        return finetuned(self.adapter, task, start, self.budget, seed, rule=rule, n_inflate=s.n_inflate)
+        return finetune(self.adapter, task, start, self.budget, rule=rule, n_inflate=s.n_inflate, seed=seed)

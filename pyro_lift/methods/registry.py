@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from pyro_lift.inference.baselines.abml import ABML
 from pyro_lift.inference.baselines.bmaml import BMAML
-from pyro_lift.inference.baselines.boot_maml import BootstrappedMAML
+from pyro_lift.inference.baselines.bootstrapped_maml import BootstrappedMAML
 from pyro_lift.inference.baselines.imaml import ImplicitMAML
 from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.maml_mix import MAMLMix
@@ -43,7 +44,7 @@ __all__ = ["BASELINES"]
 
 #: Every row of the paper's tables: called with the adapter, a
 #: :class:`~pyro_lift.inference.baselines.protocol.Budget` and the method's own settings.
-BASELINES: dict[str, Callable[..., Baseline]] = {
+BASELINES: dict[str, Callable[..., Baseline[Any]]] = {
     "no-meta-train": NoMetaTrain,
     "union-train": UnionTrain,
     "maml": MAML,

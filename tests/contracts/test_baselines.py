@@ -15,7 +15,7 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("heads", [HeadPolicy(), HeadPolicy(scale=1.0, rate=3.0)], ids=["shared", "own"])
+@pytest.mark.parametrize("heads", [HeadPolicy(), HeadPolicy(scale=1.0, lr_scale=3.0)], ids=["shared", "own"])
 def test_contract(name: str, heads: HeadPolicy) -> None:
     adapter, tasks = tiny_adapter(), tiny_tasks(4)
     from dataclasses import replace

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pyro_lift import LiFT, SGLDGibbs, Task
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.adaptation.predict import predict
-from pyro_lift.inference.baselines.finetune import finetune, finetune_block
+from pyro_lift.inference.baselines.finetune import finetune, finetune_each
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.likelihoods import probabilities
@@ -138,7 +139,7 @@ def test_tasks_that_differ_go_one_after_the_other(what: str) -> None:
 
 
 def test_shapes_that_no_mask_explains_are_refused() -> None:
-    from pyro_lift.models.stacked import stack_rows
+    from pyro_lift.models.block_likelihood import stack_rows
 
     wide = [Task("a", (torch.randn(4, 4), torch.arange(4) % 2)), Task("b", (torch.randn(4, 6), torch.arange(4) % 2))]
     with pytest.raises(ValueError, match="differ in the shape of ''"):
@@ -194,12 +195,11 @@ def test_adapting_to_a_block_without_noise_is_adapting_to_each(head_scale: float
 def test_fine_tuning_a_block_is_fine_tuning_each(head_scale: float | None) -> None:
     torch.set_default_dtype(torch.float64)
     adapter, tasks = picture_adapter(), picture_tasks()
-    options: dict[str, Any] = {"steps": 9, "draws": 3, "learning_rate": 3e-3, "batch_size": 6, "seed": 4}
-    options["heads"] = HeadPolicy(head_scale)
-    together = finetune_block(adapter, tasks, adapter.initial, **options)
+    budget = Budget(steps=9, draws=3, learning_rate=3e-3, batch_size=6, seed=4, heads=HeadPolicy(head_scale))
+    together = finetune_each(adapter, tasks, adapter.initial, budget)
     assert len({float(one.thetas.sum()) for one in together}) == len(tasks)
     for task, one in zip(tasks, together, strict=True):
-        alone = finetune(adapter, task, adapter.initial, **options)
+        alone = finetune(adapter, task, adapter.initial, budget)
         torch.testing.assert_close(one.thetas, alone.thetas, rtol=1e-8, atol=1e-10)
         if head_scale is not None:
             torch.testing.assert_close(one.heads, alone.heads, rtol=1e-8, atol=1e-10)

@@ -10,11 +10,13 @@ import torch
 from tiny_methods import FULL, SMALL, one_episode, spread, tiny_adapter, tiny_tasks
 from torch.distributions import Gamma, Independent, Normal, kl_divergence
 
-from pyro_lift.inference.adaptation.inner_loop import HeadPolicy, Weights
+from pyro_lift.inference.adaptation.gradients import Weights
+from pyro_lift.inference.adaptation.inner_loop import HeadPolicy, Hooks
 from pyro_lift.inference.baselines.abml import ABML, GaussianWeights, divergence
 from pyro_lift.inference.baselines.bmaml import BMAML, chaser_loss, stein, stein_terms, stein_width
 from pyro_lift.inference.baselines.episodes import Heads
-from pyro_lift.inference.baselines.episodic import inner_loop, loss_of, scattered
+from pyro_lift.inference.baselines.episodic import InnerLoop, scattered
+from pyro_lift.inference.baselines.finetune import loss_of
 from pyro_lift.inference.baselines.imaml import ImplicitMAML
 from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.maml_mix import MAMLMix, mixture_weights
@@ -66,12 +68,12 @@ def test_chaser() -> None:
     found = method.gradient(starts, episode, heads, torch.Generator())
 
     def follow_support(x: torch.Tensor) -> torch.Tensor:
-        return inner_loop(
-            adapter, FULL, episode, heads.weights(0, x), torch.Generator(), steps=1, learning_rate=0.7,
-            create_graph=False, n_eff=float(len(task.train)), kernel=partial(stein, width=width),
-        ).theta  # fmt: skip
+        hooks = Hooks(kernel=partial(stein, width=width))
+        inner = InnerLoop(adapter, FULL, 1, 0.7, hooks=hooks, effective_rows=float(len(task.train)))
+        return inner.run(episode, heads.weights(0, x), torch.Generator()).theta
 
-    leader = method._steps(episode, heads.weights(0, follow_support(starts)), torch.Generator(), 1, graph=False).theta
+    at = heads.weights(0, follow_support(starts))
+    leader = method.leader(len(task.train)).run(episode, at, torch.Generator(), rows=task.train).theta
     v = torch.randn(starts.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     up, down = (float(chaser_loss(follow_support(starts + e * v), leader)) for e in (1e-5, -1e-5))
     assert float((found * v).sum()) == pytest.approx((up - down) / 2e-5, rel=1e-6)
@@ -140,10 +142,9 @@ def test_abml_gradient_equals_finite_differences() -> None:
 
     def objective(x: torch.Tensor) -> float:
         generator, form = seeded(), GaussianWeights(x, 2)
-        q = inner_loop(
-            adapter, FULL, episode, heads.weights(0, x), generator, steps=2, learning_rate=0.1, create_graph=False,
-            n_eff=float(len(task.train)), reparametrisation=form,
-        )  # fmt: skip
+        hooks, rows = Hooks(reparametrisation=form), float(len(task.train))
+        inner = InnerLoop(adapter, FULL, 2, 0.1, hooks=hooks, effective_rows=rows)
+        q = inner.run(episode, heads.weights(0, x), generator)
         draws = [q._replace(theta=form.sample(q.theta, generator)) for _ in range(2)]
         losses = [loss_of(adapter, task, FULL)(draw, episode.query) for draw in draws]
         return float(torch.stack(losses).mean() + form.penalty(q.theta) / len(task.train))
@@ -193,7 +194,7 @@ def test_a_soft_mixture_weighs_the_gradients_of_its_starts() -> None:
     method = MAMLMix(adapter, FULL, components=2, temperature=0.3, inner_learning_rate=0.7)
     starts = scattered(spread(adapter), 2, 0.5, seed=0)
     weights = method.weights(starts, episode, heads, torch.Generator())
-    found = method.gradient(starts, weights, episode, heads, torch.Generator())
+    found = method.weighted_gradient(starts, weights, episode, heads, torch.Generator())
     for k in range(2):
         one = method.method.gradient(starts[k], episode, heads, torch.Generator())
         torch.testing.assert_close(found[k], weights[k] * one)

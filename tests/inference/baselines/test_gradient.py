@@ -11,10 +11,12 @@ from tiny_methods import FULL, SMALL, one_episode, spread, tiny_adapter, tiny_ta
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pyro_lift.inference.adaptation.inner_loop import HeadPolicy, Weights
-from pyro_lift.inference.baselines.boot_maml import BootstrappedMAML, predictive_divergence
+from pyro_lift.inference.adaptation.gradients import Weights
+from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
+from pyro_lift.inference.baselines.bootstrapped_maml import BootstrappedMAML, predictive_divergence
 from pyro_lift.inference.baselines.episodes import Episode, Heads
-from pyro_lift.inference.baselines.episodic import loss_of, twice_differentiable
+from pyro_lift.inference.baselines.episodic import twice_differentiable
+from pyro_lift.inference.baselines.finetune import loss_of
 from pyro_lift.inference.baselines.imaml import (
     ImplicitMAML,
     conjugate_gradients,

@@ -92,18 +92,20 @@ def test_retrieval_by_cosine() -> None:
 
 def test_a_task_retrieves_its_own_lora_and_a_composition_of_one_is_it() -> None:
     adapter, tasks = tiny_adapter(), tiny_tasks(4)
-    zoo = train_library(adapter, tasks, SMALL)
-    assert zoo.thetas.shape == (4, adapter.dim)
-    assert zoo.meta_steps == SMALL.warm_up + SMALL.visits
+    library = train_library(adapter, tasks, SMALL)
+    assert library.thetas.shape == (4, adapter.dim)
+    assert library.meta_steps == SMALL.warm_up + SMALL.visits
     for composition in ("mixture", "fusion"):
-        method = LoRARetriever(adapter, SMALL, composition, components=1, zoo=zoo)  # type: ignore[arg-type]
-        assert method.meta_train(tasks) is zoo
+        method = LoRARetriever(adapter, SMALL, composition, 1, library)  # type: ignore[arg-type]
+        assert method.meta_train(tasks) is library
         for i, task in enumerate(tasks):
-            assert int(nearest(zoo.keys, task_key(adapter, task), 1)) == i
+            assert int(nearest(library.keys, task_key(adapter, task), 1)) == i
             x = task.test.inputs[""]  # type: ignore[union-attr]
-            torch.testing.assert_close(adapter(x, theta=method.compose(zoo, task)), adapter(x, theta=zoo.thetas[i]))
-    everything = LoRARetriever(adapter, SMALL, "fusion", components=None, zoo=zoo).compose(zoo, tasks[0])
-    torch.testing.assert_close(everything, zoo.thetas.mean(0))
+            torch.testing.assert_close(
+                adapter(x, theta=method.compose(library, task)), adapter(x, theta=library.thetas[i])
+            )
+    everything = LoRARetriever(adapter, SMALL, "fusion", components=None, library=library).compose(library, tasks[0])
+    torch.testing.assert_close(everything, library.thetas.mean(0))
 
 
 def grouped(dim: int = 40) -> Tensor:
@@ -126,16 +128,14 @@ def test_clusters_are_found_and_follow_a_permutation_of_the_tasks() -> None:
 
 def test_mbc_trains_one_lora_a_cluster_and_starts_from_their_mean() -> None:
     adapter, tasks = tiny_adapter(), tiny_tasks(4)
-    zoo = train_library(adapter, tasks, SMALL)
-    state = MBC(adapter, SMALL, components=4, zoo=zoo).meta_train(tasks)
+    library = train_library(adapter, tasks, SMALL)
+    state = MBC(adapter, SMALL, components=4, library=library).meta_train(tasks)
     assert sorted(state.clusters) == [0, 1, 2, 3]
-    assert state.meta_steps == 2 * zoo.meta_steps
-    alone = union_train(
-        adapter, tasks[:1], steps=4, learning_rate=SMALL.meta_learning_rate, batch_size=6, seed=0, budget=SMALL
-    )
+    assert state.meta_steps == 2 * library.meta_steps
+    alone = union_train(adapter, tasks[:1], SMALL, steps=4, learning_rate=SMALL.meta_learning_rate)
     torch.testing.assert_close(state.thetas[0], alone)
     torch.testing.assert_close(state.phi, state.thetas.mean(0))
-    one = MBC(adapter, SMALL, components=1, zoo=zoo).meta_train(tasks)
+    one = MBC(adapter, SMALL, components=1, library=library).meta_train(tasks)
     assert isinstance(one, MBCState) and set(one.clusters) == {0}
     with pytest.raises(ValueError, match="sparsity"):
         MBC(adapter, SMALL, sparsity=1.0)
@@ -171,15 +171,15 @@ def test_the_chain_over_phi_has_its_posteriors_moments(update: str, scale: str) 
 
 def test_fixed_theta_never_calls_the_network_in_its_chain() -> None:
     adapter, tasks = tiny_adapter(), tiny_tasks(3)
-    zoo = train_library(adapter, tasks, SMALL)
+    library = train_library(adapter, tasks, SMALL)
     calls = []
     handle = adapter.backbone.register_forward_hook(lambda *_: calls.append(1))
-    state = FixedTheta(adapter, SMALL, zoo=zoo, update="gibbs", chain_steps=400).meta_train(tasks)
+    state = FixedTheta(adapter, SMALL, library=library, update="gibbs", chain_steps=400).meta_train(tasks)
     handle.remove()
     assert not calls
     s = state.prior.settings
     v = 1.0 / (s.sigma**-2 + 3 / s.beta**2)
-    mean = v * (adapter.initial / s.sigma**2 + zoo.thetas.sum(0) / s.beta**2)
+    mean = v * (adapter.initial / s.sigma**2 + library.thetas.sum(0) / s.beta**2)
     component = state.prior.mixture.get().component_distribution
     assert float((component.mean[0] - mean).abs().max()) < 5.0 * (v / 200) ** 0.5
     assert float(component.variance[0].mean()) == pytest.approx(v, rel=0.1)

@@ -15,19 +15,19 @@ divergence is summed over a row's tokens with a target; for regression it is tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from pyro_lift.inference.adaptation.inner_loop import Weights, differentiate, minibatches
+from pyro_lift.inference.adaptation.gradients import Weights, differentiate
+from pyro_lift.inference.adaptation.inner_loop import minibatches
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.baselines.episodes import Episode, Heads
-from pyro_lift.inference.baselines.episodic import EpisodicState, inner_loop, outer_loop, twice_differentiable
-from pyro_lift.inference.baselines.finetune import finetuned
-from pyro_lift.inference.baselines.memory import BACKWARD_GRAPH, check_memory
+from pyro_lift.inference.baselines.episodic import EpisodicMethod, EpisodicState, InnerLoop
+from pyro_lift.inference.baselines.finetune import finetune
+from pyro_lift.inference.baselines.peak_memory import BACKWARD_GRAPH, PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED, LossKind
@@ -39,7 +39,7 @@ __all__ = ["BootstrappedMAML", "predictive_divergence"]
 
 
 @dataclass(frozen=True)
-class BootstrappedMAML:
+class BootstrappedMAML(EpisodicMethod):
     """Bootstrapped MAML.
 
     Args:
@@ -71,64 +71,40 @@ class BootstrappedMAML:
         for name in ("inner_steps", "tasks_per_step"):
             check_number(name, getattr(self, name), least=1, open_below=False, whole=True)
 
-    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> EpisodicState:
-        """Joint training, then bootstrapped outer steps."""
-        self.needed_bytes(tasks)
-        with twice_differentiable():
-            return outer_loop(
-                self.gradient,
-                self.adapter,
-                tasks,
-                self.budget,
-                tasks_per_step=self.tasks_per_step,
-                minibatches_per_task=self.inner_steps + 1,
-                on_step=on_step,
-            )
+    @property
+    def minibatches_per_task(self) -> int:
+        """Minibatches drawn in one task of an outer step: k of support rows and one of query rows."""
+        return self.inner_steps + 1
 
-    def needed_bytes(self, tasks: Sequence[Task]) -> int:
-        """Peak memory of meta-training; refused where it cannot fit."""
-        return check_memory(
-            self.adapter,
-            tasks,
-            self.budget,
+    @property
+    def second_order(self) -> bool:
+        """Whether the whole run needs attention with a double backward."""
+        return True
+
+    @property
+    def memory(self) -> PeakMemory:
+        """Peak memory: the graphs of all inner steps, as MAML's."""
+        return PeakMemory(
             graphs=BACKWARD_GRAPH * self.inner_steps + 1.0,
             vectors=8.0 + self.inner_steps,
-            way_out="Use fewer inner_steps or a smaller batch_size.",
+            advice="Use fewer inner_steps or a smaller batch_size.",
         )
 
-    def gradient(self, phi: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
-        """Of the divergence from the target's predictions, with respect to the start; moves that task's head."""
-        start = heads.weights(episode.number, phi).leaves()
-        adapted = self._steps(episode, start, generator, self.inner_steps, self.inner_learning_rate, graph=True)
+    def gradient(self, omega: Tensor, episode: Episode, heads: Heads, generator: torch.Generator) -> Tensor:
+        """Compute the gradient of the divergence from the target's predictions with respect to the initialisation.
+
+        Also updates that task's head.
+        """
+        start = heads.weights(episode.number, omega).leaves()
+        inner = InnerLoop(self.adapter, self.budget, self.inner_steps, self.inner_learning_rate, create_graph=True)
+        adapted = inner.run(episode, start, generator)
         query = minibatches(episode.query, self.budget.batch_size, generator)()
         rate = self.inner_learning_rate if self.target_learning_rate is None else self.target_learning_rate
-        target = self._steps(episode, adapted.detached(), generator, self.target_steps, rate, graph=False, rows=query)
-        value = self._divergence(episode.task, target, adapted, query)
-        g = differentiate(value, start)
-        heads.move(episode.number, g.head)
+        further = InnerLoop(self.adapter, self.budget, self.target_steps, rate)
+        target = further.run(episode, adapted.detached(), generator, rows=query)
+        g = differentiate(self._divergence(episode.task, target, adapted, query), start)
+        heads.update(episode.number, g.head)
         return g.theta
-
-    def _steps(
-        self,
-        episode: Episode,
-        start: Weights,
-        generator: torch.Generator,
-        steps: int,
-        learning_rate: float,
-        graph: bool,
-        rows: Rows | None = None,
-    ) -> Weights:
-        return inner_loop(
-            self.adapter,
-            self.budget,
-            episode,
-            start,
-            generator,
-            steps=steps,
-            learning_rate=learning_rate,
-            create_graph=graph,
-            rows=rows,
-        )
 
     def _divergence(self, task: Task, target: Weights, adapted: Weights, rows: Rows) -> Tensor:
         with torch.no_grad():
@@ -138,18 +114,24 @@ class BootstrappedMAML:
 
     def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the learned start."""
-        return finetuned(self.adapter, task, state.phi, self.budget, seed)
+        return finetune(self.adapter, task, state.phi, self.budget, seed=seed)
 
 
 def predictive_divergence(kind: LossKind, wanted: Tensor, given: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
-    """KL divergence ``[b]`` between two outputs' predictive distributions, the wanted one first.
+    r"""Compute the KL divergence ``[b]`` between two outputs' predictive distributions, the wanted one first.
+
+    .. math:: \sum_c p_c\,(\log p_c - \log q_c) \quad\text{(classes, tokens)}, \qquad
+              \tfrac12 \lVert (o_p - o_q) / s \rVert^2 \quad\text{(regression)}
 
     Args:
         kind: of the likelihood.
         wanted: outputs of the target.
         given: outputs to be moved.
         target: observed; of tokens, says which count.
-        scale: of the noise in regression.
+        scale: s, standard deviation of the noise in regression.
+
+    References:
+        Bootstrapped meta-learning, Flennerhag et al., 2022, arXiv:2109.04504, whose matching function this is.
     """
     if kind == "regression":
         return 0.5 * ((wanted - given) / scale).square().flatten(1).sum(-1)
