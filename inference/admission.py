@@ -7,7 +7,8 @@ from typing import Any
 
 from pyro_lift.inference import sgld
 from pyro_lift.inference.program import Evaluation, depends
-from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.inference.sgld import Integrator, Preconditioner
+from pyro_lift.support.options import check_literal, check_number
 
 __all__ = ["check_common", "check_latents", "coupled_families", "refuse_discrete", "site_factors", "site_transforms"]
 
@@ -23,9 +24,9 @@ def check_common(
     """Refuse options of either kernel that are out of range."""
     check_number("temperature", temperature, open_below=False)
     check_number("n_inflate", n_inflate)
-    check_choice("integrator", integrator, ["exponential", "euler"])
+    check_literal("integrator", integrator, Integrator)
     if preconditioner is not None:
-        check_choice("preconditioner", preconditioner, ["rms"])
+        check_literal("preconditioner", preconditioner, Preconditioner)
     check_number("damping", damping, open_below=False)
     if not 0.0 <= decay < 1.0:
         raise ValueError(f"decay={decay!r}: expected at least 0 and below 1.")

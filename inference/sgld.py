@@ -20,6 +20,7 @@ __all__ = [
     "DivergedError",
     "Drift",
     "Integrator",
+    "Preconditioner",
     "SGLDInfo",
     "SGLDSettings",
     "SGLDState",
@@ -32,7 +33,8 @@ __all__ = [
     "update_second_moment",
 ]
 
-Integrator = Literal["euler", "exponential"]
+Integrator = Literal["exponential", "euler"]
+Preconditioner = Literal["rms"]
 
 
 class DivergedError(RuntimeError):

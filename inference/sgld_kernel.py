@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pyro.infer.autoguide.initialization import init_to_mean
 from torch import Tensor
@@ -22,7 +22,7 @@ from pyro_lift.inference.gibbs.kernel import probed
 from pyro_lift.inference.kernel import Kernel, Model
 from pyro_lift.inference.program import Evaluation, Program
 from pyro_lift.inference.schedules import Schedule, as_schedule
-from pyro_lift.inference.sgld import Integrator
+from pyro_lift.inference.sgld import Integrator, Preconditioner
 from pyro_lift.inference.stability import (
     check_prior_steps,
     curvature_limit,
@@ -82,7 +82,7 @@ class SGLD(Kernel):
         temperature: float = 1.0,
         n_inflate: float = 1.0,
         integrator: Integrator = "euler",
-        preconditioner: Literal["rms"] | None = None,
+        preconditioner: Preconditioner | None = None,
         decay: float = 0.99,
         damping: float = 0.1,
         second_moment: Mapping[str, Tensor] | None = None,

@@ -1,1 +1,1 @@
-"""What is random: Pyro programs, priors, likelihoods, and adapters as random nn modules."""
+"""The random part: Pyro programs, priors, likelihoods, and adapters as random nn modules."""

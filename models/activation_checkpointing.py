@@ -18,7 +18,7 @@ __all__ = ["checkpoint_layers"]
 
 
 def checkpoint_layers(network: nn.Module) -> int:
-    """Let every layer keep only its inputs; returns how many layers there are.
+    """Let every layer keep only its inputs, and return the number of layers.
 
     A layer is a member of an outermost ``nn.ModuleList``, or of an ``nn.Sequential`` named ``blocks`` (timm's).
 
@@ -68,7 +68,7 @@ Noted = list[tuple[nn.Module, dict[str, Any], Any]]
 
 
 def _note(layer: nn.Module) -> Noted:
-    """The weights of every module of a layer, and the forward that a block has put in its place."""
+    """Note the weights of every module of a layer, and the forward that a block has put in its place."""
     return [
         (module, dict(module._parameters), module.__dict__.get("forward"))
         for module in layer.modules()

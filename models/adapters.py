@@ -32,7 +32,7 @@ _COORDINATES: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary(
 
 
 class AdapterTensor(NamedTuple):
-    """Where one adapter tensor stands in the flat vector."""
+    """The place of one adapter tensor in the flat vector."""
 
     name: str
     shape: torch.Size
@@ -40,7 +40,7 @@ class AdapterTensor(NamedTuple):
 
     @property
     def module(self) -> str:
-        """The adapted module's name, without PEFT's wrappers and the tensor's own name."""
+        """Name of the adapted module, without PEFT's wrappers and the tensor's own name."""
         name = self.name.removeprefix("base_model.model.")
         return name.split(".lora_")[0]
 
@@ -228,11 +228,11 @@ class RandomAdapter(PyroModule):
         self._weights = WeightProbe(self.backbone, names)
 
     def bind(self, theta: Tensor) -> dict[str, Tensor]:
-        """The adapter's tensors by name, as views of ``theta``: ``[D]``, or with leading dimensions."""
+        """Name the adapter's tensors, as views of ``theta``: ``[D]``, or with leading dimensions."""
         return dict(zip([entry.name for entry in self.layout], self._tensors(theta), strict=True))
 
     def bound(self, theta: Tensor) -> AbstractContextManager[None]:
-        """A context in which ``backbone`` itself has the adapter weights ``theta`` ``[D]``."""
+        """Make a context in which ``backbone`` itself has the adapter weights ``theta`` ``[D]``."""
         return bound(self._slots, self._tensors(theta), self._kept)
 
     def _tensors(self, theta: Tensor) -> list[Tensor]:
@@ -245,7 +245,7 @@ class RandomAdapter(PyroModule):
         return [tensor.to(dtype) for tensor, dtype in zip(tensors, self._dtypes, strict=True)]
 
     def flatten(self, tensors: dict[str, Tensor]) -> Tensor:
-        """The inverse of :meth:`bind`; every tensor must be there, with its shape, and no other.
+        """Join named tensors to a vector, the inverse of :meth:`bind`: every tensor with its shape, and no other.
 
         Raises:
             ValueError: names the missing, unknown or misshapen tensor.
@@ -261,7 +261,7 @@ class RandomAdapter(PyroModule):
         return torch.cat([tensors[entry.name].reshape(-1) for entry in self.layout])
 
     def forward(self, *inputs: Any, theta: Tensor | None = None, **named: Any) -> Tensor:
-        """The network's output under adapter weights ``theta``.
+        """Run the network under adapter weights ``theta``.
 
         Args:
             inputs: positional inputs of the backbone.
@@ -280,8 +280,8 @@ class RandomAdapter(PyroModule):
         if theta.dim() == 1:
             return self._call(theta, inputs, named)
         if theta.shape[0] == 1:
-            one = {k: v[0] for k, v in named.items()}
-            return self._call(theta[0], tuple(x[0] for x in inputs), one).unsqueeze(0)
+            first = {name: x[0] for name, x in named.items()}
+            return self._call(theta[0], tuple(x[0] for x in inputs), first).unsqueeze(0)
         with span("pyro_lift.forward"):
             return self._block(self._tensors(theta), inputs, named)
 
@@ -291,7 +291,7 @@ class RandomAdapter(PyroModule):
             return self._read(inputs, named)
 
     def _read(self, inputs: Sequence[Any], named: Mapping[str, Any], block: bool = False) -> Tensor:
-        """What the likelihood wants of the bound network; of a block, one leading row per row of any task."""
+        """Run the bound network and read its output; for a block, with one leading row per row of any task."""
         output = self._read_as_it_is(inputs, named, block)
         half = isinstance(output, Tensor) and output.dtype in (torch.float16, torch.bfloat16)
         return output.float() if half else output  # a likelihood adds up many small terms
@@ -310,7 +310,7 @@ class RandomAdapter(PyroModule):
         return read(output, named.get("attention_mask"))
 
     def norms(self, theta: Tensor) -> dict[str, Tensor]:
-        """Euclidean norm of each adapted module's tensors, for ``theta`` of shape ``[..., D]``."""
+        """Compute the Euclidean norm of each adapted module's tensors, for ``theta`` of shape ``[..., D]``."""
         squares: dict[str, Tensor] = {}
         for entry in self.layout:
             part = theta[..., entry.part].square().sum(-1)
@@ -330,7 +330,7 @@ class RandomAdapter(PyroModule):
         return self
 
     def extra_repr(self) -> str:
-        """For ``repr``."""
+        """Describe the adapter in ``repr``."""
         return f"dim={self.dim}, tensors={len(self.layout)}, backbone={type(self.backbone).__name__}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from pyro_lift.models.activation_checkpointing import checkpoint_layers
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.networks import COMPILER, check_network, plain_network, private_stream, share_hooks, sharing_copy
 from pyro_lift.models.peft_layers import active_adapter, file_name, peft_layers
-from pyro_lift.support.options import check_choice
+from pyro_lift.support.options import check_literal
 
 if TYPE_CHECKING:
     import peft
@@ -24,6 +24,7 @@ __all__ = [
     "RECIPES",
     "TIMM_ATTENTION",
     "BackboneKind",
+    "DType",
     "adapt_backbone",
     "check_peft",
     "load_backbone",
@@ -70,18 +71,19 @@ REFUSED = {
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 BackboneKind = Literal["seq2seq", "causal", "encoder", "vision", "timm"]
+DType = Literal["float32", "bfloat16"]
 
 
 def load_backbone(
     name: str | Path,
     kind: BackboneKind,
     *,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: DType = "float32",
     gradient_checkpointing: bool = False,
     compile: bool | str = False,
     **options: Any,
 ) -> nn.Module:
-    """A pre-trained backbone, ready for :func:`adapt_backbone`.
+    """Load a pre-trained backbone, ready for :func:`adapt_backbone`.
 
     The adapter's own weights, and with them all the sampler keeps, are float32 whatever the backbone's dtype.
 
@@ -98,8 +100,8 @@ def load_backbone(
         ValueError: an unknown kind or dtype; nothing to checkpoint.
         OSError: nothing of that name.
     """
-    check_choice("kind", kind, get_args(BackboneKind))
-    check_choice("dtype", dtype, ["float32", "bfloat16"])
+    check_literal("kind", kind, BackboneKind)
+    check_literal("dtype", dtype, DType)
     if kind == "timm":
         model = _from_timm(name, options).to(getattr(torch, dtype))
     else:
@@ -140,7 +142,7 @@ def _from_transformers(name: str, kind: str, dtype: torch.dtype, options: dict[s
 
 
 def recipe(backbone: nn.Module, rank: int = 4, **options: Any) -> peft.LoraConfig:
-    """LoRA on the attention of a known family: query, key, value and output, with ``lora_alpha = 2 rank``.
+    """Choose LoRA on the attention of a known family: query, key, value and output, with ``lora_alpha = 2 rank``.
 
     Args:
         backbone: of a family in :data:`RECIPES`.
@@ -173,7 +175,7 @@ def _family(backbone: nn.Module) -> str:
 
 
 def _vit_layers(backbone: nn.Module) -> list[str]:
-    """Query, key, value and output of transformers' ViT, under this version's names."""
+    """Name query, key, value and output of transformers' ViT, as this version calls them."""
     names = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
     if any(name.endswith(".query") for name in names):
         return ["query", "key", "value", "attention.output.dense"]
@@ -219,7 +221,7 @@ def check_peft(config: peft.PeftConfig) -> None:
 def adapt_backbone(
     backbone: nn.Module, peft_config: peft.PeftConfig | None = None, *, seed: int | None = None, **options: Any
 ) -> RandomAdapter:
-    """A backbone with its adapter as a :class:`~pyro_lift.models.adapters.RandomAdapter`.
+    """Attach an adapter to a backbone, as a :class:`~pyro_lift.models.adapters.RandomAdapter`.
 
     A plain backbone is left as it is: PEFT's layers go into a copy of its modules, which shares its weights. A PEFT
     model is used itself.
@@ -301,7 +303,7 @@ def _check_model(model: Any) -> None:
 
 
 def load_timm(name: str, checkpoint: str | None = None, **options: Any) -> nn.Module:
-    """A timm model by name, its weights from a safetensors file (no pickle), or random without one."""
+    """Make a timm model by name, its weights from a safetensors file (no pickle), or random without one."""
     import timm
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""Minibatches of several tasks as one block ``[B, b, ...]``: padded where tasks differ, and weighted accordingly."""
+"""Likelihood of several tasks in one pass: minibatches stacked to a block ``[B, b, ...]``, padded and weighted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Block(NamedTuple):
 
 
 def stack_rows(batches: Sequence[Rows], sizes: Sequence[int], kind: LossKind) -> Block:
-    """One block of the minibatches of several tasks.
+    """Stack the minibatches of several tasks to one block.
 
     Shorter minibatches repeat their first row, with weight 0. Texts are padded where a mask tells them from padding,
     and targets of a decoder, which ignores what follows; everything else must have one shape.
@@ -80,9 +80,9 @@ def _stack(name: str, parts: Sequence[Tensor], may_pad: bool, fill: int = 0) -> 
         return torch.stack(list(parts))
     dims = {part.dim() for part in parts}
     if not may_pad or len(dims) > 1:
-        found = ", ".join(str(tuple(shape[1:])) for shape in sorted(shapes))
+        listed = ", ".join(str(tuple(shape[1:])) for shape in sorted(shapes))
         raise ValueError(
-            f"the tasks of a block differ in the shape of {name!r} ({found}), and no mask says where it ends. "
+            f"the tasks of a block differ in the shape of {name!r} ({listed}), and no mask says where it ends. "
             "Bring them to one shape, or use block_size=1."
         )
     wide = [max(part.shape[d] for part in parts) for d in range(parts[0].dim())]
@@ -104,7 +104,9 @@ def block_log_likelihood(
     head: Tensor | None,
     noise_scale: float,
 ) -> Tensor:
-    """Log likelihood of each task of a block, ``[B]``, scaled from its minibatch to its data.
+    r"""Estimate the log likelihood of each task of a block, ``[B]``, scaled from its minibatch to its data.
+
+    .. math:: \tfrac{N_i}{b_i} \sum_{(x, y) \in \text{minibatch}_i} \log p(y \mid x, \theta_i)
 
     Args:
         adapter: the network as a function of theta.
@@ -112,7 +114,7 @@ def block_log_likelihood(
         block: of B tasks.
         theta: ``[B, D]``.
         head: the tasks' own heads ``[B, C, width + 1]``, or None.
-        noise_scale: in regression.
+        noise_scale: standard deviation of the noise in regression.
     """
     rows = block.rows
     named: Mapping[str, Tensor] = rows.named

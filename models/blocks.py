@@ -40,7 +40,7 @@ class Slot(NamedTuple):
 
 
 def slots_of(network: nn.Module, tensors: Sequence[Tensor]) -> list[list[Slot]]:
-    """The places of each tensor; several where the network ties them."""
+    """Find the places of each tensor; several where the network ties them."""
     places: dict[int, list[Slot]] = {id(tensor): [] for tensor in tensors}
     for module in network.modules():
         for attribute, parameter in module._parameters.items():
@@ -51,7 +51,7 @@ def slots_of(network: nn.Module, tensors: Sequence[Tensor]) -> list[list[Slot]]:
 
 @contextmanager
 def bound(slots: Sequence[Sequence[Slot]], tensors: Sequence[Tensor], kept: Sequence[Slot] = ()) -> Iterator[None]:
-    """The network with these tensors in the slots; whatever happens, its own come back.
+    """Put tensors into the slots for the length of a context; whatever happens, the network's own come back.
 
     It is what ``torch.func.functional_call`` does, without looking up every name of the network at every call.
 
@@ -109,7 +109,7 @@ class BlockCall:
         self.one_pass: bool | None = None if _all_linear(slots) else False
 
     def __call__(self, tensors: Sequence[Tensor], inputs: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
-        """Output ``[B, b, ...]`` for adapter tensors ``[B, ...]`` and inputs ``[B, b, ...]``."""
+        """Run the network: adapter tensors ``[B, ...]`` and inputs ``[B, b, ...]`` to outputs ``[B, b, ...]``."""
         if self.one_pass is None:
             self.one_pass = self._agrees(tensors, inputs, named)
             if not self.one_pass:
@@ -150,7 +150,7 @@ class BlockCall:
 
     @torch.no_grad()
     def _agrees(self, tensors: Sequence[Tensor], inputs: Sequence[Any], named: Mapping[str, Any]) -> bool:
-        """Whether one pass gives each task what its own pass gives, with adapters made to differ by a lot."""
+        """Check that one pass gives each task what its own pass gives, with adapters made to differ by a lot."""
         generator = torch.Generator().manual_seed(0)
         far = [x + (0.1 * torch.randn(x.shape, generator=generator)).to(x) for x in tensors]
         last = len(tensors[0]) - 1
@@ -159,23 +159,23 @@ class BlockCall:
         except (RuntimeError, _NotByCallError):  # a reshape that the network's order of dimensions does not allow
             return False
         for task, other in ((0, last), (last, 0)):
-            own = self._alone(task, far, task, inputs, named)
+            alone = self._alone(task, far, task, inputs, named)
             wrong = self._alone(other, far, task, inputs, named)
-            if own.shape != block[task].shape:
+            if alone.shape != block[task].shape:
                 return False
-            allowed = TOLERANCE * (own - wrong).norm() + 1e-5 * own.norm()
-            if not bool((block[task] - own).norm() <= allowed):
+            allowed = TOLERANCE * (alone - wrong).norm() + 1e-5 * alone.norm()
+            if not bool((block[task] - alone).norm() <= allowed):
                 return False
         return True
 
 
 class _NotByCallError(Exception):
-    """A layer's weight is used without calling the layer."""
+    """Raised when a layer's weight is used without calling the layer."""
 
 
 def _all_linear(slots: Sequence[Sequence[Slot]]) -> bool:
-    """Whether the adapter is made of whole ``nn.Linear`` layers."""
-    places = [slot for one in slots for slot in one]
+    """Check that the adapter is made of whole ``nn.Linear`` layers."""
+    places = [slot for tensor_slots in slots for slot in tensor_slots]
     held = {(id(module), attribute) for module, attribute in places}
     return all(
         type(module) is nn.Linear and {(id(module), name) for name, _ in module.named_parameters()} <= held
@@ -192,5 +192,5 @@ def _named_rows(named: Mapping[str, Any], task: int) -> dict[str, Any]:
 
 
 def flattened(x: Any) -> Any:
-    """``[B, b, ...]`` to ``[B b, ...]``; what is no tensor passes as it is."""
+    """Flatten ``[B, b, ...]`` to ``[B b, ...]``; anything but a tensor passes as it is."""
     return x.flatten(0, 1) if isinstance(x, Tensor) else x

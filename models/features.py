@@ -1,4 +1,4 @@
-"""A network's features of an input: what stands before its head, for retrieval and for prototypes."""
+"""Features of a network, the activations before its head, for retrieval and for prototypes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["features"]
 
 
 def features(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
-    """One vector a row, ``[n, E]``; differentiable in theta ``[D]``.
+    """Embed each row as one vector, ``[n, E]``; differentiable in theta ``[D]``.
 
-    Of timm's models what comes before the classifier; of transformers' the last hidden states, their mean over the
-    tokens of a text (of an encoder-decoder the encoder's) and the class token of a picture; of anything else its
-    output. Label texts and decoder inputs are not looked at: two tasks are alike by what they read.
+    A timm model gives the activations before its classifier; a transformers model its last hidden states, averaged
+    over the tokens of a text (for an encoder-decoder, the encoder's) or at the class token of an image; any other
+    network its output. Label texts and decoder inputs are ignored: tasks are compared by their inputs.
     """
     with adapter.bound(theta):
         return _features(_plain(adapter.backbone), rows)
 
 
 def _plain(backbone: nn.Module) -> nn.Module:
-    """The network inside PEFT's wrapper, its adapted layers in place."""
+    """Unwrap the network from PEFT's model, its adapted layers in place."""
     unwrap: Any = getattr(backbone, "get_base_model", None)
     inner: nn.Module = unwrap() if unwrap else backbone
     return inner

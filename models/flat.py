@@ -22,7 +22,7 @@ __all__ = ["FlatAdapter", "FlatBlock"]
 
 
 class FlatAdapter:
-    """The program. Sites: ``theta`` ``[D]``, ``head`` where the task has one of its own, ``obs``.
+    """The program of one task. Sites: ``theta`` ``[D]``, ``head`` where the task has one of its own, ``obs``.
 
     Args:
         adapter: the network as a function of theta.
@@ -54,14 +54,14 @@ class FlatAdapter:
         self.width = check_width(adapter, [task], head_scale)
 
     def __call__(self) -> None:
-        """The program."""
+        """Run the program."""
         theta = pyro.sample("theta", self.prior)
         head = sample_head("head", self.task, self.width, self.head_scale, like=theta)
         with pyro.plate("data", len(self.task.train), subsample_size=batch_of(self.task, self.batch_size)) as rows:
             observe("obs", self.adapter, self.task, self.task.train.take(rows), theta, head, self.noise_scale)
 
     def log_likelihood(self, theta: Tensor, head: Tensor | None = None) -> Tensor:
-        """Log likelihood of all the task's training rows at one theta."""
+        """Compute the log likelihood of all the task's training rows at one theta."""
         rows = self.task.train
         return log_likelihood(
             self.task.kind, outputs(self.adapter, rows, theta, head), rows.target, self.noise_scale
@@ -99,7 +99,7 @@ class FlatBlock:
         self.width = check_width(adapter, self.tasks, head_scale)
 
     def __call__(self) -> None:
-        """The program."""
+        """Run the program."""
         kind = self.tasks[0].kind
         with pyro.plate("tasks", len(self.tasks)):
             theta = pyro.sample("theta", self.prior)
@@ -113,7 +113,7 @@ class FlatBlock:
             pyro.factor("obs", block_log_likelihood(self.adapter, kind, block, theta, head, self.noise_scale))
 
     def log_likelihood(self, theta: Tensor) -> Tensor:
-        """Log likelihood ``[B]`` of all training rows of each task at one theta ``[D]``, without heads."""
+        """Compute the log likelihood ``[B]`` of each task's training rows at one theta ``[D]``, without heads."""
         rows = [task.train for task in self.tasks]
         block = stack_rows(rows, [len(r) for r in rows], self.tasks[0].kind)
         each = theta.expand(len(rows), -1)

@@ -23,7 +23,7 @@ __all__ = ["AdapterHierarchy", "can_share_pass"]
 
 
 class AdapterHierarchy:
-    """The program; its tasks are iterated over, so they may differ in size and in the width of their heads.
+    """The program of a family of tasks, which may differ in size and in the width of their heads.
 
     Sites: ``phi`` ``[D]``; for each task i, inside the plate ``tasks``: ``theta_i`` ``[D]``, ``head_i`` where the task
     has a head of its own, ``obs_i`` in the minibatch plate ``data_i``.
@@ -84,7 +84,7 @@ class AdapterHierarchy:
         self.one_pass = block_size > 1 and can_share_pass(self.tasks, head_scale)
 
     def __call__(self) -> None:
-        """The program."""
+        """Run the program."""
         # Arguments are not validated: it costs a pass over each vector, and the kernel looks at every value anyway.
         phi = pyro.sample("phi", dist.Normal(self.prior_mean, self.sigma, validate_args=False).to_event(1))
         if self.one_pass:
@@ -113,6 +113,6 @@ class AdapterHierarchy:
 
 
 def can_share_pass(tasks: Sequence[Task], head_scale: float | None) -> bool:
-    """Whether the tasks are of one kind and, with heads of their own, have as many classes."""
-    found = {(task.kind, task.num_classes if head_scale is not None else None) for task in tasks}
-    return len(found) == 1
+    """Check that the tasks are of one kind and, with heads of their own, have as many classes."""
+    shapes = {(task.kind, task.num_classes if head_scale is not None else None) for task in tasks}
+    return len(shapes) == 1

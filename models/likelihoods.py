@@ -9,14 +9,14 @@ it is given the network and the named inputs and returns what :func:`log_likelih
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pyro_lift.support.options import check_choice
+from pyro_lift.support.options import check_literal
 
 __all__ = ["IGNORED", "LossKind", "log_likelihood", "next_tokens", "probabilities", "shift_right"]
 
@@ -26,7 +26,7 @@ IGNORED = -100
 
 
 def log_likelihood(kind: LossKind, output: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
-    r"""Log probability of each row's target, summed over the row's own parts, never averaged.
+    r"""Compute the log probability of each row's target, summed over the row's own parts, never averaged.
 
     ``classification``
         :math:`\log \mathrm{softmax}(o)_y`; output ``[..., b, C]``, target ``[..., b]``.
@@ -47,7 +47,7 @@ def log_likelihood(kind: LossKind, output: Tensor, target: Tensor, scale: float 
     Returns:
         Shape ``[..., b]``.
     """
-    check_choice("kind", kind, get_args(LossKind))
+    check_literal("kind", kind, LossKind)
     if kind in ("classification", "matching"):
         return torch.as_tensor(dist.Categorical(logits=output, validate_args=False).log_prob(target))
     if kind == "regression":
@@ -59,12 +59,12 @@ def log_likelihood(kind: LossKind, output: Tensor, target: Tensor, scale: float 
 
 
 def probabilities(kind: LossKind, output: Tensor) -> Tensor:
-    """What may be averaged over draws: class or token probabilities; for regression the output itself."""
+    """Turn outputs into class or token probabilities, which can be averaged over draws; for regression return them."""
     return output if kind == "regression" else torch.softmax(output, dim=-1)
 
 
 def shift_right(target: Tensor, start_token: int) -> Tensor:
-    """The decoder's input for target tokens ``[..., L]``: the start token, then all but the last target.
+    """Make the decoder's input for target tokens ``[..., L]``: the start token, then all but the last target.
 
     Padding (``-100``) becomes the start token: no position that counts ever looks at it.
     """
@@ -74,7 +74,7 @@ def shift_right(target: Tensor, start_token: int) -> Tensor:
 
 
 def next_tokens(input_ids: Tensor, attention_mask: Tensor, prompt: Tensor | None = None) -> Tensor:
-    """Targets of a causal model, ``[..., L]``: at each place the token that follows.
+    """Make the targets of a causal model, ``[..., L]``: at each place the token that follows.
 
     Args:
         input_ids: ``[..., L]``.

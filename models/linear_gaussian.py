@@ -68,12 +68,12 @@ class LinearGaussian:
         self.y = torch.einsum("tnd,td->tn", self.x, self.theta) + alpha * normal(num_tasks, num_data)
 
     def to(self, device: torch.device | str) -> LinearGaussian:
-        """Move the data to a device; returns self."""
+        """Move the data to a device and return self."""
         self.x, self.y = self.x.to(device), self.y.to(device)
         return self
 
     def __call__(self) -> None:
-        """The program."""
+        """Run the program."""
         zero = torch.zeros(self.dim, dtype=torch.float64, device=self.x.device)
         phi = pyro.sample("phi", dist.Normal(zero, self.sigma).to_event(1))
         with pyro.plate("tasks", self.num_tasks, subsample_size=self.block_size) as index:
@@ -82,7 +82,7 @@ class LinearGaussian:
             pyro.sample("y", dist.Normal(mean, self.alpha).to_event(1), obs=self.y[index])
 
     def posterior(self) -> Gaussian:
-        r"""p(phi | D) in closed form (Eq. 22-26, in information form).
+        r"""Compute p(phi | D) in closed form (Eq. 22-26, in information form).
 
         With the least-squares estimate :math:`\hat\theta_i` and :math:`C_i = \beta^2 I + \alpha^2 (X_i^\top X_i)^{-1}`
         its covariance around phi,
@@ -101,7 +101,7 @@ class LinearGaussian:
         return Gaussian(covariance @ shift, covariance)
 
     def task_posterior(self, task: int) -> Gaussian:
-        """p(theta_i | D) in closed form, phi integrated out against all tasks."""
+        """Compute p(theta_i | D) in closed form, phi integrated out against all tasks."""
         others = self.posterior()
         P = self.x[task].mT @ self.x[task] / self.alpha**2
         h = self.x[task].mT @ self.y[task] / self.alpha**2
@@ -113,7 +113,12 @@ class LinearGaussian:
 
 
 def gaussian_kl(p: Gaussian, q: Gaussian) -> float:
-    r""":math:`\mathrm{KL}(p\,\|\,q)` of two Gaussians, in nats."""
+    r"""Compute the KL divergence of two Gaussians, in nats.
+
+    .. math:: \mathrm{KL}(p\,\|\,q) = \tfrac12 \bigl\{\operatorname{tr}(\Sigma_q^{-1} \Sigma_p)
+              + (\mu_q - \mu_p)^\top \Sigma_q^{-1} (\mu_q - \mu_p) - d
+              + \log\det \Sigma_q - \log\det \Sigma_p\bigr\}
+    """
     d = p.mean.shape[-1]
     solved = torch.linalg.solve(q.covariance, p.covariance)
     delta = q.mean - p.mean
@@ -123,5 +128,5 @@ def gaussian_kl(p: Gaussian, q: Gaussian) -> float:
 
 
 def fit(draws: Tensor) -> Gaussian:
-    """The Gaussian with the draws' mean and covariance, ``[S, d]``."""
+    """Fit a Gaussian to draws ``[S, d]`` by their mean and covariance."""
     return Gaussian(draws.mean(0), torch.cov(draws.T))

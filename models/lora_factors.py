@@ -11,12 +11,18 @@ __all__ = ["aligned", "fusion", "lora_pairs", "mixture"]
 
 
 def fusion(thetas: Tensor, weights: Tensor) -> Tensor:
-    """The weighted mean of every tensor, A and B apart: ``[K, D]`` and ``[K]`` to ``[D]``."""
+    r"""Average LoRAs ``[K, D]`` with weights ``[K]`` to ``[D]``, A and B apart.
+
+    .. math:: A = \sum_k w_k A_k, \qquad B = \sum_k w_k B_k
+
+    References:
+        LoraRetriever, Zhao et al., 2024, arXiv:2402.09997, whose "fusion" this is.
+    """
     return weights.to(thetas) @ thetas
 
 
 def mixture(adapter: RandomAdapter, thetas: Tensor, weights: Tensor) -> Tensor:
-    r"""The weighted mean of the products B A, brought back to the adapter's rank: ``[K, D]`` and ``[K]`` to ``[D]``.
+    r"""Average the products B A of LoRAs ``[K, D]`` with weights ``[K]``, brought back to the adapter's rank, ``[D]``.
 
     Singular values are shared out evenly, B gets :math:`U \sqrt s` and A :math:`\sqrt s V^\top`. Where a singular
     value is zero, A takes its row from the weighted mean and B stays at zero: with both at zero there would be no
@@ -43,7 +49,7 @@ def mixture(adapter: RandomAdapter, thetas: Tensor, weights: Tensor) -> Tensor:
 
 
 def _truncated(left: Tensor, right: Tensor, rank: int, spare: Tensor) -> tuple[Tensor, Tensor]:
-    """Best factors of ``left @ right`` of a rank, by a decomposition no larger than the inner dimension."""
+    """Factor ``left @ right`` best at a rank, by a decomposition no larger than the inner dimension."""
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     U, s, V = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
@@ -66,7 +72,7 @@ def lora_pairs(adapter: RandomAdapter) -> list[tuple[AdapterTensor, AdapterTenso
 
 
 def aligned(adapter: RandomAdapter, thetas: Tensor, rounds: int = 10) -> Tensor:
-    r"""Each product's factors turned by a rotation of their own towards the mean of all; the products stay.
+    r"""Turn each product's factors by a rotation of their own towards the mean of all; the products stay.
 
     Generalised orthogonal Procrustes: for task i and product l, :math:`R = \arg\min \lVert R A_i - \bar A\rVert^2 +
     \lVert B_i R^\top - \bar B\rVert^2` over orthogonal R, which is :math:`V U^\top` of the singular vectors of

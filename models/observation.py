@@ -1,4 +1,4 @@
-"""What a task shows of its weights: the network's output, a head of the task's own, and the observed site."""
+"""The observation model of a task: network output, optional per-task head, observed site."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TRIAL_ROWS = 16
 
 
 def batch_of(task: Task, batch_size: int | None) -> int:
-    """Rows of a minibatch: never more than the task has."""
+    """Limit the rows of a minibatch to those that the task has."""
     return len(task.train) if batch_size is None else min(batch_size, len(task.train))
 
 
 def sample_head(name: str, task: Task, width: int, scale: float | None, like: Tensor) -> Tensor | None:
-    """The random linear head of one task, ``[C, width + 1]`` with the bias last; None where it has none of its own."""
+    """Sample the linear head of one task, ``[C, width + 1]`` with the bias last; None where it has none of its own."""
     if scale is None or task.num_classes is None or task.kind == "matching":
         return None
     zero = torch.zeros(task.num_classes, width + 1, dtype=like.dtype, device=like.device)
@@ -33,7 +33,10 @@ def sample_head(name: str, task: Task, width: int, scale: float | None, like: Te
 
 
 def outputs(adapter: RandomAdapter, rows: Rows, theta: Tensor, head: Tensor | None) -> Tensor:
-    """The network's output on some rows, through the task's own head where it has one."""
+    r"""Compute the network's output on some rows, through the task's own head where it has one.
+
+    .. math:: o(x) = f_\theta(x), \qquad\text{or}\qquad o(x) = W f_\theta(x) + b \quad\text{with head } [W\; b]
+    """
     features: Tensor = adapter(*rows.positional, theta=theta, **rows.named)
     return features if head is None else features @ head[:, :-1].T + head[:, -1]
 
@@ -47,14 +50,14 @@ def observe(
     head: Tensor | None,
     noise_scale: float,
 ) -> None:
-    """The likelihood of some rows, as one observed site: one log probability a row, inside the minibatch plate."""
+    """Observe some rows as one site: one log probability a row, inside the minibatch plate."""
     log_prob = log_likelihood(task.kind, outputs(adapter, rows, theta, head), rows.target, noise_scale)
     pyro.factor(name, log_prob)
 
 
 @torch.no_grad()
 def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float | None) -> int:
-    """Width of the network's output; the door of every run.
+    """Return the width of the network's output; the door of every run.
 
     Matching tasks have as many logits as texts to match, whatever the network.
 

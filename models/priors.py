@@ -1,4 +1,4 @@
-"""Gaussian and Gaussian-mixture priors: what a sampler may know about them in closed form."""
+"""Gaussian and Gaussian-mixture priors in closed form: responsibilities, local Gaussians, broadening."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LocalGaussian(NamedTuple):
 
 
 def responsibilities(mixture: dist.MixtureSameFamily, value: Tensor) -> Tensor:
-    r"""Posterior probabilities of the components, :math:`r_j \propto \alpha_j\,p_j(x)`.
+    r"""Compute the posterior probabilities of the components, :math:`r_j \propto \alpha_j\,p_j(x)`.
 
     Args:
         mixture: K components over vectors of length D.
@@ -43,7 +43,7 @@ def responsibilities(mixture: dist.MixtureSameFamily, value: Tensor) -> Tensor:
 
 
 def gaussian_at(fn: Distribution, value: Tensor) -> LocalGaussian | None:
-    r"""The Gaussian with the same gradient as ``fn`` at ``value``, or None where there is none in closed form.
+    r"""Find the Gaussian with the same gradient as ``fn`` at ``value``, or None where there is none in closed form.
 
     For a diagonal normal it is the normal itself. For a mixture of diagonal normals, with the responsibilities
     r held fixed, it has
@@ -69,7 +69,7 @@ def gaussian_at(fn: Distribution, value: Tensor) -> LocalGaussian | None:
 
 
 def broadened(mixture: dist.MixtureSameFamily, beta: float) -> dist.MixtureSameFamily:
-    r"""The prior of a new task's weights under a mixture over phi, Eq. 16 and 17.
+    r"""Make the prior of a new task's weights under a mixture over phi, Eq. 16 and 17.
 
     .. math:: p(\theta_*)
               = \int \mathcal N(\theta_*; \phi, \beta^2 I)\,\sum_j \alpha_j \mathcal N(\phi; \mu_j, V_j)\,d\phi
@@ -95,7 +95,7 @@ def broadened(mixture: dist.MixtureSameFamily, beta: float) -> dist.MixtureSameF
 
 
 def _precision(scale: Tensor) -> Tensor:
-    """1 / scale^2; of one number spread over a shape, that of the number, spread likewise."""
+    """Compute 1 / scale^2; one number spread over a shape stays one number."""
     if scale.dim() and not any(scale.stride()):
         return scale.as_strided((), ()).reciprocal().square().expand(scale.shape)
     return scale.reciprocal().square()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from pyro_lift.models.likelihoods import IGNORED, log_likelihood, shift_right
-from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.options import check_literal, check_number
 
 __all__ = ["LabelMatching", "LabelScoring", "Pooling", "Readout", "pool", "read", "readout_for"]
 
@@ -24,7 +24,7 @@ Readout = Callable[[Callable[..., Any], Mapping[str, Tensor]], Tensor]
 
 
 def pool(hidden: Tensor, mask: Tensor | None = None, how: Pooling = "mean") -> Tensor:
-    """One vector a text, ``[..., d]``.
+    """Reduce hidden states to one vector a text, ``[..., d]``.
 
     Args:
         hidden: hidden states ``[..., L, d]``.
@@ -48,7 +48,7 @@ def _states(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class LabelMatching:
-    r"""Logits that are scaled similarities of the encoded input to the encoded label texts: no head, any task.
+    r"""Readout by label matching: logits are scaled similarities of the encoded input to the encoded label texts.
 
     .. math:: o_c = s \cos\big(f_\theta(x), f_\theta(\ell_c)\big), \qquad f_\theta = \text{pool} \circ \text{encoder}
 
@@ -69,10 +69,10 @@ class LabelMatching:
 
     def __post_init__(self) -> None:
         check_number("scale", self.scale)
-        check_choice("pooling", self.pooling, get_args(Pooling))
+        check_literal("pooling", self.pooling, Pooling)
 
     def __call__(self, network: Callable[..., Any], named: Mapping[str, Tensor]) -> Tensor:
-        """The logits ``[b, C]``; of a block ``[B, b, ...]``, those of all its rows ``[B b, C]``."""
+        """Compute the logits ``[b, C]``; for a block ``[B, b, ...]``, those of all its rows ``[B b, C]``."""
         ids, mask = named["input_ids"], named["attention_mask"]
         texts, text_mask, of_row = _texts(named)
         b, C = ids.shape[-2], texts.shape[-2]
@@ -93,12 +93,14 @@ class LabelMatching:
     def _encoded(
         self, network: Callable[..., Any], first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Vectors ``[..., n, d]`` of two lots of texts: in one pass, or in two where the padding of the shorter ones
-        would be more than a quarter of it."""
+        """Encode two lots of texts as vectors ``[..., n, d]``.
+
+        In one pass, or in two where the padding of the shorter texts would be more than a quarter of it.
+        """
         lengths = [ids.shape[-1] for ids, _ in (first, second)]
         rows = [ids.shape[-2] for ids, _ in (first, second)]
         length = max(lengths)
-        padding = sum(n * (length - own) for n, own in zip(rows, lengths, strict=True))
+        padding = sum(n * (length - filled) for n, filled in zip(rows, lengths, strict=True))
         if 4 * padding > sum(rows) * length:
             return self._vectors(network, *first), self._vectors(network, *second)
         ids = torch.cat([_fill(ids, length, self.pad_token) for ids, _ in (first, second)], -2)
@@ -113,7 +115,7 @@ class LabelMatching:
 
 
 def _texts(named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, bool]:
-    """The texts to match, their mask, and whether they are a row's own."""
+    """Return the texts to match, their mask, and whether each row has texts of its own."""
     of_row = "option_input_ids" in named
     whose = "option" if of_row else "label"
     if f"{whose}_input_ids" not in named:
@@ -124,7 +126,7 @@ def _texts(named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, bool]:
 
 
 def _trimmed(ids: Tensor, mask: Tensor, step: int = 8) -> tuple[Tensor, Tensor]:
-    """Without the columns on the right that no row of the minibatch fills; lengths are few, for ``torch.compile``.
+    """Cut the columns on the right that no row of the minibatch fills; lengths are few, for ``torch.compile``.
 
     A task is padded to its longest text, most minibatches are shorter, and the label texts are as long as the inputs.
     """
@@ -139,12 +141,13 @@ def _fill(x: Tensor, length: int, value: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LabelScoring:
-    r"""Logits that are the log probabilities a text-to-text model gives the label strings, by teacher forcing.
+    r"""Readout by label scoring: logits are a text-to-text model's log probabilities of the label strings.
 
     .. math:: o_c = \sum_t \log p(\ell_{c,t} \mid \ell_{c,<t}, x)
 
-    Softmax over the labels then gives class probabilities. The labels are ``label_input_ids`` ``[C, L]`` or
-    ``option_input_ids`` ``[b, C, L]`` with their masks, as for :class:`LabelMatching`.
+    The strings are fed by teacher forcing; softmax over the labels gives class probabilities. The labels are
+    ``label_input_ids`` ``[C, L]`` or ``option_input_ids`` ``[b, C, L]`` with their masks, as for
+    :class:`LabelMatching`.
 
     Args:
         start_token: what the decoder begins with (``config.decoder_start_token_id``).
@@ -155,7 +158,7 @@ class LabelScoring:
     length_normalised: bool = False
 
     def __call__(self, network: Callable[..., Any], named: Mapping[str, Tensor]) -> Tensor:
-        """The logits ``[b, C]``; of a block ``[B, b, ...]``, those of all its rows ``[B b, C]``."""
+        """Compute the logits ``[b, C]``; for a block ``[B, b, ...]``, those of all its rows ``[B b, C]``."""
         texts, text_mask, of_row = _texts(named)
         lead, b, (C, L) = named["input_ids"].shape[:-2], named["input_ids"].shape[-2], texts.shape[-2:]
         if not of_row:
@@ -176,7 +179,7 @@ class LabelScoring:
 
 
 def readout_for(named: Mapping[str, Tensor], readout: Readout | None = None) -> Readout | None:
-    """The readout given, or label matching where there are label texts among the inputs; never that without texts."""
+    """Choose the readout given, or label matching where the inputs have label texts; never that without texts."""
     has_texts = "label_input_ids" in named or "option_input_ids" in named
     if readout is None:
         return LabelMatching() if has_texts else None
@@ -184,7 +187,7 @@ def readout_for(named: Mapping[str, Tensor], readout: Readout | None = None) -> 
 
 
 def read(output: Any, mask: Tensor | None = None) -> Tensor:
-    """A network's output as a likelihood wants it.
+    """Read a network's output as the likelihood expects it.
 
     ``.logits`` where there are any; else of ``.last_hidden_state`` the features for a head of the task's own: the mean
     over the tokens of a text, the class token of a picture (which has no mask); else the output itself.

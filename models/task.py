@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyro_lift.models.likelihoods import IGNORED, LossKind
-from pyro_lift.support.options import check_choice
+from pyro_lift.support.options import check_literal
 
 if TYPE_CHECKING:
     import datasets
@@ -36,11 +36,11 @@ class Rows:
         return self.target.shape[0]
 
     def take(self, index: Tensor | slice) -> Rows:
-        """Some of the rows."""
+        """Select some of the rows."""
         return Rows({name: x[index] for name, x in self.inputs.items()}, self.target[index], self.shared)
 
     def to(self, device: torch.device | str) -> Rows:
-        """The rows on a device."""
+        """Move the rows to a device."""
         inputs, shared = ({name: x.to(device) for name, x in d.items()} for d in (self.inputs, self.shared))
         return Rows(inputs, self.target.to(device), shared)
 
@@ -57,7 +57,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """A task: training rows, perhaps test rows, and the kind of its likelihood.
 
     Args:
         name: for messages, records and figures.
@@ -108,7 +108,7 @@ class Task:
         labels: Sequence[str] | None = None,
         label_texts: Mapping[str, Tensor] | None = None,
     ) -> None:
-        check_choice("kind", kind, get_args(LossKind))
+        check_literal("kind", kind, LossKind)
         parts = {
             where: as_rows(data, f"task {name!r}, {where} data")
             for where, data in (("train", train), ("test", test), ("dev", dev))
@@ -136,7 +136,7 @@ class Task:
             object.__setattr__(self, key, value)
 
     def to(self, device: torch.device | str) -> Task:
-        """The task with its tensors on a device."""
+        """Move the task's tensors to a device."""
         texts = self.label_texts
         return Task(
             self.name,
@@ -152,7 +152,7 @@ class Task:
 
 
 def as_rows(data: Any, where: str) -> Rows:
-    """Tensors, a mapping, or a ``datasets.Dataset`` as :class:`Rows`; ``where`` begins the error messages."""
+    """Convert tensors, a mapping, or a ``datasets.Dataset`` to :class:`Rows`; ``where`` begins the error messages."""
     if isinstance(data, Rows):
         rows = data
     elif isinstance(data, tuple) and len(data) == 2:
@@ -211,7 +211,7 @@ def _classes(
     labels: tuple[str, ...] | None,
     label_texts: Mapping[str, Tensor] | None,
 ) -> int | None:
-    """The number of classes, which all that is said about them must agree on; None for other kinds of loss."""
+    """Determine the number of classes, on which all sources must agree; None for other kinds of loss."""
     if kind not in ("classification", "matching"):
         return None
     said: dict[str, int] = {} if num_classes is None else {"num_classes": num_classes}

@@ -23,19 +23,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pyro_lift.inference.fixed_theta import FixedThetaPosterior, exact_prior, phi_chain
+from pyro_lift.inference.fixed_theta import FixedThetaPosterior, Scale, exact_prior, phi_chain
 from pyro_lift.inference.mixture.batch_em import Moments, fit
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.lora_factors import aligned
 from pyro_lift.saving.library import COMMON_START, common_start, read_library
 from pyro_lift.saving.parts import PriorParts
 from pyro_lift.settings import LiFTSettings
-from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.options import check_choice, check_literal, check_number
 
 __all__ = ["LibraryMethod", "prior_from_adapters"]
 
@@ -62,14 +62,14 @@ class LibraryMethod:
     method: Method = "exact"
     components: int = 1
     beta: float | None = None
-    scale: Literal["N", "1"] = "N"
+    scale: Scale = "N"
     step_size: float | None = None
     align: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, get_args(Method))
-        check_choice("scale", self.scale, ["N", "1"])
+        check_literal("method", self.method, Method)
+        check_literal("scale", self.scale, Scale)
         check_number("components", self.components, least=1, open_below=False, whole=True)
         if self.beta is not None:
             check_number("beta", self.beta)

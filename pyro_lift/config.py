@@ -29,10 +29,11 @@ import tomllib
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+from pyro_lift.models.backbones import BackboneKind, DType
 from pyro_lift.settings import AdaptSettings, LiFTSettings
-from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.options import check_choice, check_literal, check_number
 from pyro_lift.support.schema import from_dict
 
 __all__ = ["AdapterConfig", "BackboneConfig", "OutputConfig", "RunConfig", "TasksConfig", "read_config", "reference"]
@@ -43,14 +44,14 @@ class BackboneConfig:
     """The frozen network."""
 
     name: str = field(metadata={"help": "folder, or name on the hub"})
-    kind: Literal["seq2seq", "causal", "encoder", "vision", "timm"] = field(metadata={"help": "how it is loaded"})
-    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "of the frozen weights"})
+    kind: BackboneKind = field(metadata={"help": "how it is loaded"})
+    dtype: DType = field(default="float32", metadata={"help": "of the frozen weights"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "compute activations again, keep none"})
     compile: bool = field(default=False, metadata={"help": "compile the forward pass"})
 
     def __post_init__(self) -> None:
-        for name in ("kind", "dtype"):
-            check_choice(name, getattr(self, name), get_args(typing.get_type_hints(BackboneConfig)[name]))
+        check_literal("kind", self.kind, BackboneKind)
+        check_literal("dtype", self.dtype, DType)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ def predict(
     heads: Tensor | None = None,
     batch_size: int = 512,
 ) -> Tensor:
-    """Probabilities ``[n, C]`` (regression: means), averaged over S draws.
+    r"""Average probabilities ``[n, C]`` (regression: means) over S draws.
+
+    .. math:: p(y \mid x, D) \approx \tfrac1S \sum_s p(y \mid x, \theta^{(s)})
 
     Args:
         adapter: the network as a function of theta.
@@ -60,15 +62,15 @@ def predict(
         total: Tensor | None = None
         for s in range(0, len(thetas), together):
             some = slice(s, s + together)
-            one = _summed(adapter, thetas[some], part, kind, None if heads is None else heads[some])
-            total = one if total is None else total + one
+            summed = _summed(adapter, thetas[some], part, kind, None if heads is None else heads[some])
+            total = summed if total is None else total + summed
         assert total is not None
         parts.append(total / len(thetas))
     return torch.cat(parts)
 
 
 def _summed(adapter: RandomAdapter, thetas: Tensor, rows: Rows, kind: LossKind, heads: Tensor | None) -> Tensor:
-    """Probabilities ``[n, C]`` summed over a few draws, which go through the network in one pass."""
+    """Sum probabilities ``[n, C]`` over a few draws, which go through the network in one pass."""
     if len(thetas) == 1:
         return probabilities(kind, outputs(adapter, rows, thetas[0], None if heads is None else heads[0]))
     S = len(thetas)
@@ -89,7 +91,7 @@ def label_probabilities(
     *,
     batch_size: int = 64,
 ) -> Tensor:
-    """Class probabilities ``[n, C]`` of a text-to-text model, averaged over S draws: each label string is scored.
+    """Average class probabilities ``[n, C]`` of a text-to-text model over S draws, by scoring each label string.
 
     Args:
         adapter: an encoder-decoder as a function of theta, however it was trained.
@@ -106,11 +108,11 @@ def label_probabilities(
     parts = []
     for start in range(0, len(rows), batch_size):
         named = rows.take(slice(start, start + batch_size)).named | labels
-        one = []
+        draws = []
         for theta in thetas:
             with adapter.bound(theta):
-                one.append(torch.softmax(scoring(adapter.backbone, named), -1))
-        parts.append(torch.stack(one).mean(0))
+                draws.append(torch.softmax(scoring(adapter.backbone, named), -1))
+        parts.append(torch.stack(draws).mean(0))
     return torch.cat(parts)
 
 
@@ -131,13 +133,13 @@ class Ensemble:
     losses: tuple[float, ...] = ()
 
     def predict(self, inputs: Any) -> Tensor:
-        """Probabilities ``[n, C]``, averaged over the draws."""
+        """Compute probabilities ``[n, C]``, averaged over the draws."""
         rows = rows_of(inputs, self.task).to(self.thetas.device)
         return predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
 
 
 def rows_of(inputs: Any, task: Task) -> Rows:
-    """Inputs in any form as rows of a task; targets, where there are none, are zeros."""
+    """Convert inputs in any form to rows of a task; their targets, where they have none, are zeros."""
     if isinstance(inputs, Rows):
         return inputs
     first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs

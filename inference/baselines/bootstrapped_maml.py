@@ -108,25 +108,27 @@ class BootstrappedMAML(EpisodicMethod):
 
     def _divergence(self, task: Task, target: Weights, adapted: Weights, rows: Rows) -> Tensor:
         with torch.no_grad():
-            wanted = outputs(self.adapter, rows, target.theta, target.head)
-        given = outputs(self.adapter, rows, adapted.theta, adapted.head)
-        return predictive_divergence(task.kind, wanted, given, rows.target, self.budget.noise_scale).mean()
+            reference = outputs(self.adapter, rows, target.theta, target.head)
+        output = outputs(self.adapter, rows, adapted.theta, adapted.head)
+        return predictive_divergence(task.kind, reference, output, rows.target, self.budget.noise_scale).mean()
 
     def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the learned start."""
         return finetune(self.adapter, task, state.phi, self.budget, seed=seed)
 
 
-def predictive_divergence(kind: LossKind, wanted: Tensor, given: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
-    r"""Compute the KL divergence ``[b]`` between two outputs' predictive distributions, the wanted one first.
+def predictive_divergence(
+    kind: LossKind, reference: Tensor, output: Tensor, target: Tensor, scale: float = 1.0
+) -> Tensor:
+    r"""Compute the KL divergence ``[b]`` between two outputs' predictive distributions, the reference first.
 
     .. math:: \sum_c p_c\,(\log p_c - \log q_c) \quad\text{(classes, tokens)}, \qquad
               \tfrac12 \lVert (o_p - o_q) / s \rVert^2 \quad\text{(regression)}
 
     Args:
         kind: of the likelihood.
-        wanted: outputs of the target.
-        given: outputs to be moved.
+        reference: outputs of the target, held fixed.
+        output: outputs to be moved.
         target: observed; of tokens, says which count.
         scale: s, standard deviation of the noise in regression.
 
@@ -134,6 +136,6 @@ def predictive_divergence(kind: LossKind, wanted: Tensor, given: Tensor, target:
         Bootstrapped meta-learning, Flennerhag et al., 2022, arXiv:2109.04504, whose matching function this is.
     """
     if kind == "regression":
-        return 0.5 * ((wanted - given) / scale).square().flatten(1).sum(-1)
-    each = kl_div(given.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        return 0.5 * ((reference - output) / scale).square().flatten(1).sum(-1)
+    each = kl_div(output.log_softmax(-1), reference.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     return each if kind != "tokens" else (each * (target != IGNORED)).sum(-1)

@@ -84,7 +84,7 @@ class MAMLMix:
 
     @property
     def method(self) -> MAML | ImplicitMAML:
-        """The base with this method's settings."""
+        """Base method with this method's settings."""
         options: dict[str, Any] = {
             "inner_learning_rate": self.inner_learning_rate,
             "tasks_per_step": self.tasks_per_step,

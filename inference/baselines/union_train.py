@@ -45,7 +45,7 @@ class UnionTrain:
     budget: Budget = field(default_factory=Budget)
 
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> UnionTrainState:
-        """Train jointly."""
+        """Train one vector on all tasks."""
         steps = self.budget.warm_up + self.budget.visits
         rate = self.budget.meta_learning_rate
         budget = replace(self.budget, warm_up=steps, warm_up_learning_rate=rate, warm_start=None)

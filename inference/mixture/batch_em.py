@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.options import check_literal, check_number
 
 __all__ = ["Covariance", "Moments", "Stopping", "fit", "kmeans_start", "log_densities", "maximise"]
 
@@ -146,7 +146,7 @@ def fit(
     Raises:
         ValueError: fewer draws than components.
     """
-    check_choice("covariance", covariance, ["diag", "spherical", "full"])
+    check_literal("covariance", covariance, Covariance)
     check_number("components", components, least=1, open_below=False, whole=True)
     if len(x) < components:
         raise ValueError(f"{len(x)} draws for {components} components: at least as many draws are needed.")

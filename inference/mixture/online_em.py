@@ -22,10 +22,13 @@ from torch import Tensor
 
 from pyro_lift.inference.mixture.batch_em import Covariance, Moments, fit, floored, kmeans_start, log_densities
 from pyro_lift.inference.mixture.in_place import MixtureStream
-from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.options import check_literal, check_number
 from pyro_lift.support.spans import span
 
 __all__ = ["MixtureState", "OnlineGaussianMixture", "init", "pooled", "step"]
+
+#: Step sizes of the stochastic approximation.
+StepSchedule = Literal["counts", "polynomial"]
 
 #: Above this many numbers a mean is kept in the draws' own precision, and diagonal and spherical mixtures are updated
 #: in place (:mod:`~pyro_lift.inference.mixture.in_place`); responsibilities always are in float64.
@@ -155,7 +158,7 @@ class OnlineGaussianMixture(StreamingStats):
         components: int = 1,
         covariance: Covariance = "diag",
         *,
-        schedule: Literal["counts", "polynomial"] | None = None,
+        schedule: StepSchedule | None = None,
         power: float = 0.7,
         count: float | None = None,
         buffer_size: int | None = None,
@@ -164,9 +167,9 @@ class OnlineGaussianMixture(StreamingStats):
         fused: bool | None = None,
     ) -> None:
         check_number("components", components, least=1, open_below=False, whole=True)
-        check_choice("covariance", covariance, ["diag", "spherical", "full"])
+        check_literal("covariance", covariance, Covariance)
         if schedule is not None:
-            check_choice("schedule", schedule, ["counts", "polynomial"])
+            check_literal("schedule", schedule, StepSchedule)
         if not 0.5 < power <= 1.0:
             raise ValueError(f"power={power!r}: expected above 0.5 (or the noise never averages out) and at most 1.")
         if count is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
 
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.images import ImageTask
@@ -13,7 +12,7 @@ from pyro_lift.data.records import RECORD_FILES, Record, read_json, read_records
 from pyro_lift.data.tensors import read_tensor_task
 from pyro_lift.data.text import TextForm, TextTask
 from pyro_lift.models.task import Task
-from pyro_lift.support.options import check_choice
+from pyro_lift.support.options import check_choice, check_literal
 
 __all__ = ["load_folder", "read_task"]
 
@@ -88,7 +87,7 @@ def read_task(path: Path) -> TextTask | ImageTask | Task:
         check_choice(f"{path / 'task.json'}: key", key, ["form", "labels", "metric"])
     first = text_row(records["train"][0])
     form: TextForm = about.get("form") or ("multiple_choice" if first.options else "text_to_text")
-    check_choice("form", form, get_args(TextForm))
+    check_literal("form", form, TextForm)
     labels = tuple(about.get("labels", ()))
     if form == "classification" and not labels:
         labels = first.options or tuple(sorted({text_row(record).outputs[0] for record in records["train"]}))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pyro_lift.support.options import check_choice
+from pyro_lift.support.options import check_literal
 
 if TYPE_CHECKING:
     pass
@@ -61,7 +61,7 @@ class TextTask:
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_choice("form", self.form, get_args(TextForm))
+        check_literal("form", self.form, TextForm)
         if not self.train:
             raise ValueError(f"task {self.name!r}: the train split is empty.")
         if self.form == "classification" and not self.labels:
