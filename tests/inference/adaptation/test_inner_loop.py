@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 import torch
-from test_baselines import SMALL, tiny_adapter, tiny_tasks
+from tiny_methods import SMALL, tiny_adapter, tiny_tasks
 from torch import Tensor
 from torch.distributions import Independent, Normal
 

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from test_baselines import tiny_adapter, tiny_tasks
+from tiny_methods import tiny_adapter, tiny_tasks
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from test_baselines import SMALL, tiny_adapter, tiny_tasks
+from tiny_methods import SMALL, tiny_adapter, tiny_tasks
 from torch import Tensor
 
 from pyro_lift.inference.adaptation.predict import Ensemble
