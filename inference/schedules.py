@@ -1,11 +1,12 @@
-"""Step-size schedules: closures from the number of steps taken to a positive float."""
+"""Step-size schedules: functions from the number of steps taken to a positive float, which pickle and compare."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
-__all__ = ["Schedule", "as_schedule", "constant", "cyclical", "polynomial"]
+__all__ = ["Constant", "Cyclical", "Polynomial", "Schedule", "as_schedule", "constant", "cyclical", "polynomial"]
 
 Schedule = Callable[[int], float]
 
@@ -13,6 +14,44 @@ Schedule = Callable[[int], float]
 def _check(name: str, value: float, *, above: float = 0.0) -> None:
     if not (math.isfinite(value) and value > above):
         raise ValueError(f"{name}={value!r}: expected a finite number above {above:g}.")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The schedule of :func:`constant`."""
+
+    step_size: float
+
+    def __call__(self, step: int) -> float:
+        """Return the step size at a number of steps taken."""
+        return self.step_size
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """The schedule of :func:`polynomial`."""
+
+    step_size: float
+    offset: float
+    power: float
+
+    def __call__(self, step: int) -> float:
+        """Return the step size at a number of steps taken."""
+        return float(self.step_size * (1.0 + step / self.offset) ** -self.power)
+
+
+@dataclass(frozen=True)
+class Cyclical:
+    """The schedule of :func:`cyclical`."""
+
+    step_size: float
+    period: int
+    floor: float
+
+    def __call__(self, step: int) -> float:
+        """Return the step size at a number of steps taken."""
+        share = 0.5 * (1.0 + math.cos(math.pi * (step % self.period) / self.period))
+        return self.step_size * max(share, self.floor, 1e-12)
 
 
 def constant(step_size: float) -> Schedule:
@@ -23,7 +62,7 @@ def constant(step_size: float) -> Schedule:
         0.1
     """
     _check("step_size", step_size)
-    return lambda step: step_size
+    return Constant(step_size)
 
 
 def polynomial(step_size: float, *, offset: float = 1.0, power: float = 0.55) -> Schedule:
@@ -43,7 +82,7 @@ def polynomial(step_size: float, *, offset: float = 1.0, power: float = 0.55) ->
     _check("step_size", step_size)
     _check("offset", offset)
     _check("power", power)
-    return lambda step: float(step_size * (1.0 + step / offset) ** -power)
+    return Polynomial(step_size, offset, power)
 
 
 def cyclical(step_size: float, *, period: int, floor: float = 0.0) -> Schedule:
@@ -62,12 +101,7 @@ def cyclical(step_size: float, *, period: int, floor: float = 0.0) -> Schedule:
         raise ValueError(f"period={period!r}: expected at least one step in a cycle.")
     if not 0.0 <= floor <= 1.0:
         raise ValueError(f"floor={floor!r}: expected a share of the step size, between 0 and 1.")
-
-    def schedule(step: int) -> float:
-        share = 0.5 * (1.0 + math.cos(math.pi * (step % period) / period))
-        return step_size * max(share, floor, 1e-12)
-
-    return schedule
+    return Cyclical(step_size, period, floor)
 
 
 def as_schedule(step_size: float | Schedule) -> Schedule:
