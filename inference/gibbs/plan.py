@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from pyro_lift.inference import sgld
-from pyro_lift.inference.admission import coupled_families, refuse_discrete, site_transforms
+from pyro_lift.inference.admission import coupled_families, refuse_discrete, site_transforms, start_values
 from pyro_lift.inference.gibbs import shared_visit
 from pyro_lift.inference.gibbs.accumulator import GradientTable, langevin_limit
 from pyro_lift.inference.gibbs.conjugate import find_pairs
@@ -26,7 +26,7 @@ from pyro_lift.inference.stability import (
     measured_curvature,
     step_too_large,
 )
-from pyro_lift.inference.stores.store import ThetaStore, make_store
+from pyro_lift.inference.stores.store import ThetaStore, check_own_store, make_store
 from pyro_lift.support import distributed
 
 __all__ = ["Plan", "Request", "Scan", "plan"]
@@ -89,7 +89,7 @@ def plan(
     block = _block_size(request, peeked, subsampled[request.plate], sequential)
     pass_size = min(declared, block) if request.distributed else block
     index = torch.arange(pass_size)
-    run = program.run(preset, {}, index, generator)
+    run = program.run(start_values(preset, peeked), {}, index, generator)
     _check_block(run)
     pairs, reasons = find_pairs(program, run, num_tasks - 1 - index, generator)
     structure = Structure(
@@ -115,6 +115,8 @@ def plan(
 
 
 def _store(request: Request, run: Evaluation, structure: Structure) -> ThetaStore:
+    if not isinstance(request.store, str):
+        check_own_store(request.store, structure.num_tasks)
     rows = [site.leaf for site in run.locals.values()]
     row_bytes = sum(x.numel() * x.element_size() for x in rows) // structure.pass_size
     device = next((x.device for x in rows), torch.device("cpu"))

@@ -82,7 +82,18 @@ class DiskStore:
         self._queue: deque[_Write] = deque()
         self._waiting: dict[int, Tensor] = {}
         self._ahead: dict[int, Future[Tensor]] = {}
+        self._process = os.getpid()
         weakref.finalize(self, _close, self._thread, self._file)
+
+    def __getstate__(self) -> None:
+        raise TypeError(f"{self!r} is a file of this process and cannot be sent to another; name a kind: store='disk'.")
+
+    def _check_process(self) -> None:
+        # A forked process would write into the same file, and its thread is gone.
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{self!r} belongs to another process; each chain needs a store of its own: store='disk'."
+            )
 
     def __len__(self) -> int:
         return len(self._places)
@@ -99,6 +110,7 @@ class DiskStore:
     @span("pyro_lift.store")
     def read(self, tasks: Sequence[int]) -> list[Tensor]:
         """Copies of the rows of these tasks, in order; KeyError for one that was never written."""
+        self._check_process()
         missing = [task for task in tasks if self._places[task] is None]
         if missing:
             raise KeyError(f"task {missing[0]} has no row yet.")
@@ -113,6 +125,7 @@ class DiskStore:
     @span("pyro_lift.store")
     def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
         """Replace the rows of these tasks, by copies."""
+        self._check_process()
         for task, row in zip(tasks, rows, strict=True):
             self._ahead.pop(task, None)
             self._device = row.device

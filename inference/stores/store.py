@@ -7,7 +7,7 @@ and writes them back only when the whole visit has succeeded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -17,7 +17,7 @@ from pyro_lift.inference.stores.disk import DiskStore
 from pyro_lift.inference.stores.memory import DeviceStore, HostStore
 from pyro_lift.support.memory import free_bytes
 
-__all__ = ["DiskStore", "HostStore", "ReadsAhead", "ThetaStore", "make_store"]
+__all__ = ["DiskStore", "HostStore", "ReadsAhead", "ThetaStore", "check_own_store", "make_store"]
 
 
 class ThetaStore(Protocol):
@@ -69,6 +69,28 @@ def make_store(
         kind = _fitting(num_tasks * row_bytes, device)
     kinds: dict[str, Callable[[int], ThetaStore]] = {"device": DeviceStore, "host": HostStore, "disk": DiskStore}
     return kinds[kind](num_tasks)
+
+
+def check_own_store(store: ThetaStore, num_tasks: int) -> None:
+    """Refuse a store of the caller's that is of another size, or holds rows that another chain has written.
+
+    Raises:
+        TypeError: no store.
+        ValueError: a store that this chain cannot begin with.
+    """
+    for verb in ("read", "write", "has", "tasks"):
+        if not callable(getattr(store, verb, None)):
+            raise TypeError(
+                f"store={store!r} has no {verb}(); expected a kind by name, or a store such as HostStore(N)."
+            )
+    size = len(store) if isinstance(store, Sized) else num_tasks
+    if size != num_tasks:
+        raise ValueError(f"store={store!r} has {size} places; the program has {num_tasks} tasks.")
+    if (task := next(iter(store.tasks()), None)) is not None:
+        raise ValueError(
+            f"store={store!r} holds rows already (task {task}): another chain has written them, and this one would "
+            "begin with them. Give each chain a new store."
+        )
 
 
 def _fitting(needed: int, device: torch.device) -> str:
