@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pyro_lift.inference import sgld
 from pyro_lift.inference.program import Evaluation, depends
 from pyro_lift.inference.sgld import Integrator, Preconditioner
 from pyro_lift.support.options import check_literal, check_number
 
-__all__ = ["check_common", "check_latents", "coupled_families", "refuse_discrete", "site_factors", "site_transforms"]
+__all__ = [
+    "check_common",
+    "check_latents",
+    "coupled_families",
+    "refuse_discrete",
+    "site_factors",
+    "site_transforms",
+    "start_values",
+]
 
 
 def check_common(
@@ -59,6 +70,35 @@ def check_latents(run: Evaluation) -> None:
 def site_transforms(run: Evaluation) -> dict[str, Any]:
     """Return the bijections from constrained to unconstrained space, by site, as Pyro's MCMC wants them."""
     return {name: site.transform.inv for name, site in run.latents.items() if site.transform is not None}
+
+
+def start_values(start: Mapping[str, Tensor], read: Evaluation) -> dict[str, Tensor]:
+    """Return a chain's start, unconstrained, as values of the program's own shapes, type and device; copies.
+
+    Raises:
+        ValueError: a site that the chain does not start, another shape, values not finite.
+    """
+    values = {}
+    for name, value in start.items():
+        if name not in read.globals:
+            local = (
+                " It stands inside the plate; such sites start around the global ones." if name in read.locals else ""
+            )
+            raise ValueError(
+                f"initial_params: {name!r} is no site that a start can be given for (one of: "
+                f"{', '.join(map(repr, read.globals)) or 'none'}).{local}"
+            )
+        leaf = read.globals[name].leaf
+        if value.shape != leaf.shape:
+            raise ValueError(
+                f"initial_params[{name!r}] has shape {list(value.shape)} for one chain; the site's, unconstrained, is "
+                f"{list(leaf.shape)}."
+            )
+        value = value.detach().to(leaf, copy=True)
+        if not torch.isfinite(value).all():
+            raise ValueError(f"initial_params[{name!r}] holds values that are not finite.")
+        values[name] = value
+    return values
 
 
 def coupled_families(sites: Mapping[str, Any]) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 Only this file and :mod:`~pyro_lift.inference.mcmc` know ``pyro.infer.mcmc``: ``setup`` is called before
 ``initial_params`` and must start afresh; ``end_warmup`` is never called, so steps are counted here; ``transforms``
-must be a dict from the start; ``logging`` is called at every step.
+are None before set-up; ``logging`` is called at every step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
+from pyro_lift.inference.admission import refuse_discrete, site_transforms
+from pyro_lift.inference.program import Program
 from pyro_lift.support.options import check_number
 from pyro_lift.support.random_streams import own_global_stream, stream_seed
 
@@ -85,7 +87,8 @@ class Kernel(MCMCKernel):
         #: Number of the chain among those of one run; None counts the set-ups.
         self.chain_number: int | None = None
         self._setups = 0
-        self.transforms: dict[str, Any] = {}
+        #: From constrained to unconstrained space, by site; None before set-up, when Pyro's MCMC asks for a set-up.
+        self.transforms: dict[str, Any] | None = None
         self._preset: dict[str, Tensor] | None = None
         self._generator: torch.Generator | None = None
         self._noise_generator: torch.Generator | None = None
@@ -108,9 +111,32 @@ class Kernel(MCMCKernel):
         self._last_log = (-LOG_EVERY, {})
         self._generator = torch.Generator().manual_seed(self._chain_seed())
 
-    def begin_run(self) -> None:
-        """Count the chains of a new run from zero; :class:`~pyro_lift.inference.mcmc.MCMC` calls it."""
+    def begin_run(self, num_chains: int = 1) -> None:
+        """Count the chains of a new run from zero; :class:`~pyro_lift.inference.mcmc.MCMC` calls it.
+
+        Raises:
+            ValueError: an option that several chains cannot share.
+        """
+        del num_chains
         self._setups = 0
+
+    @property
+    def plate(self) -> str | None:
+        """Name of the plate inside which sites are local; None where all are sampled alike."""
+        return None
+
+    def read_transforms(self, *args: Any, **kwargs: Any) -> None:
+        """Learn the maps to unconstrained space without set-up, for chains that run in other processes."""
+        program = Program(self.model, self.plate, args, kwargs, self.init_strategy)
+        with torch.random.fork_rng(devices=[]):
+            read, _ = program.peek(torch.Generator().manual_seed(0))
+        refuse_discrete(read)
+        self.transforms = {name: t for name, t in site_transforms(read).items() if name in read.globals}
+
+    def _take_start(self) -> dict[str, Tensor]:
+        """Take the start that was asked for; it is of the next set-up alone."""
+        start, self._preset = self._preset or {}, None
+        return start
 
     def _own_stream(self) -> AbstractContextManager[None]:
         """Keep what set-up draws from the global stream away from the caller's, where there is a seed."""

@@ -1,25 +1,29 @@
 """Pyro's MCMC and StreamingMCMC, with checkpoints: ``run(checkpoint=folder)``, ``run(resume=folder)``.
 
-Without these arguments they are Pyro's own, to the letter.
+Without these arguments they are Pyro's own, but that chains in processes of their own begin where they were told.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pyro.infer
 import pyro.infer.mcmc.api as api
 import torch
+from pyro import validation_enabled
 from pyro.infer.mcmc.logger import ProgressBar, initialize_logger
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from pyro.poutine import block
 from torch import Tensor
 
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.checkpoint.summaries import check_statistics
 from pyro_lift.inference.kernel import Kernel
+from pyro_lift.inference.parallel_chains import ParallelChains, checked_starts
 
 __all__ = ["MCMC", "StreamingMCMC"]
 
@@ -31,9 +35,21 @@ class MCMC(pyro.infer.MCMC):
     """
 
     sampler: Any
+    disable_validation: bool | None
 
-    def __init__(self, kernel: MCMCKernel, num_samples: int = 2000, **options: Any) -> None:
-        super().__init__(kernel, num_samples=num_samples, **options)
+    def __init__(
+        self,
+        kernel: MCMCKernel,
+        num_samples: int = 2000,
+        warmup_steps: int | None = None,
+        initial_params: Mapping[str, Any] | None = None,
+        num_chains: int = 1,
+        **options: Any,
+    ) -> None:
+        starts = checked_starts(initial_params, num_chains)
+        super().__init__(kernel, num_samples, warmup_steps, starts, num_chains, **options)
+        if isinstance(self.sampler, api._MultiSampler):
+            self.sampler = ParallelChains.in_place_of(self.sampler)
 
     def run(
         self,
@@ -57,9 +73,10 @@ class MCMC(pyro.infer.MCMC):
             OSError: a checkpoint could not be written; the last one is intact.
             RunStopped: SIGTERM or Ctrl-C; the run is saved.
         """
-        _begin_run(self.kernel)
+        _begin_run(self.kernel, self.num_chains)
         session = _session(self, checkpoint, checkpoint_every, resume)
         if session is None:
+            self._read_transforms(args, kwargs)
             super().run(*args, **kwargs)
             return
         plain = self.sampler
@@ -69,12 +86,33 @@ class MCMC(pyro.infer.MCMC):
         finally:
             self.sampler = plain
 
+    def _read_transforms(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Have a kernel whose chains run in other processes, by copies of it, know what its draws stand for."""
+        if not (isinstance(self.kernel, Kernel) and isinstance(self.sampler, ParallelChains)):
+            return
+        checked = nullcontext() if self.disable_validation is None else validation_enabled(not self.disable_validation)
+        with checked, block():
+            self.kernel.read_transforms(*args, **kwargs)
+
 
 class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
     """Pyro's own :class:`pyro.infer.mcmc.StreamingMCMC`, with checkpoints."""
 
     sampler: Any
     num_samples: int
+
+    def __init__(
+        self,
+        kernel: MCMCKernel,
+        num_samples: int = 2000,
+        warmup_steps: int | None = None,
+        initial_params: Mapping[str, Any] | None = None,
+        statistics: Any = None,
+        num_chains: int = 1,
+        **options: Any,
+    ) -> None:
+        starts = checked_starts(initial_params, num_chains)
+        super().__init__(kernel, num_samples, warmup_steps, starts, statistics, num_chains, **options)
 
     def run(
         self,
@@ -85,7 +123,7 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
         **kwargs: Any,
     ) -> None:
         """Run the chain; see :meth:`MCMC.run`. Statistics must be Pyro's, ours, or have a ``state_dict``."""
-        _begin_run(self.kernel)
+        _begin_run(self.kernel, self.num_chains)
         session = _session(self, checkpoint, checkpoint_every, resume)
         if session is None:
             super().run(*args, **kwargs)
@@ -101,10 +139,10 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
             self.sampler, self.num_samples = plain, wanted
 
 
-def _begin_run(kernel: Any) -> None:
+def _begin_run(kernel: Any, num_chains: int) -> None:
     """Let a kernel of ours count its chains anew, so that a run with a seed can be repeated."""
     if isinstance(kernel, Kernel):
-        kernel.begin_run()
+        kernel.begin_run(num_chains)
 
 
 def _session(

@@ -50,6 +50,10 @@ class DivergedError(RuntimeError):
         self.step = step
         self.tasks = tasks
 
+    def __reduce__(self) -> tuple[type[DivergedError], tuple[str, int, tuple[int, ...]]]:
+        # A chain in a process of its own sends it to the first one.
+        return type(self), (str(self), self.step, self.tasks)
+
 
 class Drift(NamedTuple):
     """What a density tells the sampler at a position.

@@ -17,6 +17,7 @@ from pyro_lift.inference.admission import (
     refuse_discrete,
     site_factors,
     site_transforms,
+    start_values,
 )
 from pyro_lift.inference.gibbs.kernel import probed
 from pyro_lift.inference.kernel import Kernel, Model
@@ -118,8 +119,9 @@ class SGLD(Kernel):
             self._put_at_start(program)
 
     def _put_at_start(self, program: Program) -> None:
-        refuse_discrete(program.peek(self._generator)[0])
-        run = program.run(self._preset or {}, {}, None, self._generator)
+        read, _ = program.peek(self._generator)
+        refuse_discrete(read)
+        run = program.run(start_values(self._take_start(), read), {}, None, self._generator)
         check_latents(run)
         self._coupled = coupled_families(run.latents)
         self.transforms = site_transforms(run)

@@ -173,6 +173,21 @@ class SGLDGibbs(Kernel):
         # A file on the disk belongs to one process; set-up makes a store anew.
         return {**super().__getstate__(), "_plan": None}
 
+    def begin_run(self, num_chains: int = 1) -> None:
+        """See the base class; a store of the caller's serves one chain."""
+        super().begin_run(num_chains)
+        store = self._request.store
+        if num_chains > 1 and not isinstance(store, str):
+            raise ValueError(
+                f"store={store!r} is one store for {num_chains} chains, and each needs its own. Name a kind instead, "
+                'for example store="disk", or run each chain by itself.'
+            )
+
+    @property
+    def plate(self) -> str | None:
+        """Name of the plate inside which sites are local."""
+        return self._request.plate
+
     @property
     def chain(self) -> Chain:
         """The program, its structure, the store and the settings of a visit, once the kernel is set up."""
@@ -222,7 +237,7 @@ class SGLDGibbs(Kernel):
             self._generator.manual_seed(distributed.from_first(self._generator.initial_seed()))
         program = Program(self.model, request.plate, args, kwargs, self.init_strategy)
         with self._own_stream():
-            self._plan = plan(program, request, self.settings, self._preset or {}, self._generator)
+            self._plan = plan(program, request, self.settings, self._take_start(), self._generator)
         self.state, self.transforms = self._plan.state, self._plan.transforms
         self._start_log_likelihood = self._plan.start_log_likelihood
         self._noise_from(self.state.phi)
