@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pyro_lift.inference.adaptation.predict import predict
+from pyro_lift.inference.adaptation.predict import predict, rows_of
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.task import Rows, Task, as_rows
+from pyro_lift.models.task import Task
 from pyro_lift.saving.folders import export_posterior, load_posterior, push, save_posterior
 
 __all__ = ["TaskPosterior"]
@@ -50,14 +48,13 @@ class TaskPosterior:
         """Return probabilities ``[n, C]`` averaged over the draws (of a regression the means).
 
         Args:
-            inputs: a tensor, a mapping of tensors by input name, or :class:`~pyro_lift.models.task.Rows`.
+            inputs: a tensor or an array; any mapping of these by input name, such as what a tokenizer returns; or
+                :class:`~pyro_lift.models.task.Rows`.
+
+        Raises:
+            TypeError, ValueError: inputs that are no rows of numbers; names the input.
         """
-        if isinstance(inputs, Rows):
-            rows = inputs
-        else:
-            first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
-            rows = replace(as_rows((inputs, torch.zeros(len(first))), "inputs"), shared=self.task.train.shared)
-        rows = rows.to(self.adapter.initial.device)
+        rows = rows_of(inputs, self.task).to(self.adapter.initial.device)
         return predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
 
     def save_pretrained(self, folder: str | Path, *, results: Mapping[str, Any] | None = None) -> Path:

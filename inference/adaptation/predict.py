@@ -139,8 +139,48 @@ class Ensemble:
 
 
 def rows_of(inputs: Any, task: Task) -> Rows:
-    """Convert inputs in any form to rows of a task; their targets, where they have none, are zeros."""
+    """Return inputs in any form as rows of a task; targets, where there are none, are zeros.
+
+    Args:
+        inputs: a tensor, an array or nested lists of numbers; any mapping of these by input name, such as a
+            tokenizer's ``BatchEncoding``; or :class:`Rows`.
+        task: whose network reads them.
+
+    Raises:
+        TypeError: strings, a pair, or another form.
+        ValueError: no input, no row, inputs of different lengths, one that the task's rows have and these lack.
+    """
     if isinstance(inputs, Rows):
-        return inputs
-    first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
-    return replace(as_rows((inputs, torch.zeros(len(first))), "inputs"), shared=task.train.shared)
+        return inputs if inputs.shared or not task.train.shared else replace(inputs, shared=task.train.shared)
+    if isinstance(inputs, tuple) and len(inputs) == 2 and all(hasattr(x, "shape") for x in inputs):
+        raise TypeError("inputs: a pair given; predictions take the inputs without the targets.")
+    named = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
+    if not named:
+        raise ValueError("inputs: an empty mapping; expected tensors by input name.")
+    for name, value in named.items():
+        _check_form(f"inputs[{name!r}]" if name else "inputs", value)
+    _check_lengths({name: len(value) for name, value in named.items()}, "inputs")
+    known = set(task.train.inputs)
+    if missing := sorted(known - {"", *named}):
+        raise ValueError(f"inputs: {missing[0]!r} is missing; task {task.name!r} was given {sorted(known)}.")
+    rows = as_rows((named, torch.zeros(len(next(iter(named.values()))))), "inputs")
+    return replace(rows, shared=task.train.shared)
+
+
+def _check_form(where: str, value: Any) -> None:
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    if isinstance(first, str):
+        raise TypeError(f'{where}: strings; encode them first: tokenizer(texts, padding=True, return_tensors="pt").')
+    if not hasattr(value, "__len__") or isinstance(value, (bytes, set)):
+        raise TypeError(f"{where}: a {type(value).__name__}; expected a tensor, an array or lists of numbers.")
+    if getattr(value, "shape", None) == ():
+        raise ValueError(f"{where}: shape []; expected one row an example, [n, ...].")
+
+
+def _check_lengths(lengths: Mapping[str, int], where: str) -> None:
+    first, *_ = lengths.items()
+    for name, length in lengths.items():
+        if length == 0:
+            raise ValueError(f"{where}: {name!r} has no rows.")
+        if length != first[1]:
+            raise ValueError(f"{where}: {name!r} has {length} rows, {first[0]!r} {first[1]}.")
