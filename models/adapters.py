@@ -280,8 +280,8 @@ class RandomAdapter(PyroModule):
         if theta.dim() == 1:
             return self._call(theta, inputs, named)
         if theta.shape[0] == 1:
-            first = {name: x[0] for name, x in named.items()}
-            return self._call(theta[0], tuple(x[0] for x in inputs), first).unsqueeze(0)
+            alone = {name: x[0] for name, x in named.items()}
+            return self._call(theta[0], tuple(x[0] for x in inputs), alone).unsqueeze(0)
         with span("pyro_lift.forward"):
             return self._block(self._tensors(theta), inputs, named)
 
