@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_FLAGS ?=
+# A process for each core, up to eight; one that has nothing left takes tests from another. WORKERS=0: all in one.
+WORKERS ?= auto
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-slow lint format doctest examples map wheel clean
 
@@ -28,10 +31,10 @@ demo: $(VENV)/.installed
 	$(BIN)/pyro-lift demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(PYTEST) $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+	$(PYTEST) -m slow $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -46,7 +49,7 @@ doctest: $(VENV)/.installed
 	$(BIN)/python -m pytest --doctest-modules pyro_lift
 
 examples: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/house/test_examples.py
+	$(PYTEST) tests/house/test_examples.py
 
 map: $(VENV)/.installed
 	$(BIN)/python docs/make_map.py

@@ -1,7 +1,8 @@
-"""Shared by all tests: seeds, where the real data may lie, and the device."""
+"""Shared by all tests: seeds, threads and processes, where the real data may lie, and the device."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,19 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 #: Real data for the benchmarks, beside the checkout; not part of the project, so tests that want it may be skipped.
 DATA = ROOT.parent / "shared" / "data"
+
+#: Processes of ``-n auto``: each takes about 1.5 GB, and its imports alone take ten seconds.
+MOST_WORKERS = 8
+# The tests' tensors are small: a second thread costs more than it gives, and takes a core from another worker. The
+# variable is for the processes that tests start, and for pytest-xdist's workers, which read it as they begin.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker for each core that this process may use."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return min(len(allowed), MOST_WORKERS)
 
 
 @pytest.fixture(autouse=True)
