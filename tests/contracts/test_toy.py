@@ -61,8 +61,9 @@ def test_kl_and_fit() -> None:
 
 def draws_of(kernel: Any, iterations: int, seed: int = 0) -> Tensor:
     pyro.set_rng_seed(seed)
-    mcmc = MCMC(kernel, num_samples=iterations, warmup_steps=0, disable_progbar=True)
-    mcmc.run()
+    with pyro.validation_enabled(False):  # a third of the time; the draws are the same
+        mcmc = MCMC(kernel, num_samples=iterations, warmup_steps=0, disable_progbar=True)
+        mcmc.run()
     return mcmc.get_samples()["phi"]
 
 
