@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes")
     options = parser.parse_args()
     if options.smoke:
-        options.tasks, options.iterations, options.seeds = [5, 10], 1_000, 2
+        options.tasks, options.iterations, options.seeds = [5, 10], 300, 2
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     records = []
