@@ -47,7 +47,7 @@ def train(path: Path, *, progress: bool = True, resume: bool = False) -> LiFTPri
     """
     config = read_config(path)
     folder = Path(config.output.folder)
-    if config.sampler.share:
+    if config.sampler.ranks_block_size:
         distributed.join()
     adapter = adapter_of(config)
     tasks = tasks_of(config)

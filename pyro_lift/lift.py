@@ -29,7 +29,7 @@ from pyro_lift.models.task import Task
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support import distributed
-from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.options import check_choice, check_number, current_names
 
 if TYPE_CHECKING:
     import peft
@@ -77,6 +77,7 @@ class LiFT:
         seed: int | None = None,
         **options: Any,
     ) -> None:
+        options = current_names(LiFTSettings, options)
         known = [f.name for f in fields(LiFTSettings)]
         for name in options:
             check_choice("setting", name, known)
@@ -145,7 +146,9 @@ class LiFT:
             "adapter": [[entry.name, list(entry.shape)] for entry in self.adapter.layout],
             "tasks": [[task.name, task.kind, len(task.train)] for task in tasks],
         }
-        return Session(folder, every=checkpoint_every, resume=resume is not None, config=config, **options)
+        return Session(
+            folder, every=checkpoint_every, resume=resume is not None, config=config, upgrade=_upgraded, **options
+        )
 
     def meta_train_many(
         self,
@@ -163,7 +166,7 @@ class LiFT:
         if start is not None and start.shape != self.adapter.initial.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}; the adapter has {self.adapter.dim} weights.")
         s = self.settings
-        if s.share:
+        if s.ranks_block_size:
             distributed.join()
         program = self.program(tasks)
         kernel = self.kernel(program)
@@ -227,9 +230,9 @@ class LiFT:
             sgd_steps=s.sgd_steps,
             sgd_step_size=s.sgd_learning_rate,
             thinning=s.thinning,
-            share=s.share > 0,
-            block_size=s.share or None,
-            site_step_scale={"head": s.head_rate},
+            distributed=s.ranks_block_size > 0,
+            block_size=s.ranks_block_size or None,
+            site_step_scale={"head": s.head_lr_scale},
             site_temperature={"head": s.head_temperature},
             init_strategy=init_to_value(values={"phi": self.adapter.initial}, fallback=init_to_mean),
             seed=self.seed,
@@ -242,7 +245,7 @@ class LiFT:
             return None
         one = torch.ones(1)
         pair = NormalPair("phi", "theta", 0.0 * one, s.sigma**-2 * one, s.beta**2 * one)
-        return s.phi_step_share * langevin_limit(s.accumulator, pair, num_tasks)
+        return s.phi_step_fraction * langevin_limit(s.accumulator, pair, num_tasks)
 
 
 def _adapter(backbone: nn.Module, peft_config: peft.PeftConfig | None, seed: int | None) -> RandomAdapter:
@@ -251,6 +254,11 @@ def _adapter(backbone: nn.Module, peft_config: peft.PeftConfig | None, seed: int
     if peft_config is not None:
         raise TypeError("the backbone is a RandomAdapter, which has its adapter already; leave peft_config out.")
     return backbone
+
+
+def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
+    """A saved run's configuration with the settings' names of today."""
+    return {**config, "settings": current_names(LiFTSettings, config.get("settings", {}), warn=False)}
 
 
 class _ChainSummary(StreamingStats):

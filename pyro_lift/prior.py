@@ -205,7 +205,7 @@ class LiFTPrior:
             preconditioner="rms" if self.settings.preconditioner == "rms" else None,
             second_moment=self.second_moment,
             thinning=thinning,
-            site_step_scale={"head": self.settings.head_rate},
+            site_step_scale={"head": self.settings.head_lr_scale},
             site_temperature={"head": self.settings.head_temperature},
             init_strategy=init_to_value(values={"theta": start}, fallback=init_to_mean),
             seed=source.seed,

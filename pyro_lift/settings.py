@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.options import check_choice, check_number, renamed_keywords
 
 __all__ = ["AdaptSettings", "LiFTSettings"]
 
@@ -29,6 +29,7 @@ class AdaptSettings:
             raise ValueError(f"steps={self.steps}: {self.draws} draws from the last half need {2 * self.draws} steps.")
 
 
+@renamed_keywords(share="ranks_block_size", phi_step_share="phi_step_fraction", head_rate="head_lr_scale")
 @dataclass(frozen=True)
 class LiFTSettings:
     """Everything that meta-training needs beside the tasks and the backbone; ``beta`` and ``sigma`` are sds."""
@@ -52,8 +53,8 @@ class LiFTSettings:
     accumulator: Literal["exact", "table", "single"] = field(
         default="table", metadata={"help": "of the Langevin step: J exact, the paper's table, or one task alone"}
     )
-    phi_step_share: float = field(
-        default=0.1, metadata={"help": "of the Langevin step: share of the largest stable one"}
+    phi_step_fraction: float = field(
+        default=0.1, metadata={"help": "of the Langevin step: fraction of the largest stable one"}
     )
     temperature: float = field(default=1.0, metadata={"help": "variance of all noise in meta-training"})
     n_inflate: float = field(
@@ -62,7 +63,7 @@ class LiFTSettings:
     )
     batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
     block_size: int = field(default=1, metadata={"help": "tasks of a visit; more than one go in one pass"})
-    share: int = field(
+    ranks_block_size: int = field(
         default=0, metadata={"help": "tasks of a visit that torchrun's processes share, in passes of block_size; 0: no"}
     )
     preconditioner: Literal["rms", "none"] = field(default="rms", metadata={"help": "scale of each weight's step"})
@@ -70,7 +71,7 @@ class LiFTSettings:
         default=None, metadata={"help": "sd of a task's own linear head; none for a head shared by all tasks"}
     )
     noise_scale: float = field(default=1.0, metadata={"help": "sd of the noise in regression"})
-    head_rate: float = field(default=10.0, metadata={"help": "a head's step size over the adapter's"})
+    head_lr_scale: float = field(default=10.0, metadata={"help": "a head's step size over the adapter's"})
     head_temperature: float = field(
         default=0.0, metadata={"help": "variance of the noise in a head; 0 moves it to its mode, as all methods do"}
     )
@@ -85,14 +86,14 @@ class LiFTSettings:
                 "sgd_learning_rate",
                 "n_inflate",
                 "noise_scale",
-                "head_rate",
-                "phi_step_share",
+                "head_lr_scale",
+                "phi_step_fraction",
             ),
             counts=("components", "samples", "thinning", "batch_size", "block_size"),
         )
         check_number("temperature", self.temperature, open_below=False)
         check_number("head_temperature", self.head_temperature, open_below=False)
-        for name in ("sgd_steps", "burn_in", "share"):
+        for name in ("sgd_steps", "burn_in", "ranks_block_size"):
             check_number(name, getattr(self, name), open_below=False, whole=True)
         check_choice("covariance", self.covariance, ["diag", "spherical"])
         check_choice("phi_update", self.phi_update, ["gibbs", "langevin"])

@@ -66,3 +66,17 @@ def test_the_reference_is_toml_and_names_every_key() -> None:
     ]
     default = from_dict(RunConfig, tomllib.loads("\n".join(lines)), "reference")
     assert default == from_dict(RunConfig, {"backbone": {"name": "b", "kind": "timm"}}, "short")
+
+
+def test_old_names_of_settings_are_read_from_files_and_warned_of_in_code() -> None:
+    from pyro_lift import LiFTSettings, SGLDGibbs
+
+    old = {"share": 8, "phi_step_share": 0.2, "head_rate": 3.0}
+    expected = LiFTSettings(ranks_block_size=8, phi_step_fraction=0.2, head_lr_scale=3.0)
+    assert from_dict(LiFTSettings, old, "run.toml: sampler") == expected
+    with pytest.warns(FutureWarning, match="'head_rate' is now called 'head_lr_scale'"):
+        assert LiFTSettings(head_rate=3.0).head_lr_scale == 3.0  # type: ignore[call-arg]
+    with pytest.warns(FutureWarning, match="'share' is now called 'distributed'"):
+        assert SGLDGibbs(lambda: None, share=True).distributed  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="old name of 'ranks_block_size'"):
+        LiFTSettings(share=8, ranks_block_size=8)  # type: ignore[call-arg]

@@ -106,6 +106,7 @@ class Session:
         resume: go on with the newest intact checkpoint, or begin where there is none. Without it, a folder that holds
             checkpoints is refused.
         config: plain data that must be the same when the run goes on.
+        upgrade: brings such data of an earlier version up to date before it is compared.
         resume_hint: the command or call that goes on with the run, told to the user when it stops.
 
     Attributes:
@@ -124,10 +125,11 @@ class Session:
         resume: bool = False,
         config: Mapping[str, Any] | None = None,
         resume_hint: str | None = None,
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         check_number("checkpoint_every", every, least=1, open_below=False, whole=True)
         self.folder, self.every = Path(folder), every
-        self.config = jsonable(dict(config or {}))
+        self.config, self._upgrade = jsonable(dict(config or {})), upgrade
         self.resume_hint = resume_hint or f"run(resume={str(self.folder)!r})"
         self.transitions = self.draws = 0
         self._start: dict[str, Any] = {}
@@ -155,7 +157,8 @@ class Session:
                 continue
             self._found, self._previous = (path, state), path
             self.transitions, self.draws = state["transitions"], state["draws"]
-            check_config(path / "state.json", state["config"], self.config)
+            saved = state["config"] if self._upgrade is None else self._upgrade(state["config"])
+            check_config(path / "state.json", saved, self.config)
             log.info("going on with %s", path)
             return
         if there:

@@ -33,7 +33,7 @@ from pyro_lift.inference.schedules import Schedule, as_schedule
 from pyro_lift.inference.sgld import Integrator
 from pyro_lift.inference.stores.store import ReadsAhead, ThetaStore
 from pyro_lift.support import distributed
-from pyro_lift.support.options import check_choice, check_number, named_options
+from pyro_lift.support.options import check_choice, check_number, named_options, renamed_keywords
 
 __all__ = ["SGLDGibbs", "probed"]
 
@@ -43,6 +43,7 @@ def probed(schedule: Schedule) -> list[float]:
     return [schedule(step) for step in (0, 1, 10, 100, 1_000, 10_000, 100_000)]
 
 
+@renamed_keywords(share="distributed")
 class SGLDGibbs(Kernel):
     r"""SGLD-Gibbs for hierarchical programs: the task plate is the Gibbs block (Eq. 9-11).
 
@@ -68,8 +69,8 @@ class SGLDGibbs(Kernel):
         n_inflate: power on the likelihood.
         block_size: B, tasks per visit; None takes the plate's own ``subsample_size``.
         scan: ``"round_robin"`` or ``"random"``.
-        share: whether the processes of ``torchrun`` share each visit, every one keeping the theta of its own tasks
-            (:mod:`~pyro_lift.inference.gibbs.shared_visit`). The plate's ``subsample_size`` is then what one pass
+        distributed: whether the processes of ``torchrun`` share each visit, every one keeping the theta of its own
+            tasks (:mod:`~pyro_lift.inference.gibbs.shared_visit`). The plate's ``subsample_size`` is then what one pass
             takes, and ``block_size`` what all processes visit together; None is one pass each.
         thinning: visits per draw, after the warm-up.
         theta_steps_per_visit: SGLD steps of the block before phi moves.
@@ -116,7 +117,7 @@ class SGLDGibbs(Kernel):
         n_inflate: float = 1.0,
         block_size: int | None = None,
         scan: Scan = "round_robin",
-        share: bool = False,
+        distributed: bool = False,
         thinning: int = 1,
         theta_steps_per_visit: int = 1,
         preconditioner: Literal["rms"] | None = None,
@@ -147,7 +148,7 @@ class SGLDGibbs(Kernel):
         if max_grad_norm is not None:
             check_number("max_grad_norm", max_grad_norm)
         step_scale, temperatures = site_factors(site_step_scale, site_temperature)
-        self._request = Request(plate, block_size, scan, share, sgd_steps, store, check_stability)
+        self._request = Request(plate, block_size, scan, distributed, sgd_steps, store, check_stability)
         self.settings = Settings(
             step_size=None if step_size is None else as_schedule(step_size),
             phi_step_size=None if phi_step_size is None else as_schedule(phi_step_size),

@@ -71,9 +71,11 @@ def check_share(structure: Structure, settings: Settings, scan: str) -> None:
     count = process()[1]
     B, N, size = structure.block_size, structure.num_tasks, structure.pass_size
     if settings.phi_update != "gibbs":
-        raise ValueError(f'phi_update={settings.phi_update!r} with share=True: only "gibbs" needs nothing but S.')
+        raise ValueError(f'phi_update={settings.phi_update!r} with distributed=True: only "gibbs" needs nothing but S.')
     if scan != "round_robin":
-        raise ValueError(f'scan={scan!r} with share=True: use "round_robin", where a task always has one process.')
+        raise ValueError(
+            f'scan={scan!r} with distributed=True: use "round_robin", where a task always has one process.'
+        )
     if B % (count * size):
         raise ValueError(
             f"block_size={B} cannot be shared by {count} processes in passes of {size}: use a multiple of "

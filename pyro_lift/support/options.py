@@ -7,10 +7,10 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar, get_args
 
-__all__ = ["check_choice", "check_literal", "check_number", "named_options", "renamed_keywords"]
+__all__ = ["check_choice", "check_literal", "check_number", "current_names", "named_options", "renamed_keywords"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,20 +55,37 @@ def renamed_keywords(**new_names: str) -> Callable[[type[T]], type[T]]:
 
         @functools.wraps(construct)
         def checked(self: T, /, *args: Any, **kwargs: Any) -> None:
-            for old, new in new_names.items():
-                if old not in kwargs:
-                    continue
-                if new in kwargs:
-                    raise TypeError(f"{cls.__name__}: {old!r} is the old name of {new!r}; give the new one alone.")
-                message = f"{cls.__name__}: {old!r} is now called {new!r}; the old name goes with the next version."
-                warnings.warn(message, FutureWarning, stacklevel=2)
-                kwargs[new] = kwargs.pop(old)
-            construct(self, *args, **kwargs)
+            construct(self, *args, **current_names(cls, kwargs))
 
         cls.__init__ = checked  # type: ignore[method-assign, assignment]
+        cls._old_names = new_names  # type: ignore[attr-defined]
         return cls
 
     return decorate
+
+
+def current_names(cls: type[Any], options: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
+    """Return options of a class with their names of today; an old name is warned of, unless a file holds it.
+
+    Args:
+        cls: decorated by :func:`renamed_keywords`; any other has no old names.
+        options: by old or new names.
+        warn: whether an old name is a caller's, who should write the new one.
+
+    Raises:
+        TypeError: an option given by both of its names.
+    """
+    renamed = dict(options)
+    for old, new in getattr(cls, "_old_names", {}).items():
+        if old not in renamed:
+            continue
+        if new in renamed:
+            raise TypeError(f"{cls.__name__}: {old!r} is the old name of {new!r}; give the new one alone.")
+        if warn:
+            message = f"{cls.__name__}: {old!r} is now called {new!r}; the old name goes with the next version."
+            warnings.warn(message, FutureWarning, stacklevel=3)
+        renamed[new] = renamed.pop(old)
+    return renamed
 
 
 def check_literal(name: str, value: object, literal: Any) -> None:

@@ -9,6 +9,8 @@ import typing
 from dataclasses import fields
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from pyro_lift.support.options import current_names
+
 __all__ = ["C", "from_dict"]
 
 
@@ -19,6 +21,7 @@ def from_dict(cls: type[C], data: Any, where: str) -> C:
     """Make a dataclass from a mapping, nested ones from nested mappings; ``where`` begins the error messages."""
     if not isinstance(data, dict):
         raise ValueError(f"{where}: {data!r} given; expected a table.")
+    data = current_names(cls, data, warn=False)  # a file of an earlier version reads as it did
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for key in data:

@@ -207,7 +207,7 @@ def test_taskwise_peft_stays_near_its_prior_as_that_narrows() -> None:
 @pytest.mark.parametrize("accumulator", ["exact", "table", "single"])
 def test_lift_moves_phi_by_any_accumulator(accumulator: str) -> None:
     adapter, tasks = tiny_adapter(), tiny_tasks(3)
-    options = {"phi_update": "langevin", "accumulator": accumulator, "phi_step_share": 0.2}
+    options = {"phi_update": "langevin", "accumulator": accumulator, "phi_step_fraction": 0.2}
     lift = LiFT(adapter, sgd_steps=4, burn_in=4, samples=8, seed=0, **options)  # type: ignore[arg-type]
     kernel = lift.kernel(lift.program(tasks))
     N, beta, sigma = 3, lift.settings.beta, lift.settings.sigma

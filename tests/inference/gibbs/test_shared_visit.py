@@ -55,7 +55,7 @@ class Program:
 
 def chain(samples: int = 14, program: Program | None = None, **options: Any) -> MCMC:
     pyro.set_rng_seed(2)
-    options = {"step_size": 0.02, "share": True, "block_size": 4, **options}
+    options = {"step_size": 0.02, "distributed": True, "block_size": 4, **options}
     kernel = SGLDGibbs(program or Program(), **options)
     return MCMC(kernel, samples, warmup_steps=10, disable_progbar=True)
 
@@ -159,7 +159,7 @@ def kl_of_two(tmp_path: Path, visits: int, seed: int) -> float:
     def work(rank: int) -> dict[str, Tensor]:
         pyro.set_rng_seed(seed)
         with pyro.validation_enabled(False):
-            kernel = SGLDGibbs(toy, step_size=0.005, share=True)
+            kernel = SGLDGibbs(toy, step_size=0.005, distributed=True)
             mcmc = MCMC(kernel, visits, warmup_steps=0, disable_progbar=True)
             mcmc.run()
         return {"phi": mcmc.get_samples()["phi"]}
@@ -337,7 +337,8 @@ from pyro_lift.models.linear_gaussian import LinearGaussian
 from pyro_lift.support.distributed import is_first, process
 
 pyro.set_rng_seed(0)
-mcmc = MCMC(SGLDGibbs(LinearGaussian(6, seed=0), step_size=0.005, share=True, block_size=2), 40, disable_progbar=True)
+kernel = SGLDGibbs(LinearGaussian(6, seed=0), step_size=0.005, distributed=True, block_size=2)
+mcmc = MCMC(kernel, 40, disable_progbar=True)
 mcmc.run(resume=sys.argv[1])
 if is_first():
     Path(sys.argv[2]).write_text(f"{process()[1]} {float(mcmc.get_samples()['phi'].double().sum())!r}")
@@ -375,7 +376,7 @@ def lift_of(**settings: Any) -> tuple[LiFT, list[Task]]:
 @pytest.mark.parametrize("block", [1, 2])
 def test_the_front_door_shares_too(tmp_path: Path, block: int) -> None:
     def work(rank: int) -> dict[str, Tensor]:
-        lift, tasks = lift_of(share=4, block_size=block)
+        lift, tasks = lift_of(ranks_block_size=4, block_size=block)
         return lift.meta_train(tasks, progress=False).mixture.state_dict()
 
     assert together(tmp_path, work) == [0, 0]
