@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_lift.models.blocks import BlockCall, Slot, bound, flattened, slots_of
-from pyro_lift.models.networks import WeightProbe, check_network, share_hooks, sharing_copy, without_fast_paths
+from pyro_lift.models.networks import (
+    WeightProbe,
+    check_network,
+    plain_network,
+    share_hooks,
+    sharing_copy,
+    without_fast_paths,
+)
 from pyro_lift.models.peft_layers import active_adapter, adapter_tensors, check_in_use, check_places, peft_layers
 from pyro_lift.models.reach import POINTS, Probe, ReachError, check_reach, synthetic_rows
 from pyro_lift.models.readouts import Readout, gives_features, read, readout_for
@@ -105,6 +112,7 @@ class RandomAdapter(PyroModule):
         super().__init__()
         if readout is not None and postprocess is not None:
             raise TypeError("give a readout or a postprocess, not both.")
+        backbone = plain_network(backbone)
         check_network(backbone)
         trainable = _coordinates(backbone)
         layers = peft_layers(backbone)
@@ -362,6 +370,11 @@ def _coordinates(backbone: nn.Module) -> list[tuple[str, nn.Parameter]]:
         raise ValueError(
             f"all {total} weights of the backbone are trainable. Wrap it with peft.get_peft_model first; "
             "RandomAdapter makes the trainable tensors random and takes the others as they are."
+        )
+    if compiled := [name for name, _ in trainable if "_orig_mod" in name.split(".")]:
+        raise ValueError(
+            f"the adapter tensor {compiled[0]!r} is inside a network compiled by torch.compile(network), whose prefix "
+            "would be part of every exported name. Wrap the plain network, and compile afterwards: model.compile()."
         )
     _check_apart(trainable)
     return trainable

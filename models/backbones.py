@@ -242,12 +242,12 @@ def adapt_backbone(
     if isinstance(backbone, RandomAdapter):
         raise TypeError("the backbone is a RandomAdapter already; use it as it is.")
     backbone = plain_network(backbone)
-    check_network(backbone)
     if isinstance(backbone, PeftModel):
         if peft_config is not None:
             raise TypeError("the backbone has an adapter already; leave peft_config out, or pass the plain backbone.")
         _check_model(backbone)
         return RandomAdapter(backbone, **options)
+    check_network(backbone)
     if inside := next(iter(peft_layers(backbone)), None):
         raise ValueError(
             f"the backbone has a PEFT layer inside already, at {inside!r}. Pass the PEFT model itself, take the "
@@ -283,11 +283,6 @@ def _check_model(model: Any) -> None:
     if any(isinstance(module, PeftModel) for module in model.modules() if module is not model):
         raise ValueError(
             "a PEFT model inside a PEFT model: its export would not find its base. Wrap the plain network."
-        )
-    if any("_orig_mod" in name for name, _ in model.named_modules()):
-        raise ValueError(
-            "the PEFT model stands on a network compiled by torch.compile(network), whose prefix would be part of "
-            "every exported name. Wrap the plain network, and compile afterwards: model.compile()."
         )
     name = active_adapter(model)
     config = model.active_peft_config if name is None else model.peft_config[name]

@@ -64,6 +64,8 @@ def check_network(network: nn.Module) -> None:
     for name, parameter in network.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"the weight {name!r} has no shape yet (a lazy module). Run the network once first.")
+        if parameter.is_meta:
+            raise ValueError(f"the weight {name!r} has no values yet (on torch's meta device). Load it first.")
 
 
 def plain_network(network: nn.Module) -> nn.Module:
@@ -212,9 +214,7 @@ class WeightProbe:
 def probe_weights(network: nn.Module, leave_out: frozenset[str] = frozenset()) -> dict[str, Tensor]:
     """Evenly spaced values of each weight, ``[<= 64]`` each, on the host."""
     probes = {
-        name: _probe(parameter.detach())
-        for name, parameter in network.named_parameters()
-        if name not in leave_out and not parameter.is_meta
+        name: _probe(parameter.detach()) for name, parameter in network.named_parameters() if name not in leave_out
     }
     by_device: dict[torch.device, list[str]] = {}
     for name, probe in probes.items():

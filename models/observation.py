@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import pyro
@@ -14,6 +15,8 @@ from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.task import Rows, Task
 
 __all__ = ["batch_of", "check_width", "observe", "outputs", "sample_head"]
+
+log = logging.getLogger("pyro_lift")
 
 #: Rows of the first task that show whether every adapter weight has an effect.
 TRIAL_ROWS = 16
@@ -82,6 +85,14 @@ def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float
                     else f"Load the network with a head for {task.kind}."
                 )
             )
+    classes = max((task.num_classes or 0 for task in tasks), default=0)
+    if head_scale is None and tasks[0].kind == "classification" and classes < width:
+        log.warning(
+            "the network's head gives %d classes, and no task has more than %d: is it another data set's? head_scale= "
+            "gives the tasks heads of their own.",
+            width,
+            classes,
+        )
     if head_scale is None:
         for task in tasks:
             if task.num_classes is not None and task.num_classes > width:

@@ -185,7 +185,7 @@ def synthetic_rows(network: nn.Module) -> Iterator[Candidate]:
     unwrap: Any = getattr(network, "get_base_model", None)
     base: nn.Module = unwrap() if unwrap else network
     weight = next((p for p in base.parameters() if p.is_floating_point()), None)
-    if weight is None or weight.is_meta:
+    if weight is None:
         return
     if hasattr(base, "config") and hasattr(base, "main_input_name"):
         rows = _of_transformers(base, weight)

@@ -189,14 +189,24 @@ def readout_for(named: Mapping[str, Tensor], readout: Readout | None = None) -> 
 def read(output: Any, mask: Tensor | None = None) -> Tensor:
     """Read a network's output as the likelihood expects it.
 
-    ``.logits`` where there are any; else of ``.last_hidden_state`` the features for a head of the task's own: the mean
-    over the tokens of a text, the class token of a picture (which has no mask); else the output itself.
+    ``logits`` where there are any, as an attribute or a key; else of ``last_hidden_state`` the features for a head of
+    the task's own: the mean over the tokens of a text, the class token of a picture (which has no mask); else the
+    output itself.
+
+    Raises:
+        ValueError: an output that is none of these.
     """
-    if hasattr(output, "logits"):
-        return torch.as_tensor(output.logits)
-    if hasattr(output, "last_hidden_state"):
-        return pool(output.last_hidden_state, mask, "first" if mask is None else "mean")
-    return torch.as_tensor(output)
+    for name in ("logits", "last_hidden_state"):
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if value is not None:
+            states = torch.as_tensor(value)
+            return states if name == "logits" else pool(states, mask, "first" if mask is None else "mean")
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"the network returns a {type(output).__name__} without logits or last_hidden_state. Say which tensor is "
+            "meant: adapt_backbone(..., postprocess=lambda output: output[0]), for example."
+        )
+    return output
 
 
 def gives_features(network: Any, output: Any) -> bool:
@@ -205,4 +215,5 @@ def gives_features(network: Any, output: Any) -> bool:
     base = unwrap() if unwrap else network
     if type(base).__module__.startswith("timm."):
         return getattr(base, "num_classes", None) == 0
-    return hasattr(output, "last_hidden_state") and not hasattr(output, "logits")
+    held = output if isinstance(output, Mapping) else vars(output) if hasattr(output, "__dict__") else {}
+    return held.get("last_hidden_state") is not None and held.get("logits") is None
