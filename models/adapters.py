@@ -196,7 +196,8 @@ class RandomAdapter(PyroModule):
         if len(zero) == len(self.layout):
             raise ReachError(
                 f"the gradient of the network's output is zero in every adapter weight, at {POINTS} random points: "
-                "theta has no effect. Does the network round what the adapter gives?"
+                "theta has no effect. Does the network round what the adapter gives, or multiply it by zero (a residual "
+                "branch that was never trained)?"
             )
         if zero:
             log.warning("the gradient of these adapter tensors is zero on the first rows: %s", ", ".join(zero))
@@ -229,8 +230,8 @@ class RandomAdapter(PyroModule):
 
     def _note_weights(self) -> None:
         """What the frozen weights are, and the dtypes in which the network has the adapter's tensors."""
-        own = [places[0].module._parameters[places[0].attribute] for places in self._slots]
-        dtypes = [self.initial.dtype if x is None else x.dtype for x in own]
+        tensors = [places[0].module._parameters[places[0].attribute] for places in self._slots]
+        dtypes = [self.initial.dtype if x is None else x.dtype for x in tensors]
         self._dtypes = None if all(dtype == self.initial.dtype for dtype in dtypes) else dtypes
         names = frozenset(entry.name for entry in self.layout) | frozenset(adapter_tensors(self.backbone))
         self._weights = WeightProbe(self.backbone, names)
@@ -392,10 +393,10 @@ def _check_apart(trainable: Sequence[tuple[str, nn.Parameter]]) -> None:
         places.setdefault(p.untyped_storage().data_ptr(), []).append((start, end, name))
     for spans in places.values():
         spans.sort()
-        for (_, end, one), (start, _, other) in pairwise(spans):
+        for (_, end, first), (start, _, second) in pairwise(spans):
             if start < end:
                 raise ValueError(
-                    f"the adapter tensors {one!r} and {other!r} share their memory, so that they cannot be coordinates "
+                    f"the adapter tensors {first!r} and {second!r} share their memory, so that they cannot be coordinates "
                     "of their own. Adapt one of the tied layers only (ensure_weight_tying=False)."
                 )
 

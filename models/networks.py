@@ -87,8 +87,8 @@ def sharing_copy(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.M
     """
     memo = {} if memo is None else memo
     network = plain_network(network)
-    own = (vars(m).get("forward") for m in network.modules() if plain_network(m) is m)
-    if any(isinstance(forward, types.FunctionType) for forward in own):
+    forwards = (vars(module).get("forward") for module in network.modules() if plain_network(module) is module)
+    if any(isinstance(forward, types.FunctionType) for forward in forwards):
         log.warning("the network has a forward function of its own, which a copy would share: it is used as it is.")
         memo |= {id(module): module for module in network.modules()}
         return network

@@ -84,9 +84,9 @@ def check_places(network: nn.Module, layers: dict[str, Any], adapter: str | None
             raise ValueError(
                 f"the adapter at {name!r} is scaled by zero (lora_alpha, alpha_pattern): it has no effect."
             )
-        parent, _, own = name.rpartition(".")
+        parent, _, attribute = name.rpartition(".")
         attention = modules.get(parent)
-        if own != "out_proj" or not isinstance(attention, nn.MultiheadAttention):
+        if attribute != "out_proj" or not isinstance(attention, nn.MultiheadAttention):
             continue
         wrapped = any(vars(other).get("_modules", {}).get("base_layer") is attention for other in layers.values())
         if wrapped or hasattr(
