@@ -196,8 +196,8 @@ class RandomAdapter(PyroModule):
         if len(zero) == len(self.layout):
             raise ReachError(
                 f"the gradient of the network's output is zero in every adapter weight, at {POINTS} random points: "
-                "theta has no effect. Does the network round what the adapter gives, or multiply it by zero (a residual "
-                "branch that was never trained)?"
+                "theta has no effect. Does the network round what the adapter gives, or multiply it by zero (a "
+                "residual branch that was never trained)?"
             )
         if zero:
             log.warning("the gradient of these adapter tensors is zero on the first rows: %s", ", ".join(zero))
@@ -396,8 +396,8 @@ def _check_apart(trainable: Sequence[tuple[str, nn.Parameter]]) -> None:
         for (_, end, first), (start, _, second) in pairwise(spans):
             if start < end:
                 raise ValueError(
-                    f"the adapter tensors {first!r} and {second!r} share their memory, so that they cannot be coordinates "
-                    "of their own. Adapt one of the tied layers only (ensure_weight_tying=False)."
+                    f"the adapter tensors {first!r} and {second!r} share their memory, so that they cannot be "
+                    "coordinates of their own. Adapt one of the tied layers only (ensure_weight_tying=False)."
                 )
 
 
