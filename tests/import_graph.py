@@ -1,4 +1,4 @@
-"""The import graph of the package, read from its source: who imports whom, imports inside functions too."""
+"""The import graph of the package, read from its source, imports inside functions too; and the law it is held to."""
 
 from __future__ import annotations
 
@@ -11,6 +11,39 @@ PACKAGES = {
     "pyro_lift.inference": ROOT / "inference",
     "pyro_lift": ROOT / "pyro_lift",
 }
+
+#: Floors from the ground up. A module belongs to the longest name that it starts with.
+LAW: dict[str, set[str]] = {
+    "support": set(),
+    "models": {"support"},
+    "data": {"models", "support"},
+    "inference": {"models", "support"},
+    "inference.baselines": {"inference", "models", "support"},
+    "settings": {"support"},
+    "saving": {"inference", "models", "settings", "support"},
+    "diagnostics": {"inference", "models", "settings", "support"},
+    "metrics": {"data", "models", "support"},
+    "posterior": {"saving", "inference", "models", "settings", "support"},
+    "adapter_library": {"posterior", "saving", "inference", "models", "settings", "support"},
+    "prior": {"adapter_library", "posterior", "saving", "inference", "models", "settings", "support"},
+    "lift": {"prior", "adapter_library", "posterior", "saving", "inference", "models", "settings", "support"},
+    "config": {"data", "models", "settings", "support"},
+    "wiring": {"config", "data", "models", "settings", "support"},
+}
+LAW["methods"] = LAW["lift"] | {"lift", "inference.baselines"}
+LAW["commands"] = LAW["lift"] | LAW["wiring"] | LAW["metrics"] | {"lift", "wiring", "metrics"}
+LAW["bench"] = set(LAW) - {"commands"}
+LAW["cli"] = set(LAW)
+#: The package itself: names that are imported when they are first used, and the version.
+ROOT_MODULE = "pyro_lift"
+
+
+def floor_of(module: str) -> str:
+    """The floor that a module stands on."""
+    name = module.removeprefix("pyro_lift.")
+    floors = [floor for floor in LAW if name == floor or name.startswith(f"{floor}.")]
+    assert floors, f"{module} stands on no floor: give it one in LAW"
+    return max(floors, key=len)
 
 
 def modules() -> dict[str, Path]:

@@ -4,40 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from import_graph import import_graph, modules
-
-#: Floors from the ground up. A module belongs to the longest name that it starts with.
-LAW: dict[str, set[str]] = {
-    "support": set(),
-    "models": {"support"},
-    "data": {"models", "support"},
-    "inference": {"models", "support"},
-    "inference.baselines": {"inference", "models", "support"},
-    "settings": {"support"},
-    "saving": {"inference", "models", "settings", "support"},
-    "diagnostics": {"inference", "models", "settings", "support"},
-    "metrics": {"data", "models", "support"},
-    "posterior": {"saving", "inference", "models", "settings", "support"},
-    "adapter_library": {"posterior", "saving", "inference", "models", "settings", "support"},
-    "prior": {"adapter_library", "posterior", "saving", "inference", "models", "settings", "support"},
-    "lift": {"prior", "adapter_library", "posterior", "saving", "inference", "models", "settings", "support"},
-    "config": {"data", "models", "settings", "support"},
-    "wiring": {"config", "data", "models", "settings", "support"},
-}
-LAW["methods"] = LAW["lift"] | {"lift", "inference.baselines"}
-LAW["commands"] = LAW["lift"] | LAW["wiring"] | LAW["metrics"] | {"lift", "wiring", "metrics"}
-LAW["bench"] = set(LAW) - {"commands"}
-LAW["cli"] = set(LAW)
-#: The package itself: names that are imported when they are first used, and the version.
-ROOT_MODULE = "pyro_lift"
-
-
-def floor_of(module: str) -> str:
-    """The floor that a module stands on."""
-    name = module.removeprefix("pyro_lift.")
-    floors = [floor for floor in LAW if name == floor or name.startswith(f"{floor}.")]
-    assert floors, f"{module} stands on no floor: give it one in LAW"
-    return max(floors, key=len)
+from import_graph import LAW, ROOT_MODULE, floor_of, import_graph, modules
 
 
 def test_every_import_points_down() -> None:
