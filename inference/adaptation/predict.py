@@ -164,7 +164,17 @@ def rows_of(inputs: Any, task: Task) -> Rows:
     if missing := sorted(known - {"", *named}):
         raise ValueError(f"inputs: {missing[0]!r} is missing; task {task.name!r} was given {sorted(known)}.")
     rows = as_rows((named, torch.zeros(len(next(iter(named.values()))))), "inputs")
-    return replace(rows, shared=task.train.shared)
+    cast = {name: _as_trained(name, x, task.train.inputs.get(name)) for name, x in rows.inputs.items()}
+    return replace(rows, inputs=cast, shared=task.train.shared)
+
+
+def _as_trained(name: str, x: Tensor, trained: Tensor | None) -> Tensor:
+    """Return an input in the type of the task's own rows: NumPy's numbers are float64 and a network's are not."""
+    if trained is None or x.dtype == trained.dtype:
+        return x
+    if x.is_floating_point() and not trained.is_floating_point():
+        raise TypeError(f"inputs: {name or 'they'!r} of {x.dtype}, but the task's own rows are {trained.dtype}.")
+    return x.to(trained.dtype)
 
 
 def _check_form(where: str, value: Any) -> None:
