@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -17,13 +18,54 @@ app = typer.Typer(name="pyro-lift", no_args_is_help=True, add_completion=False, 
 bench = typer.Typer(no_args_is_help=True)
 app.add_typer(bench, name="bench", help="Measure: a JSON list of records, and a figure beside it.")
 
-Out = Annotated[Path, typer.Option("--out", help="folder for records and figures", file_okay=False)]
+
+def _new_folder(path: Path) -> Path:
+    """Make a folder that results are to go into, before they are computed."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise typer.BadParameter(f"{path} cannot be written.")
+    return path
+
+
+def _device(name: str | None) -> str | None:
+    """Refuse a device that this machine lacks, before anything is computed."""
+    if name not in (None, "cpu"):
+        from pyro_lift.wiring import device_of
+
+        try:
+            device_of(name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+    return name
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(version("pyro-lift"))
+        except PackageNotFoundError:
+            print("unknown: pyro-lift is not installed")
+        raise typer.Exit
+
+
+Out = Annotated[
+    Path, typer.Option("--out", help="folder for records and figures", file_okay=False, callback=_new_folder)
+]
 Smoke = Annotated[bool, typer.Option("--smoke", help="seconds instead of minutes; the numbers mean nothing")]
-Device = Annotated[str, typer.Option("--device", help="cpu or cuda")]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda", callback=_device)]
+OtherDevice = Annotated[
+    str | None, typer.Option("--device", help="cpu or cuda, in place of the TOML file's", callback=_device)
+]
 
 
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and stop", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
     """Learn a prior over LoRA adapters from many tasks, and adapt to new ones by Bayesian inference."""
 
 
@@ -72,11 +114,13 @@ def demo(
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file: backbone, adapter, tasks, sampler, output")],
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped or killed")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a finished prior")] = False,
+    device: OtherDevice = None,
 ) -> None:
     """Learn a prior from the tasks of a TOML file, and write its folder."""
     from pyro_lift import commands
 
-    commands.train(config, resume=resume)
+    commands.train(config, resume=resume, overwrite=overwrite, device=device)
 
 
 @app.command()
@@ -85,11 +129,12 @@ def adapt(
     task: Annotated[Path, typer.Option("--task", help="folder with train.* and perhaps test.*")],
     out: Annotated[Path, typer.Option("--out", help="folder for the draws and the PEFT adapter")] = Path("adapted"),
     seed: Annotated[int, typer.Option(help="of the chain")] = 0,
+    device: OtherDevice = None,
 ) -> None:
     """Adapt a prior to one new task."""
     from pyro_lift import commands
 
-    commands.adapt(prior, task, out, seed=seed)
+    commands.adapt(prior, task, out, seed=seed, device=device)
 
 
 @app.command()
@@ -97,11 +142,12 @@ def predict(
     adapted: Annotated[Path, typer.Argument(help="folder that `adapt` wrote")],
     task: Annotated[Path | None, typer.Option("--task", help="folder with the rows; else the adapted one")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="JSONL file; by default in ADAPTED")] = None,
+    device: OtherDevice = None,
 ) -> None:
     """Predict a task's test rows, averaged over the draws."""
     from pyro_lift import commands
 
-    commands.predict(adapted, task, out)
+    commands.predict(adapted, task, out, device=device)
 
 
 @app.command()
@@ -221,6 +267,10 @@ def main() -> None:
     except RunStopped as stop:
         print(f"pyro-lift: {stop.message}", file=sys.stderr)
         raise SystemExit(128 + stop.signal_number) from stop
-    except (ValueError, TypeError, OSError, DivergedError, ProcessLostError) as error:
+    except (ValueError, TypeError, OSError, ImportError, MemoryError, DivergedError, ProcessLostError) as error:
         print(f"pyro-lift: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

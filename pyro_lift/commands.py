@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pyro_lift.models.task import Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.support import distributed
+from pyro_lift.support.archive import read_json, write_file, write_json
 from pyro_lift.wiring import adapter_of, device_of, task_of, tasks_of
 
 __all__ = ["adapt", "predict", "train"]
@@ -32,7 +34,9 @@ CONFIG, PRIOR = "run.toml", "prior.safetensors"
 RECORD, PREDICTIONS = "adapt.json", "predictions.jsonl"
 
 
-def train(path: Path, *, progress: bool = True, resume: bool = False) -> LiFTPrior:
+def train(
+    path: Path, *, progress: bool = True, resume: bool = False, overwrite: bool = False, device: str | None = None
+) -> LiFTPrior:
     """Meta-train as a TOML file says, and write the prior, with the file beside it.
 
     While it runs it saves itself in ``checkpoints`` inside the prior's folder; they go when the prior is written.
@@ -41,12 +45,23 @@ def train(path: Path, *, progress: bool = True, resume: bool = False) -> LiFTPri
         path: the TOML file.
         progress: whether to show a bar.
         resume: go on with a run that was stopped or killed.
+        overwrite: replace a finished prior, and drop a run that was stopped.
+        device: in place of the file's.
 
     Raises:
-        ValueError: anything wrong with the file or the tasks; before any training.
+        ValueError: anything wrong with the file or the tasks, or a finished prior in the way; before any training.
+        OSError: the output folder cannot be written; before any training.
     """
-    config = read_config(path)
+    config, text = read_config(path), path.read_bytes()
     folder = Path(config.output.folder)
+    saved, every = folder / "checkpoints", config.output.checkpoint_every
+    if (folder / PRIOR).exists() and not overwrite and not (resume and saved.is_dir()):
+        raise ValueError(
+            f"{folder} holds a finished prior. Give another output.folder, or --overwrite to train anew and replace it."
+        )
+    _check_writable(folder)
+    if overwrite and not resume and distributed.is_first():
+        shutil.rmtree(saved, ignore_errors=True)
     if config.sampler.ranks_block_size:
         distributed.join()
     adapter = adapter_of(config)
@@ -54,9 +69,8 @@ def train(path: Path, *, progress: bool = True, resume: bool = False) -> LiFTPri
     if distributed.is_first():
         print(tasks.summary())
         print(f"{adapter.dim} adapter weights on {config.backbone.name}")
-    device, seed = device_of(config.output.device), config.output.seed
-    lift = LiFT(adapter, settings=config.sampler, adapt=config.adapt, device=device, seed=seed)
-    saved, every = folder / "checkpoints", config.output.checkpoint_every
+    place, seed = device_of(device or config.output.device), config.output.seed
+    lift = LiFT(adapter, settings=config.sampler, adapt=config.adapt, device=place, seed=seed)
     session = None
     if every or resume:
         where: dict[str, Any] = {"resume": saved} if resume else {"checkpoint": saved}
@@ -65,22 +79,34 @@ def train(path: Path, *, progress: bool = True, resume: bool = False) -> LiFTPri
     prior = lift.meta_train_many(tasks.train, [config.sampler.components], progress=progress, session=session)[0]
     if not distributed.is_first():
         return prior
+    write_file(folder / CONFIG, text)
     prior.save_pretrained(folder)
-    (folder / CONFIG).write_bytes(path.read_bytes())
     shutil.rmtree(saved, ignore_errors=True)
     print(f"prior written: {folder}")
     return prior
 
 
-def adapt(prior_folder: Path, task_folder: Path, out: Path, *, seed: int = 0, progress: bool = True) -> TaskPosterior:
+def adapt(
+    prior_folder: Path,
+    task_folder: Path,
+    out: Path,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    device: str | None = None,
+) -> TaskPosterior:
     """Adapt a prior to the task of a folder; write the posterior's folder and a record.
 
+    The draws are written before they are scored, so that scores which cannot be computed cost nothing.
+
     Raises:
-        ValueError: not a prior's folder; bad data, with file and line.
+        ValueError: not a prior's folder; bad data, with file and line; scores that cannot be computed.
+        OSError: ``out`` cannot be written; before the chain.
     """
     config = _config_of(prior_folder)
+    _check_writable(out)
     adapter = adapter_of(config)
-    adapter.to(device_of(config.output.device))
+    adapter.to(device_of(device or config.output.device))
     prior = LiFTPrior.from_pretrained(prior_folder, adapter)
     task = task_of(config, task_folder)
     posterior = prior.adapt(task, seed=seed, progress=progress)
@@ -92,37 +118,67 @@ def adapt(prior_folder: Path, task_folder: Path, out: Path, *, seed: int = 0, pr
         "component": posterior.component,
         "seed": seed,
     }
-    results = {} if task.test is None else scores(posterior.predict(task.test), task.test, task)
-    posterior.save_pretrained(out, results=results)
-    (out / RECORD).write_text(json.dumps({**record, **results}, indent=1) + "\n")
-    print(json.dumps({**record, **results}))
+    posterior.save_pretrained(out)
+    write_json(out / RECORD, record)
+    if task.test is not None:
+        try:
+            results = scores(posterior.predict(task.test), task.test, task)
+        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            raise ValueError(f"{out}: the draws are saved, but scoring them failed: {error}") from error
+        posterior.save_pretrained(out, results=results)
+        record |= results
+        write_json(out / RECORD, record)
+    print(json.dumps(record))
     return posterior
 
 
-def predict(folder: Path, task_folder: Path | None = None, out: Path | None = None) -> Path:
+def predict(
+    folder: Path, task_folder: Path | None = None, out: Path | None = None, *, device: str | None = None
+) -> Path:
     """Predict the test rows of a task folder (train rows where there are no others); one JSON line a row.
 
     Args:
         folder: what :func:`adapt` wrote.
         task_folder: of the rows; None takes the one that was adapted to.
         out: of the predictions; None writes into ``folder``.
+        device: in place of the prior's.
+
+    Raises:
+        ValueError: not an adapted folder, or one whose prior is gone; bad data, with file and line.
+        OSError: ``out`` cannot be written.
     """
     if not (folder / RECORD).is_file():
         raise ValueError(f"{folder}: no {RECORD} here. Give the folder that `pyro-lift adapt` wrote.")
-    record = json.loads((folder / RECORD).read_text())
-    config = _config_of(Path(record["prior"]))
+    record = read_json(folder / RECORD)
+    for key in ("prior", "task_folder"):
+        if not isinstance(record.get(key), str):
+            raise ValueError(f"{folder / RECORD}: {key!r} is missing. Give the folder that `pyro-lift adapt` wrote.")
+    out = out or folder / PREDICTIONS
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; --out is the JSONL file to write.")
+    _check_writable(out.parent)
+    try:
+        config = _config_of(Path(record["prior"]))
+    except ValueError as error:
+        raise ValueError(f"{folder / RECORD}: the prior it was adapted from: {error}") from error
     adapter = adapter_of(config)
-    adapter.to(device_of(config.output.device))
+    adapter.to(device_of(device or config.output.device))
     task = task_of(config, task_folder or Path(record["task_folder"]))
     saved = TaskPosterior.from_pretrained(folder, adapter)
     posterior = TaskPosterior(adapter, task, saved.thetas, saved.heads, saved.component)
     rows = task.test or task.train
-    out = out or folder / PREDICTIONS
-    with out.open("w", encoding="utf-8") as file:
-        for line in _predictions(task, posterior.predict(rows)):
-            file.write(json.dumps(line) + "\n")
+    # All lines before the first is written: a file of predictions is whole, or is not there.
+    lines = [json.dumps(line) for line in _predictions(task, posterior.predict(rows))]
+    write_file(out, "".join(f"{line}\n" for line in lines).encode())
     print(f"{len(rows)} predictions written: {out}")
     return out
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written, before anything is computed; makes it where it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _config_of(prior_folder: Path) -> RunConfig:

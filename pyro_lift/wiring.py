@@ -130,5 +130,15 @@ def encoder_of(config: RunConfig) -> Any:
 
 
 def device_of(name: str | None) -> str:
-    """Return the named device; without a name, CUDA where there is one."""
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the named device; without a name, CUDA where there is one.
+
+    Raises:
+        ValueError: no device of that name, or none of that kind in this machine.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={name!r} cannot be used here ({str(error).splitlines()[0][:120]}).") from error
+    return name

@@ -184,7 +184,7 @@ def test_pictures_from_npz_files_with_a_head_of_their_own(tmp_path: Path) -> Non
     assert len(lines) == 8 and {line["label"] for line in lines} <= set("wxyz")
     config.write_text(config.read_text().replace('["a", "b"]', '["a", "nwe"]'))
     with pytest.raises(ValueError, match="task='nwe' is not known; did you mean 'new'"):
-        commands.train(config)
+        commands.train(config, overwrite=True)
     np.savez(new, x_train=np.zeros((2, 4, 4, 3)), y_train=np.zeros(2, dtype=int))
     with pytest.raises(ValueError, match=r"new\.npz: .*expected uint8"):
         read_task(new)
