@@ -220,8 +220,8 @@ REFUSALS: list[tuple[Callable[[Path], None], str]] = [
     (lambda f: edit(f, modules_to_save=["classifier"]), r"lora-1.*modules_to_save=\['classifier'\]"),
     (lambda f: edit(f, bias="all"), r"lora-1.*bias='all'"),
     (lambda f: (f / "adapter_config.json").unlink(), r"lora-1: no adapter_config\.json here"),
-    (lambda f: (f / "adapter_config.json").write_text("{") and None, r"adapter_config\.json: not JSON"),
-    (lambda f: (f / "adapter_config.json").write_text("{}") and None, r"adapter_config\.json: no key 'peft_type'"),
+    (lambda f: (f / "adapter_config.json").write_text("{") and None, r"adapter_config\.json: not JSON"),  # type: ignore[list-item]
+    (lambda f: (f / "adapter_config.json").write_text("{}") and None, r"adapter_config\.json: no key 'peft_type'"),  # type: ignore[list-item]
     (missing_tensor, r"lora-1/adapter_model\.safetensors: tensor 'base_model.*' is missing"),
     (extra_tensor, r"adapter_model\.safetensors: tensor 'base_model\.model\.more\.lora_A\.weight' is not part"),
     (wrong_shape, r"adapter_model\.safetensors: tensor '.*' has shape \(3, 5\), not \(2, 16\)"),

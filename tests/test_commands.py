@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from pyro_lift import LiFTPrior, TaskPosterior, commands
 from pyro_lift.cli import app
+from pyro_lift.config import read_config
 from pyro_lift.data.folder import read_task
 from pyro_lift.models.backbones import load_backbone
 from pyro_lift.wiring import adapter_of, task_of, tasks_of
@@ -41,7 +42,7 @@ def test_train_adapt_predict_and_export_from_files(family: str, tmp_path: Path) 
 
     backbone = load_backbone(tmp_path / "model", KINDS[family])  # type: ignore[arg-type]
     loaded = peft.PeftModel.from_pretrained(backbone, tmp_path / "adapted").eval()
-    adapter = adapter_of(commands.read_config(config))
+    adapter = adapter_of(read_config(config))
     mean = TaskPosterior.from_pretrained(tmp_path / "adapted", adapter).thetas.mean(0)
     named = {k: x for k, x in FAMILIES[family].task("t").train.named.items() if not k.startswith("label_")}
     with torch.no_grad(), adapter.bound(mean):
@@ -54,7 +55,7 @@ def test_train_adapt_predict_and_export_from_files(family: str, tmp_path: Path) 
 def test_the_prior_read_back_is_the_prior_written(tmp_path: Path) -> None:
     config = prepare("bert", tmp_path)
     prior = commands.train(config, progress=False)
-    read = LiFTPrior.from_pretrained(tmp_path / "prior", adapter_of(commands.read_config(config)))
+    read = LiFTPrior.from_pretrained(tmp_path / "prior", adapter_of(read_config(config)))
     x = torch.randn(prior.adapter.dim)
     torch.testing.assert_close(read.mixture.get().log_prob(x), prior.mixture.get().log_prob(x))
     torch.testing.assert_close(read.second_moment["theta"], prior.second_moment["theta"])
@@ -68,7 +69,7 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
         commands.adapt(tmp_path, tmp_path / "new", tmp_path / "out")
     with pytest.raises(ValueError, match=r"no adapt\.json here"):
         commands.predict(tmp_path)
-    run = commands.read_config(config)
+    run = read_config(config)
     with pytest.raises(ValueError, match="no such folder"):
         task_of(run, tmp_path / "nowhere")
     bad = tmp_path / "bad"
@@ -82,7 +83,7 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
 
 
 def test_the_tasks_of_a_split_to_be_judged_by_are_not_trained_on(tmp_path: Path) -> None:
-    run = commands.read_config(prepare("bert", tmp_path))
+    run = read_config(prepare("bert", tmp_path))
     assert [task.name for task in tasks_of(run).train] == ["a", "b"]
     (tmp_path / "tasks" / "split.json").write_text('{"train": ["b"], "test": ["a"]}')
     tasks = tasks_of(run)
@@ -90,7 +91,7 @@ def test_the_tasks_of_a_split_to_be_judged_by_are_not_trained_on(tmp_path: Path)
 
 
 def test_text_for_a_backbone_of_pictures_is_refused(tmp_path: Path) -> None:
-    run = commands.read_config(prepare("vit", tmp_path))
+    run = read_config(prepare("vit", tmp_path))
     folder = write_text(tmp_path / "words", train='{"input": "a", "output": "b"}')
     with pytest.raises(ValueError, match=r"task 'words' is text; a 'vision' backbone takes the other"):
         task_of(run, folder)
@@ -172,8 +173,8 @@ def test_pictures_from_npz_files_with_a_head_of_their_own(tmp_path: Path) -> Non
     (tmp_path / "pictures").mkdir()
     for name, classes in (("a", 2), ("b", 3), ("new", 4)):
         arrays = {f"x_{part}": rng.integers(0, 256, (8, 6, 6, 1), dtype=np.uint8) for part in ("train", "test")}
-        arrays |= {f"y_{part}": np.arange(8) % classes for part in ("train", "test")}
-        np.savez(tmp_path / "pictures" / f"{name}.npz", classes=np.array(list("wxyz")[:classes]), **arrays)
+        arrays |= {f"y_{part}": np.arange(8) % classes for part in ("train", "test")}  # type: ignore[misc]
+        np.savez(tmp_path / "pictures" / f"{name}.npz", classes=np.array(list("wxyz")[:classes]), **arrays)  # type: ignore[arg-type]
     text = config.read_text().replace(str(tmp_path / "tasks"), str(tmp_path / "pictures"))
     config.write_text(text.replace("[tasks]", '[tasks]\nnames = ["a", "b"]'))
     commands.train(config, progress=False)

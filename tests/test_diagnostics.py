@@ -65,7 +65,7 @@ def test_summary_plots_and_netcdf(two_chains: MCMC, tmp_path: Path) -> None:
     assert {"ess_bulk", "ess_tail", "r_hat"} <= set(table.columns)
     az.plot_trace(data)
     az.plot_rank(data)
-    matplotlib.pyplot.close("all")
+    matplotlib.pyplot.close("all")  # type: ignore[attr-defined]
     data.to_netcdf(str(tmp_path / "run.nc"))
     back = az.from_netcdf(str(tmp_path / "run.nc"))
     for group in ("posterior", "sample_stats"):

@@ -41,7 +41,7 @@ def toy_lift(toy: LinearGaussian, **options: object) -> LiFT:
         "burn_in": 200,
         "samples": 4_000,
     }
-    return LiFT(RandomAdapter(Line(toy.dim)), seed=0, **{**settings, **options})
+    return LiFT(RandomAdapter(Line(toy.dim)), seed=0, **{**settings, **options})  # type: ignore[arg-type]
 
 
 def test_meta_training_finds_the_exact_posterior_of_the_toy() -> None:
@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_names_step_and_task_and_keeps_the_state() -> 
 )
 def test_wrong_settings_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LiFT(classifier(), **options)
+        LiFT(classifier(), **options)  # type: ignore[arg-type]
 
 
 def test_wrong_adaptation_settings_are_refused() -> None:

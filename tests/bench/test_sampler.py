@@ -42,7 +42,11 @@ def test_a_chain_is_the_kernels_with_the_same_noise(update: Update) -> None:
     for visit in range(visits):
         params = kernel.sample(params)
         torch.testing.assert_close(
-            next(ours).view(2), params["phi"], rtol=1e-10, atol=1e-10, msg=lambda m, visit=visit: f"visit {visit}: {m}"
+            next(ours).view(2),
+            params["phi"],
+            rtol=1e-10,
+            atol=1e-10,
+            msg=lambda m, visit=visit: f"visit {visit}: {m}",  # type: ignore[misc]
         )
 
 

@@ -14,6 +14,7 @@ from pyro_lift.bench.shapes import BACKBONES
 from pyro_lift.bench.speed import Part, SpeedSettings
 from pyro_lift.bench.steps import TimedLiFT, plain
 from pyro_lift.bench.timing import Times, interleaved, quartiles
+from pyro_lift.models.backbones import adapt_backbone, recipe
 
 
 def test_the_short_form_writes_records_and_a_figure(tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_ratios_are_round_by_round() -> None:
 def test_the_plain_loop_and_the_chain_leave_the_backbone_as_they_found_it() -> None:
     shape = BACKBONES["bart-tiny"]
     net = shape.make()
-    adapter = speed.adapt_backbone(net, speed.recipe(net, rank=2))
+    adapter = adapt_backbone(net, recipe(net, rank=2))
     tasks = [shape.task(i) for i in range(2)]
     step = plain(adapter, tasks, torch.optim.SGD)
     frozen = {name: p.clone() for name, p in adapter.backbone.named_parameters() if "lora" not in name}

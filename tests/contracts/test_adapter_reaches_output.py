@@ -101,7 +101,7 @@ def routed() -> nn.Module:
 
 def llama(**options: Any) -> nn.Module:
     sizes = {"hidden_size": D, "intermediate_size": D, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return hf.LlamaForCausalLM(
+    return hf.LlamaForCausalLM(  # type: ignore[no-any-return]
         hf.LlamaConfig(vocab_size=V, num_key_value_heads=2, max_position_embeddings=32, **sizes, **options)
     )
 
@@ -114,7 +114,7 @@ def bert(kind: Any = hf.BertModel, **options: Any) -> nn.Module:
 
 def albert() -> nn.Module:
     sizes = {"hidden_size": D, "intermediate_size": D, "num_hidden_layers": 3, "num_attention_heads": 2}
-    return hf.AlbertModel(hf.AlbertConfig(vocab_size=V, embedding_size=8, max_position_embeddings=32, **sizes))
+    return hf.AlbertModel(hf.AlbertConfig(vocab_size=V, embedding_size=8, max_position_embeddings=32, **sizes))  # type: ignore[no-any-return]
 
 
 def t5(kind: Any = hf.T5ForConditionalGeneration) -> nn.Module:
@@ -165,7 +165,8 @@ BOTH = ["a", "b"]
 WAYS: dict[str, Way] = {
     **{
         f"init={start}": Way(
-            lambda: two(plainly), lambda start=start: Lora(r=2, target_modules=BOTH, init_lora_weights=start)
+            lambda: two(plainly),
+            lambda start=start: Lora(r=2, target_modules=BOTH, init_lora_weights=start),  # type: ignore[misc]
         )
         for start in (True, False, "gaussian", "orthogonal", "pissa", "olora")
     },
@@ -431,7 +432,7 @@ def test_the_probe_leaves_no_trace() -> None:
             self.register_buffer("calls", torch.zeros(()))
 
         def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
+            self.calls += 1  # type: ignore[assignment, operator]
             return torch.as_tensor(self.b(self.a(x) + 0.0 * torch.rand(1)))
 
     network = Counting()

@@ -51,11 +51,11 @@ def trained(backbone: Any, peft_config: Any = None, **options: Any) -> tuple[LiF
 
 def export(posterior: TaskPosterior, folder: Path) -> Tensor:
     """The output of the posterior's PEFT export on the plain network."""
-    return peft.PeftModel.from_pretrained(base(), str(posterior.to_peft(folder))).eval()(X).detach()
+    return peft.PeftModel.from_pretrained(base(), str(posterior.to_peft(folder))).eval()(X).detach()  # type: ignore[no-any-return]
 
 
 def own_output(posterior: TaskPosterior) -> Tensor:
-    return posterior.adapter(X, theta=posterior.thetas.mean(0)).detach()
+    return posterior.adapter(X, theta=posterior.thetas.mean(0)).detach()  # type: ignore[no-any-return]
 
 
 def another_lift(network: nn.Module, prior: LiFTPrior, folder: Path) -> None:
@@ -255,7 +255,7 @@ def test_what_peft_does_to_a_model_later_is_found_at_the_next_run(
         lambda: prior.save_pretrained(tmp_path / "prior"),
         lambda: posterior.to_peft(tmp_path / "posterior"),
     ):
-        with pytest.raises(ValueError, match=CHANGES[change]):
+        with pytest.raises(ValueError, match=CHANGES[change]):  # type: ignore[index]
             run()
     assert list(tmp_path.iterdir()) == []
 

@@ -38,7 +38,7 @@ def test_ablations_of_adaptation_work_on_lifts_own_state() -> None:
     adapter, tasks = tiny_adapter(), tiny_tasks(4)
     whole, cold = BASELINES["lift"](adapter, SMALL), BASELINES["lift-noise-x"](adapter, SMALL)
     state = whole.meta_train(tasks[:3])
-    found = [cold.adapt(state, tasks[3], seed=seed).thetas for seed in (0, 1)]
-    noisy = [whole.adapt(state, tasks[3], seed=seed).thetas for seed in (0, 1)]
+    found = [cold.adapt(state, tasks[3], seed=seed).thetas for seed in (0, 1)]  # type: ignore[attr-defined]
+    noisy = [whole.adapt(state, tasks[3], seed=seed).thetas for seed in (0, 1)]  # type: ignore[attr-defined]
     # Without noise two seeds differ by their minibatches alone.
     assert float((found[0] - found[1]).abs().max()) < 0.5 * float((noisy[0] - noisy[1]).abs().max())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -99,10 +99,9 @@ def draws(mcmc: MCMC) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def many_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pyro draws chains in turn where there are no more cores than chains."""
     monkeypatch.setattr(mp, "cpu_count", lambda: 8)
-    return
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -248,7 +247,7 @@ def test_a_store_serves_one_chain(store: Any) -> None:
     with pytest.raises(ValueError, match="has 3 places; the program has 4 tasks"):
         run(SGLDGibbs(hierarchy, store=store(3)))
     with pytest.raises(TypeError, match=r"has no read\(\)"):
-        run(SGLDGibbs(hierarchy, store={}))
+        run(SGLDGibbs(hierarchy, store={}))  # type: ignore[arg-type]
 
 
 def test_a_store_on_the_disk_stays_in_its_process() -> None:

@@ -219,14 +219,14 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_damaged_folder_is_refused_with_its_file_and_tensor(case: Case, good: Path, tmp_path: Path) -> None:
     shutil.copytree(good / case.kind, tmp_path / case.kind)
     case.damage(tmp_path / case.kind)
-    load: Any = {"prior": LiFTPrior, "posterior": TaskPosterior}[case.kind].from_pretrained
+    load: Any = {"prior": LiFTPrior, "posterior": TaskPosterior}[case.kind].from_pretrained  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=case.message):
         load(tmp_path / case.kind, copy.deepcopy(trained("bert").backbone))
 
 
 def deeper() -> nn.Module:
     model = bert()
-    model.config.num_hidden_layers = 2
+    model.config.num_hidden_layers = 2  # type: ignore[union-attr]
     return type(model)(model.config)
 
 

@@ -188,11 +188,11 @@ def test_initial_params_are_where_the_chain_starts(name: str) -> None:
 def test_it_runs_on_cuda(name: str) -> None:
     case = CASES[name]
     keywords = {"block": {"sgld": None, "gibbs, block": 3}.get(name, 1)}
-    kernel = case.kernel(vectorised(**keywords, device="cuda"), **case.options)
+    kernel = case.kernel(vectorised(**keywords, device="cuda"), **case.options)  # type: ignore[arg-type]
     samples = run(kernel).get_samples()
     assert all(v.device.type == "cuda" and bool(torch.isfinite(v).all()) for v in samples.values())
     host = run(case.build(temperature=0.0)).get_samples()
-    there = run(case.kernel(vectorised(**keywords, device="cuda"), **case.options, temperature=0.0)).get_samples()
+    there = run(case.kernel(vectorised(**keywords, device="cuda"), **case.options, temperature=0.0)).get_samples()  # type: ignore[arg-type]
     for site, values in host.items():
         torch.testing.assert_close(there[site].cpu(), values, rtol=1e-9, atol=1e-9)
 
@@ -233,7 +233,7 @@ def test_the_task_plate_does_not_scale_a_task_and_minibatches_are_scaled_up() ->
     phi = {"phi": torch.tensor([0.7, 0.1]).double()}
     seen = set()
     for _ in range(60):
-        run_ = program.run(phi, values, torch.tensor([2]), generator)
+        run_ = program.run(phi, values, torch.tensor([2]), generator)  # type: ignore[arg-type]
         drift = run_.drift(run_.locals)
         gradients = 4.0 * (y[2] - theta - head.sum())
         row = int((gradients - drift.gradient["theta_2"]).abs().sum(-1).argmin())
@@ -253,10 +253,10 @@ def test_n_inflate_multiplies_the_likelihood_and_not_the_priors() -> None:
     locals_ = {None: {k: s.leaf.detach() for k, s in first.locals.items()}}
 
     def gradient(power: float) -> Tensor:
-        run_ = program.run(globals_, locals_, torch.tensor([1]), generator)
+        run_ = program.run(globals_, locals_, torch.tensor([1]), generator)  # type: ignore[arg-type]
         return torch.cat(list(run_.drift(run_.locals, n_inflate=power).gradient.values()))
 
-    run_ = program.run(globals_, locals_, torch.tensor([1]), generator)
+    run_ = program.run(globals_, locals_, torch.tensor([1]), generator)  # type: ignore[arg-type]
     leaves = [s.leaf for s in run_.locals.values()]
     likelihood = torch.cat(torch.autograd.grad(run_.log_likelihood, leaves, retain_graph=True))
     prior = torch.cat(torch.autograd.grad(run_.log_prior(run_.locals), leaves))
@@ -316,7 +316,7 @@ def test_the_table_reaches_the_sum_of_gradients_when_nothing_moves() -> None:
     program = Program(constrained(None), "tasks", (), {}, table.init_strategy)
     everyone = torch.arange(6)
     values = {None: {k: torch.cat([table.theta(i)[k].reshape(1) for i in range(6)]) for k in ("theta", "noise")}}
-    run_ = program.run(table.state.phi, values, everyone, None)
+    run_ = program.run(table.state.phi, values, everyone, None)  # type: ignore[arg-type]
     leaves = [run_.globals[k].leaf for k in table.state.phi]
     expected = torch.autograd.grad(run_.log_prior(run_.locals), leaves)
     for key, gradient in zip(table.state.phi, expected, strict=True):

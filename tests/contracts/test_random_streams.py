@@ -30,7 +30,7 @@ def tasks() -> list[Task]:
 def lift(seed: int | None = 0) -> LiFT:
     net = nn.Sequential(nn.Linear(4, 3))
     with torch.no_grad():
-        net[0].weight.copy_(torch.arange(12.0).view(3, 4) / 12.0)
+        net[0].weight.copy_(torch.arange(12.0).view(3, 4) / 12.0)  # type: ignore[operator]
     return LiFT(net, peft.LoraConfig(r=1, target_modules=["0"]), sgd_steps=3, burn_in=3, samples=12, seed=seed)
 
 

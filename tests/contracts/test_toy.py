@@ -64,7 +64,7 @@ def draws_of(kernel: Any, iterations: int, seed: int = 0) -> Tensor:
     with pyro.validation_enabled(False):  # a third of the time; the draws are the same
         mcmc = MCMC(kernel, num_samples=iterations, warmup_steps=0, disable_progbar=True)
         mcmc.run()
-    return mcmc.get_samples()["phi"]
+    return mcmc.get_samples()["phi"]  # type: ignore[no-any-return]
 
 
 def kl_of(toy: LinearGaussian, draws: Tensor) -> float:

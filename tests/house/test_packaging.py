@@ -59,7 +59,7 @@ def test_unknown_names_are_refused() -> None:
     import pyro_lift
 
     with pytest.raises(AttributeError, match="SGLDGibbs"):
-        _ = pyro_lift.SGLDGibb
+        _ = pyro_lift.SGLDGibb  # type: ignore[attr-defined]
     assert set(pyro_lift.__all__) <= set(dir(pyro_lift))
     for name in pyro_lift.__all__:
         assert getattr(pyro_lift, name) is not None

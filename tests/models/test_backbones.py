@@ -64,7 +64,7 @@ def test_one_round_of_meta_training_adaptation_prediction_and_export(family: Fam
     plain = copy.deepcopy(model)
     tasks = [family.task(f"t{i}") for i in range(3)]
     settings = {"sgd_steps": 3, "burn_in": 3, "samples": 6, "batch_size": 4, "head_scale": family.head_scale}
-    lift = LiFT(model, recipe(model, rank=2), seed=0, **settings)
+    lift = LiFT(model, recipe(model, rank=2), seed=0, **settings)  # type: ignore[arg-type]
     prior = lift.meta_train(tasks[:2], progress=False)
     posterior = prior.adapt(tasks[2], steps=4, draws=2)
     probabilities = posterior.predict(tasks[2].train)
@@ -180,7 +180,7 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_does_compute_again(
     ]
     model, task = make(), tasks("t")
     model.save_pretrained(tmp_path)  # type: ignore[operator]
-    grads, calls = [], []
+    grads, calls = [], []  # type: ignore[var-annotated]
     for checkpointing in (False, True):
         loaded = load_backbone(tmp_path, kind, gradient_checkpointing=checkpointing)
         torch.manual_seed(1)
@@ -215,7 +215,7 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_does_compute_again(
 def test_a_compiled_backbone_gives_the_same_output_and_gradient_at_every_theta(tmp_path: Path) -> None:
     bert().save_pretrained(tmp_path)  # type: ignore[operator]
     task = matching_task("t")
-    values, grads = [], []
+    values, grads = [], []  # type: ignore[var-annotated]
     for backend in (False, "eager"):  # all of torch.compile but the code generator, which takes a minute
         loaded = load_backbone(tmp_path, "encoder", compile=backend)
         torch.manual_seed(1)

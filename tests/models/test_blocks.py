@@ -133,7 +133,7 @@ class _Shuffled(nn.Module):
         self.layer = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.flip(0)).flip(0)
+        return self.layer(x.flip(0)).flip(0)  # type: ignore[no-any-return]
 
 
 class _Uncalled(nn.Module):
@@ -159,7 +159,7 @@ def test_a_network_that_mixes_rows_goes_task_by_task() -> None:
 def test_a_layer_that_is_not_called_goes_task_by_task() -> None:
     net = _Uncalled()
     net.layer.bias.requires_grad_(False)
-    net.layer.bias = None
+    net.layer.bias = None  # type: ignore[assignment]
     frozen = nn.Linear(4, 4)
     whole = nn.Sequential(frozen, net)
     for parameter in frozen.parameters():

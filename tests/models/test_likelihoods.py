@@ -46,7 +46,7 @@ def vector(encoder: Any, ids: Tensor, mask: Tensor) -> Tensor:
     n = int(mask.sum())
     states = encoder(input_ids=ids[None, :n], attention_mask=mask[None, :n]).last_hidden_state[0]
     mean = states.mean(0)
-    return mean / mean.norm()
+    return mean / mean.norm()  # type: ignore[no-any-return]
 
 
 def matching_task(rows: int, classes: int) -> Task:

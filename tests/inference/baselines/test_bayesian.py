@@ -94,7 +94,7 @@ def test_bmaml_keeps_particles_apart_and_refuses_what_does_not_fit() -> None:
 def test_divergence_is_torchs_and_flat_at_the_prior() -> None:
     q, p = torch.randn(2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
-    def normal(x: torch.Tensor) -> Independent:
+    def normal(x: torch.Tensor) -> Independent:  # type: ignore[type-arg]
         return Independent(Normal(x[:5], x[5:].exp()), 1)
 
     torch.testing.assert_close(divergence(q, p), kl_divergence(normal(q), normal(p)))

@@ -119,7 +119,7 @@ def same(one: dict[str, Tensor], parts: list[dict[str, Tensor]]) -> None:
     assert {name for part in parts for name in part} == set(one)
     for part in parts:
         for name, value in part.items():
-            torch.testing.assert_close(value, one[name], rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(value, one[name], rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")  # type: ignore[misc]
         assert torch.equal(part["draws"], parts[0]["draws"])
 
 
@@ -240,7 +240,7 @@ def test_a_signal_to_one_process_saves_and_stops_both(tmp_path: Path) -> None:
 def test_a_process_that_cannot_write_ends_all_with_the_last_checkpoint_intact(tmp_path: Path) -> None:
     from pyro_lift.inference.checkpoint import folder, session
 
-    write, saved = session.write_tensors, tmp_path / "run"
+    write, saved = session.write_tensors, tmp_path / "run"  # type: ignore[attr-defined]
 
     def full(path: Path, tensors: Any) -> Any:
         if torch.distributed.get_rank() == 1 and "step-000000016" in path.parent.name:
@@ -248,7 +248,7 @@ def test_a_process_that_cannot_write_ends_all_with_the_last_checkpoint_intact(tm
         return write(path, tensors)
 
     def work(rank: int) -> None:
-        session.write_tensors = folder.write_tensors = full
+        session.write_tensors = folder.write_tensors = full  # type: ignore[attr-defined]
         run(saved={"checkpoint": saved, "checkpoint_every": 8})
 
     assert together(tmp_path, work) == [1, 1]

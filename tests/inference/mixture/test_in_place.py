@@ -42,7 +42,7 @@ def both(x: Tensor, covariance: Covariance, power: float, tile: int) -> tuple[Mi
 def assert_same(stream: MixtureStream, state: MixtureState, **tolerance: float) -> None:
     for name in ("moments", "average"):
         for field, ours, plain in zip(Moments._fields, getattr(stream, name), getattr(state, name), strict=True):
-            torch.testing.assert_close(ours, plain, msg=lambda m, n=f"{name}.{field}": f"{n}: {m}", **tolerance)
+            torch.testing.assert_close(ours, plain, msg=lambda m, n=f"{name}.{field}": f"{n}: {m}", **tolerance)  # type: ignore[arg-type, misc]
     assert stream.total == state.total and stream.seen == state.seen
     assert stream.log_likelihood == pytest.approx(state.log_likelihood, rel=tolerance["rtol"])
 
@@ -70,9 +70,9 @@ def test_both_soft_and_one_hot_responsibilities_are_among_the_cases() -> None:
 def test_in_single_precision_it_stays_near_the_double_one() -> None:
     x = draws(0.5)
     state, _ = both(x, "diag", 0.7, 64)
-    single = MixtureStream(
-        *(_single(part) if isinstance(part, Moments) else part for part in start(x, "diag")),
-        "diag",
+    single = MixtureStream(  # type: ignore[misc]
+        *(_single(part) if isinstance(part, Moments) else part for part in start(x, "diag")),  # type: ignore[arg-type]
+        "diag",  # type: ignore[arg-type]
         power=0.7,
         floor=FLOOR,
         tile=64,

@@ -166,6 +166,6 @@ def test_the_benchmark_writes_its_records(tmp_path: Path) -> None:
 def test_the_benchmark_asks_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
     from pyro_lift.bench import store as benchmark
 
-    monkeypatch.setattr(benchmark.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10}))
     with pytest.raises(ValueError, match=r"has 0\.0 GB free\. Give a folder with room"):
         benchmark.run(smoke=True)
