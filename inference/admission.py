@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference import sgld
-from pyro_lift.inference.program import Evaluation, depends
+from pyro_lift.inference.dependence import Links, coupled_families, reached
+from pyro_lift.inference.program import Evaluation, Latent, discrete_refusal
 from pyro_lift.inference.sgld import Integrator, Preconditioner
 from pyro_lift.support.options import check_literal, check_number
 
 __all__ = [
+    "check_block",
     "check_common",
+    "check_fixed_supports",
     "check_latents",
-    "coupled_families",
+    "needs_rerun",
     "refuse_discrete",
     "site_factors",
     "site_transforms",
@@ -47,10 +50,7 @@ def refuse_discrete(run: Evaluation) -> None:
     """Refuse a program with a discrete latent site."""
     for name, site in run.latents.items():
         if site.discrete:
-            raise ValueError(
-                f"the latent site {name!r} is discrete ({type(site.fn).__name__}); no gradient can move it. "
-                "Marginalise it out, or write it as a mixture."
-            )
+            raise ValueError(discrete_refusal(name, site.fn))
 
 
 def check_latents(run: Evaluation) -> None:
@@ -58,13 +58,74 @@ def check_latents(run: Evaluation) -> None:
     if not run.latents:
         raise ValueError("the program has no latent site: there is nothing to sample.")
     for name, site in run.latents.items():
-        if site.scale != 1.0:
+        if site.subsampled is not None:
             raise ValueError(
-                f"the latent site {name!r} stands inside a subsampled plate (scale {site.scale:g}): its value would "
+                f"the latent site {name!r} stands inside a subsampled plate ({site.subsampled!r}): its value would "
                 "belong to other rows at each step. Use SGLDGibbs, or a plate without subsample_size."
             )
+    check_fixed_supports(run, run.latents)
     drift = run.drift(run.latents)
     sgld.check_finite(drift, 0)
+
+
+def check_block(run: Evaluation, links: Links, tasks: str = "") -> None:
+    """Refuse a block of tasks that no update of SGLD-Gibbs can sample.
+
+    Args:
+        tasks: a name for the tasks, where they are not the first ones.
+    """
+    say = f"{tasks}: " if tasks else ""
+    for site in run.latents.values():
+        if site.subsampled is not None:
+            kind = "global" if site.name in run.globals else "local"
+            raise ValueError(
+                f"{say}the {kind} site {site.name!r} stands inside a second subsampled plate ({site.subsampled!r}): "
+                "its value would belong to other rows at each visit. Take it out of that plate."
+            )
+    with_sites = {site.task for site in run.locals.values()}
+    for task in [] if None in with_sites else sorted(set(run.tasks) - with_sites):
+        raise ValueError(
+            f"the task {task} has no latent site of its own, so there is nothing to sample for it. Give it one, or put "
+            "what it observes outside the plate."
+        )
+    if len(with_sites) > 1 and None in with_sites:
+        raise ValueError(f"{say}the task plate is both entered and iterated over; local sites need one of the two.")
+    own = {o.name: o for o in run.observed}
+    for name, parents in [*links.laws.items(), *links.observed.items()]:
+        inside = own[name].local if name in own else name in run.locals
+        at = own[name].task if name in own else run.latents[name].task
+        for parent in sorted(parents & run.locals.keys()):
+            if not inside:
+                raise ValueError(
+                    f"{say}the site {name!r} stands outside the task plate and depends on the local site {parent!r}: "
+                    "it would see the tasks of one visit only. Put it inside the plate, or use SGLD."
+                )
+            if run.locals[parent].task != at:
+                raise ValueError(
+                    f"{say}the site {name!r} of task {at} depends on {parent!r} of task {run.locals[parent].task}: "
+                    "tasks must be independent given the global sites. Use SGLD."
+                )
+
+
+def check_fixed_supports(run: Evaluation, sites: Mapping[str, Latent]) -> None:
+    """Refuse draws whose support moves with another site: Pyro maps them back by one transform for all draws."""
+    for name, site in sites.items():
+        parents = () if site.transform is None else reached(site.transform(site.leaf.detach()), run.latents)
+        if parents:
+            raise ValueError(
+                f"the support of the site {name!r} moves with {', '.join(map(repr, sorted(parents)))}, and its draws "
+                "could not be mapped back. Sample it on a fixed support, and stretch it in the program."
+            )
+
+
+def needs_rerun(run: Evaluation, links: Links) -> bool:
+    """Whether the gradient of phi needs a run of its own after theta has moved.
+
+    The likelihood hangs on a global site, or local sites on each other.
+    """
+    local = {o.name for o in run.observed if o.local}
+    direct = any(parents & run.globals.keys() for name, parents in links.observed.items() if name in local)
+    return direct or bool(coupled_families(run, links))
 
 
 def site_transforms(run: Evaluation) -> dict[str, Any]:
@@ -99,15 +160,6 @@ def start_values(start: Mapping[str, Tensor], read: Evaluation) -> dict[str, Ten
             raise ValueError(f"initial_params[{name!r}] holds values that are not finite.")
         values[name] = value
     return values
-
-
-def coupled_families(sites: Mapping[str, Any]) -> frozenset[str]:
-    """Families whose distribution hangs on another of the sites."""
-    return frozenset(
-        site.family
-        for name, site in sites.items()
-        if any(depends(site.log_prob_at(site.leaf.detach()), other.leaf) for k, other in sites.items() if k != name)
-    )
 
 
 def site_factors(

@@ -2,8 +2,8 @@
 
 Pyro wants a name of its own for each site, and users choose them freely: ``theta_3``, ``theta_paris``, ``task3/theta``,
 ``theta_3_w``, or one name for all tasks where each run visits one task. A family's label serves for settings by site
-(``site_step_scale={"head": 10.0}``) and for what tasks share of a preconditioner; what a task's row holds goes by the
-order of its own sites, and which family hangs on phi is read off the graph (:mod:`~pyro_lift.inference.gibbs.conjugate`).
+(``site_step_scale={"head": 10.0}``) and for what tasks share of a preconditioner. Which family hangs on phi is read off
+the graph (:mod:`~pyro_lift.inference.gibbs.conjugate`).
 """
 
 from __future__ import annotations

@@ -7,35 +7,42 @@ same in five layers at four times the cost.
 
 Scales. Pyro multiplies every site inside ``plate("tasks", N, subsample_size=B)`` by N/B. That is right for phi and
 wrong by N/B for the block's own theta, so the task plate's factor is taken out here, once; the factor n/b of an inner
-minibatch plate stays in.
+minibatch plate stays in. A site's scale and mask are of its log probability; the Jacobian of the map to its support
+counts once, as in Pyro's own potential.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.subsample_messenger import SubsampleMessenger, _Subsample
 from torch import Tensor
-from torch.distributions import Distribution, Transform, biject_to
-from torch.distributions.transforms import IndependentTransform, identity_transform
+from torch.distributions import Distribution, Transform
 
+from pyro_lift.inference.families import Families
 from pyro_lift.inference.sgld import Drift
+from pyro_lift.inference.starts import InitStrategy, start_of
+from pyro_lift.inference.supports import Supports, innermost
 from pyro_lift.models.priors import LocalGaussian, gaussian_at
 from pyro_lift.support.spans import span
 
-__all__ = ["Evaluation", "Latent", "LocalSite", "Observed", "PlateSize", "Program", "depends"]
+__all__ = ["Evaluation", "Latent", "LocalSite", "Observed", "PlateSize", "Program", "discrete_refusal"]
 
-InitStrategy = Callable[[dict[str, Any]], Tensor]
 Rows = Mapping[str, Tensor]
 
 
 class Latent(NamedTuple):
-    """A latent site of one run: ``leaf`` is unconstrained and requires grad, ``value`` is what the program saw."""
+    """A latent site of one run: ``leaf`` is unconstrained and requires grad, ``value`` is what the program saw.
+
+    Attributes:
+        scale: what its log density is multiplied by, with the task plate's factor already taken out.
+        subsampled: a subsampled plate, other than the task plate, that the site stands in; None where there is none.
+    """
 
     name: str
     family: str
@@ -44,9 +51,10 @@ class Latent(NamedTuple):
     leaf: Tensor
     value: Tensor
     fn: Distribution
-    scale: float
+    scale: float | Tensor
     mask: Any
     transform: Transform | None
+    subsampled: str | None = None
 
     @property
     def discrete(self) -> bool:
@@ -58,12 +66,12 @@ class Latent(NamedTuple):
         value = leaf if self.transform is None else self.transform(leaf)
         total: Tensor = scale_and_mask(self.fn.log_prob(value), self.scale, self.mask).sum()
         if self.transform is not None:
-            total = total + self.transform.log_abs_det_jacobian(leaf, value).sum() * self.scale
+            total = total + self.transform.log_abs_det_jacobian(leaf, value).sum()
         return total
 
     def gaussian(self) -> LocalGaussian | None:
         """The site's own Gaussian prior, where it has one in unconstrained space."""
-        if self.transform is not None or self.mask is not None or self.scale != 1.0:
+        if self.transform is not None or self.mask is not None or isinstance(self.scale, Tensor) or self.scale != 1.0:
             return None
         return gaussian_at(self.fn, self.leaf.detach())
 
@@ -75,8 +83,9 @@ class Observed(NamedTuple):
     local: bool
     value: Tensor
     fn: Distribution
-    scale: float
+    scale: float | Tensor
     mask: Any
+    task: int | None = None
 
     def log_prob(self) -> Tensor:
         """Log likelihood, summed, scaled from the minibatch to the data."""
@@ -101,16 +110,35 @@ class LocalSite(NamedTuple):
 
 
 class Evaluation:
-    """One run of the program: its sites, and the gradients asked of them."""
+    """One run of the program: its sites, and the gradients asked of them.
 
-    def __init__(self, latents: dict[str, Latent], observed: list[Observed], plates: dict[str, PlateSize]) -> None:
+    Attributes:
+        terms: log likelihood by observed site.
+        tasks: the task plate's indices.
+    """
+
+    def __init__(
+        self,
+        latents: dict[str, Latent],
+        observed: list[Observed],
+        plates: dict[str, PlateSize],
+        tasks: Sequence[int] = (),
+    ) -> None:
+        self.tasks = tuple(tasks)
         self.latents = latents
         self.observed = observed
         self.plates = plates
         self.globals = {k: s for k, s in latents.items() if s.task is None and s.plate_dim is None}
         self.locals = {k: s for k, s in latents.items() if k not in self.globals}
-        terms = [site.log_prob() for site in observed if site.local]
+        self.terms = {site.name: site.log_prob() for site in observed}
+        terms = [self.terms[site.name] for site in observed if site.local]
         self.log_likelihood = sum(terms[1:], terms[0]) if terms else torch.zeros(())
+
+    def relabel(self, families: Families) -> None:
+        """Take the labels of local sites of a sequential plate as they are now."""
+        for name, site in self.locals.items():
+            if site.task is not None:
+                self.locals[name] = self.latents[name] = site._replace(family=families.label(site.task, name))
 
     def log_prior(self, sites: Mapping[str, Latent]) -> Tensor:
         """Summed log density of some latent sites at their own values."""
@@ -168,10 +196,13 @@ class _Reader(Messenger):
         initial: InitStrategy,
         generator: torch.Generator | None,
         want_grad: bool,
-        transform_of: Callable[[str, Distribution], Transform | None],
+        supports: Supports,
+        families: Families,
     ) -> None:
         super().__init__()
-        self.transform_of = transform_of
+        self.supports = supports
+        self.families = families
+        self.loop: SubsampleMessenger | None = None
         self.plate = plate
         self.index = index
         self.global_values = global_values
@@ -196,16 +227,17 @@ class _Reader(Messenger):
     def _put_latent(self, msg: dict[str, Any]) -> None:
         name, fn = msg["name"], msg["fn"]
         frame, task = self._task_of(msg)
-        family = name if task is None else _family(name, task, self.latents)
+        family = name if task is None else self.families.label(task, name)
         rows = self.global_values if frame is None else self.local_values.get(task, {})
-        transform = self.transform_of(family, fn)
+        transform = self.supports.transform(name, fn)
         if family in rows:
             leaf = rows[family].detach()
         else:
             with torch.no_grad():
-                start = self.initial(msg)
-                leaf = (start if transform is None else transform.inv(start)).detach().clone()
+                leaf = start_of(msg, transform, self.initial)
         if self.want_grad:
+            if not leaf.is_floating_point():
+                raise ValueError(discrete_refusal(name, fn))
             leaf = leaf.requires_grad_()
         value = leaf if transform is None else transform(leaf)
         msg["value"], msg["done"] = value, True
@@ -213,29 +245,64 @@ class _Reader(Messenger):
         if frame is not None and frame.vectorized:
             plate_dim = value.dim() - fn.event_dim + frame.dim
         self.latents[name] = Latent(
-            name, family, task, plate_dim, leaf, value, fn, self._scale(msg, frame), msg["mask"], transform
+            name,
+            family,
+            task,
+            plate_dim,
+            leaf,
+            value,
+            fn,
+            self._scale(msg, frame),
+            msg["mask"],
+            transform,
+            self._subsampled(msg),
         )
 
     def _keep_observed(self, msg: dict[str, Any]) -> None:
         if msg["infer"].get("_deterministic", False):
             return
-        frame, _ = self._task_of(msg)
+        frame, task = self._task_of(msg)
         local = self.plate is None or frame is not None
         scale = self._scale(msg, frame)
-        self.observed.append(Observed(msg["name"], local, msg["value"], msg["fn"], scale, msg["mask"]))
+        self.observed.append(Observed(msg["name"], local, msg["value"], msg["fn"], scale, msg["mask"], task))
 
-    def _scale(self, msg: dict[str, Any], frame: Any) -> float:
-        scale = float(msg["scale"])
+    def _scale(self, msg: dict[str, Any], frame: Any) -> float | Tensor:
+        scale = msg["scale"]
+        # A weight by row, or one that hangs on another site, stays what it is.
+        if not isinstance(scale, Tensor) or (scale.numel() == 1 and not scale.requires_grad):
+            scale = float(scale)
         if frame is None:
-            return scale
+            return scale  # type: ignore[no-any-return]
         size, taken = self.plates[frame.name]
-        return scale * taken / size
+        return scale * taken / size  # type: ignore[no-any-return]
+
+    def _subsampled(self, msg: dict[str, Any]) -> str | None:
+        for frame in msg["cond_indep_stack"]:
+            size, taken = self.plates.get(frame.name, PlateSize(0, 0))
+            if frame.name != self.plate and taken < size:
+                return str(frame.name)
+        return None
 
     def _task_of(self, msg: dict[str, Any]) -> tuple[Any, int | None]:
         for frame in msg["cond_indep_stack"]:
             if frame.name == self.plate:
-                return frame, None if frame.vectorized else self.tasks[frame.counter - 1]
+                return frame, None if frame.vectorized else self._task_at(frame.counter)
         return None, None
+
+    def _task_at(self, counter: int) -> int:
+        """The task of a loop over the plate; Pyro counts on where the plate is iterated over once more."""
+        if self.loop is None:
+            plates = (plate for plate in reversed(_PYRO_STACK) if isinstance(plate, SubsampleMessenger))
+            self.loop = next((plate for plate in plates if plate.name == self.plate), None)
+        return self.tasks[(counter - 1) % len(self.tasks)]
+
+    def check_loop(self) -> None:
+        """Refuse a loop over the plate that was left early: which task a later loop is at cannot be told."""
+        if self.loop is not None and self.loop.counter > len(self.tasks) and self.loop.counter % len(self.tasks):
+            raise ValueError(
+                f"the program iterates over the plate {self.plate!r} more than once, and left one of the loops early. "
+                "Let each loop run to its end."
+            )
 
     def _fix_plate(self, msg: dict[str, Any]) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -253,12 +320,12 @@ class _Reader(Messenger):
             self.tasks = msg["value"].tolist()
 
 
-def _family(name: str, task: int, seen: Mapping[str, Latent]) -> str:
-    """``theta_12`` of task 12 is of family ``theta``; a name without its task's number goes by its order."""
-    stem = re.sub(rf"[_\-./]?{task}$", "", name)
-    if stem and stem != name:
-        return stem
-    return f"site{sum(site.task == task for site in seen.values())}"
+def discrete_refusal(name: str, fn: Distribution) -> str:
+    """Return the message about a discrete latent site."""
+    return (
+        f"the latent site {name!r} is discrete ({type(innermost(fn)).__name__}); no gradient can move it. "
+        "Marginalise it out, or write it as a mixture."
+    )
 
 
 class Program:
@@ -285,22 +352,8 @@ class Program:
         self.args = tuple(args)
         self.kwargs = dict(kwargs)
         self.initial = initial
-        self._transforms: dict[str, Transform | None] = {}
-
-    def _transform(self, family: str, fn: Distribution) -> Transform | None:
-        """The map from unconstrained space to the site's support; None for the identity. Looked up once a family."""
-        if family not in self._transforms:
-            support: Any = fn.support
-            if support is not None and support.is_discrete:  # refused at the door, where there is more to say
-                self._transforms[family] = None
-                return None
-            if type(support).__name__ == "MixtureSameFamilyConstraint":  # torch knows no bijection to it
-                support = support.base_constraint
-            transform = base = biject_to(support)
-            while isinstance(base, IndependentTransform):
-                base = base.base_transform
-            self._transforms[family] = None if base == identity_transform else transform
-        return self._transforms[family]
+        self.families = Families()
+        self.supports = Supports()
 
     @span("pyro_lift.handlers")
     def run(
@@ -331,23 +384,26 @@ class Program:
             self.initial,
             generator,
             want_grad,
-            self._transform,
+            self.supports,
+            self.families,
         )
         with torch.set_grad_enabled(want_grad), reader:
             self.model(*self.args, **self.kwargs)
+        reader.check_loop()
         with torch.set_grad_enabled(want_grad):
-            return Evaluation(reader.latents, reader.observed, reader.plates)
+            return Evaluation(reader.latents, reader.observed, reader.plates, reader.tasks)
 
     def peek(self, generator: torch.Generator | None = None) -> tuple[Evaluation, dict[str, bool]]:
         """Run the program once as it stands, without gradients, to learn its sites and plates.
 
         Returns:
-            The evaluation, and for each plate whether the program subsamples it (gave it a ``subsample_size``
-            below its size, so that it takes what it is given).
+            The evaluation, and for each plate whether the program gave it a ``subsample_size``, so that it takes that
+            many indices and no other number.
         """
         probe = _PlateProbe(self.plate)
         with probe:
             evaluation = self.run({}, {}, None, generator, want_grad=False)
+        self.families = Families()  # the tasks of this run are chance's; families are named after those of set-up
         return evaluation, probe.subsampled
 
 
@@ -363,12 +419,5 @@ class _PlateProbe(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         fn = msg["fn"]
         if type(fn) is _Subsample:
-            self.subsampled[msg["name"]] = fn.subsample_size is not None and fn.subsample_size < fn.size
+            self.subsampled[msg["name"]] = fn.subsample_size is not None
             self.declared[msg["name"]] = fn.subsample_size
-
-
-def depends(quantity: Tensor, leaf: Tensor) -> bool:
-    """Whether the graph of ``quantity`` reaches ``leaf``."""
-    if not quantity.requires_grad:
-        return False
-    return torch.autograd.grad(quantity.sum(), leaf, retain_graph=True, allow_unused=True)[0] is not None

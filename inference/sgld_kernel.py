@@ -13,12 +13,12 @@ from pyro_lift.inference import sgld
 from pyro_lift.inference.admission import (
     check_common,
     check_latents,
-    coupled_families,
     refuse_discrete,
     site_factors,
     site_transforms,
     start_values,
 )
+from pyro_lift.inference.dependence import coupled_families, links_of
 from pyro_lift.inference.gibbs.kernel import probed
 from pyro_lift.inference.kernel import Kernel, Model
 from pyro_lift.inference.program import Evaluation, Program
@@ -123,7 +123,7 @@ class SGLD(Kernel):
         refuse_discrete(read)
         run = program.run(start_values(self._take_start(), read), {}, None, self._generator)
         check_latents(run)
-        self._coupled = coupled_families(run.latents)
+        self._coupled = coupled_families(run, links_of(run))
         self.transforms = site_transforms(run)
         position = {name: site.leaf.detach() for name, site in run.latents.items()}
         self._noise_from(position)

@@ -329,7 +329,11 @@ class SGLDGibbs(Kernel):
         if self._request.distributed:  # each process has seen its own tasks
             known = {task: [task, sites] for found in distributed.collected(layouts) for task, sites in found}
             layouts = [known[task] for task in sorted(known, key=lambda task: -1 if task is None else task)]
-        return {**super().state_dict(), "layouts": layouts, "start": dict(self.chain.cache.start)}
+        learned = [sorted(self.chain.cache.coupled), self.chain.cache.reruns]
+        if self._request.distributed:
+            both = distributed.collected(learned)
+            learned = [sorted({family for families, _ in both for family in families}), any(r for _, r in both)]
+        return {**super().state_dict(), "layouts": layouts, "start": dict(self.chain.cache.start), "learned": learned}
 
     def load_state_dict(self, tree: Mapping[str, Any]) -> None:
         """See the base class."""
@@ -340,6 +344,12 @@ class SGLDGibbs(Kernel):
             task: tuple(LocalSite(family, torch.Size(shape), dim) for family, shape, dim in sites)
             for task, sites in tree["layouts"]
         }
+        for task, sites in self.chain.cache.layouts.items():
+            if task is not None:
+                self.chain.program.families.learn(task, [site.family for site in sites])
+        coupled, reruns = tree.get("learned", [[], False])  # of a run that was saved before these were kept
+        self.chain.cache.coupled |= frozenset(coupled)
+        self.chain.cache.reruns |= reruns
 
     def rows(self) -> dict[str, Any]:
         """The tasks' weights, and the stored gradients of the table where there is one."""

@@ -95,7 +95,8 @@ def long_families(structure: Structure, settings: Settings, run: Evaluation) -> 
     return frozenset(
         family
         for family, pair in structure.pair_of.items()
-        if family not in structure.coupled and is_flat(pair, run.globals[pair.global_site].leaf)
+        if is_flat(pair, run.globals[pair.global_site].leaf)
+        and all(site.leaf.dim() == 1 for site in run.locals.values() if site.family == family)
     )
 
 

@@ -9,14 +9,22 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from pyro_lift.inference import sgld
-from pyro_lift.inference.admission import coupled_families, refuse_discrete, site_transforms, start_values
+from pyro_lift.inference.admission import (
+    check_block,
+    check_fixed_supports,
+    needs_rerun,
+    refuse_discrete,
+    site_transforms,
+    start_values,
+)
+from pyro_lift.inference.dependence import coupled_families, links_of
 from pyro_lift.inference.gibbs import shared_visit
 from pyro_lift.inference.gibbs.accumulator import GradientTable, langevin_limit
 from pyro_lift.inference.gibbs.conjugate import find_pairs
 from pyro_lift.inference.gibbs.movers import long_families
 from pyro_lift.inference.gibbs.state import Cache, Chain, Settings, SGLDGibbsState, Structure, init
 from pyro_lift.inference.kernel import log
-from pyro_lift.inference.program import Evaluation, Program, Rows, depends
+from pyro_lift.inference.program import Evaluation, Program, Rows
 from pyro_lift.inference.schedules import constant
 from pyro_lift.inference.stability import (
     DEFAULT_SHARE,
@@ -32,6 +40,8 @@ from pyro_lift.support import distributed
 __all__ = ["Plan", "Request", "Scan", "plan"]
 
 Scan = Literal["round_robin", "random"]
+#: Blocks whose gradients are looked at before a start is taken for a saddle.
+SADDLE_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -90,10 +100,20 @@ def plan(
     pass_size = min(declared, block) if request.distributed else block
     index = torch.arange(pass_size)
     run = program.run(start_values(preset, peeked), {}, index, generator)
-    _check_block(run)
+    links = links_of(run)
+    check_block(run, links)
+    check_fixed_supports(run, run.globals)
     pairs, reasons = find_pairs(program, run, num_tasks - 1 - index, generator)
     structure = Structure(
-        num_tasks, block, sequential, pairs, reasons, coupled_families(run.locals), _reruns(run), pass_size
+        num_tasks,
+        block,
+        sequential,
+        pairs,
+        reasons,
+        coupled_families(run, links),
+        needs_rerun(run, links),
+        pass_size,
+        exact=_is_exact(settings) or request.sgd_steps > 0,
     )
     _check_phi_update(structure, settings, request)
     structure = replace(structure, long=long_families(structure, settings, run))
@@ -103,9 +123,11 @@ def plan(
     cache = Cache(
         {pair.family: run.globals[name].leaf.detach().clone() for name, pair in pairs.items()},
         table=GradientTable(num_tasks // block) if tabled else None,
+        coupled=structure.coupled,
+        reruns=structure.reruns,
         recycle=True,
     )
-    _check_saddle(run, structure, settings)
+    _check_saddle(program, run, structure, settings, generator)
     settings, report = _with_steps(run, structure, settings, request.check_stability)
     log.info("dimensionless steps at the start: %s", report)
     chain = Chain(program, structure, _store(request, run, structure), settings, cache)
@@ -144,6 +166,11 @@ def _block_size(request: Request, peeked: Evaluation, subsampled: bool, sequenti
     return 1 if sequential else num_tasks
 
 
+def _is_exact(settings: Settings) -> bool:
+    """Whether phi moves by what is known of normal pairs; the other accumulators take any program."""
+    return settings.phi_update == "gibbs" or settings.accumulator == "exact"
+
+
 def _check_phi_update(structure: Structure, settings: Settings, request: Request) -> None:
     pairs, reasons, num_tasks, block = structure.pairs, structure.reasons, structure.num_tasks, structure.block_size
     if not pairs and not reasons:
@@ -151,7 +178,7 @@ def _check_phi_update(structure: Structure, settings: Settings, request: Request
             f"the program has no latent site outside the plate {request.plate!r}: its tasks share nothing. "
             "Use SGLD for independent tasks."
         )
-    exact = settings.phi_update == "gibbs" or settings.accumulator == "exact"
+    exact = _is_exact(settings)
     if exact and reasons:
         site, reason = next(iter(reasons.items()))
         name = "gibbs" if settings.phi_update == "gibbs" else "exact"
@@ -172,16 +199,26 @@ def _check_phi_update(structure: Structure, settings: Settings, request: Request
         )
 
 
-def _check_saddle(run: Evaluation, structure: Structure, settings: Settings) -> None:
-    """Refuse a start without gradient: adapters at zero have none, and no chain would ever leave."""
-    drift = run.drift(run.locals, structure.coupled, settings.n_inflate)
-    sgld.check_finite(drift, 0, (0,))
-    if run.log_likelihood.requires_grad and all(not g.any() for g in drift.gradient.values()):
-        raise ValueError(
-            "the likelihood's gradient is exactly zero at the start, for every local site: a saddle, as adapters "
-            "at zero are. Start elsewhere: init_strategy=init_to_value(values={'phi': adapter.initial}) or "
-            "MCMC(..., initial_params={'phi': ...})."
-        )
+def _check_saddle(
+    program: Program, run: Evaluation, structure: Structure, settings: Settings, generator: torch.Generator | None
+) -> None:
+    """Refuse a start without gradient: adapters at zero have none, and no chain would ever leave.
+
+    The first tasks' rows may all be masked, or say nothing of theta where it starts; then others are asked.
+    """
+    phi, tasks = {name: site.leaf.detach() for name, site in run.globals.items()}, torch.arange(structure.pass_size)
+    for _ in range(SADDLE_BLOCKS):
+        drift = run.drift(run.locals, structure.coupled, settings.n_inflate)
+        sgld.check_finite(drift, 0, run.tasks)
+        if not run.log_likelihood.requires_grad or any(bool(g.any()) for g in drift.gradient.values()):
+            return
+        tasks = (tasks + structure.pass_size) % structure.num_tasks
+        run = program.run(phi, {}, tasks, generator)
+    raise ValueError(
+        "the likelihood's gradient is exactly zero at the start, for every local site: a saddle, as adapters "
+        "at zero are. Start elsewhere: init_strategy=init_to_value(values={'phi': adapter.initial}) or "
+        "MCMC(..., initial_params={'phi': ...})."
+    )
 
 
 def _with_steps(
@@ -256,17 +293,3 @@ def _check_plate(plate: str, run: Evaluation) -> None:
             f"the plate {plate!r} holds no latent site, so there is nothing to sample for a task. Sample each task's "
             f'own variable inside it: with pyro.plate({plate!r}, N, subsample_size=1): pyro.sample("theta", ...).'
         )
-
-
-def _check_block(run: Evaluation) -> None:
-    for site in run.locals.values():
-        if site.scale != 1.0:
-            raise ValueError(
-                f"the local site {site.name!r} stands inside a second subsampled plate (scale {site.scale:g}): its "
-                "value would belong to other rows at each visit. Take it out of that plate."
-            )
-
-
-def _reruns(run: Evaluation) -> bool:
-    direct = any(depends(run.log_likelihood, site.leaf) for site in run.globals.values())
-    return direct or bool(coupled_families(run.locals))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.gibbs import conjugate
 from pyro_lift.inference.gibbs.conjugate import values_of
+from pyro_lift.inference.gibbs.new_tasks import learn
 from pyro_lift.inference.gibbs.state import Chain, SGLDGibbsState, Streams, Structure
 from pyro_lift.inference.program import Evaluation, LocalSite, Rows
 from pyro_lift.support.random_streams import own_global_stream, stream_seed
@@ -72,16 +72,15 @@ def _first_visit(state: SGLDGibbsState, chain: Chain, index: Tensor, streams: St
     structure, layouts = chain.structure, chain.cache.layouts
     tasks = tuple(index.tolist())
     with own_global_stream(None if streams.start_seed is None else stream_seed(streams.start_seed, *tasks)):
-        run = chain.program.run(state.phi, {}, index, streams.rows, want_grad=False)
-    for pair in structure.pairs.values():
-        conjugate.check_pair(pair, run)
+        run = chain.program.run(state.phi, {}, index, streams.rows)
+    unpaired = learn(chain, run)
     for site in run.locals.values():
         dim = -1 if site.plate_dim is None else site.plate_dim
         shape = site.leaf.shape if structure.sequential else site.leaf.select(dim, 0).shape
         known = layouts.get(site.task, ())
         if site.family not in {s.family for s in known}:
             layouts[site.task] = (*known, LocalSite(site.family, shape, dim))
-    values = {task: _at_start(chain, rows) for task, rows in values_of(run).items()}
+    values = {task: _at_start(chain, rows, unpaired) for task, rows in values_of(run).items()}
     rows = task_rows(chain, tasks, values)
     new = [k for k, task in enumerate(tasks) if not chain.store.has(task)]
     chain.store.write([tasks[k] for k in new], [rows[k] for k in new])
@@ -99,8 +98,8 @@ def put_at_start(chain: Chain) -> None:
         chain.store.write((task,), task_rows(chain, (task,), started))
 
 
-def _at_start(chain: Chain, rows: Rows) -> Rows:
-    start = chain.cache.start
+def _at_start(chain: Chain, rows: Rows, unpaired: Collection[str] = ()) -> Rows:
+    start = {family: value for family, value in chain.cache.start.items() if family not in unpaired}
     return {
         family: torch.broadcast_to(start[family], value.shape).clone() if family in start else value
         for family, value in rows.items()

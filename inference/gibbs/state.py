@@ -120,12 +120,13 @@ class Structure:
         sequential: whether the task plate is iterated over (sites named by task) or vectorised.
         pairs: global sites that are the mean of one normal local family.
         reasons: for each other global site, why it is none.
-        coupled: local families whose distribution depends on another local site.
-        reruns: whether the gradient of phi needs a second run after theta has moved: the likelihood depends on a
-            global site directly, or local sites depend on each other.
+        coupled: local families whose distribution depends on another local site, in the first tasks.
+        reruns: whether the gradient of phi needs a second run after theta has moved, in the first tasks: the likelihood
+            depends on a global site directly, or local sites depend on each other.
         pass_size: tasks that one run of the program takes; fewer than B where several runs make a visit.
         long: paired local families that a visit moves piece by piece, together with S
             (:mod:`~pyro_lift.inference.gibbs.long_vectors`).
+        exact: whether the chain rests on the pairs: by their exact draw, the exact accumulator, or joint training.
     """
 
     num_tasks: int
@@ -137,6 +138,7 @@ class Structure:
     reruns: bool
     pass_size: int
     long: frozenset[str] = frozenset()
+    exact: bool = True
 
     @cached_property
     def pair_of(self) -> dict[str, NormalPair]:
@@ -153,6 +155,8 @@ class Cache:
         layouts: the sites that a task's row is made of; filled at its first visit.
         table: the stored gradients of the paper's J, where it is used.
         workspaces: buffers per pair whose vectors are long.
+        coupled: as of the structure, with what later tasks added.
+        reruns: likewise.
         recycle: whether the memory of the S of the state before last is used again. Then a state may be held for one
             visit only; without it, a visit leaves every earlier state as it was.
     """
@@ -161,6 +165,8 @@ class Cache:
     layouts: dict[int | None, tuple[LocalSite, ...]] = field(default_factory=dict)
     table: GradientTable | None = None
     workspaces: dict[str, Workspace] = field(default_factory=dict)
+    coupled: frozenset[str] = frozenset()
+    reruns: bool = False
     recycle: bool = False
 
     def workspace(self, site: str, like: Tensor) -> Workspace:

@@ -88,12 +88,12 @@ def _move_theta(
     state: SGLDGibbsState, chain: Chain, values: Values, index: Tensor, streams: Streams, phase: Phase
 ) -> _ThetaMove:
     """Move the block's theta by one or more steps of SGLD."""
-    program, structure, _, settings, _ = chain
+    program, structure, _, settings, cache = chain
     tasks, moments = tuple(index.tolist()), _Moments(state, chain, phase)
     for _ in range(settings.theta_steps_per_visit):
         run = program.run(state.phi, values, index, streams.rows)
         keep_graph = settings.phi_update != "gibbs"
-        drift = run.drift(run.locals, structure.coupled, settings.n_inflate, keep_graph=keep_graph)
+        drift = run.drift(run.locals, cache.coupled, settings.n_inflate, keep_graph=keep_graph)
         norm = check_finite(drift, state.step, tasks)
         drift, clipped = _clipped(drift, norm, settings.max_grad_norm)
         sites, sums = _moved_sites(state, chain, run, drift, moments, streams.noise)
@@ -167,10 +167,9 @@ def _move_phi(
     rest = run.log_prior(run.globals) + sum(
         (settings.n_inflate * o.log_prob() for o in run.observed if not o.local), torch.zeros(())
     )
-    grads = torch.autograd.grad(rest, list(leaves.values()), allow_unused=True, retain_graph=True)
-    phi = {}
-    for (name, leaf), gradient in zip(leaves.items(), grads, strict=True):
-        drift = pull[name] if gradient is None else pull[name] + gradient
+    own, phi = _gradients(rest, leaves), {}
+    for name, leaf in leaves.items():
+        drift = pull[name] + own[name]
         phi[name] = (
             leaf.detach() + 0.5 * eta * drift + (settings.temperature * eta) ** 0.5 * gaussian_noise(leaf, noise)
         )
@@ -229,13 +228,19 @@ def _conditional_gradient(
 ) -> dict[str, Tensor]:
     """Gradient in phi of the block's log p(theta_i | phi), and of p(D_i | theta_i, phi) where phi enters there."""
     run = moved.run
-    if chain.structure.reruns:
+    if chain.cache.reruns:
         run = chain.program.run(state.phi, moved.values, index, streams.rows)
         total = run.log_prior(run.locals) + chain.settings.n_inflate * run.log_likelihood
     else:
         # The conditionals' parameters hang on phi alone: evaluate the same distributions at the moved theta.
         total = sum((site.log_prob_at(moved.sites[name]) for name, site in run.locals.items()), torch.zeros(()))
-    leaves = {name: site.leaf for name, site in run.globals.items()}
+    return _gradients(total, {name: site.leaf for name, site in run.globals.items()})
+
+
+def _gradients(total: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradient by leaf; zero where the graph does not reach it, as where a task hangs on no global site."""
+    if not total.requires_grad:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, retain_graph=True)
     return {
         name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)
@@ -250,10 +255,13 @@ def _updated_sums(state: SGLDGibbsState, structure: Structure, moved: _ThetaMove
             continue
         total = state.sums[name]
         for task, rows in moved.values.items():
+            if not structure.exact and pair.family not in rows:
+                continue  # nothing rests on S then, and this task has no theta of the pair
             change = rows[pair.family].double() - before[task][pair.family].double()
             if task is None:
                 change = change.sum(moved.run.locals[pair.family].plate_dim)
-            total = total + change
+            if structure.exact or change.numel() == total.numel():
+                total = total + change.reshape(total.shape)
         updated[name] = total
     return updated
 

@@ -65,7 +65,7 @@ def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values
     lr = settings.sgd_step_size(state.step)
     shared = {task: _with_shared(structure, state, rows, task is None) for task, rows in values.items()}
     run = chain.program.run(state.phi, shared, index, streams.rows)
-    drift = run.drift(run.locals, structure.coupled, settings.n_inflate)
+    drift = run.drift(run.locals, chain.cache.coupled, settings.n_inflate)
     norm = check_finite(drift, state.step, tasks)
     moments = dict(state.second_moment)
     total: dict[str, Tensor] = {}
@@ -75,6 +75,7 @@ def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values
         if site.family in structure.pair_of:
             part = gradient.sum(site.plate_dim) if site.task is None else gradient
             shared_site = structure.pair_of[site.family].global_site
+            part = part.reshape(state.phi[shared_site].shape)
             total[shared_site] = total[shared_site] + part if shared_site in total else part
             moved[name] = site.leaf.detach()
         else:
@@ -137,7 +138,7 @@ def _with_shared(structure: Structure, state: SGLDGibbsState, rows: Rows, stacke
     shared = dict(rows)
     for family, pair in structure.pair_of.items():
         phi = state.phi[pair.global_site]
-        shared[family] = torch.broadcast_to(phi, rows[family].shape) if stacked else phi
+        shared[family] = torch.broadcast_to(phi, rows[family].shape)
     return shared
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift import SGLDGibbs
+from pyro_lift.inference.gibbs.conjugate import draw
 
 __all__ = ["STEP", "Seam", "Visit"]
 
@@ -21,7 +22,7 @@ STEP = 1e-8
 
 
 class Visit(NamedTuple):
-    """What one visit did: gradients of theta by task and local site (in the program's order), and phi before and after."""
+    """What one visit did: gradients of theta by task and local site, in the program's order, and phi around it."""
 
     tasks: list[int]
     phi: dict[str, Tensor]
@@ -74,8 +75,10 @@ class Seam:
         }
         sums = {}
         for name, pair in self.structure.pairs.items():
-            parts = [self.kernel.theta(task)[pair.family] for task in range(self.structure.num_tasks)]
-            sums[name] = torch.stack([part.reshape(phi[name].shape) for part in parts]).sum(0).double()
+            parts = [self.kernel.theta(task).get(pair.family) for task in range(self.structure.num_tasks)]
+            # A task may lack the site where nothing rests on S.
+            kept = [part.reshape(phi[name].shape) for part in parts if part is not None]
+            sums[name] = torch.stack(kept).sum(0).double()
         self.kernel.state = self.kernel.state._replace(phi=phi, sums=sums)
 
     def visit(self) -> Visit:
@@ -85,18 +88,17 @@ class Seam:
         after = self.theta()
         tasks = list(self.kernel._info.tasks)  # type: ignore[union-attr]
         gradients = {
-            task: [2.0 * (new - old) / STEP for old, new in zip(before[task], after[task], strict=True)] for task in tasks
+            task: [2.0 * (new - old) / STEP for old, new in zip(before[task], after[task], strict=True)]
+            for task in tasks
         }
         return Visit(tasks, phi, moved, gradients)
 
     def variances(self) -> Mapping[str, Tensor]:
         """Variance of the exact draw, by global site."""
-        from pyro_lift.inference import conjugate
-
         found = {}
         for name, pair in self.structure.pairs.items():
             phi, S = self.kernel.state.phi[name], self.kernel.state.sums[name]
             noise = torch.ones_like(phi)
-            draws = [conjugate.draw(pair, S, self.structure.num_tasks, 1.0, scale * noise) for scale in (0.0, 1.0)]
+            draws = [draw(pair, S, self.structure.num_tasks, 1.0, scale * noise) for scale in (0.0, 1.0)]
             found[name] = (draws[1] - draws[0]).square()
         return found

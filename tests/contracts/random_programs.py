@@ -1,8 +1,8 @@
 """Small random hierarchical Pyro programs, each made from one integer.
 
-A program is a list of features. Some are harmless (a second pair, a positive local site, rows that are masked); some break
-what the exact draw of phi relies on, for one task or for all (an offset, a sign, phi in one task's likelihood). The
-generator knows which, so a test can tell a refusal that is deserved from one that is not.
+A program is a list of features. Some are harmless (a second pair, a positive local site, rows that are masked); some
+break what the exact draw of phi relies on, for one task or for all (an offset, a sign, phi in one task's likelihood).
+The generator knows which, so a test can tell a refusal that is deserved from one that is not.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 
 __all__ = ["RandomProgram"]
@@ -126,6 +127,8 @@ class RandomProgram:
             self.features -= {"latent in the data plate"}
         if self.likelihood != "Normal" or self.nested:
             self.features -= {"missing rows"}
+        if "missing" in self.features:
+            self.features |= {"student"}  # a task must have something of its own
         if self.likelihood != "Poisson":
             self.features -= {"exposure"}
         schemes = [name for name in SCHEMES if name != "same" or self.block == 1]
@@ -286,7 +289,9 @@ class RandomProgram:
         if has("theta student") and (not self.sequential or self._odd(index)):
             law = dist.StudentT(5.0, mean, scale)
         if has("theta mixture") and self.width:
-            both = dist.Normal(torch.stack([mean, mean], -2), torch.stack(torch.broadcast_tensors(scale, 2 * scale), -2))
+            both = dist.Normal(
+                torch.stack([mean, mean], -2), torch.stack(torch.broadcast_tensors(scale, 2 * scale), -2)
+            )
             law = dist.MixtureSameFamily(dist.Categorical(logits=torch.zeros(2).double()), both.to_event(1))
         elif self.width:
             law = dist.Independent(law, 1) if self.declared == "Independent" else law.to_event(1)
@@ -337,7 +342,7 @@ class RandomProgram:
         if has("decentred"):
             site = name("z", index)
             law = dist.Normal(self._at(self.offset, index), 0.3 * self._at(self.bound, index))
-            with poutine.reparam(config={site: pyro.infer.reparam.LocScaleReparam(0.3)}):
+            with poutine.reparam(config={site: LocScaleReparam(0.3)}):
                 values["z"] = pyro.sample(site, law)
         if has("improper"):
             flat = dist.ImproperUniform(dist.constraints.positive, self._zero(index).shape, ())

@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
     reasons: tuple[str, ...]
 
 
-class Disagreement(AssertionError):
+class DisagreementError(AssertionError):
     """The kernel's numbers are not Pyro's."""
 
 
@@ -43,7 +43,7 @@ def _assert_close(what: str, found: Tensor, expected: Tensor, size: float) -> No
     tolerance = 1e-5 * (1.0 + size + float(expected.abs().max()))
     worst = float((found - expected).abs().max())
     if not worst <= tolerance:
-        raise Disagreement(f"{what}: {found.tolist()}, Pyro's {expected.tolist()}")
+        raise DisagreementError(f"{what}: {found.tolist()}, Pyro's {expected.tolist()}")
 
 
 class Reference:
@@ -95,12 +95,8 @@ class Reference:
         leaves = [values[name] for name in names]
         grads = torch.autograd.grad(total, leaves, create_graph=True)
         flat = torch.cat([g.reshape(-1) for g in grads])
-        hessian = torch.stack(
-            [
-                torch.cat([h.reshape(-1) for h in torch.autograd.grad(g, leaves, retain_graph=True, materialize_grads=True)])
-                for g in flat
-            ]
-        )
+        rows = [torch.autograd.grad(g, leaves, retain_graph=True, materialize_grads=True) for g in flat]
+        hessian = torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
         start = torch.cat([leaf.detach().reshape(-1) for leaf in leaves])
         mean = start - torch.linalg.solve(hessian, flat.detach())
         found = torch.cat([visit.moved_phi[name].reshape(-1) for name in names])
@@ -135,7 +131,7 @@ def _run(program: RandomProgram, options: dict[str, Any]) -> None:
 
     Raises:
         ValueError: a refusal.
-        Disagreement: numbers that are not Pyro's.
+        DisagreementError: numbers that are not Pyro's.
     """
     power, update, scale = options["n_inflate"], options["phi_update"], options.get("single_scale", "N")
     seam = Seam(program, **options)

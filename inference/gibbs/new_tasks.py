@@ -1,0 +1,82 @@
+"""What is checked and learned of tasks at their first visit: what the first tasks showed may not hold for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from pyro_lift.inference.admission import check_block, needs_rerun
+from pyro_lift.inference.dependence import coupled_families, links_of
+from pyro_lift.inference.gibbs.conjugate import adopt, pair_fault
+from pyro_lift.inference.gibbs.state import Chain
+from pyro_lift.inference.program import Evaluation
+
+__all__ = ["learn"]
+
+
+def learn(chain: Chain, run: Evaluation) -> frozenset[str]:
+    """Hold the tasks of a run against the chain's structure, and take up what they add to it.
+
+    Which families are coupled, and whether phi's gradient needs a run of its own, only ever grows: more than a task
+    needs costs time and changes nothing.
+
+    Args:
+        chain: its cache is added to.
+        run: of tasks that are visited for the first time, with gradients.
+
+    Returns:
+        Families of pairs that do not hold in these tasks; empty where the chain rests on the pairs.
+
+    Raises:
+        ValueError: what no chain can sample, or what the exact draw of a pair does not allow; names the tasks.
+    """
+    structure, cache, tasks = chain.structure, chain.cache, _named(run)
+    known = {*structure.pairs, *structure.reasons}
+    if run.globals.keys() != known:
+        odd = sorted(run.globals.keys() ^ known)
+        raise ValueError(f"{tasks}: the global sites {odd} are not those of every task.")
+    links = links_of(run)
+    check_block(run, links, tasks)
+    adopt(chain.program, structure.pairs, run, links)
+    _check_layout(chain, run)
+    cache.coupled |= coupled_families(run, links)
+    cache.reruns |= needs_rerun(run, links)
+    unpaired = set()
+    for pair in structure.pairs.values():
+        fault = pair_fault(pair, run, links, structure.sequential)
+        if fault is None:
+            continue
+        if structure.exact:
+            raise ValueError(
+                f"{tasks}: {fault}. An exact draw of {pair.global_site!r} rests on every task being as the first ones "
+                'are. Use phi_update="langevin", accumulator="table", which works for any program.'
+            )
+        unpaired.add(pair.family)
+    return frozenset(unpaired)
+
+
+def _named(run: Evaluation) -> str:
+    tasks = ", ".join(map(str, run.tasks))
+    return f"task {tasks}" if len(run.tasks) == 1 else f"tasks {tasks}"
+
+
+def _check_layout(chain: Chain, run: Evaluation) -> None:
+    """Refuse tasks whose values do not fit where those of the first ones stand."""
+    structure, layout = chain.structure, chain.cache.layouts.get(None)
+    for site in run.locals.values():
+        if site.family in structure.long and site.leaf.dim() != 1:
+            raise ValueError(f"{_named(run)}: the site {site.name!r} is no vector, as that of the first tasks is.")
+    if structure.sequential or layout is None:
+        return
+    known = {site.family: site.shape for site in layout}
+    shapes = {site.family: site.leaf.select(site.plate_dim or 0, 0).shape for site in run.locals.values()}
+    if shapes != known:
+        raise ValueError(
+            f"{_named(run)}: local sites {_shown(shapes)}, where the first tasks had {_shown(known)}. Tasks whose "
+            "sites differ need a plate that is iterated over: for i in pyro.plate(...)."
+        )
+
+
+def _shown(shapes: Mapping[str, torch.Size]) -> str:
+    return "{" + ", ".join(f"{family}: {list(shape)}" for family, shape in sorted(shapes.items())) + "}"
