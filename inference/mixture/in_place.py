@@ -112,8 +112,7 @@ class MixtureStream:
         #: Whether a component's density is given up as soon as it cannot reach the best one's.
         self.early = True
         # Exact scaling by a power of two near the typical variance, for products of several variances.
-        typical = max(float(variance.double().mean()), 1e-30)
-        self._exponent = round(math.log2(typical)) if exponent is None else exponent
+        self._exponent = _exponent_of(variance) if exponent is None else exponent
         self._log_det = list(log_det) if log_det else [self._log_determinant(part) for part in self._variance]
 
     # ------------------------------------------------------------------------------------------------ one draw
@@ -154,11 +153,24 @@ class MixtureStream:
             self._by_turns(tiles, there, constant, joint)
         top = max(joint)
         if not math.isfinite(top):
+            # Equal draws leave variances at the floor, where float32 has no room for the distance of another draw.
+            joint = self._in_double(x, there, constant)
+            top = max(joint)
+        if not math.isfinite(top):
             raise ValueError(f"draw {self.seen} is not finite; the mixture is left as it was.")
         self._last = joint.index(top)
         shares = [math.exp(value - top) for value in joint]
         norm = math.fsum(shares)
         return [share / norm for share in shares], top + math.log(norm)
+
+    def _in_double(self, x: Tensor, there: list[int], constant: dict[int, float]) -> list[float]:
+        """The joint densities in float64: minus infinity where a draw is not finite."""
+        joint = [-math.inf] * self.components
+        for j in there:
+            gap = x.double() - self._mean[j].value.double()
+            value = float((gap.square_() / self._variance[j].value.double()).sum())
+            joint[j] = constant[j] - 0.5 * value if math.isfinite(value) else -math.inf
+        return joint
 
     def _by_turns(
         self, tiles: tuple[Tensor, ...], there: list[int], constant: dict[int, float], joint: list[float]
@@ -272,8 +284,12 @@ class MixtureStream:
         if logs is None:
             logs = [self._log_sum(v, next(self._buffers.of(len(v)))) for v in variance.tiles]
         value = float(total(logs)) + self.dim * self._exponent * math.log(2.0)
-        # Products of four over- or underflow where variances spread over nine orders of magnitude and more.
-        return value if math.isfinite(value) else float(total([v.double().log().sum() for v in variance.tiles]))
+        if math.isfinite(value):
+            return value
+        # Products of four over- or underflow where variances spread over nine orders of magnitude and more, or have left
+        # the scale they began at.
+        self._exponent = _exponent_of(variance.value)
+        return float(total([v.double().log().sum() for v in variance.tiles]))
 
     def _log_sum(self, v: Tensor, out: Tensor) -> Tensor:
         """Sum of log v - log 2^exponent: logarithms of products of four, which cost a quarter of the logarithms."""
@@ -354,3 +370,8 @@ def _stacked(parts: list[_Part]) -> Tensor:
 
 def _moments(tensors: dict[str, Tensor], name: str) -> Moments:
     return Moments(*(tensors[f"{name}.{field}"] for field in Moments._fields))
+
+
+def _exponent_of(variance: Tensor) -> int:
+    """The power of two nearest to a typical variance."""
+    return round(math.log2(max(float(variance.double().mean()), 1e-30)))
