@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Coordinate", "Summary", "from_mcmc", "summarise"]
 
-#: sample_stats that our kernels report for each draw, under ArviZ's names.
-SAMPLE_STATS = ("log_likelihood", "grad_norm", "step_size", "diverging", "task")
+#: sample_stats that our kernels report for each draw, under ArviZ's names where they mean the same. The log likelihood
+#: of the visited tasks is no pointwise one, which is what ``az.loo`` and ``az.compare`` take ``log_likelihood`` for.
+SAMPLE_STATS = ("visit_log_likelihood", "grad_norm", "step_size", "diverging", "task")
+_REPORTED_AS = {"visit_log_likelihood": "log_likelihood"}
 
 
 def from_mcmc(mcmc: Any, *, max_size: int = 64, coordinates: int = 32, seed: int = 0) -> Any:
@@ -35,17 +37,50 @@ def from_mcmc(mcmc: Any, *, max_size: int = 64, coordinates: int = 32, seed: int
         seed: of that projection.
 
     Returns:
-        ``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x) with the groups ``posterior`` and ``sample_stats``.
+        ``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x) with the groups ``posterior`` and ``sample_stats``. A site
+        whose name is that of a dimension (``chain``, ``draw``, ``x_dim_0``) or has a slash in it, which no variable of
+        ArviZ's can have, stands under one with ``_`` behind it, or with dots; its attribute ``site`` has its own name.
 
     Raises:
         ValueError: the run has not happened, or kept nothing.
     """
     adapter = _adapter_of(mcmc)
-    posterior, dims, coords = _posterior(mcmc, adapter, max_size, coordinates, seed)
+    columns, coords = _posterior(mcmc, adapter, max_size, coordinates, seed)
+    posterior, dims, sites = _named(columns)
     groups = {"posterior": posterior}
     if stats := _sample_stats(mcmc, next(iter(posterior.values())).shape[:2]):
         groups["sample_stats"] = stats
-    return _container(groups, dims, coords)
+    data = _container(groups, dims, coords)
+    for name, site in sites.items():
+        data["posterior"][name].attrs["site"] = site
+    return data
+
+
+class _Column(NamedTuple):
+    """Draws of one site, or of a summary of it, ``[chains, draws, ...]``, with names of its dimensions, if any."""
+
+    name: str
+    values: NDArray[Any]
+    dims: list[str] | None = None
+
+
+def _named(columns: list[_Column]) -> tuple[dict[str, NDArray[Any]], dict[str, list[str]], dict[str, str]]:
+    """Values and dimensions by names that ArviZ can hold, and the sites' own names where those are others."""
+    dimensions = {"chain", "draw"} | {dim for column in columns for dim in column.dims or ()}
+    dimensions |= {f"{c.name}_dim_{k}" for c in columns for k in range(c.values.ndim - 2)}
+    own = {column.name for column in columns}
+    posterior: dict[str, NDArray[Any]] = {}
+    dims, sites = {}, {}
+    for column in columns:
+        name = column.name.replace("/", ".")
+        while name in dimensions or name in posterior or (name != column.name and name in own):
+            name += "_"
+        posterior[name] = column.values
+        if column.dims is not None:
+            dims[name] = column.dims
+        if name != column.name:
+            sites[name] = column.name
+    return posterior, dims, sites
 
 
 @dataclass(frozen=True)
@@ -206,29 +241,32 @@ def _container(groups: dict[str, Any], dims: dict[str, list[str]], coords: dict[
 
 def _posterior(
     mcmc: Any, adapter: RandomAdapter | None, max_size: int, coordinates: int, seed: int
-) -> tuple[dict[str, NDArray[Any]], dict[str, list[str]], dict[str, Any]]:
+) -> tuple[list[_Column], dict[str, Any]]:
     if getattr(mcmc, "_samples", None) is None:
         return _streamed(mcmc)
-    posterior: dict[str, NDArray[Any]] = {}
-    dims: dict[str, list[str]] = {}
+    columns: list[_Column] = []
     coords: dict[str, Any] = {}
     for name, draws in mcmc.get_samples(group_by_chain=True).items():
         if draws[0, 0].numel() <= max_size:
-            posterior[name] = _numpy(draws)
+            columns.append(_Column(name, _numpy(draws)))
             continue
         flat = draws.flatten(2)
-        posterior[f"{name}_projection"] = _numpy(project(flat, coordinates, seed))
-        dims[f"{name}_projection"] = ["coordinate"]
         norms = {"all": flat.norm(dim=-1)}
         if adapter is not None and flat.shape[-1] == adapter.dim:
             norms = adapter.norms(flat)
-        posterior[f"{name}_norm"] = _numpy(torch.stack(list(norms.values()), -1))
-        dims[f"{name}_norm"] = [f"{name}_module"]
+        columns += _summaries(name, project(flat, coordinates, seed), torch.stack(list(norms.values()), -1))
         coords[f"{name}_module"] = list(norms)
-    return posterior, dims, coords
+    return columns, coords
 
 
-def _streamed(mcmc: Any) -> tuple[dict[str, NDArray[Any]], dict[str, list[str]], dict[str, Any]]:
+def _summaries(name: str, projection: torch.Tensor, norm: torch.Tensor) -> list[_Column]:
+    return [
+        _Column(f"{name}_projection", _numpy(projection), ["coordinate"]),
+        _Column(f"{name}_norm", _numpy(norm), [f"{name}_module"]),
+    ]
+
+
+def _streamed(mcmc: Any) -> tuple[list[_Column], dict[str, Any]]:
     stats = getattr(getattr(mcmc, "_statistics", None), "stats", {})
     traces: dict[str, list[ProjectedTrace]] = {}
     for key, value in stats.items():
@@ -240,23 +278,23 @@ def _streamed(mcmc: Any) -> tuple[dict[str, NDArray[Any]], dict[str, list[str]],
             "this run keeps no draws: it has not been run, or it is a StreamingMCMC without a trace. Give it "
             "statistics=StatsOfDict(default=ProjectedTrace), or use MCMC."
         )
-    posterior: dict[str, NDArray[Any]] = {}
-    dims: dict[str, list[str]] = {}
+    columns: list[_Column] = []
     coords: dict[str, Any] = {}
     for name, chains in traces.items():
         got = [chain.get() for chain in chains]
-        posterior[f"{name}_projection"] = _numpy(torch.stack([g["projection"] for g in got]))
-        posterior[f"{name}_norm"] = _numpy(torch.stack([g["norm"] for g in got]))
-        dims |= {f"{name}_projection": ["coordinate"], f"{name}_norm": [f"{name}_module"]}
+        columns += _summaries(name, *(torch.stack([g[part] for g in got]) for part in ("projection", "norm")))
         coords[f"{name}_module"] = got[0]["modules"]
-    return posterior, dims, coords
+    return columns, coords
 
 
 def _sample_stats(mcmc: Any, shape: tuple[int, int]) -> dict[str, NDArray[Any]]:
     chains, draws = shape
     reports = [report or {} for report in mcmc._diagnostics]
     if all("sample_stats" in report for report in reports):
-        stats = {name: np.array([report["sample_stats"][name] for report in reports]) for name in SAMPLE_STATS}
+        stats = {
+            name: np.array([report["sample_stats"][_REPORTED_AS.get(name, name)] for report in reports])
+            for name in SAMPLE_STATS
+        }
         return {name: value for name, value in stats.items() if value.shape == (chains, draws)}
     if all("divergences" in report for report in reports):
         diverging = np.zeros((chains, draws), dtype=bool)

@@ -286,8 +286,8 @@ class MixtureStream:
         value = float(total(logs)) + self.dim * self._exponent * math.log(2.0)
         if math.isfinite(value):
             return value
-        # Products of four over- or underflow where variances spread over nine orders of magnitude and more, or have left
-        # the scale they began at.
+        # Products of four over- or underflow where variances spread over nine orders of magnitude and more, or have
+        # left the scale they began at.
         self._exponent = _exponent_of(variance.value)
         return float(total([v.double().log().sum() for v in variance.tiles]))
 

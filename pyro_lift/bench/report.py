@@ -193,7 +193,7 @@ def plot_traces(data: Any, path: Path, coordinates: int = 3) -> None:
     for k in np.argsort(-norm.mean(0))[:coordinates]:
         axes[1].plot(norm[:, k], linewidth=0.9, label=names[k].removeprefix("base_model.model."))
     axes[1].set_ylabel("norm of a module's φ")
-    axes[2].plot(stats["log_likelihood"].values[0], linewidth=0.7)
+    axes[2].plot(stats["visit_log_likelihood"].values[0], linewidth=0.7)
     axes[2].set(ylabel="log likelihood of the\nvisited task", xlabel="draw")
     for ax in axes[:2]:
         ax.legend(frameon=False, fontsize=8, ncols=coordinates, loc="upper center", bbox_to_anchor=(0.5, 1.0))

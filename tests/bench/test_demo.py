@@ -45,7 +45,7 @@ def test_it_writes_the_chain_the_prior_and_the_pictures(finished: tuple[Path, li
     visits = 24 - 24 // 2
     draws = visits - visits // 3
     assert data["posterior"]["phi_projection"].shape[:2] == (1, draws)
-    assert data["sample_stats"]["log_likelihood"].shape == (1, draws)
+    assert data["sample_stats"]["visit_log_likelihood"].shape == (1, draws)
 
 
 def test_it_gives_the_same_numbers_again_and_in_other_processes(
