@@ -25,11 +25,10 @@ from pyro_lift.inference.program import Evaluation, Program
 from pyro_lift.inference.schedules import Schedule, as_schedule
 from pyro_lift.inference.sgld import Integrator, Preconditioner
 from pyro_lift.inference.stability import (
+    check_curvature,
     check_prior_steps,
-    curvature_limit,
     default_step,
     measured_curvature,
-    step_too_large,
 )
 from pyro_lift.support.options import named_options
 
@@ -141,15 +140,13 @@ class SGLD(Kernel):
 
     def _checked_step_size(self, run: Evaluation) -> Schedule:
         curvature = measured_curvature(run, self.n_inflate, wanted=self._schedule is None)
-        limit = curvature_limit(curvature)
         schedule = self._schedule or default_step(curvature)
         eta = schedule(0)
         self._report = {"step_size": eta, "curvature": math.nan if curvature is None else curvature}
-        euler = self.integrator == "euler" and self.decay is None
-        if self.check_stability and euler and eta >= limit:
-            raise ValueError(step_too_large("step_size", eta, limit, "4 / (largest curvature at the start)"))
-        if self.check_stability and euler:
-            check_prior_steps(run, eta, self.site_step_scale)
+        if self.check_stability and self.decay is None:
+            check_curvature(run, curvature, eta, self.integrator, self.n_inflate, self.site_step_scale)
+            if self.integrator == "euler":
+                check_prior_steps(run, eta, self.site_step_scale)
         return schedule
 
     @property

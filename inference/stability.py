@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.program import Evaluation
+from pyro_lift.inference.program import Evaluation, Latent
 from pyro_lift.inference.schedules import Schedule, constant
+from pyro_lift.inference.sgld import Integrator
 
 __all__ = [
     "CURVATURE_DIMENSIONS",
     "DEFAULT_SHARE",
+    "LATER_ITERATIONS",
+    "check_curvature",
     "check_prior_steps",
     "curvature_limit",
     "default_step",
@@ -24,16 +27,23 @@ __all__ = [
 
 #: Largest number of latent coordinates for which the curvature is measured at every start.
 CURVATURE_DIMENSIONS = 2_000
+#: Products by which the curvature of a later task is measured, at its first visit: enough to see a factor.
+LATER_ITERATIONS = 10
 #: A default step is this share of the largest stable one: the stiffest direction's variance is then 5 % too wide.
 DEFAULT_SHARE = 0.05
 
 
-def largest_curvature(objective: Tensor, leaves: Sequence[Tensor], iterations: int = 30) -> float | None:
+def largest_curvature(
+    objective: Tensor, leaves: Sequence[Tensor], iterations: int = 30, *, gains: Sequence[Tensor] | None = None
+) -> float | None:
     r"""Largest eigenvalue of :math:`-\nabla^2 \log p` by power iteration on Hessian-vector products.
 
     Args:
         objective: log density, a scalar with a graph to ``leaves``.
         leaves: the coordinates, all of one dtype and device.
+        iterations: products.
+        gains: K, one a leaf and broadcast to it: then the eigenvalue is that of the symmetric
+            :math:`-K^{1/2}\,\nabla^2 \log p\,K^{1/2}`.
 
     Returns:
         The eigenvalue of largest absolute value of minus the Hessian (negative where the density is convex there),
@@ -43,18 +53,23 @@ def largest_curvature(objective: Tensor, leaves: Sequence[Tensor], iterations: i
         grads = torch.autograd.grad(objective, leaves, create_graph=True, allow_unused=True)
     except RuntimeError:
         return None
-    used = [(g, leaf) for g, leaf in zip(grads, leaves, strict=True) if g is not None and g.requires_grad]
+    gains = [torch.ones(()).to(leaf) for leaf in leaves] if gains is None else gains
+    used = [
+        (g, leaf, gain.expand(leaf.shape).reshape(-1).sqrt())
+        for g, leaf, gain in zip(grads, leaves, gains, strict=True)
+        if g is not None and g.requires_grad
+    ]
     if not used:
         return 0.0
-    flat = torch.cat([g.reshape(-1) for g, _ in used])
-    used_leaves = [leaf for _, leaf in used]
+    flat = torch.cat([g.reshape(-1) for g, _, _ in used])
+    used_leaves, root = [leaf for _, leaf, _ in used], torch.cat([part for _, _, part in used])
     noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0), dtype=flat.dtype)
     v = noise.to(flat.device)
     v = v / v.norm()
     value = 0.0
     for _ in range(iterations):
         try:
-            products = torch.autograd.grad(flat, used_leaves, v, retain_graph=True, allow_unused=True)
+            products = torch.autograd.grad(flat, used_leaves, root * v, retain_graph=True, allow_unused=True)
         except RuntimeError:
             return None
         hv = torch.cat(
@@ -63,6 +78,7 @@ def largest_curvature(objective: Tensor, leaves: Sequence[Tensor], iterations: i
                 for p, leaf in zip(products, used_leaves, strict=True)
             ]
         )
+        hv = root * hv
         value = -float(v @ hv)
         norm = float(hv.norm())
         if norm == 0.0 or not math.isfinite(norm):
@@ -76,10 +92,9 @@ def curvature_limit(curvature: float | None) -> float:
     return 4.0 / curvature if curvature is not None and curvature > 0.0 else math.inf
 
 
-def measured_curvature(run: Evaluation, n_inflate: float, wanted: bool) -> float | None:
+def measured_curvature(run: Evaluation, n_inflate: float, wanted: bool, iterations: int = 30) -> float | None:
     """Largest curvature of the block's density in its local sites; None where it is too large to measure."""
-    sites = run.locals or run.latents
-    size = sum(site.leaf.numel() for site in sites.values())
+    size = sum(site.leaf.numel() for site in _moving(run))
     if size > CURVATURE_DIMENSIONS:
         if wanted:
             raise ValueError(
@@ -87,15 +102,75 @@ def measured_curvature(run: Evaluation, n_inflate: float, wanted: bool) -> float
                 f"coordinates; this program has {size}. Please pass a value for step_size."
             )
         return None
-    curvature = largest_curvature(
-        n_inflate * run.log_likelihood + run.log_prior(sites), [site.leaf for site in sites.values()]
-    )
+    curvature = largest_curvature(_density(run, n_inflate), [site.leaf for site in _moving(run)], iterations)
     if wanted and (curvature is None or not curvature > 0.0):
         raise ValueError(
             f"step_size=None measures the curvature at the start, which gave {curvature}. "
             "Please pass a value for step_size."
         )
     return curvature
+
+
+def _moving(run: Evaluation) -> list[Latent]:
+    return list((run.locals or run.latents).values())
+
+
+def _density(run: Evaluation, n_inflate: float) -> Tensor:
+    return n_inflate * run.log_likelihood + run.log_prior(run.locals or run.latents)
+
+
+def check_curvature(
+    run: Evaluation,
+    curvature: float | None,
+    eta: float,
+    integrator: Integrator,
+    n_inflate: float,
+    scale: Mapping[str, float],
+    say: str = "",
+) -> None:
+    r"""Refuse a step that the curvature at the start makes unstable.
+
+    Both integrators move by :math:`K\,\nabla \log p`, with :math:`K = \eta/2` for Euler's, and
+    :math:`K = (1 - e^{-\eta p/2})/p` for the exponential one at a normal prior of precision p. The step grows where
+    :math:`K^{1/2} H K^{1/2}`, H being the curvature, has an eigenvalue of 2 or more.
+
+    Args:
+        run: at the start, with a graph.
+        curvature: the largest one; None where it was not measured, and nothing is checked.
+        eta: the step size.
+        integrator: of the step.
+        n_inflate: power on the likelihood.
+        scale: factors on eta by family.
+        say: what the message begins with.
+    """
+    limit = curvature_limit(curvature) / max([1.0, *scale.values()])  # K is never larger than Euler's
+    if eta < limit:
+        return
+
+    def grows(step: float) -> bool:
+        sites = _moving(run)
+        gains = [_gain(site, step * scale.get(site.family, 1.0), integrator) for site in sites]
+        largest = largest_curvature(_density(run, n_inflate), [site.leaf for site in sites], gains=gains)
+        return largest is not None and largest >= 2.0
+
+    if not grows(eta):
+        return
+    low, high = limit, eta
+    while high > 1.01 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if grows(middle) else (middle, high)
+    formula = "4 / (largest curvature at the start)"
+    if integrator == "exponential":
+        formula = "where (1 - exp(-eta p / 2)) / p, p the prior's precision, times the curvature at the start is 2"
+    raise ValueError(say + step_too_large("step_size", eta, low, formula))
+
+
+def _gain(site: Latent, eta: float, integrator: Integrator) -> Tensor:
+    prior = site.gaussian() if integrator == "exponential" else None
+    if prior is None:
+        return torch.full((), 0.5 * eta).to(site.leaf)
+    precision = prior.precision.detach()
+    return -torch.expm1(-0.5 * eta * precision) / precision
 
 
 def default_step(curvature: float | None) -> Schedule:
@@ -119,6 +194,6 @@ def step_too_large(name: str, value: float, limit: float, formula: str) -> str:
     return (
         f"{name}={value:g} is past its stability limit {limit:g} = {formula}: the chain would grow without bound. "
         f"Use a value well below it ({DEFAULT_SHARE * limit:g} keeps the bias near 5 %), or "
-        'integrator="exponential" for theta and phi_update="gibbs" for phi, which have no such limit; '
-        "check_stability=False tries anyway."
+        'integrator="exponential" for theta, which the prior alone does not limit, and phi_update="gibbs" for phi, '
+        "which has no limit; check_stability=False tries anyway."
     )

@@ -11,6 +11,7 @@ from pyro_lift.inference.dependence import coupled_families, links_of
 from pyro_lift.inference.gibbs.conjugate import adopt, pair_fault
 from pyro_lift.inference.gibbs.state import Chain
 from pyro_lift.inference.program import Evaluation
+from pyro_lift.inference.stability import LATER_ITERATIONS, check_curvature, measured_curvature
 
 __all__ = ["learn"]
 
@@ -53,7 +54,22 @@ def learn(chain: Chain, run: Evaluation) -> frozenset[str]:
                 'are. Use phi_update="langevin", accumulator="table", which works for any program.'
             )
         unpaired.add(pair.family)
+    _check_step(chain, run, tasks)
     return frozenset(unpaired)
+
+
+def _check_step(chain: Chain, run: Evaluation, tasks: str) -> None:
+    """Refuse a step size that is past the limit of these tasks, as set-up does for the first ones.
+
+    A minibatch's curvature is no limit of the task's; a task that subsamples its rows is let pass.
+    """
+    settings, plates = chain.settings, run.plates.items()
+    subsampled = any(size.taken < size.size for name, size in plates if name != chain.program.plate)
+    if not chain.structure.checks_steps or subsampled:
+        return
+    eta, power, scale = settings.eta(0), settings.n_inflate, settings.site_step_scale
+    curvature = measured_curvature(run, power, wanted=False, iterations=LATER_ITERATIONS)
+    check_curvature(run, curvature, eta, settings.integrator, power, scale, say=f"{tasks}: ")
 
 
 def _named(run: Evaluation) -> str:

@@ -28,8 +28,8 @@ from pyro_lift.inference.program import Evaluation, Program, Rows
 from pyro_lift.inference.schedules import constant
 from pyro_lift.inference.stability import (
     DEFAULT_SHARE,
+    check_curvature,
     check_prior_steps,
-    curvature_limit,
     default_step,
     measured_curvature,
     step_too_large,
@@ -114,6 +114,7 @@ def plan(
         needs_rerun(run, links),
         pass_size,
         exact=_is_exact(settings) or request.sgd_steps > 0,
+        checks_steps=request.check_stability and settings.decay is None,
     )
     _check_phi_update(structure, settings, request)
     structure = replace(structure, long=long_families(structure, settings, run))
@@ -248,11 +249,10 @@ def _phi_limits(structure: Structure, settings: Settings) -> list[float]:
 
 def _check_steps(run: Evaluation, structure: Structure, settings: Settings, curvature: float | None) -> None:
     eta = settings.eta(0)
-    if settings.integrator == "euler" and settings.decay is None:
-        check_prior_steps(run, eta, settings.site_step_scale)
-        limit = curvature_limit(curvature)
-        if eta >= limit:
-            raise ValueError(step_too_large("step_size", eta, limit, "4 / (largest curvature at the start)"))
+    if settings.decay is None:
+        if settings.integrator == "euler":
+            check_prior_steps(run, eta, settings.site_step_scale)
+        check_curvature(run, curvature, eta, settings.integrator, settings.n_inflate, settings.site_step_scale)
     if settings.phi_update == "langevin" and settings.accumulator != "single":
         for limit in _phi_limits(structure, settings):
             if settings.phi_eta(0) >= limit:

@@ -126,6 +126,7 @@ class Structure:
         pass_size: tasks that one run of the program takes; fewer than B where several runs make a visit.
         long: paired local families that a visit moves piece by piece, together with S
             (:mod:`~pyro_lift.inference.gibbs.long_vectors`).
+        checks_steps: whether the step size is held against each task's own curvature, at its first visit.
         exact: whether the chain rests on the pairs: by their exact draw, the exact accumulator, or joint training.
     """
 
@@ -139,6 +140,7 @@ class Structure:
     pass_size: int
     long: frozenset[str] = frozenset()
     exact: bool = True
+    checks_steps: bool = False
 
     @cached_property
     def pair_of(self) -> dict[str, NormalPair]:
