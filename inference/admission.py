@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_lift.inference import sgld
 from pyro_lift.inference.dependence import Links, coupled_families, reached
 from pyro_lift.inference.program import Evaluation, Latent, discrete_refusal
 from pyro_lift.inference.sgld import Integrator, Preconditioner
+from pyro_lift.inference.supports import innermost
 from pyro_lift.support.options import check_literal, check_number
 
 __all__ = [
@@ -47,10 +49,15 @@ def check_common(
 
 
 def refuse_discrete(run: Evaluation) -> None:
-    """Refuse a program with a discrete latent site."""
+    """Refuse a program with a latent site that no gradient can move: a discrete one, or a point mass."""
     for name, site in run.latents.items():
         if site.discrete:
             raise ValueError(discrete_refusal(name, site.fn))
+        if isinstance(innermost(site.fn), Delta):
+            raise ValueError(
+                f"the latent site {name!r} is a point mass (Delta); no gradient can move it. Write it as "
+                f"pyro.deterministic({name!r}, ...)."
+            )
 
 
 def check_latents(run: Evaluation) -> None:
@@ -74,6 +81,7 @@ def check_block(run: Evaluation, links: Links, tasks: str = "") -> None:
     Args:
         tasks: a name for the tasks, where they are not the first ones.
     """
+    refuse_discrete(run)
     say = f"{tasks}: " if tasks else ""
     for site in run.latents.values():
         if site.subsampled is not None:

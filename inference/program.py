@@ -36,6 +36,16 @@ __all__ = ["Evaluation", "Latent", "LocalSite", "Observed", "PlateSize", "Progra
 Rows = Mapping[str, Tensor]
 
 
+def _log_prob(name: str, fn: Distribution, value: Tensor) -> Tensor:
+    try:
+        return fn.log_prob(value)
+    except NotImplementedError:
+        raise ValueError(
+            f"the site {name!r} ({type(innermost(fn)).__name__}) has no density that can be computed. Rewrite it, by "
+            "hand or with pyro.infer.reparam."
+        ) from None
+
+
 class Latent(NamedTuple):
     """A latent site of one run: ``leaf`` is unconstrained and requires grad, ``value`` is what the program saw.
 
@@ -64,7 +74,7 @@ class Latent(NamedTuple):
     def log_prob_at(self, leaf: Tensor) -> Tensor:
         """Log density of the site in unconstrained space, summed; differentiable in ``leaf`` and in the parents."""
         value = leaf if self.transform is None else self.transform(leaf)
-        total: Tensor = scale_and_mask(self.fn.log_prob(value), self.scale, self.mask).sum()
+        total: Tensor = scale_and_mask(_log_prob(self.name, self.fn, value), self.scale, self.mask).sum()
         if self.transform is not None:
             total = total + self.transform.log_abs_det_jacobian(leaf, value).sum()
         return total
@@ -89,7 +99,7 @@ class Observed(NamedTuple):
 
     def log_prob(self) -> Tensor:
         """Log likelihood, summed, scaled from the minibatch to the data."""
-        total: Tensor = scale_and_mask(self.fn.log_prob(self.value), self.scale, self.mask).sum()
+        total: Tensor = scale_and_mask(_log_prob(self.name, self.fn, self.value), self.scale, self.mask).sum()
         return total
 
 
@@ -211,6 +221,7 @@ class _Reader(Messenger):
         self.generator = generator
         self.want_grad = want_grad
         self.tasks: list[int] = []
+        self.names: set[str] = set()
         self.latents: dict[str, Latent] = {}
         self.observed: list[Observed] = []
         self.plates: dict[str, PlateSize] = {}
@@ -224,8 +235,17 @@ class _Reader(Messenger):
         else:
             self._put_latent(msg)
 
+    def _check_name(self, name: str) -> None:
+        if name in self.names:
+            raise ValueError(
+                f"two sites of one run are named {name!r}. Give each a name of its own: in a loop over a plate, one "
+                'with the task in it, as f"theta_{i}".'
+            )
+        self.names.add(name)
+
     def _put_latent(self, msg: dict[str, Any]) -> None:
         name, fn = msg["name"], msg["fn"]
+        self._check_name(name)
         frame, task = self._task_of(msg)
         family = name if task is None else self.families.label(task, name)
         rows = self.global_values if frame is None else self.local_values.get(task, {})
@@ -261,6 +281,7 @@ class _Reader(Messenger):
     def _keep_observed(self, msg: dict[str, Any]) -> None:
         if msg["infer"].get("_deterministic", False):
             return
+        self._check_name(msg["name"])
         frame, task = self._task_of(msg)
         local = self.plate is None or frame is not None
         scale = self._scale(msg, frame)

@@ -171,15 +171,16 @@ def _pair(name: str, run: Evaluation, links: Links) -> NormalPair | str:
         return f"the local site {children[0].name!r} is {_described(children[0])}, not a plain normal"
     phi = run.globals[name].leaf
     variance = _variance_by_task(children[0], normal)[0]
-    if variance.numel() != phi.numel():
-        return _not_itself(children[0], name)
+    if not _stands_beside(phi, children[0]):
+        return _other_shape(children[0], name, phi)
     precision = _scalar_if_constant(prior.precision.detach())
     variance = _scalar_if_constant(variance.reshape(phi.shape))
     return NormalPair(name, children[0].family, prior.mean.detach(), precision, variance)
 
 
-def _not_itself(child: Latent, name: str) -> str:
-    return f"the mean of the local site {child.name!r} is not the site {name!r} itself"
+def _other_shape(child: Latent, name: str, phi: Tensor) -> str:
+    shapes = f"shape {list(child.leaf.shape)}, and {name!r} {list(phi.shape)}"
+    return f"the mean of the local site {child.name!r} is not the site {name!r} itself: it has {shapes}"
 
 
 def _child_fault(pair: NormalPair, child: Latent, run: Evaluation, links: Links) -> str | None:
@@ -190,8 +191,10 @@ def _child_fault(pair: NormalPair, child: Latent, run: Evaluation, links: Links)
     if others:
         return f"the distribution of the local site {child.name!r} depends on another site too ({_listed(others)})"
     phi = run.globals[name].leaf
-    if not _stands_beside(phi, child) or not _is_itself(normal, phi):
-        return _not_itself(child, name)
+    if not _stands_beside(phi, child):
+        return _other_shape(child, name, phi)
+    if not _is_itself(normal, phi):
+        return f"the mean of the local site {child.name!r} is not the site {name!r} itself"
     if hangs_on(normal.precision, phi):
         return f"the scale of the local site {child.name!r} depends on {name!r}"
     for task, own in zip(_tasks(child, run), _variance_by_task(child, normal), strict=True):

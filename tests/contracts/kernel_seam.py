@@ -7,18 +7,42 @@ gradient that it uses. Nothing is asked of its insides but where theta and S are
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from pyro_lift import SGLDGibbs
+from pyro_lift import SGLD, SGLDGibbs
+from pyro_lift.inference import stability
 from pyro_lift.inference.gibbs.conjugate import draw
 
-__all__ = ["STEP", "Seam", "Visit"]
+__all__ = ["STEP", "Seam", "Visit", "whole_gradient"]
 
 #: Small enough that a gradient is that of the position before, and large enough to be told from rounding.
 STEP = 1e-8
+
+
+def _unmeasured() -> AbstractContextManager[Any]:
+    """Without the curvature, which is only for the report where the step is given: it would be a third of the time."""
+    return mock.patch.object(stability, "CURVATURE_DIMENSIONS", 0)
+
+
+def whole_gradient(
+    program: Callable[[], None], values: list[Tensor], **options: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The gradient that SGLD on all sites uses at ``values`` (in the program's order), and the values, by site.
+
+    Raises:
+        ValueError: the kernel's refusal at set-up.
+    """
+    kernel = SGLD(program, **{"temperature": 0.0, "check_stability": False, "step_size": STEP} | options)
+    with _unmeasured():
+        kernel.setup(0)
+    position = dict(zip(kernel.initial_params, values, strict=True))
+    moved = kernel.sample(position)
+    return {name: 2.0 * (moved[name] - x) / STEP for name, x in position.items()}, position
 
 
 class Visit(NamedTuple):
@@ -44,7 +68,8 @@ class Seam:
     def __init__(self, program: Callable[[], None], **options: Any) -> None:
         options = {"temperature": 0.0, "check_stability": False, "step_size": STEP, "phi_step_size": STEP} | options
         self.kernel = SGLDGibbs(program, **options)
-        self.kernel.setup(0)
+        with _unmeasured():
+            self.kernel.setup(0)
         self.structure: Any = self.kernel.structure
 
     def sweep(self) -> None:

@@ -17,7 +17,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-__all__ = ["Density", "local_sites", "log_density"]
+__all__ = ["Density", "latent_sites", "local_sites", "log_density"]
 
 
 class Density(NamedTuple):
@@ -52,14 +52,18 @@ class _Unconstrained(Messenger):
         if msg["is_observed"] or type(msg["fn"]) is _Subsample:
             return
         fn = msg["fn"]
-        mixture = isinstance(fn, torch.distributions.MixtureSameFamily)  # torch knows no bijection to its support
-        transform = biject_to(fn.component_distribution.support if mixture else fn.support)
+        transform = _bijection(fn)
         leaf = self.values.get(msg["name"])
         if leaf is None:
             leaf = torch.zeros(transform.inverse_shape(fn.shape()), dtype=torch.float64)
         value = transform(leaf)
         self.jacobian[msg["name"]] = transform.log_abs_det_jacobian(leaf, value)
         msg["value"], msg["done"] = value, True
+
+
+def _bijection(fn: Any) -> Any:
+    mixture = isinstance(fn, torch.distributions.MixtureSameFamily)  # torch knows no bijection to its support
+    return biject_to(fn.component_distribution.support if mixture else fn.support)
 
 
 def _traced(program: Callable[[], None], values: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
@@ -97,6 +101,16 @@ def log_density(program: Callable[[], None], values: Mapping[str, Tensor], num_t
             total = sum((t.sum() for t in terms), zero)
             shared, outside = (shared, outside + total) if site["is_observed"] else (shared + total, outside)
     return Density(shared, torch.stack(local), outside, torch.stack(observed))
+
+
+def latent_sites(program: Callable[[], None]) -> dict[str, tuple[int, ...]]:
+    """Names of all latent sites and the shapes of their unconstrained values, in the program's order."""
+    trace, _ = _traced(program, {})
+    return {
+        name: tuple(_bijection(site["fn"]).inverse_shape(site["fn"].shape()))
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and type(site["fn"]) is not _Subsample
+    }
 
 
 def local_sites(program: Callable[[], None], num_tasks: int) -> dict[int | None, list[str]]:

@@ -151,6 +151,12 @@ class RandomProgram:
         self.y = self._data(draws, N, n + 1)
         self.minibatches: list[dict[int | None, Tensor]] = []
 
+    def unplated(self) -> None:
+        """What SGLD on all sites samples: every task at once, with the program's own minibatches of rows."""
+        self.minibatches.append({})
+        scheme = "number" if self.scheme == "same" else self.scheme
+        self._program(None, None, SCHEMES[scheme] if self.sequential else lambda base, i: base)
+
     def _data(self, draws: torch.Generator, tasks: int, rows: int) -> Tensor:
         y = _numbers(draws, tasks, rows)
         if self.likelihood == "Bernoulli":
@@ -172,6 +178,10 @@ class RandomProgram:
     def impossible(self) -> set[str]:
         """Its features that no update can take."""
         return self.features & set(IMPOSSIBLE)
+
+    def impossible_at_once(self) -> set[str]:
+        """Its features that SGLD on all sites cannot take: draws on a support that moves could not be mapped back."""
+        return self.features & {"latent in the data plate", "global in a subsampled plate", "interval below phi"}
 
     def __call__(self) -> None:
         """What the kernel samples."""

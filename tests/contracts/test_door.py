@@ -343,7 +343,9 @@ def test_a_scale_that_differs_in_the_middle_is_refused_at_that_tasks_first_visit
         return torch.as_tensor(pyro.sample("theta", dist.Normal(phi, 0.5 + 0.1 * (index == 2))))
 
     kernel = SGLDGibbs(program(odd_one_out), step_size=0.01)
-    with pytest.raises(ValueError, match=r"task 2: the scale of .* 'theta' differs by task.*exact draw of 'phi'.*table"):
+    with pytest.raises(
+        ValueError, match=r"task 2: the scale of .* 'theta' differs by task.*exact draw of 'phi'.*table"
+    ):
         MCMC(kernel, num_samples=9, warmup_steps=0, disable_progbar=True).run()
     assert kernel.state.step == 2
 

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import pyro
 import pytest
 import torch
-from kernel_seam import STEP, Seam, Visit
-from pyro_reference import local_sites, log_density
+from kernel_seam import STEP, Seam, Visit, whole_gradient
+from pyro.infer.mcmc.util import initialize_model
+from pyro_reference import latent_sites, local_sites, log_density
 from random_programs import RandomProgram
 from torch import Tensor
 
@@ -85,7 +86,7 @@ class Reference:
             for name, grad, found in zip(names, grads, visit.gradients[task], strict=True):
                 expected = torch.zeros_like(values[name]) if grad is None else grad
                 expected = expected if self.program.sequential else expected[task]
-                size = float(values[name].abs().max())
+                size = float(values[name].detach().abs().max())
                 _assert_close(f"gradient of {name!r}, task {task}", found, expected, size)
 
     def check_draw(self, visit: Visit, theta: Mapping[int, list[Tensor]], variances: Mapping[str, Tensor]) -> None:
@@ -101,7 +102,7 @@ class Reference:
         start = torch.cat([leaf.detach().reshape(-1) for leaf in leaves])
         mean = start - torch.linalg.solve(hessian, flat.detach())
         found = torch.cat([visit.moved_phi[name].reshape(-1) for name in names])
-        _assert_close("mean of phi given theta", found, mean, float(start.abs().max()))
+        _assert_close("mean of phi given theta", found, mean, float(start.detach().abs().max()))
         spread = torch.cat([variances[name].reshape(-1) for name in names])
         _assert_close("variance of phi given theta", torch.diag(spread), torch.linalg.inv(-hessian), 0.0)
 
@@ -165,6 +166,29 @@ def _run(program: RandomProgram, options: dict[str, Any]) -> None:
             _assert_close(f"drift of {name!r}", found, outside[name] + pull, float(phi.abs().max()))
 
 
+def _run_at_once(program: RandomProgram, options: dict[str, Any]) -> None:
+    """SGLD on every site of the program: its gradient at a random point.
+
+    Raises:
+        ValueError: a refusal.
+        DisagreementError: numbers that are not Pyro's.
+    """
+    reference = Reference(program, options["n_inflate"])
+    sites = latent_sites(lambda: program.whole(reference.everything))
+    draws = torch.Generator().manual_seed(program.seed)
+    values = [0.7 * torch.randn(shape, generator=draws, dtype=torch.float64) for shape in sites.values()]
+    program.minibatches.clear()
+    found, position = whole_gradient(program.unplated, values, **options)
+    leaves = {name: x.clone().requires_grad_() for name, x in zip(sites, values, strict=True)}
+    total = reference.density(leaves, program.minibatches[-1]).total(options["n_inflate"])
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    for (name, leaf), grad, own in zip(leaves.items(), grads, position, strict=True):
+        expected = torch.zeros_like(leaf) if grad is None else grad
+        _assert_close(
+            f"gradient of {name!r}, all sites at once", found[own], expected, float(leaf.detach().abs().max())
+        )
+
+
 def _reason(error: Exception) -> str:
     """A refusal without its names and numbers."""
     text = re.sub(r"'[^']*'|\"[^\"]*\"", "...", str(error).split("\n")[0])
@@ -182,14 +206,17 @@ def examine(seed: int) -> Verdict:
     }
     reasons, refused = [], 0
     runs = [
-        ({**EXACT[pick[2] % 2], **common}, program.breaking() | program.impossible()),
-        ({**ANY[pick[3] % 3], **common}, program.impossible()),
+        (_run, {**EXACT[pick[2] % 2], **common}, program.breaking() | program.impossible()),
+        (_run, {**ANY[pick[3] % 3], **common}, program.impossible()),
+        (_run_at_once, common, program.impossible_at_once()),
     ]
-    for options, excuse in runs:
+    for number, (run, options, excuse) in enumerate(runs):
+        if number == 1 and not refused and pick[0] % 4 < 2:
+            continue  # it agreed by the exact draw, and theta's gradients are the same
         torch.manual_seed(seed)
         try:
             with pyro.validation_enabled(False):  # as in Pyro's MCMC
-                _run(program, options)
+                run(program, options)
         except ValueError as refusal:
             refused += 1
             reasons.append(_reason(refusal))
@@ -217,21 +244,51 @@ def examine_all(first: int, last: int) -> tuple[Counter[str], Counter[str], list
     return outcomes, reasons, wrong
 
 
-CHUNK = 25
-
-
-@pytest.mark.parametrize("chunk", range(12))
-def test_gradients_and_draws_are_those_of_pyros_trace(chunk: int) -> None:
+def _examined(chunk: int) -> Counter[str]:
     outcomes, _, wrong = examine_all(chunk * CHUNK, (chunk + 1) * CHUNK)
     assert not wrong, "\n".join([str(dict(outcomes)), *wrong])
-    assert outcomes["refused"] <= CHUNK // 4
+    return outcomes
+
+
+#: Programs of one test, and how many such tests the fast and the slow suite hold.
+CHUNK, FAST, SLOW = 25, 8, 800
+
+
+@pytest.mark.parametrize("chunk", range(FAST))
+def test_gradients_and_draws_are_those_of_pyros_trace(chunk: int) -> None:
+    assert _examined(chunk)["refused"] <= CHUNK // 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", range(FAST, SLOW, 40))
+def test_gradients_and_draws_are_those_of_pyros_trace_in_twenty_thousand_programs(chunk: int) -> None:
+    outcomes = sum((_examined(k) for k in range(chunk, min(chunk + 40, SLOW))), Counter[str]())
+    assert outcomes["refused"] <= outcomes.total() // 10
+
+
+@pytest.mark.parametrize("seed", range(0, 60, 3))
+def test_the_reference_is_pyros_own_potential(seed: int) -> None:
+    """Of programs that can be sampled from and whose supports PyTorch knows and are fixed: Pyro looks them up once."""
+    program = RandomProgram(seed)
+    program.features -= {"improper", "interval below phi", "masked prior", "mixture prior", "theta mixture"}
+    torch.set_default_dtype(torch.float64)
+    reference = Reference(program, 1.0)
+    sites = latent_sites(lambda: program.whole(reference.everything))
+    draws = torch.Generator().manual_seed(seed)
+    values = {name: torch.randn(shape, generator=draws, dtype=torch.float64) for name, shape in sites.items()}
+    _, potential, _, _ = initialize_model(lambda: program.whole(reference.everything), ())
+    found = reference.density(values, {}).total(1.0)
+    torch.testing.assert_close(found, -potential(values))
 
 
 if __name__ == "__main__":
     import sys
 
-    found = examine_all(int(sys.argv[1]), int(sys.argv[2]))
-    print("\n".join(found[2][: int(sys.argv[3]) if len(sys.argv) > 3 else 10]))
-    print(dict(found[0]))
-    for text, count in found[1].most_common():
+    wanted = [int(argument) for argument in sys.argv[1:3]]
+    totals: list[Counter[str]] = [Counter(), Counter()]
+    for begin in range(wanted[0], wanted[1], 100):
+        summary = examine_all(begin, min(begin + 100, wanted[1]))
+        totals = [total + new for total, new in zip(totals, summary[:2], strict=True)]
+        print("\n".join([*summary[2], f"programs {wanted[0]} .. {begin + 99}: {dict(totals[0])}"]), flush=True)
+    for text, count in totals[1].most_common():
         print(count, text)
