@@ -39,7 +39,7 @@ class Draw(NamedTuple):
     log_likelihood: Tensor
     grad_norm: Tensor
     step_size: float
-    refused: bool
+    clipped: bool
     task: int
 
 
@@ -62,7 +62,7 @@ class StepInfo(Protocol):
         ...
 
     @property
-    def refused(self) -> bool:
+    def clipped(self) -> bool:
         """Whether the gradient was scaled down."""
         ...
 
@@ -172,7 +172,7 @@ class Kernel(MCMCKernel):
         self._sampling_until = time.perf_counter()
         if not self._sampling_since:
             self._sampling_since, self._drawn_before = self._sampling_until, len(self._draws)
-        self._draws.append(Draw(info.log_likelihood, info.grad_norm, info.step_size, info.refused, task))
+        self._draws.append(Draw(info.log_likelihood, info.grad_norm, info.step_size, info.clipped, task))
 
     def _log(self, step: int, info: StepInfo | None, phase: str) -> dict[str, str]:
         if info is not None and step - self._last_log[0] >= LOG_EVERY:
@@ -185,28 +185,31 @@ class Kernel(MCMCKernel):
         return dict(self._last_log[1])
 
     def diagnostics(self) -> dict[str, Any]:
-        """What a run reports of itself.
+        """Report a run's statistics.
 
         Returns:
-            ``divergences``, the draws whose gradient was clipped; ``sample_stats``, a list per statistic, with one
-            entry a draw; ``report``, see :meth:`report`; ``seconds``, of the wall clock, spent on draws.
+            ``clipped``, the draws whose gradient was scaled down; ``divergences``, none, for a chain that leaves the
+            finite numbers stops with :class:`~pyro_lift.inference.sgld.DivergedError`; ``sample_stats``, a list per
+            statistic, with one entry a draw; ``report``, see :meth:`report`; ``seconds``, of the wall clock, spent on
+            draws.
         """
         stats = {
             "log_likelihood": [float(d.log_likelihood) for d in self._draws],
             "grad_norm": [float(d.grad_norm) for d in self._draws],
             "step_size": [d.step_size for d in self._draws],
-            "diverging": [d.refused for d in self._draws],
+            "clipped": [d.clipped for d in self._draws],
             "task": [d.task for d in self._draws],
         }
         return {
-            "divergences": [i for i, d in enumerate(self._draws) if d.refused],
+            "divergences": [],
+            "clipped": [i for i, d in enumerate(self._draws) if d.clipped],
             "sample_stats": stats,
             "report": self.report(),
             "seconds": self._seconds(),
         }
 
     def _seconds(self) -> float:
-        """Of all draws; the first one, and those before a resumption, are taken to be as quick as the others."""
+        """Wall time of all draws; the first draw and those made before a resume are assumed to take the mean time."""
         timed = len(self._draws) - self._drawn_before - 1
         return (self._sampling_until - self._sampling_since) * len(self._draws) / max(timed, 1)
 
@@ -236,7 +239,10 @@ class Kernel(MCMCKernel):
         self._generator.set_state(tree["generator"].cpu())
         if self._noise_generator is not self._generator and tree["noise_generator"] is not None:
             self._noise_generator.set_state(tree["noise_generator"].cpu())
-        self._draws = [Draw(*row) for row in zip(*(tree["draws"][name] for name in Draw._fields), strict=True)]
+        draws = dict(tree["draws"])
+        if "refused" in draws:  # of a run that an earlier version saved
+            draws["clipped"] = draws.pop("refused")
+        self._draws = [Draw(*row) for row in zip(*(draws[name] for name in Draw._fields), strict=True)]
         self._last_log = (tree["last_log"][0], tree["last_log"][1])
 
     @property

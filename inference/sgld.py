@@ -84,7 +84,7 @@ class SGLDInfo(NamedTuple):
     log_likelihood: Tensor
     grad_norm: Tensor
     step_size: float
-    refused: bool
+    clipped: bool
 
 
 def euler(
@@ -267,7 +267,7 @@ def step(
             noise=gaussian_noise(x, generator),
             preconditioner=preconditioner,
         )
-    info = SGLDInfo(drift.log_likelihood, norm, eta, refused=False)
+    info = SGLDInfo(drift.log_likelihood, norm, eta, clipped=False)
     return SGLDState(state.step + 1, position, moments), info
 
 

@@ -19,7 +19,7 @@ __all__ = ["Coordinate", "Summary", "from_mcmc", "summarise"]
 
 #: sample_stats that our kernels report for each draw, under ArviZ's names where they mean the same. The log likelihood
 #: of the visited tasks is no pointwise one, which is what ``az.loo`` and ``az.compare`` take ``log_likelihood`` for.
-SAMPLE_STATS = ("visit_log_likelihood", "grad_norm", "step_size", "diverging", "task")
+SAMPLE_STATS = ("visit_log_likelihood", "grad_norm", "step_size", "clipped", "task")
 _REPORTED_AS = {"visit_log_likelihood": "log_likelihood"}
 
 
@@ -107,7 +107,8 @@ class Summary:
 
     Attributes:
         coordinates: one per coordinate, or projection, of every site.
-        divergences: draws whose step was refused or whose gradient was clipped, over all chains.
+        divergences: draws of Pyro's own kernels that diverged, over all chains; a chain of ours stops instead.
+        clipped: draws whose gradient was scaled down to ``max_grad_norm``, over all chains.
         draws: over all chains.
         seconds: spent on draws, over all chains; None if unknown.
         steps: the first chain's step sizes without dimensions (:meth:`SGLDGibbs.report`).
@@ -118,6 +119,7 @@ class Summary:
 
     coordinates: list[Coordinate]
     divergences: int
+    clipped: int
     draws: int
     seconds: float | None
     steps: dict[str, float | str]
@@ -137,7 +139,7 @@ class Summary:
             f"{_rate(c.ess_bulk_per_second)}{_rate(c.ess_tail_per_second)}"
             for c in self.coordinates
         ]
-        foot = f"divergences: {self.divergences} of {self.draws} draws"
+        foot = f"divergences: {self.divergences}, clipped: {self.clipped} of {self.draws} draws"
         steps = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.steps.items())
         reach = ", ".join(f"{k} {'exact' if v is None else format(v, '.3g')}" for k, v in self.reach.items())
         lines = [header, *rows, foot, *([f"steps: {steps}"] if steps else []), *([f"reach: {reach}"] if reach else [])]
@@ -149,7 +151,7 @@ def _rate(value: float | None) -> str:
 
 
 def summarise(mcmc: Any, *, seconds: float | None = None, max_size: int = 64, coordinates: int = 32) -> Summary:
-    """Summarise a finished run: R-hat, bulk and tail ESS (also per second), MCSE, divergences, step sizes and reach.
+    """Summarise a finished run: R-hat, bulk and tail ESS (also per second), MCSE, clipped draws, step sizes and reach.
 
     Args:
         mcmc: a finished run, as :func:`from_mcmc` takes it.
@@ -175,12 +177,17 @@ def summarise(mcmc: Any, *, seconds: float | None = None, max_size: int = 64, co
     steps = dict(reports[0].get("report") or {})
     return Summary(
         rows,
-        int(np.asarray(stats["diverging"]).sum()) if "diverging" in stats else 0,
+        _count(stats, "diverging"),
+        _count(stats, "clipped"),
         chains * draws,
         seconds,
         steps,
         _reach(steps, draws),
     )
+
+
+def _count(stats: Any, name: str) -> int:
+    return int(np.asarray(stats[name]).sum()) if name in stats else 0
 
 
 def _groups(data: Any) -> list[str]:

@@ -48,7 +48,7 @@ def test_groups_shapes_and_attributes(two_chains: MCMC) -> None:
     np.testing.assert_array_equal(posterior["phi"].values, samples.numpy())
     assert set(SAMPLE_STATS) <= set(stats.data_vars)
     assert all(stats[name].shape == (2, 24) for name in SAMPLE_STATS)
-    assert stats["diverging"].dtype == bool
+    assert stats["clipped"].dtype == bool
     # Six visits of warm-up, then round robin over six tasks.
     np.testing.assert_array_equal(stats["task"].values[0], np.arange(24) % 6)
     assert posterior.attrs["inference_library"] == "pyro_lift"
@@ -194,7 +194,7 @@ def test_the_report_gives_steps_without_dimensions() -> None:
     assert SGLDGibbs(sequential(), step_size=0.02).report() == {}
 
 
-def test_the_summary_is_arviz_by_coordinate_with_times_divergences_and_reach(two_chains: MCMC) -> None:
+def test_the_summary_is_arviz_by_coordinate_with_times_and_reach(two_chains: MCMC) -> None:
     summary = summarise(two_chains)
     data = from_mcmc(two_chains)["posterior"]
     assert [c.name for c in summary.coordinates] == ["phi[0]", "phi[1]"]
@@ -207,16 +207,16 @@ def test_the_summary_is_arviz_by_coordinate_with_times_divergences_and_reach(two
         assert summary.seconds is not None and summary.seconds > 0.0
         assert c.ess_bulk_per_second == pytest.approx(c.ess_bulk / summary.seconds)
     assert summary.worst_r_hat == max(c.r_hat for c in summary.coordinates)
-    assert (summary.divergences, summary.draws) == (0, 48)
+    assert (summary.divergences, summary.clipped, summary.draws) == (0, 0, 48)
     # 24 visits to 6 tasks; a_theta = 0.02 / (2 beta^2) = 0.04; phi is drawn exactly.
     assert summary.reach == {"visits_per_task": 4.0, "theta (phi)": pytest.approx(4 * 0.04), "phi (phi)": None}
     assert "r_hat" in str(summary) and "phi (phi) exact" in str(summary)
     assert summarise(two_chains, seconds=2.0).coordinates[0].ess_bulk_per_second == summary.coordinates[0].ess_bulk / 2
 
 
-def test_the_summary_counts_divergences_and_phis_own_reach() -> None:
+def test_the_summary_counts_clipped_draws_and_phis_own_reach() -> None:
     mcmc = finished(SGLDGibbs(vectorised(), step_size=0.02, max_grad_norm=0.1, thinning=2), draws=10)
-    assert summarise(mcmc).divergences == 10
+    assert (summarise(mcmc).clipped, summarise(mcmc).divergences) == (10, 0)
     langevin = SGLDGibbs(vectorised(), step_size=0.02, phi_update="langevin", phi_step_size=0.03, thinning=2)
     reach = summarise(finished(langevin, draws=10)).reach
     assert reach["visits_per_task"] == pytest.approx(20 / 6)

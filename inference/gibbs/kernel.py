@@ -80,7 +80,7 @@ class SGLDGibbs(Kernel):
         sgd_steps: of the warm-up's visits, how many are joint training by Adam of one vector shared by all tasks.
             They need a normal pair; the chain starts where they end.
         sgd_step_size: learning rate of those.
-        max_grad_norm: likelihood gradients above it are scaled down to it and counted as divergences; it changes
+        max_grad_norm: likelihood gradients above it are scaled down to it and counted as clipped; it changes
             the target.
         site_step_scale: factor on the step size by local family, e.g. ``{"head": 10.0}``.
         site_temperature: factor on the temperature by local family; ``{"head": 0.0}`` moves heads to their mode

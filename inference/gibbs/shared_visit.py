@@ -195,7 +195,7 @@ def visit(
         phi = gibbs_visit.draw_phi(state, chain, sums, noise)
         after = SGLDGibbsState(state.step + 1, phi, sums, {}, total.moments, {})
     held.keep()
-    return after, SGLDGibbsInfo(tasks, total.log_likelihood, total.grad_norm, eta, total.refused, phase)
+    return after, SGLDGibbsInfo(tasks, total.log_likelihood, total.grad_norm, eta, total.clipped, phase)
 
 
 def _streams(seed: int, visit: int, part: Tensor, device: torch.device) -> Streams:
@@ -285,7 +285,7 @@ class _Total:
                 self._new[family] = (total + value, count + 1)
         self.head.log_likelihood.add_(info.log_likelihood)
         self.head.squared_norm.add_(info.grad_norm.square())
-        self.head.clipped.add_(float(info.refused))
+        self.head.clipped.add_(float(info.clipped))
 
     def share(self, failure: DivergedError | None) -> None:
         """Add up over processes.
@@ -297,7 +297,7 @@ class _Total:
         self.head.unknown.fill_(float(len(self._new)))
         add_up(self.vector)
         self.log_likelihood, self.grad_norm = self.head.log_likelihood.clone(), self.head.squared_norm.sqrt()
-        self.refused = float(self.head.clipped) > 0.0
+        self.clipped = float(self.head.clipped) > 0.0
         if self.head.failed:
             if failure is None:
                 raise DivergedError(

@@ -64,7 +64,7 @@ class SGLDGibbsInfo(NamedTuple):
         log_likelihood: of the block's minibatches, scaled to their tasks' rows; summed.
         grad_norm: Euclidean norm of the gradient in all local sites of the block.
         step_size: eta.
-        refused: whether the gradient was scaled down to ``max_grad_norm``.
+        clipped: whether the gradient was scaled down to ``max_grad_norm``.
         phase: of the visit.
     """
 
@@ -72,7 +72,7 @@ class SGLDGibbsInfo(NamedTuple):
     log_likelihood: Tensor
     grad_norm: Tensor
     step_size: float
-    refused: bool
+    clipped: bool
     phase: str
 
 

@@ -81,7 +81,7 @@ class Seam:
     @property
     def visits(self) -> int:
         """Visits that a sweep takes."""
-        return -(-self.structure.num_tasks // self.structure.block_size)
+        return int(-(-self.structure.num_tasks // self.structure.block_size))
 
     def theta(self) -> dict[int, list[Tensor]]:
         """Unconstrained values of the local sites of each task, in the program's order."""

@@ -160,7 +160,7 @@ def test_without_noise_a_step_is_gradient_ascent_and_a_tiny_step_changes_nothing
     density = gaussian_target(P2, M2)
     state, info = sgld.step(sgld.init(x), density, sgld.SGLDSettings(constant(0.2), temperature=0.0))
     torch.testing.assert_close(state.position["x"], x["x"] + 0.1 * density(x).gradient["x"])
-    assert info.step_size == 0.2 and not info.refused
+    assert info.step_size == 0.2 and not info.clipped
     still, _ = sgld.step(sgld.init(x), density, sgld.SGLDSettings(constant(1e-300)))
     torch.testing.assert_close(still.position["x"], x["x"], rtol=0, atol=1e-140)
 
