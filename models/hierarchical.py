@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import block_log_likelihood, stack_rows
 from pyro_lift.models.observation import batch_of, check_width, observe, sample_head
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Task, check_task_names
 from pyro_lift.support.options import check_number
 
 __all__ = ["AdapterHierarchy", "can_share_pass"]
@@ -45,8 +45,8 @@ class AdapterHierarchy:
         block_size: B, tasks that one run of the program takes.
 
     Raises:
-        ValueError: no task; a shared head narrower than a task's number of classes; more tasks in a block than there
-            are.
+        ValueError: no task; two tasks of one name; a shared head that does not fit a task's targets; more tasks in a
+            block than there are.
 
     Attributes:
         one_pass: whether a block goes through the network in one pass.
@@ -69,6 +69,7 @@ class AdapterHierarchy:
         check_number("sigma", sigma)
         if not tasks:
             raise ValueError("tasks is empty: there is nothing to learn from.")
+        check_task_names(tasks)
         self.adapter = adapter
         self.tasks = list(tasks)
         self.beta, self.sigma = beta, sigma

@@ -46,16 +46,32 @@ def log_likelihood(kind: LossKind, output: Tensor, target: Tensor, scale: float 
 
     Returns:
         Shape ``[..., b]``.
+
+    Raises:
+        ValueError: shapes that would broadcast against each other.
     """
     check_literal("kind", kind, LossKind)
+    if kind == "regression" and output.dim() == target.dim() + 1 and output.shape[-1] == 1:
+        output = output.squeeze(-1)
+    _check_shapes(kind, output, target)
     if kind in ("classification", "matching"):
         return torch.as_tensor(dist.Categorical(logits=output, validate_args=False).log_prob(target))
     if kind == "regression":
-        output = output.squeeze(-1) if output.dim() == target.dim() + 1 else output
         density = torch.as_tensor(dist.Normal(output, scale, validate_args=False).log_prob(target))
         return density.flatten(1).sum(-1) if density.dim() > 1 else density
     losses = cross_entropy(output.flatten(0, -2), target.flatten(), ignore_index=IGNORED, reduction="none")
     return -losses.view(target.shape).sum(-1)
+
+
+def _check_shapes(kind: LossKind, output: Tensor, target: Tensor) -> None:
+    """Refuse what would broadcast: ``[b, 1]`` against ``[b]`` scores every row against every row's target."""
+    expected = output.shape if kind == "regression" else output.shape[:-1]
+    if target.shape != expected:
+        shapes = {"regression": "one shape, [..., b] or [..., b, M]", "tokens": "[..., b, L, V] and [..., b, L]"}
+        raise ValueError(
+            f"{kind}: the network's output has shape {list(output.shape)} and the target {list(target.shape)}; "
+            f"expected {shapes.get(kind, '[..., b, C] and [..., b]')}."
+        )
 
 
 def probabilities(kind: LossKind, output: Tensor) -> Tensor:

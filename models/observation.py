@@ -62,18 +62,19 @@ def observe(
 def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float | None) -> int:
     """Return the width of the network's output; the door of every run.
 
-    Matching tasks have as many logits as texts to match, whatever the network.
+    Matching tasks have as many logits as texts to match, whatever the network. A task of each kind and shape of target
+    is tried on its first row, so that what cannot be scored is refused before the chain.
 
     Raises:
         ValueError: a network that does not use the adapter, or is no longer what it was made on; features without a
-            head to stand on; a shared head that is too narrow for a task's labels.
+            head to stand on; a shared head that is too narrow for a task's labels; an output whose shape does not go
+            with the targets.
     """
     adapter.check_use()
     tasks = [task for task in tasks if task.kind != "matching"] or tasks[:1]
+    width = int(_first_output(adapter, tasks[0]).shape[-1])
     trial = tasks[0].train.take(slice(0, TRIAL_ROWS))
     adapter.check_reach(*trial.positional, **trial.named)
-    first = tasks[0].train.take(slice(0, 1))
-    width = int(outputs(adapter, first, adapter.initial, None).shape[-1])
     for task in tasks:
         own_head = head_scale is not None and task.num_classes is not None
         if adapter.gives_features and not own_head and task.kind != "matching":
@@ -94,6 +95,7 @@ def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float
             classes,
         )
     if head_scale is None:
+        _check_outputs(adapter, tasks)
         for task in tasks:
             if task.num_classes is not None and task.num_classes > width:
                 raise ValueError(
@@ -101,3 +103,30 @@ def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float
                     f"head, 0 .. {width - 1}. Give the tasks heads of their own (head_scale=...), or a wider network."
                 )
     return width
+
+
+def _check_outputs(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
+    tried = set()
+    for task in tasks:
+        shape = (task.kind, task.train.target.dim(), task.train.target.shape[-1] if task.kind == "regression" else 0)
+        if shape in tried or task.kind == "matching":
+            continue
+        tried.add(shape)
+        output = _first_output(adapter, task)
+        try:
+            log_likelihood(task.kind, output, task.train.target[:1])
+        except ValueError as error:
+            raise ValueError(f"task {task.name!r}: {error}") from error
+
+
+def _first_output(adapter: RandomAdapter, task: Task) -> Tensor:
+    """Compute the output on the task's first row; the network's own errors then name the task and its inputs."""
+    row = task.train.take(slice(0, 1))
+    try:
+        return outputs(adapter, row, adapter.initial, None)
+    except (RuntimeError, TypeError, IndexError, KeyError) as error:
+        shapes = ", ".join(f"{key or 'inputs'} {x.dtype} {list(x.shape)}" for key, x in row.inputs.items())
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"task {task.name!r}: the network cannot be called with its first row ({shapes}): {reason}"
+        ) from error

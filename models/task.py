@@ -2,57 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_lift.models.likelihoods import IGNORED, LossKind
-from pyro_lift.support.options import check_literal
+from pyro_lift.models.rows import Rows, as_rows, label_names
+from pyro_lift.models.targets import class_numbers, count_classes
+from pyro_lift.support.options import check_distinct, check_literal
 
-if TYPE_CHECKING:
-    import datasets
-
-__all__ = ["Rows", "Task", "as_rows"]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Examples: inputs by keyword of the backbone (the empty name is its first positional input), and targets.
-
-    Attributes:
-        inputs: tensors with one leading row per example.
-        target: ``[n]`` class numbers or values, ``[n, L]`` token numbers.
-        shared: further inputs that all rows share, such as the label texts of a matching task; not indexed by row.
-    """
-
-    inputs: Mapping[str, Tensor]
-    target: Tensor
-    shared: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return self.target.shape[0]
-
-    def take(self, index: Tensor | slice) -> Rows:
-        """Select some of the rows."""
-        return Rows({name: x[index] for name, x in self.inputs.items()}, self.target[index], self.shared)
-
-    def to(self, device: torch.device | str) -> Rows:
-        """Move the rows to a device."""
-        inputs, shared = ({name: x.to(device) for name, x in d.items()} for d in (self.inputs, self.shared))
-        return Rows(inputs, self.target.to(device), shared)
-
-    @property
-    def positional(self) -> tuple[Tensor, ...]:
-        """Inputs that the backbone takes by position."""
-        return (self.inputs[""],) if "" in self.inputs else ()
-
-    @property
-    def named(self) -> dict[str, Tensor]:
-        """Inputs that the backbone takes by name."""
-        return {name: x for name, x in self.inputs.items() if name} | dict(self.shared)
+__all__ = ["Rows", "Task", "as_rows", "check_task_names"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +24,9 @@ class Task:
 
     Args:
         name: for messages, records and figures.
-        train: what to learn from: ``(inputs, targets)`` tensors, a mapping of tensors with ``"labels"``, a
-            ``datasets.Dataset`` with a column ``"label"`` or ``"labels"``, or :class:`Rows`.
+        train: what to learn from: ``(inputs, targets)`` tensors or arrays, a mapping of tensors with ``"labels"``, a
+            ``datasets.Dataset`` with a column ``"label"`` or ``"labels"``, a torch ``Dataset`` or ``DataLoader`` of
+            pairs, or :class:`Rows`. Class numbers may be of any whole-number type; they become int64.
         kind: ``"classification"``, ``"matching"``, ``"regression"`` or ``"tokens"``. Matching is classification by
             the similarity of the encoded input to encoded label texts: those in ``label_texts``, or, where every row
             has options of its own (multiple choice), the rows' inputs ``option_input_ids`` and
@@ -76,8 +40,10 @@ class Task:
         label_texts: encoded label texts by keyword of the backbone, ``{"input_ids": [C, L], "attention_mask": ...}``.
 
     Raises:
-        ValueError: no rows, unequal numbers of rows, labels outside ``0 .. num_classes - 1``, values not finite;
-            matching with nothing to match; label names or texts that are not as many as the classes.
+        ValueError: no rows, unequal numbers of rows, labels outside ``0 .. num_classes - 1`` or of another shape,
+            values not finite; parts with different inputs; matching with nothing to match; label names that stand
+            twice; label names or texts that are not as many as the classes.
+        TypeError: values that are no numbers.
 
     Example:
         >>> task = Task("sevens", (torch.zeros(3, 2), torch.tensor([0, 1, 1])))
@@ -117,10 +83,17 @@ class Task:
         if label_texts is not None:
             shared = {f"label_{key}": x for key, x in label_texts.items()}
             parts = {where: replace(rows, shared=shared) for where, rows in parts.items()}
+        if labels is None and num_classes is None and kind == "classification":
+            labels = label_names(train)
         labels = None if labels is None else tuple(labels)
+        check_distinct(f"task {name!r}, labels", labels or ())
+        num_classes = None if num_classes is None else operator.index(num_classes)
         num_classes = _classes(name, parts["train"], kind, num_classes, labels, label_texts)
-        for where, rows in parts.items():
-            _check_target(name, where, rows.target, kind, num_classes)
+        parts = {
+            part: _with_target(rows, kind, num_classes, f"task {name!r}, {part} data") for part, rows in parts.items()
+        }
+        for part, rows in parts.items():
+            _check_same_inputs(parts["train"], rows, f"task {name!r}, {part} data")
         values = {
             "name": name,
             "train": parts["train"],
@@ -151,58 +124,6 @@ class Task:
         )
 
 
-def as_rows(data: Any, where: str) -> Rows:
-    """Convert tensors, a mapping, or a ``datasets.Dataset`` to :class:`Rows`; ``where`` begins the error messages."""
-    if isinstance(data, Rows):
-        rows = data
-    elif isinstance(data, tuple) and len(data) == 2:
-        inputs, target = data
-        inputs = inputs if isinstance(inputs, Mapping) else {"": inputs}
-        rows = Rows({k: torch.as_tensor(v) for k, v in inputs.items()}, torch.as_tensor(target))
-    elif isinstance(data, Mapping):
-        rows = _from_columns(data, where)
-    elif hasattr(data, "column_names") and hasattr(data, "with_format"):
-        rows = _from_dataset(data, where)
-    else:
-        raise TypeError(
-            f"{where}: {type(data).__name__} given; expected (inputs, targets), a mapping of tensors with 'labels', "
-            "or a datasets.Dataset."
-        )
-    if len(rows) == 0:
-        raise ValueError(f"{where}: no rows. A task needs at least one example; leave it out of the list.")
-    for key, x in rows.inputs.items():
-        label = repr(key) if key else "inputs"
-        if x.shape[0] != len(rows):
-            raise ValueError(f"{where}: {label} has {x.shape[0]} rows, the targets {len(rows)}.")
-        if x.is_floating_point() and not torch.isfinite(x).all():
-            raise ValueError(f"{where}: {label} holds values that are not finite.")
-    return rows
-
-
-def _from_columns(data: Mapping[str, Any], where: str) -> Rows:
-    columns = {k: torch.as_tensor(v) for k, v in data.items()}
-    names = [name for name in ("labels", "label") if name in columns]
-    if not names:
-        raise ValueError(f"{where}: no column 'labels' or 'label' among {sorted(columns)}.")
-    target = columns.pop(names[0])
-    if not columns:
-        raise ValueError(f"{where}: no input column beside {names[0]!r}.")
-    return Rows(columns, target)
-
-
-def _from_dataset(data: datasets.Dataset, where: str) -> Rows:
-    columns: dict[str, Any] = {}
-    for name in data.column_names:
-        values: Sequence[Any] = data.with_format("torch")[name][:]
-        if isinstance(values, Tensor):
-            columns[name] = values
-        elif values and isinstance(values[0], str):
-            continue  # text beside its own tokens; a backbone takes numbers
-        else:
-            raise ValueError(f"{where}: column {name!r} has rows of unequal shape; pad it to one length first.")
-    return _from_columns(columns, where)
-
-
 def _classes(
     name: str,
     train: Rows,
@@ -230,22 +151,41 @@ def _classes(
         raise ValueError(
             f"task {name!r}: {', '.join(f'{k} has {v}' for k, v in said.items())} classes; they must agree."
         )
-    return next(iter(said.values())) if said else int(train.target.max()) + 1
+    if said:
+        return next(iter(said.values()))
+    where = f"task {name!r}, train data"
+    return count_classes(class_numbers(train.target, where), where)
 
 
-def _check_target(name: str, where: str, target: Tensor, kind: LossKind, num_classes: int | None) -> None:
+def _with_target(rows: Rows, kind: LossKind, num_classes: int | None, where: str) -> Rows:
+    """Give the rows a target of the type and the shape that the kind of loss takes, or refuse them."""
+    target = rows.target
     if kind == "regression":
-        if not torch.isfinite(target).all():
-            raise ValueError(f"task {name!r}, {where} data: targets that are not finite.")
-        return
-    if target.is_floating_point():
-        raise ValueError(f"task {name!r}, {where} data: {kind} needs whole-number targets, not {target.dtype}.")
-    low = int(target[target != IGNORED].min()) if kind == "tokens" else int(target.min())
-    high = int(target.max())
-    if low < 0 or (num_classes is not None and high >= num_classes):
-        limit = f"0 .. {num_classes - 1}" if num_classes is not None else "0 and above"
-        wrong = low if low < 0 else high
-        raise ValueError(
-            f"task {name!r}, {where} data: label {wrong} is outside the head's range {limit}. "
-            "Raise num_classes or mend the labels."
-        )
+        if target.is_complex() or not torch.isfinite(target).all():
+            raise ValueError(f"{where}: targets that are not finite real numbers.")
+        return rows if target.is_floating_point() else replace(rows, target=target.to(torch.get_default_dtype()))
+    if kind == "tokens":
+        return replace(rows, target=class_numbers(target, where, ignored=IGNORED, what="token"))
+    rows = replace(rows, target=class_numbers(target, where, num_classes))
+    if kind == "matching" and "option_attention_mask" in rows.inputs:
+        present = rows.inputs["option_attention_mask"].flatten(2).any(-1)
+        absent = present.any(-1) & ~present.gather(1, rows.target.unsqueeze(1)).squeeze(1)
+        if absent.any():
+            row = int(absent.nonzero()[0])
+            raise ValueError(f"{where}, row {row}: the answer, option {int(rows.target[row])}, is an absent option.")
+    return rows
+
+
+def _check_same_inputs(train: Rows, rows: Rows, where: str) -> None:
+    """Refuse a part that the network could not be called with as it was in training."""
+    if set(rows.inputs) != set(train.inputs):
+        raise ValueError(f"{where}: inputs {sorted(rows.inputs)}, but the train data has {sorted(train.inputs)}.")
+    pairs = {name: (x, train.inputs[name]) for name, x in rows.inputs.items()} | {"target": (rows.target, train.target)}
+    for name, (x, known) in pairs.items():
+        if x.dim() != known.dim():
+            raise ValueError(f"{where}: {name!r} has shape {list(x.shape)}, but {list(known.shape)} in the train data.")
+
+
+def check_task_names(tasks: Sequence[Any], where: str = "tasks") -> None:
+    """Refuse two tasks of one name: results, adapters and folders are kept by name, and one would stand for both."""
+    check_distinct(where, [task.name for task in tasks], "Give each task a name of its own.")

@@ -10,7 +10,15 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar, get_args
 
-__all__ = ["check_choice", "check_literal", "check_number", "current_names", "named_options", "renamed_keywords"]
+__all__ = [
+    "check_choice",
+    "check_distinct",
+    "check_literal",
+    "check_number",
+    "current_names",
+    "named_options",
+    "renamed_keywords",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -124,7 +132,25 @@ def check_number(name: str, value: float, *, least: float = 0.0, open_below: boo
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{name}={value!r}: expected {'a whole number' if whole else 'a number'}.")
     below = value <= least if open_below else value < least
-    if not math.isfinite(value) or below:
+    # A whole number past 64 bits is infinite for all that computes with it.
+    finite = abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+    if not finite or below:
         raise ValueError(
             f"{name}={value!r}: expected a finite number {'above' if open_below else 'of at least'} {least:g}."
         )
+
+
+def check_distinct(what: str, names: Iterable[object], advice: str = "Give each its own name.") -> None:
+    """Refuse names of which one stands twice; the message gives it and its two places.
+
+    Example:
+        >>> check_distinct("labels", ["crane", "kite", "crane"])
+        Traceback (most recent call last):
+        ...
+        ValueError: labels: 'crane' stands twice (places 0 and 2). Give each its own name.
+    """
+    first: dict[object, int] = {}
+    for place, name in enumerate(names):
+        if name in first:
+            raise ValueError(f"{what}: {name!r} stands twice (places {first[name]} and {place}). {advice}")
+        first[name] = place

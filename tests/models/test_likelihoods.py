@@ -50,7 +50,7 @@ def vector(encoder: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def matching_task(rows: int, classes: int) -> Task:
-    return Task("m", (texts(rows, 7), torch.arange(rows) % classes), "matching", label_texts=texts(classes, 4))
+    return Task(f"m{rows}", (texts(rows, 7), torch.arange(rows) % classes), "matching", label_texts=texts(classes, 4))
 
 
 def test_matching_is_the_scaled_cosine_of_texts_encoded_one_by_one(adapter: RandomAdapter) -> None:
