@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from pyro_lift.data.images import ImageTask
 from pyro_lift.data.text import TextTask
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Task, check_task_names
 
 __all__ = ["TaskCollection"]
 
@@ -27,6 +27,9 @@ class TaskCollection(Generic[T]):
         test: to be judged by.
         missing: names that belong to the split and could not be had, by part; nothing is dropped in silence.
         notes: whatever else a reader of the results must know.
+
+    Raises:
+        ValueError: two tasks of one name in a part.
     """
 
     name: str
@@ -35,6 +38,11 @@ class TaskCollection(Generic[T]):
     test: tuple[T, ...] = ()
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # A task may be in two parts, as CrossFit's NLI has it; within one its name is all that tells it from others.
+        for part, tasks in self.parts.items():
+            check_task_names(tasks, f"{self.name}, {part}")
 
     def __iter__(self) -> Iterator[T]:
         """All tasks: train, dev, test."""

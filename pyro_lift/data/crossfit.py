@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pyro_lift.data.collection import TaskCollection
+from pyro_lift.data.layout import part_files, part_of
 from pyro_lift.data.records import Record, read_records, record_files, text_row
-from pyro_lift.data.text import TextForm, TextRow, TextTask
+from pyro_lift.data.text import TextForm, TextRow, TextTask, infer_labels
 from pyro_lift.support.options import check_choice, check_number
 
 __all__ = ["CROSSFIT_SPLITS", "SAMPLES", "crossfit_facts", "few_shot", "load_crossfit"]
@@ -34,7 +35,6 @@ CAP_SEED = 0
 #: In the training *and* the evaluation list of NLI as published.
 LEAKED = {"NLI": ("sick",)}
 
-_PARTS = {"train": "train", "dev": "dev", "validation": "dev", "valid": "dev", "test": "test"}
 _FORMS: dict[str, TextForm] = {
     "classification": "classification",
     "multiple_choice": "multiple_choice",
@@ -43,7 +43,7 @@ _FORMS: dict[str, TextForm] = {
 }
 
 
-class Found(NamedTuple):
+class LocalTask(NamedTuple):
     """The records of one task by part, and the form they declare, if any."""
 
     records: Mapping[str, Sequence[Record]]
@@ -52,7 +52,7 @@ class Found(NamedTuple):
 
 @cache
 def crossfit_facts() -> dict[str, Any]:
-    """Metric, builder, shots and labels of the 160 tasks, and the splits; facts of the upstream repository."""
+    """Read metric, builder, shots and labels of the 160 tasks, and the splits; facts of the upstream repository."""
     facts: dict[str, Any] = json.loads((resources.files("pyro_lift.data") / "crossfit.json").read_text("utf-8"))
     return facts
 
@@ -66,7 +66,7 @@ def load_crossfit(
     hub: bool = False,
     test_rows: int | None = 1000,
 ) -> TaskCollection[TextTask]:
-    """The tasks of a split; those that cannot be had are listed in ``missing``.
+    """Load the tasks of a split; those that cannot be had are listed in ``missing``.
 
     Local data is one of: a file or a folder of files of records with the fields ``task``, ``split``, ``input``,
     ``output`` and, where there are any, ``options``; or a folder with a folder for each task that holds CrossFit's own
@@ -100,11 +100,11 @@ def load_crossfit(
     elif both:
         notes.append(f"in train and in test, as published: {', '.join(both)} (dedupe=True leaves it out of train).")
     names = {task for part in wanted.values() for task in part}
-    found = {} if root is None else _find_local(Path(root), names, sample)
+    local = {} if root is None else _find_local(Path(root), names, sample)
     tasks: dict[str, TextTask] = {}
     capped = []
     for task in sorted(names):
-        made = _text_task(task, found[task], sample) if task in found else _from_hub(task, sample) if hub else None
+        made = _text_task(task, local[task], sample) if task in local else _from_hub(task, sample) if hub else None
         if made is None:
             continue
         if test_rows is not None and len(made.test) > test_rows:
@@ -116,7 +116,7 @@ def load_crossfit(
         raise ValueError(f"none of the {len(names)} tasks of {name} is {where}; pass root=FOLDER or hub=True.")
     if capped:
         notes.append(f"test sets cut to {test_rows} rows, seed {CAP_SEED}: {', '.join(capped)}.")
-    if sample is not None and any(task in tasks and not _seeded(found[task]) for task in found):
+    if sample is not None and any(task in tasks and not _seeded(local[task]) for task in local):
         notes.append(f"sample {sample} drawn again from the stored train and dev rows; not CrossFit's published draw.")
     parts = {part: tuple(tasks[task] for task in of if task in tasks) for part, of in wanted.items()}
     missing = {part: tuple(task for task in of if task not in tasks) for part, of in wanted.items()}
@@ -135,28 +135,28 @@ def _split(split: str | Mapping[str, Sequence[str]]) -> tuple[str, dict[str, lis
     return "own split", {part: list(split.get(part, ())) for part in ("train", "dev", "test")}
 
 
-def _find_local(root: Path, names: set[str], sample: int | None) -> dict[str, Found]:
+def _find_local(root: Path, names: set[str], sample: int | None) -> dict[str, LocalTask]:
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such file or folder; root should hold CrossFit's data.")
-    found: dict[str, Found] = {}
+    local: dict[str, LocalTask] = {}
     files = [root] if root.is_file() else record_files(root)
     # A folder for several benchmarks keeps ours apart by name.
     for path in [path for path in files if path.name.startswith("crossfit")] or files:
-        for task, here in _by_task(path, names).items():
-            if task in found:
+        for task, task_records in _by_task(path, names).items():
+            if task in local:
                 raise ValueError(f"{path}: task {task!r} is in another file of {root} as well; keep one of them.")
-            found[task] = here
+            local[task] = task_records
     for task in sorted(names) if root.is_dir() else ():
         folder = root / task
-        if task not in found and folder.is_dir():
+        if task not in local and folder.is_dir():
             records = _folder_records(folder, task, sample)
             if records:
-                found[task] = Found(records)
-    return found
+                local[task] = LocalTask(records)
+    return local
 
 
-def _by_task(path: Path, names: set[str]) -> dict[str, Found]:
-    """The wanted tasks of one file of records that name their task and split."""
+def _by_task(path: Path, names: set[str]) -> dict[str, LocalTask]:
+    """Sort the wanted tasks of one file of records that name their task and split."""
     rows: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     forms: dict[str, TextForm] = {}
     for record in read_records(path):
@@ -168,47 +168,54 @@ def _by_task(path: Path, names: set[str]) -> dict[str, Found]:
         task, part = record.fields["task"], record.fields["split"]
         if task not in names:
             continue
-        if part not in _PARTS:
+        known = part_of(part)
+        if known is None:
             raise ValueError(f"{record.place}: split {part!r} is not one of 'train', 'dev', 'test'.")
         if "type" in record.fields:
-            if record.fields["type"] not in _FORMS:
-                raise ValueError(f"{record.place}: type {record.fields['type']!r} is not one of {', '.join(_FORMS)}.")
-            forms[task] = _FORMS[record.fields["type"]]
-        rows[task][_PARTS[part]].append(record)
-    return {task: Found(parts, forms.get(task)) for task, parts in rows.items()}
+            kind = record.fields["type"]
+            if not isinstance(kind, str) or kind not in _FORMS:
+                raise ValueError(f"{record.place}: type {kind!r} is not one of {', '.join(_FORMS)}.")
+            if forms.setdefault(task, _FORMS[kind]) != _FORMS[kind]:
+                raise ValueError(f"{record.place}: type {kind!r}, but {forms[task]!r} in an earlier row of {task!r}.")
+        rows[task][known].append(record)
+    return {task: LocalTask(parts, forms.get(task)) for task, parts in rows.items()}
 
 
 def _folder_records(folder: Path, task: str, sample: int | None) -> dict[str, list[Record]]:
-    """CrossFit's layout, one file for each seed and part; else one file for each part."""
+    """Read CrossFit's layout, one file for each seed and part; else one file for each part."""
     files = record_files(folder)
     seed = SAMPLES[0] if sample is None else sample
     pattern = re.compile(rf"{re.escape(task)}_(?:16|32)_{seed}_(train|dev|test)\.")
-    named = {match[1]: path for path in files if (match := pattern.match(path.name))}
-    if not named:
-        named = {_PARTS[stem]: path for path in files if (stem := path.name.split(".")[0]) in _PARTS}
+    named: dict[str, Path] = {}
+    for path in files:
+        if match := pattern.match(path.name):
+            if match[1] in named:
+                raise ValueError(f"{path}: the {match[1]} part is {named[match[1]].name} as well; keep one of them.")
+            named[match[1]] = path
+    named = named or part_files(folder)
     return {part: list(read_records(path)) for part, path in named.items()}
 
 
-def _seeded(found: Found) -> bool:
-    """Whether the files themselves name the few-shot seed."""
-    first = found.records["train"][0].place if found.records.get("train") else ""
+def _seeded(local: LocalTask) -> bool:
+    """Tell whether the files themselves name the few-shot seed."""
+    first = local.records["train"][0].place if local.records.get("train") else ""
     return any(f"_{seed}_train." in first for seed in SAMPLES)
 
 
-def _text_task(name: str, found: Found, sample: int | None) -> TextTask:
+def _text_task(name: str, local: LocalTask, sample: int | None) -> TextTask:
     facts = crossfit_facts()["tasks"][name]
     for part in ("train", "test"):
-        if not found.records.get(part):
-            places = [rows[0].place for rows in found.records.values() if rows]
+        if not local.records.get(part):
+            places = [rows[0].place for rows in local.records.values() if rows]
             raise ValueError(f"task {name!r}: the {part} split is empty" + (f" (see {places[0]})." if places else "."))
-    first = text_row(found.records["train"][0])
-    form = found.form or _form(facts, first)
-    labels = _labels(facts, first, found.records) if form == "classification" else ()
+    first = text_row(local.records["train"][0])
+    form = local.form or _form(facts, first)
+    labels = _labels(facts, local.records) if form == "classification" else ()
     rows = {
-        part: [text_row(record, form, labels) for record in found.records.get(part, ())]
+        part: [text_row(record, form, labels) for record in local.records.get(part, ())]
         for part in ("train", "dev", "test")
     }
-    if sample is not None and not _seeded(found):
+    if sample is not None and not _seeded(local):
         pool = [*rows["train"], *rows["dev"]]
         rows["train"], rows["dev"] = few_shot(pool, facts["shots"], sample, by_class=form == "classification")
     parts = {part: tuple(of) for part, of in rows.items()}
@@ -221,16 +228,18 @@ def _form(facts: Mapping[str, Any], first: TextRow) -> TextForm:
     return "multiple_choice" if first.options else "text_to_text"
 
 
-def _labels(facts: Mapping[str, Any], first: TextRow, records: Mapping[str, Sequence[Record]]) -> tuple[str, ...]:
-    """CrossFit's labels in their order; the records' own options where they are others; else what occurs in train."""
+def _labels(facts: Mapping[str, Any], records: Mapping[str, Sequence[Record]]) -> tuple[str, ...]:
+    """Choose CrossFit's labels in their order; the records' options where they are others; else train's answers."""
     known = tuple(facts.get("labels", ()))
+    first = text_row(records["train"][0], "classification")
     if known and (not first.options or set(known) == set(first.options)):
         return known
-    return first.options or tuple(sorted({text_row(record).outputs[0] for record in records["train"]}))
+    answers = [text_row(record, "classification").outputs[0] for record in records["train"]]
+    return first.options or infer_labels(answers, records["train"][0].place)
 
 
 def few_shot(rows: Sequence[TextRow], shots: int, seed: int, *, by_class: bool) -> tuple[list[TextRow], list[TextRow]]:
-    """CrossFit's draw of train and dev: shuffle, then the first ``shots`` rows and the next (of each class).
+    """Draw train and dev as CrossFit: shuffle, then the first ``shots`` rows and the next (of each class).
 
     A class with fewer than twice as many rows gives half of them to each. The shuffle is numpy's legacy one, so the
     same rows in the same order give the published sample.
@@ -253,7 +262,7 @@ def _choose(rows: Sequence[TextRow], n: int) -> tuple[TextRow, ...]:
 
 
 def _from_hub(name: str, sample: int | None) -> TextTask | None:
-    """A task by its recipe in ``crossfit.json``; None where there is no recipe."""
+    """Fetch a task by its recipe in ``crossfit.json``; None where there is no recipe."""
     from datasets import load_dataset
 
     facts = crossfit_facts()["tasks"][name]
@@ -324,7 +333,7 @@ def _options(fields: Mapping[str, Any], where: str | Sequence[str]) -> tuple[str
 
 
 def _answer(fields: Mapping[str, Any], recipe: Mapping[str, Any]) -> int:
-    """Which option is right: by its key among the keys, by letter, or by number counted from ``first``."""
+    """Find the right option: by its key among the keys, by letter, or by number counted from ``first``."""
     answer = fields[recipe["answer"]]
     if "keys" in recipe:
         return list(_path(fields, recipe["keys"])).index(answer)

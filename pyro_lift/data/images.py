@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pyro_lift.data.text import check_labels, check_text
+from pyro_lift.models.targets import class_numbers
+
 __all__ = ["ImageTask", "Images"]
 
 
@@ -41,7 +44,8 @@ class ImageTask:
         metric: ``"ACC"``, top-1 accuracy.
 
     Raises:
-        ValueError: no training picture, arrays of another shape or type, targets outside the classes.
+        ValueError: no training picture, arrays of another shape or type, targets of another shape or outside the
+            classes, a class that stands twice.
     """
 
     name: str
@@ -53,8 +57,11 @@ class ImageTask:
     metric: str = "ACC"
 
     def __post_init__(self) -> None:
+        where = f"task {self.name!r}"
+        check_text(self.name, f"{where}: the name")
+        object.__setattr__(self, "labels", check_labels(self.labels, where))
         for part, images in self.parts.items():
-            _check_images(images, len(self.labels), f"task {self.name!r}, {part} data")
+            object.__setattr__(self, part, _checked(images, len(self.labels), f"{where}, {part} data"))
 
     @property
     def parts(self) -> dict[str, Images]:
@@ -63,16 +70,16 @@ class ImageTask:
         return {part: images for part, images in parts.items() if images is not None}
 
 
-def _check_images(images: Images, classes: int, where: str) -> None:
-    if len(images) == 0:
+def _checked(images: Images, classes: int, where: str) -> Images:
+    """Give the pictures int64 targets, or refuse them."""
+    pictures = images.pictures if isinstance(images.pictures, Tensor) else tuple(map(Path, images.pictures))
+    if len(pictures) == 0:
         raise ValueError(f"{where}: no picture.")
-    if len(images.pictures) != len(images):
-        raise ValueError(f"{where}: {len(images.pictures)} pictures and {len(images)} targets.")
-    if isinstance(images.pictures, Tensor):
-        shape, dtype = tuple(images.pictures.shape), images.pictures.dtype
-        if dtype != torch.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
+    if isinstance(pictures, Tensor):
+        shape, dtype = tuple(pictures.shape), pictures.dtype
+        if dtype != torch.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
             raise ValueError(f"{where}: pictures of shape {shape}, {dtype}; expected uint8 [n, height, width, 1 or 3].")
-    low, high = int(images.target.min()), int(images.target.max())
-    if low < 0 or high >= classes:
-        wrong = low if low < 0 else high
-        raise ValueError(f"{where}: target {wrong} is outside the {classes} classes.")
+    target = class_numbers(torch.as_tensor(images.target), where, classes, what="target")
+    if len(pictures) != len(target):
+        raise ValueError(f"{where}: {len(pictures)} pictures and {len(target)} targets.")
+    return Images(pictures, target)

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyro_lift.data.text import TextForm, TextRow, check_answer
+from pyro_lift.data.layout import RECORD_FILES, visible
+from pyro_lift.data.text import CHOICES, TextForm, TextRow, check_answer, tidy
+from pyro_lift.data.tsv import tsv_rows
 
-__all__ = ["RECORD_FILES", "Record", "read_json", "read_records", "record_files", "text_row"]
+__all__ = ["RECORD_FILES", "Record", "as_text", "parse_json", "read_json", "read_records", "record_files", "text_row"]
 
-#: What :func:`read_records` can read, by the end of a file's name.
-RECORD_FILES = (".jsonl", ".jsonl.gz", ".tsv", ".parquet")
+#: How files begin that are named for what they are not.
+_BEGINNINGS = {
+    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8",
+    b"\x1f\x8b": "gzip; end its name in .gz",
+    b"PAR1": "Parquet; end its name in .parquet",
+    b"PK\x03\x04": "a zip archive; unpack it",
+}
 
 
 class Record(NamedTuple):
@@ -24,75 +34,110 @@ class Record(NamedTuple):
 
 
 def record_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold records, in order of name."""
-    return sorted(path for path in folder.iterdir() if path.name.endswith(RECORD_FILES))
+    """List the files of a folder that hold records, in order of name."""
+    return [path for path in visible(folder) if path.name.casefold().endswith(RECORD_FILES) and path.is_file()]
+
+
+def parse_json(text: str, place: str) -> dict[str, Any]:
+    """Parse the object of a JSON text, which has each key once and no NaN.
+
+    Raises:
+        ValueError: anything else; the message begins with the place, and a line where there are several.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(items)
+        if len(seen) < len(items):
+            keys = [key for key, _ in items]
+            raise _DoubleKeyError(next(key for key in keys if keys.count(key) > 1))
+        return seen
+
+    def constant(name: str) -> Any:
+        raise _ConstantError(name)
+
+    try:
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        line = "" if "\n" not in text else f":{error.lineno}"
+        raise ValueError(f"{place}{line}: not JSON: {error.msg} at column {error.colno}.") from error
+    except _DoubleKeyError as error:
+        raise ValueError(f"{place}: key {error.args[0]!r} stands twice.") from None
+    except _ConstantError as error:
+        raise ValueError(f"{place}: {error.args[0]} is no value of JSON; use null, or leave it out.") from None
+    except (RecursionError, ValueError) as error:  # nested without end, or a number of thousands of digits
+        raise ValueError(f"{place}: not JSON that can be read ({error}).") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: a JSON {type(value).__name__}; expected an object.")
+    return value
+
+
+class _DoubleKeyError(Exception):
+    """A key that stands twice in one object."""
+
+
+class _ConstantError(Exception):
+    """NaN or an infinity."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file.
+    """Read the object of a JSON file.
 
     Raises:
-        ValueError: not UTF-8, not JSON (with the line), not an object.
+        ValueError: not UTF-8, not JSON (with the line), not an object, a key that stands twice.
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason}).") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: a JSON {type(found).__name__}; expected an object.")
-    return found
+    return parse_json(text, str(path))
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of a JSONL (plain or gzip), Parquet or TSV file, in order; blank lines are passed over.
+    """Read the records of a JSONL, TSV (both plain or gzip) or Parquet file; blank lines are passed over.
 
-    A TSV line is CrossFit's: the input, a tab, and one or more outputs with tabs between.
+    A TSV line is CrossFit's (:mod:`pyro_lift.data.tsv`): the input, a tab, and one or more outputs with tabs between.
 
     Raises:
         ValueError: a name with another ending, a line that is not JSON, not an object, not UTF-8, or without a tab; a
             damaged gzip or Parquet file. The message begins with file and line.
     """
-    if path.name.endswith(".parquet"):
+    name = path.name.casefold()
+    if name.endswith(".parquet"):
         return _read_parquet(path)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
+    if name.endswith((".jsonl", ".jsonl.gz")):
         return (_json_record(place, line) for place, line in _lines(path))
-    if path.name.endswith(".tsv"):
-        return (_tsv_record(place, line) for place, line in _lines(path))
+    if name.endswith((".tsv", ".tsv.gz")):
+        rows = tsv_rows(list(_lines(path)))
+        return (Record(place, {"input": cells[0], "output": cells[1:]}) for place, cells in rows)
     raise ValueError(f"{path}: cannot read this kind of file; expected one of {', '.join(RECORD_FILES)}.")
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Read the lines that are not blank, each with its place; a byte order mark is no part of a line."""
     number = 0
     try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
+        with gzip.open(path, "rb") if path.name.casefold().endswith(".gz") else path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
+                if number == 1 and (kind := next((k for b, k in _BEGINNINGS.items() if raw.startswith(b)), None)):
+                    raise ValueError(f"{path}:1: the file is {kind}.")
                 try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                    line = raw.decode("utf-8-sig").rstrip("\r\n")
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line).") from error
+                if "\0" in line:
+                    raise ValueError(f"{path}:{number}: the line holds a NUL character; is it UTF-16, or binary?")
                 if line.strip():
                     yield f"{path}:{number}", line
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}:{number + 1}: damaged gzip file ({error}).") from error
 
 
 def _json_record(place: str, line: str) -> Record:
     try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON: {error.msg} at column {error.colno}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{place}: a JSON {type(fields).__name__}; expected an object with the fields of one example.")
-    return Record(place, fields)
-
-
-def _tsv_record(place: str, line: str) -> Record:
-    first, *outputs = line.split("\t")
-    if not outputs:
-        raise ValueError(f"{place}: no tab; expected the input, a tab, and the output.")
-    return Record(place, {"input": first, "output": outputs})
+        return Record(place, parse_json(line, place))
+    except ValueError as error:
+        hint = " with the fields of one example." if str(error).endswith("expected an object.") else ""
+        raise ValueError(str(error).removesuffix("." if hint else "") + hint) from error
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
@@ -101,33 +146,43 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
     try:
         with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            double = next((name for name in names if names.count(name) > 1), None)
+            if double is not None:
+                raise ValueError(f"{path}: column {double!r} stands twice.")
             number = 0
             for batch in file.iter_batches():
                 for fields in batch.to_pylist():
                     number += 1
                     yield Record(f"{path}, row {number}", fields)
-    except ArrowException as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a Parquet file ({error}).") from error
 
 
-def text_row(record: Record, form: TextForm | None = None, labels: Sequence[str] = ()) -> TextRow:
-    """A record's ``input`` (or ``text``), ``output`` (or ``label``; one string or several) and ``options``.
+def text_row(record: Record, form: TextForm | None = None, labels: Sequence[str] | None = None) -> TextRow:
+    """Take a record's ``input`` (or ``text``), ``output`` (or ``label``; one or several) and ``options``.
+
+    Numbers and true or false are taken as their JSON text; of a choice, 1.0 is 1. Only a next-token task may have an
+    empty input: what follows nothing is the first line.
 
     Args:
         record: with its place, for the messages.
         form: of the task; None leaves the answer unchecked.
-        labels: of a classification: what the answer must be among.
+        labels: of a classification: what the answer must be among; None for anything.
 
     Raises:
         ValueError: a missing or misshapen field, an empty input, an answer that may not be given.
     """
     text = _field(record, "input", "text")
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not (text.strip() or form == "next_token"):
         raise ValueError(f"{record.place}: the input is {text!r}; expected a string that is not empty.")
-    outputs = _strings(record, "output", _field(record, "output", "label"))
-    options = _strings(record, "options", record.fields.get("options") or ())
-    row = TextRow(text, outputs, options)
+    outputs = _strings(record, "output", _field(record, "output", "label"), form)
+    options = record.fields.get("options")
+    if options is not None and not isinstance(options, (list, tuple)):
+        raise ValueError(f"{record.place}: 'options' is {options!r}; expected a list of strings.")
+    row = TextRow(text, outputs, _strings(record, "options", options or (), form))
     if form is not None:
+        row = tidy(row, form)
         check_answer(row, form, labels, record.place)
     elif not outputs:
         raise ValueError(f"{record.place}: no output.")
@@ -141,11 +196,30 @@ def _field(record: Record, *names: str) -> Any:
     raise ValueError(f"{record.place}: no field {names[0]!r}; the record has {', '.join(map(repr, record.fields))}.")
 
 
-def _strings(record: Record, name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return (str(value),)
+def _strings(record: Record, name: str, value: Any, form: TextForm | None) -> tuple[str, ...]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    try:
+        return tuple(as_text(x, whole=form in CHOICES) for x in values)
+    except TypeError:
+        raise ValueError(f"{record.place}: {name!r} is {value!r}; expected a string or a list of strings.") from None
+
+
+def as_text(value: Any, *, whole: bool = True) -> str:
+    """Write a name that a file gives as a string, a number, or true or false.
+
+    Args:
+        value: of JSON or Parquet.
+        whole: whether 1.0 is written 1, as a table with gaps turns whole numbers into others.
+
+    Raises:
+        TypeError: anything else, NaN and infinity too.
+    """
+    if isinstance(value, str):
+        return value
     if isinstance(value, bool):
-        return (str(value).lower(),)
-    if isinstance(value, Iterable) and all(isinstance(one, str) for one in value):
-        return tuple(value)
-    raise ValueError(f"{record.place}: {name!r} is {value!r}; expected a string or a list of strings.")
+        return str(value).lower()
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if whole and value == int(value) else str(value)
+    if isinstance(value, int):
+        return str(value)
+    raise TypeError(f"{value!r}: expected a string.")

@@ -68,7 +68,7 @@ class Role(NamedTuple):
 
 
 def read_gutenberg(path: Path, *, end_line: int = _END_LINE) -> list[Role]:
-    """The roles of Gutenberg's etext 100 (1994) by LEAF's rules.
+    """Read the roles of Gutenberg's etext 100 (1994) by LEAF's rules.
 
     Reading starts at the second line with "by William Shakespeare" (contents, sonnets and All's Well stand before it)
     and ends at ``end_line``. Each further such line begins a play, whose title is the nearest line above it that is
@@ -82,7 +82,7 @@ def read_gutenberg(path: Path, *, end_line: int = _END_LINE) -> list[Role]:
     Raises:
         ValueError: the file does not have two lines with the author's name.
     """
-    text = path.read_text("utf-8", errors="replace").split("\n")[1 : end_line + 2]
+    text = _decoded(path.read_bytes()).split("\n")[1 : end_line + 2]
     authors = [number for number, line in enumerate(text) if _AUTHOR in line]
     if len(authors) < 2:
         raise ValueError(
@@ -117,16 +117,24 @@ def read_gutenberg(path: Path, *, end_line: int = _END_LINE) -> list[Role]:
     ]
 
 
+def _decoded(content: bytes) -> str:
+    """Decode UTF-8, or Latin-1 as Gutenberg's older files are."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
 def _title(text: Sequence[str], author: int) -> str:
     above = [text[author - k].strip() for k in range(2, 8) if author >= k]
     return next((line for line in above if line), "")
 
 
 def read_lines(path: Path) -> list[Role]:
-    """The roles of a file with one record a line: ``play``, ``character``, ``text``, and ``title`` if there is one.
+    """Read the roles of a file with one record a line: ``play``, ``character``, ``text``, perhaps ``title``.
 
     As in LEAF, All's Well (``play == "allswell"``), plays with one character and characters with two lines or fewer
-    are left out.
+    are left out. Blank lines count for this and are not kept, as in :func:`read_gutenberg`.
 
     Raises:
         ValueError: a record without these fields; names file and line.
@@ -148,7 +156,7 @@ def read_lines(path: Path) -> list[Role]:
     for play, _ in lines:
         cast[play] += 1
     return [
-        Role(plays[play], titles[play], character, tuple(of))
+        Role(plays[play], titles[play], character, tuple(line for line in of if line.strip()))
         for (play, character), of in lines.items()
         if len(of) > 2 and cast[play] > 1
     ]
@@ -161,12 +169,12 @@ def select_roles(roles: Iterable[Role], count: int = NUM_ROLES) -> tuple[list[Ro
     Raises:
         ValueError: fewer roles than that.
     """
-    found = list(roles)
-    if len(found) < count:
-        raise ValueError(f"{len(found)} roles, {count} wanted; pass num_roles={len(found)} or fewer.")
-    ranked = sorted(found, key=lambda role: (-len(role.lines), -role.words, role.name))[:count]
+    listed = list(roles)
+    if len(listed) < count:
+        raise ValueError(f"{len(listed)} roles, {count} wanted; pass num_roles={len(listed)} or fewer.")
+    ranked = sorted(listed, key=lambda role: (-len(role.lines), -role.words, role.name))[:count]
     kept = set(ranked)
-    return [role for role in found if role in kept], len(ranked[-1].lines)
+    return [role for role in listed if role in kept], len(ranked[-1].lines)
 
 
 def load_shakespeare(
@@ -178,7 +186,7 @@ def load_shakespeare(
     context: int = 3,
     seed: int = 0,
 ) -> TaskCollection[TextTask]:
-    """The roles as next-token tasks.
+    """Load the roles as next-token tasks.
 
     A row is one line: its input the ``context`` lines that the role said before it (never the line itself), its output
     the line. Within a role the lines are split in the order of the play: the first 80 % to learn from, 10 % to choose
@@ -222,14 +230,17 @@ def _find(root: str | Path | None) -> Path:
     path = Path(root)
     if path.is_file():
         return path
-    found = [*sorted(path.glob("shakespeare*.jsonl*")), *sorted(path.glob("100.txt"))]
-    if not found:
+    files = [*sorted(path.glob("shakespeare*.jsonl")), *sorted(path.glob("shakespeare*.jsonl.gz"))]
+    files += sorted(path.glob("100.txt"))
+    if not files:
         raise FileNotFoundError(f"{path}: neither shakespeare*.jsonl(.gz) nor Gutenberg's 100.txt is there.")
-    return found[0]
+    if len(files) > 1:
+        raise ValueError(f"{path}: both {files[0].name} and {files[1].name} are there; name the file to read.")
+    return files[0]
 
 
 def _split(roles: Sequence[Role], train: float, dev: float, seed: int, *, by_play: bool) -> dict[str, list[Role]]:
-    """Shares of the roles; by plays, whole plays are dealt in random order until a part has its share."""
+    """Deal the roles by shares; by plays, whole plays in random order until a part has its share."""
     generator = np.random.default_rng(seed)
     units: dict[int, list[Role]] = defaultdict(list)
     for number, role in enumerate(roles):

@@ -1,23 +1,39 @@
-"""What a task is: named examples to learn from, perhaps some to be judged by, and the kind of its loss.
-
-:class:`Task` holds tensors and is what the samplers see. :class:`TextTask` and :class:`ImageTask` are what data comes
-as, strings and pictures, before it is encoded for one backbone.
-"""
+"""Tasks of strings, before they are encoded for one backbone, and what may stand in their rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from pyro_lift.support.options import check_literal
+from pyro_lift.support.options import check_choice, check_distinct, check_literal
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["TextForm", "TextRow", "TextTask", "check_answer"]
+__all__ = [
+    "TEXT_METRICS",
+    "TextForm",
+    "TextRow",
+    "TextTask",
+    "check_answer",
+    "check_text",
+    "infer_labels",
+    "tidy",
+]
 
 TextForm = Literal["classification", "multiple_choice", "text_to_text", "next_token"]
+#: Forms whose answers are names: of one set of labels, or of a row's own options.
+CHOICES = ("classification", "multiple_choice")
+#: Names of scores; the functions are in :mod:`pyro_lift.metrics`, which stands on a higher floor.
+TEXT_METRICS = (
+    "ACC",
+    "Classification-F1",
+    "EM",
+    "QA-F1",
+    "Rouge-L",
+    "Matthew-Correlation",
+    "Pearson-Correlation",
+    "Perplexity",
+)
 
 
 class TextRow(NamedTuple):
@@ -45,11 +61,15 @@ class TextTask:
         test: what to be judged by.
         form: ``"classification"`` (one set of labels for all rows), ``"multiple_choice"`` (options by row),
             ``"text_to_text"``, or ``"next_token"`` (the input is context, the output what follows).
-        metric: a name of :data:`pyro_lift.metrics.text.METRICS`, or ``"Perplexity"``.
-        labels: of classification, every label string in its fixed order.
+        metric: a name of :data:`TEXT_METRICS`.
+        labels: of classification, every label string in its fixed order, each once.
+
+    Labels, options and answers of a choice are names, so blanks at their ends are taken off, and an option that stands
+    twice in a row is one option.
 
     Raises:
-        ValueError: no training row; a first answer that is not among the labels or options.
+        ValueError: no training row; an answer that is not among the labels or options, or is blank; a label that
+            stands twice; a string that is no text.
     """
 
     name: str
@@ -61,14 +81,24 @@ class TextTask:
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        where = f"task {self.name!r}"
         check_literal("form", self.form, TextForm)
+        check_choice(f"{where}: metric", self.metric, TEXT_METRICS)
+        check_text(self.name, f"{where}: the name")
         if not self.train:
-            raise ValueError(f"task {self.name!r}: the train split is empty.")
-        if self.form == "classification" and not self.labels:
-            raise ValueError(f"task {self.name!r}: a classification without labels; pass labels=[...].")
+            raise ValueError(f"{where}: the train split is empty.")
+        if self.form == "classification":
+            object.__setattr__(self, "labels", check_labels(self.labels, where))
         for part, rows in self.parts.items():
             for number, row in enumerate(rows):
-                check_answer(row, self.form, self.labels, f"task {self.name!r}, {part} row {number}")
+                if isinstance(row.outputs, str) or isinstance(row.options, str):
+                    raise TypeError(
+                        f"{where}, {part} row {number}: outputs and options are tuples of strings, not strings."
+                    )
+            rows = tuple(tidy(row, self.form) for row in rows)
+            object.__setattr__(self, part, rows)
+            for number, row in enumerate(rows):
+                check_answer(row, self.form, self.labels, f"{where}, {part} row {number}")
 
     @property
     def parts(self) -> dict[str, tuple[TextRow, ...]]:
@@ -76,15 +106,100 @@ class TextTask:
         return {"train": self.train, "dev": self.dev, "test": self.test}
 
 
-def check_answer(row: TextRow, form: str, labels: Sequence[str], where: str) -> None:
-    """Refuse a row without an answer, or whose first answer is not among what may be answered."""
+def check_text(text: object, where: str) -> None:
+    """Refuse what is no text: half a character (a lone surrogate), which no tokenizer or file can hold, and NUL."""
+    if not isinstance(text, str):
+        raise TypeError(f"{where} is {text!r}; expected a string.")
+    if "\0" in text:
+        raise ValueError(f"{where} holds a NUL character at place {text.index(chr(0))}; is it UTF-16, or binary?")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} holds half a character at place {error.start} (the surrogate U+{ord(text[error.start]):04X}); "
+            "was the text cut inside an emoji?"
+        ) from None
+
+
+def check_labels(labels: Iterable[str], where: str) -> tuple[str, ...]:
+    """Strip the labels; refuse none, blank ones, and one that stands twice."""
+    if isinstance(labels, str):
+        raise TypeError(f"{where}: labels={labels!r}: expected a list of strings.")
+    for label in (listed := tuple(labels)):
+        check_text(label, f"{where}: label {label!r}")
+    stripped = tuple(label.strip() for label in listed)
+    if not stripped:
+        raise ValueError(f"{where}: a classification without labels; pass labels=[...].")
+    if "" in stripped:
+        raise ValueError(f"{where}: label {stripped.index('')} is blank.")
+    check_distinct(f"{where}, labels", stripped)
+    return stripped
+
+
+def infer_labels(answers: Iterable[str], where: str) -> tuple[str, ...]:
+    """Take the distinct answers in order as labels, which nobody has named.
+
+    Raises:
+        ValueError: two of them that differ in letter case, inner blanks or Unicode form alone: an uncased tokenizer and
+            the accuracy of strings take them for one, so they are a slip more often than two classes.
+    """
+    labels = tuple(sorted(set(answers)))
+    alike: dict[str, str] = {}
+    for label in labels:
+        key = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+        if key in alike:
+            raise ValueError(
+                f"{where}: labels {alike[key]!r} and {label!r} differ in letter case or blanks alone. Write them "
+                "alike, or name both as labels."
+            )
+        alike[key] = label
+    return labels
+
+
+def tidy(row: TextRow, form: TextForm) -> TextRow:
+    """Drop blank further answers of a row; of a choice strip the names, and keep each option once."""
+    outputs, options = tuple(row.outputs), tuple(row.options)
+    if not all(isinstance(text, str) for text in (*outputs, *options)):
+        return row  # for check_answer, which knows the place
+    if form in CHOICES:
+        outputs = tuple(output.strip() for output in outputs)
+        options = tuple(dict.fromkeys(option.strip() for option in options))
+    if len(outputs) > 1:
+        outputs = tuple(output for output in outputs if output.strip()) or outputs[:1]
+    return row if (outputs, options) == (row.outputs, row.options) else TextRow(row.input, outputs, options)
+
+
+def check_answer(row: TextRow, form: str, labels: Sequence[str] | None, where: str) -> None:
+    """Refuse a row without an answer, with one that is blank or may not be given, or with strings that are no text.
+
+    Args:
+        row: after :func:`tidy`.
+        form: of the task.
+        labels: of a classification; None for any.
+        where: begins the message.
+    """
+    for name, strings in (("input", (row.input,)), ("output", row.outputs), ("option", row.options)):
+        for text in strings:
+            check_text(text, f"{where}: the {name}")
     if not row.outputs:
         raise ValueError(f"{where}: no output.")
-    known = labels if form == "classification" else row.options if form == "multiple_choice" else None
-    if known is None or row.outputs[0] in known:
-        return
-    if not known:
+    if not row.outputs[0].strip():
+        raise ValueError(f"{where}: the output is {row.outputs[0]!r}; expected a string that is not blank.")
+    if form == "multiple_choice" and not row.options:
         raise ValueError(f"{where}: multiple choice without options.")
-    shown = ", ".join(map(repr, known[:8])) + (f", ... ({len(known)} in all)" if len(known) > 8 else "")
-    what = "label" if form == "classification" else "answer"
-    raise ValueError(f"{where}: {what} {row.outputs[0]!r} is not one of {shown}.")
+    if form in CHOICES and "" in row.options:
+        raise ValueError(f"{where}: option {row.options.index('')} is blank.")
+    known = labels if form == "classification" else row.options if form == "multiple_choice" else None
+    if known is None:
+        return
+    name = "label" if form == "classification" else "answer"
+    _check_known(name, row.outputs, known, where)
+    if form == "classification":
+        _check_known("option", row.options, known, where)
+
+
+def _check_known(name: str, strings: Sequence[str], known: Sequence[str], where: str) -> None:
+    for text in strings:
+        if text not in known:
+            shown = ", ".join(map(repr, known[:8])) + (f", ... ({len(known)} in all)" if len(known) > 8 else "")
+            raise ValueError(f"{where}: {name} {text!r} is not one of {shown}.")

@@ -14,6 +14,7 @@ import numpy as np
 
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.images import ImageTask
+from pyro_lift.data.layout import task_places
 from pyro_lift.data.pictures import is_picture_task, read_pictures
 from pyro_lift.data.vtab_hub import vtab_from_hub
 from pyro_lift.support.options import check_choice
@@ -79,7 +80,7 @@ def threshold_label(value: float, thresholds: tuple[float, ...]) -> int:
 def load_vtab(
     split: str = "structured", root: str | Path | None = None, *, others: bool = False, hub: bool = False
 ) -> TaskCollection[ImageTask]:
-    """Meta-train on two groups, be judged by the third.
+    """Load the tasks of two groups to meta-train on, and of the third to be judged by.
 
     Args:
         split: the group that is tested.
@@ -102,30 +103,30 @@ def load_vtab(
     folder = None if root is None else Path(root)
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder.")
-    places = [] if folder is None else [path for path in sorted(folder.iterdir()) if is_picture_task(path)]
-    found = {path.stem: path for path in places}
-    extra = [name for name in found if name not in VTAB]
-    tasks = [read_pictures(path) for name, path in found.items() if others or name in VTAB]
+    places = {} if folder is None else task_places(folder)
+    local = {name: path for name, path in places.items() if is_picture_task(path)}
+    extra = [name for name in local if name not in VTAB]
+    tasks = [read_pictures(path) for name, path in local.items() if others or name in VTAB]
     if hub:
-        absent = [(name, task) for name, task in VTAB.items() if name not in found]
+        absent = [(name, task) for name, task in VTAB.items() if name not in local]
         fetched = [vtab_from_hub(name, task.group, task.classes) for name, task in absent]
         tasks += [task for task in fetched if task is not None]
     if not tasks:
         hint = f" It holds {len(extra)} other tasks: pass others=True for these." if extra else ""
         raise ValueError(f"{folder}: none of VTAB's 19 tasks is there.{hint}")
-    there = {task.name for task in tasks}
+    present = {task.name for task in tasks}
     train: list[ImageTask] = []
     test: list[ImageTask] = []
     for task in tasks:
         group = VTAB[task.name].group if task.name in VTAB else task.group
         if group not in GROUPS:
             raise ValueError(
-                f"{found.get(task.name)}: it declares group {group!r}; expected one of {', '.join(GROUPS)}."
+                f"{local.get(task.name)}: it declares group {group!r}; expected one of {', '.join(GROUPS)}."
             )
         (test if group == split else train).append(task)
     missing = {
-        "train": tuple(n for n, t in VTAB.items() if t.group != split and n not in there),
-        "test": tuple(n for n, t in VTAB.items() if t.group == split and n not in there),
+        "train": tuple(n for n, t in VTAB.items() if t.group != split and n not in present),
+        "test": tuple(n for n, t in VTAB.items() if t.group == split and n not in present),
     }
     notes = (f"not of VTAB, group as declared in the file: {', '.join(extra)}.",) if others and extra else ()
     return TaskCollection(f"VTAB-1K {split}", tuple(train), (), tuple(test), missing=missing, notes=notes)

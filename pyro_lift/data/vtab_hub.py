@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pyro_lift.data.images import Images, ImageTask
+from pyro_lift.data.pixels import as_rgb
 
 __all__ = ["HUB", "HubSource", "vtab_from_hub"]
 
@@ -82,7 +83,7 @@ def _images(data: Any, source: HubSource, rows: Any, size: int) -> Images:
     pictures, target = [], []
     for row in rows.tolist():
         fields = data[row]
-        small = fields[source.image].convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        small = as_rgb(fields[source.image]).resize((size, size), Image.Resampling.BILINEAR)
         pictures.append(torch.from_numpy(np.array(small)))
         target.append(int(fields[source.label]))
     return Images(torch.stack(pictures), torch.tensor(target))
