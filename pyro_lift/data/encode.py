@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pyro_lift.data.images import Images, ImageTask
+from pyro_lift.data.pixels import read_pixels
 from pyro_lift.data.text import TextRow, TextTask
 from pyro_lift.models.likelihoods import IGNORED, next_tokens, shift_right
 from pyro_lift.models.task import Rows, Task
@@ -44,19 +45,28 @@ class _TextEncoder:
         check_number("max_length", max_length, least=2, open_below=False, whole=True)
         self.tokenizer, self.max_length = tokenizer, max_length
         self.cut: dict[str, int] = {}
+        #: Rows whose answer has the tokens of another of their options, by task.
+        self.alike: dict[str, int] = {}
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How many texts were cut, by task."""
-        if not self.cut:
-            return ()
-        total = sum(self.cut.values())
-        worst = sorted(self.cut.items(), key=lambda item: -item[1])[:3]
-        named = ", ".join(f"{name} {count}" for name, count in worst)
-        return (f"{total} texts longer than {self.max_length} tokens were cut (most: {named})",)
+        """How many texts were cut, and how many rows have options that the tokenizer takes for one, by task."""
+        notes = []
+        if self.cut:
+            notes.append(f"{_total(self.cut)} texts longer than {self.max_length} tokens were cut ({_most(self.cut)})")
+        if self.alike:
+            notes.append(
+                f"{_total(self.alike)} rows have another option with the tokens of their answer ({_most(self.alike)})"
+            )
+        return tuple(notes)
+
+    def _begin(self, task: TextTask) -> None:
+        """Forget the counts of a task that is encoded again."""
+        self.cut.pop(task.name, None)
+        self.alike.pop(task.name, None)
 
     def tokens(self, texts: Sequence[str], task: str) -> list[list[int]]:
-        """Token numbers of texts, special tokens included, cut to the limit."""
+        """Tokenize texts, special tokens included, cut to the limit."""
         encoded: list[list[int]] = self.tokenizer(list(texts), verbose=False)["input_ids"]
         long = [i for i, ids in enumerate(encoded) if len(ids) > self.max_length]
         if long:
@@ -67,22 +77,31 @@ class _TextEncoder:
         return encoded
 
     def padded(self, encoded: Sequence[Sequence[int]], value: int | None = None) -> tuple[Tensor, Tensor]:
-        """``[n, L]`` numbers padded on the right, and their mask."""
+        """Pad numbers to ``[n, L]`` on the right, and make their mask."""
         return _padded(encoded, self.tokenizer.pad_token_id if value is None else value)
 
     def inputs(self, texts: Sequence[str], task: str, prefix: str = "") -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` of texts."""
+        """Make ``input_ids`` and ``attention_mask`` of texts."""
         ids, mask = self.padded(self.tokens(texts, task))
         return {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
+
+
+def _total(counts: Mapping[str, int]) -> int:
+    return sum(counts.values())
+
+
+def _most(counts: Mapping[str, int]) -> str:
+    worst = sorted(counts.items(), key=lambda item: -item[1])[:3]
+    return "most: " + ", ".join(f"{name} {count}" for name, count in worst)
 
 
 def _padded(encoded: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
     length = max(1, *map(len, encoded))
     ids = torch.full((len(encoded), length), value, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, one in enumerate(encoded):
-        ids[row, : len(one)] = torch.tensor(one, dtype=torch.long)
-        mask[row, : len(one)] = 1
+    for row, numbers in enumerate(encoded):
+        ids[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+        mask[row, : len(numbers)] = 1
     return ids, mask
 
 
@@ -107,15 +126,31 @@ class LabelMatching(_TextEncoder):
         super().__init__(tokenizer, max_length)
 
     def __call__(self, task: TextTask) -> Task:
-        """The task as a ``matching`` one."""
+        """Encode the task as a ``matching`` one."""
         if task.form not in ("classification", "multiple_choice"):
-            raise ValueError(f"task {task.name!r} is {task.form}: label matching needs labels or options to match.")
+            raise ValueError(
+                f"task {task.name!r} is {task.form}: label matching needs labels or options to match. If its answers "
+                'are classes, say "form": "classification" in its task.json, or TextTask(form="classification").'
+            )
+        self._begin(task)
         parts = {part: self._rows(task, rows) for part, rows in task.parts.items() if rows}
         if task.form == "classification":
             texts = self.inputs(task.labels, task.name)
+            self._check_labels(task, texts["input_ids"])
             return _task(task, parts, "matching", labels=task.labels, label_texts=texts)
         most = max(rows.inputs["option_input_ids"].shape[1] for rows in parts.values())
         return _task(task, {part: _with_options(rows, most) for part, rows in parts.items()}, "matching")
+
+    def _check_labels(self, task: TextTask, ids: Tensor) -> None:
+        """Refuse two labels of the same tokens: their logits are equal, so neither can be the answer."""
+        first: dict[tuple[int, ...], str] = {}
+        for label, tokens in zip(task.labels, map(tuple, ids.tolist()), strict=True):
+            if tokens in first:
+                raise ValueError(
+                    f"task {task.name!r}: labels {first[tokens]!r} and {label!r} have the same tokens, cut at "
+                    f"{self.max_length}: the tokenizer does not tell them apart. Rename one of them."
+                )
+            first[tokens] = label
 
     def _rows(self, task: TextTask, rows: Sequence[TextRow]) -> Rows:
         inputs = self.inputs([row.input for row in rows], task.name)
@@ -131,11 +166,15 @@ class LabelMatching(_TextEncoder):
             all_ids[i, : len(row.options)], all_mask[i, : len(row.options)] = ids[start:stop], mask[start:stop]
             start = stop
         target = torch.tensor([row.options.index(row.outputs[0]) for row in rows])
+        answers = all_ids[torch.arange(len(rows)), target]
+        same = (all_ids == answers[:, None]).all(-1) & all_mask.any(-1)
+        if alike := int((same.sum(1) > 1).sum()):
+            self.alike[task.name] = self.alike.get(task.name, 0) + alike
         return Rows({**inputs, "option_input_ids": all_ids, "option_attention_mask": all_mask}, target)
 
 
 def _with_options(rows: Rows, count: int) -> Rows:
-    """Absent options, with a mask of zeros, up to a common number."""
+    """Add absent options, with a mask of zeros, up to a common number."""
     missing = count - rows.inputs["option_input_ids"].shape[1]
     inputs = {
         name: torch.nn.functional.pad(x, (0, 0, 0, missing)) if name.startswith("option_") else x
@@ -160,7 +199,8 @@ class TextToText(_TextEncoder):
         self.start_token = start_token
 
     def __call__(self, task: TextTask) -> Task:
-        """The task as a ``tokens`` one."""
+        """Encode the task as a ``tokens`` one."""
+        self._begin(task)
         parts = {part: self._rows(task, rows) for part, rows in task.parts.items() if rows}
         return _task(task, parts, "tokens")
 
@@ -178,14 +218,16 @@ class NextToken(_TextEncoder):
 
     Args:
         tokenizer: of the backbone.
-        max_length: longest input with its output, in tokens; the beginning of a longer input is cut.
+        max_length: longest input with its output, in tokens; the beginning of a longer input is cut. Of an output that
+            is longer by itself the end is cut, its end token too. Both are counted in ``notes``.
     """
 
     def __init__(self, tokenizer: Any, max_length: int = 128) -> None:
         super().__init__(tokenizer, max_length)
 
     def __call__(self, task: TextTask) -> Task:
-        """The task as a ``tokens`` one."""
+        """Encode the task as a ``tokens`` one."""
+        self._begin(task)
         parts = {part: self._rows(task, rows) for part, rows in task.parts.items() if rows}
         return _task(task, parts, "tokens")
 
@@ -196,9 +238,10 @@ class NextToken(_TextEncoder):
             given = self.tokenizer(row.input, add_special_tokens=False, verbose=False)["input_ids"]
             said = self.tokenizer(" " + row.outputs[0], add_special_tokens=False, verbose=False)["input_ids"] + end
             given = given or end or said[:1]
-            said = said[: self.max_length - 1]
-            room = self.max_length - len(said)
-            cut += len(given) > room
+            kept = said[: self.max_length - 1]
+            room = self.max_length - len(kept)
+            cut += len(given) > room or len(kept) < len(said)
+            said = kept
             prompts.append(min(len(given), room))
             both.append(given[-room:] + said)
         if cut:
@@ -217,42 +260,43 @@ class Pictures:
         keyword: of the backbone's input: ``"pixel_values"`` for transformers, ``""`` (by position) for timm.
     """
 
-    notes: tuple[str, ...] = ()
-
     def __init__(self, size: int, mean: Sequence[float], sd: Sequence[float], keyword: str = "pixel_values") -> None:
         check_number("size", size, least=1, open_below=False, whole=True)
+        if len(mean) != len(sd) or len(mean) == 0:
+            raise ValueError(f"{len(mean)} means and {len(sd)} sds: expected one of each for every channel.")
+        for value in sd:
+            check_number("sd", value)
         self.size, self.keyword = size, keyword
-        self.mean, self.sd = (torch.tensor(x).view(-1, 1, 1) for x in (mean, sd))
+        self.mean, self.sd = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (mean, sd))
+        self.animated: dict[str, int] = {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How many files held several frames or pages, of which the first was read, by task."""
+        if not self.animated:
+            return ()
+        return (f"{_total(self.animated)} pictures of several frames: the first was read ({_most(self.animated)})",)
 
     def __call__(self, task: ImageTask) -> Task:
-        """The task as a ``classification``."""
-        parts = {part: self._rows(images) for part, images in task.parts.items()}
+        """Encode the task as a ``classification``."""
+        self.animated.pop(task.name, None)
+        parts = {part: self._rows(task.name, images) for part, images in task.parts.items()}
         return Task(
             task.name, parts["train"], "classification", len(task.labels), parts.get("test"), dev=parts.get("dev"),
             metric=task.metric, labels=task.labels,
         )  # fmt: skip
 
-    def _rows(self, images: Images) -> Rows:
-        pictures = images.pictures if isinstance(images.pictures, Tensor) else _read(images.pictures, self.size)
+    def _rows(self, name: str, images: Images) -> Rows:
+        if isinstance(images.pictures, Tensor):
+            pictures = images.pictures
+        else:
+            pictures, animated = read_pixels(images.pictures, self.size)
+            if animated:
+                self.animated[name] = self.animated.get(name, 0) + animated
         x = pictures.permute(0, 3, 1, 2).float()
         if x.shape[-2:] != (self.size, self.size):
             x = interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
         channels = len(self.mean)
         if x.shape[1] != channels:
-            x = x.expand(-1, channels, -1, -1) if x.shape[1] == 1 else x.mean(1, keepdim=True)
+            x = (x if x.shape[1] == 1 else x.mean(1, keepdim=True)).expand(-1, channels, -1, -1)
         return Rows({self.keyword: ((x / 255.0 - self.mean) / self.sd).contiguous()}, images.target)
-
-
-def _read(paths: Sequence[Any], size: int) -> Tensor:
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    pictures = []
-    for path in paths:
-        try:
-            with Image.open(path) as picture:
-                small = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-                pictures.append(torch.from_numpy(np.array(small)))
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path}: not a picture that can be read ({error}).") from error
-    return torch.stack(pictures)
