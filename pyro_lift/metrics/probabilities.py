@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_lift.models.targets import check_predictions
+from pyro_lift.support.options import check_number
+
 __all__ = ["Reliability", "accuracy", "class_scores", "expected_calibration_error", "nll", "reliability"]
 
 
@@ -19,7 +22,12 @@ class Reliability(NamedTuple):
 
 
 def accuracy(probabilities: Tensor, target: Tensor) -> float:
-    """Return the share of rows whose most probable class is the target; ``[n, C]`` and ``[n]``."""
+    """Return the share of rows whose most probable class is the target; ``[n, C]`` and ``[n]``.
+
+    Raises:
+        ValueError: other shapes, no row, values that are no probabilities, targets outside the classes.
+    """
+    target = check_predictions(probabilities, target, "accuracy")
     return float((probabilities.argmax(-1) == target).double().mean())
 
 
@@ -27,7 +35,11 @@ def nll(probabilities: Tensor, target: Tensor) -> float:
     """Return the mean of ``-log p(target)`` in nats; the probabilities are averages over draws, already normalised.
 
     A probability of 0 counts as the smallest positive double (708 nats), so that one row cannot make the mean infinite.
+
+    Raises:
+        ValueError: as :func:`accuracy`.
     """
+    target = check_predictions(probabilities, target, "nll")
     chosen = probabilities.double().gather(-1, target.unsqueeze(-1)).squeeze(-1)
     return float(-chosen.clamp_min(torch.finfo(torch.float64).tiny).log().mean())
 
@@ -55,8 +67,13 @@ def reliability(probabilities: Tensor, target: Tensor, bins: int = 15, *, pooled
         bins: number of bins.
         pooled: False: one case a row, the top class, bins ``(low, high]`` (Guo et al., 2017). True: every class of
             every row is a case, bins ``[low, high)``, as BayesDLL, the reference that the LiFT paper cites.
+
+    Raises:
+        ValueError: as :func:`accuracy`; fewer than one bin.
     """
-    p = probabilities.double()
+    check_number("bins", bins, least=1, open_below=False, whole=True)
+    target = check_predictions(probabilities, target, "reliability")
+    p = probabilities.double().clamp(0.0, 1.0)  # rounding may carry a probability a hair outside
     if pooled:
         confidence = p.reshape(-1)
         correct = torch.nn.functional.one_hot(target, p.shape[-1]).double().reshape(-1)

@@ -35,7 +35,10 @@ def scores(probabilities: Tensor, rows: Rows, task: Task, texts: Sequence[TextRo
     """
     p, y = probabilities.cpu(), rows.target.cpu()
     if task.kind == "regression":
-        return {"mse": float((p.reshape(y.shape) - y).square().mean())}
+        p = p.squeeze(-1) if p.dim() == y.dim() + 1 and p.shape[-1] == 1 else p
+        if p.shape != y.shape:
+            raise ValueError(f"task {task.name!r}: means have shape {list(p.shape)}, the targets {list(y.shape)}.")
+        return {"mse": float((p - y).square().mean())}
     special: dict[str, float] = {}
     if task.kind == "tokens":
         p, y = p[y != IGNORED], y[y != IGNORED]
@@ -61,7 +64,8 @@ def _strings(
 
 
 def _label(task: Task, k: int) -> str:
-    return task.labels[k] if task.labels else str(k)
+    # A shared head may have more outputs than the task has classes.
+    return task.labels[k] if task.labels and k < len(task.labels) else str(k)
 
 
 class Judged(NamedTuple):

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 import re
-import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from pyro_lift.metrics.words import NO_PUNCTUATION, bare, composed, rouge_words, words
 from pyro_lift.support.options import check_choice
 
 __all__ = [
@@ -35,30 +35,35 @@ __all__ = [
 
 References = Sequence[Sequence[str]]
 
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalize_answer(text: str) -> str:
     """Convert to SQuAD's normal form: lower case, no ASCII punctuation, no articles a, an, the, single spaces.
 
+    Accented letters are one character each, and a text with letters of other scripts than Latin loses their punctuation
+    too (SQuAD's rule is for English).
+
     Example:
         >>> normalize_answer(" The  U.S.A. (an atlas)")
         'usa atlas'
     """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+    return " ".join(_ARTICLES.sub(" ", bare(composed(text.lower()))).split())
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """Compute F1 of the bags of normalised words; 0 if no word is shared, two empty answers included (SQuAD 1.1)."""
-    ours, theirs = normalize_answer(prediction).split(), normalize_answer(reference).split()
+    """Compute F1 of the bags of normalised words; 0 if no word is shared, two empty answers included (SQuAD 1.1).
+
+    In scripts that put no blanks between words a character is a word.
+    """
+    ours, theirs = words(normalize_answer(prediction)), words(normalize_answer(reference))
     shared = (Counter(ours) & Counter(theirs)).total()
     return 2.0 * shared / (len(ours) + len(theirs)) if shared else 0.0
 
 
 def accuracy(predictions: Sequence[str], references: References) -> float:
     """Return the share of rows whose prediction is a reference; letter case is ignored, blanks are not."""
-    return _mean_of_best(predictions, references, lambda p, r: float(p.lower() == r.lower()))
+    return _mean_of_best(predictions, references, lambda p, r: float(composed(p.lower()) == composed(r.lower())))
 
 
 def exact_match(predictions: Sequence[str], references: References) -> float:
@@ -75,12 +80,13 @@ def rouge_l(predictions: Sequence[str], references: References) -> float:
     """Return the mean ROUGE-L F with the best reference, by rouge-score without stemming.
 
     0 for a prediction that is empty once punctuation is taken off. CrossFit's own figures come from the package
-    `rouge`, which splits at blanks and full stops and keeps letter case, so they are not the same numbers.
+    `rouge`, which splits at blanks and full stops and keeps letter case, so they are not the same numbers. Letters of
+    other scripts than Latin, which rouge-score drops, are words too (:func:`~pyro_lift.metrics.words.rouge_words`).
     """
     scorer = _rouge_scorer()
 
     def f1(prediction: str, reference: str) -> float:
-        if not prediction.translate(_NO_PUNCTUATION):
+        if not prediction.translate(NO_PUNCTUATION):
             return 0.0
         return float(scorer.score(reference, prediction)["rougeL"].fmeasure)
 
@@ -177,6 +183,9 @@ def _mean_of_best(predictions: Sequence[str], references: References, compare: C
 
 
 def _check_rows(predictions: Sequence[str], references: References) -> None:
+    for name, value in (("predictions", predictions), ("references", references)):
+        if isinstance(value, str):
+            raise TypeError(f"{name} is the string {value!r}; expected a list, one entry a row.")
     if len(predictions) != len(references) or not predictions:
         raise ValueError(
             f"{len(predictions)} predictions and {len(references)} rows of references: expected as many, at least one."
@@ -186,6 +195,9 @@ def _check_rows(predictions: Sequence[str], references: References) -> None:
             raise TypeError(f"row {row}: references is the string {accepted!r}; expected a list of strings.")
         if not accepted:
             raise ValueError(f"row {row}: no reference.")
+        wrong = next((text for text in (predictions[row], *accepted) if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise TypeError(f"row {row}: {wrong!r} is a {type(wrong).__name__}; expected strings.")
 
 
 def _number(text: str) -> float:
@@ -199,4 +211,12 @@ def _number(text: str) -> float:
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=False)
+    return RougeScorer(["rougeL"], tokenizer=_RougeWords())
+
+
+class _RougeWords:
+    """A tokenizer as rouge-score takes one."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Split a text into words."""
+        return rouge_words(text)
