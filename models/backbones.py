@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -97,15 +98,21 @@ def load_backbone(
         options: of the library's own loader.
 
     Raises:
-        ValueError: an unknown kind or dtype; nothing to checkpoint.
+        ValueError: an unknown kind or dtype; a model that is not of that kind, or whose file lacks weights of that
+            kind, which would be random; nothing to checkpoint.
         OSError: nothing of that name.
     """
     check_literal("kind", kind, BackboneKind)
     check_literal("dtype", dtype, DType)
-    if kind == "timm":
-        model = _from_timm(name, options).to(getattr(torch, dtype))
-    else:
-        model = _from_transformers(str(name), kind, getattr(torch, dtype), options)
+    try:
+        if kind == "timm":
+            model = _from_timm(name, options).to(getattr(torch, dtype))
+        else:
+            model = _from_transformers(str(name), kind, getattr(torch, dtype), options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        message = f"{name}: cannot be loaded as a {kind!r} backbone ({reason}).{_kind_hint(name, kind)}"
+        raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
     model.eval()
     if gradient_checkpointing:
         checkpoint_layers(model)
@@ -114,6 +121,19 @@ def load_backbone(
         setattr(model, COMPILER, backend)
         model.compile(backend=backend)
     return model
+
+
+def _kind_hint(name: str | Path, kind: str) -> str:
+    """Say what a folder's config.json says that it is, where that is another kind."""
+    try:
+        config = json.loads((Path(name) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return "" if Path(name).is_dir() else " Is the name right, and can the hub be reached?"
+    if not isinstance(config, dict) or "model_type" not in config:
+        return " Its config.json is timm's: kind='timm'." if "architecture" in config and kind != "timm" else ""
+    family = str(config["model_type"])
+    text = "seq2seq" if config.get("is_encoder_decoder") else "causal' or 'encoder"
+    return f" Its config.json says {family!r}: kind='{'vision' if family == 'vit' else text}'."
 
 
 def _from_timm(name: str | Path, options: dict[str, Any]) -> nn.Module:
@@ -135,10 +155,16 @@ def _from_transformers(name: str, kind: str, dtype: torch.dtype, options: dict[s
     }
     if kind == "vision":
         options = {"add_pooling_layer": False, **options}
-    model: nn.Module = loaders[kind].from_pretrained(name, dtype=dtype, **options)
+    model: Any
+    model, report = loaders[kind].from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+    # A pooler is never read: features are the hidden states.
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise ValueError(f"{len(missing)} weights are not in the file and would be random: {', '.join(missing[:3])}")
+    network: nn.Module = model
     if kind == "encoder" and getattr(model.config, "is_encoder_decoder", False):
-        return model.get_encoder()  # type: ignore[no-any-return, operator]
-    return model
+        network = model.get_encoder()
+    return network
 
 
 def recipe(backbone: nn.Module, rank: int = 4, **options: Any) -> peft.LoraConfig:

@@ -197,5 +197,7 @@ def _predictions(task: Task, p: Tensor) -> Iterator[dict[str, Any]]:
             line |= {"tokens": probabilities.argmax(-1).tolist(), "probabilities": probabilities.amax(-1).tolist()}
         else:
             best = int(probabilities.argmax())
-            line |= {"label": task.labels[best] if task.labels else best, "probabilities": probabilities.tolist()}
+            named = best < len(task.labels or ())  # a shared head may be wider than the task
+            label = task.labels[best] if task.labels and named else best
+            line |= {"label": label, "probabilities": probabilities.tolist()}
         yield line

@@ -97,6 +97,7 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         check_number("checkpoint_every", self.checkpoint_every, open_below=False, whole=True)
+        check_number("seed", self.seed, open_below=False, whole=True)
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ def read_config(path: Path) -> RunConfig:
             out of range; the message begins with the file and the key.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: not TOML: {error}") from error
     return from_dict(RunConfig, data, str(path))
 

@@ -104,6 +104,10 @@ def encoder_of(config: RunConfig) -> Any:
         ValueError: a tokenizer that does not fit the model.
     """
     b, longest = config.backbone, config.tasks.max_length
+    if b.name == "digits":
+        from pyro_lift.data.digits import IMAGE_SIZE
+
+        return encode.Pictures(IMAGE_SIZE, [0.0], [1.0], keyword="")
     if b.kind == "vision":
         from transformers import AutoConfig, AutoImageProcessor
 

@@ -45,7 +45,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return from_dict(typing.cast(type[Any], hint), value, where)
     if not _fits(hint, value):
         raise ValueError(f"{where} = {value!r}: expected {_named(hint)}.")
-    return float(value) if hint is float else value
+    if hint is not float:
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{where}: a number of {len(str(abs(value)))} digits is too large.") from None
 
 
 def _fits(hint: Any, value: Any) -> bool:
