@@ -109,7 +109,7 @@ def load_backbone(
             model = _from_timm(name, options).to(getattr(torch, dtype))
         else:
             model = _from_transformers(str(name), kind, getattr(torch, dtype), options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # whatever the library met, the name is the reason
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         message = f"{name}: cannot be loaded as a {kind!r} backbone ({reason}).{_kind_hint(name, kind)}"
         raise (OSError if isinstance(error, OSError) else ValueError)(message) from error

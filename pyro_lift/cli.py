@@ -94,8 +94,8 @@ def demo(
     out: Out = Path("demo-output"),
     smoke: Smoke = False,
     device: Device = "cpu",
-    seeds: Annotated[int, typer.Option(help="families of tasks")] = 5,
-    workers: Annotated[int, typer.Option(help="processes")] = 2,
+    seeds: Annotated[int, typer.Option(help="families of tasks", min=1)] = 5,
+    workers: Annotated[int, typer.Option(help="processes", min=1)] = 2,
     tune: Annotated[bool, typer.Option("--tune", help="choose every method's settings anew, and stop")] = False,
 ) -> None:
     """Compare three methods on handwriting tasks that come with scikit-learn; no network, about three minutes."""
@@ -128,7 +128,7 @@ def adapt(
     prior: Annotated[Path, typer.Argument(help="folder that `train` wrote")],
     task: Annotated[Path, typer.Option("--task", help="folder with train.* and perhaps test.*")],
     out: Annotated[Path, typer.Option("--out", help="folder for the draws and the PEFT adapter")] = Path("adapted"),
-    seed: Annotated[int, typer.Option(help="of the chain")] = 0,
+    seed: Annotated[int, typer.Option(help="of the chain", min=0)] = 0,
     device: OtherDevice = None,
 ) -> None:
     """Adapt a prior to one new task."""
@@ -178,8 +178,8 @@ def speed(
     backbone: Annotated[
         list[str] | None, typer.Option(help="bart-base, vit-b16, bart-small, vit-small; repeat")
     ] = None,
-    rank: Annotated[list[int] | None, typer.Option(help="of the adapters; repeat")] = None,
-    repeats: Annotated[int, typer.Option(help="rounds of each method")] = 7,
+    rank: Annotated[list[int] | None, typer.Option(help="of the adapters; repeat", min=1)] = None,
+    repeats: Annotated[int, typer.Option(help="rounds of each method", min=1)] = 7,
     part: Annotated[list[str] | None, typer.Option(help="steps, em, blocks, curves, large; repeat")] = None,
     largest: Annotated[str | None, typer.Option(help="of the part large: t5-xl or t5-large")] = None,
 ) -> None:
@@ -209,8 +209,8 @@ class MethodsOptions:
     backbone: Annotated[str | None, typer.Option(help="of these tasks: folder or name")] = None
     kind: Annotated[str | None, typer.Option(help="of that backbone")] = None
     methods: Annotated[str | None, typer.Option(help="names with commas between; by default all")] = None
-    seeds: Annotated[int | None, typer.Option(help="families of tasks, or repetitions")] = None
-    workers: Annotated[int | None, typer.Option(help="processes")] = None
+    seeds: Annotated[int | None, typer.Option(help="families of tasks, or repetitions", min=1)] = None
+    workers: Annotated[int | None, typer.Option(help="processes", min=1)] = None
     choose: Annotated[bool, typer.Option("--tune", help="choose the settings again, and print them")] = False
     smoke: Smoke = False
     device: Device = "cpu"
@@ -241,8 +241,8 @@ def store(
     out: Out = Path("bench"),
     smoke: Smoke = False,
     device: Device = "cpu",
-    tasks: Annotated[list[int] | None, typer.Option(help="numbers of tasks; repeat")] = None,
-    rounds: Annotated[int, typer.Option(help="turns of each number of tasks")] = 20,
+    tasks: Annotated[list[int] | None, typer.Option(help="numbers of tasks; repeat", min=1)] = None,
+    rounds: Annotated[int, typer.Option(help="turns of each number of tasks", min=1)] = 20,
     folder: Annotated[Path | None, typer.Option(help="of the stores' files, 47 GB for the default")] = None,
 ) -> None:
     """Measure the time and memory of a step as the number of tasks grows, with theta on the disk."""
