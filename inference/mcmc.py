@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ class MCMC(pyro.infer.MCMC):
         **options: Any,
     ) -> None:
         starts = checked_starts(initial_params, num_chains)
-        super().__init__(kernel, num_samples, warmup_steps, starts, num_chains, **options)
+        with _callers_logger():
+            super().__init__(kernel, num_samples, warmup_steps, starts, num_chains, **options)
         if isinstance(self.sampler, api._MultiSampler):
             self.sampler = ParallelChains.in_place_of(self.sampler)
 
@@ -77,12 +78,14 @@ class MCMC(pyro.infer.MCMC):
         session = _session(self, checkpoint, checkpoint_every, resume)
         if session is None:
             self._read_transforms(args, kwargs)
-            super().run(*args, **kwargs)
+            with _callers_logger():
+                super().run(*args, **kwargs)
             return
         plain = self.sampler
         self.sampler = _SavedChain(plain, session, None)
         try:
-            super().run(*args, **kwargs)
+            with _callers_logger():
+                super().run(*args, **kwargs)
         finally:
             self.sampler = plain
 
@@ -126,7 +129,8 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
         _begin_run(self.kernel, self.num_chains)
         session = _session(self, checkpoint, checkpoint_every, resume)
         if session is None:
-            super().run(*args, **kwargs)
+            with _callers_logger():
+                super().run(*args, **kwargs)
             return
         check_statistics(self._statistics)
         plain, wanted = self.sampler, self.num_samples
@@ -134,9 +138,22 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
         self.num_samples = wanted - session.draws
         self.sampler = _SavedChain(plain, session, self._statistics)
         try:
-            super().run(*args, **kwargs)
+            with _callers_logger():
+                super().run(*args, **kwargs)
         finally:
             self.sampler, self.num_samples = plain, wanted
+
+
+@contextmanager
+def _callers_logger() -> Iterator[None]:
+    """Put Pyro's logger back as the caller had it: Pyro takes its handlers away and gives it one of its own."""
+    logger = logging.getLogger("pyro.infer.mcmc")
+    before = list(logger.handlers), logger.propagate, logger.level
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before[0], before[1]
+        logger.setLevel(before[2])
 
 
 def _begin_run(kernel: Any, num_chains: int) -> None:
