@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -190,8 +190,8 @@ TENSORS: dict[str, Odd] = {
         nothing, lambda _: score("ACC", "ab", [["a"], ["b"]]), Refused("predictions is the string 'ab'")
     ),
     "predictions that are numbers": Odd(
-        nothing, lambda _: score("EM", [1], [["1"]]), Refused("row 0: 1 is a int; expected strings")
-    ),  # type: ignore[list-item]
+        nothing, lambda _: score("EM", cast("list[str]", [1]), [["1"]]), Refused("row 0: 1 is a int; expected strings")
+    ),
     "two tasks of one name": Odd(nothing, lambda _: _collection("t", "t"), Refused("'t' stands twice")),
     "pictures with targets in a column": Odd(
         nothing,

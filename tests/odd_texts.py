@@ -39,7 +39,7 @@ def train_rows(folder: Path) -> list[tuple[Any, ...]]:
 
 
 def labels(folder: Path) -> tuple[str, ...]:
-    return read_task(folder).labels
+    return read_task(folder).labels or ()
 
 
 def answers(folder: Path) -> list[tuple[str, ...]]:
