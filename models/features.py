@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.readouts import pool
 from pyro_lift.models.task import Rows
 
-__all__ = ["features"]
+__all__ = ["Reader", "all_features", "features"]
+
+#: From the network, some rows and its weights ``[D]`` to one vector a row ``[n, E]``.
+Reader = Callable[[RandomAdapter, Rows, Tensor], Tensor]
 
 
 def features(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
@@ -23,6 +27,15 @@ def features(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
     """
     with adapter.bound(theta):
         return _features(_plain(adapter.backbone), rows)
+
+
+@torch.no_grad()
+def all_features(
+    adapter: RandomAdapter, rows: Rows, theta: Tensor, reader: Reader = features, *, batch_size: int = 256
+) -> Tensor:
+    """Compute the features ``[n, E]`` of any number of rows, without a graph."""
+    parts = range(0, len(rows), batch_size)
+    return torch.cat([reader(adapter, rows.take(slice(i, i + batch_size)), theta) for i in parts])
 
 
 def _plain(backbone: nn.Module) -> nn.Module:

@@ -31,7 +31,7 @@ from pyro_lift.inference.baselines.episodic import Episodic, EpisodicMethod, Epi
 from pyro_lift.inference.baselines.peak_memory import PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.features import features
+from pyro_lift.models.features import all_features, features
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.options import check_number
 
@@ -245,10 +245,3 @@ def adapt_prototypes(method: Prototypical, start: Tensor, task: Task, seed: int 
     trajectory = follow(steps, budget.steps, keep=budget.draws)
     thetas = torch.stack([weights.theta for weights in trajectory.kept])
     return PrototypePosterior(method.adapter, task, thetas, method.temperature)
-
-
-@torch.no_grad()
-def all_features(adapter: RandomAdapter, rows: Rows, theta: Tensor, batch_size: int = 256) -> Tensor:
-    """Compute the features of any number of rows, without a graph."""
-    parts = range(0, len(rows), batch_size)
-    return torch.cat([features(adapter, rows.take(slice(i, i + batch_size)), theta) for i in parts])

@@ -23,6 +23,7 @@ from pyro_lift.inference.baselines.abml import ABML
 from pyro_lift.inference.baselines.bmaml import BMAML
 from pyro_lift.inference.baselines.bootstrapped_maml import BootstrappedMAML
 from pyro_lift.inference.baselines.imaml import ImplicitMAML
+from pyro_lift.inference.baselines.linear_probe import LinearProbe
 from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.maml_mix import MAMLMix
 from pyro_lift.inference.baselines.mbc import MBC
@@ -45,6 +46,7 @@ __all__ = ["BASELINES"]
 #: Every row of the paper's tables: called with the adapter, a
 #: :class:`~pyro_lift.inference.baselines.protocol.Budget` and the method's own settings.
 BASELINES: dict[str, Callable[..., Baseline[Any]]] = {
+    "linear-probe": LinearProbe,
     "no-meta-train": NoMetaTrain,
     "union-train": UnionTrain,
     "maml": MAML,

@@ -1,0 +1,213 @@
+r"""Linear probe: logistic or ridge regression on the frozen network's features, the bar of every comparison.
+
+.. math:: \hat w = \arg\max_w \sum_n \log p\big(y_n \mid w\,\tfrac{f(x_n) - m}{d}\big)
+                   - \tfrac{1}{2 s^2} \lVert w \rVert^2
+
+Cost: one forward pass of a task's rows, then a regression by scikit-learn; nothing is meta-trained.
+
+Our choices: features are what the task's own head would see where tasks have heads (``Budget.heads``), else those of
+:func:`pyro_lift.models.features.features` (the pooled text, for label matching); each is standardised by the task's
+training rows. s is chosen by cross-validation on these rows, stratified as far as classes have rows: by the mean log
+probability of left-out rows, ten folds, or each row in turn where there are ten or fewer; for regression by the
+closed-form leave-one-out error. With one row nothing can be left out: the middle of the grid is taken, and regression
+predicts that row's value. The bias has a prior too (sd 3), so that a class without a row keeps a finite probability.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_lift.data.task import Rows, Task
+from pyro_lift.inference.baselines.protocol import Budget, rows_of
+from pyro_lift.inference.heads import BIAS_SD, folds, scaling_of, standard_widths
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.features import all_features, features
+from pyro_lift.models.observation import outputs
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["LinearProbe", "LinearProbeState", "ProbePosterior", "fit_logistic", "fit_ridge"]
+
+#: Folds of the cross-validation, at most.
+FOLDS = 10
+
+
+class LinearProbeState(NamedTuple):
+    """The weights ``[D]`` whose features are used; nothing was learned."""
+
+    theta: Tensor
+    meta_steps: int = 0
+
+
+@dataclass(frozen=True)
+class ProbePosterior:
+    """A point estimate of a head on frozen features.
+
+    Attributes:
+        theta: weights of the adapter, ``[D]``.
+        head: ``[C, E + 1]`` on the features as they come, bias last.
+        prior_sd: s that cross-validation chose, of a weight on a standardised feature.
+    """
+
+    adapter: RandomAdapter
+    task: Task
+    theta: Tensor
+    head: Tensor
+    prior_sd: float
+    through_head: bool
+
+    @torch.no_grad()
+    def predict(self, inputs: Any) -> Tensor:
+        """Probabilities ``[n, C]``; for regression values of the targets' shape."""
+        rows = rows_of(inputs, self.task).to(self.theta.device)
+        output = _features(self.adapter, rows, self.theta, self.through_head) @ self.head[:, :-1].T + self.head[:, -1]
+        if self.task.kind != "regression":
+            return output.softmax(-1)
+        return output.squeeze(-1) if self.task.train.target.dim() == 1 else output
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """The bar: what anyone gets from the frozen network in a second.
+
+    Raises:
+        ValueError: a task without classes that all its rows share, and without numbers to predict.
+    """
+
+    adapter: RandomAdapter
+    budget: Budget = field(default_factory=Budget)
+
+    def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LinearProbeState:
+        """Learn nothing."""
+        del on_step
+        for task in tasks:
+            check_probed(task)
+        return LinearProbeState(self.adapter.initial.clone())
+
+    def adapt(self, state: LinearProbeState, task: Task, *, seed: int | None = None) -> ProbePosterior:
+        """Fit the regression; nothing is random."""
+        del seed
+        check_probed(task)
+        task = task.to(state.theta.device)
+        through_head = self.budget.heads.scale is not None and task.kind != "matching"
+        found = _features(self.adapter, task.train, state.theta, through_head)
+        x = found.double().cpu().numpy()
+        y = task.train.target.cpu().numpy()
+        if task.kind == "regression":
+            head, sd = fit_ridge(x, y.astype("float64"))
+        else:
+            assert task.num_classes is not None
+            head, sd = fit_logistic(x, y, task.num_classes)
+        return ProbePosterior(self.adapter, task, state.theta, head.to(found), sd, through_head)
+
+
+def check_probed(task: Task) -> None:
+    """Refuse a task that a linear probe says nothing about."""
+    if task.kind == "regression":
+        return
+    if task.num_classes is None or (task.kind == "matching" and task.label_texts is None):
+        raise ValueError(
+            f"task {task.name!r}: a linear probe needs classes that all its rows share, or numbers to predict; "
+            "it has neither. Leave the probe out of this comparison."
+        )
+
+
+def fit_logistic(x: NDArray[np.float64], y: NDArray[np.int64], num_classes: int) -> tuple[Tensor, float]:
+    """Logistic regression on standardised features, its strength by cross-validation.
+
+    Args:
+        x: ``[n, E]``, as they come.
+        y: class numbers ``[n]``.
+        num_classes: C; classes without a row are among them.
+
+    Returns:
+        The head ``[C, E + 1]`` on the features as they come, bias last, and the prior's standard deviation s.
+    """
+    import numpy as np
+
+    scaling = scaling_of(torch.from_numpy(x))
+    z = scaling.apply(torch.from_numpy(x)).numpy()
+    tried = standard_widths(z.shape[1])
+    sd = tried[len(tried) // 2]
+    if len(y) > 1 and num_classes > 1:
+        fold = folds(torch.from_numpy(y), min(len(y), FOLDS), stratified=True).numpy()
+        scores = []
+        for width in tried:
+            loss = 0.0
+            for k in range(int(fold.max()) + 1):
+                kept, left = fold != k, fold == k
+                head = _softmax_head(z[kept], y[kept], num_classes, width)
+                logits = torch.from_numpy(z[left]) @ head[:, :-1].T + head[:, -1]
+                loss -= float(logits.log_softmax(-1)[torch.arange(int(left.sum())), torch.from_numpy(y[left])].sum())
+            scores.append(loss)
+        sd = tried[int(np.argmin(scores))]
+    return scaling.folded(_softmax_head(z, y, num_classes, sd)), sd
+
+
+def fit_ridge(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[Tensor, float]:
+    """Ridge regression on standardised features, its strength by closed-form leave-one-out.
+
+    Args:
+        x: ``[n, E]``, as they come.
+        y: ``[n]`` or ``[n, C]``.
+
+    Returns:
+        The head ``[C, E + 1]`` on the features as they come, bias last, and s in units of the targets' own noise: the
+        ridge penalty is 1 / s^2.
+    """
+    from sklearn.linear_model import RidgeCV
+
+    values = y.reshape(len(y), -1)
+    scaling = scaling_of(torch.from_numpy(x))
+    tried = standard_widths(x.shape[1])
+    if len(y) < 2:
+        head = torch.zeros(values.shape[1], x.shape[1] + 1, dtype=torch.float64)
+        head[:, -1] = torch.from_numpy(values[0])
+        return head, tried[len(tried) // 2]
+    model = RidgeCV(alphas=[width**-2 for width in tried]).fit(scaling.apply(torch.from_numpy(x)).numpy(), values)
+    slope = torch.from_numpy(model.coef_).reshape(values.shape[1], -1)
+    bias = torch.as_tensor(model.intercept_, dtype=torch.float64).reshape(-1)
+    return scaling.folded(torch.cat([slope, bias.unsqueeze(-1)], -1)), float(model.alpha_) ** -0.5
+
+
+def _softmax_head(z: NDArray[np.float64], y: NDArray[np.int64], num_classes: int, sd: float) -> Tensor:
+    """The mode on standardised features ``[C, E + 1]``, by scikit-learn.
+
+    The bias is the weight of a constant feature. Each class has a row of weight zero,
+    so that scikit-learn gives a class without rows a place in the softmax.
+    """
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+
+    if num_classes == 1:
+        return torch.zeros(1, z.shape[1] + 1, dtype=torch.float64)
+    # Features in units of the prior, C = 1. The softmax of two classes has two vectors of prior sd s, a logistic
+    # regression one: their difference, of twice the variance.
+    units = math.sqrt(2.0) if num_classes == 2 else 1.0
+    inputs = units * np.concatenate([sd * z, np.full((len(z), 1), BIAS_SD)], 1)
+    inputs = np.concatenate([inputs, np.zeros((num_classes, inputs.shape[1]))])
+    weight = np.concatenate([np.ones(len(z)), np.zeros(num_classes)])
+    model = LogisticRegression(C=1.0, fit_intercept=False, tol=1e-7, max_iter=5_000)
+    model.fit(inputs, np.concatenate([y, np.arange(num_classes)]), weight)
+    head = units * torch.from_numpy(np.array(model.coef_, dtype=np.float64))
+    if num_classes == 2:
+        head = torch.cat([-0.5 * head, 0.5 * head])
+    return torch.cat([sd * head[:, :-1], BIAS_SD * head[:, -1:]], -1)
+
+
+def _features(adapter: RandomAdapter, rows: Rows, theta: Tensor, through_head: bool) -> Tensor:
+    """What a head of the task's own sees, or the network's features where the head is shared; without a graph."""
+    return all_features(adapter, rows, theta, _outputs if through_head else features)
+
+
+def _outputs(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
+    """The network's output, which is the features of a task's own head."""
+    return outputs(adapter, rows, theta, None)
