@@ -27,6 +27,7 @@ from pyro_lift.options import check_choice, check_number
 
 __all__ = [
     "HeadKind",
+    "HeadModel",
     "PriorChoice",
     "Scaling",
     "SolvedHead",
@@ -41,13 +42,27 @@ __all__ = [
 #: Softmax over classes, or a normal observation of each output.
 HeadKind = Literal["classification", "regression"]
 #: Standard deviations of a logit under the prior (standardised features, so ``s * sqrt(E)``) that are tried.
-LOGIT_WIDTHS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+LOGIT_WIDTHS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 #: Standard deviation of the bias under its prior: wide, but a class without a row keeps a finite probability.
 BIAS_SD = 3.0
 #: The norm of the gradient, in units of the prior, at which a head counts as solved. The prior alone has curvature one
 #: in these units, so the mode is no further away than this.
 TOLERANCE = 1e-8
 NEWTON_STEPS = 100
+
+
+class HeadModel(NamedTuple):
+    """What a head predicts.
+
+    Attributes:
+        num_outputs: C, classes or values; a class without a row is among them.
+        kind: the likelihood.
+        noise_scale: standard deviation of the noise in regression.
+    """
+
+    num_outputs: int
+    kind: HeadKind = "classification"
+    noise_scale: float = 1.0
 
 
 class Scaling(NamedTuple):
@@ -109,15 +124,23 @@ class _Problem(NamedTuple):
         z: ``[..., n, r]``.
         target: one-hot or values, ``[..., n, C]``.
         weight: ``[..., n]``.
+        offset: what is added to the head's outputs, ``[..., n, C]``, or zero.
         basis: ``[..., r, E + 1]`` with orthonormal rows, or None where nothing was rotated.
         width: standard deviations of the prior, ``[E + 1]``.
+        model: the likelihood.
     """
 
     z: Tensor
     target: Tensor
     weight: Tensor
+    offset: Tensor
     basis: Tensor | None
     width: Tensor
+    model: HeadModel
+
+    def outputs(self, v: Tensor) -> Tensor:
+        """Logits or values ``[..., n, C]``."""
+        return self.z @ v.mT + self.offset
 
     def head(self, v: Tensor) -> Tensor:
         """From ``[..., C, r]`` to the standardised head ``[..., C, E + 1]``."""
@@ -148,25 +171,23 @@ def standard_widths(features: int) -> tuple[float, ...]:
 def solve_head(
     features: Tensor,
     target: Tensor,
+    model: HeadModel,
     *,
-    num_outputs: int,
     prior_sd: float,
-    kind: HeadKind = "classification",
     weight: Tensor | None = None,
+    offset: Tensor | None = None,
     start: Tensor | None = None,
-    noise_scale: float = 1.0,
 ) -> SolvedHead:
     """Bring a linear head to its mode: Newton's method with conjugate gradients; regression in closed form.
 
     Args:
         features: ``[..., n, E]``.
         target: class numbers ``[..., n]``; for regression values ``[..., n]`` or ``[..., n, C]``.
-        num_outputs: C; a class without a row is among them.
+        model: the likelihood.
         prior_sd: s, standard deviation of a weight on a standardised feature.
-        kind: the likelihood.
         weight: how often each row counts, ``[..., n]``; zero leaves it out, of the standardisation too.
+        offset: logits or values that the head is added to, ``[..., n, C]``.
         start: a head to begin from, ``[..., C, E + 1]``, as a former solution gave it.
-        noise_scale: standard deviation of the noise in regression.
 
     Raises:
         ValueError: no row, a label outside ``0 .. C - 1``, features that are not finite.
@@ -174,31 +195,23 @@ def solve_head(
     """
     check_number("prior_sd", prior_sd)
     scaling = scaling_of(features, weight)
-    problem = _problem(scaling.apply(features.double()), target, num_outputs, prior_sd, kind, weight)
-    v = problem.z.new_zeros(*problem.z.shape[:-2], num_outputs, problem.z.shape[-1])
+    problem = _problem(scaling.apply(features.double()), target, model, prior_sd, weight, offset)
+    v = problem.z.new_zeros(*problem.z.shape[:-2], model.num_outputs, problem.z.shape[-1])
     if start is not None:
         v = v + problem.coordinates(scaling.unfolded(start.double()))
-    if kind == "regression":
-        v, iterations = _least_squares(problem, noise_scale), 1
-        gradient = _regression_gradient(problem, v, noise_scale)
-        residual = (problem.z @ v.mT - problem.target).square().sum(-1)
-        loss = 0.5 * (problem.weight * residual).sum(-1) / noise_scale**2 + 0.5 * v.square().sum((-2, -1))
-    else:
-        v, iterations = _newton(problem, v)
-        loss, gradient, _ = _softmax_terms(problem, v)
-    norm = gradient.square().sum((-2, -1)).sqrt()
-    return SolvedHead(scaling.folded(problem.head(v)).to(features.dtype), loss, norm, iterations)
+    v, iterations = (_least_squares(problem), 1) if model.kind == "regression" else _newton(problem, v)
+    loss, gradient = _terms(problem, v)
+    return SolvedHead(scaling.folded(problem.head(v)).to(features.dtype), loss, _norm(gradient), iterations)
 
 
 @torch.no_grad()
 def choose_prior_sd(
     features: Tensor,
     target: Tensor,
+    model: HeadModel,
     *,
-    num_outputs: int,
-    kind: HeadKind = "classification",
     tried: Sequence[float] | None = None,
-    noise_scale: float = 1.0,
+    offset: Tensor | None = None,
     most_folds: int = 10,
 ) -> PriorChoice:
     """Choose the prior's width by cross-validation on a task's own rows, every fold and width solved exactly at once.
@@ -209,10 +222,9 @@ def choose_prior_sd(
     Args:
         features: ``[n, E]``.
         target: as for :func:`solve_head`.
-        num_outputs: C.
-        kind: the likelihood.
+        model: the likelihood.
         tried: standard deviations s; None takes :func:`standard_widths`.
-        noise_scale: standard deviation of the noise in regression.
+        offset: logits or values that the head is added to, ``[n, C]``.
         most_folds: number of folds, at most.
     """
     n = len(features)
@@ -220,21 +232,23 @@ def choose_prior_sd(
     if n < 2:
         return PriorChoice(tried[len(tried) // 2], (math.nan,) * len(tried), tried)
     x = scaling_of(features).apply(features.double())
-    fold = folds(target, min(n, most_folds), stratified=kind == "classification")
+    fold = folds(target, min(n, most_folds), stratified=model.kind == "classification")
     kept = torch.stack([(fold != k).double() for k in range(int(fold.max()) + 1)]).to(x.device)  # [F, n]
     scores, v = [], None
     for sd in tried:
-        one = _problem(x, target, num_outputs, sd, kind, None)
-        many = one._replace(
-            z=one.z.expand(len(kept), *one.z.shape), target=one.target.expand(len(kept), *one.target.shape), weight=kept
+        whole = _problem(x, target, model, sd, None, offset)
+        many = whole._replace(
+            z=whole.z.expand(len(kept), *whole.z.shape),
+            target=whole.target.expand(len(kept), *whole.target.shape),
+            weight=kept,
         )
-        if kind == "regression":
-            v = _least_squares(many, noise_scale)
-            value = 0.5 * ((many.z @ v.mT - many.target) / noise_scale).square().sum(-1)
+        if model.kind == "regression":
+            v = _least_squares(many)
+            value = 0.5 * ((many.outputs(v) - many.target) / model.noise_scale).square().sum(-1)
         else:
-            start = many.z.new_zeros(len(kept), num_outputs, one.z.shape[-1]) if v is None else v
+            start = many.z.new_zeros(len(kept), model.num_outputs, whole.z.shape[-1]) if v is None else v
             v, _ = _newton(many, start, tolerance=1e-4)
-            value = -((many.z @ v.mT).log_softmax(-1) * many.target).sum(-1)
+            value = -(many.outputs(v).log_softmax(-1) * many.target).sum(-1)
         scores.append(float(((1.0 - kept) * value).sum() / n))
     best = min(range(len(tried)), key=scores.__getitem__)
     return PriorChoice(tried[best], tuple(scores), tried)
@@ -244,14 +258,13 @@ def choose_prior_sd(
 def laplace_head(
     features: Tensor,
     target: Tensor,
+    model: HeadModel,
     solved: Tensor,
     draws: int,
     *,
     prior_sd: float,
     generator: torch.Generator,
-    kind: HeadKind = "classification",
     temperature: float = 1.0,
-    noise_scale: float = 1.0,
 ) -> Tensor:
     r"""Draw heads from the Gaussian approximation at the mode, ``[S, C, E + 1]``; exact for regression.
 
@@ -262,35 +275,31 @@ def laplace_head(
     Args:
         features: ``[n, E]``, of one task.
         target: as for :func:`solve_head`.
-        solved: the mode ``[C, E + 1]``.
+        model: the likelihood.
+        solved: the mode ``[C, E + 1]``, without an offset.
         draws: S.
         prior_sd: s, as the mode was solved with.
         generator: of the noise, on the CPU.
-        kind: the likelihood.
         temperature: T, on the covariance.
-        noise_scale: standard deviation of the noise in regression.
 
     References:
         Gaussian sampling by local perturbations, Papandreou and Yuille, 2010.
     """
     check_number("temperature", temperature, open_below=False)
     scaling = scaling_of(features)
-    C = solved.shape[-2]
-    problem = _problem(scaling.apply(features.double()), target, C, prior_sd, kind, None, rotate=False)
+    problem = _problem(scaling.apply(features.double()), target, model, prior_sd, None, None, rotate=False)
     v = problem.coordinates(scaling.unfolded(solved.double()))
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(v.device)
 
-    n = len(features)
-    noise, rows = normal(draws, *v.shape), normal(draws, n, C)
-    if kind == "classification":
-        p = (problem.z @ v.mT).softmax(-1)
+    noise, rows = normal(draws, *v.shape), normal(draws, *problem.target.shape)
+    if model.kind == "classification":
+        p = problem.outputs(v).softmax(-1)
         rows = p.sqrt() * rows - p * (p.sqrt() * rows).sum(-1, keepdim=True)
     else:
-        rows = rows / noise_scale
-    curvature = _curvature(problem, v, kind, noise_scale)
-    delta = _conjugate_gradients(curvature, noise + rows.mT @ problem.z, 1e-10, 10 * v.numel())
+        rows = rows / model.noise_scale
+    delta = _conjugate_gradients(_curvature(problem, v), noise + rows.mT @ problem.z, 1e-10, 10 * v.numel())
     heads = scaling.folded(problem.head(v + math.sqrt(temperature) * delta))
     return heads.to(features.dtype)
 
@@ -307,25 +316,25 @@ def folds(target: Tensor, number: int, *, stratified: bool) -> Tensor:
 def _problem(
     x: Tensor,
     target: Tensor,
-    num_outputs: int,
+    model: HeadModel,
     prior_sd: float,
-    kind: HeadKind,
     weight: Tensor | None,
+    offset: Tensor | None,
     rotate: bool = True,
 ) -> _Problem:
     """The problem in whitened coordinates, of standardised features ``[..., n, E]``; checks what it is given."""
-    check_choice("kind", kind, get_args(HeadKind))
+    check_choice("kind", model.kind, get_args(HeadKind))
     n, E = x.shape[-2:]
     if n == 0:
         raise ValueError("features [0, E]: a head cannot be solved without a row.")
     if not torch.isfinite(x).all():
         raise ValueError("features hold values that are not finite.")
-    if kind == "classification":
+    if model.kind == "classification":
         low, high = int(target.min()), int(target.max())
-        if low < 0 or high >= num_outputs:
+        if low < 0 or high >= model.num_outputs:
             wrong = low if low < 0 else high
-            raise ValueError(f"label {wrong} is outside the head's range 0 .. {num_outputs - 1}.")
-        y = one_hot(target, num_outputs).double()
+            raise ValueError(f"label {wrong} is outside the head's range 0 .. {model.num_outputs - 1}.")
+        y = one_hot(target, model.num_outputs).double()
     else:
         y = target.double().unsqueeze(-1) if target.dim() == x.dim() - 1 else target.double()
     width = torch.cat([x.new_full((E,), prior_sd), x.new_full((1,), BIAS_SD)])
@@ -335,24 +344,29 @@ def _problem(
         q, r = torch.linalg.qr(z.mT)  # z = r^T q^T: the rows' span, in which the mode lies
         z, basis = r.mT, q.mT
     count = torch.ones_like(z[..., 0]) if weight is None else weight.double().expand(z.shape[:-1])
-    return _Problem(z, y, count, basis, width)
+    added = torch.zeros_like(y[..., :1]) if offset is None else offset.double()
+    return _Problem(z, y, count, added, basis, width, model)
 
 
-def _softmax_terms(problem: _Problem, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative log posterior ``[...]``, its gradient ``[..., C, r]`` and the probabilities ``[..., n, C]``."""
-    log_p = (problem.z @ v.mT).log_softmax(-1)
-    w = problem.weight.unsqueeze(-1)
-    loss = -(w * problem.target * log_p).sum((-2, -1)) + 0.5 * v.square().sum((-2, -1))
-    p = log_p.exp()
-    return loss, (w * (p - problem.target)).mT @ problem.z + v, p
+def _terms(problem: _Problem, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log posterior ``[...]`` up to constants, and its gradient ``[..., C, r]``."""
+    output, w = problem.outputs(v), problem.weight
+    if problem.model.kind == "regression":
+        residual = (output - problem.target) / problem.model.noise_scale**2
+        value = 0.5 * problem.model.noise_scale**2 * residual.square().sum(-1)
+    else:
+        log_p = output.log_softmax(-1)
+        residual, value = log_p.exp() - problem.target, -(problem.target * log_p).sum(-1)
+    loss = (w * value).sum(-1) + 0.5 * v.square().sum((-2, -1))
+    return loss, (w.unsqueeze(-1) * residual).mT @ problem.z + v
 
 
-def _curvature(problem: _Problem, v: Tensor, kind: HeadKind, noise_scale: float = 1.0) -> Callable[[Tensor], Tensor]:
+def _curvature(problem: _Problem, v: Tensor) -> Callable[[Tensor], Tensor]:
     """The product of the Hessian at ``v`` with a direction ``[..., C, r]``."""
     w = problem.weight.unsqueeze(-1)
-    if kind == "regression":
-        return lambda d: (w * (problem.z @ d.mT)).mT @ problem.z / noise_scale**2 + d
-    p = (problem.z @ v.mT).softmax(-1)
+    if problem.model.kind == "regression":
+        return lambda d: (w * (problem.z @ d.mT)).mT @ problem.z / problem.model.noise_scale**2 + d
+    p = problem.outputs(v).softmax(-1)
 
     def product(d: Tensor) -> Tensor:
         u = p * (problem.z @ d.mT)
@@ -363,31 +377,36 @@ def _curvature(problem: _Problem, v: Tensor, kind: HeadKind, noise_scale: float 
 
 def _newton(problem: _Problem, v: Tensor, tolerance: float = TOLERANCE) -> tuple[Tensor, int]:
     """Newton's method with a line search, of all problems at once, until every gradient is below the tolerance."""
-    loss, gradient, _ = _softmax_terms(problem, v)
+    loss, gradient = _terms(problem, v)
     for step in range(NEWTON_STEPS):
         norm = _norm(gradient)
         if bool((norm <= tolerance).all()):
             return v, step
         # Inexact far from the mode, ever more exact near it: quadratic convergence in the end.
         accuracy = norm.clamp(max=1.0).sqrt().clamp(max=0.1)
-        direction = _conjugate_gradients(_curvature(problem, v, "classification"), -gradient, accuracy, 250)
-        slope = (gradient * direction).sum((-2, -1))
-        length = torch.ones_like(loss)
-        for _ in range(40):
-            moved = v + length[..., None, None] * direction
-            new_loss, new_gradient, _ = _softmax_terms(problem, moved)
-            # Near the mode the loss no longer resolves a step: there a smaller gradient is progress too.
-            good = (new_loss <= loss + 1e-4 * length * slope) | (_norm(new_gradient) <= 0.5 * norm)
-            good = good | (norm <= tolerance)
-            if bool(good.all()):
-                break
-            length = torch.where(good, length, 0.5 * length)
-        v, loss, gradient = moved, new_loss, new_gradient
-    if bool((_norm(gradient) <= 1e3 * tolerance).all()):
+        direction = _conjugate_gradients(_curvature(problem, v), -gradient, accuracy, 250)
+        v, loss, gradient = _line_search(problem, v, direction, loss, gradient, tolerance)
+    worst = float(_norm(gradient).max())
+    if worst <= 1e3 * tolerance:
         return v, NEWTON_STEPS
-    raise ArithmeticError(
-        f"the head was not solved: gradient {float(_norm(gradient).max()):.2e} after {step + 1} steps."
-    )
+    raise ArithmeticError(f"the head was not solved: a gradient of {worst:.2e} after {NEWTON_STEPS} Newton steps.")
+
+
+def _line_search(
+    problem: _Problem, v: Tensor, direction: Tensor, loss: Tensor, gradient: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Halve the steps that do not lower the loss, each problem's on its own; the new point, its loss and gradient."""
+    slope, norm = (gradient * direction).sum((-2, -1)), _norm(gradient)
+    length = torch.ones_like(loss)
+    for _ in range(40):
+        moved = v + length[..., None, None] * direction
+        new_loss, new_gradient = _terms(problem, moved)
+        # Near the mode the loss no longer resolves a step: there a smaller gradient is progress too.
+        good = (new_loss <= loss + 1e-4 * length * slope) | (_norm(new_gradient) <= 0.5 * norm) | (norm <= tolerance)
+        if bool(good.all()):
+            break
+        length = torch.where(good, length, 0.5 * length)
+    return moved, new_loss, new_gradient
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -413,14 +432,10 @@ def _conjugate_gradients(
     return x
 
 
-def _least_squares(problem: _Problem, noise_scale: float) -> Tensor:
+def _least_squares(problem: _Problem) -> Tensor:
     """The mode ``[..., C, r]`` of a regression, by Cholesky."""
-    weighted = problem.z * (problem.weight / noise_scale**2).unsqueeze(-1)
+    weighted = problem.z * (problem.weight / problem.model.noise_scale**2).unsqueeze(-1)
     precision = weighted.mT @ problem.z
     precision = precision + torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
-    return torch.cholesky_solve(weighted.mT @ problem.target, torch.linalg.cholesky(precision)).mT
-
-
-def _regression_gradient(problem: _Problem, v: Tensor, noise_scale: float) -> Tensor:
-    residual = problem.weight.unsqueeze(-1) * (problem.z @ v.mT - problem.target)
-    return residual.mT @ problem.z / noise_scale**2 + v
+    right = weighted.mT @ (problem.target - problem.offset)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(precision)).mT

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_lift.inference.heads import (
     BIAS_SD,
+    HeadModel,
     choose_prior_sd,
     folds,
     laplace_head,
@@ -41,7 +42,7 @@ def test_mode_is_that_of_scikit_learn(n: int, features: int, classes: int) -> No
     x, y = blobs(n, features, classes)
     assert len(set(y.tolist())) == classes
     sd = 0.4
-    found = solve_head(x, y, num_outputs=classes, prior_sd=sd)
+    found = solve_head(x, y, HeadModel(classes), prior_sd=sd)
     z = np.concatenate([sd * scaling_of(x).apply(x).numpy(), np.full((n, 1), BIAS_SD)], 1)
     model = LogisticRegression(C=1.0, fit_intercept=False, tol=1e-14, solver="newton-cg", max_iter=10_000)
     expected = model.fit(z, y.numpy()).predict_log_proba(z)
@@ -51,7 +52,7 @@ def test_mode_is_that_of_scikit_learn(n: int, features: int, classes: int) -> No
 
 def test_mode_has_no_gradient_and_the_bound_on_its_distance_holds() -> None:
     x, y = blobs(30, 8, 3)
-    found = solve_head(x, y, num_outputs=3, prior_sd=0.5)
+    found = solve_head(x, y, HeadModel(3), prior_sd=0.5)
     head = found.head.clone().requires_grad_()
     value = log_posterior(x, y, head, 0.5)
     torch.testing.assert_close(-value.detach(), found.loss)
@@ -66,8 +67,8 @@ def test_mode_has_no_gradient_and_the_bound_on_its_distance_holds() -> None:
 
 def test_a_start_at_the_mode_needs_no_step_and_gives_the_same() -> None:
     x, y = blobs(30, 50, 3)
-    cold = solve_head(x, y, num_outputs=3, prior_sd=0.5)
-    warm = solve_head(x, y, num_outputs=3, prior_sd=0.5, start=cold.head)
+    cold = solve_head(x, y, HeadModel(3), prior_sd=0.5)
+    warm = solve_head(x, y, HeadModel(3), prior_sd=0.5, start=cold.head)
     assert cold.iterations > 1 and warm.iterations <= 1
     torch.testing.assert_close(warm.head, cold.head, rtol=1e-8, atol=1e-8)
 
@@ -78,24 +79,39 @@ def test_several_tasks_in_one_pass_are_the_tasks_one_by_one() -> None:
     x = torch.stack([torch.cat([x, torch.full((longest - len(x), 20), 7.0, dtype=torch.float64)]) for x, _ in parts])
     y = torch.stack([torch.cat([y, y.new_zeros(longest - len(y))]) for _, y in parts])
     weight = torch.stack([(torch.arange(longest) < len(part[1])).double() for part in parts])
-    together = solve_head(x, y, num_outputs=3, prior_sd=0.3, weight=weight).head
+    together = solve_head(x, y, HeadModel(3), prior_sd=0.3, weight=weight).head
     for k, (own_x, own_y) in enumerate(parts):
-        alone = solve_head(own_x, own_y, num_outputs=3, prior_sd=0.3).head
+        alone = solve_head(own_x, own_y, HeadModel(3), prior_sd=0.3).head
         torch.testing.assert_close(together[k], alone, rtol=1e-6, atol=1e-7)
+
+
+def test_a_head_is_added_to_an_offset() -> None:
+    x, y = blobs(20, 30, 3)
+    offset = torch.randn(20, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    head = solve_head(x, y, HeadModel(3), prior_sd=0.2, offset=offset).head.requires_grad_()
+    scaling = scaling_of(x)
+    standard = scaling.unfolded(head)
+    logits = offset + scaling.apply(x) @ standard[:, :-1].T + standard[:, -1]
+    prior = (standard[:, :-1] / 0.2).square().sum() + (standard[:, -1] / BIAS_SD).square().sum()
+    value = logits.log_softmax(-1)[torch.arange(20), y].sum() - 0.5 * prior
+    assert float(torch.autograd.grad(value, head)[0].abs().max()) < 1e-5
+    values = solve_head(x, offset + 1.0, HeadModel(3, "regression"), prior_sd=0.2, offset=offset).head
+    expected = solve_head(x, torch.ones_like(offset), HeadModel(3, "regression"), prior_sd=0.2).head
+    torch.testing.assert_close(values, expected)
 
 
 def test_a_class_without_rows_keeps_a_small_probability_and_one_class_is_no_error() -> None:
     x, y = blobs(20, 6, 3)
-    head = solve_head(x, y, num_outputs=4, prior_sd=0.3).head
+    head = solve_head(x, y, HeadModel(4), prior_sd=0.3).head
     share = (x @ head[:, :-1].T + head[:, -1]).softmax(-1)[:, 3].mean()
     assert 0.001 < float(share) < 0.1
-    one = solve_head(x, torch.zeros(20, dtype=torch.long), num_outputs=1, prior_sd=0.3).head
+    one = solve_head(x, torch.zeros(20, dtype=torch.long), HeadModel(1), prior_sd=0.3).head
     torch.testing.assert_close(one, torch.zeros_like(one))
 
 
 def test_constant_features_single_rows_and_float32_are_solved() -> None:
     x = torch.full((1, 5), 3.0)
-    found = solve_head(x, torch.tensor([1]), num_outputs=3, prior_sd=0.3).head
+    found = solve_head(x, torch.tensor([1]), HeadModel(3), prior_sd=0.3).head
     assert found.dtype == torch.float32 and torch.isfinite(found).all()
     assert int((x @ found[:, :-1].T + found[:, -1]).argmax()) == 1
 
@@ -110,11 +126,11 @@ def test_regression_is_the_exact_posterior_mean_and_its_draws_have_the_exact_cov
     width = torch.tensor([sd, sd, sd, BIAS_SD], dtype=torch.float64)
     covariance = torch.linalg.inv(design.T @ design / noise**2 + torch.diag(width**-2))
     mean = covariance @ design.T @ y / noise**2
-    options = {"prior_sd": sd, "kind": "regression", "noise_scale": noise}
-    found = solve_head(x, y, num_outputs=2, **options)  # type: ignore[arg-type]
+    model = HeadModel(2, "regression", noise)
+    found = solve_head(x, y, model, prior_sd=sd)
     torch.testing.assert_close(found.head, mean.T)
     assert float(found.gradient_norm) < 1e-10
-    draws = laplace_head(x, y, found.head, 40_000, generator=generator, **options)  # type: ignore[arg-type]
+    draws = laplace_head(x, y, model, found.head, 40_000, prior_sd=sd, generator=generator)
     error = 4 * float(covariance.diagonal().max()) / math.sqrt(40_000)
     torch.testing.assert_close(draws.mean(0), mean.T, rtol=0, atol=4 * math.sqrt(float(covariance.max()) / 40_000))
     for output in range(2):
@@ -127,20 +143,20 @@ def test_regression_is_the_exact_posterior_mean_and_its_draws_have_the_exact_cov
 def test_laplace_draws_of_a_softmax_have_the_inverse_hessian_for_covariance() -> None:
     x, y = blobs(12, 2, 3)
     x = scaling_of(x).apply(x)
-    mode = solve_head(x, y, num_outputs=3, prior_sd=0.7).head
+    mode = solve_head(x, y, HeadModel(3), prior_sd=0.7).head
     hessian = torch.autograd.functional.hessian(lambda h: -log_posterior(x, y, h.view(3, 3), 0.7), mode.flatten())
     covariance = torch.linalg.inv(hessian)
     generator = torch.Generator().manual_seed(0)
-    half = laplace_head(x, y, mode, 40_000, prior_sd=0.7, generator=generator, temperature=0.25)
+    half = laplace_head(x, y, HeadModel(3), mode, 40_000, prior_sd=0.7, generator=generator, temperature=0.25)
     error = 4 * float(covariance.diagonal().max()) / math.sqrt(40_000)
     torch.testing.assert_close(torch.cov(half.flatten(1).T), 0.25 * covariance, rtol=0, atol=error)
-    cold = laplace_head(x, y, mode, 2, prior_sd=0.7, generator=generator, temperature=0.0)
+    cold = laplace_head(x, y, HeadModel(3), mode, 2, prior_sd=0.7, generator=generator, temperature=0.0)
     torch.testing.assert_close(cold, mode.expand(2, 3, 3))
 
 
 def test_choice_of_the_prior_is_cross_validation_by_hand() -> None:
     x, y = blobs(21, 30, 3)
-    choice = choose_prior_sd(x, y, num_outputs=3, most_folds=5, tried=(0.01, 0.1, 0.5))
+    choice = choose_prior_sd(x, y, HeadModel(3), most_folds=5, tried=(0.01, 0.1, 0.5))
     z, fold = scaling_of(x).apply(x), folds(y, 5, stratified=True)
     for sd, score in zip(choice.tried, choice.scores, strict=True):
         total = 0.0
@@ -160,8 +176,8 @@ def test_the_chosen_prior_is_wide_for_clear_labels_and_narrow_for_noise() -> Non
     x = torch.randn(60, 40, generator=generator, dtype=torch.float64)
     clear = (x[:, :2].sum(-1) > 0).long()
     noise = torch.randint(2, (60,), generator=generator)
-    assert choose_prior_sd(x, clear, num_outputs=2).sd > 4 * choose_prior_sd(x, noise, num_outputs=2).sd
-    single = choose_prior_sd(x[:1], clear[:1], num_outputs=2)
+    assert choose_prior_sd(x, clear, HeadModel(2)).sd > 4 * choose_prior_sd(x, noise, HeadModel(2)).sd
+    single = choose_prior_sd(x[:1], clear[:1], HeadModel(2))
     assert single.sd in single.tried and math.isnan(single.scores[0])
 
 
@@ -177,10 +193,10 @@ def test_folds_share_every_class_out() -> None:
 def test_wrong_input_is_refused_with_its_value() -> None:
     x, y = blobs(5, 3, 2)
     with pytest.raises(ValueError, match=r"label 2 is outside the head's range 0 \.\. 1"):
-        solve_head(x, torch.full((5,), 2), num_outputs=2, prior_sd=1.0)
+        solve_head(x, torch.full((5,), 2), HeadModel(2), prior_sd=1.0)
     with pytest.raises(ValueError, match="without a row"):
-        solve_head(x[:0], y[:0], num_outputs=2, prior_sd=1.0)
+        solve_head(x[:0], y[:0], HeadModel(2), prior_sd=1.0)
     with pytest.raises(ValueError, match="not finite"):
-        solve_head(x * float("nan"), y, num_outputs=2, prior_sd=1.0)
+        solve_head(x * float("nan"), y, HeadModel(2), prior_sd=1.0)
     with pytest.raises(ValueError, match="prior_sd=0"):
-        solve_head(x, y, num_outputs=2, prior_sd=0.0)
+        solve_head(x, y, HeadModel(2), prior_sd=0.0)

@@ -11,12 +11,13 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import LeaveOneOut
 from sklearn.preprocessing import StandardScaler
 from test_baselines import SMALL, tiny_adapter, tiny_tasks
+from torch.nn.functional import normalize
 
 from pyro_lift.data.task import Task
 from pyro_lift.inference.adapt import HeadPolicy
 from pyro_lift.inference.baselines import BASELINES
 from pyro_lift.inference.baselines.linear_probe import FOLDS, fit_logistic, fit_ridge
-from pyro_lift.inference.heads import BIAS_SD, choose_prior_sd, folds, solve_head, standard_widths
+from pyro_lift.inference.heads import BIAS_SD, HeadModel, choose_prior_sd, folds, solve_head, standard_widths
 from pyro_lift.models.backbones import adapt_backbone, recipe
 from pyro_lift.models.features import all_features
 from pyro_lift.models.observation import outputs
@@ -64,8 +65,8 @@ def test_the_solved_head_is_the_probe(n: int, classes: int) -> None:
     x, y = data(n, 12, classes)
     head, sd = fit_logistic(x, y, classes)
     features, target = torch.from_numpy(x), torch.from_numpy(y)
-    assert choose_prior_sd(features, target, num_outputs=classes).sd == sd
-    solved = solve_head(features, target, num_outputs=classes, prior_sd=sd).head
+    assert choose_prior_sd(features, target, HeadModel(classes)).sd == sd
+    solved = solve_head(features, target, HeadModel(classes), prior_sd=sd).head
     torch.testing.assert_close(probabilities(x, head), probabilities(x, solved), rtol=0, atol=1e-5)
 
 
@@ -130,7 +131,7 @@ def test_label_matching_is_probed_on_the_pooled_text_and_text_without_classes_re
     task = Task("texts", inputs, "matching", label_texts=texts)
     method = BASELINES["linear-probe"](adapter, SMALL)
     posterior = method.adapt(method.meta_train([task]), task)
-    found = all_features(adapter, task.train, adapter.initial)
+    found = normalize(all_features(adapter, task.train, adapter.initial), dim=-1)
     assert found.shape == (9, 16)
     head, _ = fit_logistic(found.double().numpy(), task.train.target.numpy(), 3)
     torch.testing.assert_close(posterior.predict(task.train), probabilities(found.double().numpy(), head).float())

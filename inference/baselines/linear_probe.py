@@ -6,11 +6,12 @@ r"""Linear probe: logistic or ridge regression on the frozen network's features,
 Cost: one forward pass of a task's rows, then a regression by scikit-learn; nothing is meta-trained.
 
 Our choices: features are what the task's own head would see where tasks have heads (``Budget.heads``), else those of
-:func:`pyro_lift.models.features.features` (the pooled text, for label matching); each is standardised by the task's
-training rows. s is chosen by cross-validation on these rows, stratified as far as classes have rows: by the mean log
-probability of left-out rows, ten folds, or each row in turn where there are ten or fewer; for regression by the
-closed-form leave-one-out error. With one row nothing can be left out: the middle of the grid is taken, and regression
-predicts that row's value. The bias has a prior too (sd 3), so that a class without a row keeps a finite probability.
+:func:`pyro_lift.models.features.features` (for label matching of length one, as matching compares them); each is
+standardised by the task's training rows. s is chosen by cross-validation on these rows, stratified as far as classes
+have rows: by the mean log probability of left-out rows, ten folds, or each row in turn where there are ten or fewer;
+for regression by the closed-form leave-one-out error. With one row nothing can be left out: the middle of the grid is
+taken, and regression predicts that row's value. The bias has a prior too (sd 3), so that a class without a row keeps a
+finite probability.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from pyro_lift.data.task import Rows, Task
+from pyro_lift.inference.adapt import HeadPolicy
 from pyro_lift.inference.baselines.protocol import Budget, rows_of
 from pyro_lift.inference.heads import BIAS_SD, folds, scaling_of, standard_widths
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.features import all_features, features
+from pyro_lift.models.features import Reader, all_features, features
 from pyro_lift.models.observation import outputs
 
 if TYPE_CHECKING:
@@ -62,13 +65,13 @@ class ProbePosterior:
     theta: Tensor
     head: Tensor
     prior_sd: float
-    through_head: bool
+    reader: Reader
 
     @torch.no_grad()
     def predict(self, inputs: Any) -> Tensor:
         """Probabilities ``[n, C]``; for regression values of the targets' shape."""
         rows = rows_of(inputs, self.task).to(self.theta.device)
-        output = _features(self.adapter, rows, self.theta, self.through_head) @ self.head[:, :-1].T + self.head[:, -1]
+        output = all_features(self.adapter, rows, self.theta, self.reader) @ self.head[:, :-1].T + self.head[:, -1]
         if self.task.kind != "regression":
             return output.softmax(-1)
         return output.squeeze(-1) if self.task.train.target.dim() == 1 else output
@@ -97,8 +100,8 @@ class LinearProbe:
         del seed
         check_probed(task)
         task = task.to(state.theta.device)
-        through_head = self.budget.heads.scale is not None and task.kind != "matching"
-        found = _features(self.adapter, task.train, state.theta, through_head)
+        reader = reader_of(task, self.budget.heads)
+        found = all_features(self.adapter, task.train, state.theta, reader)
         x = found.double().cpu().numpy()
         y = task.train.target.cpu().numpy()
         if task.kind == "regression":
@@ -106,7 +109,7 @@ class LinearProbe:
         else:
             assert task.num_classes is not None
             head, sd = fit_logistic(x, y, task.num_classes)
-        return ProbePosterior(self.adapter, task, state.theta, head.to(found), sd, through_head)
+        return ProbePosterior(self.adapter, task, state.theta, head.to(found), sd, reader)
 
 
 def check_probed(task: Task) -> None:
@@ -203,11 +206,16 @@ def _softmax_head(z: NDArray[np.float64], y: NDArray[np.int64], num_classes: int
     return torch.cat([sd * head[:, :-1], BIAS_SD * head[:, -1:]], -1)
 
 
-def _features(adapter: RandomAdapter, rows: Rows, theta: Tensor, through_head: bool) -> Tensor:
-    """What a head of the task's own sees, or the network's features where the head is shared; without a graph."""
-    return all_features(adapter, rows, theta, _outputs if through_head else features)
+def reader_of(task: Task, heads: HeadPolicy) -> Reader:
+    """Choose the features of a task: what its own head or its label texts meet, else what the network's head sees."""
+    if task.kind == "matching":
+        return _unit_features
+    return features if heads.scale is None else _outputs
+
+
+def _unit_features(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
+    return normalize(features(adapter, rows, theta), dim=-1)
 
 
 def _outputs(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
-    """The network's output, which is the features of a task's own head."""
     return outputs(adapter, rows, theta, None)
