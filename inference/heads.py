@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from pyro_lift.options import check_choice, check_number
+from pyro_lift.support.options import check_choice, check_number
 
 __all__ = [
     "HeadKind",

@@ -25,19 +25,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pyro_lift.data.task import Rows, Task
-from pyro_lift.inference.adapt import HeadPolicy
-from pyro_lift.inference.baselines.protocol import Budget, rows_of
+from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
+from pyro_lift.inference.adaptation.predict import rows_of
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.heads import BIAS_SD, folds, scaling_of, standard_widths
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import Reader, all_features, features
 from pyro_lift.models.observation import outputs
+from pyro_lift.models.task import Rows, Task
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["LinearProbe", "LinearProbeState", "ProbePosterior", "fit_logistic", "fit_ridge"]
+__all__ = ["LinearProbe", "LinearProbeState", "ProbePosterior", "fit_logistic", "fit_ridge", "has_probe"]
 
 #: Folds of the cross-validation, at most.
 FOLDS = 10
@@ -112,11 +113,16 @@ class LinearProbe:
         return ProbePosterior(self.adapter, task, state.theta, head.to(found), sd, reader)
 
 
+def has_probe(task: Task) -> bool:
+    """Whether the task has classes that all its rows share, or numbers to predict."""
+    if task.kind == "regression":
+        return True
+    return task.num_classes is not None and (task.kind != "matching" or task.label_texts is not None)
+
+
 def check_probed(task: Task) -> None:
     """Refuse a task that a linear probe says nothing about."""
-    if task.kind == "regression":
-        return
-    if task.num_classes is None or (task.kind == "matching" and task.label_texts is None):
+    if not has_probe(task):
         raise ValueError(
             f"task {task.name!r}: a linear probe needs classes that all its rows share, or numbers to predict; "
             "it has neither. Leave the probe out of this comparison."

@@ -1,4 +1,6 @@
-"""A comparison of LiFT, No Meta Train and Union Train on the unseen tasks of a benchmark, run by three of the examples.
+"""A comparison of LiFT with three other methods on the unseen tasks of a benchmark, run by three of the examples.
+
+The others are the linear probe (where tasks have classes), No Meta Train and Union Train.
 
 All methods get the same backbone, initial adapter, number of meta-training minibatches, adaptation steps and number of
 networks behind a prediction. Each chooses its rate of adaptation on the development tasks, from one grid, by mean NLL;
@@ -27,6 +29,7 @@ from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.text import TextRow, TextTask
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.adaptation.predict import predict
+from pyro_lift.inference.baselines.linear_probe import ProbePosterior, has_probe
 from pyro_lift.inference.baselines.protocol import Baseline, Budget
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.methods.registry import BASELINES
@@ -40,8 +43,13 @@ from pyro_lift.wiring import adapter_of, encode_tasks
 __all__ = ["METHODS", "Benchmark", "ComparisonSettings", "benchmark_of", "hold_out", "run", "table_of"]
 
 #: Methods as tables name them, and as the registry does; the last is what the others are tested against.
-METHODS = {"No Meta Train": "no-meta-train", "Union Train": "union-train", "LiFT": "lift"}
-LIFT = "LiFT"
+METHODS = {
+    "Linear Probe": "linear-probe",
+    "No Meta Train": "no-meta-train",
+    "Union Train": "union-train",
+    "LiFT": "lift",
+}
+LIFT, PROBE = "LiFT", "Linear Probe"
 
 
 @dataclass(frozen=True)
@@ -178,19 +186,20 @@ def run(benchmark: Benchmark, settings: ComparisonSettings, out: Path, *, progre
         for seed in range(settings.seeds):
             adapter = benchmark.adapter(seed)
             bar.write(f"seed {seed}: {adapter.dim} adapter weights")
-            for name in METHODS:
+            for name in methods_of(benchmark):
                 records += _run_method(_Contender(benchmark, settings, adapter, name, seed, bar))
                 write_records(records, out / "results.json")
     table = table_of(records, benchmark.measures)
     (out / "table.txt").write_text(table + "\n")
-    report.plot_by_task(records, list(METHODS), out / "scores.png", benchmark.measures)
+    report.plot_by_task(records, methods_of(benchmark), out / "scores.png", benchmark.measures)
     print(table)
     return records
 
 
 def table_of(records: Sequence[Record], measures: Mapping[str, str]) -> str:
     """Format the methods over all unseen tasks, then the first measure by task."""
-    names, first = list(METHODS), next(iter(measures))
+    told = {record["method"] for record in records}
+    names, first = [name for name in METHODS if name in told], next(iter(measures))
     return f"{report.comparison(records, names, LIFT, measures)}\n\n{report.by_task(records, names, first)}"
 
 
@@ -198,7 +207,14 @@ def _gradients(benchmark: Benchmark, settings: ComparisonSettings) -> int:
     """Count the gradients of the whole comparison, for the bar."""
     trained = 2 * (settings.warm_up + settings.visits)
     tried = len(settings.rates) * len(benchmark.tasks.dev)
-    return settings.seeds * (trained + len(METHODS) * (tried + len(benchmark.tasks.test)) * settings.steps)
+    stepped = sum(name != PROBE for name in methods_of(benchmark))
+    return settings.seeds * (trained + stepped * (tried + len(benchmark.tasks.test)) * settings.steps)
+
+
+def methods_of(benchmark: Benchmark) -> list[str]:
+    """The methods by the names of the tables; no probe where some task has no classes that its rows share."""
+    tasks = (*benchmark.tasks.train, *benchmark.tasks.dev, *benchmark.tasks.test)
+    return [name for name in METHODS if name != PROBE or all(map(has_probe, tasks))]
 
 
 class _Contender(NamedTuple):
@@ -238,7 +254,8 @@ def _run_method(contender: _Contender) -> list[Record]:
     start = time.perf_counter()
     state = contender.method(settings.rates[0]).meta_train(benchmark.tasks.train, on_step=bar.update)
     meta_seconds = time.perf_counter() - start
-    rate = _chosen_rate(contender, state)
+    # The probe chooses its strength on each task's own rows, and takes no steps.
+    rate = settings.rates[0] if name == PROBE else _chosen_rate(contender, state)
     records = []
     for task in benchmark.tasks.test:
         bar.set_description(f"{name}: {task.name}")
@@ -254,12 +271,12 @@ def _run_method(contender: _Contender) -> list[Record]:
                 "metric": task.metric,
                 "rows": len(rows),
                 **scores(_predicted(posterior, task, rows), rows, task, texts),
-                "rate": rate,
+                "rate": None if name == PROBE else rate,
                 "meta_seconds": round(meta_seconds, 2),
                 "adapt_seconds": round(adapt_seconds, 2),
             }
         )
-        bar.update(settings.steps)
+        bar.update(0 if name == PROBE else settings.steps)
     return records
 
 
@@ -295,6 +312,8 @@ def _predicted(posterior: Any, task: Task, rows: Rows) -> Tensor:
     probabilities at once, and text is padded to the longest of its own pass.
     """
     size = min(len(rows), 32)
+    if isinstance(posterior, ProbePosterior):
+        return posterior.predict(rows)
     return predict(posterior.adapter, posterior.thetas, rows, task.kind, heads=posterior.heads, batch_size=size)
 
 

@@ -1,8 +1,10 @@
 """``pyro-lift demo``: what a prior over LoRA weights buys on a family of small tasks, with nothing to download.
 
-Three methods meet the same unseen tasks from the same backbone, the same initial adapter, the same number of
+Four methods meet the same unseen tasks from the same backbone, the same initial adapter, the same number of
 meta-training gradients and the same adaptation budget:
 
+Linear Probe
+    is a logistic regression on the untouched network's features, its strength chosen by cross-validation;
 No Meta Train
     fine-tunes each new task from the adapter's own start;
 Union Train
@@ -13,9 +15,9 @@ LiFT
 Both meta-learners begin where one joint training of the same tasks ends, and have the same number of gradients after
 it: Union Train goes on with joint training, at a rate of its own; LiFT spends half on that and half on its chain.
 
-All predict by averaging the probabilities of five networks: late iterates for the first two, draws for LiFT. Each was
-tuned on the development tasks of two other families, over twelve settings each, by mean NLL and, among equally good
-ones, ECE (``--tune`` does it again).
+All but the probe predict by averaging the probabilities of five networks: late iterates for two, draws for LiFT. Each
+of these was tuned on the development tasks of two other families, over twelve settings each, by mean NLL and, among
+equally good ones, ECE (``--tune`` does it again).
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from pyro_lift.bench.sweep import Cell, map_cells
 from pyro_lift.bench.tuner import Choice, choose
 from pyro_lift.data.digits import DigitFamily, digit_backbone, digit_family
 from pyro_lift.diagnostics import from_mcmc
+from pyro_lift.inference.baselines.linear_probe import LinearProbe
 from pyro_lift.inference.baselines.protocol import Baseline, Budget, adapt_all
 from pyro_lift.inference.baselines.union_train import UnionTrain, UnionTrainState, union_train
 from pyro_lift.lift import LiFT
@@ -53,10 +56,12 @@ from pyro_lift.support.options import check_number
 
 __all__ = ["CHOSEN", "GRIDS", "DemoSettings", "FamilyRun", "demo_adapter", "run", "run_family", "tune"]
 
-Group = Literal["no-meta-train", "union-train", "lift"]
+Group = Literal["linear-probe", "no-meta-train", "union-train", "lift"]
+#: They learn nothing from other tasks.
+ALONE: tuple[Group, ...] = ("linear-probe", "no-meta-train")
 COMPONENTS = (1, 3)
 #: Methods as the table and the records name them; the first is what the others are tested against.
-LIFT, METHODS = "LiFT K=1", ("No Meta Train", "Union Train", "LiFT K=1", "LiFT K=3")
+LIFT, METHODS = "LiFT K=1", ("Linear Probe", "No Meta Train", "Union Train", "LiFT K=1", "LiFT K=3")
 MEASURES = ("accuracy", "nll", "ece")
 #: Families that settings were chosen on; the demo's own are 0, 1, 2, ...
 TUNING_SEEDS = (1000, 1001)
@@ -83,8 +88,9 @@ GRIDS: dict[Group, list[Choice]] = {
         _lift_choice(rate, beta, power) for rate, beta, power in product((2e-3, 4e-3, 8e-3), (0.03, 0.05), (5.0, 10.0))
     ],
 }
-#: What ``pyro-lift demo --tune`` chose.
+#: What ``pyro-lift demo --tune`` chose; the probe has nothing to choose.
 CHOSEN: dict[Group, Choice] = {
+    "linear-probe": Choice(),
     "no-meta-train": Choice(1.6e-2),
     "union-train": Choice(5e-4, 2.5e-4),
     "lift": _lift_choice(4e-3, 0.05, 10.0),
@@ -175,13 +181,18 @@ def run_family(settings: DemoSettings, run: FamilyRun, on_step: Callable[[int], 
                 assert task.test is not None
                 probabilities = posterior.predict(task.test).cpu()
                 judged.append(Judged(name, run.seed, task.name, probabilities, task.test.target.cpu()))
-                on_step(settings.steps)
+                on_step(_steps(settings, group))
         results.append(judged)
     return results
 
 
 def _meta_trains(run: FamilyRun) -> bool:
-    return any(group != "no-meta-train" for group, _ in run.choices)
+    return any(group not in ALONE for group, _ in run.choices)
+
+
+def _steps(settings: DemoSettings, group: Group) -> int:
+    """Count the steps of adaptation on one task."""
+    return 0 if group == "linear-probe" else settings.steps
 
 
 def method_of(
@@ -222,7 +233,7 @@ def _trained(
         yield "Union Train", UnionTrainState(theta, budget.visits)
         return
     if not isinstance(method, LiFTMethod):
-        yield "No Meta Train", method.meta_train(tasks)
+        yield "Linear Probe" if isinstance(method, LinearProbe) else "No Meta Train", method.meta_train(tasks)
         return
     lift = LiFT(method.adapter, settings=method.chain_settings(), adapt=method.adapt_settings(), seed=run.seed)
     components = COMPONENTS if run.part == "test" else COMPONENTS[:1]
@@ -253,7 +264,7 @@ def steps_of(settings: DemoSettings, run: FamilyRun) -> int:
     total = settings.warm_up if _meta_trains(run) else 0
     for group, _ in run.choices:
         chains = len(COMPONENTS) if group == "lift" and run.part == "test" else 1
-        total += chains * tasks * settings.steps + (0 if group == "no-meta-train" else settings.visits)
+        total += chains * tasks * _steps(settings, group) + (0 if group in ALONE else settings.visits)
     return total
 
 
@@ -278,7 +289,7 @@ def run(settings: DemoSettings, out: Path, *, progress: bool = True) -> list[Rec
     meta: tuple[tuple[Group, Choice], ...] = tuple((group, CHOSEN[group]) for group in ("union-train", "lift"))
     # The longest first.
     runs = [FamilyRun(seed, meta, keep=None if seed else out) for seed in range(settings.seeds)]
-    runs += [FamilyRun(seed, (("no-meta-train", CHOSEN["no-meta-train"]),)) for seed in range(settings.seeds)]
+    runs += [FamilyRun(seed, tuple((group, CHOSEN[group]) for group in ALONE)) for seed in range(settings.seeds)]
     results = run_families(settings, runs, description="demo", progress=progress)
     predictions = [judged for of_run in results for of_choice in of_run for judged in of_choice]
     predictions.sort(key=lambda judged: (METHODS.index(judged.method), judged.seed, judged.task))

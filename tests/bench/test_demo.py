@@ -27,7 +27,7 @@ def test_it_writes_a_record_per_method_seed_and_task(finished: tuple[Path, list[
     out, records = finished
     assert json.loads((out / "results.json").read_text()) == records
     assert [r["method"] for r in records] == [m for m in METHODS for _ in range(4)]
-    assert len({(r["method"], r["seed"], r["task"]) for r in records}) == len(records) == 16
+    assert len({(r["method"], r["seed"], r["task"]) for r in records}) == len(records) == 20
     for record in records:
         assert 0.0 <= float(str(record["accuracy"])) <= 1.0
         assert float(str(record["nll"])) > 0.0
@@ -60,7 +60,9 @@ def test_it_gives_the_same_numbers_again_and_in_other_processes(
     assert len(again) == 6
 
 
-@pytest.mark.parametrize("groups", [("no-meta-train",), ("union-train", "lift"), ("lift",)], ids="+".join)
+@pytest.mark.parametrize(
+    "groups", [("no-meta-train",), ("linear-probe", "no-meta-train"), ("union-train", "lift"), ("lift",)], ids="+".join
+)
 @pytest.mark.parametrize("part", ["dev", "test"])
 def test_the_bar_ends_where_it_said(groups: tuple[demo.Group, ...], part: Literal["dev", "test"]) -> None:
     settings = DemoSettings.smoke()
