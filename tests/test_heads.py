@@ -10,7 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from pyro_lift.inference.heads import (
+from pyro_lift.models.heads import (
     BIAS_SD,
     HeadModel,
     choose_prior_sd,

@@ -15,10 +15,10 @@ from torch.nn.functional import normalize
 
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.baselines.linear_probe import FOLDS, fit_logistic, fit_ridge
-from pyro_lift.inference.heads import BIAS_SD, HeadModel, choose_prior_sd, folds, solve_head, standard_widths
 from pyro_lift.methods.registry import BASELINES
 from pyro_lift.models.backbones import adapt_backbone, recipe
 from pyro_lift.models.features import all_features
+from pyro_lift.models.heads import BIAS_SD, HeadModel, choose_prior_sd, folds, solve_head, standard_widths
 from pyro_lift.models.observation import outputs
 from pyro_lift.models.task import Task
 

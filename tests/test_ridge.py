@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.heads import BIAS_SD
-from pyro_lift.inference.ridge import leave_one_out_loss, leave_one_out_values
+from pyro_lift.models.heads import BIAS_SD
+from pyro_lift.models.ridge import leave_one_out_loss, leave_one_out_values
 
 
 def by_hand(x: Tensor, y: Tensor, sd: float, noise: float) -> Tensor:

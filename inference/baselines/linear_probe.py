@@ -28,9 +28,9 @@ from torch.nn.functional import normalize
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.adaptation.predict import rows_of
 from pyro_lift.inference.baselines.protocol import Budget
-from pyro_lift.inference.heads import BIAS_SD, folds, scaling_of, standard_widths
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import Reader, all_features, features
+from pyro_lift.models.heads import BIAS_SD, folds, scaling_of, standard_widths
 from pyro_lift.models.observation import outputs
 from pyro_lift.models.task import Rows, Task
 

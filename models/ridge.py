@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from pyro_lift.inference.heads import BIAS_SD
+from pyro_lift.models.heads import BIAS_SD
 from pyro_lift.support.options import check_number
 
 __all__ = ["leave_one_out_loss", "leave_one_out_values"]
