@@ -13,7 +13,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED, LossKind, log_likelihood
 from pyro_lift.models.task import Rows
 
-__all__ = ["Block", "block_log_likelihood", "stack_rows"]
+__all__ = ["Block", "block_log_likelihood", "block_outputs", "stack_rows"]
 
 #: Inputs that may be longer in one task than in another, as long as a mask says where they end.
 MASKED = ("input_ids", "attention_mask", "token_type_ids", "option_input_ids", "option_attention_mask")
@@ -96,6 +96,13 @@ def _padded(x: Tensor, wide: Sequence[int], fill: int) -> Tensor:
     return pad(x, amounts, value=fill)
 
 
+def block_outputs(adapter: RandomAdapter, block: Block, theta: Tensor) -> Tensor:
+    """Compute the network's output ``[B, b, ...]`` on the rows of a block, each task's at its own theta ``[B, D]``."""
+    named: Mapping[str, Tensor] = block.rows.named
+    output: Tensor = adapter(*block.rows.positional, theta=theta, **named)
+    return output
+
+
 def block_log_likelihood(
     adapter: RandomAdapter,
     kind: LossKind,
@@ -116,9 +123,7 @@ def block_log_likelihood(
         head: the tasks' own heads ``[B, C, width + 1]``, or None.
         noise_scale: standard deviation of the noise in regression.
     """
-    rows = block.rows
-    named: Mapping[str, Tensor] = rows.named
-    output: Tensor = adapter(*rows.positional, theta=theta, **named)
+    output, rows = block_outputs(adapter, block, theta), block.rows
     if head is not None:
         output = output @ head[..., :-1].mT + head[..., -1].unsqueeze(-2)
     each = log_likelihood(kind, output.flatten(0, 1), rows.target.flatten(0, 1), noise_scale)

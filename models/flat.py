@@ -16,6 +16,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import block_log_likelihood, stack_rows
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.observation import batch_of, check_width, observe, outputs, sample_head
+from pyro_lift.models.solved_heads import SolvedHeads
 from pyro_lift.models.task import Task
 
 __all__ = ["FlatAdapter", "FlatBlock"]
@@ -31,6 +32,7 @@ class FlatAdapter:
         batch_size: rows of a minibatch; None takes all rows.
         head_scale: as in :class:`~pyro_lift.models.hierarchical.AdapterHierarchy`.
         noise_scale: likewise.
+        solved: the task's head, where it is solved on the way and no site.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class FlatAdapter:
         batch_size: int | None = None,
         head_scale: float | None = None,
         noise_scale: float = 1.0,
+        solved: SolvedHeads | None = None,
     ) -> None:
         if prior.event_shape != torch.Size([adapter.dim]):
             raise ValueError(
@@ -52,10 +55,16 @@ class FlatAdapter:
         self.batch_size = batch_size
         self.head_scale, self.noise_scale = head_scale, noise_scale
         self.width = check_width(adapter, [task], head_scale)
+        self.solved = solved
 
     def __call__(self) -> None:
         """Run the program."""
         theta = pyro.sample("theta", self.prior)
+        if self.solved is not None:
+            count = self.solved.rows(self.task, self.batch_size)
+            with pyro.plate("data", len(self.task.train), subsample_size=count) as rows:
+                pyro.factor("obs", self.solved.log_prob_at(0, self.task.train.take(rows), theta))
+            return
         head = sample_head("head", self.task, self.width, self.head_scale, like=theta)
         with pyro.plate("data", len(self.task.train), subsample_size=batch_of(self.task, self.batch_size)) as rows:
             observe("obs", self.adapter, self.task, self.task.train.take(rows), theta, head, self.noise_scale)
@@ -81,6 +90,7 @@ class FlatBlock:
         batch_size: rows of a minibatch of each task; None takes all rows.
         head_scale: as in :class:`~pyro_lift.models.hierarchical.AdapterHierarchy`.
         noise_scale: likewise.
+        solved: the tasks' heads in their order, where they are solved on the way and no site.
     """
 
     def __init__(
@@ -92,24 +102,34 @@ class FlatBlock:
         batch_size: int | None = None,
         head_scale: float | None = None,
         noise_scale: float = 1.0,
+        solved: SolvedHeads | None = None,
     ) -> None:
         self.adapter, self.tasks, self.prior = adapter, list(tasks), prior
         self.batch_size = batch_size
         self.head_scale, self.noise_scale = head_scale, noise_scale
         self.width = check_width(adapter, self.tasks, head_scale)
+        self.solved = solved
 
     def __call__(self) -> None:
         """Run the program."""
         kind = self.tasks[0].kind
         with pyro.plate("tasks", len(self.tasks)):
             theta = pyro.sample("theta", self.prior)
-            head = sample_head("head", self.tasks[0], self.width, self.head_scale, like=theta)
+            head = None
+            if self.solved is None:
+                head = sample_head("head", self.tasks[0], self.width, self.head_scale, like=theta)
             batches = []
             for k, task in enumerate(self.tasks):
+                count = batch_of(task, self.batch_size)
+                if self.solved is not None:
+                    count = self.solved.rows(task, self.batch_size)
                 # No site stands in these plates: they draw each task's rows.
-                with pyro.plate(f"data_{k}", len(task.train), subsample_size=batch_of(task, self.batch_size)) as rows:
+                with pyro.plate(f"data_{k}", len(task.train), subsample_size=count) as rows:
                     batches.append(task.train.take(rows))
             block = stack_rows(batches, [len(task.train) for task in self.tasks], kind)
+            if self.solved is not None:
+                pyro.factor("obs", self.solved.block_log_likelihood(range(len(self.tasks)), block, theta))
+                return
             pyro.factor("obs", block_log_likelihood(self.adapter, kind, block, theta, head, self.noise_scale))
 
     def log_likelihood(self, theta: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ class _Problem(NamedTuple):
         weight: ``[..., n]``.
         offset: what is added to the head's outputs, ``[..., n, C]``, or zero.
         basis: ``[..., r, E + 1]`` with orthonormal rows, or None where nothing was rotated.
-        width: standard deviations of the prior, ``[E + 1]``.
+        width: standard deviations of the prior, ``[..., 1, E + 1]``.
         model: the likelihood.
     """
 
@@ -173,7 +173,7 @@ def solve_head(
     target: Tensor,
     model: HeadModel,
     *,
-    prior_sd: float,
+    prior_sd: float | Tensor,
     weight: Tensor | None = None,
     offset: Tensor | None = None,
     start: Tensor | None = None,
@@ -184,7 +184,7 @@ def solve_head(
         features: ``[..., n, E]``.
         target: class numbers ``[..., n]``; for regression values ``[..., n]`` or ``[..., n, C]``.
         model: the likelihood.
-        prior_sd: s, standard deviation of a weight on a standardised feature.
+        prior_sd: s, standard deviation of a weight on a standardised feature; or one for each problem, ``[...]``.
         weight: how often each row counts, ``[..., n]``; zero leaves it out, of the standardisation too.
         offset: logits or values that the head is added to, ``[..., n, C]``.
         start: a head to begin from, ``[..., C, E + 1]``, as a former solution gave it.
@@ -193,7 +193,8 @@ def solve_head(
         ValueError: no row, a label outside ``0 .. C - 1``, features that are not finite.
         ArithmeticError: the mode was not reached (never seen; the problem is strictly convex).
     """
-    check_number("prior_sd", prior_sd)
+    if not isinstance(prior_sd, Tensor):
+        check_number("prior_sd", prior_sd)
     scaling = scaling_of(features, weight)
     problem = _problem(scaling.apply(features.double()), target, model, prior_sd, weight, offset)
     v = problem.z.new_zeros(*problem.z.shape[:-2], model.num_outputs, problem.z.shape[-1])
@@ -317,7 +318,7 @@ def _problem(
     x: Tensor,
     target: Tensor,
     model: HeadModel,
-    prior_sd: float,
+    prior_sd: float | Tensor,
     weight: Tensor | None,
     offset: Tensor | None,
     rotate: bool = True,
@@ -337,7 +338,8 @@ def _problem(
         y = one_hot(target, model.num_outputs).double()
     else:
         y = target.double().unsqueeze(-1) if target.dim() == x.dim() - 1 else target.double()
-    width = torch.cat([x.new_full((E,), prior_sd), x.new_full((1,), BIAS_SD)])
+    slope = torch.as_tensor(prior_sd, dtype=x.dtype, device=x.device)[..., None, None].expand(*x.shape[:-2], 1, E)
+    width = torch.cat([slope, torch.full_like(slope[..., :1], BIAS_SD)], -1)
     z = torch.cat([x, torch.ones_like(x[..., :1])], -1) * width
     basis = None
     if rotate and n < E + 1:

@@ -7,6 +7,7 @@ r"""The hierarchical model of Eq. 1-3 over adapters, as a Pyro program.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import pyro
 import pyro.distributions as dist
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import block_log_likelihood, stack_rows
-from pyro_lift.models.observation import batch_of, check_width, observe, sample_head
+from pyro_lift.models.observation import batch_of, check_width, has_head, observe, sample_head
+from pyro_lift.models.solved_heads import solved_heads
 from pyro_lift.models.task import Task, check_task_names
 from pyro_lift.support.options import check_number
 
@@ -43,6 +45,8 @@ class AdapterHierarchy:
             ends in a head shared by all tasks.
         noise_scale: standard deviation of the noise in regression.
         block_size: B, tasks that one run of the program takes.
+        head: whether a task's own head is a site, ``"sample"``, or solved on the way, ``"solve"``
+            (:mod:`~pyro_lift.models.solved_heads`).
 
     Raises:
         ValueError: no task; two tasks of one name; a shared head that does not fit a task's targets; more tasks in a
@@ -64,6 +68,7 @@ class AdapterHierarchy:
         head_scale: float | None = None,
         noise_scale: float = 1.0,
         block_size: int = 1,
+        head: Literal["sample", "solve"] = "sample",
     ) -> None:
         check_number("beta", beta)
         check_number("sigma", sigma)
@@ -83,6 +88,7 @@ class AdapterHierarchy:
             raise ValueError(f"block_size={block_size} is more than the {len(tasks)} tasks there are.")
         self.block_size = block_size
         self.one_pass = block_size > 1 and can_share_pass(self.tasks, head_scale)
+        self.solved = solved_heads(head, adapter, self.tasks, head_scale, adapter.initial)
 
     def __call__(self) -> None:
         """Run the program."""
@@ -93,6 +99,12 @@ class AdapterHierarchy:
         for i in pyro.plate("tasks", len(self.tasks), subsample_size=self.block_size):
             theta = pyro.sample(f"theta_{i}", dist.Normal(phi, self.beta, validate_args=False).to_event(1))
             task = self.tasks[i]
+            if self.solved is not None and has_head(task, self.head_scale):
+                with pyro.plate(
+                    f"data_{i}", len(task.train), subsample_size=self.solved.rows(task, self.batch_size)
+                ) as rows:
+                    pyro.factor(f"obs_{i}", self.solved.log_prob_at(i, task.train.take(rows), theta))
+                continue
             head = sample_head(f"head_{i}", task, self.width, self.head_scale, like=theta)
             with pyro.plate(f"data_{i}", len(task.train), subsample_size=batch_of(task, self.batch_size)) as rows:
                 observe(f"obs_{i}", self.adapter, task, task.train.take(rows), theta, head, self.noise_scale)
@@ -102,13 +114,20 @@ class AdapterHierarchy:
         with pyro.plate("tasks", len(self.tasks), subsample_size=self.block_size) as index:
             theta = pyro.sample("theta", dist.Normal(phi, self.beta, validate_args=False).to_event(1))
             tasks = [self.tasks[i] for i in index.tolist()]
-            head = sample_head("head", tasks[0], self.width, self.head_scale, like=theta)
+            solved = self.solved if has_head(tasks[0], self.head_scale) else None
+            head = None
+            if solved is None:
+                head = sample_head("head", tasks[0], self.width, self.head_scale, like=theta)
             batches = []
             for k, task in enumerate(tasks):
+                count = batch_of(task, self.batch_size) if solved is None else solved.rows(task, self.batch_size)
                 # No site stands in these plates: they let the kernel draw each task's rows.
-                with pyro.plate(f"data_{k}", len(task.train), subsample_size=batch_of(task, self.batch_size)) as rows:
+                with pyro.plate(f"data_{k}", len(task.train), subsample_size=count) as rows:
                     batches.append(task.train.take(rows))
             block = stack_rows(batches, [len(task.train) for task in tasks], tasks[0].kind)
+            if solved is not None:
+                pyro.factor("obs", solved.block_log_likelihood(index.tolist(), block, theta))
+                return
             value = block_log_likelihood(self.adapter, tasks[0].kind, block, theta, head, self.noise_scale)
             pyro.factor("obs", value)
 

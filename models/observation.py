@@ -14,7 +14,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.task import Rows, Task
 
-__all__ = ["batch_of", "check_width", "observe", "outputs", "sample_head"]
+__all__ = ["batch_of", "check_width", "has_head", "network_output", "observe", "outputs", "sample_head"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -27,10 +27,16 @@ def batch_of(task: Task, batch_size: int | None) -> int:
     return len(task.train) if batch_size is None else min(batch_size, len(task.train))
 
 
+def has_head(task: Task, scale: float | None) -> bool:
+    """Whether a task has a linear head of its own, where heads have prior sd ``scale`` (None: they are shared)."""
+    return scale is not None and task.num_classes is not None and task.kind != "matching"
+
+
 def sample_head(name: str, task: Task, width: int, scale: float | None, like: Tensor) -> Tensor | None:
     """Sample the linear head of one task, ``[C, width + 1]`` with the bias last; None where it has none of its own."""
-    if scale is None or task.num_classes is None or task.kind == "matching":
+    if not has_head(task, scale):
         return None
+    assert task.num_classes is not None
     zero = torch.zeros(task.num_classes, width + 1, dtype=like.dtype, device=like.device)
     return torch.as_tensor(pyro.sample(name, dist.Normal(zero, scale).to_event(2)))
 
@@ -42,6 +48,11 @@ def outputs(adapter: RandomAdapter, rows: Rows, theta: Tensor, head: Tensor | No
     """
     features: Tensor = adapter(*rows.positional, theta=theta, **rows.named)
     return features if head is None else features @ head[:, :-1].T + head[:, -1]
+
+
+def network_output(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
+    """The network's output ``[n, E]``: the features of a task's own head."""
+    return outputs(adapter, rows, theta, None)
 
 
 def observe(

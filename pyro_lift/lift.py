@@ -214,6 +214,7 @@ class LiFT:
             head_scale=s.head_scale,
             noise_scale=s.noise_scale,
             block_size=s.block_size,
+            head="sample" if s.head == "langevin" else "solve",
         )
 
     def kernel(self, program: AdapterHierarchy) -> SGLDGibbs:

@@ -13,7 +13,13 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor, nn
 
 from pyro_lift.adapter_library import prior_from_adapters
-from pyro_lift.inference.adaptation.meta_testing import best_start, best_starts, meta_test_program
+from pyro_lift.inference.adaptation.meta_testing import (
+    Start,
+    best_start,
+    best_starts,
+    heads_at_best_start,
+    meta_test_program,
+)
 from pyro_lift.inference.mcmc import MCMC
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.progress import chain_bar
@@ -21,7 +27,9 @@ from pyro_lift.inference.sgld_kernel import SGLD
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.flat import FlatBlock
 from pyro_lift.models.hierarchical import can_share_pass
+from pyro_lift.models.observation import has_head
 from pyro_lift.models.priors import broadened
+from pyro_lift.models.solved_heads import SolvedHeads
 from pyro_lift.models.task import Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.saving.folders import export_library, export_prior, load_prior, push, save_prior
@@ -122,6 +130,7 @@ class LiFTPrior:
         seed = self.seed if seed is None else seed
         s, task = self.settings, task.to(self.adapter.initial.device)
         mixture = self.mixture.get()
+        solved, starts = self._solved([task], mixture)
         program = meta_test_program(
             self.adapter,
             task,
@@ -130,11 +139,13 @@ class LiFTPrior:
             batch_size=a.batch_size,
             head_scale=s.head_scale,
             noise_scale=s.noise_scale,
+            solved=solved,
         )
-        start = best_start(program, mixture)
+        start = starts[0] if starts else best_start(program, mixture)
         mcmc = self._run(program, start.theta, a, _Source(seed), f"adapt to {task.name}" if progress else None)
         draws = mcmc.get_samples()
-        return TaskPosterior(self.adapter, task, draws["theta"], draws.get("head"), start.component, mcmc)
+        heads = draws.get("head") if solved is None else self._heads(solved, 0, draws["theta"], seed)
+        return TaskPosterior(self.adapter, task, draws["theta"], heads, start.component, mcmc)
 
     def adapt_many(
         self,
@@ -175,6 +186,7 @@ class LiFTPrior:
     ) -> list[TaskPosterior]:
         s, mixture = self.settings, self.mixture.get()
         tasks = [task.to(self.adapter.initial.device) for task in tasks]
+        solved, starts = self._solved(tasks, mixture)
         program = FlatBlock(
             self.adapter,
             tasks,
@@ -182,16 +194,34 @@ class LiFTPrior:
             batch_size=a.batch_size,
             head_scale=s.head_scale,
             noise_scale=s.noise_scale,
+            solved=solved,
         )
-        starts = best_starts(program, mixture)
+        starts = starts or best_starts(program, mixture)
         names = f"{tasks[0].name} .. {tasks[-1].name}"
         title = f"adapt to {names}" if progress else None
         mcmc = self._run(program, torch.stack([start.theta for start in starts]), a, source, title)
         theta, head = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
+        heads: list[Tensor | None] = [None if head is None else head[:, k] for k in range(len(tasks))]
+        if solved is not None:
+            heads = [self._heads(solved, k, theta[:, k], source.seed) for k in range(len(tasks))]
         return [
-            TaskPosterior(self.adapter, task, theta[:, k], None if head is None else head[:, k], start.component, mcmc)
+            TaskPosterior(self.adapter, task, theta[:, k], heads[k], start.component, mcmc)
             for k, (task, start) in enumerate(zip(tasks, starts, strict=True))
         ]
+
+    def _solved(self, tasks: Sequence[Task], mixture: Any) -> tuple[SolvedHeads | None, list[Start]]:
+        """Solve the heads of new tasks at the components' means; None, and no starts, where they are not solved."""
+        if self.settings.head == "langevin" or not all(has_head(task, self.settings.head_scale) for task in tasks):
+            return None, []
+        return heads_at_best_start(self.adapter, tasks, mixture)
+
+    def _heads(self, solved: SolvedHeads, task: int, thetas: Tensor, seed: int | None) -> Tensor:
+        """Solve a task's head at each draw ``[S, D]``, or draw it there: ``[S, C, E + 1]``."""
+        if self.settings.head == "solve":
+            return torch.stack([solved.solve(task, theta) for theta in thetas])
+        chosen = int(torch.randint(2**62, ())) if seed is None else seed
+        generator = torch.Generator().manual_seed(chosen + task)
+        return torch.stack([solved.draw(task, theta, generator) for theta in thetas])
 
     def _run(self, program: Any, start: Tensor, a: AdaptSettings, source: _Source, title: str | None) -> MCMC:
         """Run the chain of Eq. 18 from a start; with a title, there is a bar."""

@@ -71,6 +71,12 @@ class LiFTSettings:
         default=None, metadata={"help": "sd of a task's own linear head; none for a head shared by all tasks"}
     )
     noise_scale: float = field(default=1.0, metadata={"help": "sd of the noise in regression"})
+    head: Literal["solve", "laplace", "langevin"] = field(
+        default="langevin",
+        metadata={
+            "help": "a task's own head: solved on its rows, in adaptation drawn around that, or moved step by step"
+        },
+    )
     head_lr_scale: float = field(default=10.0, metadata={"help": "a head's step size over the adapter's"})
     head_temperature: float = field(
         default=0.0, metadata={"help": "variance of the noise in a head; 0 moves it to its mode, as all methods do"}
@@ -100,6 +106,7 @@ class LiFTSettings:
         check_choice("accumulator", self.accumulator, ["exact", "table", "single"])
         check_choice("prior_mean", self.prior_mean, ["adapter", "zero"])
         check_choice("preconditioner", self.preconditioner, ["rms", "none"])
+        check_choice("head", self.head, ["solve", "laplace", "langevin"])
         if self.head_scale is not None:
             check_number("head_scale", self.head_scale)
 

@@ -79,9 +79,10 @@ def test_several_tasks_in_one_pass_are_the_tasks_one_by_one() -> None:
     x = torch.stack([torch.cat([x, torch.full((longest - len(x), 20), 7.0, dtype=torch.float64)]) for x, _ in parts])
     y = torch.stack([torch.cat([y, y.new_zeros(longest - len(y))]) for _, y in parts])
     weight = torch.stack([(torch.arange(longest) < len(part[1])).double() for part in parts])
-    together = solve_head(x, y, HeadModel(3), prior_sd=0.3, weight=weight).head
+    widths = torch.tensor([0.3, 0.1, 0.5], dtype=torch.float64)
+    together = solve_head(x, y, HeadModel(3), prior_sd=widths, weight=weight).head
     for k, (own_x, own_y) in enumerate(parts):
-        alone = solve_head(own_x, own_y, HeadModel(3), prior_sd=0.3).head
+        alone = solve_head(own_x, own_y, HeadModel(3), prior_sd=float(widths[k])).head
         torch.testing.assert_close(together[k], alone, rtol=1e-6, atol=1e-7)
 
 

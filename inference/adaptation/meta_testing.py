@@ -6,6 +6,7 @@ r"""Meta-testing (Eq. 15-18): the program of a new task under the learned prior,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pyro.distributions as dist
@@ -15,9 +16,10 @@ from torch import Tensor
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.flat import FlatAdapter, FlatBlock
 from pyro_lift.models.priors import broadened
+from pyro_lift.models.solved_heads import SolvedHeads
 from pyro_lift.models.task import Task
 
-__all__ = ["Start", "best_start", "best_starts", "meta_test_program"]
+__all__ = ["Start", "best_start", "best_starts", "heads_at_best_start", "meta_test_program"]
 
 
 class Start(NamedTuple):
@@ -43,6 +45,7 @@ def meta_test_program(
     batch_size: int | None = None,
     head_scale: float | None = None,
     noise_scale: float = 1.0,
+    solved: SolvedHeads | None = None,
 ) -> FlatAdapter:
     r"""Make the program of a new task under the mixture over phi, broadened by beta.
 
@@ -56,12 +59,45 @@ def meta_test_program(
         batch_size: rows of a minibatch; None takes all rows.
         head_scale: standard deviation of the head's prior; None for a head that all tasks share.
         noise_scale: standard deviation of the noise in regression.
+        solved: the task's head, where it is solved on the way and no site.
 
     References:
         LiFT, Eq. 16 and 17.
     """
-    prior = broadened(mixture, beta)
-    return FlatAdapter(adapter, task, prior, batch_size=batch_size, head_scale=head_scale, noise_scale=noise_scale)
+    return FlatAdapter(
+        adapter,
+        task,
+        broadened(mixture, beta),
+        batch_size=batch_size,
+        head_scale=head_scale,
+        noise_scale=noise_scale,
+        solved=solved,
+    )
+
+
+def heads_at_best_start(
+    adapter: RandomAdapter, tasks: Sequence[Task], mixture: dist.MixtureSameFamily
+) -> tuple[SolvedHeads, list[Start]]:
+    """Solve the heads of new tasks: the component whose features predict left-out rows best, and heads from there on.
+
+    Args:
+        adapter: the network as a function of theta.
+        tasks: with heads of their own.
+        mixture: over phi, ``[K, D]``.
+
+    Returns:
+        The heads, their priors' widths chosen at each task's start; and the starts, the log likelihood being that of
+        left-out rows (sum over training rows).
+    """
+    means = mixture.component_distribution.mean
+    order = torch.argsort(mixture.mixture_distribution.probs, descending=True).tolist()
+    at_mean = {j: SolvedHeads(adapter, tasks, means[j]) for j in order}
+    starts, chosen = [], []
+    for k, task in enumerate(tasks):
+        best = max(order, key=lambda j, k=k: at_mean[j].score(k))  # type: ignore[misc]
+        starts.append(Start(best, means[best], at_mean[best].score(k) * len(task.train)))
+        chosen.append(at_mean[best].prior_sd(k))
+    return SolvedHeads(adapter, tasks, means[order[0]], widths=chosen), starts
 
 
 @torch.no_grad()

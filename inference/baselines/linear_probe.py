@@ -31,7 +31,7 @@ from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import Reader, all_features, features
 from pyro_lift.models.heads import BIAS_SD, folds, scaling_of, standard_widths
-from pyro_lift.models.observation import outputs
+from pyro_lift.models.observation import network_output
 from pyro_lift.models.task import Rows, Task
 
 if TYPE_CHECKING:
@@ -216,12 +216,8 @@ def reader_of(task: Task, heads: HeadPolicy) -> Reader:
     """Choose the features of a task: what its own head or its label texts meet, else what the network's head sees."""
     if task.kind == "matching":
         return _unit_features
-    return features if heads.scale is None else _outputs
+    return features if heads.scale is None else network_output
 
 
 def _unit_features(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
     return normalize(features(adapter, rows, theta), dim=-1)
-
-
-def _outputs(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
-    return outputs(adapter, rows, theta, None)

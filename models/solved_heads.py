@@ -1,0 +1,185 @@
+r"""Heads that are solved where a program would sample them: the adapter sees rows that their head has not.
+
+A head at the mode of its own rows fits them nearly perfectly as soon as features outnumber rows, and an adapter that is
+trained through it learns nothing but to let it. So the rows of a pass are dealt into folds, each fold is predicted by a
+head that the others have solved, and the likelihood of the program is that of the predictions,
+
+.. math:: \log p(D \mid \theta) = \sum_n \log p\big(y_n \mid f_\theta(x_n), \hat h_{-k(n)}(\theta)\big),
+
+one pass through the network whatever the number of folds. In the gradient heads are held fixed. The head of the task
+itself, for predictions, is the mode on all its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.block_likelihood import Block, block_outputs
+from pyro_lift.models.features import all_features
+from pyro_lift.models.heads import HeadModel, choose_prior_sd, laplace_head, solve_head
+from pyro_lift.models.observation import batch_of, has_head, network_output
+from pyro_lift.models.task import Rows, Task
+from pyro_lift.support.options import check_choice, check_number
+
+__all__ = ["SolvedHeads", "held_out_log_prob", "solved_heads"]
+
+#: Heads of a pass: each sees three quarters of its rows.
+FOLDS = 4
+
+
+class SolvedHeads:
+    """The heads of some tasks, each with a prior whose width its own rows have chosen.
+
+    Args:
+        adapter: the network as a function of theta.
+        tasks: classifications; each with its training rows.
+        start: weights ``[D]`` at whose features the widths are chosen, once, when they are first asked for.
+        widths: s of each task, where they have been chosen already.
+        folds: heads of a pass.
+    """
+
+    def __init__(
+        self,
+        adapter: RandomAdapter,
+        tasks: Sequence[Task],
+        start: Tensor,
+        *,
+        widths: Sequence[float] | None = None,
+        folds: int = FOLDS,
+    ) -> None:
+        check_number("folds", folds, least=2, open_below=False, whole=True)
+        self.adapter, self.tasks, self.folds = adapter, list(tasks), folds
+        self.start = start.detach()
+        self._widths: dict[int, float] = dict(enumerate(widths or ()))
+        self._scores: dict[int, float] = {}
+
+    def prior_sd(self, task: int) -> float:
+        """Return s of a task's head, by cross-validation at the start's features."""
+        if task not in self._widths:
+            self._choose(task)
+        return self._widths[task]
+
+    def score(self, task: int) -> float:
+        """Return the mean log probability of left-out rows at the start's features, by the width that is best there."""
+        if task not in self._scores:
+            self._choose(task)
+        return self._scores[task]
+
+    def _choose(self, task: int) -> None:
+        rows = self.tasks[task].train
+        found = all_features(self.adapter, rows, self.start, network_output)
+        choice = choose_prior_sd(found, rows.target, self._model(task))
+        self._widths[task], self._scores[task] = choice.sd, -min(choice.scores)
+
+    def rows(self, task: Task, batch_size: int | None) -> int:
+        """Return the rows of a pass: at least one of each class for every fold, and no more than the task has."""
+        assert task.num_classes is not None
+        return batch_of(task, None if batch_size is None else max(batch_size, self.folds * task.num_classes))
+
+    def log_prob(self, tasks: Sequence[int], features: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Held-out log probability of each row of a pass, ``[B, b]``; differentiable in the features.
+
+        Args:
+            tasks: numbers of the B tasks of the pass, of one number of classes.
+            features: ``[B, b, E]``.
+            target: class numbers ``[B, b]``.
+            weight: zero for rows that are padding, ``[B, b]``.
+        """
+        widths = torch.tensor([self.prior_sd(k) for k in tasks], dtype=torch.float64, device=features.device)
+        return held_out_log_prob(features, target, self._model(tasks[0]), widths, folds=self.folds, weight=weight)
+
+    def log_prob_at(self, task: int, rows: Rows, theta: Tensor) -> Tensor:
+        """Held-out log probability of some rows of a task at theta ``[D]``, one a row ``[b]``."""
+        found = network_output(self.adapter, rows, theta).unsqueeze(0)
+        return self.log_prob([task], found, rows.target.unsqueeze(0)).squeeze(0)
+
+    def block_log_likelihood(self, tasks: Sequence[int], block: Block, theta: Tensor) -> Tensor:
+        """Held-out log likelihood of each task of a block ``[B]`` at theta ``[B, D]``, scaled to the tasks' rows."""
+        found = block_outputs(self.adapter, block, theta)
+        return (self.log_prob(tasks, found, block.rows.target, block.weight) * block.weight).sum(-1)
+
+    def solve(self, task: int, theta: Tensor) -> Tensor:
+        """Return the mode of a task's head ``[C, E + 1]`` at theta ``[D]``, on all its training rows."""
+        rows = self.tasks[task].train
+        found = all_features(self.adapter, rows, theta, network_output)
+        return solve_head(found, rows.target, self._model(task), prior_sd=self.prior_sd(task)).head
+
+    def draw(self, task: int, theta: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw a task's head ``[C, E + 1]`` at theta ``[D]`` from its Gaussian approximation."""
+        rows, model, sd = self.tasks[task].train, self._model(task), self.prior_sd(task)
+        found = all_features(self.adapter, rows, theta, network_output)
+        mode = solve_head(found, rows.target, model, prior_sd=sd).head
+        return laplace_head(found, rows.target, model, mode, 1, prior_sd=sd, generator=generator)[0]
+
+    def _model(self, task: int) -> HeadModel:
+        classes = self.tasks[task].num_classes
+        assert classes is not None
+        return HeadModel(classes)
+
+
+def solved_heads(
+    head: Literal["sample", "solve"], adapter: RandomAdapter, tasks: Sequence[Task], scale: float | None, start: Tensor
+) -> SolvedHeads | None:
+    """Make the solved heads of a program; None where heads are sampled, or where no task has one of its own."""
+    check_choice("head", head, ["sample", "solve"])
+    if head == "sample" or not any(has_head(task, scale) for task in tasks):
+        return None
+    return SolvedHeads(adapter, tasks, start)
+
+
+def held_out_log_prob(
+    features: Tensor,
+    target: Tensor,
+    model: HeadModel,
+    prior_sd: float | Tensor,
+    *,
+    folds: int = FOLDS,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Log probability of each row by a head that the other folds have solved, ``[..., b]``.
+
+    Rows are dealt into folds class by class, in their order. A row that is alone in its class counts nothing: without
+    it nothing is known of its class. Where all are, and for a single row, the log probability is that of a uniform
+    prediction.
+
+    Args:
+        features: ``[..., b, E]``; differentiated through, the heads held fixed.
+        target: class numbers ``[..., b]``.
+        model: classification.
+        prior_sd: s, one number or one a problem, ``[...]``.
+        folds: K.
+        weight: zero for rows that are padding, ``[..., b]``.
+    """
+    counts = torch.ones_like(features[..., 0]) if weight is None else (weight > 0).to(features)
+    fold = _dealt(target, counts, folds)
+    kept = counts.unsqueeze(-2) * (fold.unsqueeze(-2) != torch.arange(folds, device=target.device).unsqueeze(-1))
+    some = kept.sum(-1, keepdim=True) > 0  # a fold that has all rows leaves none: let its head have them, uncounted
+    kept = torch.where(some, kept, torch.ones_like(kept))
+    many = features.detach().unsqueeze(-3).expand(*kept.shape[:-1], *features.shape[-2:])
+    sd = torch.as_tensor(prior_sd, dtype=torch.float64, device=features.device)
+    solved = solve_head(
+        many,
+        target.unsqueeze(-2).expand(kept.shape),
+        model,
+        prior_sd=sd.unsqueeze(-1).expand(kept.shape[:-1]),
+        weight=kept,
+    ).head
+    logits = features.unsqueeze(-3) @ solved[..., :-1].mT + solved[..., -1].unsqueeze(-2)  # [..., K, b, C]
+    log_p = logits.log_softmax(-1).gather(-1, target[..., None, :, None].expand(*kept.shape, 1)).squeeze(-1)
+    own = log_p.gather(-2, fold.unsqueeze(-2)).squeeze(-2)
+    member = torch.nn.functional.one_hot(target, model.num_outputs).to(features) * counts.unsqueeze(-1)
+    companions = member.sum(-2).gather(-1, target)
+    return torch.where((companions > 1) & (counts > 0), own, torch.zeros_like(own))
+
+
+def _dealt(target: Tensor, counts: Tensor, folds: int) -> Tensor:
+    """The fold of each row ``[..., b]``: rows of a class in turn, padding last."""
+    key = torch.where(counts > 0, target, target.max() + 1)
+    order = torch.argsort(key, dim=-1, stable=True)
+    place = torch.arange(target.shape[-1], device=target.device).expand_as(order) % folds
+    return torch.empty_like(order).scatter_(-1, order, place)

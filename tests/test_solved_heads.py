@@ -1,0 +1,166 @@
+"""Heads solved inside a program: the held-out likelihood by hand, its gradient, blocks, and the front door."""
+
+from __future__ import annotations
+
+import pyro
+import pytest
+import torch
+from pyro.infer.autoguide.initialization import init_to_value
+from test_baselines import tiny_adapter, tiny_tasks
+from torch import Tensor
+from torch.distributions import Independent, Normal
+
+from pyro_lift.inference.program import Program
+from pyro_lift.lift import LiFT
+from pyro_lift.models.flat import FlatAdapter, FlatBlock
+from pyro_lift.models.heads import HeadModel, choose_prior_sd, solve_head
+from pyro_lift.models.hierarchical import AdapterHierarchy
+from pyro_lift.models.observation import network_output
+from pyro_lift.models.solved_heads import SolvedHeads, held_out_log_prob, solved_heads
+from pyro_lift.prior import LiFTPrior
+from pyro_lift.settings import AdaptSettings
+
+
+def rows(n: int, features: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, features, generator=generator, dtype=torch.float64)
+    return x, torch.randint(classes, (n,), generator=generator)
+
+
+def test_each_row_is_judged_by_the_head_of_the_other_folds() -> None:
+    x, y = rows(14, 5, 3)
+    found = held_out_log_prob(x, y, HeadModel(3), 0.4, folds=3)
+    order = torch.argsort(y, stable=True)
+    for k in range(3):
+        left, kept = order[k::3], torch.cat([order[j::3] for j in range(3) if j != k])
+        head = solve_head(x[kept], y[kept], HeadModel(3), prior_sd=0.4).head
+        expected = (x[left] @ head[:, :-1].T + head[:, -1]).log_softmax(-1)[torch.arange(len(left)), y[left]]
+        torch.testing.assert_close(found[left], expected, rtol=1e-7, atol=1e-7)
+
+
+def test_the_gradient_holds_the_heads_fixed() -> None:
+    x, y = rows(8, 4, 2)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(held_out_log_prob(x, y, HeadModel(2), 0.4, folds=2).sum(), x)
+    order = torch.argsort(y, stable=True)
+    for k in range(2):
+        left, kept = order[k::2], order[1 - k :: 2]
+        head = solve_head(x.detach()[kept], y[kept], HeadModel(2), prior_sd=0.4).head
+        p = (x.detach()[left] @ head[:, :-1].T + head[:, -1]).softmax(-1)
+        expected = (torch.nn.functional.one_hot(y[left], 2) - p) @ head[:, :-1]
+        torch.testing.assert_close(gradient[left], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_head_that_memorises_earns_nothing() -> None:
+    own, held_out = [], []
+    for seed in range(10):
+        x, y = rows(30, 200, 2, seed)
+        head = solve_head(x, y, HeadModel(2), prior_sd=0.5).head
+        own.append(float((x @ head[:, :-1].T + head[:, -1]).log_softmax(-1)[torch.arange(30), y].mean()))
+        held_out.append(float(held_out_log_prob(x, y, HeadModel(2), 0.5).mean()))
+    assert min(own) > -0.05
+    assert sum(held_out) / 10 < -0.69
+
+
+def test_padding_is_left_out_and_a_row_alone_in_its_class_counts_nothing() -> None:
+    x, y = rows(9, 4, 3)
+    y = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0, 2])
+    alone = held_out_log_prob(x, y, HeadModel(3), 0.4)
+    assert float(alone[8]) == 0.0 and (alone[:8] < 0).all()
+    padded = torch.cat([x, torch.full((3, 4), 9.0, dtype=torch.float64)])
+    weight = torch.cat([torch.full((9,), 2.0), torch.zeros(3)])
+    found = held_out_log_prob(padded, torch.cat([y, y[:3]]), HeadModel(3), 0.4, weight=weight)
+    torch.testing.assert_close(found[:9], alone, rtol=1e-6, atol=1e-7)
+    assert (found[9:] == 0).all()
+    single = held_out_log_prob(x[:1], y[:1], HeadModel(3), 0.4)
+    assert single.shape == (1,) and float(single) == 0.0
+
+
+def test_the_width_is_chosen_once_at_the_start() -> None:
+    adapter, tasks = tiny_adapter(6), tiny_tasks(2)
+    heads = solved_heads("solve", adapter, tasks, 1.0, adapter.initial)
+    assert heads is not None
+    found = network_output(adapter, tasks[1].train, adapter.initial).detach()
+    choice = choose_prior_sd(found, tasks[1].train.target, HeadModel(3))
+    assert heads.prior_sd(1) == choice.sd and heads.score(1) == -min(choice.scores)
+    theta = adapter.initial + 0.3
+    moved = network_output(adapter, tasks[1].train, theta).detach()
+    expected = solve_head(moved, tasks[1].train.target, HeadModel(3), prior_sd=choice.sd).head
+    torch.testing.assert_close(heads.solve(1, theta), expected)
+    assert solved_heads("sample", adapter, tasks, 1.0, adapter.initial) is None
+    assert solved_heads("solve", adapter, tasks, None, adapter.initial) is None
+    with pytest.raises(ValueError, match="head='mode'"):
+        solved_heads("mode", adapter, tasks, 1.0, adapter.initial)  # type: ignore[arg-type]
+
+
+def log_likelihood(program: object, values: dict[str, Tensor]) -> float:
+    strategy = init_to_value(values=values)
+    with torch.random.fork_rng():
+        return float(Program(program, None, (), {}, strategy).run({}, {}, None, None).log_likelihood.detach())  # type: ignore[arg-type]
+
+
+def test_a_block_of_tasks_is_the_tasks_one_by_one() -> None:
+    adapter, tasks = tiny_adapter(6), [*tiny_tasks(2), *tiny_tasks(1, rows=9)]
+    prior = Independent(Normal(adapter.initial, 0.1), 1)
+    thetas = adapter.initial + 0.2 * torch.randn(3, adapter.dim, dtype=torch.float64)
+    heads = SolvedHeads(adapter, tasks, adapter.initial)
+    single = [
+        log_likelihood(
+            FlatAdapter(adapter, task, prior, head_scale=1.0, solved=SolvedHeads(adapter, [task], adapter.initial)),
+            {"theta": theta},
+        )
+        for task, theta in zip(tasks, thetas, strict=True)
+    ]
+    assert len(set(single)) == 3 and all(value < 0 for value in single)
+    together = log_likelihood(FlatBlock(adapter, tasks, prior, head_scale=1.0, solved=heads), {"theta": thetas})
+    assert together == pytest.approx(sum(single), rel=1e-6)
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_the_hierarchy_has_no_site_for_a_head_that_is_solved(block_size: int) -> None:
+    adapter, tasks = tiny_adapter(6), tiny_tasks(3)
+    program = AdapterHierarchy(adapter, tasks, beta=0.1, sigma=0.1, head_scale=1.0, block_size=block_size, head="solve")
+    pyro.set_rng_seed(0)
+    trace = pyro.poutine.trace(program).get_trace()
+    assert not any("head" in name for name in trace.nodes)
+    observed = [site for name, site in trace.nodes.items() if name.startswith("obs")]
+    assert len(observed) == 1
+    total = float(observed[0]["fn"].log_prob(observed[0]["value"]).sum())
+    assert total < 0 and torch.isfinite(torch.tensor(total))
+
+
+@pytest.mark.parametrize("head", ["solve", "laplace"])
+def test_the_front_door_solves_heads_at_every_draw(head: str) -> None:
+    adapter, tasks = tiny_adapter(6), tiny_tasks(4)
+    adapt = AdaptSettings(steps=8, draws=2, batch_size=6)
+    settings = {"sgd_steps": 4, "burn_in": 3, "samples": 6, "head_scale": 1.0, "head": head}
+    prior: LiFTPrior = LiFT(adapter, adapt=adapt, seed=0, **settings).meta_train(tasks[:3], progress=False)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    posterior = prior.adapt(tasks[3])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert posterior.heads is not None and posterior.heads.shape == (2, 3, 7)
+    start = prior.mixture.get().component_distribution.mean[0]
+    heads = SolvedHeads(adapter, [tasks[3]], start)
+    modes = torch.stack([heads.solve(0, theta) for theta in posterior.thetas])
+    if head == "solve":
+        torch.testing.assert_close(posterior.heads, modes)
+    else:
+        assert float((posterior.heads - modes).abs().mean()) > 0.01
+    again = prior.adapt(tasks[3])
+    torch.testing.assert_close(again.heads, posterior.heads, rtol=0, atol=0)
+    many = prior.adapt_many([tasks[3], tasks[2]], block_size=2)
+    assert [one.heads.shape for one in many if one.heads is not None] == [(2, 3, 7)] * 2
+    p = many[0].predict(tasks[3].test)
+    torch.testing.assert_close(p.sum(-1), torch.ones(20, dtype=p.dtype))
+
+
+def test_the_start_is_the_component_whose_features_predict_left_out_rows_best() -> None:
+    adapter, tasks = tiny_adapter(6), tiny_tasks(4)
+    settings = {"sgd_steps": 4, "burn_in": 3, "samples": 8, "head_scale": 1.0, "head": "solve", "components": 2}
+    prior = LiFT(adapter, adapt=AdaptSettings(steps=4, draws=2), seed=0, **settings).meta_train(
+        tasks[:3], progress=False
+    )
+    means = prior.mixture.get().component_distribution.mean
+    scores = [SolvedHeads(adapter, [tasks[3]], mean).score(0) for mean in means]
+    assert prior.adapt(tasks[3]).component == int(torch.tensor(scores).argmax())
