@@ -10,7 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import LeaveOneOut
 from sklearn.preprocessing import StandardScaler
-from test_baselines import SMALL, tiny_adapter, tiny_tasks
+from tiny_methods import SMALL, tiny_adapter, tiny_tasks
 from torch.nn.functional import normalize
 
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy

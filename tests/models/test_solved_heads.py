@@ -6,7 +6,7 @@ import pyro
 import pytest
 import torch
 from pyro.infer.autoguide.initialization import init_to_value
-from test_baselines import tiny_adapter, tiny_tasks
+from tiny_methods import tiny_adapter, tiny_tasks
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
