@@ -29,7 +29,7 @@ from pyro_lift.models.flat import FlatBlock
 from pyro_lift.models.hierarchical import can_share_pass
 from pyro_lift.models.observation import has_head
 from pyro_lift.models.priors import broadened
-from pyro_lift.models.solved_heads import SolvedHeads
+from pyro_lift.models.solved_heads import SolvedHeads, with_unmoved
 from pyro_lift.models.task import Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.saving.folders import export_library, export_prior, load_prior, push, save_prior
@@ -44,6 +44,12 @@ class _Source(NamedTuple):
 
     seed: int | None
     number: int = 0
+
+
+def _given(value: float | None) -> float:
+    """Return a setting that has been inherited where it was not given."""
+    assert value is not None
+    return value
 
 
 class LiFTPrior:
@@ -142,10 +148,13 @@ class LiFTPrior:
             solved=solved,
         )
         start = starts[0] if starts else best_start(program, mixture)
-        mcmc = self._run(program, start.theta, a, _Source(seed), f"adapt to {task.name}" if progress else None)
-        draws = mcmc.get_samples()
-        heads = draws.get("head") if solved is None else self._heads(solved, 0, draws["theta"], seed)
-        return TaskPosterior(self.adapter, task, draws["theta"], heads, start.component, mcmc)
+        title = f"adapt to {task.name}" if progress else None
+        mcmc = self._run(program, start.theta, a, _Source(seed), title)
+        thetas, heads = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
+        if solved is not None:
+            thetas = with_unmoved(start.theta, thetas, a.unmoved)
+            heads = self._heads(solved, 0, thetas, seed)
+        return TaskPosterior(self.adapter, task, thetas, heads, start.component, mcmc)
 
     def adapt_many(
         self,
@@ -199,15 +208,17 @@ class LiFTPrior:
         starts = starts or best_starts(program, mixture)
         names = f"{tasks[0].name} .. {tasks[-1].name}"
         title = f"adapt to {names}" if progress else None
-        mcmc = self._run(program, torch.stack([start.theta for start in starts]), a, source, title)
-        theta, head = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
-        heads: list[Tensor | None] = [None if head is None else head[:, k] for k in range(len(tasks))]
-        if solved is not None:
-            heads = [self._heads(solved, k, theta[:, k], source.seed) for k in range(len(tasks))]
-        return [
-            TaskPosterior(self.adapter, task, theta[:, k], heads[k], start.component, mcmc)
-            for k, (task, start) in enumerate(zip(tasks, starts, strict=True))
-        ]
+        at = torch.stack([start.theta for start in starts])
+        mcmc = self._run(program, at, a, source, title)
+        draws, heads = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
+        posteriors = []
+        for k, (task, start) in enumerate(zip(tasks, starts, strict=True)):
+            theta, head = draws[:, k], None if heads is None else heads[:, k]
+            if solved is not None:
+                theta = with_unmoved(start.theta, theta, a.unmoved)
+                head = self._heads(solved, k, theta, source.seed)
+            posteriors.append(TaskPosterior(self.adapter, task, theta, head, start.component, mcmc))
+        return posteriors
 
     def _solved(self, tasks: Sequence[Task], mixture: Any) -> tuple[SolvedHeads | None, list[Start]]:
         """Solve the heads of new tasks at the components' means; None, and no starts, where they are not solved."""
@@ -218,7 +229,7 @@ class LiFTPrior:
     def _heads(self, solved: SolvedHeads, task: int, thetas: Tensor, seed: int | None) -> Tensor:
         """Solve a task's head at each draw ``[S, D]``, or draw it there: ``[S, C, E + 1]``."""
         if self.settings.head == "solve":
-            return torch.stack([solved.solve(task, theta) for theta in thetas])
+            return solved.solve_each(task, thetas)
         chosen = int(torch.randint(2**62, ())) if seed is None else seed
         generator = torch.Generator().manual_seed(chosen + task)
         return torch.stack([solved.draw(task, theta, generator) for theta in thetas])
@@ -229,8 +240,8 @@ class LiFTPrior:
         kernel = SGLD(
             program,
             step_size=2.0 * a.learning_rate,
-            temperature=a.temperature,
-            n_inflate=a.n_inflate,
+            temperature=_given(a.temperature),
+            n_inflate=_given(a.n_inflate),
             integrator="exponential",
             preconditioner="rms" if self.settings.preconditioner == "rms" else None,
             second_moment=self.second_moment,
@@ -250,7 +261,11 @@ class LiFTPrior:
     def _adapt_settings(self, options: Mapping[str, Any]) -> AdaptSettings:
         for name in options:
             check_choice("setting", name, [f.name for f in fields(AdaptSettings)])
-        return replace(self.adapt_settings, **options)
+        a = replace(self.adapt_settings, **options)
+        inherited = {
+            name: getattr(self.settings, name) for name in ("temperature", "n_inflate") if getattr(a, name) is None
+        }
+        return replace(a, **inherited)
 
     def theta(self, task: str) -> Tensor:
         """The latest weights ``[D]`` of a meta-training task; only while the run is at hand, they are not saved."""

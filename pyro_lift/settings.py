@@ -17,14 +17,28 @@ class AdaptSettings:
 
     steps: int = field(default=100, metadata={"help": "SGLD steps on the new task"})
     learning_rate: float = field(default=2e-3, metadata={"help": "move per step and weight; eta = 2 x this"})
-    temperature: float = field(default=1.0, metadata={"help": "variance of the noise; 0 switches it off"})
-    n_inflate: float = field(default=1.0, metadata={"help": "power on the likelihood"})
+    temperature: float | None = field(
+        default=None, metadata={"help": "variance of the noise; 0 switches it off; none: that of meta-training"}
+    )
+    n_inflate: float | None = field(
+        default=None, metadata={"help": "power on the likelihood; none: that of meta-training"}
+    )
     batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
     draws: int = field(default=10, metadata={"help": "draws kept, evenly spaced over the last half of the steps"})
+    unmoved: float = field(
+        default=0.5,
+        metadata={"help": "share of the draws that stay where the chain begins, only their head solved (solved heads)"},
+    )
 
     def __post_init__(self) -> None:
-        _check_numbers(self, positive=("learning_rate", "n_inflate"), counts=("steps", "batch_size", "draws"))
-        check_number("temperature", self.temperature, open_below=False)
+        _check_numbers(self, positive=("learning_rate",), counts=("steps", "batch_size", "draws"))
+        if self.n_inflate is not None:
+            check_number("n_inflate", self.n_inflate)
+        if self.temperature is not None:
+            check_number("temperature", self.temperature, open_below=False)
+        check_number("unmoved", self.unmoved, open_below=False)
+        if self.unmoved >= 1.0:
+            raise ValueError(f"unmoved={self.unmoved:g}: some draws have to move; give a share below 1.")
         if self.steps < 2 * self.draws:
             raise ValueError(f"steps={self.steps}: {self.draws} draws from the last half need {2 * self.draws} steps.")
 

@@ -20,10 +20,10 @@ rule
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,10 +44,11 @@ from pyro_lift.inference.adaptation.update_rules import Terms, UpdateRule
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import log_likelihood
-from pyro_lift.models.observation import outputs
+from pyro_lift.models.observation import has_head, outputs
 from pyro_lift.models.priors import LocalGaussian, gaussian_at
+from pyro_lift.models.solved_heads import SolvedHeads
 from pyro_lift.models.task import Rows, Task
-from pyro_lift.support.options import check_number, renamed_keywords
+from pyro_lift.support.options import check_choice, check_number, renamed_keywords
 
 __all__ = [
     "HeadPolicy",
@@ -87,21 +88,32 @@ class HeadPolicy:
     Args:
         scale: standard deviation of a head's Gaussian prior; None for a network whose head all tasks share.
         lr_scale: a head's learning rate over the adapter's.
+        update: whether a head takes steps beside the adapter, or is solved on the task's rows
+            (:mod:`~pyro_lift.models.solved_heads`): in fine-tuning, joint training and LiFT; the inner loops of the
+            other meta-learners take steps.
     """
 
     scale: float | None = None
     lr_scale: float = 10.0
+    update: Literal["step", "solve"] = "step"
 
     def __post_init__(self) -> None:
         if self.scale is not None:
             check_number("head scale", self.scale)
         check_number("head lr_scale", self.lr_scale)
+        check_choice("head update", self.update, ["step", "solve"])
 
     def fresh(self, task: Task, width: int, like: Tensor) -> Tensor | None:
         """Make a head of zeros, or None where the head is shared."""
         if self.scale is None or task.num_classes is None:
             return None
         return like.new_zeros(task.num_classes, width + 1)
+
+    def solved(self, adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor) -> SolvedHeads | None:
+        """Make the heads that are solved; None where some task has none of its own, or where they take steps."""
+        if self.update == "step" or not all(has_head(task, self.scale) for task in tasks):
+            return None
+        return SolvedHeads(adapter, tasks, start)
 
     @property
     def prior(self) -> tuple[float, float] | None:

@@ -24,6 +24,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import Block, block_log_likelihood, stack_rows
 from pyro_lift.models.hierarchical import can_share_pass
 from pyro_lift.models.observation import check_width
+from pyro_lift.models.solved_heads import SolvedHeads, with_unmoved
 from pyro_lift.models.task import Rows, Task
 
 __all__ = ["finetune", "finetune_each", "loss_of", "noise_generator"]
@@ -44,7 +45,8 @@ def finetune(
 ) -> Ensemble:
     """Fine-tune from ``start``; keep the budget's draws, evenly spaced over the last half of its steps.
 
-    The task's own head, where the budget's policy gives it one, starts at zero.
+    The task's own head, where the budget's policy gives it one, starts at zero; or it is solved, and then the start
+    itself is among the draws (:func:`~pyro_lift.models.solved_heads.with_unmoved`).
 
     Args:
         adapter: the network as a function of theta.
@@ -70,11 +72,14 @@ def finetune(
     noise = noise_generator(generator, start)
     effective_rows = n_inflate * len(data.train)
     particles = start.dim() == 2
-    head = budget.heads.fresh(data, width, start)
+    # Under a reparametrisation the weights are parameters, at which no head can be solved.
+    plain = hooks.reparametrisation is None and not particles
+    solved = budget.heads.solved(adapter, [data], start) if plain else None
+    head = budget.heads.fresh(data, width, start) if solved is None else None
     if head is not None and particles:
         head = head.expand(len(start), *head.shape).clone()
     steps = iterates(
-        hooks.estimator(loss_of(adapter, data, budget), particles, effective_rows, noise),
+        hooks.estimator(loss_of(adapter, data, budget, solved), particles, effective_rows, noise),
         WeightsRule(
             rule or adam(budget.learning_rate),
             effective_rows,
@@ -84,11 +89,14 @@ def finetune(
             generator=noise,
         ),
         Weights(start, head),
-        minibatches(data.train, budget.batch_size, generator),
+        minibatches(data.train, rows_of_pass(data, budget, solved), generator),
         task.name,
     )
     trajectory = follow(steps, budget.steps, keep=budget.draws)
     thetas, heads = _stacked(trajectory)
+    if solved is not None:
+        thetas = with_unmoved(start, thetas)
+        heads = solved.solve_each(0, thetas)
     if particles:  # one ensemble of all of them
         thetas, heads = thetas.flatten(0, 1), None if heads is None else heads.flatten(0, 1)
     return Ensemble(adapter, task, thetas, heads, tuple(trajectory.losses))
@@ -113,10 +121,16 @@ def _finetune_block(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor
     width = check_width(adapter, data, budget.heads.scale)
     kind, sizes = data[0].kind, [len(task.train) for task in data]
     effective_rows = torch.tensor(sizes, device=start.device, dtype=start.dtype)
-    samplers = [minibatches(task.train, budget.batch_size, torch.Generator().manual_seed(budget.seed)) for task in data]
-    head = budget.heads.fresh(data[0], width, start)
+    solved = budget.heads.solved(adapter, data, start)
+    samplers = [
+        minibatches(task.train, rows_of_pass(task, budget, solved), torch.Generator().manual_seed(budget.seed))
+        for task in data
+    ]
+    head = budget.heads.fresh(data[0], width, start) if solved is None else None
 
     def losses(weights: Weights, block: Block) -> Tensor:
+        if solved is not None:
+            return -solved.block_log_likelihood(range(len(data)), block, weights.theta) / effective_rows
         total = block_log_likelihood(adapter, kind, block, weights.theta, weights.head, budget.noise_scale)
         return -total / effective_rows
 
@@ -135,16 +149,14 @@ def _finetune_block(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor
     trajectory = follow(steps, budget.steps, keep=budget.draws)
     thetas, heads = _stacked(trajectory)
     losses_of_steps = tuple(trajectory.losses)
-    return [
-        Ensemble(
-            adapter,
-            task,
-            thetas[:, k].contiguous(),
-            None if heads is None else heads[:, k].contiguous(),
-            losses_of_steps,
-        )
-        for k, task in enumerate(tasks)
-    ]
+    ensembles = []
+    for k, task in enumerate(tasks):
+        theta, own_head = thetas[:, k].contiguous(), None if heads is None else heads[:, k].contiguous()
+        if solved is not None:
+            theta = with_unmoved(start, theta)
+            own_head = solved.solve_each(k, theta)
+        ensembles.append(Ensemble(adapter, task, theta, own_head, losses_of_steps))
+    return ensembles
 
 
 def _stacked(trajectory: Trajectory) -> tuple[Tensor, Tensor | None]:
@@ -153,8 +165,15 @@ def _stacked(trajectory: Trajectory) -> tuple[Tensor, Tensor | None]:
     return torch.stack([weights.theta for weights in trajectory.kept]), torch.stack(heads) if heads else None
 
 
-def loss_of(adapter: RandomAdapter, task: Task, budget: Budget) -> Loss[Rows]:
-    """Make the loss of one task: the mean negative log likelihood of some of its rows."""
+def rows_of_pass(task: Task, budget: Budget, solved: SolvedHeads | None) -> int:
+    """Return the rows of a minibatch: a head that is solved needs some of each class."""
+    return budget.batch_size if solved is None else solved.rows(task, budget.batch_size)
+
+
+def loss_of(adapter: RandomAdapter, task: Task, budget: Budget, solved: SolvedHeads | None = None) -> Loss[Rows]:
+    """Make the loss of one task: the mean negative log likelihood of some of its rows, of solved heads held out."""
+    if solved is not None:
+        return lambda weights, rows: -solved.log_prob_at(0, rows, weights.theta).mean()
     return lambda weights, rows: mean_loss(adapter, task, rows, weights, noise_scale=budget.noise_scale)
 
 

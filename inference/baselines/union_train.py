@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adaptation.gradients import differentiate
+from pyro_lift.inference.adaptation.gradients import Weights, differentiate
 from pyro_lift.inference.adaptation.inner_loop import mean_loss, minibatches
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.adaptation.update_rules import adam
 from pyro_lift.inference.baselines.episodes import Heads, check_tasks
-from pyro_lift.inference.baselines.finetune import finetune, finetune_each
+from pyro_lift.inference.baselines.finetune import finetune, finetune_each, rows_of_pass
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
@@ -111,15 +111,20 @@ def union_train(
     budget = budget or Budget()
     tasks = check_tasks(tasks, adapter.initial.device)
     generator = torch.Generator().manual_seed(budget.seed)
-    batches = [minibatches(task.train, budget.batch_size, generator) for task in tasks]
+    solved = budget.heads.solved(adapter, tasks, adapter.initial if start is None else start)
+    batches = [minibatches(task.train, rows_of_pass(task, budget, solved), generator) for task in tasks]
     heads = Heads(adapter, tasks, budget, learning_rate)
     rule = adam(learning_rate)
     theta = (adapter.initial if start is None else start.to(adapter.initial)).clone()
     state = rule.init(theta)
     for step in range(steps):
         index = step % len(tasks)
-        weights = heads.weights(index, theta).leaves()
-        loss = mean_loss(adapter, tasks[index], batches[index](), weights, noise_scale=budget.noise_scale)
+        rows = batches[index]()
+        weights = heads.weights(index, theta).leaves() if solved is None else Weights(theta).leaves()
+        if solved is None:
+            loss = mean_loss(adapter, tasks[index], rows, weights, noise_scale=budget.noise_scale)
+        else:
+            loss = -solved.log_prob_at(index, rows, weights.theta).mean()
         if not torch.isfinite(loss):
             raise DivergedError(f"step {step}, task {tasks[index].name!r}: the loss is {float(loss)}.", step)
         gradient = differentiate(loss, weights)

@@ -15,7 +15,11 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("heads", [HeadPolicy(), HeadPolicy(scale=1.0, lr_scale=3.0)], ids=["shared", "own"])
+@pytest.mark.parametrize(
+    "heads",
+    [HeadPolicy(), HeadPolicy(scale=1.0, lr_scale=3.0), HeadPolicy(scale=1.0, update="solve")],
+    ids=["shared", "own", "solved"],
+)
 def test_contract(name: str, heads: HeadPolicy) -> None:
     adapter, tasks = tiny_adapter(), tiny_tasks(4)
     from dataclasses import replace

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 import pyro
 import pytest
 import torch
 from pyro.infer.autoguide.initialization import init_to_value
-from tiny_methods import tiny_adapter, tiny_tasks
+from tiny_methods import SMALL, tiny_adapter, tiny_tasks
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
+from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
+from pyro_lift.inference.baselines.finetune import finetune, finetune_each
+from pyro_lift.inference.baselines.union_train import union_train
 from pyro_lift.inference.program import Program
 from pyro_lift.lift import LiFT
 from pyro_lift.models.flat import FlatAdapter, FlatBlock
 from pyro_lift.models.heads import HeadModel, choose_prior_sd, solve_head
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.observation import network_output
-from pyro_lift.models.solved_heads import SolvedHeads, held_out_log_prob, solved_heads
-from pyro_lift.prior import LiFTPrior
-from pyro_lift.settings import AdaptSettings
+from pyro_lift.models.solved_heads import SolvedHeads, held_out_log_prob, solved_heads, with_unmoved
+from pyro_lift.settings import AdaptSettings, LiFTSettings
 
 
 def rows(n: int, features: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -130,17 +135,18 @@ def test_the_hierarchy_has_no_site_for_a_head_that_is_solved(block_size: int) ->
 
 
 @pytest.mark.parametrize("head", ["solve", "laplace"])
-def test_the_front_door_solves_heads_at_every_draw(head: str) -> None:
+def test_the_front_door_solves_heads_at_every_draw(head: Literal["solve", "laplace"]) -> None:
     adapter, tasks = tiny_adapter(6), tiny_tasks(4)
     adapt = AdaptSettings(steps=8, draws=2, batch_size=6)
-    settings = {"sgd_steps": 4, "burn_in": 3, "samples": 6, "head_scale": 1.0, "head": head}
-    prior: LiFTPrior = LiFT(adapter, adapt=adapt, seed=0, **settings).meta_train(tasks[:3], progress=False)
+    settings = LiFTSettings(sgd_steps=4, burn_in=3, samples=6, head_scale=1.0, head=head)
+    prior = LiFT(adapter, settings=settings, adapt=adapt, seed=0).meta_train(tasks[:3], progress=False)
     torch.manual_seed(3)
     before = torch.get_rng_state()
     posterior = prior.adapt(tasks[3])
     assert torch.equal(torch.get_rng_state(), before)
     assert posterior.heads is not None and posterior.heads.shape == (2, 3, 7)
     start = prior.mixture.get().component_distribution.mean[0]
+    assert torch.equal(posterior.thetas[0], start) and not torch.equal(posterior.thetas[1], start)
     heads = SolvedHeads(adapter, [tasks[3]], start)
     modes = torch.stack([heads.solve(0, theta) for theta in posterior.thetas])
     if head == "solve":
@@ -157,10 +163,51 @@ def test_the_front_door_solves_heads_at_every_draw(head: str) -> None:
 
 def test_the_start_is_the_component_whose_features_predict_left_out_rows_best() -> None:
     adapter, tasks = tiny_adapter(6), tiny_tasks(4)
-    settings = {"sgd_steps": 4, "burn_in": 3, "samples": 8, "head_scale": 1.0, "head": "solve", "components": 2}
-    prior = LiFT(adapter, adapt=AdaptSettings(steps=4, draws=2), seed=0, **settings).meta_train(
-        tasks[:3], progress=False
-    )
+    settings = LiFTSettings(sgd_steps=4, burn_in=3, samples=8, head_scale=1.0, head="solve", components=2)
+    adapt = AdaptSettings(steps=4, draws=2)
+    prior = LiFT(adapter, settings=settings, adapt=adapt, seed=0).meta_train(tasks[:3], progress=False)
     means = prior.mixture.get().component_distribution.mean
     scores = [SolvedHeads(adapter, [tasks[3]], mean).score(0) for mean in means]
     assert prior.adapt(tasks[3]).component == int(torch.tensor(scores).argmax())
+
+
+def test_half_of_the_draws_stay_at_the_start() -> None:
+    start, thetas = torch.zeros(3), torch.arange(1.0, 6.0).unsqueeze(-1).expand(5, 3)
+    assert with_unmoved(start, thetas)[:, 0].tolist() == [0.0, 0.0, 3.0, 4.0, 5.0]
+    assert with_unmoved(start, thetas, 0.0)[:, 0].tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert with_unmoved(start, thetas[:1])[:, 0].tolist() == [1.0]
+    with pytest.raises(ValueError, match=r"unmoved=1"):
+        AdaptSettings(unmoved=1.0)
+
+
+def test_fine_tuning_and_joint_training_see_rows_that_their_heads_have_not() -> None:
+    adapter, tasks = tiny_adapter(6), tiny_tasks(3)
+    budget = replace(SMALL, steps=4, draws=2, batch_size=100, heads=HeadPolicy(scale=1.0, update="solve"))
+    start = adapter.initial + 0.1
+    found = finetune(adapter, tasks[0], start, budget)
+    heads = SolvedHeads(adapter, [tasks[0]], start)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(budget.seed))
+    rows = tasks[0].train.take(order)  # all of them, dealt into folds in the minibatch's order
+    assert found.losses[0] == pytest.approx(float(-heads.log_prob_at(0, rows, start).mean()))
+    assert found.heads is not None and torch.equal(found.thetas[0], start)
+    torch.testing.assert_close(found.heads[1], heads.solve(0, found.thetas[1]))
+    block = finetune_each(adapter, tasks[:2], start, budget)
+    torch.testing.assert_close(block[0].thetas, found.thetas, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(block[0].heads, found.heads, rtol=1e-5, atol=1e-6)
+    joint = union_train(adapter, tasks, budget=budget, steps=1, learning_rate=1e-3, start=start)
+    leaf = start.clone().requires_grad_()
+    loss = -SolvedHeads(adapter, tasks, start).log_prob_at(0, rows, leaf).mean()
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(joint, start - 1e-3 * gradient.sign(), rtol=0, atol=1e-5)
+
+
+def test_adaptation_inherits_power_and_temperature_of_meta_training() -> None:
+    adapter, tasks = tiny_adapter(), tiny_tasks(3)
+    adapt = AdaptSettings(steps=4, draws=2)
+    prior = LiFT(
+        adapter, adapt=adapt, seed=0, n_inflate=7.0, temperature=0.5, sgd_steps=3, burn_in=2, samples=4
+    ).meta_train(tasks, progress=False)
+    kernel = prior.adapt(tasks[0]).mcmc.kernel
+    assert kernel.n_inflate == 7.0 and kernel.temperature == 0.5
+    told = prior.adapt(tasks[0], n_inflate=2.0, temperature=0.0).mcmc.kernel
+    assert told.n_inflate == 2.0 and told.temperature == 0.0
