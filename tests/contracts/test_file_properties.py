@@ -376,8 +376,8 @@ def a_damaged_folder_is_refused_or_means_the_same(content: tuple[str, dict[str, 
     home.mkdir()
     for name, data in files.items():
         (home / name).write_bytes(data)
-    saved: dict[str, Any] = {"prior": LiFTPrior, "posterior": TaskPosterior}
-    load = saved[kind].from_pretrained
+    kinds: dict[str, Any] = {"prior": LiFTPrior, "posterior": TaskPosterior}
+    load = kinds[kind].from_pretrained
     with refusals_name(home):
         loaded = load(home, network())
         ours = loaded.adapter.initial if kind == "prior" else loaded.thetas

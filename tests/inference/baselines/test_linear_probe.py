@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +110,8 @@ def test_the_probe_is_deterministic_and_uses_the_output_where_tasks_have_heads()
     state = method.meta_train([task])
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first, again = method.adapt(state, task, seed=0), method.adapt(state, task, seed=1)
+    first: Any = method.adapt(state, task, seed=0)
+    again = method.adapt(state, task, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     torch.testing.assert_close(first.predict(task.test), again.predict(task.test), rtol=0, atol=0)
     found = outputs(adapter, task.train, adapter.initial, None).detach().numpy()
