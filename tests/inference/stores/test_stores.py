@@ -86,7 +86,7 @@ def _table(store: str) -> SGLDGibbs:
 
 def test_a_run_on_the_disk_is_saved_and_resumed_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = run("streaming")
-    monkeypatch.setattr("test_checkpoint.gibbs", lambda: gibbs(store=DiskStore(6, tmp_path / "store")))
+    monkeypatch.setattr("resumed_runs.gibbs", lambda: gibbs(store=DiskStore(6, tmp_path / "store")))
     same(plain, run("streaming", checkpoint=tmp_path / "run", checkpoint_every=7))
     import shutil
 
