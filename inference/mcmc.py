@@ -133,15 +133,15 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
                 super().run(*args, **kwargs)
             return
         check_statistics(self._statistics)
-        plain, wanted = self.sampler, self.num_samples
+        plain, total = self.sampler, self.num_samples
         # What is saved is in the statistics already; Pyro counts the draws that are still to come.
-        self.num_samples = wanted - session.draws
+        self.num_samples = total - session.draws
         self.sampler = _SavedChain(plain, session, self._statistics)
         try:
             with _callers_logger():
                 super().run(*args, **kwargs)
         finally:
-            self.sampler, self.num_samples = plain, wanted
+            self.sampler, self.num_samples = plain, total
 
 
 @contextmanager

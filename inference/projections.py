@@ -52,15 +52,15 @@ def project(value: Tensor, coordinates: int, seed: int = 0) -> Tensor:
 
 
 def sketched(value: Tensor, coordinates: int, sign: Tensor) -> Tensor:
-    """The sketch of :func:`project`, with its signs at hand."""
+    """Compute the sketch of :func:`project`, with its signs at hand."""
     D = value.shape[-1]
     whole = D // coordinates
     table = value[..., : whole * coordinates].unflatten(-1, (whole, coordinates))
-    found: Tensor = (table.mT @ sign[:whole].unsqueeze(-1)).squeeze(-1)
+    sketch: Tensor = (table.mT @ sign[:whole].unsqueeze(-1)).squeeze(-1)
     rest = value[..., whole * coordinates :]
     if rest.shape[-1]:
-        found = found + sign[-1] * torch.nn.functional.pad(rest, (0, coordinates - rest.shape[-1]))
-    scaled: Tensor = found * math.sqrt(coordinates / D)
+        sketch = sketch + sign[-1] * torch.nn.functional.pad(rest, (0, coordinates - rest.shape[-1]))
+    scaled: Tensor = sketch * math.sqrt(coordinates / D)
     return scaled
 
 
@@ -88,8 +88,8 @@ class ProjectedTrace(StreamingStats):
             make = projection if flat.numel() < SPARSE_FROM else signs
             self._matrix = make(flat.numel(), self.coordinates, self.seed).to(flat)
         dense = self._matrix.dim() == 2
-        found = flat @ self._matrix if dense else sketched(flat, self.coordinates, self._matrix)
-        self.projections.append(found.cpu())
+        projected = flat @ self._matrix if dense else sketched(flat, self.coordinates, self._matrix)
+        self.projections.append(projected.cpu())
         norms = {"all": flat.norm()} if self.adapter is None else self.adapter.norms(flat)
         self.norms.append(torch.stack(list(norms.values())).cpu())
 

@@ -146,7 +146,7 @@ class RandomAdapter(PyroModule):
         self._try_made_up_rows()
 
     def beginning_at(self, initial: Tensor) -> RandomAdapter:
-        """The same adapter with another start ``[D]``, as an object of its own; the weights stay shared."""
+        """Make the same adapter with another start ``[D]``, as an object of its own; the weights stay shared."""
         if initial.shape != self.initial.shape:
             raise ValueError(f"a start of shape {tuple(initial.shape)}; the adapter has {self.dim} weights.")
         memo: dict[int, Any] = {}
@@ -353,7 +353,7 @@ def _layout(trainable: list[tuple[str, nn.Parameter]]) -> tuple[AdapterTensor, .
 
 
 def _coordinates(backbone: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The adapter's tensors, in order of name.
+    """List the adapter's tensors, in order of name.
 
     Raises:
         ValueError: none, or all of the network's; one that is tied to another.

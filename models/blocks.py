@@ -60,13 +60,13 @@ def bound(slots: Sequence[Sequence[Slot]], tensors: Sequence[Tensor], kept: Sequ
         tensors: what to put there.
         kept: places whose tensors a layer replaces while it runs; they come back too.
     """
-    own = [places[0].module._parameters[places[0].attribute] for places in slots]
+    before = [places[0].module._parameters[places[0].attribute] for places in slots]
     held = [module._parameters[attribute] for module, attribute in kept]
     try:
         _put(slots, tensors)
         yield
     finally:
-        _put(slots, own)
+        _put(slots, before)
         _put([[slot] for slot in kept], held)
 
 

@@ -69,13 +69,13 @@ def check_network(network: nn.Module) -> None:
 
 
 def plain_network(network: nn.Module) -> nn.Module:
-    """The network inside ``torch.compile``'s wrapper; any other as it is."""
+    """Unwrap a network from ``torch.compile``; return any other as it is."""
     inner = network._modules.get("_orig_mod")
     return network if inner is None else inner
 
 
 def sharing_copy(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of the modules that shares every weight and buffer with the original.
+    """Copy the modules, sharing every weight and buffer with the original.
 
     Ties between weights, and modules that stand in several places, stay what they are. ``torch.compile``'s wrappers
     are left out; :func:`~pyro_lift.models.backbones.load_backbone`'s own compilation goes with the copy. A network that
@@ -189,7 +189,7 @@ def private_stream(seed: int | None, network: nn.Module) -> Iterator[None]:
 
 
 class WeightProbe:
-    """Some values of every frozen weight, to tell later whether one was changed in place.
+    """Samples of every frozen weight, to tell later whether one was changed in place.
 
     Args:
         network: whose weights are probed.

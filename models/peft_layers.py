@@ -108,7 +108,7 @@ def adapter_tensors(network: nn.Module) -> dict[str, str]:
 
 
 def _owner(name: str, layers: dict[str, Any]) -> tuple[str, Sequence[str]] | None:
-    """The layer that a parameter is an adapter's part of, and its path inside: ``lora_A``, adapter, ``weight``."""
+    """Find the layer that a parameter is an adapter's part of, and its path inside: ``lora_A``, adapter, ``weight``."""
     path = name.split(".")
     for stop in range(len(path) - 1, -1, -1):
         layer = layers.get(".".join(path[:stop]))
@@ -121,7 +121,7 @@ def _owner(name: str, layers: dict[str, Any]) -> tuple[str, Sequence[str]] | Non
 
 
 def file_name(name: str, layers: dict[str, Any]) -> str:
-    """A tensor's name in PEFT's files, which leave out the adapter's own name and nothing else.
+    """Return a tensor's name in PEFT's files, which leave out the adapter's own name and nothing else.
 
     Args:
         name: in the PEFT model, as ``base_model.model.0.lora_A.default.weight``.
@@ -135,7 +135,7 @@ def file_name(name: str, layers: dict[str, Any]) -> str:
 
 
 def default_name(name: str, layers: dict[str, Any]) -> str:
-    """A tensor's name where PEFT's own default name stands for the adapter's."""
+    """Return a tensor's name where PEFT's own default name stands for the adapter's."""
     owner = _owner(name, layers)
     if owner is None:
         return name

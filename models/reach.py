@@ -1,4 +1,4 @@
-"""Whether a network uses the weights it is given: every adapter tensor's gradient reaches the output, or is refused.
+"""Check that a network uses the weights it is given: every adapter tensor's gradient reaches the output, or is refused.
 
 A likelihood that does not depend on theta leaves the prior as it is, and a chain over it looks like any other. The
 gradient is taken at a random point, because at LoRA's own start (B = 0) that of A is zero. A tensor that is not part of
@@ -39,7 +39,7 @@ class ReachError(ValueError):
 
 
 class Probe(NamedTuple):
-    """A network as a function of adapter tensors, and where these tensors start.
+    """A network as a function of adapter tensors, and the point at which these tensors start.
 
     Attributes:
         network: for its buffers and random streams, which are put back.
@@ -154,7 +154,7 @@ def _zero_gradients(
 
 
 def _numbers(output: Any) -> Tensor:
-    """All floating-point numbers of an output, as one vector."""
+    """Collect all floating-point numbers of an output in one vector."""
     parts = [output] if isinstance(output, Tensor) else tree_leaves(output)
     kept = [x.flatten() for x in parts if isinstance(x, Tensor) and x.is_floating_point()]
     if not kept:
@@ -229,7 +229,7 @@ def _of_timm(base: Any, weight: Tensor) -> Iterator[Candidate]:
 
 
 def _of_layers(base: nn.Module, weight: Tensor) -> Iterator[Candidate]:
-    """By the first layers' own shapes: the widths of linear layers, the channels of convolutions, tokens."""
+    """Make inputs by the first layers' shapes: the widths of linear layers, the channels of convolutions, tokens."""
     parameters = list(inspect.signature(base.forward).parameters.values())
     conclusive = len(parameters) == 1 and parameters[0].kind is parameters[0].POSITIONAL_OR_KEYWORD
     shapes: dict[tuple[int, ...], None] = {}
@@ -251,7 +251,7 @@ def _of_layers(base: nn.Module, weight: Tensor) -> Iterator[Candidate]:
 
 
 def _leaves(base: nn.Module, count: int = 3) -> list[nn.Module]:
-    """The first modules that have weights of their own and a known width, an attention as a whole."""
+    """Find the first modules that have weights of their own and a known width, an attention as a whole."""
     leaves: list[nn.Module] = []
     for name, module in base.named_modules():
         known = isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, nn.RNNBase))

@@ -162,13 +162,13 @@ def meta_train(
     return EpisodicState(omega, steps)
 
 
-def twice_differentiable(wanted: bool = True) -> AbstractContextManager[None]:
-    """Make a context in which attention has a double backward; one with the usual kernels if that is not ``wanted``.
+def twice_differentiable(enabled: bool = True) -> AbstractContextManager[None]:
+    """Make a context in which attention has a double backward; one with the usual kernels if not ``enabled``.
 
     It rules over ``scaled_dot_product_attention``, which timm's models and those of transformers call by default. A
     model loaded with ``attn_implementation="flash_attention_2"`` is beyond it: load that with ``"eager"``.
     """
-    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if enabled else nullcontext()
     return context
 
 

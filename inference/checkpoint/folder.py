@@ -85,19 +85,19 @@ def check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], a
     """Refuse to go on with another run, naming the first difference."""
     for name in [*saved, *(name for name in now if name not in saved)]:
         was: Any = saved.get(name)
-        found: Any = now.get(name)
+        today: Any = now.get(name)
         where = f"{at}{name}"
-        if isinstance(was, dict) and isinstance(found, dict):
-            check_config(path, was, found, f"{where}.")
+        if isinstance(was, dict) and isinstance(today, dict):
+            check_config(path, was, today, f"{where}.")
         elif name == "start_log_likelihood":
-            if not np.isclose(was, found, rtol=1e-3, atol=1e-3, equal_nan=True):
+            if not np.isclose(was, today, rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise ValueError(
-                    f"{path}: the log likelihood at the chain's start is {found:.6g} and was {was:.6g}: the data or "
+                    f"{path}: the log likelihood at the chain's start is {today:.6g} and was {was:.6g}: the data or "
                     "the backbone have changed."
                 )
-        elif was != found:
+        elif was != today:
             raise ValueError(
-                f"{path}: the run was saved with {where} = {shortened(was)} and is now {shortened(found)}. "
+                f"{path}: the run was saved with {where} = {shortened(was)} and is now {shortened(today)}. "
                 "Go on with the same settings and tasks, or begin anew in another folder."
             )
 
@@ -109,10 +109,10 @@ def shortened(value: Any) -> str:
 
 
 def jsonable(value: Any) -> Any:
-    """Tuples as lists and keys as strings, as JSON gives them back."""
+    """Convert tuples to lists and keys to strings, as JSON gives them back."""
     if isinstance(value, Mapping):
-        return {str(key): jsonable(one) for key, one in value.items()}
-    return [jsonable(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): jsonable(item) for key, item in value.items()}
+    return [jsonable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def link_or_copy(old: Path, new: Path) -> None:

@@ -138,17 +138,17 @@ class Session:
         self._previous: Path | None = None
         self._signal: int | None = None
         self._shared = False
-        there = checkpoints_in(self.folder)
-        if there and not resume:
+        checkpoints = checkpoints_in(self.folder)
+        if checkpoints and not resume:
             raise ValueError(
-                f"{self.folder}: holds a run already, saved at {there[-1].name}. Go on with {self.resume_hint}, or "
+                f"{self.folder}: holds a run already, saved at {checkpoints[-1].name}. Go on with {self.resume_hint}, or "
                 "give another folder."
             )
         if resume:
-            self._find(there)
+            self._find(checkpoints)
 
-    def _find(self, there: list[Path]) -> None:
-        for path in reversed(there):
+    def _find(self, checkpoints: list[Path]) -> None:
+        for path in reversed(checkpoints):
             try:
                 state = read_verified(path)
             except DamagedError as error:
@@ -161,8 +161,10 @@ class Session:
             check_config(path / "state.json", saved, self.config)
             log.info("going on with %s", path)
             return
-        if there:
-            raise DamagedError(f"{self.folder}: none of its {len(there)} checkpoints is intact. The oldest: {damage}")
+        if checkpoints:
+            raise DamagedError(
+                f"{self.folder}: none of its {len(checkpoints)} checkpoints is intact. The oldest: {damage}"
+            )
         log.info("%s: no checkpoint yet; the run begins", self.folder)
 
     # -------------------------------------------------------------------------------------------- setting up
@@ -182,10 +184,10 @@ class Session:
             ValueError: the run is another than the one that was saved; names the difference.
         """
         self._shared = kernel.distributed
-        if self._shared and len(set(found := distributed.collected(self.transitions))) > 1:
+        if self._shared and len(set(transitions := distributed.collected(self.transitions))) > 1:
             raise ValueError(
-                f"{self.folder}: the processes of this run found it saved at transitions {found}. Give all of them one "
-                "folder that all of them see."
+                f"{self.folder}: the processes of this run found it saved at transitions {transitions}. Give all of "
+                "them one folder that all of them see."
             )
         if self._found is None:
             return

@@ -78,12 +78,12 @@ def _plain(value: Any) -> Any:
 
 
 def _dict_state(statistics: StatsOfDict) -> Any:
-    return [[_plain_key(key), statistics_state(one)] for key, one in statistics.stats.items()]
+    return [[_plain_key(key), statistics_state(entry)] for key, entry in statistics.stats.items()]
 
 
 def _load_dict(statistics: StatsOfDict, state: Any) -> None:
-    for key, one in state:
-        load_statistics(statistics.stats[tuple(key) if isinstance(key, list) else key], one)
+    for key, entry in state:
+        load_statistics(statistics.stats[tuple(key) if isinstance(key, list) else key], entry)
 
 
 def _plain_key(key: Any) -> Any:

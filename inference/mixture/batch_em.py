@@ -156,9 +156,9 @@ def fit(
     best: tuple[Moments, float] | None = None
     for _ in range(1 if start is not None or components == 1 else restarts):
         begin = start or kmeans_start(x, components, covariance, floor, generator)
-        found = _iterate(x, begin, covariance, floor, stopping)
-        if best is None or found[1] > best[1]:
-            best = found
+        fitted = _iterate(x, begin, covariance, floor, stopping)
+        if best is None or fitted[1] > best[1]:
+            best = fitted
     assert best is not None
     return best
 

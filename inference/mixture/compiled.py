@@ -111,8 +111,8 @@ class FusedSteps:
         def rest(part: Tensor) -> Tensor:
             return part[self.head :].unsqueeze(0)
 
-        found = self._both(quadratics, rows, rest, x, means, variances)
-        values: list[float] = torch.stack([part.double().sum(-1) for part in found]).sum(0).tolist()
+        sums = self._both(quadratics, rows, rest, x, means, variances)
+        values: list[float] = torch.stack([part.double().sum(-1) for part in sums]).sum(0).tolist()
         return values
 
     def move(
@@ -151,10 +151,12 @@ class FusedSteps:
 
         numbers = torch.tensor([share, w, floor, 2.0**-exponent], dtype=x.dtype).to(x.device).unbind()
         if average is None:
-            found = self._both(move, lanes, rest, x, mean, variance, numbers=numbers[1:])
+            evidence = self._both(move, lanes, rest, x, mean, variance, numbers=numbers[1:])
         else:
-            found = self._both(pool_and_move, lanes, rest, x, mean, variance, *average, numbers=numbers)
-        return float(torch.stack([part.double().sum() for part in found]).sum()) + self.dim * exponent * math.log(2.0)
+            evidence = self._both(pool_and_move, lanes, rest, x, mean, variance, *average, numbers=numbers)
+        return float(torch.stack([part.double().sum() for part in evidence]).sum()) + self.dim * exponent * math.log(
+            2.0
+        )
 
     def _both(
         self,
@@ -164,14 +166,14 @@ class FusedSteps:
         *vectors: Tensor | Sequence[Tensor],
         numbers: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        """The function over whole rows, compiled, and over what they leave."""
-        found = []
+        """Call the function over whole rows, compiled, and over the numbers that they leave."""
+        results = []
         with torch.no_grad():
-            for there, cut, call in (
+            for present, cut, call in (
                 (self.head > 0, head, _compiled(function)),
                 (self.head < self.dim, rest, function),
             ):
-                if there:
+                if present:
                     parts = [cut(v) if isinstance(v, Tensor) else [cut(row) for row in v] for v in vectors]
-                    found.append(call(*parts, *numbers))
-        return found
+                    results.append(call(*parts, *numbers))
+        return results

@@ -139,22 +139,25 @@ class MixtureStream:
         self.log_likelihood += evidence
 
     def _responsibilities(self, x: Tensor, tiles: tuple[Tensor, ...]) -> tuple[list[float], float]:
-        """The E-step: q_j, and log p(x)."""
+        r"""Do the E-step: :math:`q_j \propto \alpha_j\,\mathcal N(x; \mu_j, V_j)` and :math:`\log p(x)`."""
         joint = [-math.inf] * self.components
-        there = [j for j in range(self.components) if self.weight[j] > 0.0]
+        occupied = [j for j in range(self.components) if self.weight[j] > 0.0]
         constant = {
-            j: math.log(self.weight[j]) - 0.5 * (self._log_det[j] + self.dim * math.log(2.0 * math.pi)) for j in there
+            j: math.log(self.weight[j]) - 0.5 * (self._log_det[j] + self.dim * math.log(2.0 * math.pi))
+            for j in occupied
         }
         if self.fused is not None:
-            means, variances = ([parts[j].value for j in there] for parts in (self._mean, self._variance))
-            found = dict(zip(there, self.fused.quadratics(x, means, variances), strict=True))
-            joint = [constant[j] - 0.5 * found[j] if j in found else -math.inf for j in range(self.components)]
+            means, variances = ([parts[j].value for j in occupied] for parts in (self._mean, self._variance))
+            quadratics = dict(zip(occupied, self.fused.quadratics(x, means, variances), strict=True))
+            joint = [
+                constant[j] - 0.5 * quadratics[j] if j in quadratics else -math.inf for j in range(self.components)
+            ]
         else:
-            self._by_turns(tiles, there, constant, joint)
+            self._by_turns(tiles, occupied, constant, joint)
         top = max(joint)
         if not math.isfinite(top):
             # Equal draws leave variances at the floor, where float32 has no room for the distance of another draw.
-            joint = self._in_double(x, there, constant)
+            joint = self._in_double(x, occupied, constant)
             top = max(joint)
         if not math.isfinite(top):
             raise ValueError(f"draw {self.seen} is not finite; the mixture is left as it was.")
@@ -163,20 +166,20 @@ class MixtureStream:
         norm = math.fsum(shares)
         return [share / norm for share in shares], top + math.log(norm)
 
-    def _in_double(self, x: Tensor, there: list[int], constant: dict[int, float]) -> list[float]:
-        """The joint densities in float64: minus infinity where a draw is not finite."""
+    def _in_double(self, x: Tensor, occupied: list[int], constant: dict[int, float]) -> list[float]:
+        """Compute the joint densities in float64: minus infinity where a draw is not finite."""
         joint = [-math.inf] * self.components
-        for j in there:
+        for j in occupied:
             gap = x.double() - self._mean[j].value.double()
             value = float((gap.square_() / self._variance[j].value.double()).sum())
             joint[j] = constant[j] - 0.5 * value if math.isfinite(value) else -math.inf
         return joint
 
     def _by_turns(
-        self, tiles: tuple[Tensor, ...], there: list[int], constant: dict[int, float], joint: list[float]
+        self, tiles: tuple[Tensor, ...], occupied: list[int], constant: dict[int, float], joint: list[float]
     ) -> None:
         """Fill in the joint densities; the last draw's component first: by it the others can be given up early."""
-        for turn in ([j for j in there if j == self._last], [j for j in there if j != self._last]):
+        for turn in ([j for j in occupied if j == self._last], [j for j in occupied if j != self._last]):
             best = max(joint)
             limits = {j: 2.0 * (constant[j] - best + NEGLIGIBLE) for j in turn}
             for j, value in self._quadratics(tiles, limits).items():
