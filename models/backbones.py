@@ -291,7 +291,9 @@ def adapt_backbone(
     with warnings.catch_warnings():  # PEFT asks transformers by an older name whether it checkpoints
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         with private_stream(seed, twin):
-            adapted = get_peft_model(twin, copy.deepcopy(peft_config))
+            prepared = copy.deepcopy(peft_config)
+            prepared.inference_mode = False  # a configuration read from a folder would have nothing to train
+            adapted = get_peft_model(twin, prepared)
     share_hooks(backbone, memo)  # after PEFT's own, which belong to the copy alone
     adapter = RandomAdapter(adapted, **options)
     adapted.requires_grad_(False)

@@ -32,6 +32,8 @@ HUGE = 1e30
 MADE_UP = 32
 #: Largest difference, relative to the output, between a pass with gradients and one without; bfloat16's is below 0.02.
 AGREEMENT = 0.05
+#: Largest one between two passes alike; sums in another order are within it.
+SAME = 1e-3
 
 
 class ReachError(ValueError):
@@ -107,7 +109,7 @@ def _as_it_was(network: nn.Module) -> Iterator[None]:
     try:
         for parameter in asking:
             parameter.requires_grad_(False)
-        with private_stream(0, network), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -122,11 +124,14 @@ def _zero_gradients(
     probe: Probe, generator: torch.Generator, inputs: Sequence[Any], named: Mapping[str, Any], allow_none: bool
 ) -> set[str]:
     """Names of the tensors whose gradient is zero at a random point."""
-    point = [
-        (x + SPREAD * torch.randn(x.shape, generator=generator).to(x)).detach().requires_grad_() for x in probe.start
-    ]
+
+    def output_at(point: Sequence[Tensor], stream: int = 0) -> Tensor:
+        with private_stream(stream, probe.network):
+            return _numbers(probe.call(point, inputs, named))
+
+    point = _random_point(probe.start, generator)
     with torch.enable_grad():
-        output = _numbers(probe.call(point, inputs, named))
+        output = output_at(point)
         gradients = dict(zip(probe.names, _gradients(output, point), strict=True))
     unused = [name for name, gradient in gradients.items() if gradient is None]
     if len(unused) == len(point):
@@ -140,17 +145,38 @@ def _zero_gradients(
             f"{', ...' if len(unused) > 3 else ''}. Leave their modules out (target_modules=..., exclude_modules=...). "
             "Where only some rows reach them, as in a mixture of experts, pass adapt_backbone(allow_unreached=True)."
         )
+    zero = {name for name, gradient in gradients.items() if gradient is None or not bool((gradient != 0).any())}
     with torch.no_grad():
-        again = _numbers(probe.call(point, inputs, named))
-    shown = output.detach()
-    plain = shown.isfinite() & again.isfinite() & (shown.abs() < HUGE)
-    difference, size = ((shown - again) * plain).float().norm(), (shown * plain).float().norm()
-    if not bool(difference <= AGREEMENT * size):
-        raise ReachError(
-            f"without gradients the network gives another output than with them (off by {float(difference / size):.0%}"
-            "): a fused path reads other weights than the adapter's. Predictions would not be the trained network's."
-        )
-    return {name for name, gradient in gradients.items() if gradient is None or not bool((gradient != 0).any())}
+        plain = output_at(point)
+        if (off := _difference(output.detach(), plain)) > AGREEMENT:
+            raise ReachError(
+                f"without gradients the network gives another output than with them (off by {off:.0%}): a fused path "
+                "reads other weights than the adapter's. Predictions would not be the trained network's."
+            )
+        if (off := _difference(plain, output_at(point, stream=1))) > SAME:
+            raise ReachError(
+                f"the network's output is random in eval mode (off by {off:.1%} from one call to the next), and with "
+                "it the likelihood; the sampler brings its own, calibrated noise. Give F.dropout(..., training="
+                "self.training), or take the noise out."
+            )
+        if len(zero) < len(point) and torch.equal(plain, output_at(_random_point(probe.start, generator))):
+            raise ReachError(
+                "the network gives the same output at another theta: it keeps what it computed before for these rows."
+            )
+    return zero
+
+
+def _random_point(start: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    return [(x + SPREAD * torch.randn(x.shape, generator=generator).to(x)).detach().requires_grad_() for x in start]
+
+
+def _difference(x: Tensor, y: Tensor) -> float:
+    """Norm of the difference relative to the first one's, over what is finite in both."""
+    if x.shape != y.shape:
+        return float("inf")
+    kept = x.isfinite() & y.isfinite() & (x.abs() < HUGE)
+    x, y = torch.where(kept, x, 0.0).float(), torch.where(kept, y, 0.0).float()
+    return float((x - y).norm() / x.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _numbers(output: Any) -> Tensor:

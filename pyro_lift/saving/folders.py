@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.networks import plain_network
 from pyro_lift.models.peft_layers import default_name, peft_layers
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.saving.base_model import check_base, describe_base
@@ -427,6 +428,7 @@ def _adapter(
     """Put the adapter that was saved on the backbone, every tensor of it in its place."""
     from peft import PeftModel
 
+    backbone = plain_network(backbone)
     if isinstance(backbone, RandomAdapter):
         adapter = backbone
     elif isinstance(backbone, PeftModel):

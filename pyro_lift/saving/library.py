@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import MOVES_BASE, adapt_backbone
 from pyro_lift.models.lora_factors import lora_pairs
+from pyro_lift.models.networks import plain_network
 from pyro_lift.saving.peft_folder import (
     PEFT_CONFIG,
     adapter_config,
@@ -108,6 +109,7 @@ def _plain(value: Any) -> Any:
 def _attached(path: Path, config: dict[str, Any], backbone: nn.Module, options: Mapping[str, Any]) -> RandomAdapter:
     from peft import PeftModel
 
+    backbone = plain_network(backbone)
     if isinstance(backbone, (RandomAdapter, PeftModel)):
         adapter = backbone if isinstance(backbone, RandomAdapter) else adapt_backbone(backbone, **options)
         own = config_to_dict(adapter_config(adapter))

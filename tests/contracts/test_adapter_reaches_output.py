@@ -290,6 +290,18 @@ def no_grad(net: Any, x: Tensor) -> Tensor:
     return torch.as_tensor(net.b(states))
 
 
+def remembering() -> Callable[[Any, Tensor], Tensor]:
+    kept: dict[bool, Tensor] = {}
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        graph = torch.is_grad_enabled()
+        if graph not in kept:
+            kept[graph] = net.b(net.a(x))
+        return kept[graph]
+
+    return run
+
+
 def recomputing(reentrant: bool) -> Callable[[Any, Tensor], Tensor]:
     return lambda net, x: checkpoint(lambda y: net.b(torch.tanh(y)), net.a(x), use_reentrant=reentrant)
 
@@ -330,6 +342,17 @@ REFUSED: dict[str, tuple[Way, str]] = {
             lambda: Lora(r=2, target_modules=BOTH),
         ),
         "without gradients the network gives another output",
+    ),
+    "dropout that does not look at the mode": (
+        Way(
+            lambda: two(lambda net, x: net.b(nn.functional.dropout(net.a(x), 0.1))),
+            lambda: Lora(r=2, target_modules=BOTH),
+        ),
+        "random in eval mode",
+    ),
+    "an output kept from before": (
+        Way(lambda: two(remembering()), lambda: Lora(r=2, target_modules=BOTH)),
+        "same output at another theta",
     ),
     "an attention's out_proj": (
         Way(attention, lambda: Lora(r=2, target_modules=["out_proj", "head"])),
@@ -422,6 +445,13 @@ def test_an_output_that_rounds_the_adapter_away_is_refused_at_the_first_rows() -
     adapter = adapt_backbone(net, Lora(r=2, target_modules=BOTH))
     with pytest.raises(ValueError, match="zero in every adapter weight"):
         adapter(torch.randn(3, 4), theta=adapter.initial)
+
+
+def test_a_configuration_read_from_a_folder_is_trained_again(tmp_path: Path) -> None:
+    adapter = adapt_backbone(mlp(), Lora(r=2, target_modules=["0"]))
+    read = peft.PeftConfig.from_pretrained(str(write_peft(adapter, adapter.initial, tmp_path / "adapter")))
+    assert read.inference_mode and adapt_backbone(mlp(), read).dim == adapter.dim
+    assert read.inference_mode
 
 
 def test_the_probe_leaves_no_trace() -> None:
