@@ -71,7 +71,11 @@ def main() -> None:
     last = {task.group: task.name for task in found.train}
     found = hold_out(found, list(last.values()) if given.hold_out is None else given.hold_out)
     backbone = given.backbone or OWN
-    run(benchmark_of(found, backbone, "vision", settings, MEASURES, HeadPolicy(scale=1.0)), settings, given.out)
+    run(
+        benchmark_of(found, backbone, "vision", settings, MEASURES, HeadPolicy(scale=1.0, update="solve")),
+        settings,
+        given.out,
+    )
 
 
 if __name__ == "__main__":

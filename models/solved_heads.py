@@ -26,7 +26,7 @@ from pyro_lift.models.observation import batch_of, has_head, network_output
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.options import check_choice, check_number
 
-__all__ = ["SolvedHeads", "held_out_log_prob", "solved_heads", "unmoved_draws", "with_unmoved"]
+__all__ = ["UNMOVED", "SolvedHeads", "held_out_log_prob", "solved_heads", "unmoved_draws", "with_unmoved"]
 
 #: Heads of a pass: each sees three quarters of its rows.
 FOLDS = 4
@@ -155,6 +155,8 @@ def with_unmoved(start: Tensor, thetas: Tensor, share: float = UNMOVED) -> Tenso
     most tasks, and no worse than the start by much in any.
     """
     stay = unmoved_draws(len(thetas), share)
+    if stay == 0:
+        return thetas
     return torch.cat([start.to(thetas).expand(stay, -1), thetas[stay:]])
 
 

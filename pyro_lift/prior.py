@@ -29,7 +29,7 @@ from pyro_lift.models.flat import FlatBlock
 from pyro_lift.models.hierarchical import can_share_pass
 from pyro_lift.models.observation import has_head
 from pyro_lift.models.priors import broadened
-from pyro_lift.models.solved_heads import SolvedHeads, with_unmoved
+from pyro_lift.models.solved_heads import UNMOVED, SolvedHeads, with_unmoved
 from pyro_lift.models.task import Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.saving.folders import export_library, export_prior, load_prior, push, save_prior
@@ -44,6 +44,18 @@ class _Source(NamedTuple):
 
     seed: int | None
     number: int = 0
+
+
+def _unmoved(a: AdaptSettings, solved: SolvedHeads | None, heads: Tensor | None) -> float:
+    """Return the share of the draws that stay at the start; refuse one where the start has no head to predict with."""
+    if solved is not None:
+        return UNMOVED if a.unmoved is None else a.unmoved
+    if a.unmoved and heads is not None:
+        raise ValueError(
+            f"unmoved={a.unmoved:g}: a head that moves with the weights says nothing at the start. "
+            'Solve the heads (head="solve"), or leave unmoved out.'
+        )
+    return a.unmoved or 0.0
 
 
 def _given(value: float | None) -> float:
@@ -151,8 +163,8 @@ class LiFTPrior:
         title = f"adapt to {task.name}" if progress else None
         mcmc = self._run(program, start.theta, a, _Source(seed), title)
         thetas, heads = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
+        thetas = with_unmoved(start.theta, thetas, _unmoved(a, solved, heads))
         if solved is not None:
-            thetas = with_unmoved(start.theta, thetas, a.unmoved)
             heads = self._heads(solved, 0, thetas, seed)
         return TaskPosterior(self.adapter, task, thetas, heads, start.component, mcmc)
 
@@ -214,8 +226,8 @@ class LiFTPrior:
         posteriors = []
         for k, (task, start) in enumerate(zip(tasks, starts, strict=True)):
             theta, head = draws[:, k], None if heads is None else heads[:, k]
+            theta = with_unmoved(start.theta, theta, _unmoved(a, solved, head))
             if solved is not None:
-                theta = with_unmoved(start.theta, theta, a.unmoved)
                 head = self._heads(solved, k, theta, source.seed)
             posteriors.append(TaskPosterior(self.adapter, task, theta, head, start.component, mcmc))
         return posteriors

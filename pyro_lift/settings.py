@@ -25,9 +25,9 @@ class AdaptSettings:
     )
     batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
     draws: int = field(default=10, metadata={"help": "draws kept, evenly spaced over the last half of the steps"})
-    unmoved: float = field(
-        default=0.5,
-        metadata={"help": "share of the draws that stay where the chain begins, only their head solved (solved heads)"},
+    unmoved: float | None = field(
+        default=None,
+        metadata={"help": "share of the draws that stay at the start; none: half where heads are solved, else 0"},
     )
 
     def __post_init__(self) -> None:
@@ -36,9 +36,10 @@ class AdaptSettings:
             check_number("n_inflate", self.n_inflate)
         if self.temperature is not None:
             check_number("temperature", self.temperature, open_below=False)
-        check_number("unmoved", self.unmoved, open_below=False)
-        if self.unmoved >= 1.0:
-            raise ValueError(f"unmoved={self.unmoved:g}: some draws have to move; give a share below 1.")
+        if self.unmoved is not None:
+            check_number("unmoved", self.unmoved, open_below=False)
+            if self.unmoved >= 1.0:
+                raise ValueError(f"unmoved={self.unmoved:g}: some draws have to move; give a share below 1.")
         if self.steps < 2 * self.draws:
             raise ValueError(f"steps={self.steps}: {self.draws} draws from the last half need {2 * self.draws} steps.")
 
@@ -86,7 +87,7 @@ class LiFTSettings:
     )
     noise_scale: float = field(default=1.0, metadata={"help": "sd of the noise in regression"})
     head: Literal["solve", "laplace", "langevin"] = field(
-        default="langevin",
+        default="solve",
         metadata={
             "help": "a task's own head: solved on its rows, in adaptation drawn around that, or moved step by step"
         },

@@ -211,3 +211,16 @@ def test_adaptation_inherits_power_and_temperature_of_meta_training() -> None:
     assert kernel.n_inflate == 7.0 and kernel.temperature == 0.5
     told = prior.adapt(tasks[0], n_inflate=2.0, temperature=0.0).mcmc.kernel
     assert told.n_inflate == 2.0 and told.temperature == 0.0
+
+
+def test_a_share_of_the_draws_stays_with_a_shared_head_where_it_is_asked_for() -> None:
+    adapter, tasks = tiny_adapter(), tiny_tasks(3)
+    adapt = AdaptSettings(steps=8, draws=4)
+    prior = LiFT(adapter, adapt=adapt, seed=0, sgd_steps=3, burn_in=2, samples=4).meta_train(tasks, progress=False)
+    start = prior.mixture.get().component_distribution.mean[0]
+    for share, stays in ((None, 0), (0.5, 2)):
+        thetas = prior.adapt(tasks[0], unmoved=share).thetas
+        assert [torch.equal(theta, start) for theta in thetas] == [True] * stays + [False] * (4 - stays)
+    stepped = LiFT(adapter, adapt=adapt, seed=0, head_scale=1.0, head="langevin", sgd_steps=3, burn_in=2, samples=4)
+    with pytest.raises(ValueError, match=r"unmoved=0\.5"):
+        stepped.meta_train(tasks, progress=False).adapt(tasks[0], unmoved=0.5)
