@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_lift.inference.admission import refuse_discrete, site_transforms
 from pyro_lift.inference.program import Program
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.support.options import check_number
 from pyro_lift.support.random_streams import own_global_stream, stream_seed
 
@@ -125,6 +126,7 @@ class Kernel(MCMCKernel):
         """Name of the plate inside which sites are local; None where all are sampled alike."""
         return None
 
+    @at_top_level()
     def read_transforms(self, *args: Any, **kwargs: Any) -> None:
         """Learn the maps to unconstrained space without set-up, for chains that run in other processes."""
         program = Program(self.model, self.plate, args, kwargs, self.init_strategy)

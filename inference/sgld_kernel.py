@@ -30,6 +30,7 @@ from pyro_lift.inference.stability import (
     default_step,
     measured_curvature,
 )
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.support.options import named_options
 
 __all__ = ["SGLD"]
@@ -110,6 +111,7 @@ class SGLD(Kernel):
         self._coupled: frozenset[str] = frozenset()
         self._program: Program | None = None
 
+    @at_top_level()
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Read the program, check it and the step size, and put the chain at its start."""
         self._begin(warmup_steps)
@@ -158,6 +160,7 @@ class SGLD(Kernel):
     def initial_params(self, params: dict[str, Tensor]) -> None:
         self._preset = dict(params)
 
+    @at_top_level()
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """One transition in the warm-up, ``thinning`` of them after it."""
         if params is not self.state.position:

@@ -244,6 +244,8 @@ def check_peft(config: peft.PeftConfig) -> None:
             raise ValueError(f"{name}={getattr(config, name)} is not supported: {why}.")
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def adapt_backbone(
     backbone: nn.Module, peft_config: peft.PeftConfig | None = None, *, seed: int | None = None, **options: Any
 ) -> RandomAdapter:
@@ -265,6 +267,9 @@ def adapt_backbone(
     """
     from peft import PeftModel, get_peft_model
 
+    for name, parameter in backbone.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(f"{name!r} was made under torch.inference_mode() and knows no gradients; make it outside.")
     if isinstance(backbone, RandomAdapter):
         raise TypeError("the backbone is a RandomAdapter already; use it as it is.")
     backbone = plain_network(backbone)

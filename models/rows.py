@@ -121,6 +121,9 @@ def _tensor(value: Any, where: str, label: str) -> Tensor:
             reason = _reason(value, error)
             raise TypeError(f"{where}: {label} cannot be made a tensor of numbers ({reason}).") from error
         x = x.to(torch.get_default_dtype()) if x.dtype == torch.float64 else x
+    if x.is_inference():  # made under inference_mode, and of no use where there are gradients
+        with torch.inference_mode(False):
+            x = x.clone()
     return x.long() if x.dtype in _UNSIGNED else x
 
 

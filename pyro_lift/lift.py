@@ -22,6 +22,7 @@ from pyro_lift.inference.mcmc import StreamingMCMC
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.progress import chain_bar
 from pyro_lift.inference.projections import ProjectedTrace
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.hierarchical import AdapterHierarchy
@@ -67,6 +68,7 @@ class LiFT:
         torch.Size([2, 3])
     """
 
+    @at_top_level()
     def __init__(
         self,
         backbone: nn.Module,
@@ -151,6 +153,7 @@ class LiFT:
             folder, every=checkpoint_every, resume=resume is not None, config=config, upgrade=_upgraded, **options
         )
 
+    @at_top_level()
     def meta_train_many(
         self,
         tasks: Sequence[Task],

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_lift.inference.adaptation.predict import predict, rows_of
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.saving.folders import export_posterior, load_posterior, push, save_posterior
@@ -63,6 +64,7 @@ class TaskPosterior:
         return save_posterior(self, Path(folder))
 
     @classmethod
+    @at_top_level()
     def from_pretrained(
         cls,
         source: str | Path,

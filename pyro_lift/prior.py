@@ -24,6 +24,7 @@ from pyro_lift.inference.mcmc import MCMC
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.progress import chain_bar
 from pyro_lift.inference.sgld_kernel import SGLD
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.flat import FlatBlock
 from pyro_lift.models.hierarchical import can_share_pass
@@ -131,6 +132,7 @@ class LiFTPrior:
             self.adapter, mixture, self.settings, self.adapt_settings, moments, seed=self.seed, tasks=self.tasks
         )
 
+    @at_top_level()
     def adapt(self, task: Task, *, seed: int | None = None, progress: bool = False, **options: Any) -> TaskPosterior:
         """Draw from the posterior of a new task's weights (Eq. 15-18).
 
@@ -168,6 +170,7 @@ class LiFTPrior:
             heads = self._heads(solved, 0, thetas, seed)
         return TaskPosterior(self.adapter, task, thetas, heads, start.component, mcmc)
 
+    @at_top_level()
     def adapt_many(
         self,
         tasks: Sequence[Task],
@@ -298,6 +301,7 @@ class LiFTPrior:
         return save_prior(self, Path(folder))
 
     @classmethod
+    @at_top_level()
     def from_pretrained(
         cls, source: str | Path, backbone: nn.Module, *, check_base: bool = True, **options: Any
     ) -> LiFTPrior:
@@ -318,6 +322,7 @@ class LiFTPrior:
         return cls(**load_prior(source, backbone, check=check_base, **options)._asdict())
 
     @classmethod
+    @at_top_level()
     def from_adapters(cls, folders: Sequence[str | Path], backbone: nn.Module, **options: Any) -> LiFTPrior:
         """A prior from LoRAs that exist already, every one a PEFT folder; no training.
 

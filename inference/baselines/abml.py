@@ -42,6 +42,7 @@ from pyro_lift.inference.baselines.episodic import (
 from pyro_lift.inference.baselines.finetune import finetune, noise_generator
 from pyro_lift.inference.baselines.peak_memory import BACKWARD_GRAPH, PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number
@@ -146,6 +147,7 @@ class ABML(EpisodicMethod):
         """Begin from ``[2 D]``, the jointly trained weights and the log of ``prior_scale``."""
         return torch.cat([phi, torch.full_like(phi, math.log(self.prior_scale))])
 
+    @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> EpisodicState:
         """Train jointly, then take outer steps; the state's ``phi`` is ``[2 D]``, mean and log standard deviation."""
         rows = sum(len(task.train) for task in tasks)
@@ -204,6 +206,7 @@ class ABML(EpisodicMethod):
         of_log_sd = -2.0 * (self.gamma_shape - 1.0) + 2.0 * rate * (-2.0 * log_sd).exp()
         return torch.cat([centre - mean, of_log_sd])
 
+    @at_top_level()
     def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Run variational inference under the learned prior; draw once from each of the late posteriors."""
         form = GaussianWeights(state.phi)

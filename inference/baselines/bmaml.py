@@ -33,6 +33,7 @@ from pyro_lift.inference.baselines.episodic import EpisodicMethod, EpisodicState
 from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.peak_memory import BACKWARD_GRAPH, PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number
@@ -133,6 +134,7 @@ class BMAML(EpisodicMethod):
         """Make the s further SVGD steps, held fixed in gradients, for a task of so many rows."""
         return replace(self.follower(rows), steps=self.lead_steps, create_graph=False)
 
+    @at_top_level()
     def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Run Stein variational gradient descent from the meta-particles, Adam in place of plain steps."""
         budget = replace(self.budget, draws=max(self.budget.draws // self.particles, 1))

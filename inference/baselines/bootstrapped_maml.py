@@ -29,6 +29,7 @@ from pyro_lift.inference.baselines.episodic import EpisodicMethod, EpisodicState
 from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.peak_memory import BACKWARD_GRAPH, PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED, LossKind
 from pyro_lift.models.observation import outputs
@@ -112,6 +113,7 @@ class BootstrappedMAML(EpisodicMethod):
         output = outputs(self.adapter, rows, adapted.theta, adapted.head)
         return predictive_divergence(task.kind, reference, output, rows.target, self.budget.noise_scale).mean()
 
+    @at_top_level()
     def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the learned start."""
         return finetune(self.adapter, task, state.phi, self.budget, seed=seed)

@@ -28,6 +28,7 @@ from pyro_lift.inference.baselines.finetune import loss_of, noise_generator
 from pyro_lift.inference.baselines.peak_memory import PeakMemory, check_memory
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.union_train import warm_up
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task
 
@@ -109,6 +110,7 @@ class EpisodicMethod:
         """Begin from the jointly trained weights themselves."""
         return phi
 
+    @at_top_level()
     def meta_train(
         self: Episodic, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None
     ) -> EpisodicState:

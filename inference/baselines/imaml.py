@@ -40,6 +40,7 @@ from pyro_lift.inference.baselines.episodic import (
 from pyro_lift.inference.baselines.finetune import finetune, loss_of
 from pyro_lift.inference.baselines.peak_memory import BACKWARD_GRAPH, PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.options import check_literal, check_number
@@ -138,6 +139,7 @@ class ImplicitMAML(EpisodicMethod):
         )
         return inner.run(episode, heads.weights(episode.number, phi), generator)
 
+    @at_top_level()
     def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the learned centre, and towards it."""
         prior = proximal(state.phi, self.regularisation, len(task.train)) if self.proximal_adaptation else None

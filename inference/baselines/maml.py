@@ -29,6 +29,7 @@ from pyro_lift.inference.baselines.episodic import (
 from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.peak_memory import BACKWARD_GRAPH, PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number
@@ -109,6 +110,7 @@ class MAML(EpisodicMethod):
     def _inner_loop(self, create_graph: bool) -> InnerLoop:
         return InnerLoop(self.adapter, self.budget, self.inner_steps, self.inner_learning_rate, create_graph)
 
+    @at_top_level()
     def adapt(self, state: EpisodicState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the learned start, by the budget that all methods have."""
         return finetune(self.adapter, task, state.phi, self.budget, seed=seed)

@@ -30,6 +30,7 @@ from pyro_lift.inference.baselines.imaml import ImplicitMAML
 from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.peak_memory import PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number
@@ -110,6 +111,7 @@ class MAMLMix:
         """Scatter the starts ``[K, D]`` around the jointly trained weights."""
         return scattered(phi, self.components, self.jitter, self.budget.seed)
 
+    @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> MAMLMixState:
         """Train jointly, then take outer steps on all starts; early ones explore."""
         taken = [0] * self.components
@@ -160,6 +162,7 @@ class MAMLMix:
             g[k] = weights[k] * self.method.gradient(starts[k], episode, heads, generator)
         return g
 
+    @at_top_level()
     def adapt(self, state: MAMLMixState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Adapt, as the base does, from the start that suits the task best."""
         best = self.choose(state.phi, task)

@@ -25,6 +25,7 @@ from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.library import TrainedLibrary, train_library
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.union_train import union_train
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number, renamed_keywords
@@ -76,6 +77,7 @@ class MBC:
         for name in ("components", "dimensions"):
             check_number(name, getattr(self, name), least=1, open_below=False, whole=True)
 
+    @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> MBCState:
         """Train the library, cluster it, and train one LoRA a cluster."""
         library = self.library or train_library(self.adapter, tasks, self.budget, on_step=on_step)
@@ -104,6 +106,7 @@ class MBC:
             on_step=on_step,
         )
 
+    @at_top_level()
     def adapt(self, state: MBCState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the mean of the clusters' LoRAs."""
         return finetune(self.adapter, task, state.phi, self.budget, seed=seed)

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.baselines.finetune import finetune, finetune_each
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 
@@ -31,15 +32,18 @@ class NoMetaTrain:
     adapter: RandomAdapter
     budget: Budget = field(default_factory=Budget)
 
+    @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> NoMetaTrainState:
         """Learn nothing."""
         del tasks, on_step
         return NoMetaTrainState(self.adapter.initial.clone())
 
+    @at_top_level()
     def adapt(self, state: NoMetaTrainState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the adapter's own start."""
         return finetune(self.adapter, task, state.theta, self.budget, seed=seed)
 
+    @at_top_level()
     def adapt_many(self, state: NoMetaTrainState, tasks: Sequence[Task]) -> list[Ensemble]:
         """Fine-tune several tasks in one pass, each from the adapter's own start."""
         return finetune_each(self.adapter, tasks, state.theta, self.budget)

@@ -30,6 +30,7 @@ from pyro_lift.inference.baselines.episodes import Episode, Heads
 from pyro_lift.inference.baselines.episodic import Episodic, EpisodicMethod, EpisodicState, meta_train
 from pyro_lift.inference.baselines.peak_memory import PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import all_features, features
 from pyro_lift.models.task import Rows, Task
@@ -74,6 +75,7 @@ class PrototypicalMethod(EpisodicMethod):
         """Minibatches drawn in one task of an outer step: support and query."""
         return 2
 
+    @at_top_level()
     def meta_train(
         self: Prototypical, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None
     ) -> EpisodicState:
@@ -93,6 +95,7 @@ class PrototypicalMethod(EpisodicMethod):
         loss = prototypical_loss(self, theta, episode.task, support, query, generator)
         return torch.autograd.grad(loss, theta)[0]
 
+    @at_top_level()
     def adapt(self: Prototypical, state: EpisodicState, task: Task, *, seed: int | None = None) -> PrototypePosterior:
         """Fine-tune the features by the prototypical loss of the task."""
         return adapt_prototypes(self, state.phi, task, seed)

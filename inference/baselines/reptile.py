@@ -23,6 +23,7 @@ from pyro_lift.inference.baselines.episodes import Heads, check_tasks
 from pyro_lift.inference.baselines.finetune import finetune, loss_of
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.union_train import warm_up
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_literal, check_number
@@ -70,6 +71,7 @@ class Reptile:
         check_number("outer_rate", self.outer_rate)
         check_literal("inner", self.inner, InnerRule)
 
+    @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> ReptileState:
         """Joint training, then Reptile's outer steps."""
         tasks = check_tasks(tasks, self.adapter.initial.device)
@@ -105,6 +107,7 @@ class Reptile:
     def _rule(self, rate: float) -> UpdateRule:
         return sgd(rate) if self.inner == "sgd" else adam(rate, momentum=0.0)
 
+    @at_top_level()
     def adapt(self, state: ReptileState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the learned start."""
         return finetune(self.adapter, task, state.phi, self.budget, seed=seed)

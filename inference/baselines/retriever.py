@@ -25,6 +25,7 @@ from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.library import TrainedLibrary, nearest, task_key, train_library
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.lora_factors import fusion, mixture
 from pyro_lift.models.task import Task
@@ -63,6 +64,7 @@ class LoRARetriever:
         if self.components is not None:
             check_number("components", self.components, least=1, open_below=False, whole=True)
 
+    @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> TrainedLibrary:
         """Train the library, one LoRA a task."""
         return self.library or train_library(self.adapter, tasks, self.budget, on_step=on_step)
@@ -75,6 +77,7 @@ class LoRARetriever:
             return fusion(state.thetas[chosen], weights)
         return mixture(self.adapter, state.thetas[chosen], weights)
 
+    @at_top_level()
     def adapt(self, state: TrainedLibrary, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the composition."""
         return finetune(self.adapter, task, self.compose(state, task), self.budget, seed=seed)

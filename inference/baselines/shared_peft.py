@@ -30,6 +30,7 @@ from pyro_lift.inference.baselines.finetune import finetune, noise_generator
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.union_train import warm_up
 from pyro_lift.inference.sgld import DivergedError
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.priors import LocalGaussian
 from pyro_lift.models.task import Task
@@ -75,6 +76,7 @@ class SharedPEFT:
         check_number("n_inflate", self.n_inflate)
         check_number("temperature", self.temperature, open_below=False)
 
+    @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> SharedPEFTState:
         """Joint training, then SGLD on the union of the tasks."""
         b = self.budget
@@ -108,6 +110,7 @@ class SharedPEFT:
         variance = (squares / n - mean.square()).clamp_min(1e-12)
         return SharedPEFTState(mean.to(theta), variance.to(theta), n, b.warm_up + b.visits)
 
+    @at_top_level()
     def adapt(self, state: SharedPEFTState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Run SGLD on the new task from the posterior's mean."""
         b = self.budget

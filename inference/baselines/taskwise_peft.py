@@ -21,6 +21,7 @@ from pyro_lift.inference.adaptation.update_rules import langevin
 from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.no_meta_train import NoMetaTrainState
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number
@@ -54,11 +55,13 @@ class TaskwisePEFT:
         check_number("n_inflate", self.n_inflate)
         check_number("temperature", self.temperature, open_below=False)
 
+    @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> NoMetaTrainState:
         """Learn nothing."""
         del tasks, on_step
         return NoMetaTrainState(self.adapter.initial.clone())
 
+    @at_top_level()
     def adapt(self, state: NoMetaTrainState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Run SGLD on the new task under the prior."""
         b = self.budget

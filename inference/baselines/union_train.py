@@ -20,6 +20,7 @@ from pyro_lift.inference.baselines.episodes import Heads, check_tasks
 from pyro_lift.inference.baselines.finetune import finetune, finetune_each, rows_of_pass
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.sgld import DivergedError
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number
@@ -44,6 +45,7 @@ class UnionTrain:
     adapter: RandomAdapter
     budget: Budget = field(default_factory=Budget)
 
+    @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> UnionTrainState:
         """Train one vector on all tasks."""
         steps = self.budget.warm_up + self.budget.visits
@@ -51,10 +53,12 @@ class UnionTrain:
         budget = replace(self.budget, warm_up=steps, warm_up_learning_rate=rate, warm_start=None)
         return UnionTrainState(warm_up(self.adapter, tasks, budget, on_step=on_step), steps)
 
+    @at_top_level()
     def adapt(self, state: UnionTrainState, task: Task, *, seed: int | None = None) -> Ensemble:
         """Fine-tune from the joint weights."""
         return finetune(self.adapter, task, state.theta, self.budget, seed=seed)
 
+    @at_top_level()
     def adapt_many(self, state: UnionTrainState, tasks: Sequence[Task]) -> list[Ensemble]:
         """Fine-tune several tasks in one pass, each from the joint weights."""
         return finetune_each(self.adapter, tasks, state.theta, self.budget)

@@ -32,6 +32,7 @@ from pyro_lift.inference.program import LocalSite, Program
 from pyro_lift.inference.schedules import Schedule, as_schedule
 from pyro_lift.inference.sgld import Integrator
 from pyro_lift.inference.stores.store import ReadsAhead, ThetaStore
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.support import distributed
 from pyro_lift.support.options import check_choice, check_number, named_options, renamed_keywords
 
@@ -223,6 +224,7 @@ class SGLDGibbs(Kernel):
 
     # -------------------------------------------------------------------------------------------- set-up
 
+    @at_top_level()
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Read the program, check it and the step sizes, and put the chain at its start."""
         request = self._request
@@ -271,6 +273,7 @@ class SGLDGibbs(Kernel):
             return "sgd"
         return "burn-in" if self.state.step < self._warmup_steps else "sample"
 
+    @at_top_level()
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """One visit in the warm-up, ``thinning`` of them after it; returns phi."""
         self.state = self.state._replace(phi=dict(params))

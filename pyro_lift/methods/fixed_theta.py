@@ -24,6 +24,7 @@ from pyro_lift.inference.baselines.library import TrainedLibrary, train_library
 from pyro_lift.inference.baselines.protocol import Budget, Posterior
 from pyro_lift.inference.fixed_theta import FixedThetaPosterior, Scale, exact_draws, phi_chain, random_order
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.methods.lift import LiFTMethod, LiFTState
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
@@ -75,6 +76,7 @@ class FixedTheta:
         """LiFT with the same settings."""
         return LiFTMethod(self.adapter, self.budget, self.settings)
 
+    @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LiFTState:
         """Train the library, then run the chain over phi and summarise its draws."""
         library = self.library or train_library(self.adapter, tasks, self.budget, on_step=on_step)
@@ -88,6 +90,7 @@ class FixedTheta:
         prior = LiFTPrior(self.adapter, mixture, s, self.lift.adapt_settings(), seed=self.budget.seed)
         return LiFTState(prior, library.meta_steps)
 
+    @at_top_level()
     def adapt(self, state: LiFTState, task: Task, *, seed: int | None = None) -> Posterior:
         """Run the new task's chain under the mixture, as LiFT does."""
         return self.lift.adapt(state, task, seed=seed)

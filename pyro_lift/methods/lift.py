@@ -14,6 +14,7 @@ from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.adaptation.update_rules import langevin
 from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.protocol import Budget, Posterior
+from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.lift import LiFT
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
@@ -57,6 +58,7 @@ class LiFTMethod:
     def __post_init__(self) -> None:
         check_literal("ablation", self.ablation, Ablation)
 
+    @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LiFTState:
         """Run the chain; ``on_step`` is called after each transition."""
         lift = LiFT(self.adapter, settings=self.chain_settings(), adapt=self.adapt_settings(), seed=self.budget.seed)
@@ -91,6 +93,7 @@ class LiFTMethod:
             draws=self.budget.draws,
         )
 
+    @at_top_level()
     def adapt(self, state: LiFTState, task: Task, *, seed: int | None = None) -> Posterior:
         """Run the new task's chain under the mixture, or under none."""
         if self.ablation != "reg":
@@ -99,6 +102,7 @@ class LiFTMethod:
             return state.prior.adapt(task, seed=self.budget.seed if seed is None else seed, **settings)
         return self._without_mixture(state.prior, task, seed)
 
+    @at_top_level()
     def adapt_many(self, state: LiFTState, tasks: Sequence[Task]) -> list[Posterior]:
         """Run the chains of several new tasks in one pass."""
         if self.ablation == "reg":
