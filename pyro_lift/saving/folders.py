@@ -163,7 +163,8 @@ def load_prior(
     path = folder / CONFIG
     config = read_json(path)
     check_format(path, config, "pyro_lift.prior", PRIOR_FORMAT, _PRIOR_KEYS)
-    settings = from_dict(LiFTSettings, config["settings"], f"{path}: settings")
+    # A prior that was saved before heads were solved adapts as it did.
+    settings = from_dict(LiFTSettings, {"head": "langevin", **config["settings"]}, f"{path}: settings")
     adapt_settings = from_dict(AdaptSettings, config["adapt"], f"{path}: adapt")
     mixture = _mixture(path, config["mixture"])
     adapter = _adapter(path, config, backbone, check, options or {})
