@@ -141,8 +141,8 @@ class Session:
         checkpoints = checkpoints_in(self.folder)
         if checkpoints and not resume:
             raise ValueError(
-                f"{self.folder}: holds a run already, saved at {checkpoints[-1].name}. Go on with {self.resume_hint}, or "
-                "give another folder."
+                f"{self.folder}: holds a run already, saved at {checkpoints[-1].name}. Go on with {self.resume_hint}, "
+                "or give another folder."
             )
         if resume:
             self._find(checkpoints)
