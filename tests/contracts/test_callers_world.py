@@ -13,7 +13,7 @@ import peft
 import pyro
 import pyro.distributions as dist
 import pytest
-import sklearn  # noqa: F401  (sets variables of the environment when it is first imported)
+import sklearn.linear_model  # noqa: F401  (its first import sets variables and draws from `random`)
 import torch
 from pyro import poutine
 from torch import Tensor, nn
