@@ -29,7 +29,7 @@ from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.task import Task
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
 from pyro_lift.prior import LiFTPrior
-from pyro_lift.settings import AdaptSettings, LiFTSettings
+from pyro_lift.settings import AdaptSettings, LiFTSettings, complete_settings
 from pyro_lift.support import distributed
 from pyro_lift.support.options import check_choice, check_number, current_names
 
@@ -262,8 +262,9 @@ def _adapter(backbone: nn.Module, peft_config: peft.PeftConfig | None, seed: int
 
 
 def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
-    """A saved run's configuration with the settings' names of today."""
-    return {**config, "settings": current_names(LiFTSettings, config.get("settings", {}), warn=False)}
+    """A saved run's configuration with the settings' names of today, and those that are new."""
+    settings = current_names(LiFTSettings, config.get("settings", {}), warn=False)
+    return {**config, "settings": complete_settings(settings)}
 
 
 class _ChainSummary(StreamingStats):

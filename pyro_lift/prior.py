@@ -47,18 +47,6 @@ class _Source(NamedTuple):
     number: int = 0
 
 
-def _unmoved(a: AdaptSettings, solved: SolvedHeads | None, heads: Tensor | None) -> float:
-    """Return the share of the draws that stay at the start; refuse one where the start has no head to predict with."""
-    if solved is not None:
-        return UNMOVED if a.unmoved is None else a.unmoved
-    if a.unmoved and heads is not None:
-        raise ValueError(
-            f"unmoved={a.unmoved:g}: a head that moves with the weights says nothing at the start. "
-            'Solve the heads (head="solve"), or leave unmoved out.'
-        )
-    return a.unmoved or 0.0
-
-
 def _given(value: float | None) -> float:
     """Return a setting that has been inherited where it was not given."""
     assert value is not None
@@ -151,6 +139,7 @@ class LiFTPrior:
         s, task = self.settings, task.to(self.adapter.initial.device)
         mixture = self.mixture.get()
         solved, starts = self._solved([task], mixture)
+        unmoved = self._unmoved(a, [task], solved)
         program = meta_test_program(
             self.adapter,
             task,
@@ -165,7 +154,7 @@ class LiFTPrior:
         title = f"adapt to {task.name}" if progress else None
         mcmc = self._run(program, start.theta, a, _Source(seed), title)
         thetas, heads = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
-        thetas = with_unmoved(start.theta, thetas, _unmoved(a, solved, heads))
+        thetas = with_unmoved(start.theta, thetas, unmoved)
         if solved is not None:
             heads = self._heads(solved, 0, thetas, seed)
         return TaskPosterior(self.adapter, task, thetas, heads, start.component, mcmc)
@@ -211,6 +200,7 @@ class LiFTPrior:
         s, mixture = self.settings, self.mixture.get()
         tasks = [task.to(self.adapter.initial.device) for task in tasks]
         solved, starts = self._solved(tasks, mixture)
+        unmoved = self._unmoved(a, tasks, solved)
         program = FlatBlock(
             self.adapter,
             tasks,
@@ -229,7 +219,7 @@ class LiFTPrior:
         posteriors = []
         for k, (task, start) in enumerate(zip(tasks, starts, strict=True)):
             theta, head = draws[:, k], None if heads is None else heads[:, k]
-            theta = with_unmoved(start.theta, theta, _unmoved(a, solved, head))
+            theta = with_unmoved(start.theta, theta, unmoved)
             if solved is not None:
                 head = self._heads(solved, k, theta, source.seed)
             posteriors.append(TaskPosterior(self.adapter, task, theta, head, start.component, mcmc))
@@ -240,6 +230,17 @@ class LiFTPrior:
         if self.settings.head == "langevin" or not all(has_head(task, self.settings.head_scale) for task in tasks):
             return None, []
         return heads_at_best_start(self.adapter, tasks, mixture)
+
+    def _unmoved(self, a: AdaptSettings, tasks: Sequence[Task], solved: SolvedHeads | None) -> float:
+        """Return the share of the draws that stay at the start; refuse one where no head goes with the start."""
+        if solved is not None:
+            return UNMOVED if a.unmoved is None else a.unmoved
+        if a.unmoved and any(has_head(task, self.settings.head_scale) for task in tasks):
+            raise ValueError(
+                f"unmoved={a.unmoved:g}: a head that moves with the weights says nothing at the start. "
+                'Solve the heads (head="solve"), or leave unmoved out.'
+            )
+        return a.unmoved or 0.0
 
     def _heads(self, solved: SolvedHeads, task: int, thetas: Tensor, seed: int | None) -> Tensor:
         """Solve a task's head at each draw ``[S, D]``, or draw it there: ``[S, C, E + 1]``."""

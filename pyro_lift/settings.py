@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pyro_lift.support.options import check_choice, check_number, renamed_keywords
 
-__all__ = ["AdaptSettings", "LiFTSettings"]
+__all__ = ["AdaptSettings", "LiFTSettings", "complete_settings"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,14 @@ class LiFTSettings:
         check_choice("head", self.head, ["solve", "laplace", "langevin"])
         if self.head_scale is not None:
             check_number("head_scale", self.head_scale)
+
+
+def complete_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to settings that were saved the fields that did not exist then, with the values that mean what was done.
+
+    Heads of tasks' own took steps before they could be solved; without such heads it makes no difference.
+    """
+    return {"head": "solve" if saved.get("head_scale") is None else "langevin", **saved}
 
 
 def _check_numbers(settings: Any, *, positive: Sequence[str], counts: Sequence[str]) -> None:

@@ -77,7 +77,7 @@ class LiFTMethod:
             learning_rate=b.meta_learning_rate,
             batch_size=b.batch_size,
             head_scale=b.heads.scale,
-            head=self.settings.head if b.heads.update == "step" else "solve",
+            head="langevin" if b.heads.update == "step" else self.settings.head,
             head_lr_scale=b.heads.lr_scale,
             noise_scale=b.noise_scale,
         )

@@ -25,7 +25,7 @@ from pyro_lift.saving.base_model import check_base, describe_base
 from pyro_lift.saving.model_card import posterior_card, prior_card
 from pyro_lift.saving.parts import PosteriorParts, PriorParts, Savable, SavablePosterior, SavablePrior
 from pyro_lift.saving.peft_folder import PEFT_CONFIG, adapter_config, config_from_dict, config_to_dict, write_peft
-from pyro_lift.settings import AdaptSettings, LiFTSettings
+from pyro_lift.settings import AdaptSettings, LiFTSettings, complete_settings
 from pyro_lift.support.archive import (
     DamagedError,
     check_format,
@@ -163,8 +163,7 @@ def load_prior(
     path = folder / CONFIG
     config = read_json(path)
     check_format(path, config, "pyro_lift.prior", PRIOR_FORMAT, _PRIOR_KEYS)
-    # A prior that was saved before heads were solved adapts as it did.
-    settings = from_dict(LiFTSettings, {"head": "langevin", **config["settings"]}, f"{path}: settings")
+    settings = from_dict(LiFTSettings, complete_settings(config["settings"]), f"{path}: settings")
     adapt_settings = from_dict(AdaptSettings, config["adapt"], f"{path}: adapt")
     mixture = _mixture(path, config["mixture"])
     adapter = _adapter(path, config, backbone, check, options or {})
