@@ -433,9 +433,9 @@ def test_where_no_row_can_be_made_up_the_first_real_one_is_tried() -> None:
     assert adapter(torch.randn(3, 4), theta=adapter.initial, y=torch.randn(3, 5)).shape == (3, 3)
     with pytest.raises(ValueError, match=r"do not reach the network's output: .*\.b\.lora_A"):
         adapt_backbone(Pair(), config)(torch.randn(3, 4), theta=torch.zeros(adapter.dim))
-    task = Task("t", ({"x": torch.randn(6, 4)}, torch.arange(6) % 3))
+    tasks = [Task(f"t{i}", ({"x": torch.randn(6, 4)}, torch.arange(6) % 3)) for i in range(2)]
     with pytest.raises(ValueError, match="do not reach"):
-        LiFT(Pair(), config, sgd_steps=1, burn_in=1, samples=2).meta_train([task, task], progress=False)
+        LiFT(Pair(), config, sgd_steps=1, burn_in=1, samples=2).meta_train(tasks, progress=False)
     allowed = adapt_backbone(Pair(), config, allow_unreached=True)
     assert allowed(torch.randn(3, 4), theta=allowed.initial).shape == (3, 3)
 
