@@ -267,9 +267,6 @@ def adapt_backbone(
     """
     from peft import PeftModel, get_peft_model
 
-    for name, parameter in backbone.named_parameters():
-        if parameter.is_inference():
-            raise ValueError(f"{name!r} was made under torch.inference_mode() and knows no gradients; make it outside.")
     if isinstance(backbone, RandomAdapter):
         raise TypeError("the backbone is a RandomAdapter already; use it as it is.")
     backbone = plain_network(backbone)

@@ -51,7 +51,7 @@ COMPILER = "_pyro_lift_compiler"
 
 
 def check_network(network: nn.Module) -> None:
-    """Refuse wrappers whose names would go into every export, and networks whose weights do not exist yet.
+    """Refuse wrappers whose names would go into every export, and weights that do not exist yet or know no gradients.
 
     Raises:
         ValueError: names the wrapper or the weight, and the way out.
@@ -66,6 +66,8 @@ def check_network(network: nn.Module) -> None:
             raise ValueError(f"the weight {name!r} has no shape yet (a lazy module). Run the network once first.")
         if parameter.is_meta:
             raise ValueError(f"the weight {name!r} has no values yet (on torch's meta device). Load it first.")
+        if parameter.is_inference():
+            raise ValueError(f"{name!r} was made under torch.inference_mode() and knows no gradients; make it outside.")
 
 
 def plain_network(network: nn.Module) -> nn.Module:
