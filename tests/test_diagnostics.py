@@ -229,3 +229,41 @@ def test_the_summary_of_pyros_own_kernels_has_no_times_unless_they_are_given() -
     assert summary.seconds is None and summary.reach == {} and summary.coordinates[0].ess_bulk_per_second is None
     assert len(summary.coordinates) == 2 + 12 and "-" in str(summary)
     assert summarise(mcmc, seconds=1.0).coordinates[0].ess_bulk_per_second is not None
+
+
+RESERVED: dict[str, tuple[str, ...]] = {
+    "a dimension of all": ("chain",),
+    "the other": ("draw",),
+    "a dimension of another site": ("x", "x_dim_0"),
+    "in another order": ("x_dim_0", "x"),
+    "the name it would be given": ("chain", "chain_"),
+    "a slash": ("group/phi",),
+    "a slash, and the name it would be given": ("group/phi", "group.phi"),
+    "a summary of another site": ("x", "x_norm", "x_projection", "coordinate", "x_module"),
+}
+
+
+@pytest.mark.parametrize("case", RESERVED)
+def test_a_site_may_have_any_name(case: str, tmp_path: Path) -> None:
+    names, size = RESERVED[case], 80 if case.startswith("a summary") else 3
+
+    def model() -> None:
+        for k, name in enumerate(names):
+            pyro.sample(name, dist.Normal(torch.zeros(size if k == 0 else 2), 1.0).to_event(1))
+
+    mcmc = finished(SGLD(model, step_size=0.1))
+    data = from_mcmc(mcmc)
+    posterior = data["posterior"]
+    assert len(posterior.data_vars) == len(names) + (size > 64)
+    for name, draws in mcmc.get_samples(group_by_chain=True).items():
+        named = [x for key, x in posterior.data_vars.items() if x.attrs.get("site", key) == name]
+        assert draws.shape[-1] > 64 or any(np.array_equal(x.values, draws.numpy()) for x in named)
+    pyro_lift.summarise(mcmc)
+    data.to_netcdf(str(tmp_path / "run.nc"))
+
+
+def test_the_visited_tasks_log_likelihood_is_not_taken_for_a_pointwise_one(two_chains: MCMC) -> None:
+    data = from_mcmc(two_chains)
+    assert "log_likelihood" not in data["sample_stats"]
+    with pytest.raises(TypeError, match="log likelihood"):
+        az.loo(data)

@@ -233,8 +233,8 @@ def with_names(name: Callable[[str, int], str], loops: int = 1) -> Callable[[], 
     """Two sites a task and a third in one task only, which comes first there."""
 
     def local(i: int, phi: Tensor) -> Tensor:
-        extra = pyro.sample(name("extra", i), dist.Normal(torch.tensor(0.0), 1.0)) if i == ODD else 0.0
-        theta = pyro.sample(name("theta", i), dist.Normal(phi, 0.5))
+        extra = sample(name("extra", i), dist.Normal(torch.tensor(0.0), 1.0)) if i == ODD else torch.tensor(0.0)
+        theta = sample(name("theta", i), dist.Normal(phi, 0.5))
         return theta + extra + sample(name("head", i), dist.Normal(torch.tensor(0.0), 1.0))
 
     def model() -> None:

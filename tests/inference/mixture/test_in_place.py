@@ -220,3 +220,24 @@ def test_batch_em_of_many_coordinates_is_that_of_few(monkeypatch: pytest.MonkeyP
         assert other == pytest.approx(score, rel=1e-12)
         for a, b in zip(apart, together, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("covariance", ["diag", "spherical"])
+@pytest.mark.parametrize("components", [1, 2])
+def test_a_draw_after_equal_ones_is_taken_in_as_by_the_plain_form(components: int, covariance: Covariance) -> None:
+    """Variances stand at the floor then, and float32 has no room for the distance of the draw over them."""
+    large, small = 60_000, 3
+    found = []
+    for dim in (large, small):
+        mixture = OnlineGaussianMixture(components, covariance, buffer_size=20)
+        generator = torch.Generator().manual_seed(0)
+        for x in [torch.ones(dim)] * 25 + [1.0 + torch.randn(dim, generator=generator) for _ in range(4)]:
+            mixture.update(x)
+        assert mixture.seen == 29
+        found.append(mixture.moments)
+    for moments in found:
+        assert all(bool(torch.isfinite(part).all()) for part in moments)
+    # Nearly the same shares of draws, by component: in three dimensions they are not quite zero or one.
+    shares = [moments.weight.double().sort()[0] for moments in found]
+    torch.testing.assert_close(shares[0], shares[1], atol=0.02, rtol=0)
+    assert found[0].variance.max() > 1e-3
