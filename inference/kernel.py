@@ -23,7 +23,7 @@ from pyro_lift.inference.admission import refuse_discrete, site_transforms
 from pyro_lift.inference.program import Program
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.support.options import check_number
-from pyro_lift.support.random_streams import own_global_stream, stream_seed
+from pyro_lift.support.random_streams import own_global_stream
 
 __all__ = ["Draw", "Kernel", "Model"]
 
@@ -156,10 +156,10 @@ class Kernel(MCMCKernel):
             return int(torch.randint(2**62, ()))
         number = self._setups if self.chain_number is None else self.chain_number
         self._setups += 1
+        name = multiprocessing.current_process().name
+        if self.chain_number is None and multiprocessing.parent_process() is not None and name.isdigit():
+            number = int(name)  # Pyro's own MCMC runs chains in processes, and tells each its number by this name alone
         source = torch.Generator().manual_seed(self.seed)
-        if self.chain_number is None and multiprocessing.parent_process() is not None:
-            # A chain in a process of its own, which Pyro seeds by the chain's number and tells nothing else.
-            source.manual_seed(stream_seed(self.seed, torch.initial_seed()))
         return int(torch.randint(2**62, (number + 1,), generator=source)[-1])
 
     def _noise_from(self, values: Mapping[str, Tensor]) -> None:

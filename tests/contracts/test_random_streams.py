@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.mcmc.api import mp
 from torch import Tensor, nn
 
 from pyro_lift import MCMC, SGLD, LiFT, LiFTPrior, SGLDGibbs, StreamingMCMC, Task
@@ -107,6 +109,33 @@ def test_a_run_with_a_seed_can_be_repeated_with_the_same_kernel() -> None:
     first = mcmc.get_samples()["phi"]
     mcmc.run()
     assert torch.equal(first, mcmc.get_samples()["phi"])
+
+
+def in_a_process(out: Any) -> None:
+    """Run one chain where nobody has seeded anything, as a pool's worker does."""
+    torch.manual_seed(99)
+    out.put(run(SGLDGibbs(model, step_size=0.1, seed=3))["phi"].tolist())
+
+
+def test_a_chain_with_a_seed_is_the_same_chain_in_a_process_of_a_pool() -> None:
+    context = multiprocessing.get_context("fork")
+    out = context.SimpleQueue()
+    worker = context.Process(target=in_a_process, args=(out,))
+    worker.start()
+    draws = torch.tensor(out.get())
+    worker.join()
+    torch.testing.assert_close(draws, run(SGLDGibbs(model, step_size=0.1, seed=3))["phi"])
+
+
+@pytest.mark.filterwarnings("ignore:num_chains")
+def test_pyros_own_mcmc_gives_each_of_its_processes_the_stream_of_its_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mp, "cpu_count", lambda: 8)  # Pyro runs as many chains at once as it sees cores to spare
+    kernel = SGLDGibbs(model, step_size=0.1, seed=3)
+    mcmc = pyro.infer.MCMC(kernel, 20, warmup_steps=4, num_chains=2, mp_context="fork", disable_progbar=True)
+    mcmc.run()
+    torch.testing.assert_close(
+        mcmc.get_samples(group_by_chain=True)["phi"], run(SGLDGibbs(model, step_size=0.1, seed=3), num_chains=2)["phi"]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:num_chains")
