@@ -19,6 +19,7 @@ __all__ = [
     "check_curvature",
     "check_prior_steps",
     "curvature_limit",
+    "curves_down",
     "default_step",
     "largest_curvature",
     "measured_curvature",
@@ -85,6 +86,26 @@ def largest_curvature(
             return value
         v = hv / norm
     return value
+
+
+def curves_down(objective: Tensor, leaves: Sequence[Tensor], directions: int = 8) -> bool:
+    r"""Whether the second derivative :math:`v^\top \nabla^2 f\, v` is negative along each of some random directions.
+
+    Where the gradient is zero, that tells a mode from a saddle. Without second derivatives the answer is no.
+    """
+    generator = torch.Generator().manual_seed(0)
+    try:
+        grads = torch.autograd.grad(objective, leaves, create_graph=True, allow_unused=True)
+        used = [(g, leaf) for g, leaf in zip(grads, leaves, strict=True) if g is not None and g.requires_grad]
+        for _ in range(directions if used else 0):
+            v = [torch.randn(leaf.shape, generator=generator).to(leaf) for _, leaf in used]
+            along = torch.stack([(g * part).sum() for (g, _), part in zip(used, v, strict=True)]).sum()
+            again = torch.autograd.grad(along, [leaf for _, leaf in used], retain_graph=True, materialize_grads=True)
+            if not float(sum((h * part).sum() for h, part in zip(again, v, strict=True))) < 0.0:
+                return False
+    except RuntimeError:
+        return False
+    return bool(used)
 
 
 def curvature_limit(curvature: float | None) -> float:

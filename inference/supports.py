@@ -50,11 +50,9 @@ def bijection(name: str, fn: Distribution) -> Transform | None:
         ValueError: PyTorch knows no such map.
     """
     try:
-        support: Any = fn.support
+        support = _support(fn)
         if support is not None and support.is_discrete:  # refused at the door, where there is more to say
             return None
-        while type(support).__name__ == "MixtureSameFamilyConstraint":  # torch knows no bijection to it
-            support = support.base_constraint
         transform = base = biject_to(support)
     except (NotImplementedError, AttributeError):
         raise ValueError(
@@ -64,6 +62,15 @@ def bijection(name: str, fn: Distribution) -> Transform | None:
     while isinstance(base, IndependentTransform):
         base = base.base_transform
     return None if base == identity_transform else transform
+
+
+def _support(fn: Any) -> Any:
+    """The support of a distribution; of a mixture that of its components: torch knows no bijection to the mixture's."""
+    if isinstance(fn, MixtureSameFamily):
+        return _support(fn.component_distribution)
+    if type(fn).__name__ == "Independent":
+        return constraints.independent(_support(fn.base_dist), fn.reinterpreted_batch_ndims)
+    return _support(fn.base_dist) if type(fn).__name__ in _WRAPPERS else fn.support
 
 
 class Supports:

@@ -30,6 +30,7 @@ from pyro_lift.inference.stability import (
     DEFAULT_SHARE,
     check_curvature,
     check_prior_steps,
+    curves_down,
     default_step,
     measured_curvature,
     step_too_large,
@@ -208,13 +209,19 @@ def _check_saddle(
     The first tasks' rows may all be masked, or say nothing of theta where it starts; then others are asked.
     """
     phi, tasks = {name: site.leaf.detach() for name, site in run.globals.items()}, torch.arange(structure.pass_size)
+    silent = True
     for _ in range(SADDLE_BLOCKS):
         drift = run.drift(run.locals, structure.coupled, settings.n_inflate)
         sgld.check_finite(drift, 0, run.tasks)
         if not run.log_likelihood.requires_grad or any(bool(g.any()) for g in drift.gradient.values()):
             return
+        if curves_down(run.log_likelihood, [site.leaf for site in run.locals.values()]):
+            return  # balanced data: it is their mode, and holds no chain
+        silent = silent and not bool(run.log_likelihood.any())
         tasks = (tasks + structure.pass_size) % structure.num_tasks
         run = program.run(phi, {}, tasks, generator)
+    if silent:
+        return  # no row of any of them is seen: the chain is the prior's
     raise ValueError(
         "the likelihood's gradient is exactly zero at the start, for every local site: a saddle, as adapters "
         "at zero are. Start elsewhere: init_strategy=init_to_value(values={'phi': adapter.initial}) or "

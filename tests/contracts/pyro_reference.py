@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -62,6 +63,8 @@ class _Unconstrained(Messenger):
 
 
 def _bijection(fn: Any) -> Any:
+    while isinstance(fn, dist.MaskedDistribution):
+        fn = fn.base_dist
     mixture = isinstance(fn, torch.distributions.MixtureSameFamily)  # torch knows no bijection to its support
     return biject_to(fn.component_distribution.support if mixture else fn.support)
 

@@ -368,6 +368,28 @@ def test_the_first_tasks_may_say_nothing_of_theta() -> None:
     assert torch.isfinite(run(SGLDGibbs(model, step_size=0.01)).get_samples()["phi"]).all()
 
 
+def starting(likelihood: Callable[[Tensor], Any], y: Tensor) -> Callable[[], None]:
+    def model() -> None:
+        phi = pyro.sample("phi", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        with pyro.plate("tasks", 3, subsample_size=1):
+            theta = pyro.sample("theta", dist.Normal(phi, 0.5).to_event(1))
+            pyro.sample("y", likelihood(theta).to_event(1), obs=y)
+
+    return model
+
+
+def test_a_mode_is_no_saddle() -> None:
+    """Balanced classes have their mode where theta starts, with a gradient of exactly zero; a product has a saddle."""
+    y = torch.tensor([[0.0, 1.0]])
+    balanced = starting(lambda theta: dist.Bernoulli(logits=theta.sum(-1, keepdim=True).expand(1, 2)), y)
+    assert torch.isfinite(run(SGLDGibbs(balanced, step_size=0.01)).get_samples()["phi"]).all()
+    unseen = starting(lambda theta: dist.Normal(theta, 1.0).mask(torch.tensor(False)), y)
+    assert torch.isfinite(run(SGLDGibbs(unseen, step_size=0.01)).get_samples()["phi"]).all()
+    product = starting(lambda theta: dist.Normal(theta.prod(-1, keepdim=True).expand(1, 2), 1.0), y + 1.0)
+    with pytest.raises(ValueError, match="a saddle"):
+        run(SGLDGibbs(product, step_size=0.01))
+
+
 # --------------------------------------------------------------------------------------------- the whole program
 
 
