@@ -188,4 +188,4 @@ def _check_same_inputs(train: Rows, rows: Rows, where: str) -> None:
 
 def check_task_names(tasks: Sequence[Any], where: str = "tasks") -> None:
     """Refuse two tasks of one name: results, adapters and folders are kept by name, and one would stand for both."""
-    check_distinct(where, [task.name for task in tasks], "Give each task a name of its own.")
+    check_distinct(where, [getattr(task, "name", task) for task in tasks], "Give each task a name of its own.")

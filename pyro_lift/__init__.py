@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pyro_lift.support import moved
+
 if TYPE_CHECKING:
     from pyro_lift.diagnostics import from_mcmc as from_mcmc
     from pyro_lift.diagnostics import summarise as summarise
@@ -47,6 +49,8 @@ _HOME = {
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
+
+moved.install()
 
 
 if not TYPE_CHECKING:  # mypy takes a module that has __getattr__ to have every name, misspelt ones too

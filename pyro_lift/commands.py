@@ -18,14 +18,14 @@ from torch import Tensor
 from pyro_lift.config import RunConfig, read_config
 from pyro_lift.lift import LiFT
 from pyro_lift.metrics.task import scores
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Rows, Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.support import distributed
 from pyro_lift.support.archive import read_json, write_file, write_json
-from pyro_lift.wiring import adapter_of, device_of, task_of, tasks_of
+from pyro_lift.wiring import adapter_of, device_of, encoder_of, task_of, tasks_of
 
-__all__ = ["adapt", "predict", "train"]
+__all__ = ["adapt", "adapter_of", "encoder_of", "predict", "task_of", "tasks_of", "train"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -122,7 +122,7 @@ def adapt(
     write_json(out / RECORD, record)
     if task.test is not None:
         try:
-            results = scores(posterior.predict(task.test), task.test, task)
+            results = _score(posterior, task, task.test)
         except (ValueError, TypeError, RuntimeError, IndexError) as error:
             raise ValueError(f"{out}: the draws are saved, but scoring them failed: {error}") from error
         posterior.save_pretrained(out, results=results)
@@ -186,6 +186,11 @@ def _config_of(prior_folder: Path) -> RunConfig:
         if not (prior_folder / name).is_file():
             raise ValueError(f"{prior_folder}: no {name} here. Give the folder that `pyro-lift train` wrote.")
     return read_config(prior_folder / CONFIG)
+
+
+def _score(posterior: TaskPosterior, task: Task, rows: Rows) -> dict[str, float]:
+    """Score the posterior's averaged probabilities on some rows."""
+    return scores(posterior.predict(rows), rows, task)
 
 
 def _predictions(task: Task, p: Tensor) -> Iterator[dict[str, Any]]:
