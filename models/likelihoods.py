@@ -9,13 +9,14 @@ it is given the network and the named inputs and returns what :func:`log_likelih
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_literal
 
 __all__ = ["IGNORED", "LossKind", "log_likelihood", "next_tokens", "probabilities", "shift_right"]
@@ -102,3 +103,7 @@ def next_tokens(input_ids: Tensor, attention_mask: Tensor, prompt: Tensor | None
     if prompt is not None:  # leading padding is before the prompt
         counts = counts * (attention_mask.cumsum(-1) >= prompt.unsqueeze(-1))
     return follows.masked_fill(counts == 0, IGNORED)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_moved_from(__name__)

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.support import distributed
 from pyro_lift.support.archive import read_json, write_file, write_json
+from pyro_lift.support.moved import names_moved_from
 from pyro_lift.wiring import adapter_of, device_of, encoder_of, task_of, tasks_of
 
 __all__ = ["adapt", "adapter_of", "encoder_of", "predict", "task_of", "tasks_of", "train"]
@@ -206,3 +207,7 @@ def _predictions(task: Task, p: Tensor) -> Iterator[dict[str, Any]]:
             label = task.labels[best] if task.labels and named else best
             line |= {"label": label, "probabilities": probabilities.tolist()}
         yield line
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_moved_from(__name__)

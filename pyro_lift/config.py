@@ -29,10 +29,11 @@ import tomllib
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyro_lift.models.backbones import BackboneKind, DType
 from pyro_lift.settings import AdaptSettings, LiFTSettings
+from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_literal, check_number
 from pyro_lift.support.schema import from_dict
 
@@ -139,3 +140,7 @@ def reference(cls: type[Any] = RunConfig) -> str:
         shown = "none" if default is None else "required" if default is dataclasses.MISSING else json.dumps(default)
         lines.append(f"# {f.name} = {shown}".ljust(44) + f"# {f.metadata.get('help', '')}")
     return "\n".join(lines).lstrip("\n")
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_moved_from(__name__)

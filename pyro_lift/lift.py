@@ -31,6 +31,7 @@ from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in e
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings, complete_settings
 from pyro_lift.support import distributed
+from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_number, current_names
 
 if TYPE_CHECKING:
@@ -305,3 +306,7 @@ class _ChainSummary(StreamingStats):
     def get(self) -> dict[str, Any]:
         """The mixtures by K, and the trace."""
         return {**{f"K={k}": m.get() for k, m in self.mixtures.items()}, "trace": self.trace.get()}
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_moved_from(__name__)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
+from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_number
 
 __all__ = ["AdaptsMany", "Baseline", "Budget", "OnStep", "Posterior", "State", "adapt_all"]
@@ -111,3 +112,7 @@ def adapt_all(method: Baseline[S], state: S, tasks: Sequence[Task], *, block_siz
         return [method.adapt(state, task) for task in tasks]
     blocks = [tasks[first : first + block_size] for first in range(0, len(tasks), block_size)]
     return [posterior for block in blocks for posterior in method.adapt_many(state, block)]
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_moved_from(__name__)
