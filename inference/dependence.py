@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.distributions import Normal
 
 from pyro_lift.inference.program import Evaluation, Latent
+from pyro_lift.inference.supports import innermost
 
 __all__ = ["Links", "coupled_families", "hangs_on", "leaves_of", "links_of", "reached"]
 
@@ -58,8 +60,17 @@ def reached(quantity: Tensor, sites: Mapping[str, Latent]) -> frozenset[str]:
 
 def links_of(run: Evaluation) -> Links:
     """Read the links of one run, which must have been made with gradients."""
-    laws = {name: reached(site.log_prob_at(site.leaf.detach()), run.latents) for name, site in run.latents.items()}
-    return Links(laws, {name: reached(term, run.latents) for name, term in run.terms.items()})
+    laws = {name: _parents(site, run.latents) for name, site in run.latents.items()}
+    terms = run.terms | {site.name: site.log_prob() for site in run.observed if not site.local}
+    return Links(laws, {name: reached(term, run.latents) for name, term in terms.items()})
+
+
+def _parents(site: Latent, sites: Mapping[str, Latent]) -> frozenset[str]:
+    """The sites that a distribution hangs on; a normal one need not be evaluated for that, however long it is."""
+    base = innermost(site.fn)
+    if isinstance(base, Normal) and site.mask is None and not isinstance(site.scale, Tensor):
+        return reached(base.loc, sites) | reached(base.scale, sites)
+    return reached(site.log_prob_at(site.leaf.detach()), sites)
 
 
 def coupled_families(run: Evaluation, links: Links) -> frozenset[str]:

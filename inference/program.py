@@ -123,7 +123,7 @@ class Evaluation:
     """One run of the program: its sites, and the gradients asked of them.
 
     Attributes:
-        terms: log likelihood by observed site.
+        terms: log likelihood by local observed site.
         tasks: the task plate's indices.
     """
 
@@ -140,8 +140,8 @@ class Evaluation:
         self.plates = plates
         self.globals = {k: s for k, s in latents.items() if s.task is None and s.plate_dim is None}
         self.locals = {k: s for k, s in latents.items() if k not in self.globals}
-        self.terms = {site.name: site.log_prob() for site in observed}
-        terms = [self.terms[site.name] for site in observed if site.local]
+        self.terms = {site.name: site.log_prob() for site in observed if site.local}
+        terms = list(self.terms.values())
         self.log_likelihood = sum(terms[1:], terms[0]) if terms else torch.zeros(())
 
     def relabel(self, families: Families) -> None:
