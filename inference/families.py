@@ -95,7 +95,7 @@ class Families:
 
 def _without_end(task: int, name: str) -> str:
     """``theta`` of ``theta_12`` of task 12; the name itself where it does not end in its task's number."""
-    return re.sub(rf"[_\-./]?(?<!\d){task}$", "", name)
+    return re.sub(rf"([_\-./]?(?<!\d){task}|\[{task}\]|\({task}\))$", "", name)
 
 
 def _fresh(task: int, name: str, taken: set[str]) -> str:

@@ -27,7 +27,7 @@ from torch.distributions import Distribution, Transform
 from pyro_lift.inference.families import Families
 from pyro_lift.inference.sgld import Drift
 from pyro_lift.inference.starts import InitStrategy, start_of
-from pyro_lift.inference.supports import Supports, innermost
+from pyro_lift.inference.supports import Supports, innermost, unmasked
 from pyro_lift.models.priors import LocalGaussian, gaussian_at
 from pyro_lift.support.spans import span
 
@@ -83,7 +83,7 @@ class Latent(NamedTuple):
         """The site's own Gaussian prior, where it has one in unconstrained space."""
         if self.transform is not None or self.mask is not None or isinstance(self.scale, Tensor) or self.scale != 1.0:
             return None
-        return gaussian_at(self.fn, self.leaf.detach())
+        return gaussian_at(unmasked(self.fn), self.leaf.detach())
 
 
 class Observed(NamedTuple):
@@ -273,7 +273,7 @@ class _Reader(Messenger):
             value,
             fn,
             self._scale(msg, frame),
-            msg["mask"],
+            None if msg["mask"] is True else msg["mask"],
             transform,
             self._subsampled(msg),
         )

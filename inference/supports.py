@@ -7,7 +7,7 @@ from typing import Any
 from torch.distributions import Distribution, MixtureSameFamily, Transform, biject_to, constraints
 from torch.distributions.transforms import IndependentTransform, identity_transform
 
-__all__ = ["Supports", "bijection", "innermost", "wrappers"]
+__all__ = ["Supports", "bijection", "innermost", "unmasked", "wrappers"]
 
 _WRAPPERS = ("Independent", "MaskedDistribution", "ExpandedDistribution")
 
@@ -15,6 +15,13 @@ _WRAPPERS = ("Independent", "MaskedDistribution", "ExpandedDistribution")
 def innermost(fn: Distribution) -> Distribution:
     """A distribution without the masks, expansions and event dimensions around it."""
     while type(fn).__name__ in _WRAPPERS:
+        fn = fn.base_dist  # type: ignore[attr-defined]
+    return fn
+
+
+def unmasked(fn: Distribution) -> Distribution:
+    """A distribution without masks that let everything pass."""
+    while type(fn).__name__ == "MaskedDistribution" and fn._mask is True:  # type: ignore[attr-defined]
         fn = fn.base_dist  # type: ignore[attr-defined]
     return fn
 

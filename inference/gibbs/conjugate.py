@@ -19,7 +19,7 @@ from torch.distributions import MixtureSameFamily
 
 from pyro_lift.inference.dependence import Links, hangs_on, links_of
 from pyro_lift.inference.program import Evaluation, Latent, Program
-from pyro_lift.inference.supports import innermost, wrappers
+from pyro_lift.inference.supports import innermost, unmasked, wrappers
 from pyro_lift.models.priors import LocalGaussian
 
 __all__ = ["NormalPair", "adopt", "draw", "find_pairs", "pair_fault", "values_of"]
@@ -147,7 +147,7 @@ def _listed(names: Collection[str]) -> str:
 
 def _plain_normal(site: Latent) -> LocalGaussian | None:
     """The normal distribution of a site; None for a mixture of normals too, which ``site.gaussian()`` touches."""
-    return None if isinstance(site.fn, MixtureSameFamily) else site.gaussian()
+    return None if isinstance(unmasked(site.fn), MixtureSameFamily) else site.gaussian()
 
 
 def _described(site: Latent) -> str:

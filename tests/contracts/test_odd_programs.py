@@ -197,6 +197,21 @@ def vectorised(dim: int | None) -> Callable[[], None]:
     return model
 
 
+@pytest.mark.parametrize("how", ["handler", "distribution", "weight"])
+def test_a_mask_or_a_weight_that_lets_everything_pass_changes_nothing(how: str) -> None:
+    def model() -> None:
+        phi = pyro.sample("phi", dist.Normal(torch.tensor(0.0), 2.0))
+        with pyro.plate("tasks", N, subsample_size=2) as i:
+            law = dist.Normal(phi, 0.5).mask(True) if how == "distribution" else dist.Normal(phi, 0.5)
+            handlers = {"handler": poutine.mask(mask=True), "weight": poutine.scale(scale=torch.tensor(1.0))}
+            with handlers.get(how, nullcontext()):
+                theta = pyro.sample("theta", law)
+            pyro.sample("y", dist.Normal(theta.unsqueeze(-1), 1.0).to_event(1), obs=Y[i])
+
+    expected, found = (run(SGLDGibbs(m, step_size=0.01)).get_samples()["phi"] for m in (vectorised(None), model))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dim", [-1, -2, -3])
 @pytest.mark.parametrize("options", [{"step_size": 0.01}, TABLE, {"step_size": 0.01, "preconditioner": "rms"}])
 def test_the_plates_dimension_changes_nothing(dim: int, options: dict[str, Any]) -> None:
@@ -225,6 +240,7 @@ NAMES: dict[str, Callable[[str, int], str]] = {
     "padded": lambda base, i: f"{base}{i + 7:03d}",
     "letters and digits": lambda base, i: f"{base}_{('1a', '2b', '10c', 'd4', '5e', 'f')[i]}",
     "two numbers": lambda base, i: f"{base}_{i}_0",
+    "brackets": lambda base, i: f"{base}[{i}]",
     "same": lambda base, i: base,
 }
 
