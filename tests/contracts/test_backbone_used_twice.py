@@ -87,7 +87,7 @@ def another_prior_loaded_onto_its_adapter(network: nn.Module, prior: LiFTPrior, 
 
 
 def a_prior_from_adapters_on_its_adapter(network: nn.Module, prior: LiFTPrior, folder: Path) -> None:
-    folders = prior.to_peft_zoo(folder / "library")
+    folders = prior.to_peft_library(folder / "library")
     LiFTPrior.from_adapters(folders, prior.adapter, beta=0.1)
 
 
@@ -342,7 +342,7 @@ def test_a_module_of_the_adapter_s_own_name_keeps_it(tmp_path: Path) -> None:
     network = Net()
     prior, _ = trained(network, Lora(r=2, target_modules=["default", "other"]))
     prior.save_pretrained(tmp_path / "prior")
-    folders = prior.to_peft_zoo(tmp_path / "library")
+    folders = prior.to_peft_library(tmp_path / "library")
     assert LiFTPrior.from_pretrained(tmp_path / "prior", network).adapter.dim == prior.adapter.dim
     assert LiFTPrior.from_adapters(folders, network, beta=0.1).adapter.dim == prior.adapter.dim
 

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from pyro_lift import (
     MCMC,
+    AdaptSettings,
     LiFT,
     LiFTPrior,
     OnlineGaussianMixture,
@@ -293,7 +294,9 @@ def test_summaries_saved_before_go_on(run: Path, request: pytest.FixtureRequest,
 @pytest.mark.parametrize("run", ["meta_training"], indirect=True)
 def test_meta_training_saved_before_goes_on_to_the_same_prior(run: Path, expected: dict[str, Any]) -> None:
     counted = Counted()
-    prior = meta_training().meta_train(TASKS, progress=False, resume=run, on_step=counted)
+    # Adaptation took power 1 then, where it was not given; it inherits meta-training's now.
+    adapt = AdaptSettings(temperature=1.0, n_inflate=1.0)
+    prior = meta_training(adapt=adapt).meta_train(TASKS, progress=False, resume=run, on_step=counted)
     assert counted.calls == 8
     same(summary(prior), expected["meta_training"])
 
