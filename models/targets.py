@@ -100,13 +100,14 @@ def count_classes(numbers: Tensor, where: str) -> int:
     return highest + 1
 
 
-def check_predictions(probabilities: Tensor, target: Tensor, where: str) -> Tensor:
+def check_predictions(probabilities: Tensor, target: Tensor, where: str, *, look: bool = True) -> Tensor:
     """Convert the targets to int64; refuse those that do not belong to the probabilities row by row.
 
     Args:
         probabilities: ``[..., C]``.
         target: class numbers ``[...]``.
         where: begins the messages.
+        look: whether values on an accelerator are looked at too, which waits for it.
 
     Raises:
         ValueError: other shapes, no row, classes outside, or values that are no probabilities.
@@ -120,6 +121,8 @@ def check_predictions(probabilities: Tensor, target: Tensor, where: str) -> Tens
         raise ValueError(f"{where}: no rows, so there is nothing to score.")
     if not probabilities.is_floating_point():
         raise ValueError(f"{where}: probabilities are {probabilities.dtype}; expected floating-point numbers.")
+    if target.device.type != "cpu" and not look:
+        return target.long()
     low, high = float(probabilities.min()), float(probabilities.max())
     if not (low >= -PROBABILITY_SLACK and high <= 1.0 + PROBABILITY_SLACK):  # also where they are not numbers
         raise ValueError(

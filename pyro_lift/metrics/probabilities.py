@@ -72,7 +72,7 @@ def reliability(probabilities: Tensor, target: Tensor, bins: int = 15, *, pooled
         ValueError: as :func:`accuracy`; fewer than one bin.
     """
     check_number("bins", bins, least=1, open_below=False, whole=True)
-    target = check_predictions(probabilities, target, "reliability")
+    target = check_predictions(probabilities, target, "reliability", look=False)  # the counts stay where they are
     p = probabilities.double().clamp(0.0, 1.0)  # rounding may carry a probability a hair outside
     if pooled:
         confidence = p.reshape(-1)
@@ -95,5 +95,6 @@ def expected_calibration_error(probabilities: Tensor, target: Tensor, bins: int 
     References:
         On calibration of modern neural networks, Guo et al., 2017, arXiv:1706.04599.
     """
+    check_predictions(probabilities, target, "expected_calibration_error")
     cases, confidence, correct = reliability(probabilities, target, bins, pooled=pooled)
     return float((cases / cases.sum() * (correct - confidence).abs()).sum())
