@@ -164,6 +164,8 @@ def check_curvature(
         scale: factors on eta by family.
         say: what the message begins with.
     """
+    if curvature is not None and not math.isfinite(curvature):
+        return  # data out of range: the step itself says so, and names the task
     limit = curvature_limit(curvature) / max([1.0, *scale.values()])  # K is never larger than Euler's
     if eta < limit:
         return

@@ -15,6 +15,7 @@ from pyro_lift.inference.program import Evaluation, Program
 from pyro_lift.inference.stability import (
     CURVATURE_DIMENSIONS,
     DEFAULT_SHARE,
+    check_curvature,
     check_prior_steps,
     curvature_limit,
     default_step,
@@ -100,3 +101,8 @@ def test_the_message_names_value_limit_and_the_ways_out() -> None:
     message = step_too_large("step_size", 2.0, 1.0, "4 β²")
     for part in ("step_size=2", "limit 1 = 4 β²", 'integrator="exponential"', "check_stability=False", "0.05"):
         assert part in message
+
+
+@pytest.mark.parametrize("curvature", [math.inf, math.nan, None])
+def test_a_curvature_that_is_no_number_is_left_to_the_step(curvature: float | None) -> None:
+    check_curvature(evaluation(normal()), curvature, 0.1, "exponential", 1.0, {})
