@@ -47,6 +47,7 @@ GRIDS: dict[str, list[Choice]] = {
 LIKE = {
     **dict.fromkeys(("fo-maml", "imaml", "boot-maml", "bmaml", "abml", "maml-mix-k5", "imaml-mix-k5"), "maml"),
     "reptile": "protonet",
+    "linear-probe": "no-meta-train",  # it has no rate: its strength is chosen on each task's own rows
     "taskwise-peft": "shared-peft",
     "maml-2": "maml",
     "maml-3": "maml",

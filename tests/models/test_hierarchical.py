@@ -132,7 +132,7 @@ def test_tasks_that_differ_go_one_after_the_other(what: str) -> None:
         tasks[1] = Task("other", (torch.randn(4, 4), torch.arange(4) % 2), num_classes=2)
     program = AdapterHierarchy(picture_adapter(), tasks, beta=0.1, sigma=0.1, block_size=2, **options)
     assert program.one_pass is False
-    kernel = SGLDGibbs(program, step_size=1e-4, init_strategy=init_to_value(values={"phi": program.adapter.initial}))
+    kernel = SGLDGibbs(program, step_size=1e-5, init_strategy=init_to_value(values={"phi": program.adapter.initial}))
     kernel.setup(0)
     kernel.sample(kernel.initial_params)
     assert kernel.structure is not None and kernel.structure.sequential and kernel.structure.block_size == 2
@@ -176,19 +176,28 @@ def _prior(head_scale: float | None, **options: Any) -> tuple[Any, list[Task]]:
     return lift.meta_train(tasks, progress=False), tasks
 
 
-@pytest.mark.parametrize("head_scale", [None, 0.5])
-def test_adapting_to_a_block_without_noise_is_adapting_to_each(head_scale: float | None) -> None:
+@pytest.mark.parametrize(
+    ("head_scale", "head", "close"),
+    [
+        (None, "solve", {"rtol": 1e-9, "atol": 1e-11}),
+        (0.5, "langevin", {"rtol": 1e-9, "atol": 1e-11}),
+        (0.5, "solve", {"rtol": 1e-6, "atol": 1e-8}),  # solved to a gradient of 1e-8 in prior units, at every step
+    ],
+)
+def test_adapting_to_a_block_without_noise_is_adapting_to_each(
+    head_scale: float | None, head: str, close: dict[str, Any]
+) -> None:
     torch.set_default_dtype(torch.float64)
-    prior, tasks = _prior(head_scale, preconditioner="none")
+    prior, tasks = _prior(head_scale, preconditioner="none", head=head)
     options: dict[str, Any] = {"steps": 8, "draws": 3, "temperature": 0.0, "learning_rate": 1e-3, "batch_size": 100}
     together = prior.adapt_many(tasks, block_size=4, **options)
     assert [posterior.task.name for posterior in together] == [task.name for task in tasks]
     for task, posterior in zip(tasks, together, strict=True):
         alone = prior.adapt(task, **options)
         assert posterior.component == alone.component
-        torch.testing.assert_close(posterior.thetas, alone.thetas, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(posterior.thetas, alone.thetas, **close)
         if head_scale is not None:
-            torch.testing.assert_close(posterior.heads, alone.heads, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(posterior.heads, alone.heads, **close)
 
 
 @pytest.mark.parametrize("head_scale", [None, 0.5])
