@@ -47,6 +47,8 @@ class _TextEncoder:
         self.cut: dict[str, int] = {}
         #: Rows whose answer has the tokens of another of their options, by task.
         self.alike: dict[str, int] = {}
+        #: Pairs of labels of the same tokens, by task.
+        self.same_labels: dict[str, list[str]] = {}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -58,12 +60,19 @@ class _TextEncoder:
             notes.append(
                 f"{_total(self.alike)} rows have another option with the tokens of their answer ({_most(self.alike)})"
             )
+        notes += [
+            f"{name}: the tokenizer does not tell these labels apart, only a head of the task's own can: "
+            + ", ".join(pairs[:3])
+            + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
+            for name, pairs in self.same_labels.items()
+        ]
         return tuple(notes)
 
     def _begin(self, task: TextTask) -> None:
         """Forget the counts of a task that is encoded again."""
         self.cut.pop(task.name, None)
         self.alike.pop(task.name, None)
+        self.same_labels.pop(task.name, None)
 
     def tokens(self, texts: Sequence[str], task: str) -> list[list[int]]:
         """Tokenize texts, special tokens included, cut to the limit."""
@@ -136,21 +145,18 @@ class LabelMatching(_TextEncoder):
         parts = {part: self._rows(task, rows) for part, rows in task.parts.items() if rows}
         if task.form == "classification":
             texts = self.inputs(task.labels, task.name)
-            self._check_labels(task, texts["input_ids"])
+            self._note_labels(task, texts["input_ids"])
             return _task(task, parts, "matching", labels=task.labels, label_texts=texts)
         most = max(rows.inputs["option_input_ids"].shape[1] for rows in parts.values())
         return _task(task, {part: _with_options(rows, most) for part, rows in parts.items()}, "matching")
 
-    def _check_labels(self, task: TextTask, ids: Tensor) -> None:
-        """Refuse two labels of the same tokens: their logits are equal, so neither can be the answer."""
+    def _note_labels(self, task: TextTask, ids: Tensor) -> None:
+        """Note labels that share their tokens with another: matching ties them, a head of the task's own does not."""
         first: dict[tuple[int, ...], str] = {}
         for label, tokens in zip(task.labels, map(tuple, ids.tolist()), strict=True):
             if tokens in first:
-                raise ValueError(
-                    f"task {task.name!r}: labels {first[tokens]!r} and {label!r} have the same tokens, cut at "
-                    f"{self.max_length}: the tokenizer does not tell them apart. Rename one of them."
-                )
-            first[tokens] = label
+                self.same_labels.setdefault(task.name, []).append(f"{first[tokens]!r} and {label!r}")
+            first.setdefault(tokens, label)
 
     def _rows(self, task: TextTask, rows: Sequence[TextRow]) -> Rows:
         inputs = self.inputs([row.input for row in rows], task.name)

@@ -40,6 +40,17 @@ def test_classification_is_matched_to_its_label_strings(tokenizer: Any) -> None:
     assert task.test is not None and len(task.test) == 1 and encode.notes == ()
 
 
+def test_labels_that_the_tokenizer_takes_for_one_are_noted_and_kept(tokenizer: Any) -> None:
+    rows = (TextRow("a b", ("x",)), TextRow("c", ("y",)))  # neither is in the vocabulary
+    encode = LabelMatching(tokenizer)
+    task = encode(TextTask("t", rows, form="classification", labels=("x", "y", "no")))
+    assert task.labels == ("x", "y", "no") and task.train.target.tolist() == [0, 1]
+    (note,) = encode.notes
+    assert "t: the tokenizer does not tell these labels apart" in note and "'x' and 'y'" in note and "no" in note
+    encode(TextTask("t", rows[:1], form="classification", labels=("x", "no")))
+    assert encode.notes == ()  # the same task again, without them
+
+
 def test_every_row_has_its_own_options_and_absent_ones_have_no_mask(tokenizer: Any) -> None:
     train = (TextRow("a", ("b",), ("a", "b", "c d")), TextRow("b", ("c",), ("c", "d")))
     test = (TextRow("a", ("a",), ("a", "b", "c", "d")),)
