@@ -28,6 +28,7 @@ CONTENTS = {
     "prior": "mixture over phi",
     "posterior": "draws of one task",
     "adapter_library": "a prior from LoRAs",
+    "defaults": "what is left open, filled in",
     "saving": "folders, PEFT, model cards",
     "diagnostics": "ArviZ",
     "metrics": "scores",

@@ -102,4 +102,4 @@ def exact_draws(posterior: FixedThetaPosterior, generator: torch.Generator) -> I
     """Yield independent exact draws ``[D]`` of phi for ever."""
     mean, variance = exact_prior(posterior.thetas, posterior.beta, posterior.sigma, posterior.centre)
     while True:
-        yield mean + variance**0.5 * gaussian_noise(mean, generator)
+        yield mean + (posterior.temperature * variance) ** 0.5 * gaussian_noise(mean, generator)

@@ -37,8 +37,8 @@ class AdapterHierarchy:
     Args:
         adapter: the network as a function of theta.
         tasks: at least one.
-        beta: standard deviation of a task's weights around phi.
-        sigma: standard deviation of phi around its prior mean.
+        beta: standard deviation of a task's weights around phi; one number, or ``[D]``.
+        sigma: standard deviation of phi around its prior mean, likewise.
         batch_size: rows of a minibatch; None takes all rows of a task.
         prior_mean: of phi, ``[D]``; None is zero, the paper's.
         head_scale: standard deviation of a task's own linear head on the network's output; None for a network that
@@ -61,8 +61,8 @@ class AdapterHierarchy:
         adapter: RandomAdapter,
         tasks: Sequence[Task],
         *,
-        beta: float,
-        sigma: float,
+        beta: float | Tensor,
+        sigma: float | Tensor,
         batch_size: int | None = None,
         prior_mean: Tensor | None = None,
         head_scale: float | None = None,
@@ -70,8 +70,8 @@ class AdapterHierarchy:
         block_size: int = 1,
         head: Literal["sample", "solve"] = "sample",
     ) -> None:
-        check_number("beta", beta)
-        check_number("sigma", sigma)
+        check_width_of_prior("beta", beta, adapter.dim)
+        check_width_of_prior("sigma", sigma, adapter.dim)
         if not tasks:
             raise ValueError("tasks is empty: there is nothing to learn from.")
         check_task_names(tasks)
@@ -130,6 +130,19 @@ class AdapterHierarchy:
                 return
             value = block_log_likelihood(self.adapter, tasks[0].kind, block, theta, head, self.noise_scale)
             pyro.factor("obs", value)
+
+
+def check_width_of_prior(name: str, width: float | Tensor, dim: int) -> None:
+    """Refuse a standard deviation that is not positive and finite, or not one number or one a weight."""
+    if not isinstance(width, Tensor):
+        return check_number(name, width)
+    if width.shape != (dim,):
+        raise ValueError(
+            f"{name} has shape {tuple(width.shape)}; expected one number, or one for each of {dim} weights."
+        )
+    for number in (float(width.min()), float(width.max())):
+        check_number(name, number)
+    return None
 
 
 def can_share_pass(tasks: Sequence[Task], head_scale: float | None) -> bool:

@@ -68,7 +68,7 @@ def gaussian_at(fn: Distribution, value: Tensor) -> LocalGaussian | None:
     return LocalGaussian((r * precision_of * base.loc).sum(-2) / precision, precision)
 
 
-def broadened(mixture: dist.MixtureSameFamily, beta: float) -> dist.MixtureSameFamily:
+def broadened(mixture: dist.MixtureSameFamily, beta: float | Tensor) -> dist.MixtureSameFamily:
     r"""Make the prior of a new task's weights under a mixture over phi, Eq. 16 and 17.
 
     .. math:: p(\theta_*)
@@ -77,7 +77,7 @@ def broadened(mixture: dist.MixtureSameFamily, beta: float) -> dist.MixtureSameF
 
     Args:
         mixture: components Normal (diagonal) or MultivariateNormal.
-        beta: standard deviation of a task's weights around phi.
+        beta: standard deviation of a task's weights around phi; one number, or ``[D]``.
     """
     component = mixture.component_distribution
     weights = dist.Categorical(logits=mixture.mixture_distribution.logits)
@@ -87,7 +87,8 @@ def broadened(mixture: dist.MixtureSameFamily, beta: float) -> dist.MixtureSameF
         return dist.MixtureSameFamily(weights, dist.Normal(base.loc, scale).to_event(1))
     if isinstance(component, torch.distributions.MultivariateNormal):
         eye = torch.eye(component.loc.shape[-1], dtype=component.loc.dtype, device=component.loc.device)
-        covariance = component.covariance_matrix + beta**2 * eye
+        # A column times the identity: one number and one a weight alike.
+        covariance = component.covariance_matrix + torch.as_tensor(beta).unsqueeze(-1) ** 2 * eye
         return dist.MixtureSameFamily(weights, dist.MultivariateNormal(component.loc, covariance))
     raise TypeError(
         f"components of type {type(component).__name__}: expected Normal(...).to_event(1) or MultivariateNormal."

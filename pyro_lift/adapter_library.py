@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pyro_lift.defaults import one_width, resolved
 from pyro_lift.inference.fixed_theta import FixedThetaPosterior, Scale, exact_prior, phi_chain
 from pyro_lift.inference.mixture.batch_em import Moments, fit
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
@@ -40,6 +41,8 @@ from pyro_lift.support.options import check_choice, check_literal, check_number
 __all__ = ["LibraryMethod", "prior_from_adapters"]
 
 Method = Literal["exact", "mixture", "chain"]
+#: Standard deviation of phi around zero, where the settings give none.
+SIGMA = 0.3
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,11 @@ def prior_from_adapters(
         components=way.components,
         prior_mean="zero",
     )
+    # The prior mean of phi is zero here, from which whole adapters lie far.
+    heat = 1.0 if s.temperature is None else s.temperature  # of the chain over phi, which sees no data to be colder for
+    s = resolved(s if s.sigma is not None else replace(s, sigma=SIGMA), library.adapter)
     if way.method == "exact":
-        mean, variance = exact_prior(library.thetas, s.beta, s.sigma)
+        mean, variance = exact_prior(library.thetas, one_width(s.beta), one_width(s.sigma))
         width = 1 if s.covariance == "spherical" else library.adapter.dim
         moments = Moments(torch.ones(1), mean.unsqueeze(0), torch.full((1, width), variance))
         mixture = OnlineGaussianMixture.from_moments(moments, len(library.thetas), s.covariance)
@@ -136,7 +142,7 @@ def prior_from_adapters(
         mixture = OnlineGaussianMixture.from_moments(moments, len(library.thetas), s.covariance)
     else:
         mixture = OnlineGaussianMixture(way.components, s.covariance, seed=way.seed)
-        for phi in _chain(library.thetas, s, way):
+        for phi in _chain(library.thetas, s, way, heat):
             mixture.update(phi)
     adapter = library.adapter.beginning_at(library.thetas.mean(0))  # the caller's may be another prior's
     results: dict[str, Any] = {
@@ -149,11 +155,12 @@ def prior_from_adapters(
     return PriorParts(adapter, mixture, s, None, {}, way.seed, library.names, results)
 
 
-def _chain(thetas: Tensor, settings: LiFTSettings, way: LibraryMethod) -> Iterator[Tensor]:
+def _chain(thetas: Tensor, settings: LiFTSettings, way: LibraryMethod, temperature: float) -> Iterator[Tensor]:
     """Yield the kept draws of the paper's chain, the tasks in turn."""
     s, N = settings, len(thetas)
-    posterior = FixedThetaPosterior(thetas, torch.zeros_like(thetas[0]), s.beta, s.sigma, way.scale, s.temperature)
-    eta = 0.2 * math.pi**2 * s.beta**2 / (N * posterior.factor) if way.step_size is None else way.step_size
+    centre = torch.zeros_like(thetas[0])
+    posterior = FixedThetaPosterior(thetas, centre, one_width(s.beta), one_width(s.sigma), way.scale, temperature)
+    eta = 0.2 * math.pi**2 * posterior.beta**2 / (N * posterior.factor) if way.step_size is None else way.step_size
     check_number("step_size", eta)
     generator = torch.Generator(device=thetas.device).manual_seed(way.seed)
     draws = phi_chain(posterior, cycle(range(N)), eta, generator)

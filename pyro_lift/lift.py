@@ -14,10 +14,14 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from pyro.ops.streaming import StatsOfDict, StreamingStats
 from torch import Tensor, nn
 
+from pyro_lift.defaults import fitted, one_width, resolved
+from pyro_lift.inference.checkpoint.folder import saved_config
 from pyro_lift.inference.checkpoint.session import Session
+from pyro_lift.inference.effective_weights import effective_weights
 from pyro_lift.inference.gibbs.accumulator import langevin_limit
 from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
+from pyro_lift.inference.lost import LossWatch
 from pyro_lift.inference.mcmc import StreamingMCMC
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.progress import chain_bar
@@ -25,8 +29,10 @@ from pyro_lift.inference.projections import ProjectedTrace
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.chance import chance_loss
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.task import Task
+from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings, complete_settings
@@ -121,6 +127,7 @@ class LiFT:
             ValueError: no task, a task without data, labels outside the head's range, a start of another length;
                 before any training.
             DivergedError: a loss that is not finite; names the task and the step.
+            ChainLostError: a loss that has climbed back to chance.
             RunStopped: SIGTERM or Ctrl-C, where the run is saved.
         """
         session = self.session(tasks, checkpoint, resume, checkpoint_every)
@@ -144,6 +151,8 @@ class LiFT:
         folder = checkpoint if resume is None else resume
         if folder is None:
             return None
+        if resume is not None:
+            self._leave_as_saved(Path(folder))
         config = {
             "settings": asdict(self.settings),
             "seed": self.seed,
@@ -153,6 +162,13 @@ class LiFT:
         return Session(
             folder, every=checkpoint_every, resume=resume is not None, config=config, upgrade=_upgraded, **options
         )
+
+    def _leave_as_saved(self, folder: Path) -> None:
+        """Take from a saved run what these settings leave open: what was filled in then may not be today's choice."""
+        saved = _upgraded(saved_config(folder)).get("settings", {})
+        left_open = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) is None]
+        then = {name: saved[name] for name in left_open if saved.get(name) is not None}
+        self.settings = replace(self.settings, **then)
 
     @at_top_level()
     def meta_train_many(
@@ -174,11 +190,19 @@ class LiFT:
         if s.ranks_block_size:
             distributed.join()
         program = self.program(tasks)
+        s = self._fitted(program)
         kernel = self.kernel(program)
+        watch = _loss_watch(program, s)
         make = partial(_ChainSummary, tuple(components), s.covariance, self.adapter)
         warmup_steps = s.sgd_steps + s.burn_in
         done = 0 if session is None else session.transitions
-        with chain_bar(warmup_steps + s.samples, "meta-train", progress, done, on_step) as hook:
+        with chain_bar(warmup_steps + s.samples, "meta-train", progress, done, on_step) as bar:
+
+            def hook(kernel: SGLDGibbs, *where: Any) -> None:
+                bar(kernel, *where)
+                if kernel.last_visit is not None:
+                    watch.see(kernel.last_visit.log_likelihood, kernel.last_visit.tasks)
+
             mcmc = StreamingMCMC(
                 kernel,
                 num_samples=s.samples,
@@ -191,6 +215,7 @@ class LiFT:
             mcmc.run(checkpoint=session)
         summary = mcmc._statistics.stats[(0, "phi")]
         moments = {k: v.reshape(-1) for k, v in kernel.state.second_moment.items() if k == "theta"}
+        results = _effective(program, moments, s)
         return [
             LiFTPrior(
                 self.adapter,
@@ -201,18 +226,19 @@ class LiFT:
                 mcmc,
                 self.seed,
                 tasks=[task.name for task in tasks],
+                results=results,
             )
             for k in components
         ]
 
     def program(self, tasks: Sequence[Task]) -> AdapterHierarchy:
         """The Pyro program that :meth:`meta_train` samples."""
-        s, device = self.settings, self.adapter.initial.device
+        s, device = resolved(self.settings, self.adapter), self.adapter.initial.device
         return AdapterHierarchy(
             self.adapter,
             [task.to(device) for task in tasks],
-            beta=s.beta,
-            sigma=s.sigma,
+            beta=by_weight(self.adapter, s.beta),
+            sigma=by_weight(self.adapter, s.sigma),
             batch_size=s.batch_size,
             prior_mean=self.adapter.initial if s.prior_mean == "adapter" else None,
             head_scale=s.head_scale,
@@ -221,9 +247,17 @@ class LiFT:
             head="sample" if s.head == "langevin" else "solve",
         )
 
+    def _fitted(self, program: AdapterHierarchy) -> LiFTSettings:
+        """Look at what the prior does to the tasks' loss, and give the program the widths that come of it."""
+        s = fitted(self.settings, self.adapter, program.tasks)
+        program.beta, program.sigma = by_weight(self.adapter, s.beta), by_weight(self.adapter, s.sigma)
+        return s
+
     def kernel(self, program: AdapterHierarchy) -> SGLDGibbs:
         """The kernel that :meth:`meta_train` runs."""
-        s = self.settings
+        s = resolved(self.settings, self.adapter)
+        assert s.learning_rate is not None and s.sgd_learning_rate is not None
+        assert s.temperature is not None and s.n_inflate is not None
         return SGLDGibbs(
             program,
             step_size=2.0 * s.learning_rate,
@@ -246,12 +280,40 @@ class LiFT:
 
     def _phi_step_size(self, num_tasks: int) -> float | None:
         """A share of the largest stable step of phi; None where phi has no step."""
-        s = self.settings
+        s = resolved(self.settings, self.adapter)
         if s.phi_update == "gibbs":
             return None
         one = torch.ones(1)
-        pair = NormalPair("phi", "theta", 0.0 * one, s.sigma**-2 * one, s.beta**2 * one)
+        pair = NormalPair("phi", "theta", 0.0 * one, one_width(s.sigma) ** -2 * one, one_width(s.beta) ** 2 * one)
         return s.phi_step_fraction * langevin_limit(s.accumulator, pair, num_tasks)
+
+
+def _loss_watch(program: AdapterHierarchy, s: LiFTSettings) -> LossWatch:
+    """Watch a run's loss against chance."""
+    return LossWatch(
+        [len(task.train) for task in program.tasks],
+        [chance_loss(task, s.noise_scale) for task in program.tasks],
+        "Leave beta, sigma and temperature open, or lower the temperature (or raise n_inflate, which is the same).",
+    )
+
+
+def _effective(program: AdapterHierarchy, moments: dict[str, Tensor], s: LiFTSettings) -> dict[str, float]:
+    """Report how many weights a task's data move; nothing where no preconditioner knows the curvature."""
+    if "theta" not in moments:
+        return {}
+    assert s.n_inflate is not None
+    rows = sum(len(task.train) for task in program.tasks) / len(program.tasks)
+    batch = rows if s.batch_size is None else float(s.batch_size)
+    number = effective_weights(moments["theta"], program.beta, rows=rows, batch_size=batch, power=s.n_inflate)
+    log.info("the data of a task move about %.3g of the adapter's %d weights", number, program.adapter.dim)
+    if number < 1.0:
+        log.warning(
+            "the data of a task move less than one of the adapter's %d weights (%.2g): a new task is predicted as phi "
+            "predicts it. Give beta a larger value, or leave it open.",
+            program.adapter.dim,
+            number,
+        )
+    return {"weights that a task's data move": number}
 
 
 def _adapter(backbone: nn.Module, peft_config: peft.PeftConfig | None, seed: int | None) -> RandomAdapter:

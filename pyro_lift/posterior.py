@@ -23,7 +23,8 @@ class TaskPosterior:
     Attributes:
         thetas: draws ``[S, D]``.
         heads: draws of the task's own head ``[S, C, width + 1]``, or None.
-        component: the mixture component the chain started from.
+        component: the mixture component the chain started from; -1 where the task was none of the kind and began at
+            the untouched adapter.
         results: measures to be saved with it, by name.
     """
 

@@ -13,8 +13,11 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor, nn
 
 from pyro_lift.adapter_library import prior_from_adapters
+from pyro_lift.defaults import one_width, resolved
 from pyro_lift.inference.adaptation.meta_testing import (
+    UNTOUCHED,
     Start,
+    Untouched,
     best_start,
     best_starts,
     heads_at_best_start,
@@ -32,12 +35,17 @@ from pyro_lift.models.observation import has_head
 from pyro_lift.models.priors import broadened
 from pyro_lift.models.solved_heads import UNMOVED, SolvedHeads, with_unmoved
 from pyro_lift.models.task import Task
+from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.saving.folders import export_library, export_prior, load_prior, push, save_prior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_choice, check_number
 
 __all__ = ["LiFTPrior"]
+
+
+#: What is added to the number of a block whose tasks are none of the kind, so that its chains have noise of their own.
+APART = 1_000_000
 
 
 class _Source(NamedTuple):
@@ -79,7 +87,7 @@ class LiFTPrior:
         tasks: Sequence[str] = (),
         results: Mapping[str, Any] | None = None,
     ) -> None:
-        self.adapter, self.mixture, self.settings = adapter, mixture, settings
+        self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
         self.tasks, self.results = tuple(tasks), dict(results or {})
         self.adapt_settings = adapt_settings or AdaptSettings()
         self.second_moment = second_moment or {}
@@ -87,7 +95,12 @@ class LiFTPrior:
         self.seed = seed
 
     def __repr__(self) -> str:
-        return f"LiFTPrior({self.mixture!r}, beta={self.settings.beta}, adapter={self.adapter!r})"
+        return f"LiFTPrior({self.mixture!r}, beta={one_width(self.settings.beta):.3g}, adapter={self.adapter!r})"
+
+    @property
+    def beta(self) -> float | Tensor:
+        """Standard deviation of a task's weights around phi: one number, or ``[D]``."""
+        return by_weight(self.adapter, self.settings.beta)
 
     def merge(self, *others: LiFTPrior) -> LiFTPrior:
         """This prior and those of other chains in one, as if their draws were one chain's.
@@ -138,19 +151,22 @@ class LiFTPrior:
         seed = self.seed if seed is None else seed
         s, task = self.settings, task.to(self.adapter.initial.device)
         mixture = self.mixture.get()
-        solved, starts = self._solved([task], mixture)
+        untouched = self._untouched(a)
+        solved, starts = self._solved([task], mixture, untouched)
         unmoved = self._unmoved(a, [task], solved)
         program = meta_test_program(
             self.adapter,
             task,
             mixture,
-            beta=s.beta,
+            beta=self.beta,
             batch_size=a.batch_size,
             head_scale=s.head_scale,
             noise_scale=s.noise_scale,
             solved=solved,
         )
-        start = starts[0] if starts else best_start(program, mixture)
+        start = starts[0] if starts else best_start(program, mixture, untouched)
+        if untouched is not None and start.component == UNTOUCHED:
+            program.prior = broadened(untouched.prior(mixture), self.beta)
         title = f"adapt to {task.name}" if progress else None
         mcmc = self._run(program, start.theta, a, _Source(seed), title)
         thetas, heads = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
@@ -199,18 +215,24 @@ class LiFTPrior:
     ) -> list[TaskPosterior]:
         s, mixture = self.settings, self.mixture.get()
         tasks = [task.to(self.adapter.initial.device) for task in tasks]
-        solved, starts = self._solved(tasks, mixture)
+        untouched = self._untouched(a)
+        solved, starts = self._solved(tasks, mixture, untouched)
         unmoved = self._unmoved(a, tasks, solved)
         program = FlatBlock(
             self.adapter,
             tasks,
-            broadened(mixture, s.beta),
+            broadened(mixture, self.beta),
             batch_size=a.batch_size,
             head_scale=s.head_scale,
             noise_scale=s.noise_scale,
             solved=solved,
         )
-        starts = starts or best_starts(program, mixture)
+        starts = starts or best_starts(program, mixture, untouched)
+        none_of_the_kind = [start.component == UNTOUCHED for start in starts]
+        if any(none_of_the_kind) and not all(none_of_the_kind):
+            return self._adapt_apart(tasks, none_of_the_kind, a, source, progress)
+        if untouched is not None and all(none_of_the_kind):
+            program.prior = broadened(untouched.prior(mixture), self.beta)
         names = f"{tasks[0].name} .. {tasks[-1].name}"
         title = f"adapt to {names}" if progress else None
         at = torch.stack([start.theta for start in starts])
@@ -225,11 +247,29 @@ class LiFTPrior:
             posteriors.append(TaskPosterior(self.adapter, task, theta, head, start.component, mcmc))
         return posteriors
 
-    def _solved(self, tasks: Sequence[Task], mixture: Any) -> tuple[SolvedHeads | None, list[Start]]:
-        """Solve the heads of new tasks at the components' means; None, and no starts, where they are not solved."""
+    def _adapt_apart(
+        self, tasks: Sequence[Task], apart: Sequence[bool], a: AdaptSettings, source: _Source, progress: bool
+    ) -> list[TaskPosterior]:
+        """Adapt to the tasks that are none of the kind in a pass of their own: their prior is another."""
+        posteriors: dict[int, TaskPosterior] = {}
+        for which in (False, True):
+            places = [k for k, is_apart in enumerate(apart) if is_apart == which]
+            number = source.number + (APART if which else 0)
+            part = self._adapt_block([tasks[k] for k in places], a, _Source(source.seed, number), progress)
+            posteriors |= dict(zip(places, part, strict=True))
+        return [posteriors[k] for k in range(len(tasks))]
+
+    def _untouched(self, a: AdaptSettings) -> Untouched | None:
+        """Make the start that needed no meta-training, where it is a candidate."""
+        return Untouched(self.adapter.initial, a.untouched) if a.untouched else None
+
+    def _solved(
+        self, tasks: Sequence[Task], mixture: Any, untouched: Untouched | None
+    ) -> tuple[SolvedHeads | None, list[Start]]:
+        """Solve the heads of new tasks at the starts; None, and no starts, where they are not solved."""
         if self.settings.head == "langevin" or not all(has_head(task, self.settings.head_scale) for task in tasks):
             return None, []
-        return heads_at_best_start(self.adapter, tasks, mixture)
+        return heads_at_best_start(self.adapter, tasks, mixture, untouched)
 
     def _unmoved(self, a: AdaptSettings, tasks: Sequence[Task], solved: SolvedHeads | None) -> float:
         """Return the share of the draws that stay at the start; refuse one where no head goes with the start."""
@@ -255,7 +295,7 @@ class LiFTPrior:
         thinning = max(a.steps // 2 // a.draws, 1)
         kernel = SGLD(
             program,
-            step_size=2.0 * a.learning_rate,
+            step_size=2.0 * _given(a.learning_rate),
             temperature=_given(a.temperature),
             n_inflate=_given(a.n_inflate),
             integrator="exponential",
@@ -279,7 +319,9 @@ class LiFTPrior:
             check_choice("setting", name, [f.name for f in fields(AdaptSettings)])
         a = replace(self.adapt_settings, **options)
         inherited = {
-            name: getattr(self.settings, name) for name in ("temperature", "n_inflate") if getattr(a, name) is None
+            name: getattr(self.settings, name)
+            for name in ("temperature", "n_inflate", "learning_rate")
+            if getattr(a, name) is None
         }
         return replace(a, **inherited)
 

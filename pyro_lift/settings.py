@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pyro_lift.support.options import check_choice, check_number, renamed_keywords
 
-__all__ = ["AdaptSettings", "LiFTSettings", "complete_settings"]
+__all__ = ["AdaptSettings", "LiFTSettings", "complete_adapt_settings", "complete_settings"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,10 @@ class AdaptSettings:
     """Settings of the adaptation to a new task."""
 
     steps: int = field(default=100, metadata={"help": "SGLD steps on the new task"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "move per step and weight; eta = 2 x this"})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "move per step and weight; eta = 2 x this; none: 0.05 of the size of the adapter's weights"},
+    )
     temperature: float | None = field(
         default=None, metadata={"help": "variance of the noise; 0 switches it off; none: that of meta-training"}
     )
@@ -30,8 +33,18 @@ class AdaptSettings:
         metadata={"help": "share of the draws that stay at the start; none: half where heads are solved, else 0"},
     )
 
+    untouched: float = field(
+        default=0.05,
+        metadata={"help": "probability that a task is none of the kind: it then begins at the untouched adapter"},
+    )
+
     def __post_init__(self) -> None:
-        _check_numbers(self, positive=("learning_rate",), counts=("steps", "batch_size", "draws"))
+        check_number("untouched", self.untouched, open_below=False)
+        if self.untouched >= 1.0:
+            raise ValueError(f"untouched={self.untouched:g}: a probability below 1 is needed; 0 leaves that start out.")
+        _check_numbers(self, positive=(), counts=("steps", "batch_size", "draws"))
+        if self.learning_rate is not None:
+            check_number("learning_rate", self.learning_rate)
         if self.n_inflate is not None:
             check_number("n_inflate", self.n_inflate)
         if self.temperature is not None:
@@ -51,17 +64,30 @@ class LiFTSettings:
 
     components: int = field(default=1, metadata={"help": "K, components of the mixture over phi"})
     covariance: Literal["diag", "spherical"] = field(default="diag", metadata={"help": "of each component"})
-    beta: float = field(default=0.03, metadata={"help": "standard deviation of a task's weights around phi"})
-    sigma: float = field(default=0.3, metadata={"help": "standard deviation of phi around its prior mean"})
+    beta: float | list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "standard deviation of a task's weights around phi, or one for each adapter tensor; none: by "
+            "module, as wide as leaves the network working"
+        },
+    )
+    sigma: float | list[float] | None = field(
+        default=None, metadata={"help": "standard deviation of phi around its prior mean, likewise; none: twice beta"}
+    )
     prior_mean: Literal["adapter", "zero"] = field(
         default="adapter", metadata={"help": "of phi: the adapter's initial weights, or zero (the paper's)"}
     )
     sgd_steps: int = field(default=300, metadata={"help": "joint training steps before the chain"})
-    sgd_learning_rate: float = field(default=3e-3, metadata={"help": "of those, Adam"})
+    sgd_learning_rate: float | None = field(
+        default=None, metadata={"help": "of those, Adam; none: 0.05 of the size of the adapter's weights"}
+    )
     burn_in: int = field(default=300, metadata={"help": "visits before the first draw"})
     samples: int = field(default=600, metadata={"help": "draws of phi"})
     thinning: int = field(default=1, metadata={"help": "visits per draw"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "move per visit and weight; eta = 2 x this"})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "move per visit and weight; eta = 2 x this; none: 0.05 of the size of the adapter's weights"},
+    )
     phi_update: Literal["gibbs", "langevin"] = field(
         default="gibbs", metadata={"help": "of phi: an exact draw, or the paper's Langevin step"}
     )
@@ -71,10 +97,13 @@ class LiFTSettings:
     phi_step_fraction: float = field(
         default=0.1, metadata={"help": "of the Langevin step: fraction of the largest stable one"}
     )
-    temperature: float = field(default=1.0, metadata={"help": "variance of all noise in meta-training"})
-    n_inflate: float = field(
-        default=1.0,
-        metadata={"help": "power on the likelihood; tune it, 10 to 1000 where rows are few (docs/sampler.md)"},
+    temperature: float | None = field(
+        default=None,
+        metadata={"help": "variance of all noise; none: 0.01, or 1 where beta, sigma or n_inflate is given"},
+    )
+    n_inflate: float | None = field(
+        default=None,
+        metadata={"help": "power on the likelihood, the paper's name for 1 / temperature (docs/sampler.md); none: 1"},
     )
     batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
     block_size: int = field(default=1, metadata={"help": "tasks of a visit; more than one go in one pass"})
@@ -100,19 +129,16 @@ class LiFTSettings:
     def __post_init__(self) -> None:
         _check_numbers(
             self,
-            positive=(
-                "beta",
-                "sigma",
-                "learning_rate",
-                "sgd_learning_rate",
-                "n_inflate",
-                "noise_scale",
-                "head_lr_scale",
-                "phi_step_fraction",
-            ),
+            positive=("noise_scale", "head_lr_scale", "phi_step_fraction"),
             counts=("components", "samples", "thinning", "batch_size", "block_size"),
         )
-        check_number("temperature", self.temperature, open_below=False)
+        for name in ("beta", "sigma", "learning_rate", "sgd_learning_rate", "n_inflate"):
+            value = getattr(self, name)
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                if value is not None:
+                    check_number(name, number)
+        if self.temperature is not None:
+            check_number("temperature", self.temperature, open_below=False)
         check_number("head_temperature", self.head_temperature, open_below=False)
         for name in ("sgd_steps", "burn_in", "ranks_block_size"):
             check_number(name, getattr(self, name), open_below=False, whole=True)
@@ -132,6 +158,11 @@ def complete_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     Heads of tasks' own took steps before they could be solved; without such heads it makes no difference.
     """
     return {"head": "solve" if saved.get("head_scale") is None else "langevin", **saved}
+
+
+def complete_adapt_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to settings of adaptation that were saved the fields that did not exist then: one start less was tried."""
+    return {"untouched": 0.0, **saved}
 
 
 def _check_numbers(settings: Any, *, positive: Sequence[str], counts: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from tiny_backbones import bert, matching_task
 from torch import Tensor, nn
 
 from pyro_lift import LiFTPrior, LiFTSettings
+from pyro_lift.defaults import one_width
 from pyro_lift.inference.fixed_theta import FixedThetaPosterior, exact_prior, phi_chain
 from pyro_lift.inference.gibbs import conjugate
 from pyro_lift.inference.gibbs.conjugate import NormalPair
@@ -96,7 +97,7 @@ def test_a_meta_trained_zoo_exported_and_imported_is_the_same_prior(tmp_path: Pa
     paths = [path for path in one.prior.to_peft_library(tmp_path) if path.name.startswith("task-")]
     prior = LiFTPrior.from_adapters(paths, copy.deepcopy(one.backbone), beta=0.03)
     thetas = torch.stack([one.prior.theta(name) for name in one.prior.tasks])
-    mean, variance = exact_prior(thetas, 0.03, prior.settings.sigma)
+    mean, variance = exact_prior(thetas, 0.03, one_width(prior.settings.sigma))
     torch.testing.assert_close(prior.mixture.moments.mean[0], mean, atol=1e-5, rtol=1e-5)
     assert float(prior.mixture.moments.variance[0, 0]) == pytest.approx(variance, rel=1e-5)
 

@@ -6,6 +6,7 @@ r"""Meta-testing (Eq. 15-18): the program of a new task under the learned prior,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,14 +20,17 @@ from pyro_lift.models.priors import broadened
 from pyro_lift.models.solved_heads import SolvedHeads
 from pyro_lift.models.task import Task
 
-__all__ = ["Start", "best_start", "best_starts", "heads_at_best_start", "meta_test_program"]
+__all__ = ["UNTOUCHED", "Start", "Untouched", "best_start", "best_starts", "heads_at_best_start", "meta_test_program"]
+
+#: The "component" of a start at the adapter's own initial weights.
+UNTOUCHED = -1
 
 
 class Start(NamedTuple):
     """The start of a test-time chain.
 
     Attributes:
-        component: the one chosen.
+        component: the one chosen; :data:`UNTOUCHED` where the weights are those of no component.
         theta: its mean ``[D]``.
         log_likelihood: of the task at that mean, the sum over training rows.
     """
@@ -41,7 +45,7 @@ def meta_test_program(
     task: Task,
     mixture: dist.MixtureSameFamily,
     *,
-    beta: float,
+    beta: float | Tensor,
     batch_size: int | None = None,
     head_scale: float | None = None,
     noise_scale: float = 1.0,
@@ -55,7 +59,7 @@ def meta_test_program(
         adapter: the network as a function of theta.
         task: the new task.
         mixture: over phi.
-        beta: standard deviation of a task's weights around phi.
+        beta: standard deviation of a task's weights around phi; one number, or ``[D]``.
         batch_size: rows of a minibatch; None takes all rows.
         head_scale: standard deviation of the head's prior; None for a head that all tasks share.
         noise_scale: standard deviation of the noise in regression.
@@ -75,54 +79,104 @@ def meta_test_program(
     )
 
 
+class Untouched(NamedTuple):
+    """The start that is there without any meta-training, as a candidate beside the mixture's means.
+
+    A new task may be none of the kind that meta-training has seen; then phi is the wrong place to begin at, and the
+    network as it was is a better one. The task's own rows say which.
+
+    Attributes:
+        theta: the adapter's own initial weights ``[D]``.
+        probability: that a new task is none of the kind, before its rows are seen.
+    """
+
+    theta: Tensor
+    probability: float
+
+    @property
+    def log_odds(self) -> float:
+        """Log of the prior odds against the mixture."""
+        return math.log(self.probability) - math.log1p(-self.probability)
+
+    def prior(self, mixture: dist.MixtureSameFamily) -> dist.MixtureSameFamily:
+        """Make the prior of such a task: one component, as wide as the heaviest, at the untouched weights."""
+        heaviest = int(mixture.mixture_distribution.probs.argmax())
+        scale = mixture.component_distribution.variance[heaviest].sqrt()
+        component = dist.Normal(self.theta.to(scale).unsqueeze(0), scale.unsqueeze(0)).to_event(1)
+        return dist.MixtureSameFamily(dist.Categorical(torch.ones_like(scale[:1])), component)
+
+
+class _Candidate(NamedTuple):
+    component: int
+    theta: Tensor
+    log_odds: float
+
+
+def _candidates(mixture: dist.MixtureSameFamily, untouched: Untouched | None) -> list[_Candidate]:
+    """The components' means, the heaviest first, and the untouched weights."""
+    means = mixture.component_distribution.mean
+    order = torch.argsort(mixture.mixture_distribution.probs, descending=True).tolist()
+    candidates = [_Candidate(j, means[j], 0.0) for j in order]
+    if untouched is not None:
+        candidates.append(_Candidate(UNTOUCHED, untouched.theta.to(means), untouched.log_odds))
+    return candidates
+
+
 def heads_at_best_start(
-    adapter: RandomAdapter, tasks: Sequence[Task], mixture: dist.MixtureSameFamily
+    adapter: RandomAdapter,
+    tasks: Sequence[Task],
+    mixture: dist.MixtureSameFamily,
+    untouched: Untouched | None = None,
 ) -> tuple[SolvedHeads, list[Start]]:
-    """Solve the heads of new tasks: the component whose features predict left-out rows best, and heads from there on.
+    """Solve the heads of new tasks: the start whose features predict left-out rows best, and heads from there on.
 
     Args:
         adapter: the network as a function of theta.
         tasks: with heads of their own.
         mixture: over phi, ``[K, D]``.
+        untouched: a further start.
 
     Returns:
         The heads, their priors' widths chosen at each task's start; and the starts, the log likelihood being that of
         left-out rows (sum over training rows).
     """
-    means = mixture.component_distribution.mean
-    order = torch.argsort(mixture.mixture_distribution.probs, descending=True).tolist()
-    at_mean = {j: SolvedHeads(adapter, tasks, means[j]) for j in order}
+    candidates = _candidates(mixture, untouched)
+    heads = [SolvedHeads(adapter, tasks, candidate.theta) for candidate in candidates]
     starts, chosen = [], []
     for k, task in enumerate(tasks):
-        best = max(order, key=lambda j, k=k: at_mean[j].score(k))  # type: ignore[misc]
-        starts.append(Start(best, means[best], at_mean[best].score(k) * len(task.train)))
-        chosen.append(at_mean[best].prior_sd(k))
-    return SolvedHeads(adapter, tasks, means[order[0]], widths=chosen), starts
+        scores = [each.score(k) * len(task.train) for each in heads]
+        odds = [score + candidate.log_odds for score, candidate in zip(scores, candidates, strict=True)]
+        best = odds.index(max(odds))
+        starts.append(Start(candidates[best].component, candidates[best].theta, scores[best]))
+        chosen.append(heads[best].prior_sd(k))
+    return SolvedHeads(adapter, tasks, candidates[0].theta, widths=chosen), starts
 
 
 @torch.no_grad()
-def best_start(program: FlatAdapter, mixture: dist.MixtureSameFamily) -> Start:
+def best_start(program: FlatAdapter, mixture: dist.MixtureSameFamily, untouched: Untouched | None = None) -> Start:
     r"""Choose the component mean with the highest likelihood on the task's own training data.
 
     .. math:: j^* = \arg\max_j\, \log p(D_* \mid \theta_* = \mu_j)
 
     The paper does not say where test-time chains start. Past a thousand dimensions the responsibilities are one-hot,
     so a chain never leaves its component: the start *is* the choice of prototype, and the data should make it. Ties
-    (a head of zeros) go to the heavier component.
+    (a head of zeros) go to the heavier component. The untouched weights are chosen where the likelihood times their
+    prior odds is higher than of any component.
     """
-    means = mixture.component_distribution.mean
-    order = torch.argsort(mixture.mixture_distribution.probs, descending=True).tolist()
-    starts = [Start(j, means[j], float(program.log_likelihood(means[j]))) for j in order]
-    return max(starts, key=lambda start: start.log_likelihood)
+    candidates = _candidates(mixture, untouched)
+    values = [float(program.log_likelihood(candidate.theta)) for candidate in candidates]
+    return _best(candidates, values)
 
 
 @torch.no_grad()
-def best_starts(program: FlatBlock, mixture: dist.MixtureSameFamily) -> list[Start]:
-    """Choose :func:`best_start` for each task of a block; every mean goes through the network once for all tasks."""
-    means = mixture.component_distribution.mean
-    order = torch.argsort(mixture.mixture_distribution.probs, descending=True).tolist()
-    values = torch.stack([program.log_likelihood(means[j]) for j in order])  # [K, B]
-    starts = []
-    for k, best in enumerate(values.argmax(0).tolist()):
-        starts.append(Start(order[best], means[order[best]], float(values[best, k])))
-    return starts
+def best_starts(program: FlatBlock, mixture: dist.MixtureSameFamily, untouched: Untouched | None = None) -> list[Start]:
+    """Choose :func:`best_start` for each task of a block; every start goes through the network once for all tasks."""
+    candidates = _candidates(mixture, untouched)
+    values = torch.stack([program.log_likelihood(candidate.theta) for candidate in candidates], -1)  # [B, K]
+    return [_best(candidates, of_task) for of_task in values.tolist()]
+
+
+def _best(candidates: Sequence[_Candidate], log_likelihoods: Sequence[float]) -> Start:
+    odds = [value + each.log_odds for value, each in zip(log_likelihoods, candidates, strict=True)]
+    best = odds.index(max(odds))
+    return Start(candidates[best].component, candidates[best].theta, log_likelihoods[best])

@@ -24,6 +24,7 @@ __all__ = [
     "jsonable",
     "link_or_copy",
     "read_verified",
+    "saved_config",
     "shortened",
     "write_rows",
 ]
@@ -79,6 +80,16 @@ def read_verified(path: Path) -> dict[str, Any]:
             if hashlib.file_digest(handle, "sha256").hexdigest() != record["sha256"]:
                 raise DamagedError(f"{path / file}: altered since it was written.")
     return state
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a folder's newest checkpoint that can be read; nothing where there is none."""
+    for path in reversed(checkpoints_in(folder)):
+        try:
+            return dict(read_json(path / "state.json")["config"])
+        except (DamagedError, OSError, KeyError, TypeError, ValueError):
+            continue
+    return {}
 
 
 def check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> None:

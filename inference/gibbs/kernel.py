@@ -391,6 +391,11 @@ class SGLDGibbs(Kernel):
         layout = {site.family: site.plate_dim for site in chain.cache.layouts[None]}
         return {family: value.squeeze(layout[family]) for family, value in values[None].items()}
 
+    @property
+    def last_visit(self) -> SGLDGibbsInfo | None:
+        """Diagnostics of the last transition; None before the first."""
+        return self._info
+
     def logging(self) -> dict[str, str]:
         """For Pyro's progress bar."""
         return self._log(self.state.step, self._info, self._info.phase if self._info else "")

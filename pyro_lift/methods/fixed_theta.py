@@ -13,13 +13,14 @@ draws phi given all theta_i exactly, without a chain. The step is ``step_share``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pyro_lift.defaults import one_width, resolved
 from pyro_lift.inference.baselines.library import TrainedLibrary, train_library
 from pyro_lift.inference.baselines.protocol import Budget, Posterior
 from pyro_lift.inference.fixed_theta import FixedThetaPosterior, Scale, exact_draws, phi_chain, random_order
@@ -80,11 +81,13 @@ class FixedTheta:
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LiFTState:
         """Train the library, then run the chain over phi and summarise its draws."""
         library = self.library or train_library(self.adapter, tasks, self.budget, on_step=on_step)
-        s = self.lift.chain_settings()
+        s = resolved(self.lift.chain_settings(), self.adapter)
+        beta, sigma, heat = one_width(s.beta), one_width(s.sigma), s.temperature or 0.0
+        s = replace(s, beta=beta, sigma=sigma)
         generator = torch.Generator(device=library.thetas.device).manual_seed(self.budget.seed)
         mixture = OnlineGaussianMixture(s.components, s.covariance)
         centre = self.adapter.initial if s.prior_mean == "adapter" else torch.zeros_like(self.adapter.initial)
-        posterior = FixedThetaPosterior(library.thetas, centre, s.beta, s.sigma, self.scale)
+        posterior = FixedThetaPosterior(library.thetas, centre, beta, sigma, self.scale, heat)
         for phi in islice(self._draws(posterior, generator), self.chain_steps // 2, self.chain_steps):
             mixture.update(phi)
         prior = LiFTPrior(self.adapter, mixture, s, self.lift.adapt_settings(), seed=self.budget.seed)

@@ -87,8 +87,7 @@ class LiFTMethod:
         return AdaptSettings(
             steps=self.budget.steps,
             learning_rate=self.budget.learning_rate,
-            temperature=0.0 if self.ablation == "noise" else 1.0,
-            n_inflate=self.settings.n_inflate,
+            temperature=0.0 if self.ablation == "noise" else None,
             batch_size=self.budget.batch_size,
             draws=self.budget.draws,
         )
@@ -113,11 +112,12 @@ class LiFTMethod:
     def _without_mixture(self, prior: LiFTPrior, task: Task, seed: int | None) -> Ensemble:
         s, mixture = prior.settings, prior.mixture.get()
         task = task.to(self.adapter.initial.device)
-        program = meta_test_program(self.adapter, task, mixture, beta=s.beta, head_scale=s.head_scale)
+        program = meta_test_program(self.adapter, task, mixture, beta=prior.beta, head_scale=s.head_scale)
         rule = langevin(
             self.budget.learning_rate,
+            temperature=1.0 if s.temperature is None else s.temperature,
             second_moment=prior.second_moment.get("theta"),
             adapt_steps=self.budget.steps // 2,
         )
         start = best_start(program, mixture).theta
-        return finetune(self.adapter, task, start, self.budget, rule=rule, n_inflate=s.n_inflate, seed=seed)
+        return finetune(self.adapter, task, start, self.budget, rule=rule, n_inflate=s.n_inflate or 1.0, seed=seed)

@@ -25,7 +25,7 @@ from pyro_lift.saving.base_model import check_base, describe_base
 from pyro_lift.saving.model_card import posterior_card, prior_card
 from pyro_lift.saving.parts import PosteriorParts, PriorParts, Savable, SavablePosterior, SavablePrior
 from pyro_lift.saving.peft_folder import PEFT_CONFIG, adapter_config, config_from_dict, config_to_dict, write_peft
-from pyro_lift.settings import AdaptSettings, LiFTSettings, complete_settings
+from pyro_lift.settings import AdaptSettings, LiFTSettings, complete_adapt_settings, complete_settings
 from pyro_lift.support.archive import (
     DamagedError,
     check_format,
@@ -164,7 +164,7 @@ def load_prior(
     config = read_json(path)
     check_format(path, config, "pyro_lift.prior", PRIOR_FORMAT, _PRIOR_KEYS)
     settings = from_dict(LiFTSettings, complete_settings(config["settings"]), f"{path}: settings")
-    adapt_settings = from_dict(AdaptSettings, config["adapt"], f"{path}: adapt")
+    adapt_settings = from_dict(AdaptSettings, complete_adapt_settings(config["adapt"]), f"{path}: adapt")
     mixture = _mixture(path, config["mixture"])
     adapter = _adapter(path, config, backbone, check, options or {})
     file = folder / PRIOR

@@ -97,7 +97,7 @@ def prior_card(prior: SavablePrior, config: Mapping[str, Any]) -> str:
         count=len(prior.tasks),
         tasks=", ".join(f"`{name}`" for name in prior.tasks) or "Not recorded.",
         components=_table(["component", "weight", "norm of the mean", "sd of a coordinate"], rows),
-        settings=_table(["setting", "value"], [[f"`{k}`", f"`{json.dumps(v)}`"] for k, v in _settings(prior).items()]),
+        settings=_table(["setting", "value"], [[f"`{k}`", f"`{_setting(v)}`"] for k, v in _settings(prior).items()]),
         results=_results(prior.results),
         parameters=config["base_model"]["parameters"],
     )
@@ -142,6 +142,13 @@ def _header(base: str | None) -> str:
 def _settings(prior: SavablePrior) -> dict[str, Any]:
     adapt = {f"adapt.{name}": value for name, value in dataclasses.asdict(prior.adapt_settings).items()}
     return {**dataclasses.asdict(prior.settings), "seed": prior.seed, **adapt}
+
+
+def _setting(value: Any) -> str:
+    """Format a setting; one that has a number for each adapter tensor by its range."""
+    if isinstance(value, (list, tuple)):
+        return f"{min(value):.3g} .. {max(value):.3g}, by module"
+    return json.dumps(value)
 
 
 def _results(results: Mapping[str, Any]) -> str:

@@ -46,6 +46,14 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if not _fits(hint, value):
         raise ValueError(f"{where} = {value!r}: expected {_named(hint)}.")
     if hint is not float:
+        # A whole number where a fraction is as good becomes one.
+        if (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and float in get_args(hint)
+            and int not in get_args(hint)
+        ):
+            return _value(float, value, where)
         return value
     try:
         return float(value)

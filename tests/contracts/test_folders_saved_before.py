@@ -227,7 +227,7 @@ def test_a_prior_saved_before_predicts_what_it_did(heads: str, network: Any, exp
     prior = LiFTPrior.from_pretrained(SAVED / f"prior_{heads}", network())
     assert prior.tasks == ("t0", "t1", "t2", "t3") and prior.results == {"accuracy": 0.5}
     as_then = {"head_scale": HEADS[heads]} if HEADS[heads] is None else {"head_scale": 1.0, "head": "langevin"}
-    assert prior.settings == meta_training(**SETTINGS, temperature=1.0, batch_size=16, **as_then).settings
+    assert prior.settings == meta_training(**SETTINGS, sigma=0.3, temperature=1.0, batch_size=16, **as_then).settings
     assert prior.mixture.components == 2 and prior.mixture.seen == SETTINGS["samples"]
     assert torch.equal(prior.adapter.initial, RandomAdapter(adapted_backbone()).initial)
     same(summary(prior), expected[f"prior_{heads}"])
@@ -294,8 +294,8 @@ def test_summaries_saved_before_go_on(run: Path, request: pytest.FixtureRequest,
 @pytest.mark.parametrize("run", ["meta_training"], indirect=True)
 def test_meta_training_saved_before_goes_on_to_the_same_prior(run: Path, expected: dict[str, Any]) -> None:
     counted = Counted()
-    # Adaptation took power 1 then, where it was not given; it inherits meta-training's now.
-    adapt = AdaptSettings(temperature=1.0, n_inflate=1.0)
+    # Adaptation had a rate and a power of its own then, where none was given; it inherits meta-training's now.
+    adapt = AdaptSettings(temperature=1.0, n_inflate=1.0, learning_rate=2e-3)
     prior = meta_training(adapt=adapt).meta_train(TASKS, progress=False, resume=run, on_step=counted)
     assert counted.calls == 8
     same(summary(prior), expected["meta_training"])

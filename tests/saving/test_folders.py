@@ -127,7 +127,10 @@ def test_the_card_says_what_was_learned_and_its_head_is_yaml(tmp_path: Path) -> 
     text = (one.prior.save_pretrained(tmp_path / "p", results={"accuracy": 0.625}) / "README.md").read_text()
     header = yaml.safe_load(text.split("---")[1])
     assert header["library_name"] == "peft" and "pyro-lift" in header["tags"] and "base_model" not in header
-    for part in ("K = 2", "`t0`, `t1`", "| `beta` | `0.03` |", "| accuracy | 0.625 |", "| `adapt.steps` | `100` |"):
+    beta = one.prior.settings.beta
+    assert isinstance(beta, list) and len(beta) == len(one.prior.adapter.layout)
+    width = f"| `beta` | `{min(beta):.3g} .. {max(beta):.3g}, by module` |"
+    for part in ("K = 2", "`t0`, `t1`", width, "| accuracy | 0.625 |", "| `adapt.steps` | `100` |"):
         assert part in text, part
     card = (one.posterior.save_pretrained(tmp_path / "q") / "README.md").read_text()
     assert "for the task 't2'" in card and "3 draws" in card

@@ -12,7 +12,14 @@ from tiny_methods import tiny_adapter, tiny_tasks
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pyro_lift.inference.adaptation.meta_testing import Start, best_start, best_starts, meta_test_program
+from pyro_lift.inference.adaptation.meta_testing import (
+    UNTOUCHED,
+    Start,
+    Untouched,
+    best_start,
+    best_starts,
+    meta_test_program,
+)
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.flat import FlatBlock
 from pyro_lift.models.task import Task
@@ -117,3 +124,32 @@ def test_choosing_a_start_keeps_no_graph() -> None:
     mixture = mixture_of(means, [1.0])
     start = best_start(meta_test_program(adapter, task, mixture, beta=0.1), mixture)
     assert start.theta.grad_fn is None
+
+
+def test_a_task_that_the_untouched_network_explains_better_begins_there() -> None:
+    adapter, task = tiny_adapter(), tiny_tasks(1, rows=12)[0]
+    good = fitted(adapter, task)
+    bad = good + 3.0 * torch.randn(adapter.dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    gain = likelihood(adapter, task, good) - likelihood(adapter, task, bad)
+    assert gain > 1.0
+    mixture = mixture_of(bad.unsqueeze(0), [1.0])
+    program = meta_test_program(adapter, task, mixture, beta=0.1)
+    block = FlatBlock(adapter, [task, task], dist.Normal(adapter.initial, 1.0).to_event(1))
+    # The odds at which the choice turns are those that the rows' evidence makes up for.
+    for shift, component in ((0.1, UNTOUCHED), (-0.1, 0)):
+        untouched = Untouched(good, 1.0 / (1.0 + math.exp(gain - shift)))
+        assert untouched.log_odds == pytest.approx(shift - gain)
+        start = best_start(program, mixture, untouched)
+        assert start.component == component
+        assert start.log_likelihood == pytest.approx(likelihood(adapter, task, good if component else bad), rel=1e-10)
+        assert [each.component for each in best_starts(block, mixture, untouched)] == [component] * 2
+
+
+def test_the_prior_of_such_a_task_stands_at_the_untouched_weights_as_wide_as_the_heaviest_component() -> None:
+    adapter = tiny_adapter()
+    means = torch.stack([adapter.initial + 1.0, adapter.initial - 1.0])
+    mixture = mixture_of(means, [0.3, 0.7])
+    prior = Untouched(adapter.initial, 0.05).prior(mixture)
+    assert prior.mixture_distribution.probs.tolist() == [1.0]
+    assert torch.equal(prior.component_distribution.mean[0], adapter.initial)
+    assert torch.allclose(prior.component_distribution.variance[0], mixture.component_distribution.variance[1])

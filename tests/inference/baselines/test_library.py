@@ -10,6 +10,7 @@ import torch
 from tiny_methods import SMALL, tiny_adapter, tiny_tasks
 from torch import Tensor, nn
 
+from pyro_lift.defaults import one_width, resolved
 from pyro_lift.inference.baselines.library import nearest, task_key, train_library
 from pyro_lift.inference.baselines.mbc import MBC, MBCState, cluster
 from pyro_lift.inference.baselines.retriever import LoRARetriever
@@ -178,8 +179,10 @@ def test_fixed_theta_never_calls_the_network_in_its_chain() -> None:
     handle.remove()
     assert not calls
     s = state.prior.settings
-    v = 1.0 / (s.sigma**-2 + 3 / s.beta**2)
-    mean = v * (adapter.initial / s.sigma**2 + library.thetas.sum(0) / s.beta**2)
+    beta, sigma = one_width(s.beta), one_width(s.sigma)
+    v = 1.0 / (sigma**-2 + 3 / beta**2)
+    mean = v * (adapter.initial / sigma**2 + library.thetas.sum(0) / beta**2)
+    v *= s.temperature or 0.0
     component = state.prior.mixture.get().component_distribution
     assert float((component.mean[0] - mean).abs().max()) < 5.0 * (v / 200) ** 0.5
     assert float(component.variance[0].mean()) == pytest.approx(v, rel=0.1)
@@ -210,7 +213,8 @@ def test_lift_moves_phi_by_any_accumulator(accumulator: str) -> None:
     options = {"phi_update": "langevin", "accumulator": accumulator, "phi_step_fraction": 0.2}
     lift = LiFT(adapter, sgd_steps=4, burn_in=4, samples=8, seed=0, **options)  # type: ignore[arg-type]
     kernel = lift.kernel(lift.program(tasks))
-    N, beta, sigma = 3, lift.settings.beta, lift.settings.sigma
+    s = resolved(lift.settings, adapter)
+    N, beta, sigma = 3, one_width(s.beta), one_width(s.sigma)
     limit = 4.0 / (N / beta**2 + sigma**-2) if accumulator == "exact" else torch.pi**2 * beta**2 / N**2
     assert kernel.settings.accumulator == accumulator
     assert lift._phi_step_size(N) == pytest.approx(0.2 * limit)

@@ -1,0 +1,72 @@
+"""A watch over the loss of a chain: one that climbs back to chance is stopped, not averaged."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from torch import Tensor
+
+__all__ = ["ChainLostError", "LossWatch"]
+
+#: Of chance: a chain whose mean loss has been below the first and comes back to the second has lost what it knew.
+LEARNED, LOST = 0.8, 0.97
+#: Visits that a mean is taken over, at least; and looks at it, so that a device is not waited for at every visit.
+WINDOW, EVERY = 100, 25
+
+
+class ChainLostError(RuntimeError):
+    """A chain predicted better than chance and no longer does: its noise has carried the weights away.
+
+    Attributes:
+        step: transitions made.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class LossWatch:
+    """Follows the mean loss of the visited tasks beside what a prediction has that ignores its input.
+
+    Args:
+        rows: training rows of each task.
+        chance: of each task, nats a row (:func:`~pyro_lift.models.chance.chance_loss`).
+        advice: what to do, the end of the error's message.
+    """
+
+    def __init__(self, rows: Sequence[int], chance: Sequence[float], advice: str = "") -> None:
+        self._rows, self._chance, self._advice = list(rows), list(chance), advice
+        self._window: deque[tuple[float, float]] = deque(maxlen=max(WINDOW, len(self._rows)))
+        self._waiting: list[tuple[Tensor, tuple[int, ...]]] = []
+        self._visits = 0
+        self.lowest = float("inf")
+
+    def see(self, log_likelihood: Tensor, tasks: tuple[int, ...]) -> None:
+        """Take a visit: the log likelihood summed over the tasks' rows, and the tasks.
+
+        Raises:
+            ChainLostError: the mean loss was below 0.8 of chance and is now at 0.97 of it or above.
+        """
+        self._visits += 1
+        self._waiting.append((log_likelihood.detach(), tasks))
+        if self._visits % EVERY:
+            return
+        for value, visited in self._waiting:
+            rows = sum(self._rows[k] for k in visited)
+            self._window.append((-float(value) / rows, sum(self._rows[k] * self._chance[k] for k in visited) / rows))
+        self._waiting.clear()
+        if len(self._window) < (self._window.maxlen or 0):
+            return
+        loss, chance = (sum(values) / len(self._window) for values in zip(*self._window, strict=True))
+        if not chance > 0.0:  # densities, or tasks of one class: nothing to be lost
+            return
+        self.lowest = min(self.lowest, loss / chance)
+        if self.lowest < LEARNED and loss > LOST * chance:
+            raise ChainLostError(
+                f"after {self._visits} visits the mean loss of the tasks is {loss:.3f} a row, where a prediction that "
+                f"ignores its input has {chance:.3f}, and it was {self.lowest * chance:.3f} before: the chain's noise "
+                f"has carried the weights to where the network says nothing. {self._advice}",
+                self._visits,
+            )

@@ -1,0 +1,127 @@
+r"""Settings that are left to the network and the tasks, filled in.
+
+Temperature, power and the prior's widths are one knob. With power :math:`\kappa` on the likelihood and temperature T
+the draws follow
+
+.. math:: \Big(p(\theta \mid \phi, \beta)\; p(D \mid \theta)^{\kappa}\Big)^{1/T},
+
+so that :math:`(\beta, \sigma, \kappa, T = 1)` and
+:math:`(\beta \sqrt\kappa, \sigma \sqrt\kappa, 1, T = 1/\kappa)` are one law: where the data say nothing, a weight
+varies by :math:`\beta \sqrt T` around phi, and the data pull with :math:`\kappa / T`. What is not given is filled in
+from that (:func:`resolved`): :math:`\beta \sqrt T` as wide as leaves the network working
+(:mod:`~pyro_lift.models.weight_scales`), and :math:`\kappa / T = 100`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.prior_loss import PriorLoss, prior_loss
+from pyro_lift.models.task import Task
+from pyro_lift.models.weight_scales import by_weight, harmless_scales, typical_size
+from pyro_lift.settings import LiFTSettings
+
+__all__ = ["fitted", "one_width", "resolved"]
+
+log = logging.getLogger("pyro_lift")
+
+#: Temperature where neither it nor the power is given.
+TEMPERATURE = 0.01
+#: sigma over beta.
+SIGMA_OVER_BETA = 2.0
+#: A step over the typical size of the adapter's own weights.
+RELATIVE_STEP = 0.05
+#: Times that widths are halved at most.
+HALVINGS = 5
+
+
+def resolved(settings: LiFTSettings, adapter: RandomAdapter) -> LiFTSettings:
+    """Fill in what was left to the network: the prior's widths, power and temperature, and the rates.
+
+    Widths are one number an adapter tensor where phi is drawn exactly, else one for all: the geometric mean.
+    """
+    s = settings
+    power = 1.0 if s.n_inflate is None else s.n_inflate
+    # A model that is stated is sampled as it is stated; only one that is left to the network is cold.
+    stated = any(value is not None for value in (s.n_inflate, s.beta, s.sigma))
+    temperature = s.temperature if s.temperature is not None else 1.0 if stated else TEMPERATURE
+    rate = RELATIVE_STEP * typical_size(adapter)
+    beta = s.beta
+    if beta is None:
+        # At temperature zero, where nothing varies, the widths of the default remain.
+        warmth = math.sqrt(temperature or TEMPERATURE)
+        beta = _agreed([scale / warmth for scale in harmless_scales(adapter)], one_number=s.phi_update == "langevin")
+    sigma = s.sigma
+    if sigma is None:
+        sigma = [SIGMA_OVER_BETA * b for b in beta] if isinstance(beta, (list, tuple)) else SIGMA_OVER_BETA * beta
+    return replace(
+        s,
+        beta=beta,
+        sigma=sigma,
+        n_inflate=power,
+        temperature=temperature,
+        learning_rate=rate if s.learning_rate is None else s.learning_rate,
+        sgd_learning_rate=rate if s.sgd_learning_rate is None else s.sgd_learning_rate,
+    )
+
+
+def fitted(settings: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task]) -> LiFTSettings:
+    """Fill in what was left open (:func:`resolved`) and look at what the prior does to the tasks' loss.
+
+    Widths that were left open are halved while draws from the prior cost more than a tenth of the way to chance;
+    widths that were given are kept, with a warning. Heads that take steps say nothing before training: then nothing is
+    looked at.
+    """
+    s = resolved(settings, adapter)
+    if s.temperature == 0.0 or (s.head_scale is not None and s.head == "langevin"):
+        return s
+    for _ in range(HALVINGS):
+        measured = _prior_loss(s, adapter, tasks)
+        if measured.harmless:
+            return s
+        if settings.beta is not None and settings.sigma is not None:
+            break
+        beta = s.beta if settings.beta is not None else _times(0.5, s.beta)
+        s = replace(s, beta=beta, sigma=s.sigma if settings.sigma is not None else _times(0.5, s.sigma))
+        log.info("draws from the prior raise the mean loss from %.3f to %.3f: its widths are halved", *measured[:2])
+    log.warning(
+        "draws from the prior (beta %.3g, sigma %.3g, temperature %.3g) raise the mean loss of the tasks from %.3f to "
+        "%.3f a row (chance: %.3f): under them the network says little. Leave beta and sigma open, or make them or the "
+        "temperature smaller.",
+        one_width(s.beta),
+        one_width(s.sigma),
+        s.temperature,
+        *measured,
+    )
+    return s
+
+
+def _prior_loss(s: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task]) -> PriorLoss:
+    assert s.temperature is not None
+    square = sum(torch.as_tensor(by_weight(adapter, width)).square() for width in (s.beta, s.sigma))
+    spread = (s.temperature * torch.as_tensor(square)).sqrt().to(adapter.initial)
+    centre = adapter.initial  # where phi's prior is the paper's, around zero, its widths are meant to reach this far
+    return prior_loss(adapter, tasks, centre, spread, head_scale=s.head_scale, noise_scale=s.noise_scale)
+
+
+def _times(factor: float, width: float | Sequence[float] | None) -> float | list[float]:
+    assert width is not None
+    return [factor * x for x in width] if isinstance(width, (list, tuple)) else factor * float(width)  # type: ignore[arg-type]
+
+
+def one_width(width: float | Sequence[float] | None) -> float:
+    """Return a width as one number: itself, or the geometric mean of one for each adapter tensor."""
+    assert width is not None, "resolve the settings first"
+    if not isinstance(width, (list, tuple)):
+        return float(width)  # type: ignore[arg-type]
+    return math.exp(sum(map(math.log, width)) / len(width))
+
+
+def _agreed(scales: list[float], one_number: bool) -> float | list[float]:
+    return one_width(scales) if one_number or max(scales) == min(scales) else scales

@@ -1,0 +1,33 @@
+"""The effective number of weights, against linear regressions in which it is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyro_lift.inference.effective_weights import effective_weights
+
+
+@pytest.mark.parametrize("power", [1.0, 7.0])
+@pytest.mark.parametrize("batch_size", [4, 20])
+def test_it_is_the_closed_form_of_a_linear_regression_with_orthogonal_inputs(power: float, batch_size: int) -> None:
+    # y = x theta + noise, one input at a time: at the true theta a row's gradient is x xi / alpha.
+    generator = torch.Generator().manual_seed(0)
+    N, D, alpha, beta = 20, 6, 0.5, 0.3
+    sizes = torch.linspace(0.01, 4.0, D)
+    x = sizes * torch.randn(N, D, generator=generator).sign()
+    noise = torch.randn(40_000, batch_size, generator=generator)
+    picked = x[torch.randint(N, (40_000, batch_size), generator=generator)]
+    batches = power * N / batch_size * (noise.unsqueeze(-1) * picked / alpha).sum(1)
+    information = power * (x / alpha).square().sum(0)
+    exact = float((information * beta**2 / (1.0 + information * beta**2)).sum())
+    found = effective_weights(batches.square().mean(0), beta, rows=N, batch_size=batch_size, power=power)
+    assert found == pytest.approx(exact, rel=0.01)
+
+
+def test_wide_priors_leave_all_weights_to_the_data_and_narrow_ones_none() -> None:
+    v = torch.rand(50) + 0.1
+    assert effective_weights(v, 1e4, rows=10, batch_size=10) == pytest.approx(50.0, abs=1e-4)
+    assert effective_weights(v, 1e-6, rows=10, batch_size=10) == pytest.approx(0.0, abs=1e-8)
+    halves = effective_weights(v, torch.cat([torch.full((25,), 1e4), torch.full((25,), 1e-6)]), rows=10, batch_size=10)
+    assert halves == pytest.approx(25.0, abs=1e-4)
