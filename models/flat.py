@@ -17,9 +17,16 @@ from pyro_lift.models.block_likelihood import block_log_likelihood, stack_rows
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.observation import batch_of, check_width, observe, outputs, sample_head
 from pyro_lift.models.solved_heads import SolvedHeads
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Rows, Task
 
 __all__ = ["FlatAdapter", "FlatBlock"]
+
+
+def some_rows(rows: Rows, most: int | None) -> Rows:
+    """Take at most so many rows, evenly over a task: neighbours are often of one class."""
+    if most is None or len(rows) <= most:
+        return rows
+    return rows.take(torch.arange(most) * len(rows) // most)
 
 
 class FlatAdapter:
@@ -69,12 +76,12 @@ class FlatAdapter:
         with pyro.plate("data", len(self.task.train), subsample_size=batch_of(self.task, self.batch_size)) as rows:
             observe("obs", self.adapter, self.task, self.task.train.take(rows), theta, head, self.noise_scale)
 
-    def log_likelihood(self, theta: Tensor, head: Tensor | None = None) -> Tensor:
-        """Compute the log likelihood of all the task's training rows at one theta."""
-        rows = self.task.train
-        return log_likelihood(
-            self.task.kind, outputs(self.adapter, rows, theta, head), rows.target, self.noise_scale
-        ).sum()
+    def log_likelihood(self, theta: Tensor, head: Tensor | None = None, *, most: int | None = None) -> Tensor:
+        """Compute the log likelihood of the task's training rows at one theta; of ``most`` of them, scaled to all."""
+        rows = some_rows(self.task.train, most)
+        output = outputs(self.adapter, rows, theta, head)
+        total = log_likelihood(self.task.kind, output, rows.target, self.noise_scale).sum()
+        return total * (len(self.task.train) / len(rows))
 
 
 class FlatBlock:
@@ -132,9 +139,12 @@ class FlatBlock:
                 return
             pyro.factor("obs", block_log_likelihood(self.adapter, kind, block, theta, head, self.noise_scale))
 
-    def log_likelihood(self, theta: Tensor) -> Tensor:
-        """Compute the log likelihood ``[B]`` of each task's training rows at one theta ``[D]``, without heads."""
-        rows = [task.train for task in self.tasks]
-        block = stack_rows(rows, [len(r) for r in rows], self.tasks[0].kind)
+    def log_likelihood(self, theta: Tensor, *, most: int | None = None) -> Tensor:
+        """Compute the log likelihood ``[B]`` of each task's training rows at one theta ``[D]``, without heads.
+
+        With ``most``, of as many of a task's rows, scaled to all.
+        """
+        rows = [some_rows(task.train, most) for task in self.tasks]
+        block = stack_rows(rows, [len(task.train) for task in self.tasks], self.tasks[0].kind)
         each = theta.expand(len(rows), -1)
         return block_log_likelihood(self.adapter, self.tasks[0].kind, block, each, None, self.noise_scale)

@@ -22,6 +22,8 @@ from pyro_lift.models.task import Task
 
 __all__ = ["UNTOUCHED", "Start", "Untouched", "best_start", "best_starts", "heads_at_best_start", "meta_test_program"]
 
+#: Rows that a start is chosen by, at most: they tell prototypes apart, and more would cost as much as the chain.
+START_ROWS = 128
 #: The "component" of a start at the adapter's own initial weights.
 UNTOUCHED = -1
 
@@ -164,7 +166,7 @@ def best_start(program: FlatAdapter, mixture: dist.MixtureSameFamily, untouched:
     prior odds is higher than of any component.
     """
     candidates = _candidates(mixture, untouched)
-    values = [float(program.log_likelihood(candidate.theta)) for candidate in candidates]
+    values = [float(program.log_likelihood(candidate.theta, most=START_ROWS)) for candidate in candidates]
     return _best(candidates, values)
 
 
@@ -172,7 +174,9 @@ def best_start(program: FlatAdapter, mixture: dist.MixtureSameFamily, untouched:
 def best_starts(program: FlatBlock, mixture: dist.MixtureSameFamily, untouched: Untouched | None = None) -> list[Start]:
     """Choose :func:`best_start` for each task of a block; every start goes through the network once for all tasks."""
     candidates = _candidates(mixture, untouched)
-    values = torch.stack([program.log_likelihood(candidate.theta) for candidate in candidates], -1)  # [B, K]
+    values = torch.stack(
+        [program.log_likelihood(candidate.theta, most=START_ROWS) for candidate in candidates], -1
+    )  # [B, K]
     return [_best(candidates, of_task) for of_task in values.tolist()]
 
 
