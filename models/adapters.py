@@ -269,13 +269,15 @@ class RandomAdapter(PyroModule):
                 raise ValueError(f"adapter tensor {name!r} has shape {tuple(tensors[name].shape)}, not {tuple(shape)}.")
         return torch.cat([tensors[entry.name].reshape(-1) for entry in self.layout])
 
-    def forward(self, *inputs: Any, theta: Tensor | None = None, **named: Any) -> Tensor:
+    def forward(self, *inputs: Any, theta: Tensor | None = None, head_inputs: bool = False, **named: Any) -> Tensor:
         """Run the network under adapter weights ``theta``.
 
         Args:
             inputs: positional inputs of the backbone.
             theta: ``[D]``; or ``[B, D]``, and then every input has a leading dimension B of its own and each row
                 goes through its own adapter. None samples the site ``theta`` from the prior.
+            head_inputs: whether to return what a task's own head takes, where the readout tells it from its logits
+                (:meth:`~pyro_lift.models.readouts.LabelMatching.head_inputs`).
             named: keyword inputs of the backbone.
         """
         if theta is None:
@@ -286,22 +288,39 @@ class RandomAdapter(PyroModule):
         if not self._reached:
             first = inputs if theta.dim() == 1 else tuple(_first(x) for x in inputs)
             self.check_reach(*first, **(named if theta.dim() == 1 else {k: _first(x) for k, x in named.items()}))
+        if head_inputs and not self.matches(named):
+            head_inputs = False
         if theta.dim() == 1:
-            return self._call(theta, inputs, named)
+            return self._call(theta, inputs, named, head_inputs)
         if theta.shape[0] == 1:
             alone = {name: x[0] for name, x in named.items()}
-            return self._call(theta[0], tuple(x[0] for x in inputs), alone).unsqueeze(0)
+            return self._call(theta[0], tuple(x[0] for x in inputs), alone, head_inputs).unsqueeze(0)
         with span("pyro_lift.forward"):
-            return self._block(self._tensors(theta), inputs, named)
+            read = self._read_head_inputs if head_inputs else self._read
+            return self._block(self._tensors(theta), inputs, named, read)
+
+    def matches(self, named: Mapping[str, Any]) -> bool:
+        """Whether inputs of these names are read by label matching, whose similarities a task's own head can stand on.
+
+        Another readout, or a postprocess, may score label texts too: it has logits alone.
+        """
+        return self.postprocess is None and hasattr(readout_for(named, self.readout), "head_inputs")
 
     @span("pyro_lift.forward")
-    def _call(self, theta: Tensor, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    def _call(self, theta: Tensor, inputs: tuple[Any, ...], named: dict[str, Any], head_inputs: bool) -> Tensor:
         with self.bound(theta):
-            return self._read(inputs, named)
+            return self._read_head_inputs(inputs, named) if head_inputs else self._read(inputs, named)
+
+    def _read_head_inputs(self, inputs: Sequence[Any], named: Mapping[str, Any], block: bool = False) -> Tensor:
+        """Do what :meth:`_read` does, for a task's own head on top of label matching."""
+        readout: Any = readout_for(named, self.readout)
+        return self._widened(readout.head_inputs(self.backbone, named))
 
     def _read(self, inputs: Sequence[Any], named: Mapping[str, Any], block: bool = False) -> Tensor:
         """Run the bound network and read its output; for a block, with one leading row per row of any task."""
-        output = self._read_as_it_is(inputs, named, block)
+        return self._widened(self._read_as_it_is(inputs, named, block))
+
+    def _widened(self, output: Tensor) -> Tensor:
         half = isinstance(output, Tensor) and output.dtype in (torch.float16, torch.bfloat16)
         return output.float() if half else output  # a likelihood adds up many small terms
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import IGNORED, LossKind, log_likelihood
 from pyro_lift.models.task import Rows
 
@@ -96,10 +97,16 @@ def _padded(x: Tensor, wide: Sequence[int], fill: int) -> Tensor:
     return pad(x, amounts, value=fill)
 
 
-def block_outputs(adapter: RandomAdapter, block: Block, theta: Tensor) -> Tensor:
-    """Compute the network's output ``[B, b, ...]`` on the rows of a block, each task's at its own theta ``[B, D]``."""
+def block_outputs(adapter: RandomAdapter, block: Block, theta: Tensor, *, head_inputs: bool = False) -> Tensor:
+    """Compute the network's output ``[B, b, ...]`` on the rows of a block, each task's at its own theta ``[B, D]``.
+
+    With ``head_inputs``, what heads of the tasks' own take, where that is something else.
+    """
     named: Mapping[str, Tensor] = block.rows.named
-    output: Tensor = adapter(*block.rows.positional, theta=theta, **named)
+    if head_inputs and adapter.matches(named):
+        output: Tensor = adapter(*block.rows.positional, theta=theta, head_inputs=True, **named)
+    else:
+        output = adapter(*block.rows.positional, theta=theta, **named)
     return output
 
 
@@ -123,8 +130,8 @@ def block_log_likelihood(
         head: the tasks' own heads ``[B, C, width + 1]``, or None.
         noise_scale: standard deviation of the noise in regression.
     """
-    output, rows = block_outputs(adapter, block, theta), block.rows
+    output, rows = block_outputs(adapter, block, theta, head_inputs=head is not None), block.rows
     if head is not None:
-        output = output @ head[..., :-1].mT + head[..., -1].unsqueeze(-2)
+        output = apply_head(output, head)
     each = log_likelihood(kind, output.flatten(0, 1), rows.target.flatten(0, 1), noise_scale)
     return (each.view(block.weight.shape) * block.weight).sum(-1)

@@ -108,24 +108,40 @@ class BlockCall:
         #: Whether one pass serves a block; None until the first block has been tried.
         self.one_pass: bool | None = None if _all_linear(slots) else False
 
-    def __call__(self, tensors: Sequence[Tensor], inputs: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
-        """Run the network: adapter tensors ``[B, ...]`` and inputs ``[B, b, ...]`` to outputs ``[B, b, ...]``."""
+    def __call__(
+        self,
+        tensors: Sequence[Tensor],
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+        read: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        """Run the network: adapter tensors ``[B, ...]`` and inputs ``[B, b, ...]`` to outputs ``[B, b, ...]``.
+
+        ``read`` may take the place of the reading that the object was made with.
+        """
+        read = read or self.read
         if self.one_pass is None:
-            self.one_pass = self._agrees(tensors, inputs, named)
+            self.one_pass = self._agrees(tensors, inputs, named, read)
             if not self.one_pass:
                 log.warning("blocks go task by task: this network does not keep a block's rows in order.")
         if self.one_pass:
-            return self._together(tensors, inputs, named)
-        return torch.stack([self._alone(k, tensors, k, inputs, named) for k in range(len(tensors[0]))])
+            return self._together(tensors, inputs, named, read)
+        return torch.stack([self._alone(k, tensors, k, inputs, named, read) for k in range(len(tensors[0]))])
 
-    def _together(self, tensors: Sequence[Tensor], inputs: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+    def _together(
+        self,
+        tensors: Sequence[Tensor],
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+        read: Callable[..., Tensor],
+    ) -> Tensor:
         B = len(tensors[0])
         layers = self._layers(tensors)
         try:
             for module, layer in layers:
                 module.__dict__["forward"] = layer
             with bound((), (), self.kept):
-                rows = self.read(inputs, named, True)
+                rows = read(inputs, named, True)
         finally:
             for module, _ in layers:
                 module.__dict__.pop("forward", None)
@@ -143,24 +159,36 @@ class BlockCall:
         return [(modules[k], _LinearByTask(part["weight"], part.get("bias"))) for k, part in parts.items()]
 
     def _alone(
-        self, adapter: int, tensors: Sequence[Tensor], task: int, inputs: Sequence[Any], named: Mapping[str, Any]
+        self,
+        adapter: int,
+        tensors: Sequence[Tensor],
+        task: int,
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+        read: Callable[..., Tensor],
     ) -> Tensor:
         with bound(self.slots, [tensor[adapter] for tensor in tensors], self.kept):
-            return self.read([_rows(x, task) for x in inputs], _named_rows(named, task))
+            return read([_rows(x, task) for x in inputs], _named_rows(named, task))
 
     @torch.no_grad()
-    def _agrees(self, tensors: Sequence[Tensor], inputs: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    def _agrees(
+        self,
+        tensors: Sequence[Tensor],
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+        read: Callable[..., Tensor],
+    ) -> bool:
         """Check that one pass gives each task what its own pass gives, with adapters made to differ by a lot."""
         generator = torch.Generator().manual_seed(0)
         far = [x + (0.1 * torch.randn(x.shape, generator=generator)).to(x) for x in tensors]
         last = len(tensors[0]) - 1
         try:
-            block = self._together(far, inputs, named)
+            block = self._together(far, inputs, named, read)
         except (RuntimeError, _NotByCallError):  # a reshape that the network's order of dimensions does not allow
             return False
         for task, other in ((0, last), (last, 0)):
-            alone = self._alone(task, far, task, inputs, named)
-            wrong = self._alone(other, far, task, inputs, named)
+            alone = self._alone(task, far, task, inputs, named, read)
+            wrong = self._alone(other, far, task, inputs, named, read)
             if alone.shape != block[task].shape:
                 return False
             allowed = TOLERANCE * (alone - wrong).norm() + 1e-5 * alone.norm()

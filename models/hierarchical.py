@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import block_log_likelihood, stack_rows
-from pyro_lift.models.observation import batch_of, check_width, has_head, observe, sample_head
-from pyro_lift.models.solved_heads import solved_heads
+from pyro_lift.models.observation import batch_of, check_width, observe, sample_head
+from pyro_lift.models.solved_heads import has_solved_head, solved_heads
 from pyro_lift.models.task import Task, check_task_names
 from pyro_lift.support.options import check_number
 
@@ -46,7 +46,7 @@ class AdapterHierarchy:
         noise_scale: standard deviation of the noise in regression.
         block_size: B, tasks that one run of the program takes.
         head: whether a task's own head is a site, ``"sample"``, or solved on the way, ``"solve"``
-            (:mod:`~pyro_lift.models.solved_heads`).
+            (:mod:`~pyro_lift.models.solved_heads`), which gives one to tasks of label matching too.
 
     Raises:
         ValueError: no task; two tasks of one name; a shared head that does not fit a task's targets; more tasks in a
@@ -87,8 +87,8 @@ class AdapterHierarchy:
         if block_size > len(tasks):
             raise ValueError(f"block_size={block_size} is more than the {len(tasks)} tasks there are.")
         self.block_size = block_size
-        self.one_pass = block_size > 1 and can_share_pass(self.tasks, head_scale)
         self.solved = solved_heads(head, adapter, self.tasks, head_scale, adapter.initial)
+        self.one_pass = block_size > 1 and can_share_pass(self.tasks, head_scale, self.solved is not None)
 
     def __call__(self) -> None:
         """Run the program."""
@@ -99,7 +99,7 @@ class AdapterHierarchy:
         for i in pyro.plate("tasks", len(self.tasks), subsample_size=self.block_size):
             theta = pyro.sample(f"theta_{i}", dist.Normal(phi, self.beta, validate_args=False).to_event(1))
             task = self.tasks[i]
-            if self.solved is not None and has_head(task, self.head_scale):
+            if self.solved is not None and has_solved_head(self.adapter, task, self.head_scale):
                 with pyro.plate(
                     f"data_{i}", len(task.train), subsample_size=self.solved.rows(task, self.batch_size)
                 ) as rows:
@@ -114,7 +114,7 @@ class AdapterHierarchy:
         with pyro.plate("tasks", len(self.tasks), subsample_size=self.block_size) as index:
             theta = pyro.sample("theta", dist.Normal(phi, self.beta, validate_args=False).to_event(1))
             tasks = [self.tasks[i] for i in index.tolist()]
-            solved = self.solved if has_head(tasks[0], self.head_scale) else None
+            solved = self.solved if has_solved_head(self.adapter, tasks[0], self.head_scale) else None
             head = None
             if solved is None:
                 head = sample_head("head", tasks[0], self.width, self.head_scale, like=theta)
@@ -145,7 +145,17 @@ def check_width_of_prior(name: str, width: float | Tensor, dim: int) -> None:
     return None
 
 
-def can_share_pass(tasks: Sequence[Task], head_scale: float | None) -> bool:
-    """Check that the tasks are of one kind and, with heads of their own, have as many classes."""
-    shapes = {(task.kind, task.num_classes if head_scale is not None else None) for task in tasks}
+def can_share_pass(tasks: Sequence[Task], head_scale: float | None, solved: bool = False) -> bool:
+    """Check that the tasks are of one kind and, with heads of their own, have as many classes.
+
+    Args:
+        tasks: at least one.
+        head_scale: standard deviation of their heads; None where they share one.
+        solved: whether heads are solved: then label matching has heads too, of which options by row are another sort.
+    """
+    shapes = set()
+    for task in tasks:
+        own = head_scale is not None or (solved and task.kind == "matching")
+        by_row = own and task.kind == "matching" and task.label_texts is None
+        shapes.add((task.kind, task.num_classes if own else None, by_row))
     return len(shapes) == 1

@@ -11,10 +11,20 @@ import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.task import Rows, Task
 
-__all__ = ["batch_of", "check_width", "has_head", "network_output", "observe", "outputs", "sample_head"]
+__all__ = [
+    "batch_of",
+    "check_width",
+    "has_head",
+    "head_inputs_of",
+    "network_output",
+    "observe",
+    "outputs",
+    "sample_head",
+]
 
 log = logging.getLogger("pyro_lift")
 
@@ -46,13 +56,21 @@ def outputs(adapter: RandomAdapter, rows: Rows, theta: Tensor, head: Tensor | No
 
     .. math:: o(x) = f_\theta(x), \qquad\text{or}\qquad o(x) = W f_\theta(x) + b \quad\text{with head } [W\; b]
     """
-    features: Tensor = adapter(*rows.positional, theta=theta, **rows.named)
-    return features if head is None else features @ head[:, :-1].T + head[:, -1]
+    if head is None:
+        output: Tensor = adapter(*rows.positional, theta=theta, **rows.named)
+        return output
+    return apply_head(network_output(adapter, rows, theta), head)
 
 
 def network_output(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
-    """The network's output ``[n, E]``: the features of a task's own head."""
-    return outputs(adapter, rows, theta, None)
+    """The features of a task's own head ``[n, E]``: the network's output; under label matching see its head inputs."""
+    output: Tensor = adapter(*rows.positional, theta=theta, **rows.named, **head_inputs_of(rows))
+    return output
+
+
+def head_inputs_of(rows: Rows) -> dict[str, bool]:
+    """Keywords of an adapter's call for a head's features; none where features and output are one."""
+    return {"head_inputs": True} if rows.named.keys() & {"label_input_ids", "option_input_ids"} else {}
 
 
 def observe(

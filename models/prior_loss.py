@@ -13,7 +13,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.chance import chance_loss
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.observation import has_head, outputs
-from pyro_lift.models.solved_heads import SolvedHeads
+from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.task import Rows, Task
 
 __all__ = ["PriorLoss", "prior_loss"]
@@ -53,6 +53,7 @@ def prior_loss(
     spread: float | Tensor,
     *,
     head_scale: float | None = None,
+    solve: bool = True,
     noise_scale: float = 1.0,
     seed: int = 0,
 ) -> PriorLoss:
@@ -64,6 +65,7 @@ def prior_loss(
         centre: c, ``[D]``.
         spread: s, standard deviation; one number or ``[D]``.
         head_scale: None for a network whose head all tasks share; else each task's own head is solved.
+        solve: whether label matching has solved heads too.
         noise_scale: standard deviation of the noise in regression.
         seed: of the draws; no other stream is touched.
     """
@@ -72,7 +74,8 @@ def prior_loss(
     some = [tasks[k * len(tasks) // min(TASKS, len(tasks))] for k in range(min(TASKS, len(tasks)))]
     at_centre, drawn, chance = [], [], []
     for task in some:
-        loss = _loss_of(adapter, task, centre, head_scale, noise_scale)
+        own = has_solved_head(adapter, task, head_scale) if solve else has_head(task, head_scale)
+        loss = _loss_of(adapter, task, centre, own, noise_scale)
         chance.append(chance_loss(task, noise_scale))
         at_centre.append(loss(centre))
         drawn += [loss(centre + spread * xi) for xi in noise]
@@ -80,10 +83,10 @@ def prior_loss(
 
 
 def _loss_of(
-    adapter: RandomAdapter, task: Task, centre: Tensor, head_scale: float | None, noise_scale: float
+    adapter: RandomAdapter, task: Task, centre: Tensor, own_head: bool, noise_scale: float
 ) -> Callable[[Tensor], float]:
     """Make the mean loss of a few rows of a task, as a function of the adapter's weights."""
-    if not has_head(task, head_scale):
+    if not own_head:
         rows = _spread(task.train, ROWS)
         return lambda theta: (
             -float(log_likelihood(task.kind, outputs(adapter, rows, theta, None), rows.target, noise_scale).mean())

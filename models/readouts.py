@@ -13,10 +13,12 @@ from torch.nn.functional import normalize, pad
 from pyro_lift.models.likelihoods import IGNORED, log_likelihood, shift_right
 from pyro_lift.support.options import check_literal, check_number
 
-__all__ = ["LabelMatching", "LabelScoring", "Pooling", "Readout", "pool", "read", "readout_for"]
+__all__ = ["ABSENT", "LabelMatching", "LabelScoring", "Pooling", "Readout", "pool", "read", "readout_for"]
 
 
 Pooling = Literal["mean", "first", "last"]
+#: The similarity of a text that is absent: times any scale above 0.01 it leaves no probability.
+ABSENT = -1e4
 
 
 #: From the network, as a function of its inputs, and a batch's named inputs to the output of a likelihood.
@@ -73,6 +75,24 @@ class LabelMatching:
 
     def __call__(self, network: Callable[..., Any], named: Mapping[str, Tensor]) -> Tensor:
         """Compute the logits ``[b, C]``; for a block ``[B, b, ...]``, those of all its rows ``[B b, C]``."""
+        _, similarity, present = self._compared(network, named)
+        logits = (self.scale * similarity).masked_fill(~present, torch.finfo(similarity.dtype).min)
+        return torch.as_tensor(logits.flatten(0, -2))
+
+    def head_inputs(self, network: Callable[..., Any], named: Mapping[str, Tensor]) -> Tensor:
+        """Compute what a task's own head takes (:mod:`~pyro_lift.models.heads`), one row an input.
+
+        Label texts of the task: the encoded inputs, of length one, and their similarities, ``[b, E + C]``. Options of
+        every row: the similarities alone, ``[b, C]``. An absent text has the similarity :data:`ABSENT`.
+        """
+        inputs, similarity, present = self._compared(network, named)
+        similarity = similarity.masked_fill(~present, ABSENT)
+        if "option_input_ids" in named:
+            return similarity.flatten(0, -2)
+        return torch.cat([inputs, similarity], -1).flatten(0, -2)
+
+    def _compared(self, network: Callable[..., Any], named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Encoded inputs ``[..., b, E]``, similarities ``[..., b, C]``, and which texts there are."""
         ids, mask = named["input_ids"], named["attention_mask"]
         texts, text_mask, of_row = _texts(named)
         b, C = ids.shape[-2], texts.shape[-2]
@@ -84,11 +104,8 @@ class LabelMatching:
         ids, mask = _trimmed(ids, mask)
         inputs, labels = self._encoded(network, (ids, mask), (texts, text_mask))
         if of_row:
-            similarity = (inputs.unsqueeze(-2) * labels.unflatten(-2, (b, C))).sum(-1)
-        else:
-            similarity, present = inputs @ labels.mT, present.unsqueeze(-2)
-        logits = (self.scale * similarity).masked_fill(~present, torch.finfo(similarity.dtype).min)
-        return torch.as_tensor(logits.flatten(0, -2))
+            return inputs, (inputs.unsqueeze(-2) * labels.unflatten(-2, (b, C))).sum(-1), present
+        return inputs, inputs @ labels.mT, present.unsqueeze(-2)
 
     def _encoded(
         self, network: Callable[..., Any], first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]

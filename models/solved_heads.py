@@ -8,12 +8,16 @@ head that the others have solved, and the likelihood of the program is that of t
 
 one pass through the network whatever the number of folds. In the gradient heads are held fixed. The head of the task
 itself, for predictions, is the mode on all its rows.
+
+Under label matching the head stands beside the similarities to the label texts (:mod:`~pyro_lift.models.heads`), whose
+scale each task chooses with the width of its prior, at the start; then the gradient goes through the encoded inputs and
+the encoded label texts both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,12 +25,22 @@ from torch import Tensor
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import Block, block_outputs
 from pyro_lift.models.features import all_features
-from pyro_lift.models.heads import HeadModel, choose_prior_sd, laplace_head, solve_head
+from pyro_lift.models.head_choice import HeadChoice, choose_head
+from pyro_lift.models.heads import HeadModel, ScalePrior, laplace_head, solve_head
 from pyro_lift.models.observation import batch_of, has_head, network_output
+from pyro_lift.models.readouts import LabelMatching
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.options import check_choice, check_number
 
-__all__ = ["UNMOVED", "SolvedHeads", "held_out_log_prob", "solved_heads", "unmoved_draws", "with_unmoved"]
+__all__ = [
+    "UNMOVED",
+    "SolvedHeads",
+    "has_solved_head",
+    "held_out_log_prob",
+    "solved_heads",
+    "unmoved_draws",
+    "with_unmoved",
+]
 
 #: Heads of a pass: each sees three quarters of its rows.
 FOLDS = 4
@@ -41,7 +55,8 @@ class SolvedHeads:
         adapter: the network as a function of theta.
         tasks: classifications; each with its training rows.
         start: weights ``[D]`` at whose features the widths are chosen, once, when they are first asked for.
-        widths: s of each task, where they have been chosen already.
+        choices: of each task, where they have been made already.
+        scale: of label matching where a task has no rows; None takes the readout's.
         folds: heads of a pass.
     """
 
@@ -51,37 +66,54 @@ class SolvedHeads:
         tasks: Sequence[Task],
         start: Tensor,
         *,
-        widths: Sequence[float] | None = None,
+        choices: Sequence[HeadChoice] | None = None,
+        scale: float | None = None,
         folds: int = FOLDS,
     ) -> None:
         check_number("folds", folds, least=2, open_below=False, whole=True)
+        if scale is not None:
+            check_number("scale", scale)
         self.adapter, self.tasks, self.folds = adapter, list(tasks), folds
         self.start = start.detach()
-        self._widths: dict[int, float] = dict(enumerate(widths or ()))
-        self._scores: dict[int, float] = {}
+        self.scale = zero_shot_scale(adapter) if scale is None else scale
+        self._choices: dict[int, HeadChoice] = dict(enumerate(choices or ()))
+
+    def choice(self, task: int) -> HeadChoice:
+        """Return what a task's head is solved under, by cross-validation at the start's features."""
+        if task not in self._choices:
+            rows, classes = self.tasks[task].train, self.tasks[task].num_classes
+            assert classes is not None
+            found = all_features(self.adapter, rows, self.start, network_output)
+            scale = self.scale if self.adapter.matches(rows.named) else None
+            self._choices[task] = choose_head(found, rows.target, classes, scale)
+        return self._choices[task]
+
+    def mean_scale(self) -> float | None:
+        """Average the scales of label matching that the tasks chose; None where none of them has label texts.
+
+        No less than a twentieth of where they began, so that a text says something where there are no rows.
+        """
+        matched = [k for k, task in enumerate(self.tasks) if self.adapter.matches(task.train.named)]
+        scales = [self.choice(k).model.scale for k in matched]
+        means = [float(scale.mean) for scale in scales if scale is not None]
+        return max(sum(means) / len(means), 0.05 * self.scale) if means else None
 
     def prior_sd(self, task: int) -> float:
         """Return s of a task's head, by cross-validation at the start's features."""
-        if task not in self._widths:
-            self._choose(task)
-        return self._widths[task]
+        return self.choice(task).sd
 
     def score(self, task: int) -> float:
         """Return the mean log probability of left-out rows at the start's features, by the width that is best there."""
-        if task not in self._scores:
-            self._choose(task)
-        return self._scores[task]
-
-    def _choose(self, task: int) -> None:
-        rows = self.tasks[task].train
-        found = all_features(self.adapter, rows, self.start, network_output)
-        choice = choose_prior_sd(found, rows.target, self._model(task))
-        self._widths[task], self._scores[task] = choice.sd, -min(choice.scores)
+        return self.choice(task).score
 
     def rows(self, task: Task, batch_size: int | None) -> int:
-        """Return the rows of a pass: at least one of each class for every fold, and no more than the task has."""
+        """Return the rows of a pass: at least one of each class for every fold, and no more than the task has.
+
+        Options of a row's own are no classes.
+        """
         assert task.num_classes is not None
-        return batch_of(task, None if batch_size is None else max(batch_size, self.folds * task.num_classes))
+        least = self.folds if "option_input_ids" in task.train.inputs else self.folds * task.num_classes
+        return batch_of(task, None if batch_size is None else max(batch_size, least))
 
     def log_prob(self, tasks: Sequence[int], features: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """Held-out log probability of each row of a pass, ``[B, b]``; differentiable in the features.
@@ -92,8 +124,17 @@ class SolvedHeads:
             target: class numbers ``[B, b]``.
             weight: zero for rows that are padding, ``[B, b]``.
         """
-        widths = torch.tensor([self.prior_sd(k) for k in tasks], dtype=torch.float64, device=features.device)
-        return held_out_log_prob(features, target, self._model(tasks[0]), widths, folds=self.folds, weight=weight)
+        choices = [self.choice(k) for k in tasks]
+
+        def each(values: Sequence[Any]) -> Tensor:
+            return torch.tensor([float(x) for x in values], dtype=torch.float64, device=features.device)
+
+        model, widths = choices[0].model, each([choice.sd for choice in choices])
+        scales = [choice.model.scale for choice in choices]
+        if model.scale is not None:  # tasks that share a pass differ in their scale alone
+            means = each([scale.mean for scale in scales if scale is not None])
+            model = model._replace(scale=ScalePrior(means, model.scale.sd))
+        return held_out_log_prob(features, target, model, widths, folds=self.folds, weight=weight)
 
     def log_prob_at(self, task: int, rows: Rows, theta: Tensor) -> Tensor:
         """Held-out log probability of some rows of a task at theta ``[D]``, one a row ``[b]``."""
@@ -102,14 +143,14 @@ class SolvedHeads:
 
     def block_log_likelihood(self, tasks: Sequence[int], block: Block, theta: Tensor) -> Tensor:
         """Held-out log likelihood of each task of a block ``[B]`` at theta ``[B, D]``, scaled to the tasks' rows."""
-        found = block_outputs(self.adapter, block, theta)
+        found = block_outputs(self.adapter, block, theta, head_inputs=True)
         return (self.log_prob(tasks, found, block.rows.target, block.weight) * block.weight).sum(-1)
 
     def solve(self, task: int, theta: Tensor) -> Tensor:
         """Return the mode of a task's head ``[C, E + 1]`` at theta ``[D]``, on all its training rows."""
         rows = self.tasks[task].train
         found = all_features(self.adapter, rows, theta, network_output)
-        return solve_head(found, rows.target, self._model(task), prior_sd=self.prior_sd(task)).head
+        return solve_head(found, rows.target, self.choice(task).model, prior_sd=self.prior_sd(task)).head
 
     def solve_each(self, task: int, thetas: Tensor) -> Tensor:
         """Return the modes ``[S, C, E + 1]`` at some weights ``[S, D]``; equal neighbours are solved once."""
@@ -121,15 +162,21 @@ class SolvedHeads:
 
     def draw(self, task: int, theta: Tensor, generator: torch.Generator) -> Tensor:
         """Draw a task's head ``[C, E + 1]`` at theta ``[D]`` from its Gaussian approximation."""
-        rows, model, sd = self.tasks[task].train, self._model(task), self.prior_sd(task)
+        rows, (model, sd, _) = self.tasks[task].train, self.choice(task)
         found = all_features(self.adapter, rows, theta, network_output)
         mode = solve_head(found, rows.target, model, prior_sd=sd).head
         return laplace_head(found, rows.target, model, mode, 1, prior_sd=sd, generator=generator)[0]
 
-    def _model(self, task: int) -> HeadModel:
-        classes = self.tasks[task].num_classes
-        assert classes is not None
-        return HeadModel(classes)
+
+def zero_shot_scale(adapter: RandomAdapter) -> float:
+    """The scale of label matching without any row: the readout's, or the usual one."""
+    readout = adapter.readout if isinstance(adapter.readout, LabelMatching) else LabelMatching()
+    return readout.scale
+
+
+def has_solved_head(adapter: RandomAdapter, task: Task, scale: float | None) -> bool:
+    """Whether a task has a head of its own where heads are solved: label matching always has one, beside its texts."""
+    return has_head(task, scale) or (task.kind == "matching" and adapter.matches(task.train.named))
 
 
 def solved_heads(
@@ -137,7 +184,7 @@ def solved_heads(
 ) -> SolvedHeads | None:
     """Make the solved heads of a program; None where heads are sampled, or where no task has one of its own."""
     check_choice("head", head, ["sample", "solve"])
-    if head == "sample" or not any(has_head(task, scale) for task in tasks):
+    if head == "sample" or not any(has_solved_head(adapter, task, scale) for task in tasks):
         return None
     return SolvedHeads(adapter, tasks, start)
 
@@ -172,11 +219,12 @@ def held_out_log_prob(
     """Log probability of each row by a head that the other folds have solved, ``[..., b]``.
 
     Rows are dealt into folds class by class, in their order. A row that is alone in its class counts nothing: without
-    it nothing is known of its class. Where all are, and for a single row, the log probability is that of a uniform
-    prediction.
+    it nothing is known of its class. Where all are, and for a single row, the log probability is zero. Under label
+    matching the label's text says something still, so that every row counts; options of the rows' own are no classes.
 
     Args:
-        features: ``[..., b, E]``; differentiated through, the heads held fixed.
+        features: ``[..., b, E]``, under label matching ``[..., b, E + C]``; differentiated through, the heads held
+            fixed.
         target: class numbers ``[..., b]``.
         model: classification.
         prior_sd: s, one number or one a problem, ``[...]``.
@@ -184,10 +232,14 @@ def held_out_log_prob(
         weight: zero for rows that are padding, ``[..., b]``.
     """
     counts = torch.ones_like(features[..., 0]) if weight is None else (weight > 0).to(features)
-    fold = _dealt(target, counts, folds)
+    matched = model.scale is not None
+    options = matched and features.shape[-1] == model.num_outputs
+    fold = _dealt(torch.zeros_like(target) if options else target, counts, folds)
     kept = counts.unsqueeze(-2) * (fold.unsqueeze(-2) != torch.arange(folds, device=target.device).unsqueeze(-1))
     some = kept.sum(-1, keepdim=True) > 0  # a fold that has all rows leaves none: let its head have them, uncounted
-    kept = torch.where(some, kept, torch.ones_like(kept))
+    kept = kept if matched else torch.where(some, kept, torch.ones_like(kept))
+    if model.scale is not None and isinstance(model.scale.mean, Tensor):
+        model = model._replace(scale=model.scale._replace(mean=model.scale.mean.unsqueeze(-1)))
     many = features.detach().unsqueeze(-3).expand(*kept.shape[:-1], *features.shape[-2:])
     sd = torch.as_tensor(prior_sd, dtype=torch.float64, device=features.device)
     solved = solve_head(
@@ -200,6 +252,8 @@ def held_out_log_prob(
     logits = features.unsqueeze(-3) @ solved[..., :-1].mT + solved[..., -1].unsqueeze(-2)  # [..., K, b, C]
     log_p = logits.log_softmax(-1).gather(-1, target[..., None, :, None].expand(*kept.shape, 1)).squeeze(-1)
     own = log_p.gather(-2, fold.unsqueeze(-2)).squeeze(-2)
+    if matched:
+        return torch.where(counts > 0, own, torch.zeros_like(own))
     member = torch.nn.functional.one_hot(target, model.num_outputs).to(features) * counts.unsqueeze(-1)
     companions = member.sum(-2).gather(-1, target)
     return torch.where((companions > 1) & (counts > 0), own, torch.zeros_like(own))

@@ -107,7 +107,8 @@ def _prior_loss(s: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task]) 
     square = sum(torch.as_tensor(by_weight(adapter, width)).square() for width in (s.beta, s.sigma))
     spread = (s.temperature * torch.as_tensor(square)).sqrt().to(adapter.initial)
     centre = adapter.initial  # where phi's prior is the paper's, around zero, its widths are meant to reach this far
-    return prior_loss(adapter, tasks, centre, spread, head_scale=s.head_scale, noise_scale=s.noise_scale)
+    solve = s.head != "langevin"
+    return prior_loss(adapter, tasks, centre, spread, head_scale=s.head_scale, solve=solve, noise_scale=s.noise_scale)
 
 
 def _times(factor: float, width: float | Sequence[float] | None) -> float | list[float]:

@@ -216,6 +216,7 @@ class LiFT:
         summary = mcmc._statistics.stats[(0, "phi")]
         moments = {k: v.reshape(-1) for k, v in kernel.state.second_moment.items() if k == "theta"}
         results = _effective(program, moments, s)
+        matching_scale = None if program.solved is None else program.solved.mean_scale()
         return [
             LiFTPrior(
                 self.adapter,
@@ -227,6 +228,7 @@ class LiFT:
                 self.seed,
                 tasks=[task.name for task in tasks],
                 results=results,
+                matching_scale=matching_scale,
             )
             for k in components
         ]

@@ -33,7 +33,7 @@ from pyro_lift.models.flat import FlatBlock
 from pyro_lift.models.hierarchical import can_share_pass
 from pyro_lift.models.observation import has_head
 from pyro_lift.models.priors import broadened
-from pyro_lift.models.solved_heads import UNMOVED, SolvedHeads, with_unmoved
+from pyro_lift.models.solved_heads import UNMOVED, SolvedHeads, has_solved_head, with_unmoved
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior
@@ -72,6 +72,8 @@ class LiFTPrior:
         mcmc: the finished run, for :func:`pyro_lift.from_mcmc`; None for a prior that was loaded.
         tasks: names of the tasks it was learned from, in order.
         results: measures to be saved with it, by name.
+        matching_scale: of label matching without rows, the mean over the tasks it was learned from, and where a new
+            task's own choice begins; None takes the readout's.
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class LiFTPrior:
         *,
         tasks: Sequence[str] = (),
         results: Mapping[str, Any] | None = None,
+        matching_scale: float | None = None,
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
+        self.matching_scale = matching_scale
         self.tasks, self.results = tuple(tasks), dict(results or {})
         self.adapt_settings = adapt_settings or AdaptSettings()
         self.second_moment = second_moment or {}
@@ -130,7 +134,14 @@ class LiFTPrior:
             k: torch.stack([p.second_moment[k].to(v) for p in chains]).mean(0) for k, v in self.second_moment.items()
         }
         return LiFTPrior(
-            self.adapter, mixture, self.settings, self.adapt_settings, moments, seed=self.seed, tasks=self.tasks
+            self.adapter,
+            mixture,
+            self.settings,
+            self.adapt_settings,
+            moments,
+            seed=self.seed,
+            tasks=self.tasks,
+            matching_scale=self.matching_scale,
         )
 
     @at_top_level()
@@ -199,7 +210,7 @@ class LiFTPrior:
             options: fields of :class:`AdaptSettings` to change.
         """
         check_number("block_size", block_size, least=1, open_below=False, whole=True)
-        if block_size == 1 or not can_share_pass(tasks, self.settings.head_scale):
+        if block_size == 1 or not can_share_pass(tasks, self.settings.head_scale, self.settings.head != "langevin"):
             return [self.adapt(task, seed=seed, progress=progress, **options) for task in tasks]
         a = self._adapt_settings(options)
         seed = self.seed if seed is None else seed
@@ -267,9 +278,10 @@ class LiFTPrior:
         self, tasks: Sequence[Task], mixture: Any, untouched: Untouched | None
     ) -> tuple[SolvedHeads | None, list[Start]]:
         """Solve the heads of new tasks at the starts; None, and no starts, where they are not solved."""
-        if self.settings.head == "langevin" or not all(has_head(task, self.settings.head_scale) for task in tasks):
+        scale = self.settings.head_scale
+        if self.settings.head == "langevin" or not all(has_solved_head(self.adapter, task, scale) for task in tasks):
             return None, []
-        return heads_at_best_start(self.adapter, tasks, mixture, untouched)
+        return heads_at_best_start(self.adapter, tasks, mixture, untouched, scale=self.matching_scale)
 
     def _unmoved(self, a: AdaptSettings, tasks: Sequence[Task], solved: SolvedHeads | None) -> float:
         """Return the share of the draws that stay at the start; refuse one where no head goes with the start."""

@@ -155,9 +155,9 @@ class LiFTSettings:
 def complete_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Add to settings that were saved the fields that did not exist then, with the values that mean what was done.
 
-    Heads of tasks' own took steps before they could be solved; without such heads it makes no difference.
+    Heads of tasks' own took steps before they could be solved, and label matching had none.
     """
-    return {"head": "solve" if saved.get("head_scale") is None else "langevin", **saved}
+    return {"head": "langevin", **saved}
 
 
 def complete_adapt_settings(saved: Mapping[str, Any]) -> dict[str, Any]:

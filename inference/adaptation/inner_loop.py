@@ -46,7 +46,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.observation import has_head, outputs
 from pyro_lift.models.priors import LocalGaussian, gaussian_at
-from pyro_lift.models.solved_heads import SolvedHeads
+from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.options import check_choice, check_number, renamed_keywords
 
@@ -105,13 +105,14 @@ class HeadPolicy:
 
     def fresh(self, task: Task, width: int, like: Tensor) -> Tensor | None:
         """Make a head of zeros, or None where the head is shared."""
-        if self.scale is None or task.num_classes is None:
+        if not has_head(task, self.scale):
             return None
+        assert task.num_classes is not None
         return like.new_zeros(task.num_classes, width + 1)
 
     def solved(self, adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor) -> SolvedHeads | None:
         """Make the heads that are solved; None where some task has none of its own, or where they take steps."""
-        if self.update == "step" or not all(has_head(task, self.scale) for task in tasks):
+        if self.update == "step" or not all(has_solved_head(adapter, task, self.scale) for task in tasks):
             return None
         return SolvedHeads(adapter, tasks, start)
 

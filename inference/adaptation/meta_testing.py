@@ -129,6 +129,8 @@ def heads_at_best_start(
     tasks: Sequence[Task],
     mixture: dist.MixtureSameFamily,
     untouched: Untouched | None = None,
+    *,
+    scale: float | None = None,
 ) -> tuple[SolvedHeads, list[Start]]:
     """Solve the heads of new tasks: the start whose features predict left-out rows best, and heads from there on.
 
@@ -137,21 +139,22 @@ def heads_at_best_start(
         tasks: with heads of their own.
         mixture: over phi, ``[K, D]``.
         untouched: a further start.
+        scale: of label matching without rows; None takes the readout's.
 
     Returns:
-        The heads, their priors' widths chosen at each task's start; and the starts, the log likelihood being that of
+        The heads, their priors chosen at each task's start; and the starts, the log likelihood being that of
         left-out rows (sum over training rows).
     """
     candidates = _candidates(mixture, untouched)
-    heads = [SolvedHeads(adapter, tasks, candidate.theta) for candidate in candidates]
+    heads = [SolvedHeads(adapter, tasks, candidate.theta, scale=scale) for candidate in candidates]
     starts, chosen = [], []
     for k, task in enumerate(tasks):
         scores = [each.score(k) * len(task.train) for each in heads]
         odds = [score + candidate.log_odds for score, candidate in zip(scores, candidates, strict=True)]
         best = odds.index(max(odds))
         starts.append(Start(candidates[best].component, candidates[best].theta, scores[best]))
-        chosen.append(heads[best].prior_sd(k))
-    return SolvedHeads(adapter, tasks, candidates[0].theta, widths=chosen), starts
+        chosen.append(heads[best].choice(k))
+    return SolvedHeads(adapter, tasks, candidates[0].theta, choices=chosen, scale=scale), starts
 
 
 @torch.no_grad()

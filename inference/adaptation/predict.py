@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import LossKind, probabilities
-from pyro_lift.models.observation import outputs
+from pyro_lift.models.observation import head_inputs_of, outputs
 from pyro_lift.models.readouts import LabelScoring
 from pyro_lift.models.task import Rows, Task, as_rows
 
@@ -75,9 +76,10 @@ def _summed(adapter: RandomAdapter, thetas: Tensor, rows: Rows, kind: LossKind, 
         return probabilities(kind, outputs(adapter, rows, thetas[0], None if heads is None else heads[0]))
     S = len(thetas)
     named = {name: x.expand(S, *x.shape) for name, x in rows.named.items()}
-    output: Tensor = adapter(*(x.expand(S, *x.shape) for x in rows.positional), theta=thetas, **named)
+    own = {} if heads is None else head_inputs_of(rows)
+    output: Tensor = adapter(*(x.expand(S, *x.shape) for x in rows.positional), theta=thetas, **named, **own)
     if heads is not None:
-        output = output @ heads[..., :-1].mT + heads[..., -1].unsqueeze(-2)
+        output = apply_head(output, heads)
     return probabilities(kind, output).sum(0)
 
 

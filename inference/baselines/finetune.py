@@ -111,7 +111,7 @@ def finetune_each(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor, 
         ValueError: labels outside the head's range.
         DivergedError: a loss that is not finite.
     """
-    if not can_share_pass(tasks, budget.heads.scale):
+    if not can_share_pass(tasks, budget.heads.scale, budget.heads.update == "solve"):
         return [finetune(adapter, task, start, budget) for task in tasks]
     return _finetune_block(adapter, tasks, start, budget)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.heads import scale_of
 from pyro_lift.models.networks import plain_network
 from pyro_lift.models.peft_layers import default_name, peft_layers
 from pyro_lift.models.task import Rows, Task
@@ -131,6 +132,7 @@ def save_prior(prior: SavablePrior, folder: Path) -> Path:
             "seed": prior.seed,
             "tasks": list(prior.tasks),
             "results": dict(prior.results),
+            "matching_scale": prior.matching_scale,
             "files": {PRIOR: write_tensors(new / PRIOR, tensors)},
         }
         write_json(new / CONFIG, sealed(config))
@@ -180,9 +182,10 @@ def load_prior(
             )
     adapter = adapter.beginning_at(tensors["initial"])  # the caller's may be another prior's
     tasks = tuple(map(str, config["tasks"]))
-    return PriorParts(
-        adapter, mixture, settings, adapt_settings, moments, config.get("seed"), tasks, dict(config["results"])
-    )
+    results, scale = dict(config["results"]), config.get("matching_scale")
+    if scale is not None and not (isinstance(scale, (int, float)) and scale > 0.0):
+        raise DamagedError(f"{path}: matching_scale is {scale!r}; expected a positive number or none.")
+    return PriorParts(adapter, mixture, settings, adapt_settings, moments, config.get("seed"), tasks, results, scale)
 
 
 def _mixture(path: Path, options: dict[str, Any]) -> OnlineGaussianMixture:
@@ -349,7 +352,14 @@ def _write_draw(posterior: SavablePosterior, folder: Path, which: str | int) -> 
         raise ValueError(f"which={which!r}: expected 'mean' or a draw's number, 0 .. {draws - 1}.")
     write_peft(posterior.adapter, theta, folder)
     if head is not None:
-        write_tensors(folder / HEAD, {"weight": head[:, :-1], "bias": head[:, -1]})
+        write_tensors(folder / HEAD, _head_tensors(head, posterior.task))
+
+
+def _head_tensors(head: Tensor, task: Task) -> dict[str, Tensor]:
+    """Name the parts of a head: on similarities to label texts their scale stands beside the linear part."""
+    if task.kind != "matching":
+        return {"weight": head[:, :-1], "bias": head[:, -1]}
+    return {"weight": head[:, : -len(head) - 1], "bias": head[:, -1], "similarity_scale": scale_of(head)}
 
 
 def _chosen(prior: SavablePrior, which: str | int) -> Tensor:

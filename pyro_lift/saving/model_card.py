@@ -107,6 +107,9 @@ def posterior_card(posterior: SavablePosterior, config: Mapping[str, Any]) -> st
     """Format the README.md of a posterior's folder."""
     about = [[key, f"`{json.dumps(value)}`"] for key, value in config["task"].items()]
     head = "" if posterior.heads is None else "\nThe task's own linear head is `head.safetensors` (`weight`, `bias`)."
+    if posterior.heads is not None and posterior.task.kind == "matching":
+        head = head[:-2] + ", `similarity_scale`): logits are the scale times the cosines of the encoded input and the "
+        head += "label texts, plus weight and bias on the encoded input of length one."
     return _POSTERIOR.format(
         **_common(config),
         task=posterior.task.name,

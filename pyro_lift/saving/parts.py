@@ -28,6 +28,7 @@ class PriorParts(NamedTuple):
         seed: of the run.
         tasks: names of the tasks it was learned from.
         results: measures saved with it.
+        matching_scale: of label matching, the mean over its tasks.
     """
 
     adapter: RandomAdapter
@@ -38,6 +39,7 @@ class PriorParts(NamedTuple):
     seed: int | None
     tasks: tuple[str, ...]
     results: dict[str, Any]
+    matching_scale: float | None = None
 
 
 class PosteriorParts(NamedTuple):
@@ -71,6 +73,7 @@ class SavablePrior(Protocol):
     seed: int | None
     tasks: tuple[str, ...]
     results: dict[str, Any]
+    matching_scale: float | None
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:

@@ -1,0 +1,74 @@
+r"""The choice of a task's head before it is solved: the width of its prior and, under label matching, the scale.
+
+Both are chosen by cross-validation on the task's own rows, together. The scale stands against a normal prior around the
+one that is taken where there are no rows, of which it costs a row or less to be far away:
+
+.. math:: \min_{s, \tau}\ -\sum_n \log p\big(y_n \mid x_n, \hat h_{-k(n)}(s, \tau)\big)
+          + \tfrac12\Big(\frac{s - s_0}{s_0}\Big)^2, \qquad s \in \{0, \tfrac14, \tfrac12, 1, 2\}\,s_0
+
+Where the labels' texts say nothing of the classes the choice is s = 0, a linear probe. Solving for s together with the
+head is convex too, but the mode follows the rows that it is solved on, and predicts less well. Where every row has
+options of its own there is no linear head, so that s is all there is: it is solved, under the same prior.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pyro_lift.models.head_problem import HeadModel, ScalePrior
+from pyro_lift.models.heads import choose_prior_sd
+from pyro_lift.models.readouts import ABSENT
+
+__all__ = ["SCALE_SHARES", "HeadChoice", "choose_head"]
+
+#: Scales that are tried, as shares of the one without rows, which is tried too.
+SCALE_SHARES = (0.5, 0.25, 0.0, 2.0)
+
+
+class HeadChoice(NamedTuple):
+    """What a head is solved under.
+
+    Attributes:
+        model: the likelihood, the scale of label matching in it.
+        sd: s, standard deviation of a weight on a standardised feature.
+        score: mean log probability of left-out rows; NaN for a single row, which cannot be left out.
+    """
+
+    model: HeadModel
+    sd: float
+    score: float
+
+
+def choose_head(features: Tensor, target: Tensor, num_classes: int, scale: float | None = None) -> HeadChoice:
+    """Choose a task's prior by cross-validation on its rows.
+
+    Args:
+        features: ``[n, E]``; under label matching ``[n, E + C]``, as
+            :meth:`~pyro_lift.models.readouts.LabelMatching.head_inputs` gives them.
+        target: class numbers ``[n]``.
+        num_classes: C.
+        scale: s_0, of label matching; None where there are no label texts.
+    """
+    if scale is None:
+        return _chosen(features, target, HeadModel(num_classes))
+    if features.shape[-1] == num_classes:
+        return _chosen(features, target, HeadModel(num_classes, scale=ScalePrior(scale, scale)))
+    absent = bool((features[..., -num_classes:] == ABSENT).any())
+    best = _chosen(features, target, HeadModel(num_classes, scale=ScalePrior(scale, 0.0)))
+    lowest = -len(target) * best.score
+    for share in SCALE_SHARES:
+        if (absent and share == 0.0) or math.isnan(lowest):  # at zero a text that is absent would come to life
+            continue
+        choice = _chosen(features, target, HeadModel(num_classes, scale=ScalePrior(share * scale, 0.0)))
+        loss = -len(target) * choice.score + 0.5 * (share - 1.0) ** 2
+        if loss < lowest:
+            best, lowest = choice, loss
+    return best
+
+
+def _chosen(features: Tensor, target: Tensor, model: HeadModel) -> HeadChoice:
+    choice = choose_prior_sd(features, target, model)
+    return HeadChoice(model, choice.sd, -min(choice.scores))
