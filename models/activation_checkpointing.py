@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["checkpoint_layers"]
+__all__ = ["checkpoint_layers", "layer_lists"]
 
 
 def checkpoint_layers(network: nn.Module) -> int:
@@ -25,7 +25,7 @@ def checkpoint_layers(network: nn.Module) -> int:
     Raises:
         ValueError: no such layer.
     """
-    layers = list(_layers(network))
+    layers = [layer for part in layer_lists(network).values() for layer in part]
     if not layers:
         raise ValueError(
             f"gradient_checkpointing: {type(network).__name__} has no list of layers (an nn.ModuleList) to checkpoint."
@@ -38,12 +38,15 @@ def checkpoint_layers(network: nn.Module) -> int:
     return len(layers)
 
 
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    for name, child in module.named_children():
+def layer_lists(network: nn.Module, prefix: str = "") -> dict[str, list[nn.Module]]:
+    """Return the layers of every outermost ``nn.ModuleList``, or ``nn.Sequential`` named ``blocks``, by its name."""
+    lists: dict[str, list[nn.Module]] = {}
+    for name, child in network.named_children():
         if isinstance(child, nn.ModuleList) or (name == "blocks" and isinstance(child, nn.Sequential)):
-            yield from child
+            lists[prefix + name] = list(child)
         else:
-            yield from _layers(child)
+            lists |= layer_lists(child, f"{prefix}{name}.")
+    return lists
 
 
 class _Checkpointed:

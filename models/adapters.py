@@ -26,7 +26,8 @@ from pyro_lift.models.networks import (
     without_fast_paths,
 )
 from pyro_lift.models.peft_layers import active_adapter, adapter_tensors, check_in_use, check_places, peft_layers
-from pyro_lift.models.reach import POINTS, Probe, ReachError, check_reach, synthetic_rows
+from pyro_lift.models.prefix import FrozenPrefix, PrefixMode
+from pyro_lift.models.reach import POINTS, SPREAD, Probe, ReachError, check_reach, synthetic_rows
 from pyro_lift.models.readouts import Readout, gives_features, read, readout_for
 from pyro_lift.support.spans import span
 
@@ -34,6 +35,8 @@ __all__ = ["AdapterTensor", "RandomAdapter"]
 
 log = logging.getLogger("pyro_lift")
 
+#: Rows with which the layers below the adapter are looked for.
+TRIED = 4
 #: Networks that an adapter stands on, and the names of its tensors: they are frozen by then.
 _COORDINATES: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
 
@@ -96,6 +99,8 @@ class RandomAdapter(PyroModule):
 
     initial: Tensor
     backbone: nn.Module
+    #: What the layers below the adapter give, kept for every row.
+    prefix: FrozenPrefix
     _slots: list[list[Slot]]
     _kept: list[Slot]
     _block: BlockCall
@@ -108,6 +113,7 @@ class RandomAdapter(PyroModule):
         readout: Readout | None = None,
         postprocess: Callable[[Any], Tensor] | None = None,
         allow_unreached: bool = False,
+        frozen_prefix: PrefixMode = "auto",
     ) -> None:
         super().__init__()
         if readout is not None and postprocess is not None:
@@ -135,6 +141,7 @@ class RandomAdapter(PyroModule):
         for name, value in {"backbone": backbone, "_slots": slots, "_kept": kept}.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_block", BlockCall(self._slots, self._read, self._kept))
+        object.__setattr__(self, "prefix", FrozenPrefix(frozen_prefix))
         self._layers = list(layers.values())
         _COORDINATES[backbone] = tuple(entry.name for entry in self.layout)
         self._note_weights()
@@ -290,6 +297,8 @@ class RandomAdapter(PyroModule):
             self.check_reach(*first, **(named if theta.dim() == 1 else {k: _first(x) for k, x in named.items()}))
         if head_inputs and not self.matches(named):
             head_inputs = False
+        if not self.prefix.settled:
+            self._settle_prefix(theta, inputs, named)
         if theta.dim() == 1:
             return self._call(theta, inputs, named, head_inputs)
         if theta.shape[0] == 1:
@@ -305,6 +314,20 @@ class RandomAdapter(PyroModule):
         Another readout, or a postprocess, may score label texts too: it has logits alone.
         """
         return self.postprocess is None and hasattr(readout_for(named, self.readout), "head_inputs")
+
+    def _settle_prefix(self, theta: Tensor, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
+        """Find the layers below the adapter, on a few rows of the first task."""
+        if theta.dim() > 1:
+            theta, inputs, named = theta[0], [_first(x) for x in inputs], {k: _first(x) for k, x in named.items()}
+        inputs = [_some(x) for x in inputs]
+        named = {k: x if k.startswith("label_") else _some(x) for k, x in named.items()}
+
+        def read_at(point: int) -> Tensor:
+            noise = torch.randn(theta.shape, generator=torch.Generator().manual_seed(point))
+            with self.bound(theta.detach() + SPREAD * noise.to(theta)):
+                return self._read(inputs, named)
+
+        self.prefix.settle(self.backbone, self._slots, read_at, named.get("attention_mask"))
 
     @span("pyro_lift.forward")
     def _call(self, theta: Tensor, inputs: tuple[Any, ...], named: dict[str, Any], head_inputs: bool) -> Tensor:
@@ -327,15 +350,19 @@ class RandomAdapter(PyroModule):
     def _read_as_it_is(self, inputs: Sequence[Any], named: Mapping[str, Any], block: bool) -> Tensor:
         readout = None if self.postprocess else readout_for(named, self.readout)
         if readout is not None:  # it knows how its texts lie in a block
-            return readout(self.backbone, named)
+            return readout(self.network, named)
         if block:
             inputs, named = [flattened(x) for x in inputs], {k: flattened(x) for k, x in named.items()}
-        output = self.backbone(*inputs, **named)
+        output = self.network(*inputs, **named)
         if self.postprocess:
             return self.postprocess(output)
         if self._features is None:
             object.__setattr__(self, "_features", gives_features(self.backbone, output))
         return read(output, named.get("attention_mask"))
+
+    def network(self, *inputs: Any, **named: Any) -> Any:
+        """Run the bound network as a readout does: its own output, and layers below the adapter only once a row."""
+        return self.prefix.call(self.backbone, inputs, named)
 
     def norms(self, theta: Tensor) -> dict[str, Tensor]:
         """Compute the Euclidean norm of each adapted module's tensors, for ``theta`` of shape ``[..., D]``."""
@@ -355,6 +382,7 @@ class RandomAdapter(PyroModule):
         super()._apply(fn, recurse)
         self.backbone._apply(fn, recurse)
         self._note_weights()
+        self.prefix.forget()
         return self
 
     def extra_repr(self) -> str:
@@ -432,6 +460,10 @@ def _rewritten(layers: Mapping[str, Any]) -> list[Slot]:
             kept.append(Slot(attention, "in_proj_weight"))
             kept.append(Slot(getattr(attention.out_proj, "base_layer", attention.out_proj), "weight"))
     return kept
+
+
+def _some(x: Any) -> Any:
+    return x[:TRIED] if isinstance(x, Tensor) else x
 
 
 def _first(x: Any) -> Any:

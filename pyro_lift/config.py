@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_lift.models.backbones import BackboneKind, DType
+from pyro_lift.models.prefix import PrefixMode
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_literal, check_number
@@ -64,11 +65,18 @@ class AdapterConfig:
     target_modules: str | list[str] | None = field(
         default=None, metadata={"help": "layer names or a pattern; none takes the recipe's"}
     )
+    layers: list[int] | None = field(
+        default=None, metadata={"help": "numbers of the layers that are adapted, from 0; none takes all"}
+    )
+    frozen_prefix: PrefixMode = field(
+        default="auto", metadata={"help": "compute layers below the adapter once a row: auto, on (or an error), off"}
+    )
 
     def __post_init__(self) -> None:
         check_number("rank", self.rank, least=1, open_below=False, whole=True)
         if self.alpha is not None:
             check_number("alpha", self.alpha)
+        check_literal("frozen_prefix", self.frozen_prefix, PrefixMode)
 
 
 @dataclass(frozen=True)

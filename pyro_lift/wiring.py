@@ -37,8 +37,14 @@ def adapter_of(config: RunConfig) -> RandomAdapter:
         options["lora_alpha"] = a.alpha
     if a.target_modules is not None:
         options["target_modules"] = a.target_modules
+    if a.layers is not None:
+        options["layers_to_transform"] = a.layers
     return adapt_backbone(
-        backbone, recipe(backbone, a.rank, **options), seed=config.output.seed, readout=_matching(config, backbone)
+        backbone,
+        recipe(backbone, a.rank, **options),
+        seed=config.output.seed,
+        readout=_matching(config, backbone),
+        frozen_prefix=a.frozen_prefix,
     )
 
 

@@ -18,7 +18,7 @@ V, D, N = 24, 16, 8
 class Family(NamedTuple):
     """A tiny random backbone and tasks that fit it."""
 
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
     task: Callable[[str], Task]
     head_scale: float | None
 
@@ -50,42 +50,45 @@ def picture_task(key: str) -> Callable[[str], Task]:
     return lambda name: Task(name, ({key: torch.randn(N, 3, 8, 8)}, torch.arange(N) % 3))
 
 
-def bart() -> nn.Module:
+def bart(layers: int = 1) -> nn.Module:
     config = hf.BartConfig(
-        vocab_size=V, d_model=D, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, dropout=0.1,
+        vocab_size=V, d_model=D, encoder_layers=layers, decoder_layers=1, encoder_attention_heads=2, dropout=0.1,
         decoder_attention_heads=2, encoder_ffn_dim=D, decoder_ffn_dim=D, max_position_embeddings=32,
     )  # fmt: skip
     return hf.BartForConditionalGeneration(config)  # type: ignore[no-any-return]
 
 
-def t5() -> nn.Module:
-    config = hf.T5Config(vocab_size=V, d_model=D, d_kv=8, d_ff=D, num_layers=1, num_heads=2, decoder_start_token_id=0)
+def t5(layers: int = 1) -> nn.Module:
+    config = hf.T5Config(
+        vocab_size=V, d_model=D, d_kv=8, d_ff=D, num_layers=layers, num_decoder_layers=1, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
     return hf.T5ForConditionalGeneration(config)  # type: ignore[no-any-return]
 
 
-def gpt2() -> nn.Module:
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=V, n_positions=32, n_embd=D, n_layer=1, n_head=2))  # type: ignore[no-any-return]
+def gpt2(layers: int = 1) -> nn.Module:
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=V, n_positions=32, n_embd=D, n_layer=layers, n_head=2))  # type: ignore[no-any-return]
 
 
-def bert() -> nn.Module:
+def bert(layers: int = 1) -> nn.Module:
     config = hf.BertConfig(
-        vocab_size=V, hidden_size=D, num_hidden_layers=1, num_attention_heads=2, intermediate_size=D,
+        vocab_size=V, hidden_size=D, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=D,
         max_position_embeddings=32,
     )  # fmt: skip
     return hf.BertModel(config)  # type: ignore[no-any-return]
 
 
-def hf_vit() -> nn.Module:
+def hf_vit(layers: int = 1) -> nn.Module:
     config = hf.ViTConfig(
-        image_size=8, patch_size=4, hidden_size=D, num_hidden_layers=1, num_attention_heads=2, intermediate_size=D
+        image_size=8, patch_size=4, hidden_size=D, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=D
     )
     return hf.ViTModel(config, add_pooling_layer=False)  # type: ignore[no-any-return]
 
 
-def timm_vit() -> nn.Module:
+def timm_vit(layers: int = 1) -> nn.Module:
     from timm.models import VisionTransformer
 
-    return VisionTransformer(img_size=8, patch_size=4, num_classes=3, embed_dim=D, depth=1, num_heads=2)  # type: ignore[no-any-return]
+    return VisionTransformer(img_size=8, patch_size=4, num_classes=3, embed_dim=D, depth=layers, num_heads=2)  # type: ignore[no-any-return]
 
 
 FAMILIES = {
