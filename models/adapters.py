@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_lift.models.blocks import BlockCall, Slot, bound, flattened, slots_of
+from pyro_lift.models.lengths import TEXT_INPUTS, by_length
 from pyro_lift.models.networks import (
     WeightProbe,
     check_network,
@@ -299,14 +300,13 @@ class RandomAdapter(PyroModule):
             head_inputs = False
         if not self.prefix.settled:
             self._settle_prefix(theta, inputs, named)
-        if theta.dim() == 1:
-            return self._call(theta, inputs, named, head_inputs)
-        if theta.shape[0] == 1:
+        if theta.dim() == 2 and theta.shape[0] == 1:
             alone = {name: x[0] for name, x in named.items()}
-            return self._call(theta[0], tuple(x[0] for x in inputs), alone, head_inputs).unsqueeze(0)
-        with span("pyro_lift.forward"):
-            read = self._read_head_inputs if head_inputs else self._read
-            return self._block(self._tensors(theta), inputs, named, read)
+            each = tuple(x[0] for x in inputs)
+            return self.forward(*each, theta=theta[0], head_inputs=head_inputs, **alone).unsqueeze(0)
+        if self._sorts(inputs, named):
+            return by_length(lambda some: self._run(theta, (), some, head_inputs), named)
+        return self._run(theta, inputs, named, head_inputs)
 
     def matches(self, named: Mapping[str, Any]) -> bool:
         """Whether inputs of these names are read by label matching, whose similarities a task's own head can stand on.
@@ -314,6 +314,15 @@ class RandomAdapter(PyroModule):
         Another readout, or a postprocess, may score label texts too: it has logits alone.
         """
         return self.postprocess is None and hasattr(readout_for(named, self.readout), "head_inputs")
+
+    def _sorts(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> bool:
+        """Whether rows may go in the order of their lengths: texts on a CPU, of which the network gives features."""
+        if not self._features or inputs or self.postprocess or readout_for(named, self.readout) is not None:
+            return False
+        mask = named.get("attention_mask")
+        if mask is None or mask.device.type != "cpu" or not named.keys() <= TEXT_INPUTS:
+            return False
+        return all(x.shape == mask.shape for x in named.values())
 
     def _settle_prefix(self, theta: Tensor, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
         """Find the layers below the adapter, on a few rows of the first task."""
@@ -330,9 +339,12 @@ class RandomAdapter(PyroModule):
         self.prefix.settle(self.backbone, self._slots, read_at, named.get("attention_mask"))
 
     @span("pyro_lift.forward")
-    def _call(self, theta: Tensor, inputs: tuple[Any, ...], named: dict[str, Any], head_inputs: bool) -> Tensor:
+    def _run(self, theta: Tensor, inputs: Sequence[Any], named: Mapping[str, Any], head_inputs: bool) -> Tensor:
+        read = self._read_head_inputs if head_inputs else self._read
+        if theta.dim() > 1:
+            return self._block(self._tensors(theta), inputs, named, read)
         with self.bound(theta):
-            return self._read_head_inputs(inputs, named) if head_inputs else self._read(inputs, named)
+            return read(inputs, named)
 
     def _read_head_inputs(self, inputs: Sequence[Any], named: Mapping[str, Any], block: bool = False) -> Tensor:
         """Do what :meth:`_read` does, for a task's own head on top of label matching."""
