@@ -32,6 +32,7 @@ CONTENTS = {
     "saving": "folders, PEFT, model cards",
     "diagnostics": "ArviZ",
     "metrics": "scores",
+    "generation": "text: decoding, scores",
     "wiring": "from a TOML file to objects",
     "config": "TOML files",
     "settings": "LiFTSettings, AdaptSettings",

@@ -38,6 +38,8 @@ class Task:
         metric: name of the score that the task is judged by, of :data:`pyro_lift.metrics.text.METRICS`.
         labels: names of the classes, in the order of the targets.
         label_texts: encoded label texts by keyword of the backbone, ``{"input_ids": [C, L], "attention_mask": ...}``.
+        encoding: how the task's strings became these tensors, a :class:`pyro_lift.data.encoding.TextEncoding`; None
+            for a task that was made of tensors.
 
     Raises:
         ValueError: no rows, unequal numbers of rows, labels outside ``0 .. num_classes - 1`` or of another shape,
@@ -60,6 +62,7 @@ class Task:
     metric: str | None = None
     labels: tuple[str, ...] | None = None
     label_texts: Mapping[str, Tensor] | None = None
+    encoding: Any = None
 
     def __init__(
         self,
@@ -73,6 +76,7 @@ class Task:
         metric: str | None = None,
         labels: Sequence[str] | None = None,
         label_texts: Mapping[str, Tensor] | None = None,
+        encoding: Any = None,
     ) -> None:
         check_literal("kind", kind, LossKind)
         parts = {
@@ -104,6 +108,7 @@ class Task:
             "metric": metric,
             "labels": labels,
             "label_texts": label_texts,
+            "encoding": encoding,
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
@@ -121,6 +126,7 @@ class Task:
             metric=self.metric,
             labels=self.labels,
             label_texts=None if texts is None else {key: x.to(device) for key, x in texts.items()},
+            encoding=self.encoding,
         )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from pyro_lift.data.encoding import TextEncoding
+from pyro_lift.generation.decode import generate
 from pyro_lift.inference.adaptation.predict import predict, rows_of
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
@@ -26,6 +28,7 @@ class TaskPosterior:
         component: the mixture component the chain started from; -1 where the task was none of the kind and began at
             the untouched adapter.
         results: measures to be saved with it, by name.
+        encoding: how the task's strings are encoded, for new ones; None where the task was given in tensors.
     """
 
     def __init__(
@@ -38,10 +41,12 @@ class TaskPosterior:
         mcmc: Any = None,
         *,
         results: Mapping[str, Any] | None = None,
+        encoding: TextEncoding | None = None,
     ) -> None:
         self.adapter, self.task, self.thetas, self.heads = adapter, task, thetas, heads
         self.component, self.mcmc = component, mcmc
         self.results = dict(results or {})
+        self.encoding: TextEncoding | None = task.encoding if encoding is None else encoding
 
     def __repr__(self) -> str:
         return f"TaskPosterior(task={self.task.name!r}, draws={len(self.thetas)}, dim={self.adapter.dim})"
@@ -58,6 +63,43 @@ class TaskPosterior:
         """
         rows = rows_of(inputs, self.task).to(self.adapter.initial.device)
         return predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
+
+    def generate(self, inputs: Any, which: Literal["mean", "draws"] | int = "mean", **options: Any) -> Any:
+        """Write a text for each input, through transformers' ``generate``; for encoder-decoders and causal models.
+
+        Args:
+            inputs: a list of strings; what a tokenizer returns; ``input_ids`` ``[n, L]``; or
+                :class:`~pyro_lift.models.task.Rows`. A causal model's prompts may be padded on either side.
+            which: the adapter that writes: ``"mean"`` of the draws, a draw's number, or ``"draws"``: token
+                probabilities are averaged over all of them at every step, each with a cache of its own.
+            options: of transformers' ``generate`` (beams, sampling, stopping, lengths); ``consensus="mbr"`` with
+                ``"draws"``: each draw writes a text, and the one that the others agree with most (mean token F1) is
+                taken; ``seed`` of sampling, 0 if not given; ``batch_size``, inputs of one call.
+
+        Returns:
+            Strings for strings, for tensors the new tokens ``[n, L]`` alone.
+
+        Raises:
+            TypeError: a backbone that writes no text; inputs of another form.
+            ValueError: a draw that there is not; inputs or options that cannot be used.
+
+        See Also:
+            :func:`pyro_lift.generation.decode.generate` for every option.
+        """
+        if "consensus" in options and which != "draws":
+            raise ValueError(f"consensus={options['consensus']!r} with which={which!r}: it is of which='draws'.")
+        return generate(self.adapter, self._chosen(which), inputs, self.encoding, **options)
+
+    def _chosen(self, which: str | int) -> Tensor:
+        """Return the weights ``[k, D]`` of the draws' mean, of one draw, or of all."""
+        if which == "mean":
+            return self.thetas.mean(0, keepdim=True)
+        if which == "draws":
+            return self.thetas
+        draws = len(self.thetas)
+        if isinstance(which, int) and not isinstance(which, bool) and 0 <= which < draws:
+            return self.thetas[which : which + 1]
+        raise ValueError(f"which={which!r}: expected 'mean', 'draws' or a draw's number, 0 .. {draws - 1}.")
 
     def save_pretrained(self, folder: str | Path, *, results: Mapping[str, Any] | None = None) -> Path:
         """Write a folder: the draws, what predictions need, a model card, and a PEFT adapter of the mean."""

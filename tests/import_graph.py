@@ -24,23 +24,14 @@ LAW: dict[str, set[str]] = {
     "saving": {"inference", "models", "settings", "support"},
     "diagnostics": {"inference", "models", "settings", "support"},
     "metrics": {"data", "models", "support"},
-    "posterior": {"saving", "inference", "models", "settings", "support"},
-    "adapter_library": {"defaults", "posterior", "saving", "inference", "models", "settings", "support"},
-    "prior": {"defaults", "adapter_library", "posterior", "saving", "inference", "models", "settings", "support"},
-    "lift": {
-        "defaults",
-        "prior",
-        "adapter_library",
-        "posterior",
-        "saving",
-        "inference",
-        "models",
-        "settings",
-        "support",
-    },
+    "generation": {"data", "metrics", "models", "support"},
+    "posterior": {"generation", "data", "metrics", "saving", "inference", "models", "settings", "support"},
     "config": {"data", "models", "settings", "support"},
     "wiring": {"config", "data", "models", "settings", "support"},
 }
+LAW["adapter_library"] = LAW["posterior"] | {"defaults", "posterior"}
+LAW["prior"] = LAW["adapter_library"] | {"adapter_library"}
+LAW["lift"] = LAW["prior"] | {"prior"}
 LAW["methods"] = LAW["lift"] | {"lift", "inference.baselines"}
 LAW["commands"] = LAW["lift"] | LAW["wiring"] | LAW["metrics"] | {"lift", "wiring", "metrics"}
 LAW["bench"] = set(LAW) - {"commands"}

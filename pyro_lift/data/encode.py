@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.data.images import Images, ImageTask
 from pyro_lift.data.pixels import read_pixels
 from pyro_lift.data.text import TextRow, TextTask
-from pyro_lift.models.likelihoods import IGNORED, next_tokens, shift_right
+from pyro_lift.models.likelihoods import next_tokens, shift_right
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.options import check_number
 
@@ -49,6 +50,14 @@ class _TextEncoder:
         self.alike: dict[str, int] = {}
         #: Pairs of labels of the same tokens, by task.
         self.same_labels: dict[str, list[str]] = {}
+
+    def prompts(self, texts: Sequence[str], encoding: TextEncoding) -> dict[str, Tensor]:
+        """Encode inputs without their answers."""
+        raise NotImplementedError
+
+    def answers(self, texts: Sequence[str], encoding: TextEncoding) -> list[list[int]]:
+        """Encode answers as the network was taught to write them."""
+        raise NotImplementedError
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -89,10 +98,14 @@ class _TextEncoder:
         """Pad numbers to ``[n, L]`` on the right, and make their mask."""
         return _padded(encoded, self.tokenizer.pad_token_id if value is None else value)
 
-    def inputs(self, texts: Sequence[str], task: str, prefix: str = "") -> dict[str, Tensor]:
+    def inputs(self, texts: Sequence[str], task: str) -> dict[str, Tensor]:
         """Make ``input_ids`` and ``attention_mask`` of texts."""
         ids, mask = self.padded(self.tokens(texts, task))
-        return {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def encoding(self, task: TextTask) -> TextEncoding:
+        """Note how the task's texts are encoded, for new inputs of it."""
+        return TextEncoding(self, task.name, task.form)
 
 
 def _total(counts: Mapping[str, int]) -> int:
@@ -114,10 +127,11 @@ def _padded(encoded: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tenso
     return ids, mask
 
 
-def _task(task: TextTask, parts: Mapping[str, Rows], kind: Any, **options: Any) -> Task:
+def _task(task: TextTask, parts: Mapping[str, Rows], kind: Any, encoding: TextEncoding, **options: Any) -> Task:
     return Task(
-        task.name, parts["train"], kind, test=parts.get("test"), dev=parts.get("dev"), metric=task.metric, **options
-    )
+        task.name, parts["train"], kind, test=parts.get("test"), dev=parts.get("dev"), metric=task.metric,
+        encoding=encoding, **options,
+    )  # fmt: skip
 
 
 class LabelMatching(_TextEncoder):
@@ -146,9 +160,18 @@ class LabelMatching(_TextEncoder):
         if task.form == "classification":
             texts = self.inputs(task.labels, task.name)
             self._note_labels(task, texts["input_ids"])
-            return _task(task, parts, "matching", labels=task.labels, label_texts=texts)
+            return _task(task, parts, "matching", self.encoding(task), labels=task.labels, label_texts=texts)
         most = max(rows.inputs["option_input_ids"].shape[1] for rows in parts.values())
-        return _task(task, {part: _with_options(rows, most) for part, rows in parts.items()}, "matching")
+        parts = {part: _with_options(rows, most) for part, rows in parts.items()}
+        return _task(task, parts, "matching", self.encoding(task))
+
+    def prompts(self, texts: Sequence[str], encoding: TextEncoding) -> dict[str, Tensor]:
+        """Encode inputs."""
+        return self.inputs(texts, encoding.task)
+
+    def answers(self, texts: Sequence[str], encoding: TextEncoding) -> list[list[int]]:
+        """Encode labels."""
+        return self.tokens(texts, encoding.task)
 
     def _note_labels(self, task: TextTask, ids: Tensor) -> None:
         """Note labels that share their tokens with another: matching ties them, a head of the task's own does not."""
@@ -207,16 +230,24 @@ class TextToText(_TextEncoder):
     def __call__(self, task: TextTask) -> Task:
         """Encode the task as a ``tokens`` one."""
         self._begin(task)
-        parts = {part: self._rows(task, rows) for part, rows in task.parts.items() if rows}
-        return _task(task, parts, "tokens")
+        encoding = self.encoding(task)
+        parts = {part: self._rows(encoding, rows) for part, rows in task.parts.items() if rows}
+        return _task(task, parts, "tokens", encoding)
 
-    def _rows(self, task: TextTask, rows: Sequence[TextRow]) -> Rows:
-        prefix = "" if task.form == "next_token" else f"[{task.name}] "
-        empty = self.tokenizer.mask_token or ""
-        texts = [prefix + row.input if row.input.strip() else empty for row in rows]
-        target, _ = self.padded(self.tokens([row.outputs[0] for row in rows], task.name), IGNORED)
-        inputs = self.inputs(texts, task.name)
+    def _rows(self, encoding: TextEncoding, rows: Sequence[TextRow]) -> Rows:
+        target = encoding.answers([row.outputs[0] for row in rows])
+        inputs = encoding.prompts([row.input for row in rows])
         return Rows({**inputs, "decoder_input_ids": shift_right(target, self.start_token)}, target)
+
+    def prompts(self, texts: Sequence[str], encoding: TextEncoding) -> dict[str, Tensor]:
+        """Encode inputs, the task's name before each."""
+        prefix = f"[{encoding.task}] " if encoding.task and encoding.form != "next_token" else ""
+        empty = self.tokenizer.mask_token or ""
+        return self.inputs([prefix + text if text.strip() else empty for text in texts], encoding.task)
+
+    def answers(self, texts: Sequence[str], encoding: TextEncoding) -> list[list[int]]:
+        """Encode answers, with the tokenizer's special tokens."""
+        return self.tokens(texts, encoding.task)
 
 
 class NextToken(_TextEncoder):
@@ -234,26 +265,49 @@ class NextToken(_TextEncoder):
     def __call__(self, task: TextTask) -> Task:
         """Encode the task as a ``tokens`` one."""
         self._begin(task)
-        parts = {part: self._rows(task, rows) for part, rows in task.parts.items() if rows}
-        return _task(task, parts, "tokens")
+        encoding = self.encoding(task)
+        parts = {part: self._rows(encoding, rows) for part, rows in task.parts.items() if rows}
+        return _task(task, parts, "tokens", encoding)
 
-    def _rows(self, task: TextTask, rows: Sequence[TextRow]) -> Rows:
+    def _rows(self, encoding: TextEncoding, rows: Sequence[TextRow]) -> Rows:
         both, prompts, cut = [], [], 0
-        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        for row in rows:
-            given = self.tokenizer(row.input, add_special_tokens=False, verbose=False)["input_ids"]
-            said = self.tokenizer(" " + row.outputs[0], add_special_tokens=False, verbose=False)["input_ids"] + end
-            given = given or end or said[:1]
+        for row, said in zip(rows, self.answers([row.outputs[0] for row in rows], encoding), strict=True):
+            given = self._given(row.input) or said[:1]
             kept = said[: self.max_length - 1]
             room = self.max_length - len(kept)
             cut += len(given) > room or len(kept) < len(said)
-            said = kept
             prompts.append(min(len(given), room))
-            both.append(given[-room:] + said)
-        if cut:
-            self.cut[task.name] = self.cut.get(task.name, 0) + cut
+            both.append(given[-room:] + kept)
+        self._count(cut, encoding)
         ids, mask = self.padded(both)
         return Rows({"input_ids": ids, "attention_mask": mask}, next_tokens(ids, mask, torch.tensor(prompts)))
+
+    def prompts(self, texts: Sequence[str], encoding: TextEncoding) -> dict[str, Tensor]:
+        """Encode inputs, padded on the left, so that all end where the answer begins."""
+        begin = [0] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        given = [self._given(text) or begin for text in texts]
+        room = self.max_length - 1
+        self._count(sum(len(ids) > room for ids in given), encoding)
+        ids, mask = self.padded([ids[-room:][::-1] for ids in given])
+        return {"input_ids": ids.flip(-1), "attention_mask": mask.flip(-1)}
+
+    def answers(self, texts: Sequence[str], encoding: TextEncoding) -> list[list[int]]:
+        """Encode answers after a blank, each with the end token."""
+        encoded = self.tokenizer([" " + text for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
+        return [ids + self._end for ids in encoded]
+
+    @property
+    def _end(self) -> list[int]:
+        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+
+    def _given(self, text: str) -> list[int]:
+        """Tokenize an input; an empty one is the end of what came before."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids or self._end
+
+    def _count(self, cut: int, encoding: TextEncoding) -> None:
+        if cut:
+            self.cut[encoding.task] = self.cut.get(encoding.task, 0) + cut
 
 
 class Pictures:

@@ -1,0 +1,61 @@
+"""How the texts of one task were encoded: what new inputs are read by, and what is written is turned into text by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_lift.models.likelihoods import IGNORED
+
+__all__ = ["TextEncoder", "TextEncoding"]
+
+
+class TextEncoder(Protocol):
+    """An encoder of text, as :mod:`pyro_lift.data.encode` has them."""
+
+    tokenizer: Any
+    max_length: int
+
+    def prompts(self, texts: Sequence[str], encoding: TextEncoding) -> dict[str, Tensor]:
+        """Encode inputs without their answers."""
+        ...
+
+    def answers(self, texts: Sequence[str], encoding: TextEncoding) -> list[list[int]]:
+        """Encode answers as the network was taught to write them."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """One task's way with strings; it travels with the task, and with what is learned from it.
+
+    Attributes:
+        encoder: of the backbone, with its tokenizer and limit.
+        task: name of the task, which some encoders put before an input; empty for none.
+        form: of the task, as :class:`~pyro_lift.data.text.TextTask` has it.
+    """
+
+    encoder: TextEncoder
+    task: str = ""
+    form: str = "text_to_text"
+
+    def prompts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode inputs ``[n, L]`` by name of the backbone's keyword, for a causal model with padding on the left."""
+        return self.encoder.prompts(texts, self)
+
+    def answers(self, texts: Sequence[str]) -> Tensor:
+        """Encode answers ``[n, L]``, an end token included where the backbone was taught one; padded with -100."""
+        encoded = self.encoder.answers(texts, self)
+        ids = torch.full((len(encoded), max(1, *map(len, encoded))), IGNORED, dtype=torch.long)
+        for row, numbers in enumerate(encoded):
+            ids[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+        return ids
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Turn tokens ``[n, L]`` into strings, without special tokens and without blanks at their ends."""
+        texts = self.encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts]

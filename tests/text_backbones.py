@@ -1,0 +1,74 @@
+"""Tiny random networks that write text, and posteriors of a few random draws around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import transformers as hf
+from tiny_backbones import V, bart, causal_task, gpt2, seq2seq_task, t5
+from torch import nn
+
+from pyro_lift import Task, TaskPosterior
+from pyro_lift.models.backbones import adapt_backbone, recipe
+
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def llama() -> nn.Module:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, **SPECIAL))  # type: ignore[no-any-return]
+
+
+def qwen2() -> nn.Module:
+    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES, **SPECIAL, tie_word_embeddings=True))  # type: ignore[no-any-return]
+
+
+class Writer(NamedTuple):
+    """A network that writes text, and a task that fits it."""
+
+    make: Callable[[], Any]
+    task: Callable[[str], Task]
+
+
+WRITERS = {
+    "bart": Writer(bart, seq2seq_task),
+    "t5": Writer(t5, seq2seq_task),
+    "gpt2": Writer(gpt2, causal_task),
+    "llama": Writer(llama, causal_task),
+    "qwen2": Writer(qwen2, causal_task),
+}
+CAUSAL = ("gpt2", "llama", "qwen2")
+
+
+class Written(NamedTuple):
+    """A backbone without adapter, and a posterior of random draws on a copy of it."""
+
+    backbone: Any
+    posterior: TaskPosterior
+
+
+def written(name: str, draws: int = 3, scale: float = 0.5) -> Written:
+    """Random draws that are far enough apart to write different texts."""
+    torch.manual_seed(5)
+    backbone = WRITERS[name].make().eval()
+    if name in ("bart", "t5", "gpt2"):
+        backbone.generation_config.pad_token_id = 0
+        backbone.generation_config.eos_token_id = 2
+        backbone.generation_config.bos_token_id = 1
+        backbone.generation_config.forced_eos_token_id = None
+    for p in backbone.parameters():  # an initialisation of 0.02 writes one token again and again
+        if p.dim() > 1:
+            p.data.mul_(8.0)
+    adapter = adapt_backbone(backbone, recipe(backbone, rank=2), seed=0)
+    thetas = adapter.initial + scale * torch.randn(draws, adapter.dim)
+    return Written(backbone, TaskPosterior(adapter, WRITERS[name].task("new"), thetas))
