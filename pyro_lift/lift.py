@@ -229,6 +229,7 @@ class LiFT:
                 tasks=[task.name for task in tasks],
                 results=results,
                 matching_scale=matching_scale,
+                encoding=next((task.encoding for task in tasks if task.encoding is not None), None),
             )
             for k in components
         ]

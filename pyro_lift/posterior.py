@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.generation.decode import generate
+from pyro_lift.generation.inputs import are_strings
+from pyro_lift.generation.scoring import TextScores, score_texts
 from pyro_lift.inference.adaptation.predict import predict, rows_of
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
@@ -17,6 +19,11 @@ from pyro_lift.models.task import Task
 from pyro_lift.saving.folders import export_posterior, load_posterior, push, save_posterior
 
 __all__ = ["TaskPosterior"]
+
+_WRITES = (
+    "the task {!r} is one of written answers. posterior.generate(inputs) writes them; posterior.score(inputs, answers) "
+    "gives the probability of answers of yours."
+)
 
 
 class TaskPosterior:
@@ -55,14 +62,40 @@ class TaskPosterior:
         """Return probabilities ``[n, C]`` averaged over the draws (of a regression the means).
 
         Args:
-            inputs: a tensor or an array; any mapping of these by input name, such as what a tokenizer returns; or
-                :class:`~pyro_lift.models.task.Rows`.
+            inputs: a list of strings, for a task that was encoded from strings; a tensor or an array; any mapping of
+                these by input name, such as what a tokenizer returns; or :class:`~pyro_lift.models.task.Rows`.
 
         Raises:
             TypeError, ValueError: inputs that are no rows of numbers; names the input.
         """
+        if are_strings(inputs):
+            inputs = self._encoded(inputs)
+        elif self.task.kind == "tokens" and isinstance(inputs, Mapping) and "decoder_input_ids" not in inputs:
+            network = getattr(self.adapter.backbone, "config", None)
+            if getattr(network, "is_encoder_decoder", False):
+                raise TypeError(f"inputs without 'decoder_input_ids': {_WRITES.format(self.task.name)}")
         rows = rows_of(inputs, self.task).to(self.adapter.initial.device)
         return predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
+
+    def _encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode strings whose classes are to be predicted.
+
+        Raises:
+            TypeError: a task whose answers are written, not chosen, or that was given in tensors.
+        """
+        if self.task.kind == "tokens":
+            raise TypeError(f"inputs: strings, and {_WRITES.format(self.task.name)}")
+        if self.encoding is None:
+            raise TypeError(
+                'inputs: strings; encode them first: tokenizer(texts, padding=True, return_tensors="pt"). The task '
+                f"{self.task.name!r} was given in tensors; one that pyro_lift.data.encode made takes strings."
+            )
+        if self.task.kind == "matching" and self.task.label_texts is None:
+            raise TypeError(
+                f"inputs: strings, but every row of task {self.task.name!r} has options of its own. Encode rows with "
+                "their options: posterior.encoding.encoder(TextTask(...))."
+            )
+        return self.encoding.prompts(texts)
 
     def generate(self, inputs: Any, which: Literal["mean", "draws"] | int = "mean", **options: Any) -> Any:
         """Write a text for each input, through transformers' ``generate``; for encoder-decoders and causal models.
@@ -89,6 +122,25 @@ class TaskPosterior:
         if "consensus" in options and which != "draws":
             raise ValueError(f"consensus={options['consensus']!r} with which={which!r}: it is of which='draws'.")
         return generate(self.adapter, self._chosen(which), inputs, self.encoding, **options)
+
+    def score(self, inputs: Any, outputs: Any, *, batch_size: int = 16) -> TextScores:
+        """Score given texts: their log probability averaged over the draws, and by token how sure the draws are.
+
+        Args:
+            inputs: as of :meth:`generate`.
+            outputs: one text an input: strings, or tokens ``[n, L]`` as :meth:`generate` gives them.
+            batch_size: rows of one pass.
+
+        Returns:
+            ``log_prob`` ``[n]`` of the whole texts; by token ``token_log_prob``, ``entropy`` and
+            ``mutual_information`` ``[n, L]``, the part of the entropy that the draws disagree on
+            (:class:`~pyro_lift.generation.scoring.TextScores`), in nats.
+
+        Raises:
+            TypeError: a backbone that writes no text; inputs or outputs of another form.
+            ValueError: another number of outputs than of inputs, or one without a token.
+        """
+        return score_texts(self.adapter, self.thetas, inputs, outputs, self.encoding, batch_size=batch_size)
 
     def _chosen(self, which: str | int) -> Tensor:
         """Return the weights ``[k, D]`` of the draws' mean, of one draw, or of all."""

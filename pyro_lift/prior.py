@@ -13,7 +13,9 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor, nn
 
 from pyro_lift.adapter_library import prior_from_adapters
+from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.defaults import one_width, resolved
+from pyro_lift.generation.decode import generate
 from pyro_lift.inference.adaptation.meta_testing import (
     UNTOUCHED,
     Start,
@@ -37,7 +39,7 @@ from pyro_lift.models.solved_heads import UNMOVED, SolvedHeads, has_solved_head,
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior
-from pyro_lift.saving.folders import export_library, export_prior, load_prior, push, save_prior
+from pyro_lift.saving.folders import chosen_weights, export_library, export_prior, load_prior, push, save_prior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_choice, check_number
 
@@ -74,6 +76,7 @@ class LiFTPrior:
         results: measures to be saved with it, by name.
         matching_scale: of label matching without rows, the mean over the tasks it was learned from, and where a new
             task's own choice begins; None takes the readout's.
+        encoding: how its tasks' strings are encoded; None where they were given in tensors.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class LiFTPrior:
         tasks: Sequence[str] = (),
         results: Mapping[str, Any] | None = None,
         matching_scale: float | None = None,
+        encoding: TextEncoding | None = None,
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
         self.matching_scale = matching_scale
@@ -97,6 +101,7 @@ class LiFTPrior:
         self.second_moment = second_moment or {}
         self.mcmc = mcmc
         self.seed = seed
+        self.encoding = encoding
 
     def __repr__(self) -> str:
         return f"LiFTPrior({self.mixture!r}, beta={one_width(self.settings.beta):.3g}, adapter={self.adapter!r})"
@@ -142,6 +147,7 @@ class LiFTPrior:
             seed=self.seed,
             tasks=self.tasks,
             matching_scale=self.matching_scale,
+            encoding=self.encoding,
         )
 
     @at_top_level()
@@ -344,6 +350,19 @@ class LiFTPrior:
             raise ValueError(f"the prior was loaded, and the weights of its tasks are not saved: task={task!r}.")
         theta: Tensor = self.mcmc.kernel.theta(self.tasks.index(task))["theta"]
         return theta
+
+    def generate(self, inputs: Any, which: str | int = "phi", *, task: str = "", **options: Any) -> Any:
+        """Write a text for each input without any adaptation, as :meth:`TaskPosterior.generate` does.
+
+        Args:
+            inputs: a list of strings, what a tokenizer returns, ``input_ids`` or rows.
+            which: ``"phi"`` (the mixture's mean), a component's number, or the name of a meta-training task.
+            task: name that goes before strings where training put the task's there; none if empty.
+            options: of :func:`pyro_lift.generation.decode.generate` and of transformers' ``generate``.
+        """
+        theta = chosen_weights(self, which).to(self.adapter.initial)
+        encoding = None if self.encoding is None else replace(self.encoding, task=task)
+        return generate(self.adapter, theta.unsqueeze(0), inputs, encoding, **options)
 
     def save_pretrained(self, folder: str | Path, *, results: Mapping[str, Any] | None = None) -> Path:
         """Write a folder: the mixture, all that its use needs, a model card, a PEFT adapter of its heaviest mean.

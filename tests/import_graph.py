@@ -21,7 +21,7 @@ LAW: dict[str, set[str]] = {
     "inference.baselines": {"inference", "models", "support"},
     "settings": {"support"},
     "defaults": {"models", "settings", "support"},
-    "saving": {"inference", "models", "settings", "support"},
+    "saving": {"data", "inference", "models", "settings", "support"},
     "diagnostics": {"inference", "models", "settings", "support"},
     "metrics": {"data", "models", "support"},
     "generation": {"data", "metrics", "models", "support"},

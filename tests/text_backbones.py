@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers as hf
+from text_tokenizers import tokenizer
 from tiny_backbones import V, bart, causal_task, gpt2, seq2seq_task, t5
 from torch import nn
 
 from pyro_lift import Task, TaskPosterior
+from pyro_lift.data.encode import LabelMatching, NextToken, TextToText
+from pyro_lift.data.text import TextRow, TextTask
 from pyro_lift.models.backbones import adapt_backbone, recipe
 
 SIZES = {
@@ -72,3 +75,21 @@ def written(name: str, draws: int = 3, scale: float = 0.5) -> Written:
     adapter = adapt_backbone(backbone, recipe(backbone, rank=2), seed=0)
     thetas = adapter.initial + scale * torch.randn(draws, adapter.dim)
     return Written(backbone, TaskPosterior(adapter, WRITERS[name].task("new"), thetas))
+
+
+ROWS = (TextRow("red cat", ("one",)), TextRow("blue dog", ("two three",)), TextRow("green bird", ("four",)))
+TEXTS = ["red dog", "green cat is a bird", "blue"]
+
+
+def encoded(name: str, task: str = "colours") -> Task:
+    kind = {"bart": "seq2seq", "t5": "seq2seq", "bert": "encoder"}.get(name, "causal")
+    if kind == "encoder":
+        rows = tuple(TextRow(row.input, ("good" if k % 2 else "bad",)) for k, row in enumerate(ROWS))
+        return LabelMatching(tokenizer(kind))(TextTask(task, rows, form="classification", labels=("good", "bad")))
+    made: Any = TextToText(tokenizer(kind), start_token=2) if kind == "seq2seq" else NextToken(tokenizer(kind))
+    return made(TextTask(task, ROWS))  # type: ignore[no-any-return]
+
+
+def posterior_of(name: str) -> TaskPosterior:
+    known = written(name).posterior
+    return TaskPosterior(known.adapter, encoded(name), known.thetas)

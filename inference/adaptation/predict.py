@@ -163,6 +163,8 @@ def rows_of(inputs: Any, task: Task) -> Rows:
         _check_form(f"inputs[{name!r}]" if name else "inputs", value)
     _check_lengths({name: len(value) for name, value in named.items()}, "inputs")
     known = set(task.train.inputs)
+    if known and "token_type_ids" not in known:  # tokenizers of BERT's kind bring them for a single text too
+        named.pop("token_type_ids", None)
     if missing := sorted(known - {"", *named}):
         raise ValueError(f"inputs: {missing[0]!r} is missing; task {task.name!r} was given {sorted(known)}.")
     rows = as_rows((named, torch.zeros(len(next(iter(named.values()))))), "inputs")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +42,10 @@ class TextEncoding:
     encoder: TextEncoder
     task: str = ""
     form: str = "text_to_text"
+
+    def about(self) -> dict[str, Any]:
+        """Return all but the encoder, as JSON takes it."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "encoder"}
 
     def prompts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Encode inputs ``[n, L]`` by name of the backbone's keyword, for a causal model with padding on the left."""

@@ -26,6 +26,7 @@ from pyro_lift.saving.base_model import check_base, describe_base
 from pyro_lift.saving.model_card import posterior_card, prior_card
 from pyro_lift.saving.parts import PosteriorParts, PriorParts, Savable, SavablePosterior, SavablePrior
 from pyro_lift.saving.peft_folder import PEFT_CONFIG, adapter_config, config_from_dict, config_to_dict, write_peft
+from pyro_lift.saving.text_encoding import TOKENIZER_FILES, load_encoding, save_encoding
 from pyro_lift.settings import AdaptSettings, LiFTSettings, complete_adapt_settings, complete_settings
 from pyro_lift.support.archive import (
     DamagedError,
@@ -43,6 +44,7 @@ from pyro_lift.support.archive import (
 from pyro_lift.support.schema import from_dict
 
 __all__ = [
+    "chosen_weights",
     "export_library",
     "export_posterior",
     "export_prior",
@@ -119,7 +121,7 @@ def save_prior(prior: SavablePrior, folder: Path) -> Path:
     tensors = {f"mixture.{k}": x for k, x in mixture.state_dict().items()}
     tensors |= {f"second_moment.{k}": x for k, x in prior.second_moment.items()}
     tensors["initial"] = adapter.initial
-    with new_files(folder, CONFIG, stale=(POSTERIOR, HEAD)) as new:
+    with new_files(folder, CONFIG, stale=(POSTERIOR, HEAD, *TOKENIZER_FILES)) as new:
         write_peft(adapter, _component(prior, _heaviest(prior)), new)
         config = {
             "format": "pyro_lift.prior",
@@ -133,6 +135,7 @@ def save_prior(prior: SavablePrior, folder: Path) -> Path:
             "tasks": list(prior.tasks),
             "results": dict(prior.results),
             "matching_scale": prior.matching_scale,
+            "encoding": save_encoding(prior.encoding, new),
             "files": {PRIOR: write_tensors(new / PRIOR, tensors)},
         }
         write_json(new / CONFIG, sealed(config))
@@ -185,7 +188,8 @@ def load_prior(
     results, scale = dict(config["results"]), config.get("matching_scale")
     if scale is not None and not (isinstance(scale, (int, float)) and scale > 0.0):
         raise DamagedError(f"{path}: matching_scale is {scale!r}; expected a positive number or none.")
-    return PriorParts(adapter, mixture, settings, adapt_settings, moments, config.get("seed"), tasks, results, scale)
+    encoding, seed = load_encoding(config.get("encoding"), path), config.get("seed")
+    return PriorParts(adapter, mixture, settings, adapt_settings, moments, seed, tasks, results, scale, encoding)
 
 
 def _mixture(path: Path, options: dict[str, Any]) -> OnlineGaussianMixture:
@@ -234,7 +238,7 @@ def save_posterior(posterior: SavablePosterior, folder: Path) -> Path:
     task = posterior.task
     tensors = {"theta": posterior.thetas} | ({} if posterior.heads is None else {"head": posterior.heads})
     tensors |= {f"label_texts.{name}": x for name, x in (task.label_texts or {}).items()}
-    with new_files(folder, CONFIG, stale=(PRIOR, HEAD)) as new:
+    with new_files(folder, CONFIG, stale=(PRIOR, HEAD, *TOKENIZER_FILES)) as new:
         _write_draw(posterior, new, "mean")
         config = {
             "format": "pyro_lift.posterior",
@@ -251,6 +255,7 @@ def save_posterior(posterior: SavablePosterior, folder: Path) -> Path:
             },
             "component": posterior.component,
             "results": dict(posterior.results),
+            "encoding": save_encoding(posterior.encoding, new),
             "files": {POSTERIOR: write_tensors(new / POSTERIOR, tensors)},
         }
         write_json(new / CONFIG, sealed(config))
@@ -294,7 +299,8 @@ def load_posterior(
     elif task.name != config["task"].get("name"):
         raise ValueError(f"{path}: draws for the task {config['task'].get('name')!r}, not {task.name!r}.")
     results = dict(config.get("results") or {})
-    return PosteriorParts(adapter, task, tensors["theta"], heads, config["component"], results)
+    encoding = load_encoding(config.get("encoding"), path)
+    return PosteriorParts(adapter, task, tensors["theta"], heads, config["component"], results, encoding)
 
 
 def _task_without_rows(path: Path, about: dict[str, Any], texts: dict[str, Tensor]) -> Task:
@@ -320,7 +326,7 @@ def _task_without_rows(path: Path, about: dict[str, Any], texts: dict[str, Tenso
 
 def export_prior(prior: SavablePrior, folder: Path, which: str | int = "phi") -> Path:
     """One PEFT folder: ``"phi"`` (the mixture's mean), a component's number, or a meta-training task's name."""
-    theta = _chosen(prior, which)
+    theta = chosen_weights(prior, which)
     with new_files(folder, PEFT_CONFIG, stale=(HEAD,)) as new:
         write_peft(prior.adapter, theta, new)
     return folder
@@ -362,7 +368,12 @@ def _head_tensors(head: Tensor, task: Task) -> dict[str, Tensor]:
     return {"weight": head[:, : -len(head) - 1], "bias": head[:, -1], "similarity_scale": scale_of(head)}
 
 
-def _chosen(prior: SavablePrior, which: str | int) -> Tensor:
+def chosen_weights(prior: SavablePrior, which: str | int) -> Tensor:
+    """Return the weights ``[D]`` of ``"phi"``, a component's number, or a meta-training task's name.
+
+    Raises:
+        ValueError: a component or a task that there is not.
+    """
     K = prior.mixture.components
     if isinstance(which, int) and not isinstance(which, bool):
         if not 0 <= which < K:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
@@ -29,6 +30,7 @@ class PriorParts(NamedTuple):
         tasks: names of the tasks it was learned from.
         results: measures saved with it.
         matching_scale: of label matching, the mean over its tasks.
+        encoding: of strings, or None.
     """
 
     adapter: RandomAdapter
@@ -40,6 +42,7 @@ class PriorParts(NamedTuple):
     tasks: tuple[str, ...]
     results: dict[str, Any]
     matching_scale: float | None = None
+    encoding: TextEncoding | None = None
 
 
 class PosteriorParts(NamedTuple):
@@ -52,6 +55,7 @@ class PosteriorParts(NamedTuple):
         heads: draws of the task's own head, or None.
         component: the mixture component the chain started from.
         results: measures saved with it.
+        encoding: of the task's strings, or None.
     """
 
     adapter: RandomAdapter
@@ -60,6 +64,7 @@ class PosteriorParts(NamedTuple):
     heads: Tensor | None
     component: int
     results: dict[str, Any]
+    encoding: TextEncoding | None = None
 
 
 class SavablePrior(Protocol):
@@ -74,6 +79,7 @@ class SavablePrior(Protocol):
     tasks: tuple[str, ...]
     results: dict[str, Any]
     matching_scale: float | None
+    encoding: TextEncoding | None
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:
@@ -90,6 +96,7 @@ class SavablePosterior(Protocol):
     heads: Tensor | None
     component: int
     results: dict[str, Any]
+    encoding: TextEncoding | None
 
 
 class Savable(Protocol):
