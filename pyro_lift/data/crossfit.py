@@ -218,8 +218,8 @@ def _text_task(name: str, local: LocalTask, sample: int | None) -> TextTask:
     if sample is not None and not _seeded(local):
         pool = [*rows["train"], *rows["dev"]]
         rows["train"], rows["dev"] = few_shot(pool, facts["shots"], sample, by_class=form == "classification")
-    parts = {part: tuple(of) for part, of in rows.items()}
-    return TextTask(name, **parts, form=form, metric=facts["metric"], labels=labels)
+    train, dev, test = (tuple(rows[part]) for part in ("train", "dev", "test"))
+    return TextTask(name, train, dev, test, form, facts["metric"], labels)
 
 
 def _form(facts: Mapping[str, Any], first: TextRow) -> TextForm:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pyro_lift.data.encoding import TextEncoding
+from pyro_lift.data.chats import Conversation, Message, chat_segments, with_system
+from pyro_lift.data.encoding import Given, TextEncoding
 from pyro_lift.data.images import Images, ImageTask
 from pyro_lift.data.pixels import read_pixels
 from pyro_lift.data.text import TextRow, TextTask
-from pyro_lift.models.likelihoods import next_tokens, shift_right
+from pyro_lift.models.likelihoods import IGNORED, shift_right
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.options import check_number
 
@@ -51,7 +52,7 @@ class _TextEncoder:
         #: Pairs of labels of the same tokens, by task.
         self.same_labels: dict[str, list[str]] = {}
 
-    def prompts(self, texts: Sequence[str], encoding: TextEncoding) -> dict[str, Tensor]:
+    def prompts(self, texts: Sequence[Given], encoding: TextEncoding) -> dict[str, Tensor]:
         """Encode inputs without their answers."""
         raise NotImplementedError
 
@@ -105,7 +106,7 @@ class _TextEncoder:
 
     def encoding(self, task: TextTask) -> TextEncoding:
         """Note how the task's texts are encoded, for new inputs of it."""
-        return TextEncoding(self, task.name, task.form)
+        return TextEncoding(self, task.name, task.form, task.system)
 
 
 def _total(counts: Mapping[str, int]) -> int:
@@ -165,9 +166,9 @@ class LabelMatching(_TextEncoder):
         parts = {part: _with_options(rows, most) for part, rows in parts.items()}
         return _task(task, parts, "matching", self.encoding(task))
 
-    def prompts(self, texts: Sequence[str], encoding: TextEncoding) -> dict[str, Tensor]:
+    def prompts(self, texts: Sequence[Given], encoding: TextEncoding) -> dict[str, Tensor]:
         """Encode inputs."""
-        return self.inputs(texts, encoding.task)
+        return self.inputs([encoding.text(text, self.tokenizer) for text in texts], encoding.task)
 
     def answers(self, texts: Sequence[str], encoding: TextEncoding) -> list[list[int]]:
         """Encode labels."""
@@ -182,7 +183,7 @@ class LabelMatching(_TextEncoder):
             first.setdefault(tokens, label)
 
     def _rows(self, task: TextTask, rows: Sequence[TextRow]) -> Rows:
-        inputs = self.inputs([row.input for row in rows], task.name)
+        inputs = self.encoding(task).prompts([row.input for row in rows])
         if task.form == "classification":
             return Rows(inputs, torch.tensor([task.labels.index(row.outputs[0]) for row in rows]))
         most = max(len(row.options) for row in rows)
@@ -239,11 +240,13 @@ class TextToText(_TextEncoder):
         inputs = encoding.prompts([row.input for row in rows])
         return Rows({**inputs, "decoder_input_ids": shift_right(target, self.start_token)}, target)
 
-    def prompts(self, texts: Sequence[str], encoding: TextEncoding) -> dict[str, Tensor]:
-        """Encode inputs, the task's name before each."""
-        prefix = f"[{encoding.task}] " if encoding.task and encoding.form != "next_token" else ""
+    def prompts(self, texts: Sequence[Given], encoding: TextEncoding) -> dict[str, Tensor]:
+        """Encode inputs, the task's name before each; a prompt and a chat have no place for it."""
+        named = encoding.task and encoding.form not in ("next_token", "completion", "chat")
+        prefix = f"[{encoding.task}] " if named else ""
         empty = self.tokenizer.mask_token or ""
-        return self.inputs([prefix + text if text.strip() else empty for text in texts], encoding.task)
+        written = [encoding.text(text, self.tokenizer) for text in texts]
+        return self.inputs([prefix + text if text.strip() else empty for text in written], encoding.task)
 
     def answers(self, texts: Sequence[str], encoding: TextEncoding) -> list[list[int]]:
         """Encode answers, with the tokenizer's special tokens."""
@@ -270,40 +273,80 @@ class NextToken(_TextEncoder):
         return _task(task, parts, "tokens", encoding)
 
     def _rows(self, encoding: TextEncoding, rows: Sequence[TextRow]) -> Rows:
-        both, prompts, cut = [], [], 0
-        for row, said in zip(rows, self.answers([row.outputs[0] for row in rows], encoding), strict=True):
-            given = self._given(row.input) or said[:1]
-            kept = said[: self.max_length - 1]
-            room = self.max_length - len(kept)
-            cut += len(given) > room or len(kept) < len(said)
-            prompts.append(min(len(given), room))
-            both.append(given[-room:] + kept)
+        texts: list[list[int]] = []
+        targets: list[list[int]] = []
+        cut = 0
+        for number, row in enumerate(rows):
+            try:
+                pieces = self._pieces(row, encoding)
+            except ValueError as error:
+                raise ValueError(f"task {encoding.task!r}, row {number}: {error}") from error
+            line = [token for tokens, _ in pieces for token in tokens]
+            learnt = [is_learnt for tokens, is_learnt in pieces for _ in tokens]
+            cut += len(line) > self.max_length
+            last = len(line) - max(len(pieces[-1][0]) - (self.max_length - 1), 0)
+            first = max(last - self.max_length, 0)
+            line, learnt = line[first:last], learnt[first:last]
+            texts.append(line)
+            follows = zip(line[1:], learnt[1:], strict=True)
+            targets.append([token if is_learnt else IGNORED for token, is_learnt in follows] + [IGNORED])
         self._count(cut, encoding)
-        ids, mask = self.padded(both)
-        return Rows({"input_ids": ids, "attention_mask": mask}, next_tokens(ids, mask, torch.tensor(prompts)))
+        ids, mask = self.padded(texts)
+        return Rows({"input_ids": ids, "attention_mask": mask}, self.padded(targets, IGNORED)[0])
 
-    def prompts(self, texts: Sequence[str], encoding: TextEncoding) -> dict[str, Tensor]:
+    def _pieces(self, row: TextRow, encoding: TextEncoding) -> list[tuple[list[int], bool]]:
+        """Tokenize what is given and what is learnt in turn; the last is learnt."""
+        if encoding.form != "chat":
+            said = self.answers([row.outputs[0]], encoding)[0]
+            return [(self._given(row.input, encoding) or said[:1], False), (said, True)]
+        turns = row.input.turns if isinstance(row.input, Conversation) else (Message("user", row.input),)
+        messages = (*with_system(turns, encoding.system), Message("assistant", row.outputs[0]))
+        segments = chat_segments(self.tokenizer, messages)
+        pieces = [(self._ids(segment.text), segment.learnt) for segment in segments]
+        return [*pieces[:-1], (self._ended(pieces[-1][0]), True)]
+
+    def prompts(self, texts: Sequence[Given], encoding: TextEncoding) -> dict[str, Tensor]:
         """Encode inputs, padded on the left, so that all end where the answer begins."""
         begin = [0] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        given = [self._given(text) or begin for text in texts]
+        given = [self._given(text, encoding) or begin for text in texts]
         room = self.max_length - 1
         self._count(sum(len(ids) > room for ids in given), encoding)
         ids, mask = self.padded([ids[-room:][::-1] for ids in given])
         return {"input_ids": ids.flip(-1), "attention_mask": mask.flip(-1)}
 
     def answers(self, texts: Sequence[str], encoding: TextEncoding) -> list[list[int]]:
-        """Encode answers after a blank, each with the end token."""
-        encoded = self.tokenizer([" " + text for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
-        return [ids + self._end for ids in encoded]
+        """Encode answers, each with the end token: after a blank, of a completion as it stands, of a chat as a turn."""
+        if encoding.form == "chat":
+            asked = Message("user", "?")  # what was asked changes nothing in how the template writes an answer
+            turns = [chat_segments(self.tokenizer, (asked, Message("assistant", text)))[-1].text for text in texts]
+            return [self._ended(self._ids(turn)) for turn in turns]
+        blank = "" if encoding.form == "completion" else " "
+        return [self._ids(blank + text) + self._end for text in texts]
 
     @property
     def _end(self) -> list[int]:
         return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
 
-    def _given(self, text: str) -> list[int]:
-        """Tokenize an input; an empty one is the end of what came before."""
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Let a turn end with the end token, unless the template has put it there."""
+        return ids if set(self._end) <= set(ids) else ids + self._end
+
+    def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _given(self, given: Given, encoding: TextEncoding) -> list[int]:
+        """Tokenize an input; an empty one is the end of what came before."""
+        ids = self._ids(encoding.text(given, self.tokenizer))
+        if encoding.form == "completion":
+            ids = self._begin_tokens + ids
         return ids or self._end
+
+    @property
+    def _begin_tokens(self) -> list[int]:
+        """What the tokenizer itself puts before a text, as Llama's; a chat's template writes it."""
+        start = self.tokenizer.bos_token_id
+        return [start] if start is not None and self.tokenizer("")["input_ids"][:1] == [start] else []
 
     def _count(self, cut: int, encoding: TextEncoding) -> None:
         if cut:

@@ -9,9 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pyro_lift.data.chats import Conversation, Message, as_messages, chat_prompt, with_system
 from pyro_lift.models.likelihoods import IGNORED
 
-__all__ = ["TextEncoder", "TextEncoding"]
+__all__ = ["Given", "TextEncoder", "TextEncoding"]
+
+#: An input: a string, or the messages of a conversation.
+Given = str | Sequence[Any]
 
 
 class TextEncoder(Protocol):
@@ -20,7 +24,7 @@ class TextEncoder(Protocol):
     tokenizer: Any
     max_length: int
 
-    def prompts(self, texts: Sequence[str], encoding: TextEncoding) -> dict[str, Tensor]:
+    def prompts(self, texts: Sequence[Given], encoding: TextEncoding) -> dict[str, Tensor]:
         """Encode inputs without their answers."""
         ...
 
@@ -37,19 +41,44 @@ class TextEncoding:
         encoder: of the backbone, with its tokenizer and limit.
         task: name of the task, which some encoders put before an input; empty for none.
         form: of the task, as :class:`~pyro_lift.data.text.TextTask` has it.
+        system: what every input begins with, as there.
     """
 
     encoder: TextEncoder
     task: str = ""
     form: str = "text_to_text"
+    system: str = ""
 
     def about(self) -> dict[str, Any]:
         """Return all but the encoder, as JSON takes it."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "encoder"}
 
-    def prompts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Encode inputs ``[n, L]`` by name of the backbone's keyword, for a causal model with padding on the left."""
+    def prompts(self, texts: Sequence[Given]) -> dict[str, Tensor]:
+        """Encode inputs ``[n, L]`` by name of the backbone's keyword, for a causal model with padding on the left.
+
+        Args:
+            texts: strings; of a chat also lists of messages, each with ``"role"`` and ``"content"``.
+
+        Raises:
+            ValueError: messages for a task that is no chat, or that are no conversation.
+        """
         return self.encoder.prompts(texts, self)
+
+    def text(self, given: Given, tokenizer: Any) -> str:
+        """Write an input as the task's own were: the system prompt, then the text; a chat by the template.
+
+        Raises:
+            ValueError: messages for a task that is no chat, or that are no conversation.
+        """
+        if self.form == "chat":
+            if isinstance(given, Conversation):
+                turns = given.turns
+            else:
+                turns = (Message("user", given),) if isinstance(given, str) else as_messages(given, "messages")
+            return chat_prompt(tokenizer, with_system(turns, self.system))
+        if not isinstance(given, str):
+            raise ValueError(f"messages for the task {self.task!r}, which is {self.form}; give strings.")
+        return f"{self.system}\n{given}" if self.system else given
 
     def answers(self, texts: Sequence[str]) -> Tensor:
         """Encode answers ``[n, L]``, an end token included where the backbone was taught one; padded with -100."""

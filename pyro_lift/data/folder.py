@@ -20,7 +20,7 @@ from pyro_lift.data.layout import (
 from pyro_lift.data.pictures import is_picture_task, json_labels, read_pictures
 from pyro_lift.data.records import Record, read_json, read_records, text_row
 from pyro_lift.data.tensors import read_tensor_task
-from pyro_lift.data.text import TEXT_METRICS, TextForm, TextTask, infer_labels
+from pyro_lift.data.text import CHOICES, TEXT_METRICS, TextForm, TextTask, infer_labels
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_choice, check_distinct
 
@@ -105,8 +105,9 @@ def read_task(path: Path) -> TextTask | ImageTask | Task:
     Pictures are ``train/CLASS/*.png``, or ``CLASS/*.png`` (:func:`~pyro_lift.data.pictures.read_pictures`).
 
     Records are ``train``, ``dev`` and ``test`` with one of the endings ``.jsonl``, ``.jsonl.gz``, ``.parquet``,
-    ``.tsv``, ``.tsv.gz``. ``task.json`` may say ``form``, ``labels`` and ``metric``; without it, rows with options are
-    multiple choice, others text to text. Labels without a form are a classification's. Tensors are
+    ``.tsv``, ``.tsv.gz``. ``task.json`` may say ``form``, ``labels``, ``metric`` and ``system``, a prompt before every
+    input; without a form, rows with options are multiple choice, with ``messages`` a chat, with ``prompt`` and
+    ``completion`` a completion, others text to text. Labels without a form are a classification's. Tensors are
     ``train.safetensors`` (:func:`~pyro_lift.data.tensors.read_tensor_task`).
 
     Raises:
@@ -137,10 +138,11 @@ def read_task(path: Path) -> TextTask | ImageTask | Task:
         answers = [row.outputs[0] for row in (first, *others)]
         labels = first.options or infer_labels(answers, str(files["train"]))
     rows = {part: tuple(text_row(record, form, labels) for record in of) for part, of in records.items()}
-    default = {"text_to_text": "EM", "next_token": "Perplexity"}.get(form, "ACC")
+    default = "ACC" if form in CHOICES else "Perplexity" if form == "next_token" else "EM"
     metric = about.get("metric", default)
     try:
-        return TextTask(task_name(path), rows["train"], rows["dev"], rows["test"], form, metric, labels)
+        train, dev, test = (rows[part] for part in ("train", "dev", "test"))
+        return TextTask(task_name(path), train, dev, test, form, metric, labels, about.get("system", ""))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -151,10 +153,12 @@ def _about(path: Path) -> dict[str, Any]:
         return {}
     about = read_json(path)
     for key in about:
-        check_choice(f"{path}: key", key, ["form", "labels", "metric"])
+        check_choice(f"{path}: key", key, ["form", "labels", "metric", "system"])
     for key, choices in (("form", get_args(TextForm)), ("metric", TEXT_METRICS)):
         if key in about:
             check_choice(f"{path}: {key}", about[key], choices)
+    if not isinstance(about.get("system", ""), str):
+        raise ValueError(f"{path}: 'system' is {about['system']!r}; expected a string.")
     if "labels" in about:
         about["labels"] = json_labels(about["labels"], path)
     return about
@@ -172,8 +176,19 @@ def _check_headers(records: Mapping[str, Sequence[Record]]) -> None:
             )
 
 
+def _is_chat(record: Record) -> bool:
+    return "messages" in record.fields or isinstance(record.fields.get("prompt"), list)
+
+
 def _form(records: Sequence[Record]) -> TextForm:
-    """Infer the form: multiple choice where all rows have options, text to text where none has."""
+    """Infer the form: a chat of messages, a completion of prompts; multiple choice where all rows have options."""
+    chats = [_is_chat(record) for record in records]
+    if any(chats):
+        if not all(chats):
+            raise ValueError(f"{records[chats.index(False)].place}: no messages, but other rows have some.")
+        return "chat"
+    if all("prompt" in record.fields and "completion" in record.fields for record in records):
+        return "completion"
     with_options = [bool(record.fields.get("options")) for record in records]
     if any(with_options) and not all(with_options):
         place = records[with_options.index(False)].place

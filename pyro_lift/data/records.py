@@ -10,12 +10,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyro_lift.data.chats import Conversation, as_messages
 from pyro_lift.data.layout import RECORD_FILES, visible
 from pyro_lift.data.text import CHOICES, TextForm, TextRow, check_answer, tidy
 from pyro_lift.data.tsv import tsv_rows
 
-__all__ = ["RECORD_FILES", "Record", "as_text", "parse_json", "read_json", "read_records", "record_files", "text_row"]
+__all__ = [
+    "INPUTS",
+    "OUTPUTS",
+    "RECORD_FILES",
+    "Record",
+    "as_text",
+    "parse_json",
+    "read_json",
+    "read_records",
+    "record_files",
+    "text_row",
+]
 
+#: What the column of the input and that of the answer may be called.
+INPUTS, OUTPUTS = ("input", "text", "prompt"), ("output", "label", "completion")
 #: How files begin that are named for what they are not.
 _BEGINNINGS = {
     b"\xff\xfe": "UTF-16; save it as UTF-8",
@@ -159,8 +173,13 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         raise ValueError(f"{path}: not a Parquet file ({error}).") from error
 
 
-def text_row(record: Record, form: TextForm | None = None, labels: Sequence[str] | None = None) -> TextRow:
-    """Take a record's ``input`` (or ``text``), ``output`` (or ``label``; one or several) and ``options``.
+def text_row(
+    record: Record, form: TextForm | None = None, labels: Sequence[str] | None = None, *, answered: bool = True
+) -> TextRow:
+    """Take a record's ``input`` (``text``, ``prompt``), ``output`` (``label``, ``completion``) and ``options``.
+
+    The output is one or several accepted answers. A chat has ``messages``, of which the last is the assistant's answer,
+    and perhaps ``answers``, further accepted ones; or ``prompt`` and ``completion`` as messages.
 
     Numbers and true or false are taken as their JSON text; of a choice, 1.0 is 1. Only a next-token task may have an
     empty input: what follows nothing is the first line.
@@ -169,24 +188,78 @@ def text_row(record: Record, form: TextForm | None = None, labels: Sequence[str]
         record: with its place, for the messages.
         form: of the task; None leaves the answer unchecked.
         labels: of a classification: what the answer must be among; None for anything.
+        answered: whether there must be an answer; rows that are only predicted need none.
 
     Raises:
         ValueError: a missing or misshapen field, an empty input, an answer that may not be given.
     """
-    text = _field(record, "input", "text")
+    _check_fields(record)
+    if form == "chat":
+        row = _chat_row(record, answered)
+        if row.outputs:
+            check_answer(row, form, None, record.place)
+        return row
+    text = _field(record, *INPUTS)
     if not isinstance(text, str) or not (text.strip() or form == "next_token"):
         raise ValueError(f"{record.place}: the input is {text!r}; expected a string that is not empty.")
-    outputs = _strings(record, "output", _field(record, "output", "label"), form)
+    if not answered and all(record.fields.get(name) is None for name in OUTPUTS):
+        outputs: tuple[str, ...] = ()
+    else:
+        outputs = _strings(record, "output", _field(record, *OUTPUTS), form)
     options = record.fields.get("options")
     if options is not None and not isinstance(options, (list, tuple)):
         raise ValueError(f"{record.place}: 'options' is {options!r}; expected a list of strings.")
     row = TextRow(text, outputs, _strings(record, "options", options or (), form))
+    if not outputs and not answered:
+        return row
     if form is not None:
         row = tidy(row, form)
         check_answer(row, form, labels, record.place)
     elif not outputs:
         raise ValueError(f"{record.place}: no output.")
     return row
+
+
+def _check_fields(record: Record) -> None:
+    """Refuse columns that stand for the same, and those of layouts whose other columns would be passed over."""
+    for *names, newest in (INPUTS, OUTPUTS):
+        given = [name for name in (newest, *names) if record.fields.get(name) is not None]
+        if len(given) > 1 and newest in given:
+            raise ValueError(
+                f"{record.place}: both {given[0]!r} and {given[1]!r}; they mean the same. Keep one of them."
+            )
+    if "messages" in record.fields and any(name in record.fields for name in (*INPUTS, *OUTPUTS)):
+        other = next(name for name in (*INPUTS, *OUTPUTS) if name in record.fields)
+        raise ValueError(f"{record.place}: both 'messages' and {other!r}; a row is a conversation or a text.")
+    for name, layout in (("instruction", "Alpaca's"), ("conversations", "ShareGPT's")):
+        if name in record.fields:
+            raise ValueError(
+                f"{record.place}: the column {name!r} is {layout}; write 'prompt' and 'completion', or 'messages' with "
+                "'role' and 'content', in its place."
+            )
+
+
+def _chat_row(record: Record, answered: bool) -> TextRow:
+    """Take the messages of a record: those before the answer, and the accepted answers."""
+    if "messages" in record.fields:
+        messages = as_messages(record.fields["messages"], f"{record.place}: 'messages'")
+    else:
+        given, said = _field(record, "messages", "prompt"), record.fields.get("completion")
+        said = [{"role": "assistant", "content": said}] if isinstance(said, str) else said or []
+        for name, value in (("prompt", given), ("completion", said)):
+            if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
+                raise ValueError(
+                    f"{record.place}: {name!r} is {str(value)[:40]!r}; in a chat it is a list of messages."
+                )
+        messages = as_messages([*given, *said], f"{record.place}: 'prompt' and 'completion'")
+    further = _strings(record, "answers", record.fields.get("answers") or (), None)
+    if messages[-1].role != "assistant":
+        if answered:
+            raise ValueError(f"{record.place}: the last message is the user's; expected an assistant's, to be learnt.")
+        return TextRow(Conversation(messages), further)
+    if len(messages) == 1:
+        raise ValueError(f"{record.place}: an answer alone; expected a user's message before it.")
+    return TextRow(Conversation(messages[:-1]), (messages[-1].content, *further))
 
 
 def _field(record: Record, *names: str) -> Any:

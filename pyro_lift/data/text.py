@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from pyro_lift.data.chats import Conversation
 from pyro_lift.support.options import check_choice, check_distinct, check_literal
 
 __all__ = [
@@ -20,7 +21,7 @@ __all__ = [
     "tidy",
 ]
 
-TextForm = Literal["classification", "multiple_choice", "text_to_text", "next_token"]
+TextForm = Literal["classification", "multiple_choice", "text_to_text", "next_token", "completion", "chat"]
 #: Forms whose answers are names: of one set of labels, or of a row's own options.
 CHOICES = ("classification", "multiple_choice")
 #: Names of scores; the functions are in :mod:`pyro_lift.metrics`, which stands on a higher floor.
@@ -40,7 +41,7 @@ class TextRow(NamedTuple):
     """One example of a text task, as strings.
 
     Attributes:
-        input: what is read.
+        input: what is read; of a chat a :class:`~pyro_lift.data.chats.Conversation`.
         outputs: accepted answers; the first is what is learnt, a score may take the best of them.
         options: of multiple choice, this row's own; empty elsewhere.
     """
@@ -60,9 +61,12 @@ class TextTask:
         dev: what choices may be made on.
         test: what to be judged by.
         form: ``"classification"`` (one set of labels for all rows), ``"multiple_choice"`` (options by row),
-            ``"text_to_text"``, or ``"next_token"`` (the input is context, the output what follows).
+            ``"text_to_text"``, ``"next_token"`` (the input is context, the output what follows), ``"completion"``
+            (prompt and completion are read as they stand, with nothing put before or between them) or ``"chat"``
+            (messages, by the tokenizer's template).
         metric: a name of :data:`TEXT_METRICS`.
         labels: of classification, every label string in its fixed order, each once.
+        system: what every input begins with: a chat's system message, or a line before other inputs.
 
     Labels, options and answers of a choice are names, so blanks at their ends are taken off, and an option that stands
     twice in a row is one option.
@@ -79,12 +83,14 @@ class TextTask:
     form: TextForm = "text_to_text"
     metric: str = "EM"
     labels: tuple[str, ...] = ()
+    system: str = ""
 
     def __post_init__(self) -> None:
         where = f"task {self.name!r}"
         check_literal("form", self.form, TextForm)
         check_choice(f"{where}: metric", self.metric, TEXT_METRICS)
         check_text(self.name, f"{where}: the name")
+        check_text(self.system, f"{where}: the system prompt")
         if not self.train:
             raise ValueError(f"{where}: the train split is empty.")
         if self.form == "classification":
@@ -178,6 +184,8 @@ def check_answer(row: TextRow, form: str, labels: Sequence[str] | None, where: s
         labels: of a classification; None for any.
         where: begins the message.
     """
+    if form == "chat" and not isinstance(row.input, Conversation):
+        raise ValueError(f"{where}: a chat without messages; its input is a Conversation([Message(...), ...]).")
     for name, strings in (("input", (row.input,)), ("output", row.outputs), ("option", row.options)):
         for text in strings:
             check_text(text, f"{where}: the {name}")

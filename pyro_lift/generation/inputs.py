@@ -65,7 +65,7 @@ def generating_network(backbone: Any) -> Any:
 
 
 def are_strings(inputs: Any) -> bool:
-    """Tell whether inputs are a list of strings, and refuse a single one.
+    """Tell whether inputs are a list of strings, or of conversations, and refuse a single one.
 
     Raises:
         TypeError: one string, or strings among other things.
@@ -77,11 +77,16 @@ def are_strings(inputs: Any) -> bool:
         return False
     if not inputs:
         raise ValueError("inputs: an empty list; expected at least one string.")
-    strings = [isinstance(text, str) for text in inputs]
+    strings = [isinstance(text, str) or _is_chat(text) for text in inputs]
     if any(strings) and not all(strings):
         row = strings.index(False)
         raise TypeError(f"inputs[{row}] is a {type(inputs[row]).__name__}, others are strings; give strings alone.")
     return all(strings)
+
+
+def _is_chat(value: Any) -> bool:
+    """Tell whether an input is a list of messages."""
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
 
 
 def read_prompts(inputs: Any, network: Any, encoding: TextEncoding | None) -> Prompts:

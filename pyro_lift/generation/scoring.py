@@ -143,7 +143,8 @@ def _scored(adapter: RandomAdapter, network: Any, thetas: Tensor, prompts: Promp
 
 
 def _entropy(p: Tensor) -> Tensor:
-    return torch.special.entr(p).sum(-1)
+    entropy: Tensor = torch.special.entr(p).sum(-1)
+    return entropy
 
 
 def _teacher_forced(network: Any, prompts: Prompts, target: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
