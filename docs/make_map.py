@@ -22,9 +22,11 @@ FIGURE = ROOT / "docs" / "figures" / "architecture.svg"
 CONTENTS = {
     "cli": "the command line",
     "bench": "demo, comparisons, speed",
+    "comparison": "does meta-learning pay?",
     "commands": "train, adapt, predict",
     "methods": "registry of all methods",
     "lift": "meta-training",
+    "tuning": "settings by held-out tasks",
     "prior": "mixture over phi",
     "posterior": "draws of one task",
     "adapter_library": "a prior from LoRAs",

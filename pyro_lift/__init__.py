@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pyro_lift.support import moved
 
 if TYPE_CHECKING:
+    from pyro_lift.comparison.run import compare as compare
     from pyro_lift.diagnostics import from_mcmc as from_mcmc
     from pyro_lift.diagnostics import summarise as summarise
     from pyro_lift.inference.gibbs.kernel import SGLDGibbs as SGLDGibbs
@@ -44,6 +45,7 @@ _HOME = {
     "StreamingMCMC": "inference.mcmc",
     "Task": "models.task",
     "TaskPosterior": "posterior",
+    "compare": "comparison.run",
     "from_mcmc": "diagnostics",
     "summarise": "diagnostics",
 }

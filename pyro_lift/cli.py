@@ -1,4 +1,4 @@
-"""The command line: ``pyro-lift demo | train | adapt | predict | bench``. Each command imports what it needs itself."""
+"""The command line, ``pyro-lift demo | compare | train | ...``. Each command imports what it needs itself."""
 
 from __future__ import annotations
 
@@ -121,6 +121,25 @@ def train(
     from pyro_lift import commands
 
     commands.train(config, resume=resume, overwrite=overwrite, device=device)
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="TOML file: backbone, adapter, tasks, sampler, as `train` takes it")],
+    out: Out = Path("comparison"),
+    budget: Annotated[str, typer.Option(help="time that the whole may take")] = "10 min",
+    seeds: Annotated[int, typer.Option(help="repetitions", min=1)] = 1,
+    methods: Annotated[str | None, typer.Option(help="names with commas between; by default five")] = None,
+    folds: Annotated[int, typer.Option(help="parts that the tasks are held out in, in turn", min=2)] = 3,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="drop another comparison in the folder")] = False,
+    device: OtherDevice = None,
+) -> None:
+    """Tell whether meta-learning pays on your tasks: probe, tuned LoRA, Union Train, Reptile and LiFT, in one table."""
+    from pyro_lift.comparison.command import command
+    from pyro_lift.comparison.settings import CompareSettings
+
+    names = None if methods is None else tuple(name.strip() for name in methods.split(","))
+    command(config, out, CompareSettings(budget, seeds, names, folds), overwrite=overwrite, device=device)
 
 
 @app.command()

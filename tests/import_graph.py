@@ -26,15 +26,18 @@ LAW: dict[str, set[str]] = {
     "metrics": {"data", "models", "support"},
     "generation": {"data", "metrics", "models", "support"},
     "posterior": {"generation", "data", "metrics", "saving", "inference", "models", "settings", "support"},
+    "tuning": {"inference", "inference.baselines", "metrics", "data", "models", "settings", "support"},
     "config": {"data", "models", "settings", "support"},
     "wiring": {"config", "data", "models", "settings", "support"},
 }
 LAW["adapter_library"] = LAW["posterior"] | {"defaults", "posterior"}
-LAW["prior"] = LAW["adapter_library"] | {"adapter_library"}
+LAW["prior"] = LAW["adapter_library"] | LAW["tuning"] | {"adapter_library", "tuning"}
 LAW["lift"] = LAW["prior"] | {"prior"}
 LAW["methods"] = LAW["lift"] | {"lift", "inference.baselines"}
 LAW["commands"] = LAW["lift"] | LAW["wiring"] | LAW["metrics"] | {"lift", "wiring", "metrics"}
 LAW["bench"] = set(LAW) - {"commands"}
+LAW["comparison"] = LAW["bench"] | {"bench"}
+LAW["commands"] |= {"comparison"}
 LAW["cli"] = set(LAW)
 #: The package itself: names that are imported when they are first used, and the version.
 ROOT_MODULE = "pyro_lift"

@@ -1,0 +1,169 @@
+"""The problem of a comparison: tasks, how they are held out, rows they are judged by, and the network's start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
+from pyro_lift.inference.baselines.linear_probe import has_probe
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.task import Rows, Task, check_task_names
+from pyro_lift.settings import AdaptSettings, LiFTSettings
+
+__all__ = ["Fold", "Problem", "chance_loss", "folds_of", "heads_of", "judged", "measure_of", "probe_missing"]
+
+#: Rows of a task of tokens that are judged at most: their probabilities are [rows, tokens, vocabulary].
+TOKEN_ROWS = 16
+#: Fraction of a task's rows that it is judged by where it has no test rows.
+JUDGED_SHARE = 1 / 3
+#: Fraction of the tasks to learn from that choices are made on, where the tasks to be judged by are given.
+CHOSEN_SHARE = 0.2
+
+
+class Problem(NamedTuple):
+    """What is compared on.
+
+    Attributes:
+        train: tasks to learn from; where ``test`` is empty, they are held out in turn.
+        test: tasks to be judged by.
+        dev: tasks that choices are made on.
+        adapter: the network with its initial adapter, by seed.
+        settings: LiFT's.
+        adapt: LiFT's, of adaptation.
+        name: for titles.
+    """
+
+    train: Sequence[Task]
+    test: Sequence[Task]
+    dev: Sequence[Task]
+    adapter: Callable[[int], RandomAdapter]
+    settings: LiFTSettings
+    adapt: AdaptSettings
+    name: str = "tasks"
+
+
+class Fold(NamedTuple):
+    """One turn: tasks to learn from, tasks that are judged, and tasks that choices alone are made on."""
+
+    number: int
+    train: list[Task]
+    judged: list[Task]
+    dev: list[Task]
+
+
+def folds_of(problem: Problem, count: int) -> list[Fold]:
+    """Hold tasks out: the given test tasks once, or else every task in one of ``count`` parts, dealt in turn.
+
+    Raises:
+        ValueError: fewer than two tasks, tasks of several kinds, two tasks of one name.
+    """
+    tasks = [*problem.train, *problem.dev, *problem.test]
+    check_task_names(tasks)
+    kinds = sorted({measure_of(task) if task.kind != "tokens" else "tokens" for task in tasks})
+    if len(kinds) > 1:
+        kinds = sorted({task.kind for task in tasks})
+        raise ValueError(
+            f"tasks of several kinds ({', '.join(kinds)}): their losses cannot be averaged. Give one kind."
+        )
+    if problem.test:
+        train, dev = list(problem.train), list(problem.dev)
+        if not train:
+            raise ValueError("no task to learn from beside those to be judged by.")
+        if not dev and len(train) >= 3:
+            kept = max(round(CHOSEN_SHARE * len(train)), 1)
+            dev = [train[(k * len(train)) // kept] for k in range(kept)]
+            train = _without(train, dev)
+        return [Fold(0, train, list(problem.test), dev)]
+    tasks = [*problem.train, *problem.dev]
+    if len(tasks) < 2:
+        raise ValueError(
+            f"{len(tasks)} task: there is none to learn from beside the one that is held out. Give two or more."
+        )
+    parts = min(count, len(tasks))
+    held_out = [[task for i, task in enumerate(tasks) if i % parts == k] for k in range(parts)]
+    return [Fold(k, _without(tasks, out), out, []) for k, out in enumerate(held_out)]
+
+
+def _without(tasks: Sequence[Task], others: Sequence[Task]) -> list[Task]:
+    names = {task.name for task in others}
+    return [task for task in tasks if task.name not in names]
+
+
+def judged(task: Task, most: int) -> Task:
+    """Return the task with the test rows that it is judged by: its own, else its dev rows, else a part of its rows.
+
+    Args:
+        task: of any kind.
+        most: rows to be judged by, at most; of several they are drawn with a fixed seed.
+
+    Raises:
+        ValueError: a single row.
+    """
+    most = min(most, TOKEN_ROWS) if task.kind == "tokens" else most
+    generator = torch.Generator().manual_seed(0)
+    rows = task.test or task.dev
+    if rows is not None:
+        return replace(task, test=_some(rows, torch.randperm(len(rows), generator=generator)[:most]))
+    if len(task.train) < 2:
+        raise ValueError(f"task {task.name!r} has one row: there is none left to be judged by.")
+    order = torch.randperm(len(task.train), generator=generator)
+    count = min(max(round(JUDGED_SHARE * len(order)), 1), most)
+    return replace(task, train=_some(task.train, order[count:]), test=_some(task.train, order[:count]))
+
+
+def _some(rows: Rows, index: Tensor) -> Rows:
+    return rows.take(index.sort().values.to(rows.target.device))
+
+
+def measure_of(task: Task) -> str:
+    """Name the loss that a task is judged by: ``nll`` in nats, or of a regression ``unexplained`` variance."""
+    return "unexplained" if task.kind == "regression" else "nll"
+
+
+def chance_loss(task: Task) -> float | None:
+    """Return the loss of the answer that looks at no input: class frequencies of the training rows, or their mean.
+
+    Each class counts one row more than it has, so that one without rows keeps a probability. Rows with options of their
+    own are answered uniformly. None for tokens.
+    """
+    assert task.test is not None
+    train, test = task.train.target.cpu(), task.test.target.cpu()
+    if task.kind == "tokens":
+        return None
+    if task.kind == "regression":
+        return unexplained(train.double().mean(0).expand_as(test), task)
+    classes = task.num_classes or 1
+    by_row = "option_input_ids" in task.train.inputs
+    counts = torch.ones(classes) if by_row else torch.bincount(train, minlength=classes) + 1.0
+    return float(-(counts / counts.sum()).log()[test].mean())
+
+
+def unexplained(prediction: Tensor, task: Task) -> float:
+    r"""Compute the squared error over the variance, :math:`1 - R^2`, around the mean of the training rows."""
+    assert task.test is not None
+    y, known = task.test.target.cpu().double(), task.train.target.cpu().double()
+    spread = (y - known.mean(0)).square().mean()
+    return float((prediction.cpu().double().reshape(y.shape) - y).square().mean() / spread.clamp_min(1e-12))
+
+
+def heads_of(adapter: RandomAdapter, problem: Problem) -> HeadPolicy:
+    """Give the tasks heads of their own where the settings say so, or where the network's output is features."""
+    scale = problem.settings.head_scale
+    tasks = [*problem.train, *problem.test]
+    if not isinstance(scale, (int, float)):
+        apart = all(task.kind == "classification" for task in tasks) and adapter.gives_features
+        scale = 1.0 if apart else None
+    return HeadPolicy(scale=scale, update="step" if problem.settings.head == "langevin" else "solve")
+
+
+def probe_missing(problem: Problem) -> str | None:
+    """Say why there is no linear probe of these tasks; None where there is."""
+    without = [task.name for task in (*problem.train, *problem.dev, *problem.test) if not has_probe(task)]
+    if not without:
+        return None
+    return f"no linear probe: task {without[0]!r} has no classes that all its rows share, and no numbers to predict"

@@ -1,0 +1,295 @@
+"""The comparison itself: a plan, cells one after the other until all are done or time is up, table, figure, advice."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from tqdm import tqdm
+
+from pyro_lift.bench.records import Record
+from pyro_lift.bench.sweep import Cell, results, run_cells, write_manifest
+from pyro_lift.comparison.cells import OutOfTimeError, Work, rates_of, run_cell
+from pyro_lift.comparison.costs import load_all, measured
+from pyro_lift.comparison.figure import plot
+from pyro_lift.comparison.plan import Plan, planned, solve
+from pyro_lift.comparison.problem import Fold, Problem, chance_loss, folds_of, judged, probe_missing
+from pyro_lift.comparison.settings import CompareSettings, entrant
+from pyro_lift.comparison.summary import Summary, summarise
+from pyro_lift.data.collection import TaskCollection
+from pyro_lift.inference.top_level import at_top_level
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.task import Task
+from pyro_lift.settings import AdaptSettings, LiFTSettings
+from pyro_lift.support.archive import read_json, write_file, write_json
+from pyro_lift.support.options import check_choice
+
+if TYPE_CHECKING:
+    import peft
+
+__all__ = ["Comparison", "compare", "run"]
+
+#: Fraction of the budget after which nothing more is measured.
+MEASURING = 0.1
+#: Names of the files in the folder of a comparison.
+PLAN, CELLS, TABLE, FIGURE, RECORDS = "plan.json", "cells", "table.txt", "comparison.png", "records.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found; printed, it is its table and its advice.
+
+    Attributes:
+        advice: one sentence.
+        table: one row a method.
+        summary: the numbers behind both.
+        records: one a method, seed, held-out task and rate of adaptation.
+        notes: sizes, what was cut, and what could not be compared.
+        folder: of the records, the table and the figure; None where none was asked for.
+    """
+
+    advice: str
+    table: str
+    summary: Summary
+    records: list[Record]
+    notes: tuple[str, ...]
+    folder: Path | None
+
+    def __str__(self) -> str:
+        return "\n".join([self.table, *(f"  {note}" for note in self.notes), "", self.advice])
+
+
+@at_top_level()
+def compare(
+    tasks: Sequence[Task] | TaskCollection[Task],
+    backbone: nn.Module,
+    peft_config: peft.PeftConfig | None = None,
+    *,
+    budget: str | float = "10 min",
+    seeds: int = 1,
+    methods: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    **options: Any,
+) -> Comparison:
+    """Compare what can be done with these tasks and this backbone: does meta-learning pay here?
+
+    The linear probe, LoRA tuned on each task, Union Train, Reptile and LiFT, on tasks that are held out in turn (or on
+    the test tasks of a collection), all with the same number of gradients, chosen so that the whole ends in time.
+
+    Args:
+        tasks: three or more, or a collection with tasks to be judged by. Tasks without test rows are judged on a third
+            of their rows.
+        backbone: as :class:`~pyro_lift.lift.LiFT` takes it.
+        peft_config: the adapter to attach to a plain module.
+        budget: ``"10 min"``, or seconds.
+        seeds: repetitions.
+        methods: of :data:`~pyro_lift.methods.registry.BASELINES`; None takes the five.
+        out: folder for records, table and figure. A comparison that was stopped goes on from there.
+        options: further fields of :class:`~pyro_lift.comparison.settings.CompareSettings`; ``settings`` and ``adapt``,
+            LiFT's own.
+
+    Raises:
+        ValueError: nothing to learn from beside what is held out; tasks of several kinds; a folder with another
+            comparison; before any training.
+    """
+    lift, adapt = options.pop("settings", None) or LiFTSettings(), options.pop("adapt", None) or AdaptSettings()
+    known = [f.name for f in fields(CompareSettings)] + ["settings", "adapt"]
+    for name in options:
+        check_choice("option", name, known)
+    settings = CompareSettings(budget=budget, seeds=seeds, methods=methods, **options)
+    parts = tasks if isinstance(tasks, TaskCollection) else TaskCollection("tasks", tuple(tasks))
+    if isinstance(backbone, RandomAdapter) and peft_config is not None:
+        raise TypeError("the backbone is a RandomAdapter, which has its adapter already; leave peft_config out.")
+
+    def adapter(seed: int) -> RandomAdapter:
+        if isinstance(backbone, RandomAdapter):
+            return backbone
+        return adapt_backbone(backbone, peft_config, seed=seed)
+
+    problem = Problem(parts.train, parts.test, parts.dev, adapter, lift, adapt, parts.name)
+    return run(problem, settings, None if out is None else Path(out))
+
+
+def run(
+    problem: Problem,
+    settings: CompareSettings,
+    out: Path | None,
+    *,
+    overwrite: bool = False,
+    started: float | None = None,
+) -> Comparison:
+    """Run a comparison in a folder, or go on with one.
+
+    Args:
+        problem: tasks and network.
+        settings: sizes and budget.
+        out: folder; None leaves nothing behind.
+        overwrite: drop another comparison that is in the folder.
+        started: seconds of ``time.monotonic`` at which the budget began; None: now.
+
+    Raises:
+        ValueError: see :func:`compare`.
+    """
+    start = time.monotonic() if started is None else started
+    with contextlib.ExitStack() as stack:
+        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folds = folds_of(problem, settings.folds)
+        names, notes = _names(problem, settings)
+        plan = _plan(problem, folds, settings, names, folder, start, overwrite)
+        done = _run_cells(problem, folds, settings, names, plan, folder, start)
+        chance: dict[str, float | None] = {}
+        for fold in folds:
+            chance |= {task.name: chance_loss(judged(task, settings.test_rows)) for task in fold.judged}
+        summary = summarise(done, folder / CELLS, names, chance)
+        notes += _notes(plan, folds, summary, done, names)
+        records = [record for cell in done.values() for record in cell["records"]]
+        table = summary.table() if summary.results else "no turn was finished by every method"
+        comparison = Comparison(summary.advice, table, summary, records, tuple(notes), out)
+        if out is not None:
+            write_file(out / TABLE, f"{comparison}\n".encode())
+            write_json(out / RECORDS, {"advice": comparison.advice, "notes": notes, "records": records})
+            if summary.results:
+                plot(summary, out / FIGURE)
+    return comparison
+
+
+def _names(problem: Problem, settings: CompareSettings) -> tuple[list[str], list[str]]:
+    """Return the methods that can run, and why others cannot."""
+    names, notes = list(settings.names), []
+    missing = probe_missing(problem)
+    if missing and any(entrant(name).rank == 0 for name in names):
+        names = [name for name in names if entrant(name).rank]
+        notes.append(missing)
+    return names, notes
+
+
+def _plan(
+    problem: Problem,
+    folds: Sequence[Fold],
+    settings: CompareSettings,
+    names: Sequence[str],
+    folder: Path,
+    start: float,
+    overwrite: bool,
+) -> Plan:
+    """Read the plan of a comparison that is gone on with; or measure, plan, and write it."""
+    mark = _mark(problem, folds, settings, names)
+    path = folder / PLAN
+    if path.is_file() and not overwrite:
+        stored = read_json(path)
+        if stored.get("mark") != mark:
+            raise ValueError(
+                f"{folder} holds another comparison (other tasks, network or settings). Give another folder, or "
+                "overwrite it."
+            )
+        return planned(stored["plan"])
+    shutil.rmtree(folder / CELLS, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    load_all()
+    costs = measured(problem, folds, settings, names, MEASURING * settings.seconds)
+    held_out = [len(fold.judged) + len(fold.dev) for fold in folds]
+    meta = sum(entrant(name).meta for name in names)
+    alone = sum(entrant(name).rank == 1 for name in names)
+    left = settings.seconds - (time.monotonic() - start)
+    plan = solve(costs, settings, held_out, meta, alone, max(left, 0.0))
+    write_json(path, {"mark": mark, "plan": plan.to_dict(), "costs": asdict(costs)})
+    cells = [
+        Cell(f"seed{seed}-fold{fold}-{method}", {"method": method, "seed": seed, "fold": fold})
+        for seed in range(plan.seeds)
+        for fold in range(plan.folds)
+        for method in names
+    ]
+    write_manifest(folder / CELLS, cells)
+    return plan
+
+
+def _mark(problem: Problem, folds: Sequence[Fold], settings: CompareSettings, names: Sequence[str]) -> str:
+    """Digest what a comparison is of, so that another is not taken for it; the budget may differ."""
+    wanted = asdict(replace(settings, budget=1, progress=False, methods=None))
+    adapter = problem.adapter(0)
+    tasks = [
+        [fold.number, part, task.name, task.kind, len(task.train), len(task.test or ()), float(task.train.target.sum())]
+        for fold in folds
+        for part in ("train", "judged", "dev")
+        for task in getattr(fold, part)
+    ]
+    layout = [[entry.name, list(entry.shape)] for entry in adapter.layout]
+    told = [wanted, list(names), tasks, layout, asdict(problem.settings), asdict(problem.adapt)]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _run_cells(
+    problem: Problem,
+    folds: Sequence[Fold],
+    settings: CompareSettings,
+    names: Sequence[str],
+    plan: Plan,
+    folder: Path,
+    start: float,
+) -> Mapping[str, Any]:
+    """Run what is not done yet, until time is up; cells of a process that was killed are taken over."""
+    total, finished = 0, results(folder / CELLS)
+    cells = [(s, f, m) for s in range(plan.seeds) for f in range(plan.folds) for m in names]
+    sizes = {cell: _gradients(cell[2], folds[cell[1]], plan) for cell in cells}
+    total = sum(sizes.values())
+    done = sum(size for (s, f, m), size in sizes.items() if f"seed{s}-fold{f}-{m}" in finished)
+    hidden = not settings.progress or "CI" in os.environ or "PYTEST_XDIST_WORKER" in os.environ
+    reserve = min(0.03 * settings.seconds, 10.0)
+    with tqdm(total=total, initial=done, unit="gradient", disable=hidden, dynamic_ncols=True) as bar:
+        work = Work(problem, folds, settings, plan, folder / CELLS, bar.update, start + settings.seconds - reserve)
+        with contextlib.suppress(OutOfTimeError):
+            run_cells(folder / CELLS, partial(_told_cell, work, bar, sizes), retry=True)
+    return results(folder / CELLS)
+
+
+def _told_cell(
+    work: Work, bar: Any, sizes: Mapping[tuple[int, int, str], int], *, method: str, seed: int, fold: int
+) -> Mapping[str, Any]:
+    """Run a cell under its name in the bar; methods count in their own steps, so the bar is put right afterwards."""
+    bar.set_description(f"part {fold + 1} of {work.plan.folds}, {entrant(method).title}")
+    begun = bar.n
+    told = run_cell(work, method=method, seed=seed, fold=fold)
+    bar.update(begun + sizes[seed, fold, method] - bar.n)
+    return told
+
+
+def _gradients(method: str, fold: Fold, plan: Plan) -> int:
+    """Count the gradients of a cell, for the bar."""
+    if entrant(method).rank == 0:
+        return 0
+    adapting = (len(fold.judged) + len(fold.dev)) * len(rates_of(method, plan)) * plan.steps
+    return adapting + (plan.gradients if entrant(method).meta else 0)
+
+
+def _notes(
+    plan: Plan, folds: Sequence[Fold], summary: Summary, done: Mapping[str, Any], names: Sequence[str]
+) -> list[str]:
+    count = len(next(iter(summary.results.values()), ()))
+    expected = plan.seeds * plan.folds * len(names)
+    held = "held out in turn" if len(folds) > 1 else "to be judged by"
+    notes = [
+        f"{count} tasks {held}; {plan.gradients} gradients of meta-training, {plan.steps} steps of adaptation, "
+        f"{len(plan.rates)} rates of adaptation tried by each method on other tasks, {plan.seeds} seed"
+        f"{'s' * (plan.seeds > 1)}.",
+        "±: standard error over tasks of the paired difference; p: paired t-test; T: temperature of the predictions, "
+        "fitted on other tasks.",
+    ]
+    if plan.cut:
+        notes.append(f"cut to fit the time: {'; '.join(plan.cut)}.")
+    if len(done) < expected:
+        notes.append(
+            f"time ran out after {len(done)} of {expected} runs: the same command, given again, goes on from there."
+        )
+    return notes

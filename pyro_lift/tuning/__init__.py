@@ -1,0 +1,1 @@
+"""Tuning: settings that are chosen on tasks held out of meta-training."""

@@ -1,0 +1,209 @@
+"""The whole comparison on tiny tasks: held out in turn, stopped and gone on with, of every kind, and as a command."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_files import KINDS, prepare, write_task
+from tiny_backbones import FAMILIES
+from tiny_methods import tiny_adapter, tiny_tasks
+from typer.testing import CliRunner
+
+import pyro_lift
+from pyro_lift import Task
+from pyro_lift.cli import app
+from pyro_lift.comparison import run as comparing
+from pyro_lift.comparison.cells import OutOfTimeError, run_cell
+from pyro_lift.comparison.problem import chance_loss, judged, unexplained
+from pyro_lift.comparison.settings import entrant
+from pyro_lift.data.collection import TaskCollection
+
+SMALL: dict[str, Any] = {
+    "gradients": 20,
+    "steps": 8,
+    "draws": 2,
+    "batch_size": 6,
+    "rates": (2e-3, 1e-2),
+    "progress": False,
+}
+
+
+def test_every_task_is_held_out_once_and_all_methods_get_the_same(tmp_path: Path) -> None:
+    tasks = tiny_tasks(4)
+    result = pyro_lift.compare(tasks, tiny_adapter(), budget="1 h", folds=2, out=tmp_path, **SMALL)
+    summary = result.summary
+    assert list(summary.results) == list(comparing.CompareSettings().names)
+    for results in summary.results.values():
+        assert sorted(r.task for r in results) == [task.name for task in tasks]
+        assert all(math.isfinite(r.values["loss"]) and r.values["bytes"] > 0 for r in results)
+        assert all(math.isfinite(r.values["loss_t"]) for r in results)
+    assert result.advice and result.advice in str(result)
+    assert (tmp_path / "comparison.png").stat().st_size > 5_000
+    assert (tmp_path / "table.txt").read_text() == f"{result}\n"
+    assert json.loads((tmp_path / "records.json").read_text())["records"] == result.records
+    for record in result.records:  # nobody is judged by a task that it learned from
+        assert record["task"] not in [t.name for k, t in enumerate(tasks) if k % 2 != record["fold"]]
+
+
+def test_one_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, adapter = tiny_tasks(3), tiny_adapter()
+    options: dict[str, Any] = {**SMALL, "folds": 2, "methods": ("linear-probe", "union-train", "lift"), "budget": "1 h"}
+    made: list[str] = []
+
+    def stopping(work: Any, *, method: str, seed: int, fold: int) -> Any:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(method)
+        return run_cell(work, method=method, seed=seed, fold=fold)
+
+    monkeypatch.setattr(comparing, "run_cell", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        pyro_lift.compare(tasks, adapter, out=tmp_path / "stopped", **options)
+    shutil.copytree(tmp_path / "stopped", tmp_path / "whole")  # the same plan, none of the cells
+    for cell in (tmp_path / "whole" / "cells").glob("seed*"):
+        cell.unlink()
+    monkeypatch.undo()
+    first = tmp_path / "stopped" / "cells" / "seed0-fold0-linear-probe.json"
+    before = first.stat().st_mtime_ns
+    gone_on = pyro_lift.compare(tasks, adapter, out=tmp_path / "stopped", **options)
+    assert first.stat().st_mtime_ns == before
+    whole = pyro_lift.compare(tasks, adapter, out=tmp_path / "whole", **options)
+    assert gone_on.summary.losses == whole.summary.losses
+    with pytest.raises(ValueError, match="holds another comparison"):
+        pyro_lift.compare(tiny_tasks(4), adapter, out=tmp_path / "whole", **options)
+
+
+def test_when_time_is_up_it_ends_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(work: Any, *, method: str, seed: int, fold: int) -> Any:
+        if method == "lift" and fold == 1:
+            work = work._replace(deadline=time.monotonic() - 1.0)
+        return run_cell(work, method=method, seed=seed, fold=fold)
+
+    monkeypatch.setattr(comparing, "run_cell", late)
+    options: dict[str, Any] = {**SMALL, "folds": 2, "methods": ("linear-probe", "lift"), "budget": "1 h"}
+    result = pyro_lift.compare(tiny_tasks(4), tiny_adapter(), out=tmp_path, **options)
+    assert any("time ran out after 3 of 4 runs" in note for note in result.notes)
+    assert [r.task for r in result.summary.results["lift"]] == ["t0", "t2"]  # the turn that all have finished
+    monkeypatch.undo()
+    again = pyro_lift.compare(tiny_tasks(4), tiny_adapter(), out=tmp_path, **options)
+    assert [r.task for r in again.summary.results["lift"]] == ["t0", "t1", "t2", "t3"]
+
+
+def test_a_cell_gives_up_at_its_deadline_in_the_midst_of_meta_training(tmp_path: Path) -> None:
+    problem = comparing.Problem(
+        tiny_tasks(4), (), (), lambda seed: tiny_adapter(), pyro_lift.LiFTSettings(), pyro_lift.AdaptSettings()
+    )
+    told: list[int] = []
+    settings = comparing.CompareSettings(**SMALL)
+    plan = comparing.Plan(1000, 8, (1e-3,), 2, 1, 0.0)
+    work = comparing.Work(
+        problem, comparing.folds_of(problem, 2), settings, plan, tmp_path, told.append, time.monotonic() + 0.3
+    )
+    with pytest.raises(OutOfTimeError):
+        run_cell(work, method="union-train", seed=0, fold=0)
+    assert 0 < sum(told) < 1000
+
+
+def test_given_tasks_to_be_judged_by_are_the_ones_and_choices_are_made_on_others() -> None:
+    tasks = tiny_tasks(6)
+    parts = TaskCollection("parts", tuple(tasks[:4]), (), tuple(tasks[4:]))
+    options: dict[str, Any] = {**SMALL, "methods": ("no-meta-train", "union-train"), "budget": "1 h"}
+    result = pyro_lift.compare(parts, tiny_adapter(), **options)
+    assert [r.task for r in result.summary.results["union-train"]] == ["t4", "t5"]
+    assert {r["task"] for r in result.records if r["part"] == "dev"} == {"t0"}
+    assert all(value is not None for value in result.summary.temperatures.values())
+
+
+def test_regression_is_judged_by_its_unexplained_variance_and_has_a_probe() -> None:
+    tasks = []
+    for task in tiny_tasks(3):
+        assert task.test is not None
+        train, test = (
+            (rows.inputs[""], rows.inputs[""].sum(-1, keepdim=True).expand(-1, 3).clone())
+            for rows in (task.train, task.test)
+        )
+        tasks.append(Task(task.name, train, "regression", test=test))
+    options: dict[str, Any] = {**SMALL, "folds": 3, "methods": ("linear-probe", "lift"), "budget": "1 h"}
+    result = pyro_lift.compare(tasks, tiny_adapter(), **options)
+    assert result.summary.measure == "unexplained"
+    assert "unexplained" in result.table and "accuracy" not in result.table
+    assert result.summary.chance is not None and "guess" in result.table
+    assert all(math.isfinite(loss) for losses in result.summary.losses.values() for loss in losses)
+
+
+def test_of_tokens_there_is_no_probe_and_it_says_so() -> None:
+    from pyro_lift.models.backbones import recipe
+
+    torch.manual_seed(0)
+    backbone = FAMILIES["gpt2"].make()
+    tasks = [FAMILIES["gpt2"].task(f"t{k}") for k in range(3)]
+    options: dict[str, Any] = {**SMALL, "folds": 3, "methods": ("linear-probe", "union-train", "lift"), "budget": "1 h"}
+    result = pyro_lift.compare(tasks, backbone, recipe(backbone, 1), **options)
+    assert list(result.summary.results) == ["union-train", "lift"]
+    assert any("no linear probe: task 't0'" in note for note in result.notes)
+    assert "nothing without meta-learning was compared" in result.advice
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_the_command_compares_a_folder_of_tasks(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = prepare(family, tmp_path)
+    torch.manual_seed(1)
+    for name in ("tasks/c", "tasks/d"):
+        write_task(FAMILIES[family].task(name), tmp_path / name)
+    assert KINDS[family] in ("encoder", "vision")
+    small = partial(comparing.Plan, 20, 8, (1e-3,), 2, 1)
+    monkeypatch.setattr(comparing, "solve", lambda *_: small(1.0))
+    arguments = ["compare", str(config), "--out", str(tmp_path / "out"), "--budget", "1 h", "--folds", "2"]
+    bar = {"bert": "linear-probe", "vit": "no-meta-train"}[family]
+    result = CliRunner().invoke(app, [*arguments, "--methods", f"{bar},lift"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert entrant(bar).title in result.output and "LiFT" in result.output and "guess" in result.output
+    assert (tmp_path / "out" / "comparison.png").is_file()
+
+
+def test_what_cannot_be_compared_is_refused_before_any_training() -> None:
+    tasks, adapter = tiny_tasks(3), tiny_adapter()
+    with pytest.raises(ValueError, match="none to learn from beside the one that is held out"):
+        pyro_lift.compare(tasks[:1], adapter)
+    mixed = [tasks[0], Task("r", (torch.zeros(4, 4), torch.rand(4)), "regression")]
+    with pytest.raises(ValueError, match="several kinds"):
+        pyro_lift.compare(mixed, adapter)
+    with pytest.raises(ValueError, match=r"option.*'stepz'.*steps"):
+        pyro_lift.compare(tasks, adapter, stepz=3)
+    with pytest.raises(ValueError, match="lift"):
+        pyro_lift.compare(tasks, adapter, methods=("lifft",))
+    with pytest.raises(ValueError, match="no length of time"):
+        pyro_lift.compare(tasks, adapter, budget="soon")
+
+
+def test_rows_that_a_task_is_judged_by_are_none_that_it_learns_from() -> None:
+    x = torch.arange(12.0).unsqueeze(-1)
+    task = Task("t", (x, torch.arange(12) % 2), num_classes=2)
+    split = judged(task, 100)
+    assert split.test is not None and len(split.test) == 4
+    both = torch.cat([split.train.inputs[""], split.test.inputs[""]]).squeeze(-1)
+    assert sorted(both.tolist()) == x.squeeze(-1).tolist()
+    assert judged(replace(task, dev=(x + 100.0, task.train.target)), 3).test.inputs[""].min() >= 100.0  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="one row"):
+        judged(Task("s", (x[:1], torch.zeros(1).long()), num_classes=2), 10)
+
+
+def test_the_guess_is_that_of_the_class_frequencies_or_of_the_mean() -> None:
+    task = Task("t", (torch.zeros(8, 1), torch.tensor([0] * 6 + [1] * 2)), num_classes=2,
+                test=(torch.zeros(2, 1), torch.tensor([0, 1])))  # fmt: skip
+    assert chance_loss(task) == pytest.approx(-(math.log(0.7) + math.log(0.3)) / 2)
+    y = torch.tensor([1.0, 3.0])
+    values = Task("v", (torch.zeros(2, 1), y), "regression", test=(torch.zeros(2, 1), y))
+    assert chance_loss(values) == pytest.approx(1.0)
+    assert unexplained(y, values) == 0.0

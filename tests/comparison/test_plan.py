@@ -1,0 +1,81 @@
+"""The plan of a comparison: it fits the time, it is the largest that does, and it says what was cut."""
+
+from __future__ import annotations
+
+import json
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyro_lift.comparison.plan import PLANNED, Costs, Plan, planned, solve
+from pyro_lift.comparison.settings import CompareSettings
+
+COSTS = Costs(gradient=0.1, setup=0.5, step=0.1, adaptation=0.5, probe=0.5)
+FOLDS = [4, 4, 4]
+
+
+def seconds(plan: Plan, costs: Costs, meta: int, alone: int) -> float:
+    """The cost of a plan, written out anew."""
+    total = 0.0
+    for _ in range(plan.seeds):
+        for tasks in FOLDS[: plan.folds]:
+            each = len(plan.rates) * (costs.adaptation + plan.steps * costs.step)
+            total += tasks * costs.probe + meta * (costs.setup + plan.gradients * costs.gradient)
+            total += (meta + alone) * tasks * each
+    return total
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    budget=st.floats(1.0, 1e5),
+    gradient=st.floats(1e-3, 3.0),
+    adaptation=st.floats(1e-3, 10.0),
+    meta=st.integers(0, 4),
+    alone=st.integers(0, 2),
+    seeds=st.integers(1, 4),
+)
+def test_it_costs_what_it_says_and_fits_unless_nothing_does(
+    budget: float, gradient: float, adaptation: float, meta: int, alone: int, seeds: int
+) -> None:
+    costs = Costs(gradient, 2 * gradient, gradient, adaptation, gradient)
+    plan = solve(costs, CompareSettings(seeds=seeds), FOLDS, meta, alone, budget)
+    spent = seconds(plan, costs, meta, alone)
+    assert abs(spent - plan.seconds) <= 1e-6 * max(spent, 1.0)
+    least = any("the least that means anything" in note for note in plan.cut)
+    assert least or spent <= PLANNED * budget + 1e-6
+    if least:
+        assert (plan.folds, plan.seeds, len(plan.rates)) == (1, 1, 1) and spent > PLANNED * budget
+
+
+def test_with_time_enough_nothing_is_cut() -> None:
+    wanted = CompareSettings(seeds=2)
+    plan = solve(COSTS, wanted, FOLDS, 3, 1, 1e6)
+    assert plan.cut == ()
+    assert (plan.gradients, plan.steps, plan.rates) == (wanted.gradients, wanted.steps, tuple(wanted.rates))
+    assert (plan.folds, plan.seeds) == (3, 2)
+
+
+def test_sizes_that_are_wanted_small_stay_small_and_are_not_taken_for_a_lack_of_time() -> None:
+    wanted = CompareSettings(gradients=5, steps=4, draws=2, rates=(1e-3,))
+    plan = solve(COSTS, wanted, FOLDS, 3, 1, 1e6)
+    assert (plan.gradients, plan.steps, plan.cut) == (5, 4, ())
+
+
+def test_more_time_never_gives_fewer_gradients_in_all() -> None:
+    totals = []
+    for budget in (60, 120, 300, 600, 1200, 3600):
+        plan = solve(COSTS, CompareSettings(), FOLDS, 3, 1, budget)
+        totals.append(plan.folds * plan.gradients + 12 * len(plan.rates) * plan.steps)
+    assert totals == sorted(totals)
+
+
+def test_what_is_cut_is_said() -> None:
+    plan = solve(COSTS, CompareSettings(seeds=3), FOLDS, 3, 1, 300)
+    told = " ".join(plan.cut)
+    assert "gradients of meta-training in place of 1200" in told
+    assert ("seeds" in told) == (plan.seeds < 3)
+
+
+def test_a_plan_read_back_is_the_plan_written() -> None:
+    plan = solve(COSTS, CompareSettings(), FOLDS, 3, 1, 200)
+    assert planned(json.loads(json.dumps(plan.to_dict()))) == plan
