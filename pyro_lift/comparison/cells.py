@@ -15,7 +15,9 @@ from pyro_lift.bench.records import Record
 from pyro_lift.comparison.plan import Plan
 from pyro_lift.comparison.problem import Fold, Problem, heads_of, judged, measure_of, unexplained
 from pyro_lift.comparison.settings import REFERENCE, CompareSettings, entrant
+from pyro_lift.defaults import resolved
 from pyro_lift.inference.baselines.protocol import Baseline, Budget
+from pyro_lift.inference.lost import ChainLostError
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.methods.registry import BASELINES
 from pyro_lift.metrics.probabilities import class_scores
@@ -24,7 +26,16 @@ from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.archive import read_tensors, write_tensors
 
-__all__ = ["OutOfTimeError", "Work", "begin", "method_of", "predict_rows", "rates_of", "read_predictions", "run_cell"]
+__all__ = [
+    "OutOfTimeError",
+    "Work",
+    "method_of",
+    "predict_rows",
+    "rate_of",
+    "rates_of",
+    "read_predictions",
+    "run_cell",
+]
 
 #: Rows of a prediction's pass: a CPU likes few at a time, and text is padded to the longest of its pass.
 PASS_ROWS = 32
@@ -66,11 +77,6 @@ class Work(NamedTuple):
             raise OutOfTimeError
 
 
-def begin(problem: Problem, seed: int) -> RandomAdapter:
-    """Make the network with its initial adapter; the caller's random streams stay as they are."""
-    return problem.adapter(seed)
-
-
 def rates_of(method: str, plan: Plan) -> tuple[float, ...]:
     """Rates of adaptation that a method chooses from; one, without a meaning, where it chooses by itself."""
     return plan.rates[:1] if method in ("linear-probe", "lora-tuned") else plan.rates
@@ -87,15 +93,16 @@ def method_of(
         problem: for LiFT's settings.
         settings: draws and minibatches.
         sizes: gradients and steps.
-        options: further fields of the budget: the seed, the rate of adaptation.
+        options: further fields of the budget, such as the seed.
     """
-    s = problem.settings
+    s = resolved(problem.settings, adapter)
     joint = s.sgd_steps / max(s.sgd_steps + s.burn_in + s.samples * s.thinning, 1) if name == REFERENCE else 0.5
     warm_up = min(round(joint * sizes.gradients), sizes.gradients - 1)
     values: dict[str, Any] = {
         "warm_up": warm_up,
         "visits": sizes.gradients - warm_up,
         "warm_up_learning_rate": s.sgd_learning_rate,
+        "learning_rate": sizes.rates[0] * rate_of(adapter, problem),
         "steps": sizes.steps,
         "batch_size": settings.batch_size,
         "draws": settings.draws,
@@ -105,12 +112,19 @@ def method_of(
     own: dict[str, Any] = {}
     if name == REFERENCE:
         values["meta_learning_rate"] = s.learning_rate
-        own["settings"] = s
+        own["settings"] = problem.settings
     elif name == "union-train":
         values["meta_learning_rate"] = s.sgd_learning_rate
     elif name == "reptile":  # an outer step no longer than its share of the gradients
         own["tasks_per_step"] = 2
     return BASELINES[name](adapter, Budget(**{**values, **options}), **own)
+
+
+def rate_of(adapter: RandomAdapter, problem: Problem) -> float:
+    """Return LiFT's own rate of adaptation, of which the rates that are tried are multiples."""
+    rate = problem.adapt.learning_rate or resolved(problem.settings, adapter).learning_rate
+    assert rate is not None
+    return rate
 
 
 def run_cell(work: Work, *, method: str, seed: int, fold: int) -> dict[str, Any]:
@@ -126,15 +140,20 @@ def run_cell(work: Work, *, method: str, seed: int, fold: int) -> dict[str, Any]
     """
     problem, plan, turn = work.problem, work.plan, work.folds[fold]
     work.step(0)
-    adapter = begin(problem, seed)
+    adapter = problem.adapter(seed)
     first = method_of(method, adapter, problem, work.settings, plan, seed=seed)
     start = time.perf_counter()
-    state = first.meta_train(turn.train, on_step=work.step)
+    state, failure = None, ""
+    try:
+        state = first.meta_train(turn.train, on_step=work.step)
+    except (DivergedError, ChainLostError) as error:
+        failure = f"meta-training: {error}"
     meta_seconds = time.perf_counter() - start
     records: list[Record] = []
     tensors: dict[str, Tensor] = {}
     for number, rate in enumerate(rates_of(method, plan)):
-        contender = replace(first, budget=replace(first.budget, learning_rate=rate))  # type: ignore[type-var]
+        budget = replace(first.budget, learning_rate=rate * rate_of(adapter, problem))
+        contender = replace(first, budget=budget)  # type: ignore[type-var]
         for place, original in enumerate((*turn.judged, *turn.dev)):
             task = judged(original, work.settings.test_rows)
             record = {
@@ -146,6 +165,9 @@ def run_cell(work: Work, *, method: str, seed: int, fold: int) -> dict[str, Any]
                 "rate": number,
                 "meta_seconds": round(meta_seconds, 3),
             }
+            if failure:
+                records.append({**record, measure_of(task): None, "reason": failure})
+                continue
             start = time.perf_counter()
             try:
                 posterior = contender.adapt(state, task, seed=seed)

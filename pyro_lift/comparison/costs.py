@@ -91,7 +91,7 @@ def measured(
 def _method(
     name: str, adapter: RandomAdapter, problem: Problem, settings: CompareSettings, sizes: Plan
 ) -> Baseline[Any]:
-    return method_of(name, adapter, problem, settings, sizes, learning_rate=sizes.rates[0], seed=0)
+    return method_of(name, adapter, problem, settings, sizes, seed=0)
 
 
 def _typical(tasks: Sequence[Task]) -> Task:

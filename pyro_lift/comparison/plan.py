@@ -56,7 +56,7 @@ class Plan:
     Attributes:
         gradients: of meta-training.
         steps: of adaptation.
-        rates: of adaptation, that each method chooses from.
+        rates: of adaptation, over LiFT's own, that each method chooses from.
         folds: that are judged.
         seeds: repetitions.
         seconds: that all this should take.

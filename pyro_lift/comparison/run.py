@@ -288,6 +288,13 @@ def _notes(
     ]
     if plan.cut:
         notes.append(f"cut to fit the time: {'; '.join(plan.cut)}.")
+    failures = {
+        f"{entrant(r['method']).title}: {r['reason']}"
+        for cell in done.values()
+        for r in cell["records"]
+        if "reason" in r
+    }
+    notes += sorted(failures)[:5]
     if len(done) < expected:
         notes.append(
             f"time ran out after {len(done)} of {expected} runs: the same command, given again, goes on from there."

@@ -64,8 +64,11 @@ class CompareSettings:
     methods: Sequence[str] | None = field(default=None, metadata={"help": "of the registry; none: the default five"})
     folds: int = field(default=3, metadata={"help": "parts that tasks are held out in, one after the other"})
     rates: Sequence[float] = field(
-        default=(2e-3, 5e-4, 8e-3),
-        metadata={"help": "rates of adaptation, each method chooses; the first where nothing can be chosen on"},
+        default=(1.0, 0.25, 4.0),
+        metadata={
+            "help": "rates of adaptation that each method chooses from, over LiFT's own default; the first where "
+            "nothing can be chosen on"
+        },
     )
     gradients: int = field(default=1200, metadata={"help": "of meta-training, at most"})
     steps: int = field(default=100, metadata={"help": "of adaptation, at most"})

@@ -22,17 +22,19 @@ import pyro_lift
 from pyro_lift import Task
 from pyro_lift.cli import app
 from pyro_lift.comparison import run as comparing
-from pyro_lift.comparison.cells import OutOfTimeError, run_cell
-from pyro_lift.comparison.problem import chance_loss, judged, unexplained
-from pyro_lift.comparison.settings import entrant
+from pyro_lift.comparison.cells import OutOfTimeError, Work, run_cell
+from pyro_lift.comparison.plan import Costs, Plan
+from pyro_lift.comparison.problem import Problem, chance_loss, folds_of, judged, unexplained
+from pyro_lift.comparison.settings import CompareSettings, entrant
 from pyro_lift.data.collection import TaskCollection
+from pyro_lift.models.task import Rows
 
 SMALL: dict[str, Any] = {
     "gradients": 20,
     "steps": 8,
     "draws": 2,
     "batch_size": 6,
-    "rates": (2e-3, 1e-2),
+    "rates": (1.0, 4.0),
     "progress": False,
 }
 
@@ -41,7 +43,7 @@ def test_every_task_is_held_out_once_and_all_methods_get_the_same(tmp_path: Path
     tasks = tiny_tasks(4)
     result = pyro_lift.compare(tasks, tiny_adapter(), budget="1 h", folds=2, out=tmp_path, **SMALL)
     summary = result.summary
-    assert list(summary.results) == list(comparing.CompareSettings().names)
+    assert list(summary.results) == list(CompareSettings().names)
     for results in summary.results.values():
         assert sorted(r.task for r in results) == [task.name for task in tasks]
         assert all(math.isfinite(r.values["loss"]) and r.values["bytes"] > 0 for r in results)
@@ -101,15 +103,13 @@ def test_when_time_is_up_it_ends_and_says_what_is_missing(tmp_path: Path, monkey
 
 
 def test_a_cell_gives_up_at_its_deadline_in_the_midst_of_meta_training(tmp_path: Path) -> None:
-    problem = comparing.Problem(
+    problem = Problem(
         tiny_tasks(4), (), (), lambda seed: tiny_adapter(), pyro_lift.LiFTSettings(), pyro_lift.AdaptSettings()
     )
     told: list[int] = []
-    settings = comparing.CompareSettings(**SMALL)
-    plan = comparing.Plan(1000, 8, (1e-3,), 2, 1, 0.0)
-    work = comparing.Work(
-        problem, comparing.folds_of(problem, 2), settings, plan, tmp_path, told.append, time.monotonic() + 0.3
-    )
+    settings = CompareSettings(**SMALL)
+    plan = Plan(1000, 8, (1e-3,), 2, 1, 0.0)
+    work = Work(problem, folds_of(problem, 2), settings, plan, tmp_path, told.append, time.monotonic() + 0.3)
     with pytest.raises(OutOfTimeError):
         run_cell(work, method="union-train", seed=0, fold=0)
     assert 0 < sum(told) < 1000
@@ -162,7 +162,7 @@ def test_the_command_compares_a_folder_of_tasks(family: str, tmp_path: Path, mon
     for name in ("tasks/c", "tasks/d"):
         write_task(FAMILIES[family].task(name), tmp_path / name)
     assert KINDS[family] in ("encoder", "vision")
-    small = partial(comparing.Plan, 20, 8, (1e-3,), 2, 1)
+    small = partial(Plan, 20, 8, (1e-3,), 2, 1)
     monkeypatch.setattr(comparing, "solve", lambda *_: small(1.0))
     arguments = ["compare", str(config), "--out", str(tmp_path / "out"), "--budget", "1 h", "--folds", "2"]
     bar = {"bert": "linear-probe", "vit": "no-meta-train"}[family]
@@ -194,7 +194,7 @@ def test_rows_that_a_task_is_judged_by_are_none_that_it_learns_from() -> None:
     assert split.test is not None and len(split.test) == 4
     both = torch.cat([split.train.inputs[""], split.test.inputs[""]]).squeeze(-1)
     assert sorted(both.tolist()) == x.squeeze(-1).tolist()
-    assert judged(replace(task, dev=(x + 100.0, task.train.target)), 3).test.inputs[""].min() >= 100.0  # type: ignore[union-attr]
+    assert judged(replace(task, dev=Rows({"": x + 100.0}, task.train.target)), 3).test.inputs[""].min() >= 100.0  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="one row"):
         judged(Task("s", (x[:1], torch.zeros(1).long()), num_classes=2), 10)
 
@@ -207,3 +207,15 @@ def test_the_guess_is_that_of_the_class_frequencies_or_of_the_mean() -> None:
     values = Task("v", (torch.zeros(2, 1), y), "regression", test=(torch.zeros(2, 1), y))
     assert chance_loss(values) == pytest.approx(1.0)
     assert unexplained(y, values) == 0.0
+
+
+def test_a_method_that_diverges_is_named_and_the_others_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverging(self: Any, tasks: Any, *, on_step: Any = None) -> Any:
+        raise pyro_lift.DivergedError("step 3: the loss is nan", 3)
+
+    monkeypatch.setattr("pyro_lift.inference.baselines.union_train.UnionTrain.meta_train", diverging)
+    monkeypatch.setattr(comparing, "measured", lambda *_: Costs(1e-3, 1e-3, 1e-3, 1e-3))
+    options: dict[str, Any] = {**SMALL, "folds": 2, "methods": ("no-meta-train", "union-train"), "budget": "1 h"}
+    result = pyro_lift.compare(tiny_tasks(4), tiny_adapter(), **options)
+    assert "Union Train: no finite NLL" in result.advice
+    assert any("meta-training: step 3" in note for note in result.notes)
