@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_lift.inference.admission import check_common, site_factors
 from pyro_lift.inference.gibbs import shared_visit
+from pyro_lift.inference.gibbs import translation as translations
 from pyro_lift.inference.gibbs import visit as gibbs_visit
 from pyro_lift.inference.gibbs.accumulator import Accumulator
 from pyro_lift.inference.gibbs.plan import Plan, Request, Scan, plan
@@ -25,6 +26,7 @@ from pyro_lift.inference.gibbs.state import (
     SGLDGibbsState,
     Streams,
     Structure,
+    TranslationKind,
 )
 from pyro_lift.inference.gibbs.warmup import end_of_sgd, sgd_step
 from pyro_lift.inference.kernel import Kernel, Model
@@ -75,6 +77,11 @@ class SGLDGibbs(Kernel):
             takes, and ``block_size`` what all processes visit together; None is one pass each.
         thinning: visits per draw, after the warm-up.
         theta_steps_per_visit: SGLD steps of the block before phi moves.
+        translation: how phi and every theta are shifted together, along the likelihood's gradient
+            (:mod:`pyro_lift.inference.gibbs.translation`): ``"saga"`` with a control variate for each task, kept in a
+            second store; ``"falling"`` without, by a step that falls; ``"none"``. It needs the exact draw of phi.
+        translation_step_size: eta_d of it; None takes a share of the largest stable one from measured curvatures, and
+            ``step_size`` / N where they are not measured (:mod:`pyro_lift.inference.gibbs.translation_plan`).
         preconditioner: None or ``"rms"``: adapts in the warm-up, frozen after it, one for all tasks.
         decay: of the preconditioner's moving average.
         damping: of the preconditioner, relative to its mean.
@@ -121,6 +128,8 @@ class SGLDGibbs(Kernel):
         distributed: bool = False,
         thinning: int = 1,
         theta_steps_per_visit: int = 1,
+        translation: TranslationKind = "none",
+        translation_step_size: float | Schedule | None = None,
         preconditioner: Literal["rms"] | None = None,
         decay: float = 0.99,
         damping: float = 0.1,
@@ -140,6 +149,7 @@ class SGLDGibbs(Kernel):
         check_choice("accumulator", accumulator, ["exact", "table", "single"])
         check_choice("single_scale", single_scale, ["N", "1"])
         check_choice("scan", scan, ["round_robin", "random"])
+        check_choice("translation", translation, ["saga", "falling", "none"])
         if isinstance(store, str):
             check_choice("store", store, ["auto", "device", "host", "disk"])
         check_number("theta_steps_per_visit", theta_steps_per_visit, least=1, open_below=False, whole=True)
@@ -166,6 +176,8 @@ class SGLDGibbs(Kernel):
             sgd_step_size=as_schedule(sgd_step_size),
             site_step_scale=step_scale,
             site_temperature=temperatures,
+            translation=translation,
+            translation_step_size=None if translation_step_size is None else as_schedule(translation_step_size),
         )
         self.state = SGLDGibbsState(0, {}, {}, {}, {}, {})
         self._plan: Plan | None = None
@@ -292,9 +304,8 @@ class SGLDGibbs(Kernel):
             self._shared_visit()
             return
         block = self._next_block()
-        if isinstance(chain.store, ReadsAhead) and self._request.scan == "round_robin":
-            after: list[int] = ((block + len(block)) % chain.structure.num_tasks).tolist()
-            chain.store.prefetch([*block.tolist(), *after])
+        if self._request.scan == "round_robin":
+            self._read_ahead(lambda: [block, self._block_at(self.state.step + 1)])
         streams = Streams(self._generator, self._noise_generator, self._start_seed())
         if phase == "sgd":
             self.state, self._info = sgd_step(self.state, chain, block, streams)
@@ -304,11 +315,13 @@ class SGLDGibbs(Kernel):
     def _shared_visit(self) -> None:
         assert self._generator is not None
         chain, structure = self.chain, self.chain.structure
-        block = shared_visit.block_at(structure, self.state.step)
-        if isinstance(chain.store, ReadsAhead):
-            after = shared_visit.block_at(structure, self.state.step + 1)
-            passes = [part for index in (block, after) for part in shared_visit.own_passes(structure, index)]
-            chain.store.prefetch([task for part in passes for task in part.tolist()])
+        block = self._block_at(self.state.step)
+
+        def own() -> list[Tensor]:
+            after = self._block_at(self.state.step + 1)
+            return [part for index in (block, after) for part in shared_visit.own_passes(structure, index)]
+
+        self._read_ahead(own)
         seed = self._generator.initial_seed()
         self.state, self._info = shared_visit.visit(self.state, chain, block, self.phase, seed)
 
@@ -316,12 +329,31 @@ class SGLDGibbs(Kernel):
         structure = self.chain.structure
         N, B = structure.num_tasks, structure.block_size
         if self._request.scan == "round_robin":
-            step: int = self.state.step
-            return (step * B + torch.arange(B)) % N
+            return self._block_at(self.state.step)
         if self.chain.cache.table is not None:
             block = torch.randint(N // B, (), generator=self._generator)
             return block * B + torch.arange(B)
         return torch.randperm(N, generator=self._generator)[:B]
+
+    def _block_at(self, step: int) -> Tensor:
+        """Return the block of a visit of a scan by rounds."""
+        chain, begin = self.chain, None
+        N, B = chain.structure.num_tasks, chain.structure.block_size
+        if chain.translation is not None and step >= chain.translation.begins:
+            assert self._generator is not None
+            begin = translations.block_start(chain.translation, N, B, step, self._generator.initial_seed())
+        if self._request.distributed:
+            return shared_visit.block_at(chain.structure, step, begin)
+        return ((step * B if begin is None else begin) + torch.arange(B)) % N
+
+    def _read_ahead(self, blocks: Callable[[], list[Tensor]]) -> None:
+        """Let stores that can do so begin to read the rows of this block and the next."""
+        chain = self.chain
+        stores: list[Any] = [chain.store, None if chain.translation is None else chain.translation.table]
+        able: list[ReadsAhead] = [store for store in stores if isinstance(store, ReadsAhead)]
+        tasks = [task for index in blocks() for task in index.tolist()] if able else []
+        for store in able:
+            store.prefetch(tasks)
 
     def state_dict(self) -> dict[str, Any]:
         """See the base class; also what was learned of the tasks' layouts."""
@@ -357,9 +389,12 @@ class SGLDGibbs(Kernel):
     def rows(self) -> dict[str, Any]:
         """The tasks' weights, and the stored gradients of the table where there is one."""
         chain = self.chain
+        rows: dict[str, Any] = {"store": chain.store}
+        if chain.translation is not None and chain.translation.table is not None:
+            rows["gradients"] = chain.translation.table
         if self._request.distributed:
-            return {"store": shared_visit.OwnRows(chain.store, chain.structure)}
-        return {"store": chain.store} | ({} if chain.cache.table is None else {"table": chain.cache.table})
+            return {name: shared_visit.OwnRows(store, chain.structure) for name, store in rows.items()}
+        return rows | ({} if chain.cache.table is None else {"table": chain.cache.table})
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for the chain to be the same: options, sites, tasks, the likelihood at the start."""
@@ -369,6 +404,8 @@ class SGLDGibbs(Kernel):
         options |= {"scan": self._request.scan, "thinning": self.thinning, "sgd_steps": self._request.sgd_steps}
         if self._request.distributed:  # its streams of noise are others
             options["share"] = True
+        if settings.translation == "none":  # as in runs that were saved before there was one
+            options = {name: value for name, value in options.items() if not name.startswith("translation")}
         return {
             "kernel": "SGLDGibbs",
             "options": {**options, "warmup_steps": self._warmup_steps},
@@ -381,7 +418,7 @@ class SGLDGibbs(Kernel):
     def theta(self, task: int) -> dict[str, Tensor]:
         """The latest values of one task's local sites, by family, unconstrained."""
         chain = self.chain
-        values = task_values(chain, (task,))
+        values = task_values(chain, (task,), self.state.offset)
         if values is None:
             shared = self._request.distributed and distributed.process()[1] > 1
             elsewhere = " by this process; another may keep it" if shared else ""

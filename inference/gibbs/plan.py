@@ -23,6 +23,7 @@ from pyro_lift.inference.gibbs.accumulator import GradientTable, langevin_limit
 from pyro_lift.inference.gibbs.conjugate import find_pairs
 from pyro_lift.inference.gibbs.movers import long_families
 from pyro_lift.inference.gibbs.state import Cache, Chain, Settings, SGLDGibbsState, Structure, init
+from pyro_lift.inference.gibbs.translation_plan import TranslationRequest, check_translation, plan_translation
 from pyro_lift.inference.kernel import log
 from pyro_lift.inference.program import Evaluation, Program, Rows
 from pyro_lift.inference.schedules import constant
@@ -117,6 +118,7 @@ def plan(
         exact=_is_exact(settings) or request.sgd_steps > 0,
         checks_steps=request.check_stability and settings.decay is None,
     )
+    check_translation(settings)
     _check_phi_update(structure, settings, request)
     structure = replace(structure, long=long_families(structure, settings, run))
     if request.distributed:
@@ -131,9 +133,13 @@ def plan(
     )
     _check_saddle(program, run, structure, settings, generator)
     settings, report = _with_steps(run, structure, settings, request.check_stability)
+    phi = {name: site.leaf.detach().clone() for name, site in run.globals.items()}
+    wanted = TranslationRequest(request.sgd_steps, request.distributed, request.check_stability, request.store)
+    settings, translation, moves = plan_translation(program, phi, structure, settings, wanted)
+    report |= moves
     log.info("dimensionless steps at the start: %s", report)
-    chain = Chain(program, structure, _store(request, run, structure), settings, cache)
-    state = init(structure, cache, {name: site.leaf.detach().clone() for name, site in run.globals.items()})
+    chain = Chain(program, structure, _store(request, run, structure), settings, cache, translation)
+    state = init(structure, cache, phi)
     transforms = {k: t for k, t in site_transforms(run).items() if k in run.globals}
     return Plan(chain, state, transforms, float(run.log_likelihood.detach()), report)
 

@@ -13,28 +13,57 @@ from pyro_lift.inference.gibbs.state import Chain, SGLDGibbsState, Streams, Stru
 from pyro_lift.inference.program import Evaluation, LocalSite, Rows
 from pyro_lift.support.random_streams import own_global_stream, stream_seed
 
-__all__ = ["Values", "block_values", "mean_square", "put_at_start", "regrouped", "task_rows", "task_values"]
+__all__ = [
+    "Values",
+    "block_values",
+    "mean_square",
+    "pair_rows",
+    "put_at_start",
+    "regrouped",
+    "task_rows",
+    "task_values",
+]
 
 #: Local values by task (None for a vectorised block) and family.
 Values = Mapping[int | None, Rows]
+NO_OFFSET: Rows = {}
 
 
 def block_values(state: SGLDGibbsState, chain: Chain, index: Tensor, streams: Streams) -> Values:
     """Return the local values of a block, which are put at their start where one of its tasks was never visited."""
-    values = task_values(chain, tuple(index.tolist()))
+    values = task_values(chain, tuple(index.tolist()), state.offset)
     return _first_visit(state, chain, index, streams) if values is None else values
 
 
-def task_values(chain: Chain, tasks: tuple[int, ...]) -> dict[int | None, dict[str, Tensor]] | None:
-    """Return the stored local values of some tasks; None where one of them was never visited."""
+def task_values(
+    chain: Chain, tasks: tuple[int, ...], offset: Rows = NO_OFFSET
+) -> dict[int | None, dict[str, Tensor]] | None:
+    """Return the local values of some tasks; None where one of them was never visited.
+
+    Args:
+        chain: with its store.
+        tasks: by number.
+        offset: what stands between the stored theta and the theta, by global site; none where nothing is shifted.
+    """
     if not all(chain.store.has(task) for task in tasks):
         return None
     rows, layouts = chain.store.read(tasks), chain.cache.layouts
     if chain.structure.sequential:
-        return {task: _unpacked(layouts[task], row) for task, row in zip(tasks, rows, strict=True)}
+        read = {task: _unpacked(layouts[task], row) for task, row in zip(tasks, rows, strict=True)}
+        return {task: _plus(chain, values, offset, 1.0) for task, values in read.items()}
     layout = layouts[None]
     parts = [_unpacked(layout, row) for row in rows]
-    return {None: {s.family: torch.stack([part[s.family] for part in parts], s.plate_dim) for s in layout}}
+    stacked = {s.family: torch.stack([part[s.family] for part in parts], s.plate_dim) for s in layout}
+    return {None: _plus(chain, stacked, offset, 1.0)}
+
+
+def _plus(chain: Chain, values: Rows, offset: Rows, sign: float) -> dict[str, Tensor]:
+    """Values by family, those of pairs moved by the offset of their global site."""
+    moved = dict(values)
+    for name, by in offset.items():
+        family = chain.structure.pairs[name].family
+        moved[family] = moved[family] + sign * by.to(moved[family].dtype)
+    return moved
 
 
 def _unpacked(layout: tuple[LocalSite, ...], row: Tensor) -> dict[str, Tensor]:
@@ -44,9 +73,10 @@ def _unpacked(layout: tuple[LocalSite, ...], row: Tensor) -> dict[str, Tensor]:
     return {site.family: part.view(site.shape) for site, part in zip(layout, parts, strict=True)}
 
 
-def task_rows(chain: Chain, tasks: tuple[int, ...], values: Values) -> list[Tensor]:
-    """Return one flat row per task."""
+def task_rows(chain: Chain, tasks: tuple[int, ...], values: Values, offset: Rows = NO_OFFSET) -> list[Tensor]:
+    """Return one flat row per task, as the store holds it: without the offset."""
     sequential, rows = chain.structure.sequential, []
+    values = {task: _plus(chain, own, offset, -1.0) for task, own in values.items()} if offset else values
     for k, task in enumerate(tasks):
         layout = chain.cache.layouts[task if sequential else None]
         source = values[task if sequential else None]
@@ -57,6 +87,19 @@ def task_rows(chain: Chain, tasks: tuple[int, ...], values: Values) -> list[Tens
         alone = parts[0] if sequential else parts[0].clone()
         rows.append(alone if len(parts) == 1 else torch.cat(parts))
     return rows
+
+
+def pair_rows(chain: Chain, tasks: tuple[int, ...], values: Values) -> list[Tensor]:
+    """Return one flat vector per task of the pairs' values alone, pair after pair."""
+    families = [pair.family for pair in chain.structure.pairs.values()]
+    if chain.structure.sequential:
+        parts = [[values[task][family].reshape(-1) for family in families] for task in tasks]
+    else:
+        dims = {site.family: site.plate_dim for site in chain.cache.layouts[None]}
+        parts = [
+            [values[None][family].select(dims[family], k).reshape(-1) for family in families] for k in range(len(tasks))
+        ]
+    return [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
 
 
 def regrouped(run: Evaluation, moved: Mapping[str, Tensor]) -> dict[int | None, dict[str, Tensor]]:
@@ -84,7 +127,7 @@ def _first_visit(state: SGLDGibbsState, chain: Chain, index: Tensor, streams: St
     rows = task_rows(chain, tasks, values)
     new = [k for k, task in enumerate(tasks) if not chain.store.has(task)]
     chain.store.write([tasks[k] for k in new], [rows[k] for k in new])
-    stored = task_values(chain, tasks)
+    stored = task_values(chain, tasks, state.offset)
     assert stored is not None
     return stored
 

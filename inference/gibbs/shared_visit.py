@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_lift.inference.gibbs import translation
 from pyro_lift.inference.gibbs import visit as gibbs_visit
 from pyro_lift.inference.gibbs.state import (
     Chain,
@@ -111,10 +113,17 @@ def check_alike(facts: Mapping[str, Any]) -> None:
                 )
 
 
-def block_at(structure: Structure, visit: int) -> Tensor:
-    """Tasks of a visit, round robin; the last block of a round holds what is left."""
+def block_at(structure: Structure, visit: int, begin: int | None = None) -> Tensor:
+    """Tasks of a visit, round robin; the last block of a round holds what is left.
+
+    Args:
+        structure: of the chain.
+        visit: its number.
+        begin: the block's first task, where blocks do not come in order.
+    """
     N, B = structure.num_tasks, structure.block_size
-    begin = B * (visit % -(-N // B))
+    if begin is None:
+        begin = B * (visit % -(-N // B))
     return torch.arange(begin, min(begin + B, N))
 
 
@@ -173,11 +182,15 @@ def visit(
     """
     structure, settings = chain.structure, chain.settings
     device = next(iter(state.phi.values())).device
-    held, total = _Held(chain.store), _Total(state, structure, phase)
+    held, total = _Held(chain.store), _Total(state, chain, phase)
+    table = None if chain.translation is None or chain.translation.table is None else _Held(chain.translation.table)
+    apart = chain._replace(store=held)
+    if table is not None and chain.translation is not None:
+        apart = apart._replace(translation=replace(chain.translation, table=table))
     failure: DivergedError | None = None
     for part in own_passes(structure, index):
         try:
-            _add_pass(total, state, chain._replace(store=held), part, phase, _streams(seed, state.step, part, device))
+            _add_pass(total, state, apart, part, phase, _streams(seed, state.step, part, device))
         except DivergedError as error:
             failure = error
             break
@@ -192,9 +205,16 @@ def visit(
         eta = settings.eta(state.step)
         sums = {name: S + total.parts[name] for name, S in state.sums.items()}
         noise = generator_of(seed, state.step, structure.num_tasks, device)
+        offset, gradients = state.offset, state.gradients
+        if chain.translation is not None:
+            pull = translation.Pull(total.gradient, total.change, len(tasks), [])
+            shifts = translation.shift(state, chain, pull, total.moments, noise)
+            sums, offset, gradients = translation.shifted(state, chain, sums, pull, shifts)
         phi = gibbs_visit.draw_phi(state, chain, sums, noise)
-        after = SGLDGibbsState(state.step + 1, phi, sums, {}, total.moments, {})
-    held.keep()
+        after = SGLDGibbsState(state.step + 1, phi, sums, {}, total.moments, {}, offset, gradients)
+    for store in (held, table):
+        if store is not None:
+            store.keep()
     return after, SGLDGibbsInfo(tasks, total.log_likelihood, total.grad_norm, eta, total.clipped, phase)
 
 
@@ -211,9 +231,11 @@ def _add_pass(total: _Total, state: SGLDGibbsState, chain: Chain, part: Tensor, 
         computed = sgd_gradient(state, chain, part, streams)
         total.add(computed.gradient, computed.second_moment, computed.info)
         return
-    moved, info = gibbs_visit.step(state, chain, part, streams, phase, move_phi=False)
+    moved, info, pull = gibbs_visit.visited(state, chain, part, streams, phase, move_phi=False)
     total.add_change(moved.sums, state.sums)
     total.add({}, moved.second_moment, info)
+    if pull is not None:
+        total.add_pull(pull)
 
 
 class _Held:
@@ -239,15 +261,25 @@ class _Held:
         self.store.write(list(self.rows), list(self.rows.values()))
 
 
+def _pulls(state: SGLDGibbsState, chain: Chain, phase: str) -> tuple[bool, bool]:
+    """Whether a block's summed gradient travels, and the change of the summed control variates."""
+    shifts = chain.translation
+    if shifts is None or phase == "sgd":
+        return False, False
+    return not shifts.corrects(state.step), shifts.table is not None
+
+
 class _Total:
     """What the passes of a visit add up to: by one vector that is summed over processes.
 
     Attributes:
         parts: by global site, the change of S, or the gradient of the joint training.
         moments: running mean squares by local family: the mean over those passes that had the family.
+        gradient, change: of a translation (:class:`~pyro_lift.inference.gibbs.translation.Pull`), where there is one.
     """
 
-    def __init__(self, state: SGLDGibbsState, structure: Structure, phase: str) -> None:
+    def __init__(self, state: SGLDGibbsState, chain: Chain, phase: str) -> None:
+        structure = chain.structure
         self.old = state.second_moment
         self.step = state.step
         self.dtype = next(iter(state.phi.values())).dtype
@@ -257,12 +289,18 @@ class _Total:
         moving = sorted(self.old.items()) if phase != "sample" else []
         self.known = {family: v.shape for family, v in moving if family not in still}
         sizes = [s.numel() for s in self.shapes.values()] + [1 + s.numel() for s in self.known.values()]
+        pulls = _pulls(state, chain, phase)
+        sizes += [s.numel() for _ in range(sum(pulls)) for s in self.shapes.values()]
         like = next(iter(state.sums.values()))
         self.vector = torch.zeros(len(_Head._fields) + sum(sizes), dtype=torch.float64, device=like.device)
         head, *rest = self.vector.split([len(_Head._fields), *sizes])
         self.head = _Head(*head.unbind())
         self.parts = {k: part.view(s) for (k, s), part in zip(self.shapes.items(), rest, strict=False)}
-        self._sums = dict(zip(self.known, rest[len(self.shapes) :], strict=True))
+        self._sums = dict(zip(self.known, rest[len(self.shapes) :], strict=False))
+        parts = iter(rest[len(self.shapes) + len(self.known) :])
+        self.gradient, self.change = (
+            {k: next(parts).view(s) for k, s in self.shapes.items()} if travels else {} for travels in pulls
+        )
         self._new: dict[str, tuple[Tensor, int]] = {}
         self.moments = dict(self.old)
 
@@ -270,6 +308,12 @@ class _Total:
         """The change of S in one pass."""
         for name, part in self.parts.items():
             part.add_(after[name]).sub_(before[name])
+
+    def add_pull(self, pull: translation.Pull) -> None:
+        """What one pass says of a translation."""
+        for whole, own in ((self.gradient, pull.gradient), (self.change, pull.change)):
+            for name, value in own.items():
+                whole[name].add_(value)
 
     def add(self, parts: Mapping[str, Tensor], moments: Mapping[str, Tensor], info: SGLDGibbsInfo) -> None:
         """What else one pass found."""

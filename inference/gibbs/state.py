@@ -28,12 +28,17 @@ __all__ = [
     "Settings",
     "Streams",
     "Structure",
+    "Translation",
+    "TranslationKind",
     "init",
 ]
 
 
 PhiUpdate = Literal["gibbs", "langevin"]
 Phase = Literal["sgd", "burn-in", "sample"]
+TranslationKind = Literal["saga", "falling", "none"]
+#: Power with which the step of ``translation="falling"`` falls with the rounds.
+FALL = 0.6
 
 
 class SGLDGibbsState(NamedTuple):
@@ -46,6 +51,8 @@ class SGLDGibbsState(NamedTuple):
         J: sum of the stored gradients per global site, in float64 (``accumulator="table"`` only).
         second_moment: running mean square of the likelihood gradient per local family.
         momentum: running mean of the gradient per normal pair, in the SGD warm-up only.
+        offset: theta minus the stored theta per normal pair, in float64; empty where nothing was shifted.
+        gradients: R per normal pair, in float64 (``translation="saga"`` only).
     """
 
     step: int
@@ -54,6 +61,8 @@ class SGLDGibbsState(NamedTuple):
     J: dict[str, Tensor]
     second_moment: dict[str, Tensor]
     momentum: dict[str, Tensor]
+    offset: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple's default; states are never changed in place
+    gradients: dict[str, Tensor] = {}  # noqa: RUF012
 
 
 class SGLDGibbsInfo(NamedTuple):
@@ -98,6 +107,8 @@ class Settings:
     sgd_step_size: Schedule = field(default_factory=lambda: constant(1e-3))
     site_step_scale: Mapping[str, float] = field(default_factory=dict)
     site_temperature: Mapping[str, float] = field(default_factory=dict)
+    translation: TranslationKind = "none"
+    translation_step_size: Schedule | None = None
 
     def eta(self, step: int) -> float:
         """Return the step size of theta at a visit."""
@@ -178,6 +189,40 @@ class Cache:
         return self.workspaces[site]
 
 
+@dataclass(frozen=True)
+class Translation:
+    """The translation move of a chain (:mod:`~pyro_lift.inference.gibbs.translation`).
+
+    Attributes:
+        kind: ``"saga"`` or ``"falling"``.
+        step_size: eta_d by the number of visits.
+        begins: visits before the first translation: those of the joint training.
+        round_length: visits in which every task is visited once.
+        blocks: N / B: by what one block's part stands for all; a whole number where the last block of a round is short.
+        table: the r_i of ``"saga"``; None where one block holds all tasks, and nothing is estimated.
+        curvature: h, of the pairs one after another ``[D]``; None for 0.
+        wraps: whether a block may go on from the last task to the first.
+    """
+
+    kind: TranslationKind
+    step_size: Schedule
+    begins: int
+    round_length: int
+    blocks: float
+    table: ThetaStore | None = None
+    curvature: Tensor | None = None
+    wraps: bool = True
+
+    def eta(self, step: int) -> float:
+        """Return eta_d at a visit."""
+        eta = self.step_size(step)
+        return eta * (1.0 + (step - self.begins) / self.round_length) ** -FALL if self.kind == "falling" else eta
+
+    def corrects(self, step: int) -> bool:
+        """Return whether the control variate is used at a visit: once every task has been visited."""
+        return self.table is not None and step - self.begins >= self.round_length
+
+
 class Chain(NamedTuple):
     """All that a visit needs beside the state: set once, at set-up.
 
@@ -187,6 +232,7 @@ class Chain(NamedTuple):
         store: where the theta_i live.
         settings: how a visit moves.
         cache: what mutates.
+        translation: how phi and all theta are shifted together; None where they are not.
     """
 
     program: Program
@@ -194,6 +240,7 @@ class Chain(NamedTuple):
     store: ThetaStore
     settings: Settings
     cache: Cache
+    translation: Translation | None = None
 
 
 class Streams(NamedTuple):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.gibbs import conjugate, long_vectors
+from pyro_lift.inference.gibbs import conjugate, long_vectors, translation
 from pyro_lift.inference.gibbs.accumulator import exact
 from pyro_lift.inference.gibbs.movers import Move, mover_of
 from pyro_lift.inference.gibbs.rows import Values, block_values, mean_square, regrouped, task_rows
@@ -22,7 +22,7 @@ from pyro_lift.inference.program import Evaluation, Latent
 from pyro_lift.inference.sgld import Drift, check_finite, check_moved, gaussian_noise, running_mean
 from pyro_lift.support.spans import span
 
-__all__ = ["draw_phi", "step"]
+__all__ = ["draw_phi", "step", "visited"]
 
 
 class _ThetaMove(NamedTuple):
@@ -35,6 +35,7 @@ class _ThetaMove(NamedTuple):
         sums: S of those pairs whose S came with the move.
         moments: the preconditioner's mean squares.
         info: diagnostics of the move.
+        first: the first run of the program, and the gradient by site that moved theta from where it stood.
     """
 
     run: Evaluation
@@ -43,6 +44,7 @@ class _ThetaMove(NamedTuple):
     sums: dict[str, Tensor]
     moments: dict[str, Tensor]
     info: SGLDGibbsInfo
+    first: tuple[Evaluation, dict[str, Tensor]]
 
 
 def step(
@@ -69,6 +71,13 @@ def step(
     Raises:
         DivergedError: a loss or gradient that is not finite.
     """
+    return visited(state, chain, index, streams, phase, move_phi)[:2]
+
+
+def visited(
+    state: SGLDGibbsState, chain: Chain, index: Tensor, streams: Streams, phase: Phase, move_phi: bool
+) -> tuple[SGLDGibbsState, SGLDGibbsInfo, translation.Pull | None]:
+    """Do as :func:`step` does, and return what the block says of a translation beside it; None where there is none."""
     before = block_values(state, chain, index, streams)
     # (10)  theta_i | phi, D_i
     moved = _move_theta(state, chain, before, index, streams, phase)
@@ -76,33 +85,45 @@ def step(
     sums = _updated_sums(state, chain.structure, moved, before)
     pull, J, table_row = _pull_on_phi(state, chain, moved, sums, index, streams)
     # (9)  phi | theta_1..N
+    block, offset, gradients = None, state.offset, state.gradients
+    if chain.translation is not None:
+        block = translation.pull_of(state, chain, *moved.first, before)
+        if move_phi:
+            shifts = translation.shift(state, chain, block, moved.moments, streams.noise)
+            sums, offset, gradients = translation.shifted(state, chain, sums, block, shifts)
     phi = _move_phi(state, chain, moved.run, sums, pull, streams.noise) if move_phi else state.phi
 
-    chain.store.write(moved.info.tasks, task_rows(chain, moved.info.tasks, moved.values))
+    chain.store.write(moved.info.tasks, task_rows(chain, moved.info.tasks, moved.values, state.offset))
+    if block is not None:
+        translation.keep(chain, moved.info.tasks, block)
     if table_row is not None and chain.cache.table is not None:
         chain.cache.table.store(_block_of(chain.structure, index), table_row)
-    return SGLDGibbsState(state.step + 1, phi, sums, J, moved.moments, {}), moved.info
+    after = SGLDGibbsState(state.step + 1, phi, sums, J, moved.moments, {}, offset, gradients)
+    return after, moved.info, block
 
 
 def _move_theta(
     state: SGLDGibbsState, chain: Chain, values: Values, index: Tensor, streams: Streams, phase: Phase
 ) -> _ThetaMove:
     """Move the block's theta by one or more steps of SGLD."""
-    program, structure, _, settings, cache = chain
+    program, structure, settings, cache = chain.program, chain.structure, chain.settings, chain.cache
     tasks, moments = tuple(index.tolist()), _Moments(state, chain, phase)
+    first: tuple[Evaluation, dict[str, Tensor]] | None = None
     for _ in range(settings.theta_steps_per_visit):
         run = program.run(state.phi, values, index, streams.rows)
         keep_graph = settings.phi_update != "gibbs"
         drift = run.drift(run.locals, cache.coupled, settings.n_inflate, keep_graph=keep_graph)
         norm = check_finite(drift, state.step, tasks)
         drift, clipped = _clipped(drift, norm, settings.max_grad_norm)
+        first = first or (run, drift.gradient)
         sites, sums = _moved_sites(state, chain, run, drift, moments, streams.noise)
         # A long vector with a finite gradient stays finite; looking at it would cost another pass over it.
         short = {name: value for name, value in sites.items() if run.locals[name].family not in structure.long}
         check_moved(short, state.step, tasks)
         values = regrouped(run, sites)
     info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, settings.eta(state.step), clipped, phase)
-    return _ThetaMove(run, sites, values, sums, moments.values, info)
+    assert first is not None
+    return _ThetaMove(run, sites, values, sums, moments.values, info, first)
 
 
 class _Moments:

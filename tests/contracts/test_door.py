@@ -240,6 +240,26 @@ DOOR: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "accumulator='tabel' is not known; did you mean 'table'",
     ),
+    "an unknown translation": (
+        lambda: SGLDGibbs(vectorised(), translation="sega"),  # type: ignore[arg-type]
+        ValueError,
+        "translation='sega' is not known; did you mean 'saga'",
+    ),
+    "a translation of a phi that takes steps": (
+        lambda: langevin(vectorised(), translation="saga"),
+        ValueError,
+        "translation='saga' with phi_update='langevin'.*exact draw.*translation=\"none\"",
+    ),
+    "a step of no translation": (
+        lambda: SGLDGibbs(vectorised(), step_size=0.01, translation="none", translation_step_size=0.1),
+        ValueError,
+        "translation_step_size is of the translation.*leave translation_step_size out",
+    ),
+    "a translation past its limit": (
+        lambda: SGLDGibbs(vectorised(), step_size=0.01, translation="saga", translation_step_size=0.2),
+        ValueError,
+        r"translation_step_size=0\.2 is past its stability limit 0\.164948 = 4 / \(N λ \+ 1/σ²\)",
+    ),
     "an unknown store": (lambda: SGLDGibbs(vectorised(), store="devise"), ValueError, "store='devise'.*'device'"),
     "a negative step": (
         lambda: SGLD(vectorised(None), step_size=-0.1),

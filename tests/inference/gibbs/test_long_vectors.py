@@ -68,6 +68,9 @@ CASES: dict[str, dict[str, Any]] = {
     "after sgd": {"sgd_steps": 3, "preconditioner": "rms"},
     "cold rms": {"temperature": 0.0, "preconditioner": "rms"},
     "site scale": {"site_step_scale": {"theta": 3.0}},
+    "translation": {"translation": "saga", "translation_step_size": 0.002},
+    "translation, rms": {"translation": "saga", "preconditioner": "rms"},
+    "translation, falling": {"translation": "falling", "translation_step_size": 0.002, "temperature": 0.3},
     "site temperature": {"site_temperature": {"theta": 0.3}},
 }
 

@@ -129,6 +129,9 @@ CASES: dict[str, dict[str, Any]] = {
     "joint": {"preconditioner": "rms", "sgd_steps": 4, "program": Program(own=True)},
     "passes": {"program": Program(subsample=2, tasks=10), "preconditioner": "rms", "sgd_steps": 4},
     "clipped": {"max_grad_norm": 3.0, "thinning": 2},
+    "translation": {"translation": "saga", "program": Program(own=True), "preconditioner": "rms"},
+    "translation, passes": {"program": Program(subsample=2, tasks=10), "translation": "saga", "sgd_steps": 4},
+    "translation, falling": {"translation": "falling"},
 }
 
 
@@ -139,7 +142,7 @@ def test_two_processes_are_one(tmp_path: Path, name: str) -> None:
     same(run(**CASES[name]), parts)
     # Blocks 0-3, 4-7, 8-9: the first process has the first half of each whole one, and rows stay with their process.
     rows = [sorted(int(k[3:]) for k in part if k.startswith("row")) for part in parts]
-    assert rows == ([[0, 1, 4, 5, 8, 9], [2, 3, 6, 7]] if name == "passes" else [[0, 1, 4, 5], [2, 3, 6]])
+    assert rows == ([[0, 1, 4, 5, 8, 9], [2, 3, 6, 7]] if "passes" in name else [[0, 1, 4, 5], [2, 3, 6]])
 
 
 def test_long_vectors_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
