@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.gibbs.state import Structure
-from pyro_lift.inference.program import Evaluation, Latent, Program, Rows
+from pyro_lift.inference.program import Latent, Program, Rows
 from pyro_lift.inference.stability import CURVATURE_DIMENSIONS
 from pyro_lift.support.random_streams import own_global_stream
 
-__all__ = ["TaskCurvature", "task_curvature"]
+__all__ = ["TaskCurvature", "sampled_tasks", "task_curvature"]
 
 #: Tasks that are looked at, spread evenly over all.
 SAMPLE = 8
@@ -38,6 +38,13 @@ class TaskCurvature(NamedTuple):
     subsampled: bool
 
 
+def sampled_tasks(num_tasks: int, pass_size: int) -> Tensor:
+    """Return the tasks that are looked at, pass after pass."""
+    passes = min(-(-SAMPLE // pass_size), -(-num_tasks // pass_size))
+    first = torch.arange(passes).unsqueeze(1) * num_tasks // passes
+    return ((first + torch.arange(pass_size)) % num_tasks).reshape(-1)
+
+
 def task_curvature(program: Program, phi: Rows, structure: Structure, n_inflate: float) -> TaskCurvature | None:
     """Measure some tasks' curvature where the chain starts; None where it is too large or has no second derivative.
 
@@ -51,19 +58,17 @@ def task_curvature(program: Program, phi: Rows, structure: Structure, n_inflate:
     """
     if sum(value.numel() for value in phi.values()) > CURVATURE_DIMENSIONS:
         return None
-    size, N = structure.pass_size, structure.num_tasks
-    passes = min(-(-SAMPLE // size), -(-N // size))
     stream = torch.Generator().manual_seed(0)
     largest: list[Tensor] = []
     diagonals: list[Tensor] = []
     subsampled = False
-    for k in range(passes):
-        index = (torch.arange(size) + k * N // passes) % N
+    for index in sampled_tasks(structure.num_tasks, structure.pass_size).split(structure.pass_size):
         with own_global_stream(0):
             run = program.run(dict(phi), {}, index, stream)
-        leaves = [_leaves(run, structure, pair.family) for pair in structure.pairs.values()]
+        families = [pair.family for pair in structure.pairs.values()]
+        sites = [site for family in families for site in run.locals.values() if site.family == family]
         try:
-            products = _Products(n_inflate * run.log_likelihood, [site for sites in leaves for site in sites])
+            products = _Products(n_inflate * run.log_likelihood, sites)
             largest.append(products.largest(stream))
             diagonals.append(products.diagonal(stream))
         except RuntimeError:  # a network without second derivatives
@@ -76,12 +81,6 @@ def task_curvature(program: Program, phi: Rows, structure: Structure, n_inflate:
     like = next(iter(phi.values()))
     diagonal = torch.cat(diagonals).mean(0).clamp(min=0.0).to(like)
     return TaskCurvature(float(found.clamp(min=0.0).mean()), diagonal, subsampled)
-
-
-def _leaves(run: Evaluation, structure: Structure, family: str) -> list[Latent]:
-    """Sites of a family: one a task where the plate is iterated over, in the order of the run's tasks."""
-    del structure
-    return [site for site in run.locals.values() if site.family == family]
 
 
 class _Products:

@@ -79,9 +79,9 @@ def check_translation(settings: Settings) -> None:
         )
 
 
-def default_share(structure: Structure, *, subsampled: bool) -> float:
+def default_share(block_size: int, num_tasks: int, *, subsampled: bool) -> float:
     """Return the step as a share of the largest stable one."""
-    part = structure.block_size / structure.num_tasks
+    part = block_size / num_tasks
     return SUBSAMPLED_SHARE * part if subsampled else min(MOST, SHARE * part)
 
 
@@ -114,7 +114,7 @@ def plan_translation(
         assert settings.step_size is not None
         schedule = SharedStep(settings.step_size, N)
         if limit is not None and measured is not None:
-            schedule = constant(default_share(structure, subsampled=measured.subsampled) * limit)
+            schedule = constant(default_share(B, N, subsampled=measured.subsampled) * limit)
     if request.check_stability and limit is not None and schedule(0) >= limit:
         raise ValueError(step_too_large("translation_step_size", schedule(0), limit, "4 / (N λ + 1/σ²)"))
     round_length = -(-N // B)

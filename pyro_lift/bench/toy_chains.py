@@ -12,7 +12,7 @@ Shapes: P step sizes, R seeds (each with data of its own), N tasks, d coordinate
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,14 +20,19 @@ from torch import Tensor
 
 from pyro_lift.inference.gibbs.accumulator import GradientTable, exact, literal_update
 from pyro_lift.inference.gibbs.conjugate import NormalPair, draw
+from pyro_lift.inference.gibbs.state import Translation
+from pyro_lift.inference.gibbs.task_curvature import sampled_tasks
+from pyro_lift.inference.gibbs.translation import block_start
+from pyro_lift.inference.schedules import constant
 from pyro_lift.inference.sgld import euler, exponential
 from pyro_lift.models.linear_gaussian import Gaussian, LinearGaussian, gaussian_kl
 from pyro_lift.models.priors import LocalGaussian
 
 __all__ = ["Curve", "Toys", "Update", "chain", "checkpoints", "curve", "generator_noise", "second_half_kl"]
 
-Update = Literal["gibbs", "exact", "table", "single", "single, scale 1", "literal", "sgld"]
-#: Noise for a number of visits: ``[visits, vectors, P, R, d]``; two vectors a visit, N + 1 an iteration of full SGLD.
+Update = Literal["gibbs", "exact", "table", "single", "single, scale 1", "literal", "sgld", "saga"]
+#: Noise for a number of visits: ``[visits, vectors, P, R, d]``; two vectors a visit, three with a translation, N + 1 an
+#: iteration of full SGLD.
 Noise = Callable[[int, int], Tensor]
 
 
@@ -61,6 +66,13 @@ class Toys(NamedTuple):
         """Largest curvature of a theta_i's density given phi."""
         return float(torch.linalg.eigvalsh(self.gram).max()) + 1.0 / float(self.pair.local_variance)
 
+    @property
+    def shift_limit(self) -> float:
+        """Largest stable step of a translation, as the kernel measures it on some tasks; a mean over data sets."""
+        N = len(self.gram)
+        largest = torch.linalg.eigvalsh(self.gram[sampled_tasks(N, 1)])[..., -1].mean()
+        return 4.0 / (N * float(largest) + float(self.pair.prior_precision))
+
 
 def generator_noise(shape: tuple[int, ...], seed: int, device: str = "cpu") -> Noise:
     """Make the standard normal noise of a seed, for chains of shape ``[P, R, d]``."""
@@ -72,16 +84,21 @@ def generator_noise(shape: tuple[int, ...], seed: int, device: str = "cpu") -> N
     return noise
 
 
-def chain(toys: Toys, update: Update, theta_step: Tensor, phi_step: Tensor, noise: Noise) -> Iterator[Tensor]:
+def chain(
+    toys: Toys, update: Update, theta_step: Tensor, phi_step: Tensor, noise: Noise, seed: int = 0
+) -> Iterator[Tensor]:
     """Yield phi ``[P, R, d]`` without end, one a visit (one an iteration over all tasks for ``"sgld"``).
 
     Args:
         toys: the data.
         update: how phi moves.
         theta_step: eta of theta, ``[P, 1, 1]``.
-        phi_step: eta of phi, ``[P, 1, 1]``; ``"gibbs"`` has none.
+        phi_step: eta of phi, ``[P, 1, 1]`` or ``[P, R, 1]``; that of the shift for ``"saga"``; ``"gibbs"`` has none.
         noise: standard normal.
+        seed: of the order of visits, for ``"saga"``.
     """
+    if update == "saga":
+        return _translated(toys, theta_step, phi_step, noise, seed)
     if update == "sgld":
         return _full_sgld(toys, theta_step, noise)
     return _visits(toys, update, theta_step, phi_step, noise)
@@ -127,6 +144,41 @@ def _visits(toys: Toys, update: Update, theta_step: Tensor, phi_step: Tensor, no
                     J = gradient * (N if update == "single" else 1)
             drift = J - phi * pair.prior_precision
             phi = euler(phi, drift, None, step_size=1.0, temperature=1.0, noise=for_phi, preconditioner=phi_step)
+            yield phi
+
+
+def _translated(toys: Toys, theta_step: Tensor, shift_step: Tensor, noise: Noise, seed: int) -> Iterator[Tensor]:
+    """Exact draws of phi with the translation move (:mod:`~pyro_lift.inference.gibbs.translation`)."""
+    N, R, d = toys.pull.shape
+    pair, precision = toys.pair, 1.0 / toys.pair.local_variance
+    plan = Translation("saga", constant(1.0), 0, N, float(N))
+    h = toys.gram[sampled_tasks(N, 1)].diagonal(dim1=-2, dim2=-1).mean(0)
+    zero = torch.zeros(len(theta_step), R, d, dtype=torch.float64, device=toys.pull.device)
+    stored, table = [zero] * N, [zero] * N
+    phi, S, total, offset = zero, zero, zero, zero
+    for round_ in count():
+        for place, (for_theta, for_shift, for_phi) in enumerate(noise(N, 3)):
+            step = round_ * N + place
+            first = block_start(plan, N, 1, step, seed)
+            i = place if first is None else first
+            old = stored[i] + offset
+            gradient = toys.pull[i] - (toys.gram[i] * old.unsqueeze(-2)).sum(-1)
+            new = exponential(
+                old,
+                gradient,
+                LocalGaussian(phi, precision),
+                step_size=1.0,
+                temperature=1.0,
+                noise=for_theta,
+                preconditioner=theta_step,
+            )
+            control = gradient + h * old
+            estimate = N * gradient if round_ == 0 else total - h * S + N * (control - table[i])
+            drift = estimate - (phi - pair.prior_mean) * pair.prior_precision
+            shift = 0.5 * shift_step * drift + shift_step.sqrt() * for_shift
+            total, table[i] = total + (control - table[i]), control
+            S, stored[i], offset = S + (new - old) + N * shift, new - offset, offset + shift
+            phi = draw(pair, S, N, 1.0, for_phi)
             yield phi
 
 
