@@ -87,7 +87,7 @@ def test_of_a_chat_the_assistants_turns_alone_are_learnt(tmp_path: Path) -> None
     assert isinstance(task, TextTask) and task.form == "chat"
     last = task.train[1]
     assert last.outputs == ("one", "One") and isinstance(last.input, Conversation)
-    for row in (last, copy.deepcopy(last), pickle.loads(pickle.dumps(last))):
+    for copied in (last, copy.deepcopy(last), pickle.loads(pickle.dumps(last))):
         assert copied.input == "user: red cat" and copied.input.turns == (Message("user", "red cat"),)  # type: ignore[union-attr]
     words = chatting()
     encoded = NextToken(words)(task)
