@@ -9,7 +9,7 @@ so that :math:`(\beta, \sigma, \kappa, T = 1)` and
 :math:`(\beta \sqrt\kappa, \sigma \sqrt\kappa, 1, T = 1/\kappa)` are one law: where the data say nothing, a weight
 varies by :math:`\beta \sqrt T` around phi, and the data pull with :math:`\kappa / T`. What is not given is filled in
 from that (:func:`resolved`): :math:`\beta \sqrt T` as wide as leaves the network working
-(:mod:`~pyro_lift.models.weight_scales`), and :math:`\kappa / T = 100`.
+(:mod:`~pyro_lift.models.weight_scales`), and :math:`\kappa / T = 10`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ __all__ = ["fitted", "one_width", "resolved"]
 log = logging.getLogger("pyro_lift")
 
 #: Temperature where neither it nor the power is given.
-TEMPERATURE = 0.01
+TEMPERATURE = 0.1
 #: sigma over beta.
 SIGMA_OVER_BETA = 2.0
 #: A step over the typical size of the adapter's own weights.
 RELATIVE_STEP = 0.05
+#: A step without a preconditioner.
+PLAIN_RATE = 2e-3
 #: Times that widths are halved at most.
 HALVINGS = 5
 
@@ -51,7 +53,8 @@ def resolved(settings: LiFTSettings, adapter: RandomAdapter) -> LiFTSettings:
     # A model that is stated is sampled as it is stated; only one that is left to the network is cold.
     stated = any(value is not None for value in (s.n_inflate, s.beta, s.sigma))
     temperature = s.temperature if s.temperature is not None else 1.0 if stated else TEMPERATURE
-    rate = RELATIVE_STEP * typical_size(adapter)
+    # Without a preconditioner a rate has another unit: it multiplies the gradient, and no size of weights tells it.
+    rate = RELATIVE_STEP * typical_size(adapter) if s.preconditioner == "rms" else PLAIN_RATE
     beta = s.beta
     if beta is None:
         # At temperature zero, where nothing varies, the widths of the default remain.

@@ -14,7 +14,7 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from pyro.ops.streaming import StatsOfDict, StreamingStats
 from torch import Tensor, nn
 
-from pyro_lift.defaults import fitted, one_width, resolved
+from pyro_lift.defaults import fitted, resolved
 from pyro_lift.inference.checkpoint.folder import saved_config
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import effective_weights
@@ -266,7 +266,7 @@ class LiFT:
             step_size=2.0 * s.learning_rate,
             phi_update=s.phi_update,
             accumulator=s.accumulator if s.phi_update == "langevin" else "exact",
-            phi_step_size=self._phi_step_size(len(program.tasks)),
+            phi_step_size=self._phi_step_size(program),
             temperature=s.temperature,
             n_inflate=s.n_inflate,
             preconditioner="rms" if s.preconditioner == "rms" else None,
@@ -281,14 +281,14 @@ class LiFT:
             seed=self.seed,
         )
 
-    def _phi_step_size(self, num_tasks: int) -> float | None:
+    def _phi_step_size(self, program: AdapterHierarchy) -> float | None:
         """A share of the largest stable step of phi; None where phi has no step."""
-        s = resolved(self.settings, self.adapter)
+        s = self.settings
         if s.phi_update == "gibbs":
             return None
-        one = torch.ones(1)
-        pair = NormalPair("phi", "theta", 0.0 * one, one_width(s.sigma) ** -2 * one, one_width(s.beta) ** 2 * one)
-        return s.phi_step_fraction * langevin_limit(s.accumulator, pair, num_tasks)
+        beta, sigma = (torch.as_tensor(width).min().reshape(1) for width in (program.beta, program.sigma))
+        pair = NormalPair("phi", "theta", torch.zeros(1), sigma**-2, beta**2)
+        return s.phi_step_fraction * langevin_limit(s.accumulator, pair, len(program.tasks))
 
 
 def _loss_watch(program: AdapterHierarchy, s: LiFTSettings) -> LossWatch:
@@ -312,7 +312,7 @@ def _effective(program: AdapterHierarchy, moments: dict[str, Tensor], s: LiFTSet
     if number < 1.0:
         log.warning(
             "the data of a task move less than one of the adapter's %d weights (%.2g): a new task is predicted as phi "
-            "predicts it. Give beta a larger value, or leave it open.",
+            "predicts it. Lower the temperature and leave beta open, or give beta a larger value.",
             program.adapter.dim,
             number,
         )
@@ -330,6 +330,8 @@ def _adapter(backbone: nn.Module, peft_config: peft.PeftConfig | None, seed: int
 def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
     """A saved run's configuration with the settings' names of today, and those that are new."""
     settings = current_names(LiFTSettings, config.get("settings", {}), warn=False)
+    if settings.get("head_scale") is None and all(kind != "matching" for _, kind, *_ in config.get("tasks", [])):
+        settings = {"head": "solve", **settings}  # nobody has a head of their own: one word is as good as the other
     return {**config, "settings": complete_settings(settings)}
 
 

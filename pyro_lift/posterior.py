@@ -16,7 +16,8 @@ from pyro_lift.inference.adaptation.predict import predict, rows_of
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
-from pyro_lift.saving.folders import export_posterior, load_posterior, push, save_posterior
+from pyro_lift.saving.folders import export_posterior, load_posterior, save_posterior
+from pyro_lift.saving.hub import push
 
 __all__ = ["TaskPosterior"]
 

@@ -39,7 +39,8 @@ from pyro_lift.models.solved_heads import UNMOVED, SolvedHeads, has_solved_head,
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior
-from pyro_lift.saving.folders import chosen_weights, export_library, export_prior, load_prior, push, save_prior
+from pyro_lift.saving.folders import chosen_weights, export_library, export_prior, load_prior, save_prior
+from pyro_lift.saving.hub import push
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_choice, check_number
 
@@ -123,14 +124,15 @@ class LiFTPrior:
             ValueError: another model; names what differs.
         """
         for other in others:
-            for name in ("tasks", "settings"):
-                if getattr(self, name) != getattr(other, name):
-                    raise ValueError(f"the priors' {name} differ: only chains of one model can be merged.")
+            # First the adapters: what settings leave open is filled in from them, and differs where they do.
             if not torch.equal(self.adapter.initial, other.adapter.initial.to(self.adapter.initial.device)):
                 raise ValueError(
                     "the priors' adapters begin at other weights, around which phi's own prior stands: only chains of "
                     "one model can be merged. Make one adapter and give it to each LiFT(adapter, seed=...)."
                 )
+            for name in ("tasks", "settings"):
+                if getattr(self, name) != getattr(other, name):
+                    raise ValueError(f"the priors' {name} differ: only chains of one model can be merged.")
         mixture = self.mixture
         for other in others:
             mixture = mixture.merge(other.mixture)

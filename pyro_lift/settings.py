@@ -99,7 +99,7 @@ class LiFTSettings:
     )
     temperature: float | None = field(
         default=None,
-        metadata={"help": "variance of all noise; none: 0.01, or 1 where beta, sigma or n_inflate is given"},
+        metadata={"help": "variance of all noise; none: 0.1, or 1 where beta, sigma or n_inflate is given"},
     )
     n_inflate: float | None = field(
         default=None,

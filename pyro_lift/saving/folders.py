@@ -23,8 +23,9 @@ from pyro_lift.models.networks import plain_network
 from pyro_lift.models.peft_layers import default_name, peft_layers
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.saving.base_model import check_base, describe_base
+from pyro_lift.saving.hub import local_folder
 from pyro_lift.saving.model_card import posterior_card, prior_card
-from pyro_lift.saving.parts import PosteriorParts, PriorParts, Savable, SavablePosterior, SavablePrior
+from pyro_lift.saving.parts import PosteriorParts, PriorParts, SavablePosterior, SavablePrior
 from pyro_lift.saving.peft_folder import PEFT_CONFIG, adapter_config, config_from_dict, config_to_dict, write_peft
 from pyro_lift.saving.text_encoding import TOKENIZER_FILES, load_encoding, save_encoding
 from pyro_lift.settings import AdaptSettings, LiFTSettings, complete_adapt_settings, complete_settings
@@ -50,7 +51,6 @@ __all__ = [
     "export_prior",
     "load_posterior",
     "load_prior",
-    "push",
     "save_posterior",
     "save_prior",
 ]
@@ -164,7 +164,7 @@ def load_prior(
     Raises:
         ValueError: anything that is not as it was written; names the file and the tensor.
     """
-    folder = _local(source, download)
+    folder = local_folder(source, download)
     path = folder / CONFIG
     config = read_json(path)
     check_format(path, config, "pyro_lift.prior", PRIOR_FORMAT, _PRIOR_KEYS)
@@ -283,7 +283,7 @@ def load_posterior(
         options: of the adapter.
         download: of ``huggingface_hub.snapshot_download``.
     """
-    folder = _local(source, download)
+    folder = local_folder(source, download)
     path = folder / CONFIG
     config = read_json(path)
     check_format(path, config, "pyro_lift.posterior", POSTERIOR_FORMAT, _POSTERIOR_KEYS)
@@ -391,43 +391,6 @@ def _component(prior: SavablePrior, k: int) -> Tensor:
 
 def _heaviest(prior: SavablePrior) -> int:
     return int(prior.mixture.moments.weight.argmax())
-
-
-# ---------------------------------------------------------------------------------------------------------------- hub
-
-
-def push(thing: Savable, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
-    """Save into a temporary folder and upload it; returns the commit's address.
-
-    Args:
-        thing: a prior or a posterior.
-        repo_id: ``"user/name"``; made if it is not there.
-        private: of a new repository.
-        options: ``token``, and those of ``HfApi.upload_folder``.
-    """
-    import tempfile
-
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=options.pop("token", None))
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = thing.save_pretrained(Path(scratch) / "upload")
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        info = api.upload_folder(
-            repo_id=repo, folder_path=folder, **{"commit_message": "Upload by pyro_lift", **options}
-        )
-    return str(info.commit_url)
-
-
-def _local(source: str | Path, download: dict[str, Any]) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if isinstance(source, Path) or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise DamagedError(f"{source}: no such folder, and not a name of the hub ('user/name').")
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(source), **download))
 
 
 # ------------------------------------------------------------------------------------------------------------ adapter

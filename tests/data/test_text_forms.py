@@ -98,8 +98,8 @@ def test_of_a_chat_the_assistants_turns_alone_are_learnt(tmp_path: Path) -> None
     # What is generated from is what training has before the answer, token by token.
     prompts = encoded.encoding.prompts([[said("user", "red cat")], "red cat", TURNS[:3]])
     given = prompts["input_ids"][prompts["attention_mask"].bool()].tolist()
-    first, last = encoded.train.inputs["input_ids"][1].tolist(), encoded.train.inputs["input_ids"][0].tolist()
-    assert given == [*first[:5], *first[:5], *last[:12]]
+    short, long = encoded.train.inputs["input_ids"][1].tolist(), encoded.train.inputs["input_ids"][0].tolist()
+    assert given == [*short[:5], *short[:5], *long[:12]]
     assert prompts["attention_mask"][0].tolist() == [0] * 7 + [1] * 5
     answer = encoded.encoding.answers(["two three"])[0].tolist()
     target = encoded.train.target[0]

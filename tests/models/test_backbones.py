@@ -198,9 +198,9 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_does_compute_again(
             theta = torch.stack([theta, theta - 0.05])
             named = {k: torch.stack([x, x]) for k, x in named.items()}
             target = torch.stack([target, target])
-            with torch.no_grad():
-                adapter(theta=theta, **named)  # the trial of the first block
-            count[0] = 0
+        with torch.no_grad():
+            adapter(theta=theta, **named)  # the trial of the first rows
+        count[0] = 0
         output = adapter(theta=theta.requires_grad_(), **named)
         if block:
             output, target = output.flatten(0, 1), target.flatten(0, 1)

@@ -111,13 +111,15 @@ def test_minibatches_and_predictions_know_the_label_texts(adapter: RandomAdapter
 
 
 @pytest.mark.parametrize("head_scale", [None, 1.0])
-def test_matching_tasks_with_unequal_numbers_of_labels_need_no_head(
-    adapter: RandomAdapter, head_scale: float | None
+@pytest.mark.parametrize("head", ["solve", "langevin"])
+def test_matching_tasks_with_unequal_numbers_of_labels_need_no_shared_head(
+    adapter: RandomAdapter, head_scale: float | None, head: Any
 ) -> None:
     tasks = [matching_task(5, 2), matching_task(6, 4)]
-    lift = LiFT(adapter, sgd_steps=2, burn_in=2, samples=4, head_scale=head_scale, seed=0)
+    lift = LiFT(adapter, sgd_steps=2, burn_in=2, samples=4, head_scale=head_scale, head=head, seed=0)
     posterior = lift.meta_train(tasks, progress=False).adapt(tasks[1], steps=4, draws=2)
-    assert posterior.predict(tasks[1].train).shape == (6, 4) and posterior.heads is None
+    assert posterior.predict(tasks[1].train).shape == (6, 4)
+    assert (posterior.heads is None) == (head == "langevin")  # the similarities alone
 
 
 def test_every_adapter_weight_learns_from_matching(adapter: RandomAdapter) -> None:

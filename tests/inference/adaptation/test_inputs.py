@@ -117,7 +117,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no rows": ({"x": X[:0], "mask": MASK[:0]}, "'x' has no rows"),
     "strings": ({"x": ["a", "b"], "mask": MASK[:2]}, r"inputs\['x'\]: strings; encode them first"),
     "texts": (["a", "b"], "strings; encode them first"),
-    "one text": ("a text", "strings; encode them first"),
+    "one text": ("a text", "strings; encode them first|the string 'a text'; give a list of strings"),
     "a pair": ((X, LABELS), "without the targets"),
     "None": ({"x": X, "mask": None}, r"inputs\['mask'\]: a NoneType"),
     "a number": (3.0, "a float"),

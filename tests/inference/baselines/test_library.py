@@ -212,11 +212,12 @@ def test_lift_moves_phi_by_any_accumulator(accumulator: str) -> None:
     adapter, tasks = tiny_adapter(), tiny_tasks(3)
     options = {"phi_update": "langevin", "accumulator": accumulator, "phi_step_fraction": 0.2}
     lift = LiFT(adapter, sgd_steps=4, burn_in=4, samples=8, seed=0, **options)  # type: ignore[arg-type]
-    kernel = lift.kernel(lift.program(tasks))
+    program = lift.program(tasks)
+    kernel = lift.kernel(program)
     s = resolved(lift.settings, adapter)
     N, beta, sigma = 3, one_width(s.beta), one_width(s.sigma)
     limit = 4.0 / (N / beta**2 + sigma**-2) if accumulator == "exact" else torch.pi**2 * beta**2 / N**2
     assert kernel.settings.accumulator == accumulator
-    assert lift._phi_step_size(N) == pytest.approx(0.2 * limit)
+    assert lift._phi_step_size(program) == pytest.approx(0.2 * limit)
     phi = lift.meta_train(tasks, progress=False).mixture.get().mean
     assert torch.isfinite(phi).all()

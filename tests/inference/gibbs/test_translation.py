@@ -206,7 +206,7 @@ def second_moment(toy: LinearGaussian, eta: float, eta_d: float, monkeypatch: py
     target = added.reshape(-1).clone()
     target[0] = 1.0
     moments = torch.linalg.solve(free, target).view(size + 1, size + 1)
-    return moments[: N + 2, : N + 2]
+    return torch.as_tensor(moments[: N + 2, : N + 2])
 
 
 def exact_moments(toy: LinearGaussian) -> Tensor:
