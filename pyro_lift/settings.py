@@ -97,6 +97,13 @@ class LiFTSettings:
     phi_step_fraction: float = field(
         default=0.1, metadata={"help": "of the Langevin step: fraction of the largest stable one"}
     )
+    translation: Literal["saga", "falling", "none"] = field(
+        default="none",
+        metadata={"help": "shift phi and all tasks' weights together, as joint training would; in place of sgd_steps"},
+    )
+    translation_step_size: float | None = field(
+        default=None, metadata={"help": "of the translation; none: eta over the number of tasks"}
+    )
     temperature: float | None = field(
         default=None,
         metadata={"help": "variance of all noise; none: 0.1, or 1 where beta, sigma or n_inflate is given"},
@@ -144,6 +151,9 @@ class LiFTSettings:
             check_number(name, getattr(self, name), open_below=False, whole=True)
         check_choice("covariance", self.covariance, ["diag", "spherical"])
         check_choice("phi_update", self.phi_update, ["gibbs", "langevin"])
+        check_choice("translation", self.translation, ["saga", "falling", "none"])
+        if self.translation_step_size is not None:
+            check_number("translation_step_size", self.translation_step_size)
         check_choice("accumulator", self.accumulator, ["exact", "table", "single"])
         check_choice("prior_mean", self.prior_mean, ["adapter", "zero"])
         check_choice("preconditioner", self.preconditioner, ["rms", "none"])
@@ -155,9 +165,10 @@ class LiFTSettings:
 def complete_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Add to settings that were saved the fields that did not exist then, with the values that mean what was done.
 
-    Heads of tasks' own took steps before they could be solved, and label matching had none.
+    Heads of tasks' own took steps before they could be solved, and label matching had none. Nothing was shifted before
+    there was a translation.
     """
-    return {"head": "langevin", **saved}
+    return {"head": "langevin", "translation": "none", **saved}
 
 
 def complete_adapt_settings(saved: Mapping[str, Any]) -> dict[str, Any]:

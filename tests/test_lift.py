@@ -71,6 +71,20 @@ def test_adaptation_draws_from_the_exact_posterior_of_the_new_task() -> None:
     torch.testing.assert_close(posterior.predict(x).squeeze(-1), x @ posterior.thetas.mean(0))
 
 
+def test_a_translation_brings_phi_to_its_posterior_without_joint_training() -> None:
+    """Weak data: a theta follows its data by little, and phi the mean of all theta; the shift goes straight there."""
+    toy = LinearGaussian(20, alpha=6.0, seed=4)
+    exact = toy.posterior()
+    spread = exact.covariance.diagonal().sqrt()
+    away = {}
+    for kind in ("saga", "falling", "none"):
+        lift = toy_lift(toy, translation=kind, burn_in=100, samples=150, temperature=0.0, n_inflate=1.0)
+        with pyro.validation_enabled(False):
+            prior = lift.meta_train(toy_tasks(toy), progress=False, start=torch.full((2,), -3.0).double())
+        away[kind] = float(((prior.mixture.get().mean - exact.mean) / spread).abs().max())
+    assert max(away["saga"], away["falling"]) < 0.5 < 5.0 < away["none"], away
+
+
 def test_a_seed_fixes_everything() -> None:
     toy = LinearGaussian(5, seed=0)
     first, again = (toy_lift(toy, samples=50).meta_train(toy_tasks(toy), progress=False) for _ in range(2))
