@@ -80,6 +80,7 @@ class SGLDGibbs(Kernel):
         translation: how phi and every theta are shifted together, along the likelihood's gradient
             (:mod:`pyro_lift.inference.gibbs.translation`): ``"saga"`` with a control variate for each task, kept in a
             second store; ``"falling"`` without, by a step that falls; ``"none"``. It needs the exact draw of phi.
+            ``"auto"`` is ``"saga"`` where the curvature of whole tasks can be measured, and ``"none"`` elsewhere.
         translation_step_size: eta_d of it; None takes a share of the largest stable one from measured curvatures, and
             ``step_size`` / N where they are not measured (:mod:`pyro_lift.inference.gibbs.translation_plan`).
         preconditioner: None or ``"rms"``: adapts in the warm-up, frozen after it, one for all tasks.
@@ -149,7 +150,7 @@ class SGLDGibbs(Kernel):
         check_choice("accumulator", accumulator, ["exact", "table", "single"])
         check_choice("single_scale", single_scale, ["N", "1"])
         check_choice("scan", scan, ["round_robin", "random"])
-        check_choice("translation", translation, ["saga", "falling", "none"])
+        check_choice("translation", translation, ["auto", "saga", "falling", "none"])
         if isinstance(store, str):
             check_choice("store", store, ["auto", "device", "host", "disk"])
         check_number("theta_steps_per_visit", theta_steps_per_visit, least=1, open_below=False, whole=True)

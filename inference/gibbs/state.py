@@ -36,7 +36,7 @@ __all__ = [
 
 PhiUpdate = Literal["gibbs", "langevin"]
 Phase = Literal["sgd", "burn-in", "sample"]
-TranslationKind = Literal["saga", "falling", "none"]
+TranslationKind = Literal["auto", "saga", "falling", "none"]
 #: Power with which the step of ``translation="falling"`` falls with the rounds.
 FALL = 0.6
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.gibbs.state import Structure
-from pyro_lift.inference.program import Latent, Program, Rows
+from pyro_lift.inference.program import Evaluation, Latent, Program, Rows
 from pyro_lift.inference.stability import CURVATURE_DIMENSIONS
 from pyro_lift.support.random_streams import own_global_stream
 
@@ -63,10 +63,9 @@ def task_curvature(program: Program, phi: Rows, structure: Structure, n_inflate:
     diagonals: list[Tensor] = []
     subsampled = False
     for index in sampled_tasks(structure.num_tasks, structure.pass_size).split(structure.pass_size):
-        with own_global_stream(0):
-            run = program.run(dict(phi), {}, index, stream)
-        families = [pair.family for pair in structure.pairs.values()]
-        sites = [site for family in families for site in run.locals.values() if site.family == family]
+        run, sites = _read(program, phi, structure, index, stream)
+        if run is None:
+            continue
         try:
             products = _Products(n_inflate * run.log_likelihood, sites)
             largest.append(products.largest(stream))
@@ -75,12 +74,38 @@ def task_curvature(program: Program, phi: Rows, structure: Structure, n_inflate:
             return None
         others = (count for name, count in run.plates.items() if name != program.plate)
         subsampled = subsampled or any(count.taken < count.size for count in others)
+    if not largest:
+        return None
     found = torch.cat(largest)
     if not bool(torch.isfinite(found).all()):
         return None
     like = next(iter(phi.values()))
     diagonal = torch.cat(diagonals).mean(0).clamp(min=0.0).to(like)
     return TaskCurvature(float(found.clamp(min=0.0).mean()), diagonal, subsampled)
+
+
+def _read(
+    program: Program, phi: Rows, structure: Structure, index: Tensor, stream: torch.Generator
+) -> tuple[Evaluation | None, list[Latent]]:
+    """Run some tasks; return their paired sites, or None for tasks that are not as the first ones are.
+
+    Whether those can be sampled is for their first visit to say, which names them.
+    """
+    try:
+        with own_global_stream(0):
+            run = program.run(dict(phi), {}, index, stream)
+    except ValueError:
+        return None, []
+    sites: list[Latent] = []
+    for name, pair in structure.pairs.items():
+        own = [site for site in run.locals.values() if site.family == pair.family]
+        if [site.task for site in own] != (list(run.tasks) if structure.sequential else [None]):
+            return None, []
+        count = 1 if structure.sequential else len(run.tasks)
+        if any(site.leaf.numel() != count * phi[name].numel() for site in own):
+            return None, []
+        sites += own
+    return run, sites
 
 
 class _Products:
@@ -104,7 +129,8 @@ class _Products:
         parts: dict[int | None, list[Tensor]] = {}
         for site, value in zip(self.sites, values, strict=True):
             if site.task is None:
-                rows = value.detach().movedim(0 if site.plate_dim is None else site.plate_dim, 0).flatten(1)
+                rows = value.detach().movedim(0 if site.plate_dim is None else site.plate_dim, 0)
+                rows = rows.reshape(len(rows), -1)
             else:
                 rows = value.detach().reshape(1, -1)
             parts.setdefault(site.task, []).append(rows)

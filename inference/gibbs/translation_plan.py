@@ -66,7 +66,7 @@ def check_translation(settings: Settings) -> None:
     Raises:
         ValueError: names the option and the way out.
     """
-    if settings.translation != "none" and settings.phi_update != "gibbs":
+    if settings.translation in ("saga", "falling") and settings.phi_update != "gibbs":
         raise ValueError(
             f"translation={settings.translation!r} with phi_update={settings.phi_update!r}: a shift of phi and all "
             "theta together rests on what is known of normal pairs, as the exact draw does. Use "
@@ -107,8 +107,13 @@ def plan_translation(
         return settings, None, {"translation": "none"}
     N, B = structure.num_tasks, structure.block_size
     measured = None
-    if settings.decay is None:
+    if settings.decay is None and settings.phi_update == "gibbs":
         measured = task_curvature(program, phi, structure, settings.n_inflate)
+    if settings.translation == "auto":
+        fits = measured is not None and not measured.subsampled
+        settings = replace(settings, translation="saga" if fits else "none")
+        if not fits:
+            return settings, None, {"translation": "none"}
     schedule, limit = settings.translation_step_size, _limit(structure, measured)
     if schedule is None:
         assert settings.step_size is not None

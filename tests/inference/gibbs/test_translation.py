@@ -57,6 +57,26 @@ def sum_of_theta(kernel: SGLDGibbs) -> dict[str, Tensor]:
     }
 
 
+def scalars(sequentially: bool, odd: int | None = None) -> Model:
+    """Sites without a dimension of their own; the odd task has two of them."""
+    y = torch.linspace(-1.0, 2.0, 6, dtype=torch.float64)
+
+    def one_by_one() -> None:
+        phi = pyro.sample("phi", dist.Normal(torch.tensor(0.5).double(), 2.0))
+        for i in pyro.plate("tasks", 6, subsample_size=1):
+            mean = phi.expand(2) if i == odd else phi
+            theta = pyro.sample(f"theta_{i}", dist.Normal(mean, 0.5).to_event(int(i == odd)))
+            pyro.sample(f"y_{i}", dist.Normal(theta.sum(), 1.0), obs=y[i])
+
+    def together() -> None:
+        phi = pyro.sample("phi", dist.Normal(torch.tensor(0.5).double(), 2.0))
+        with pyro.plate("tasks", 6, subsample_size=2) as index:
+            theta = pyro.sample("theta", dist.Normal(phi, 0.5))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y[index])
+
+    return one_by_one if sequentially else together
+
+
 KINDS: dict[str, tuple[Callable[[], Model], dict[str, Any]]] = {
     "vectorised": (vectorised, {}),
     "a block of three": (lambda: vectorised(3), {}),
@@ -66,6 +86,8 @@ KINDS: dict[str, tuple[Callable[[], Model], dict[str, Any]]] = {
     "sequential, a block of two": (lambda: sequential(block=2), {}),
     "two pairs": (two_pairs, {}),
     "two pairs, blocks": (lambda: two_pairs(2), {}),
+    "scalars": (lambda: scalars(sequentially=False), {}),
+    "scalars, sequential": (lambda: scalars(sequentially=True), {}),
     "on the host": (sequential, {"store": "host"}),
     "on disk": (sequential, {"store": "disk"}),
     "euler": (vectorised, {"integrator": "euler"}),
@@ -93,7 +115,7 @@ def test_s_and_r_are_the_sums_that_they_stand_for(name: str) -> None:
     if table is None:
         return
     found = torch.stack([row.double() for row in table.read(range(chain.structure.num_tasks))]).sum(0)
-    torch.testing.assert_close(torch.cat([state.gradients[k] for k in chain.structure.pairs]), found)
+    torch.testing.assert_close(torch.cat([state.gradients[k].reshape(-1) for k in chain.structure.pairs]), found)
 
 
 def test_a_shift_moves_all_theta_alike_and_unvisited_ones_by_nothing_else() -> None:
@@ -270,6 +292,20 @@ def test_the_curvature_of_two_pairs_is_that_of_both_together() -> None:
     assert found is not None
     assert found.largest == pytest.approx(float(torch.linalg.eigvalsh(gram)[-1]), rel=0.02)
     torch.testing.assert_close(found.diagonal, gram.diagonal())
+
+
+def test_a_task_that_is_not_as_the_others_is_refused_at_its_visit_and_not_at_set_up() -> None:
+    kernel = run(scalars(sequentially=True, odd=3), 3)
+    assert kernel.report()["translation_limit"] == pytest.approx(4.0 / (6 + 0.25))
+    with pytest.raises(ValueError, match=r"^task 3: "):
+        kernel.sample(kernel.state.phi)
+
+
+def test_auto_is_saga_where_curvature_is_measured_on_whole_tasks() -> None:
+    assert run(vectorised(), 1, translation="auto").report()["translation"] == "saga"
+    for options in ({"preconditioner": "rms"}, {"phi_update": "langevin", "phi_step_size": 1e-4}):
+        assert run(vectorised(), 1, translation="auto", **options).report()["translation"] == "none"
+    assert run(sequential(), 1, translation="auto").report()["translation"] == "none"
 
 
 def test_the_step_is_a_share_of_its_limit_and_reported() -> None:
