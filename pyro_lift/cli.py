@@ -199,7 +199,7 @@ def speed(
     ] = None,
     rank: Annotated[list[int] | None, typer.Option(help="of the adapters; repeat", min=1)] = None,
     repeats: Annotated[int, typer.Option(help="rounds of each method", min=1)] = 7,
-    part: Annotated[list[str] | None, typer.Option(help="steps, em, blocks, curves, large; repeat")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="steps, em, blocks, curves, large, prefix or adapt")] = None,
     largest: Annotated[str | None, typer.Option(help="of the part large: t5-xl or t5-large")] = None,
 ) -> None:
     """Time a step beside a plain PEFT step, each part of it, and how it grows."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
 from pyro_lift.bench import speed_report
+from pyro_lift.bench.affordable import adapt_records, prefix_records
 from pyro_lift.bench.memory import high_water_mark, reset_high_water_mark
 from pyro_lift.bench.records import Record, write_records
 from pyro_lift.bench.shapes import BACKBONES, ROWS
@@ -23,7 +24,7 @@ from pyro_lift.support.options import check_choice, check_number
 __all__ = ["SpeedSettings", "run"]
 
 
-Part = Literal["steps", "em", "blocks", "curves", "large"]
+Part = Literal["steps", "em", "blocks", "curves", "large", "prefix", "adapt"]
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,18 @@ class SpeedSettings:
     repeats: int = field(default=7, metadata={"help": "rounds; each method once a round"})
     #: steps: methods on a backbone; em: the mixture against the memory's bandwidth; blocks: visits a second against B,
     #: on small backbones; curves: step time against D, N and K, without a backbone; large: a few steps of a large T5,
-    #: in bfloat16 on a GPU.
+    #: in bfloat16 on a GPU; prefix: a visit with the adapter on the last two layers, those below computed once a row;
+    #: adapt: new tasks by plain PEFT one by one, and by adapt_many, on one CPU core.
     parts: tuple[Part, ...] = field(default=get_args(Part), metadata={"help": "that are measured"})
     largest: str | None = field(default=None, metadata={"help": "of large; none: t5-xl on a GPU, t5-large on a CPU"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
     block_backbones: tuple[str, ...] = field(default=("bart-small", "vit-small"), metadata={"help": "for blocks"})
     block_sizes: tuple[int, ...] = field(default=(1, 4, 16, 64), metadata={"help": "tasks of a pass"})
     mixture_size: int = field(default=10_000_000, metadata={"help": "D of the mixture alone"})
+    prefix_backbones: tuple[str, ...] = field(default=("minilm", "vit-b16"), metadata={"help": "for prefix"})
+    adapt_backbone: str = field(default="minilm", metadata={"help": "for adapt"})
+    adapt_tasks: int = field(default=16, metadata={"help": "new tasks, of 50 rows"})
+    adapt_steps: int = field(default=60, metadata={"help": "on each of them"})
     short: bool = field(default=False, metadata={"help": "short curves, nothing compiled"})
 
     def __post_init__(self) -> None:
@@ -59,7 +65,14 @@ class SpeedSettings:
     def smoke(cls, device: str = "cpu") -> SpeedSettings:
         """Return sizes that take seconds: the tiny backbones at rank 4, two repeats, short vectors."""
         tiny = ("bart-tiny", "vit-tiny")
-        return cls(tiny, (4,), 2, get_args(Part), "t5-tiny", device, tiny, (1, 2), 200_000, short=True)
+        small = cls(tiny, (4,), 2, get_args(Part), "t5-tiny", device, tiny, (1, 2), 200_000, short=True)
+        return replace(
+            small,
+            prefix_backbones=("minilm-tiny", "vit-tiny"),
+            adapt_backbone="minilm-tiny",
+            adapt_tasks=2,
+            adapt_steps=4,
+        )
 
 
 def run(out: Path, settings: SpeedSettings | None = None, *, log: Callable[[str], None] = print) -> list[Record]:
@@ -77,6 +90,8 @@ def run(out: Path, settings: SpeedSettings | None = None, *, log: Callable[[str]
         "blocks": _blocks,
         "curves": _curves,
         "large": _largest,
+        "prefix": _prefixes,
+        "adapt": _adaptations,
     }
     common = {"device": _device_name(s.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     records: list[Record] = []
@@ -125,6 +140,19 @@ def _largest(s: SpeedSettings, log: Callable[[str], None]) -> list[Record]:
     dtype = torch.bfloat16 if s.short or on_gpu else torch.float32
     records = large(name, min(s.repeats, 3), s.device, dtype)
     log(speed_report.large_table(records, name))
+    return records
+
+
+def _prefixes(s: SpeedSettings, log: Callable[[str], None]) -> list[Record]:
+    records = prefix_records(s.prefix_backbones, s.repeats, s.device)
+    log(speed_report.prefix_table(records))
+    return records
+
+
+def _adaptations(s: SpeedSettings, log: Callable[[str], None]) -> list[Record]:
+    draws = min(5, s.adapt_steps // 2)
+    records = adapt_records(s.adapt_backbone, s.adapt_tasks, s.adapt_steps, draws, s.repeats)
+    log(speed_report.adapt_table(records))
     return records
 
 

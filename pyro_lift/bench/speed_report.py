@@ -10,8 +10,20 @@ from typing import Any
 from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
 from pyro_lift.bench.records import Record, format_table
 
-__all__ = ["blocks_table", "curves_table", "large_table", "plot", "steps_table", "term"]
+__all__ = [
+    "adapt_table",
+    "blocks_table",
+    "curves_table",
+    "em_table",
+    "large_table",
+    "plot",
+    "prefix_table",
+    "steps_table",
+    "term",
+]
 
+#: Parts with a panel of their own in the figure.
+PANELS = ("step", "breakdown", "em", "large", "prefix", "adapt")
 #: Labels of the axis that a curve is plotted against.
 LABELS = {
     "D": "D, adapter weights (N = 10)",
@@ -102,9 +114,35 @@ def large_table(records: Sequence[Record], name: str) -> str:
     return title + "\n" + format_table(["method", "seconds", "cpu seconds", "peak GiB"], rows)
 
 
+def prefix_table(records: Sequence[Record]) -> str:
+    """Format visits with the layers below the adapter computed once a row, against visits without that."""
+    rows = []
+    for r in records:
+        spread = "{:.2f}-{:.2f}".format(*r["cpu_ratio_quartiles"])
+        numbers = [f"{1e3 * r[name]:.1f}" for name in ("cpu_seconds_without", "cpu_seconds_per_visit")]
+        of = f"last {r['adapted']} of {r['layers']}"
+        rows.append([r["backbone"], of, *numbers, f"{r['cpu_ratio_to_without']:.3f}", spread])
+    head = ["backbone", "layers", "visit without, cpu ms", "with", "ratio (cpu)", "quartiles"]
+    return "layers below the adapter computed once a row\n" + format_table(head, rows)
+
+
+def adapt_table(records: Sequence[Record]) -> str:
+    """Format the adaptation to new tasks, against plain PEFT + AdamW."""
+    rows = []
+    for r in records:
+        spread = "{:.2f}-{:.2f}".format(*r["cpu_times_quartiles"])
+        of = f"{r['adapted']} of {r['layers']}"
+        rows.append([r["method"], of, f"{r['cpu_seconds_per_task']:.2f}", f"{r['cpu_times_as_fast']:.2f}", spread])
+    first = records[0]
+    title = (
+        f"{first['tasks']} new tasks of 50 rows, {first['steps']} steps, {first['draws']} draws: {first['backbone']}"
+    )
+    return title + "\n" + format_table(["method", "layers", "cpu s a task", "times as fast", "quartiles"], rows)
+
+
 def plot(records: Sequence[Record], path: Path) -> None:
     """Plot ratios by method, where a step's time goes, the curves and the largest backbone, as far as measured."""
-    of = {part: [r for r in records if r["part"] == part] for part in ("step", "breakdown", "em", "large")}
+    of = {part: [r for r in records if r["part"] == part] for part in PANELS}
     panels: list[Callable[[Any], None]] = []
     if of["step"]:
         panels += [partial(_plot_ratios, of["step"]), partial(_plot_breakdown, of["breakdown"])]
@@ -118,6 +156,10 @@ def plot(records: Sequence[Record], path: Path) -> None:
         panels.append(partial(_plot_blocks, list(_curves_of(records, "B").values())))
     if of["large"]:
         panels.append(partial(_plot_large, of["large"]))
+    if of["prefix"]:
+        panels.append(partial(_plot_prefix, of["prefix"]))
+    if of["adapt"]:
+        panels.append(partial(_plot_adapt, of["adapt"]))
     columns = min(len(panels), 2)
     rows = -(-len(panels) // max(columns, 1))
     figure, axes = new_figure(rows, columns, width=5.0 * columns, height=3.6 * rows)
@@ -236,3 +278,28 @@ def _plot_large(records: Sequence[Record], axis: Any) -> None:
     axis.set_xlabel("seconds a step; peak memory beside it")
     first = records[0]
     axis.set_title(f"{first['backbone']}, {first['weights'] / 1e6:,.0f} M weights, {first['dtype']}", fontsize=10)
+
+
+def _plot_prefix(records: Sequence[Record], axis: Any) -> None:
+    for k, r in enumerate(records):
+        low, high = r["cpu_ratio_quartiles"]
+        axis.plot([low, high], [k, k], color=COLOURS[k])
+        axis.plot([r["cpu_ratio_to_without"]], [k], "o", color=COLOURS[k])
+    labels = [f"{r['backbone']}\nlast {r['adapted']} of {r['layers']}" for r in records]
+    axis.set_yticks(range(len(records)), labels, fontsize=8)
+    axis.set_ylim(-0.5, len(records) - 0.5)
+    axis.set_xlim(0.0, 1.1)
+    axis.axvline(1.0, color="0.7", zorder=0, linewidth=1)
+    axis.set_xlabel("visit over one that computes all layers")
+    axis.set_title("Layers below the adapter, once a row", fontsize=10)
+
+
+def _plot_adapt(records: Sequence[Record], axis: Any) -> None:
+    for k, r in enumerate(records):
+        axis.barh([k], [r["cpu_times_as_fast"]], color=COLOURS[k % len(COLOURS)])
+    labels = [f"{r['method']}\n{r['adapted']} of {r['layers']} layers" for r in records]
+    axis.set_yticks(range(len(records)), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.axvline(1.0, color="0.7", linewidth=1)
+    axis.set_xlabel("times as fast as PEFT + AdamW")
+    axis.set_title(f"{records[0]['tasks']} new tasks of 50 rows", fontsize=10)

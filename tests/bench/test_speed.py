@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pyro_lift.bench import speed, speed_report
+from pyro_lift.bench.affordable import plain_adaptation
 from pyro_lift.bench.shapes import BACKBONES
 from pyro_lift.bench.speed import Part, SpeedSettings
 from pyro_lift.bench.steps import TimedLiFT, plain
@@ -31,6 +32,13 @@ def test_the_short_form_writes_records_and_a_figure(tmp_path: Path) -> None:
     assert {r["curve"] for r in records if r["part"] == "curve"} == {"N", "D", "K", "B"}
     assert all(r["visits_to_one_by_one"] == 1.0 for r in records if r.get("block_size") == 1 and r["part"] == "curve")
     assert [r["method"] for r in records if r["part"] == "large"] == ["SGD", "LiFT", "MAML"]
+    assert {(r["backbone"], r["adapted"]) for r in records if r["part"] == "prefix"} == {
+        ("minilm-tiny", 2),
+        ("vit-tiny", 1),
+    }
+    adapted = [r for r in records if r["part"] == "adapt"]
+    assert {r["adapted"] for r in adapted} == {2, 3} and len(adapted) == 6
+    assert all(r["cpu_times_as_fast"] == 1.0 for r in adapted if r["method"] == "PEFT + AdamW")
     assert any("LiFT" in line for line in lines)
 
 
@@ -65,7 +73,7 @@ def test_the_plain_loop_and_the_chain_leave_the_backbone_as_they_found_it() -> N
     assert not any(p.requires_grad for p in adapter.backbone.parameters())
 
 
-@pytest.mark.parametrize(("part", "kind"), [("curves", "curve"), ("em", "em"), ("large", "large")])
+@pytest.mark.parametrize(("part", "kind"), [("curves", "curve"), ("em", "em"), ("large", "large"), ("adapt", "adapt")])
 def test_a_part_alone_has_files_of_its_own(tmp_path: Path, part: Part, kind: str) -> None:
     records = speed.run(tmp_path, replace(SpeedSettings.smoke(), parts=(part,)), log=lambda text: None)
     assert {r["part"] for r in records} == {kind}
@@ -77,3 +85,21 @@ def test_a_curve_s_term_is_the_line_it_came_from() -> None:
     assert speed_report.term(points) == pytest.approx((0.002, 3e-9))
     flat = [{"at": x, "cpu_seconds_per_step": 0.002 - 1e-12 * x} for x in (1e4, 1e7)]
     assert speed_report.term(flat)[1] == 0.0
+
+
+def test_plain_adaptation_learns_a_task() -> None:
+    """The loop that we compare with is one that works: at a rate that moves, its loss falls."""
+    import peft
+
+    torch.manual_seed(0)
+    shape = BACKBONES["minilm-tiny"]
+    net, task = shape.make().eval(), shape.task(0)
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"])
+    iterates, head = plain_adaptation(net, config, task, 60, 3, rate=0.05)
+    assert iterates.shape[0] == 3
+    inputs = task.train.inputs
+    weight = inputs["attention_mask"].unsqueeze(-1).float()
+    with torch.no_grad():
+        features = (net(**inputs).last_hidden_state * weight).sum(1) / weight.sum(1)
+        loss = torch.nn.functional.cross_entropy(head(features), task.train.target)
+    assert float(loss) < 0.9 * torch.log(torch.tensor(3.0))
