@@ -349,7 +349,7 @@ class RandomAdapter(PyroModule):
     def _read_head_inputs(self, inputs: Sequence[Any], named: Mapping[str, Any], block: bool = False) -> Tensor:
         """Do what :meth:`_read` does, for a task's own head on top of label matching."""
         readout: Any = readout_for(named, self.readout)
-        return self._widened(readout.head_inputs(self.backbone, named))
+        return self._widened(readout.head_inputs(self.network, named))
 
     def _read(self, inputs: Sequence[Any], named: Mapping[str, Any], block: bool = False) -> Tensor:
         """Run the bound network and read its output; for a block, with one leading row per row of any task."""

@@ -26,7 +26,7 @@ def features(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
     network its output. Label texts and decoder inputs are ignored: tasks are compared by their inputs.
     """
     with adapter.bound(theta):
-        return _features(_plain(adapter.backbone), rows)
+        return _features(adapter, _plain(adapter.backbone), rows)
 
 
 @torch.no_grad()
@@ -45,14 +45,16 @@ def _plain(backbone: nn.Module) -> nn.Module:
     return inner
 
 
-def _features(network: Any, rows: Rows) -> Tensor:
+def _features(adapter: RandomAdapter, network: Any, rows: Rows) -> Tensor:
+    call = adapter.prefix.call  # layers below the adapter, once a row
     if hasattr(network, "forward_head"):
-        return torch.as_tensor(network.forward_head(network.forward_features(*rows.positional), pre_logits=True))
+        states = call(network.forward_features, rows.positional, {})
+        return torch.as_tensor(network.forward_head(states, pre_logits=True))
     if not hasattr(network, "config"):
-        return torch.as_tensor(network(*rows.positional, **rows.named))
+        return torch.as_tensor(call(network, rows.positional, rows.named))
     if "pixel_values" in rows.inputs:
-        return pool(network(pixel_values=rows.inputs["pixel_values"]).last_hidden_state, how="first")
+        return pool(call(network, (), {"pixel_values": rows.inputs["pixel_values"]}).last_hidden_state, how="first")
     body = network.get_encoder() if getattr(network.config, "is_encoder_decoder", False) else network.base_model
     mask = rows.inputs.get("attention_mask")
-    states = body(input_ids=rows.inputs["input_ids"], attention_mask=mask).last_hidden_state
+    states = call(body, (), {"input_ids": rows.inputs["input_ids"], "attention_mask": mask}).last_hidden_state
     return pool(states, mask)

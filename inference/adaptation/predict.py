@@ -113,7 +113,7 @@ def label_probabilities(
         draws = []
         for theta in thetas:
             with adapter.bound(theta):
-                draws.append(torch.softmax(scoring(adapter.backbone, named), -1))
+                draws.append(torch.softmax(scoring(adapter.network, named), -1))
         parts.append(torch.stack(draws).mean(0))
     return torch.cat(parts)
 

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lift import LiFT, Task
-from pyro_lift.inference.adaptation.predict import predict
+from pyro_lift.inference.adaptation.predict import label_probabilities, predict
 from pyro_lift.models.activation_checkpointing import checkpoint_layers
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone, recipe
 from pyro_lift.models.block_likelihood import block_log_likelihood, stack_rows
+from pyro_lift.models.features import features
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.observation import outputs
 from pyro_lift.models.prefix import PrefixMode
+from pyro_lift.models.readouts import LabelScoring
 from pyro_lift.models.row_states import RowStates
 
 LAYERS = 4
@@ -153,6 +155,37 @@ def test_meta_training_adaptation_and_predictions_are_the_same(family: str) -> N
         found.append((mean, posterior.thetas, posterior.predict(tasks[2].train)))
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bart", "bert", "vit"])
+def test_features_are_the_same(family: str) -> None:
+    with_it, without = pair(family)
+    rows, theta = ragged(tiny.FAMILIES[family].task("a")).train, somewhere(with_it)
+    with_it(*rows.positional, theta=theta, **rows.named)
+    for _ in range(2):
+        torch.testing.assert_close(features(with_it, rows, theta), features(without, rows, theta), rtol=1e-5, atol=1e-6)
+    assert with_it.prefix.states.found > 0
+
+
+def test_similarities_that_heads_stand_on_are_the_same() -> None:
+    with_it, without = pair("bert")
+    named, theta = ragged(tiny.matching_task("a")).train.named, somewhere(with_it)
+    for _ in range(2):
+        got, expected = (adapter(theta=theta, head_inputs=True, **named) for adapter in (with_it, without))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert with_it.prefix.states.found >= 2 * (tiny.N + 3) - (tiny.N + 3)
+
+
+def test_label_scores_are_the_same() -> None:
+    with_it, without = pair("bart")
+    rows, thetas = ragged(tiny.seq2seq_task("a")).train, somewhere(with_it, 2)
+    with_it(theta=thetas[0], **rows.named)
+    texts = {"input_ids": torch.randint(5, tiny.V, (3, 3)), "attention_mask": torch.ones(3, 3, dtype=torch.long)}
+    got, expected = (
+        label_probabilities(adapter, thetas, rows, texts, LabelScoring(start_token=2)) for adapter in (with_it, without)
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert with_it.prefix.states.found > 0
 
 
 def test_predictions_of_several_draws_are_the_same() -> None:
