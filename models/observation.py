@@ -16,6 +16,7 @@ from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.task import Rows, Task
 
 __all__ = [
+    "WHOLE",
     "batch_of",
     "check_width",
     "has_head",
@@ -28,13 +29,15 @@ __all__ = [
 
 log = logging.getLogger("pyro_lift")
 
+#: Rows that are one minibatch where a task is to be taken whole.
+WHOLE = 256
 #: Rows of the first task that show whether every adapter weight has an effect.
 TRIAL_ROWS = 16
 
 
 def batch_of(task: Task, batch_size: int | None) -> int:
-    """Limit the rows of a minibatch to those that the task has."""
-    return len(task.train) if batch_size is None else min(batch_size, len(task.train))
+    """Limit the rows of a minibatch to those that the task has; None takes all, 0 all of at most :data:`WHOLE`."""
+    return len(task.train) if batch_size is None else min(batch_size or WHOLE, len(task.train))
 
 
 def has_head(task: Task, scale: float | None) -> bool:

@@ -113,7 +113,7 @@ class SolvedHeads:
         """
         assert task.num_classes is not None
         least = self.folds if "option_input_ids" in task.train.inputs else self.folds * task.num_classes
-        return batch_of(task, None if batch_size is None else max(batch_size, least))
+        return batch_of(task, max(batch_size, least) if batch_size else batch_size)
 
     def log_prob(self, tasks: Sequence[int], features: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """Held-out log probability of each row of a pass, ``[B, b]``; differentiable in the features.

@@ -31,6 +31,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.chance import chance_loss
 from pyro_lift.models.hierarchical import AdapterHierarchy
+from pyro_lift.models.observation import WHOLE
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
@@ -308,7 +309,7 @@ def _effective(program: AdapterHierarchy, moments: dict[str, Tensor], s: LiFTSet
         return {}
     assert s.n_inflate is not None
     rows = sum(len(task.train) for task in program.tasks) / len(program.tasks)
-    batch = rows if s.batch_size is None else float(s.batch_size)
+    batch = float(s.batch_size) if s.batch_size else min(rows, float(WHOLE))
     number = effective_weights(moments["theta"], program.beta, rows=rows, batch_size=batch, power=s.n_inflate)
     log.info("the data of a task move about %.3g of the adapter's %d weights", number, program.adapter.dim)
     if number < 1.0:

@@ -26,7 +26,7 @@ class AdaptSettings:
     n_inflate: float | None = field(
         default=None, metadata={"help": "power on the likelihood; none: that of meta-training"}
     )
-    batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
+    batch_size: int = field(default=16, metadata={"help": "rows of a minibatch; 0: all of a task's, up to 256"})
     draws: int = field(default=10, metadata={"help": "draws kept, evenly spaced over the last half of the steps"})
     unmoved: float | None = field(
         default=None,
@@ -42,7 +42,8 @@ class AdaptSettings:
         check_number("untouched", self.untouched, open_below=False)
         if self.untouched >= 1.0:
             raise ValueError(f"untouched={self.untouched:g}: a probability below 1 is needed; 0 leaves that start out.")
-        _check_numbers(self, positive=(), counts=("steps", "batch_size", "draws"))
+        _check_numbers(self, positive=(), counts=("steps", "draws"))
+        check_number("batch_size", self.batch_size, open_below=False, whole=True)
         if self.learning_rate is not None:
             check_number("learning_rate", self.learning_rate)
         if self.n_inflate is not None:
@@ -112,7 +113,7 @@ class LiFTSettings:
         default=None,
         metadata={"help": "power on the likelihood, the paper's name for 1 / temperature (docs/sampler.md); none: 1"},
     )
-    batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
+    batch_size: int = field(default=16, metadata={"help": "rows of a minibatch; 0: all of a task's, up to 256"})
     block_size: int = field(default=1, metadata={"help": "tasks of a visit; more than one go in one pass"})
     ranks_block_size: int = field(
         default=0, metadata={"help": "tasks of a visit that torchrun's processes share, in passes of block_size; 0: no"}
@@ -137,7 +138,7 @@ class LiFTSettings:
         _check_numbers(
             self,
             positive=("noise_scale", "head_lr_scale", "phi_step_fraction"),
-            counts=("components", "samples", "thinning", "batch_size", "block_size"),
+            counts=("components", "samples", "thinning", "block_size"),
         )
         for name in ("beta", "sigma", "learning_rate", "sgd_learning_rate", "n_inflate"):
             value = getattr(self, name)
@@ -147,7 +148,7 @@ class LiFTSettings:
         if self.temperature is not None:
             check_number("temperature", self.temperature, open_below=False)
         check_number("head_temperature", self.head_temperature, open_below=False)
-        for name in ("sgd_steps", "burn_in", "ranks_block_size"):
+        for name in ("sgd_steps", "burn_in", "batch_size", "ranks_block_size"):
             check_number(name, getattr(self, name), open_below=False, whole=True)
         check_choice("covariance", self.covariance, ["diag", "spherical"])
         check_choice("phi_update", self.phi_update, ["gibbs", "langevin"])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyro_lift import DivergedError, LiFT, LiFTSettings, RandomAdapter, Task
 from pyro_lift.models.linear_gaussian import Gaussian, LinearGaussian, fit, gaussian_kl
+from pyro_lift.models.observation import WHOLE, batch_of
 
 
 class Line(nn.Module):
@@ -52,6 +53,20 @@ def test_meta_training_finds_the_exact_posterior_of_the_toy() -> None:
     mean, variance = found.component_distribution.mean[0], found.component_distribution.variance[0]
     # The kernel alone reaches 0.004 at this length; the mixture's covariance is diagonal, as the toy's nearly is.
     assert gaussian_kl(Gaussian(mean, torch.diag(variance)), exact) < 0.04
+
+
+def test_a_batch_size_of_zero_takes_tasks_whole() -> None:
+    toy = LinearGaussian(3, seed=0)
+    means = []
+    for batch_size in (0, toy.num_data):
+        lift = toy_lift(toy, batch_size=batch_size, burn_in=2, samples=5)
+        prior = lift.meta_train(toy_tasks(toy), progress=False)
+        thetas = prior.adapt(toy_tasks(toy)[0], steps=6, draws=3, learning_rate=1e-3, batch_size=batch_size).thetas
+        means.append((prior.mixture.get().mean, thetas))
+    for got, expected in zip(*means, strict=True):
+        assert torch.equal(got, expected)
+    long = Task("long", (torch.zeros(WHOLE + 5, 2), torch.zeros(WHOLE + 5, 1)), kind="regression")
+    assert batch_of(long, 0) == WHOLE
 
 
 def test_adaptation_draws_from_the_exact_posterior_of_the_new_task() -> None:
