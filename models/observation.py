@@ -24,6 +24,7 @@ __all__ = [
     "network_output",
     "observe",
     "outputs",
+    "own_head_scale",
     "sample_head",
 ]
 
@@ -31,6 +32,8 @@ log = logging.getLogger("pyro_lift")
 
 #: Rows that are one minibatch where a task is to be taken whole.
 WHOLE = 256
+#: Prior sd of the heads that tasks are given unasked; they are solved, and each chooses its own.
+AUTOMATIC_SCALE = 1.0
 #: Rows of the first task that show whether every adapter weight has an effect.
 TRIAL_ROWS = 16
 
@@ -43,6 +46,27 @@ def batch_of(task: Task, batch_size: int | None) -> int:
 def has_head(task: Task, scale: float | None) -> bool:
     """Whether a task has a linear head of its own, where heads have prior sd ``scale`` (None: they are shared)."""
     return scale is not None and task.num_classes is not None and task.kind != "matching"
+
+
+@torch.no_grad()
+def own_head_scale(adapter: RandomAdapter, tasks: Sequence[Task], scale: float | None, *, solve: bool) -> float | None:
+    """Return the scale of the tasks' own heads: the given one; without one, heads of their own on a features network.
+
+    Args:
+        adapter: the network as a function of theta.
+        tasks: of which a classification, if there is one, is looked at.
+        scale: None leaves it to the network: features call for heads of the tasks' own, answers for none.
+        solve: whether heads are solved; heads that take steps are given only where they are asked for.
+    """
+    classes = [task for task in tasks if task.kind == "classification"]
+    if scale is not None or not solve or not classes:
+        return scale
+    adapter.check_use()
+    width = _first_output(adapter, classes[0]).shape[-1]
+    if not adapter.gives_features:
+        return None
+    log.info("the network's output is %d features: every task has a linear head of its own, solved on its rows.", width)
+    return AUTOMATIC_SCALE
 
 
 def sample_head(name: str, task: Task, width: int, scale: float | None, like: Tensor) -> Tensor | None:
@@ -153,7 +177,7 @@ def _check_outputs(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
 
 def _first_output(adapter: RandomAdapter, task: Task) -> Tensor:
     """Compute the output on the task's first row; the network's own errors then name the task and its inputs."""
-    row = task.train.take(slice(0, 1))
+    row = task.train.take(slice(0, 1)).to(adapter.initial.device)
     try:
         return outputs(adapter, row, adapter.initial, None)
     except (RuntimeError, TypeError, IndexError, KeyError) as error:

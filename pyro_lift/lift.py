@@ -31,7 +31,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.chance import chance_loss
 from pyro_lift.models.hierarchical import AdapterHierarchy
-from pyro_lift.models.observation import WHOLE
+from pyro_lift.models.observation import WHOLE, own_head_scale
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
@@ -245,7 +245,7 @@ class LiFT:
             sigma=by_weight(self.adapter, s.sigma),
             batch_size=s.batch_size,
             prior_mean=self.adapter.initial if s.prior_mean == "adapter" else None,
-            head_scale=s.head_scale,
+            head_scale=own_head_scale(self.adapter, tasks, s.head_scale, solve=s.head != "langevin"),
             noise_scale=s.noise_scale,
             block_size=s.block_size,
             head="sample" if s.head == "langevin" else "solve",
@@ -253,7 +253,7 @@ class LiFT:
 
     def _fitted(self, program: AdapterHierarchy) -> LiFTSettings:
         """Look at what the prior does to the tasks' loss, and give the program the widths that come of it."""
-        s = fitted(self.settings, self.adapter, program.tasks)
+        s = fitted(replace(self.settings, head_scale=program.head_scale), self.adapter, program.tasks)
         program.beta, program.sigma = by_weight(self.adapter, s.beta), by_weight(self.adapter, s.sigma)
         return s
 

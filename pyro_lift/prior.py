@@ -33,7 +33,7 @@ from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.flat import FlatBlock
 from pyro_lift.models.hierarchical import can_share_pass
-from pyro_lift.models.observation import has_head
+from pyro_lift.models.observation import has_head, own_head_scale
 from pyro_lift.models.priors import broadened
 from pyro_lift.models.solved_heads import UNMOVED, SolvedHeads, has_solved_head, with_unmoved
 from pyro_lift.models.task import Task
@@ -179,7 +179,7 @@ class LiFTPrior:
             mixture,
             beta=self.beta,
             batch_size=a.batch_size,
-            head_scale=s.head_scale,
+            head_scale=self._head_scale([task]),
             noise_scale=s.noise_scale,
             solved=solved,
         )
@@ -218,7 +218,7 @@ class LiFTPrior:
             options: fields of :class:`AdaptSettings` to change.
         """
         check_number("block_size", block_size, least=1, open_below=False, whole=True)
-        if block_size == 1 or not can_share_pass(tasks, self.settings.head_scale, self.settings.head != "langevin"):
+        if block_size == 1 or not can_share_pass(tasks, self._head_scale(tasks), self.settings.head != "langevin"):
             return [self.adapt(task, seed=seed, progress=progress, **options) for task in tasks]
         a = self._adapt_settings(options)
         seed = self.seed if seed is None else seed
@@ -242,7 +242,7 @@ class LiFTPrior:
             tasks,
             broadened(mixture, self.beta),
             batch_size=a.batch_size,
-            head_scale=s.head_scale,
+            head_scale=self._head_scale(tasks),
             noise_scale=s.noise_scale,
             solved=solved,
         )
@@ -286,10 +286,14 @@ class LiFTPrior:
         self, tasks: Sequence[Task], mixture: Any, untouched: Untouched | None
     ) -> tuple[SolvedHeads | None, list[Start]]:
         """Solve the heads of new tasks at the starts; None, and no starts, where they are not solved."""
-        scale = self.settings.head_scale
+        scale = self._head_scale(tasks)
         if self.settings.head == "langevin" or not all(has_solved_head(self.adapter, task, scale) for task in tasks):
             return None, []
         return heads_at_best_start(self.adapter, tasks, mixture, untouched, scale=self.matching_scale)
+
+    def _head_scale(self, tasks: Sequence[Task]) -> float | None:
+        """The scale of new tasks' own heads: that of meta-training, or what the network calls for."""
+        return own_head_scale(self.adapter, tasks, self.settings.head_scale, solve=self.settings.head != "langevin")
 
     def _unmoved(self, a: AdaptSettings, tasks: Sequence[Task], solved: SolvedHeads | None) -> float:
         """Return the share of the draws that stay at the start; refuse one where no head goes with the start."""

@@ -21,7 +21,7 @@ rule
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -44,7 +44,7 @@ from pyro_lift.inference.adaptation.update_rules import Terms, UpdateRule
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import log_likelihood
-from pyro_lift.models.observation import has_head, outputs
+from pyro_lift.models.observation import has_head, outputs, own_head_scale
 from pyro_lift.models.priors import LocalGaussian, gaussian_at
 from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.task import Rows, Task
@@ -86,22 +86,28 @@ class HeadPolicy:
     """Settings for per-task linear heads on the network's output.
 
     Args:
-        scale: standard deviation of a head's Gaussian prior; None for a network whose head all tasks share.
+        scale: standard deviation of a head's Gaussian prior; None for a network whose head all tasks share, or whose
+            output is features, on which every task then has a solved one.
         lr_scale: a head's learning rate over the adapter's.
         update: whether a head takes steps beside the adapter, or is solved on the task's rows
             (:mod:`~pyro_lift.models.solved_heads`): in fine-tuning, joint training and LiFT; the inner loops of the
-            other meta-learners take steps.
+            other meta-learners take steps. Solved, label matching has heads too.
     """
 
     scale: float | None = None
     lr_scale: float = 10.0
-    update: Literal["step", "solve"] = "step"
+    update: Literal["step", "solve"] = "solve"
 
     def __post_init__(self) -> None:
         if self.scale is not None:
             check_number("head scale", self.scale)
         check_number("head lr_scale", self.lr_scale)
         check_choice("head update", self.update, ["step", "solve"])
+
+    def fitted(self, adapter: RandomAdapter, tasks: Sequence[Task]) -> HeadPolicy:
+        """Fill in what was left to the network: features call for heads of the tasks' own."""
+        scale = own_head_scale(adapter, tasks, self.scale, solve=self.update == "solve")
+        return self if scale == self.scale else replace(self, scale=scale)
 
     def fresh(self, task: Task, width: int, like: Tensor) -> Tensor | None:
         """Make a head of zeros, or None where the head is shared."""

@@ -49,7 +49,7 @@ class Heads:
     """Per-task heads during meta-training; they are not part of the learned initialisation."""
 
     def __init__(self, adapter: RandomAdapter, tasks: Sequence[Task], budget: Budget, learning_rate: float) -> None:
-        self.policy = budget.heads
+        self.policy = budget.heads.fitted(adapter, tasks)
         self.rule: UpdateRule = adam(self.policy.lr_scale * learning_rate)
         width = check_width(adapter, tasks, self.policy.scale)
         self.values = [self.policy.fresh(task, width, adapter.initial) for task in tasks]

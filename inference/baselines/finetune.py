@@ -19,7 +19,7 @@ from pyro_lift.inference.adaptation.inner_loop import (
 )
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.adaptation.update_rules import UpdateRule, adam
-from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.baselines.protocol import Budget, with_heads
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import Block, block_log_likelihood, stack_rows
 from pyro_lift.models.hierarchical import can_share_pass
@@ -67,6 +67,7 @@ def finetune(
         DivergedError: a loss that is not finite.
     """
     data = task.to(start.device)
+    budget = with_heads(budget, adapter, [data])
     width = check_width(adapter, [data], budget.heads.scale)
     generator = torch.Generator().manual_seed(budget.seed if seed is None else seed)
     noise = noise_generator(generator, start)
@@ -111,6 +112,7 @@ def finetune_each(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor, 
         ValueError: labels outside the head's range.
         DivergedError: a loss that is not finite.
     """
+    budget = with_heads(budget, adapter, [task.to(start.device) for task in tasks])
     if not can_share_pass(tasks, budget.heads.scale, budget.heads.update == "solve"):
         return [finetune(adapter, task, start, budget) for task in tasks]
     return _finetune_block(adapter, tasks, start, budget)

@@ -53,7 +53,8 @@ def graph_bytes(adapter: RandomAdapter, task: Task, budget: Budget) -> int:
         return x
 
     rows = task.train.take(slice(0, budget.batch_size))
-    head = budget.heads.fresh(task, check_width(adapter, [task], budget.heads.scale), adapter.initial)
+    heads = budget.heads.fitted(adapter, [task])
+    head = heads.fresh(task, check_width(adapter, [task], heads.scale), adapter.initial)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = mean_loss(adapter, task, rows, Weights(adapter.initial, head).leaves())
     del loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from pyro_lift.models.task import Task
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_number
 
-__all__ = ["AdaptsMany", "Baseline", "Budget", "OnStep", "Posterior", "State", "adapt_all"]
+__all__ = ["AdaptsMany", "Baseline", "Budget", "OnStep", "Posterior", "State", "adapt_all", "with_heads"]
 
 OnStep = Callable[[], None] | None
 
@@ -52,6 +52,12 @@ class Budget:
             check_number("memory_limit", self.memory_limit, least=1, open_below=False, whole=True)
         if self.steps < 2 * self.draws:
             raise ValueError(f"steps={self.steps}: {self.draws} draws from the last half need {2 * self.draws} steps.")
+
+
+def with_heads(budget: Budget, adapter: RandomAdapter, tasks: Sequence[Task]) -> Budget:
+    """Fill in the heads that a budget leaves to the network (:meth:`HeadPolicy.fitted`)."""
+    heads = budget.heads.fitted(adapter, tasks)
+    return budget if heads is budget.heads else replace(budget, heads=heads)
 
 
 class Posterior(Protocol):

@@ -18,7 +18,7 @@ from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.adaptation.update_rules import adam
 from pyro_lift.inference.baselines.episodes import Heads, check_tasks
 from pyro_lift.inference.baselines.finetune import finetune, finetune_each, rows_of_pass
-from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.baselines.protocol import Budget, with_heads
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
@@ -114,6 +114,7 @@ def union_train(
     check_number("steps", steps, least=1, open_below=False, whole=True)
     budget = budget or Budget()
     tasks = check_tasks(tasks, adapter.initial.device)
+    budget = with_heads(budget, adapter, tasks)
     generator = torch.Generator().manual_seed(budget.seed)
     solved = budget.heads.solved(adapter, tasks, adapter.initial if start is None else start)
     batches = [minibatches(task.train, rows_of_pass(task, budget, solved), generator) for task in tasks]

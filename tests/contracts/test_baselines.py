@@ -17,7 +17,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize(
     "heads",
-    [HeadPolicy(), HeadPolicy(scale=1.0, lr_scale=3.0), HeadPolicy(scale=1.0, update="solve")],
+    [HeadPolicy(), HeadPolicy(scale=1.0, lr_scale=3.0, update="step"), HeadPolicy(scale=1.0, update="solve")],
     ids=["shared", "own", "solved"],
 )
 def test_contract(name: str, heads: HeadPolicy) -> None:

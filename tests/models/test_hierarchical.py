@@ -204,7 +204,9 @@ def test_adapting_to_a_block_without_noise_is_adapting_to_each(
 def test_fine_tuning_a_block_is_fine_tuning_each(head_scale: float | None) -> None:
     torch.set_default_dtype(torch.float64)
     adapter, tasks = picture_adapter(), picture_tasks()
-    budget = Budget(steps=9, draws=3, learning_rate=3e-3, batch_size=6, seed=4, heads=HeadPolicy(head_scale))
+    budget = Budget(
+        steps=9, draws=3, learning_rate=3e-3, batch_size=6, seed=4, heads=HeadPolicy(head_scale, update="step")
+    )
     together = finetune_each(adapter, tasks, adapter.initial, budget)
     assert len({float(one.thetas.sum()) for one in together}) == len(tasks)
     for task, one in zip(tasks, together, strict=True):

@@ -352,7 +352,8 @@ def test_fine_tuning_has_the_same_heads_in_a_block_and_alone() -> None:
         assert alone.heads is not None and alone.heads.shape == (2, 3, 16 + 3 + 1)
         torch.testing.assert_close(block[k].thetas, alone.thetas, rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(block[k].heads, alone.heads, rtol=1e-5, atol=1e-6)
-    assert finetune(adapter, tasks[0], adapter.initial, Budget(steps=4, draws=2)).heads is None
+    stepped = Budget(steps=4, draws=2, heads=HeadPolicy(update="step"))
+    assert finetune(adapter, tasks[0], adapter.initial, stepped).heads is None
 
 
 @pytest.mark.parametrize("block_size", [1, 2])

@@ -211,7 +211,7 @@ def test_a_new_task_takes_the_start_that_suits_it() -> None:
 
 def test_mixtures_work_with_heads_of_the_tasks_own() -> None:
     adapter, tasks = tiny_adapter(), tiny_tasks(3)
-    budget = replace(SMALL, heads=HeadPolicy(scale=1.0))
+    budget = replace(SMALL, heads=HeadPolicy(scale=1.0, update="step"))
     method = MAMLMix(adapter, budget, components=2, temperature=0.5)
     state = method.meta_train(tasks)
     assert sum(state.taken) == state.meta_steps * method.tasks_per_step

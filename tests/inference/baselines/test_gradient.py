@@ -85,7 +85,7 @@ def test_first_order_maml_is_maml_without_the_hessian() -> None:
 
 def test_a_task_with_its_own_head_adapts_and_keeps_it() -> None:
     adapter, task = tiny_adapter(), tiny_tasks(1)[0]
-    budget = replace(FULL, heads=HeadPolicy(scale=1.0))
+    budget = replace(FULL, heads=HeadPolicy(scale=1.0, update="step"))
     heads = Heads(adapter, [task], budget, 0.1)
     MAML(adapter, budget).gradient(spread(adapter), one_episode(task), heads, torch.Generator())
     assert heads.values[0] is not None and heads.values[0].abs().max() > 0
