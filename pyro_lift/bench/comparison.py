@@ -1,6 +1,6 @@
 """A comparison of LiFT with three other methods on the unseen tasks of a benchmark, run by three of the examples.
 
-The others are the linear probe (where tasks have classes), No Meta Train and Union Train.
+The others are the linear probe (where tasks have classes), tuned LoRA, No Meta Train and Union Train.
 
 All methods get the same backbone, initial adapter, number of meta-training minibatches, adaptation steps and number of
 networks behind a prediction. Each chooses its rate of adaptation on the development tasks, from one grid, by mean NLL;
@@ -30,6 +30,7 @@ from pyro_lift.data.text import TextRow, TextTask
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.adaptation.predict import predict
 from pyro_lift.inference.baselines.linear_probe import ProbePosterior, has_probe
+from pyro_lift.inference.baselines.lora_tuned import TunedPosterior
 from pyro_lift.inference.baselines.protocol import Baseline, Budget
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.methods.registry import BASELINES
@@ -45,11 +46,14 @@ __all__ = ["METHODS", "Benchmark", "ComparisonSettings", "benchmark_of", "hold_o
 #: Methods as tables name them, and as the registry does; the last is what the others are tested against.
 METHODS = {
     "Linear Probe": "linear-probe",
+    "Tuned LoRA": "lora-tuned",
     "No Meta Train": "no-meta-train",
     "Union Train": "union-train",
     "LiFT": "lift",
 }
-LIFT, PROBE = "LiFT", "Linear Probe"
+LIFT, PROBE, TUNED = "LiFT", "Linear Probe", "Tuned LoRA"
+#: They choose on each task's own rows, so that no rate is chosen for them.
+CHOOSE = (PROBE, TUNED)
 
 
 @dataclass(frozen=True)
@@ -207,8 +211,9 @@ def _gradients(benchmark: Benchmark, settings: ComparisonSettings) -> int:
     """Count the gradients of the whole comparison, for the bar."""
     trained = 2 * (settings.warm_up + settings.visits)
     tried = len(settings.rates) * len(benchmark.tasks.dev)
-    stepped = sum(name != PROBE for name in methods_of(benchmark))
-    return settings.seeds * (trained + stepped * (tried + len(benchmark.tasks.test)) * settings.steps)
+    tasks = sum((name != PROBE) * len(benchmark.tasks.test) for name in methods_of(benchmark))
+    tasks += sum(tried for name in methods_of(benchmark) if name not in CHOOSE)
+    return settings.seeds * (trained + tasks * settings.steps)
 
 
 def methods_of(benchmark: Benchmark) -> list[str]:
@@ -245,6 +250,8 @@ class _Contender(NamedTuple):
         options: dict[str, Any] = {}
         if self.name == LIFT:
             options["settings"] = LiFTSettings(components=s.components, beta=s.beta, n_inflate=s.n_inflate)
+        if self.name == TUNED:
+            options["rates"] = tuple(s.rates)
         return BASELINES[METHODS[self.name]](self.adapter, budget, **options)
 
 
@@ -254,8 +261,7 @@ def _run_method(contender: _Contender) -> list[Record]:
     start = time.perf_counter()
     state = contender.method(settings.rates[0]).meta_train(benchmark.tasks.train, on_step=bar.update)
     meta_seconds = time.perf_counter() - start
-    # The probe chooses its strength on each task's own rows, and takes no steps.
-    rate = settings.rates[0] if name == PROBE else _chosen_rate(contender, state)
+    rate = settings.rates[0] if name in CHOOSE else _chosen_rate(contender, state)
     records = []
     for task in benchmark.tasks.test:
         bar.set_description(f"{name}: {task.name}")
@@ -271,7 +277,7 @@ def _run_method(contender: _Contender) -> list[Record]:
                 "metric": task.metric,
                 "rows": len(rows),
                 **scores(_predicted(posterior, task, rows), rows, task, texts),
-                "rate": None if name == PROBE else rate,
+                "rate": None if name in CHOOSE else rate,
                 "meta_seconds": round(meta_seconds, 2),
                 "adapt_seconds": round(adapt_seconds, 2),
             }
@@ -312,6 +318,8 @@ def _predicted(posterior: Any, task: Task, rows: Rows) -> Tensor:
     probabilities at once, and text is padded to the longest of its own pass.
     """
     size = min(len(rows), 32)
+    if isinstance(posterior, TunedPosterior):
+        posterior = posterior.posterior
     if isinstance(posterior, ProbePosterior):
         return posterior.predict(rows)
     return predict(posterior.adapter, posterior.thetas, rows, task.kind, heads=posterior.heads, batch_size=size)

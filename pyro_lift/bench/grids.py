@@ -48,6 +48,7 @@ LIKE = {
     **dict.fromkeys(("fo-maml", "imaml", "boot-maml", "bmaml", "abml", "maml-mix-k5", "imaml-mix-k5"), "maml"),
     "reptile": "protonet",
     "linear-probe": "no-meta-train",  # it has no rate: its strength is chosen on each task's own rows
+    "lora-tuned": "no-meta-train",  # it chooses its own, likewise
     "taskwise-peft": "shared-peft",
     "maml-2": "maml",
     "maml-3": "maml",

@@ -24,6 +24,7 @@ from pyro_lift.inference.baselines.bmaml import BMAML
 from pyro_lift.inference.baselines.bootstrapped_maml import BootstrappedMAML
 from pyro_lift.inference.baselines.imaml import ImplicitMAML
 from pyro_lift.inference.baselines.linear_probe import LinearProbe
+from pyro_lift.inference.baselines.lora_tuned import LoRATuned
 from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.maml_mix import MAMLMix
 from pyro_lift.inference.baselines.mbc import MBC
@@ -47,6 +48,7 @@ __all__ = ["BASELINES"]
 #: :class:`~pyro_lift.inference.baselines.protocol.Budget` and the method's own settings.
 BASELINES: dict[str, Callable[..., Baseline[Any]]] = {
     "linear-probe": LinearProbe,
+    "lora-tuned": LoRATuned,
     "no-meta-train": NoMetaTrain,
     "union-train": UnionTrain,
     "maml": MAML,

@@ -61,7 +61,9 @@ def test_it_gives_the_same_numbers_again_and_in_other_processes(
 
 
 @pytest.mark.parametrize(
-    "groups", [("no-meta-train",), ("linear-probe", "no-meta-train"), ("union-train", "lift"), ("lift",)], ids="+".join
+    "groups",
+    [("no-meta-train",), ("linear-probe", "lora-tuned", "no-meta-train"), ("union-train", "lift"), ("lift",)],
+    ids="+".join,
 )
 @pytest.mark.parametrize("part", ["dev", "test"])
 def test_the_bar_ends_where_it_said(groups: tuple[demo.Group, ...], part: Literal["dev", "test"]) -> None:

@@ -33,13 +33,13 @@ def test_a_benchmark_compares_its_methods_and_lists_what_is_missing(
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     records = json.loads((tmp_path / "out" / "results.json").read_text())
-    methods = ["No Meta Train", "Union Train", "LiFT"]
+    methods = ["Tuned LoRA", "No Meta Train", "Union Train", "LiFT"]
     methods = methods if name == "shakespeare" else ["Linear Probe", *methods]
     assert len(records) == len(methods) * tasks
     assert [r["method"] for r in records[::tasks]] == methods
     for record in records:
         assert record[measure] == record[measure] and 0.0 <= record["accuracy"] <= 1.0
-        assert (record["rate"] in (1e-3, 3e-3)) == (record["method"] != "Linear Probe")
+        assert (record["rate"] in (1e-3, 3e-3)) == (record["method"] not in ("Linear Probe", "Tuned LoRA"))
     assert all(method in result.stdout for method in methods)
     assert "development tasks" in result.stdout and "step/s" in result.stderr
     summary = (tmp_path / "out" / "tasks.txt").read_text()
