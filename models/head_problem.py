@@ -294,8 +294,11 @@ def _line_search(
     for _ in range(40):
         moved = v + length[..., None, None] * direction
         new_loss, new_gradient = terms(problem, moved)
-        # Near the mode the loss no longer resolves a step: there a smaller gradient is progress too.
-        good = (new_loss <= loss + 1e-4 * length * slope) | (norm_of(new_gradient) <= 0.5 * norm) | (norm <= tolerance)
+        # Near the mode the loss no longer resolves a step: there a smaller gradient is progress too. Elsewhere it is
+        # not: steps across the mode of a saturated softmax would go to and fro.
+        level = new_loss <= loss + 1e-9 * (1.0 + loss.abs())
+        smaller = level & (norm_of(new_gradient) <= 0.5 * norm)
+        good = (new_loss <= loss + 1e-4 * length * slope) | smaller | (norm <= tolerance)
         if bool(good.all()):
             break
         length = torch.where(good, length, 0.5 * length)

@@ -166,6 +166,15 @@ def test_a_start_at_the_mode_needs_no_step() -> None:
     torch.testing.assert_close(warm.head, cold.head, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize(("scale", "seed"), [(40.0, 2), (100.0, 1), (300.0, 1)])
+def test_similarities_that_saturate_the_softmax_are_overcome(scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(6, 20, generator=generator, dtype=torch.float64)
+    x = torch.cat([x, 0.2 * torch.randn(6, 3, generator=generator, dtype=torch.float64)], -1)
+    found = solve_head(x, torch.arange(6) % 3, HeadModel(3, scale=ScalePrior(scale, 0.0)), prior_sd=2.0)
+    assert float(found.gradient_norm) < 1e-5 and found.iterations < 60
+
+
 def test_several_problems_at_once_have_scales_of_their_own() -> None:
     many = [joined(16, 4, 3, seed) for seed in range(3)]
     x, y = torch.stack([a for a, _ in many]), torch.stack([b for _, b in many])
