@@ -86,6 +86,17 @@ class TunedPosterior:
     chosen: Candidate
     tried: tuple[Candidate, ...]
 
+    @property
+    def thetas(self) -> Tensor | None:
+        """The adapter's weights ``[1, D]``; None for a probe, which moves none."""
+        return getattr(self.posterior, "thetas", None)
+
+    @property
+    def heads(self) -> Tensor | None:
+        """The task's own head ``[1, C, E + 1]``, that of a probe included; None where it has none."""
+        head: Tensor | None = getattr(self.posterior, "head", None)
+        return getattr(self.posterior, "heads", None) if head is None else head.unsqueeze(0)
+
     def predict(self, inputs: Any) -> Tensor:
         """Probabilities ``[n, C]``; for regression values."""
         return self.posterior.predict(inputs)

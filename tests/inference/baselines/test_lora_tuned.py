@@ -50,8 +50,8 @@ def test_no_step_is_chosen_where_steps_do_harm_and_steps_where_they_help() -> No
     good = LoRATuned(adapter, budget, rates=(3e-3,))
     better = good.adapt(good.meta_train([task]), task)
     assert better.chosen.rate == 3e-3 and better.chosen.score > better.tried[0].score
-    moved: Any = better.posterior
-    assert not torch.equal(moved.thetas[0], adapter.initial)
+    assert better.thetas is not None and not torch.equal(better.thetas[0], adapter.initial)
+    assert better.heads is not None and better.heads.shape == (1, 3, 7)
 
 
 def test_nothing_random_of_the_callers_is_touched_and_a_seed_says_it_all() -> None:
@@ -77,6 +77,7 @@ def test_a_shared_head_has_the_probe_for_a_rival_and_few_rows_leave_it() -> None
     probe: Any = BASELINES["linear-probe"](adapter, SMALL)
     expected = probe.adapt(probe.meta_train([few]), few).predict(task.test)
     torch.testing.assert_close(probed.predict(task.test), expected)
+    assert probed.thetas is None and probed.heads.shape[:2] == (1, 3)
 
 
 def test_regression_is_tuned_on_its_values() -> None:
