@@ -4,7 +4,7 @@ Both are chosen by cross-validation on the task's own rows, together. The scale 
 one that is taken where there are no rows, of which it costs a row or less to be far away:
 
 .. math:: \min_{s, \tau}\ -\sum_n \log p\big(y_n \mid x_n, \hat h_{-k(n)}(s, \tau)\big)
-          + \tfrac12\Big(\frac{s - s_0}{s_0}\Big)^2, \qquad s \in \{0, \tfrac14, \tfrac12, 1, 2\}\,s_0
+          + \tfrac12\Big(\frac{s - s_0}{s_0}\Big)^2, \qquad s \in \{0, \tfrac14, \tfrac12, 1, 2\}\,s_0,
 
 Where the labels' texts say nothing of the classes the choice is s = 0, a linear probe. Solving for s together with the
 head is convex too, but the mode follows the rows that it is solved on, and predicts less well. Where every row has
@@ -20,12 +20,14 @@ from torch import Tensor
 
 from pyro_lift.models.head_problem import HeadModel, ScalePrior
 from pyro_lift.models.heads import choose_prior_sd
-from pyro_lift.models.readouts import ABSENT
+from pyro_lift.models.readouts import ABSENT, LabelMatching
 
 __all__ = ["SCALE_SHARES", "HeadChoice", "choose_head"]
 
 #: Scales that are tried, as shares of the one without rows, which is tried too.
 SCALE_SHARES = (0.5, 0.25, 0.0, 2.0)
+#: No larger scale is tried, unless it is the one without rows: at 40 a few rows that agree make sure of the rest.
+LARGEST = LabelMatching().scale
 
 
 class HeadChoice(NamedTuple):
@@ -61,6 +63,8 @@ def choose_head(features: Tensor, target: Tensor, num_classes: int, scale: float
     lowest = -len(target) * best.score
     for share in SCALE_SHARES:
         if (absent and share == 0.0) or math.isnan(lowest):  # at zero a text that is absent would come to life
+            continue
+        if share * scale > max(LARGEST, scale):
             continue
         choice = _chosen(features, target, HeadModel(num_classes, scale=ScalePrior(share * scale, 0.0)))
         loss = -len(target) * choice.score + 0.5 * (share - 1.0) ** 2

@@ -230,6 +230,15 @@ def test_the_scale_is_that_of_the_best_cross_validation_beside_its_prior() -> No
     assert (found.model.scale.mean, found.sd) == min(tried, key=lambda pair: tried[pair])
 
 
+def test_no_scale_beyond_the_usual_one_is_tried_but_the_one_without_rows() -> None:
+    x, y = joined(30, 5, 3)
+    x[:, 5:] *= 0.1
+    x[torch.arange(30), 5 + y] += 0.5  # the texts say it all: the larger the scale, the better
+    for scale, most in ((7.0, 14.0), (15.0, 15.0), (50.0, 50.0)):
+        model = choose_head(x, y, 3, scale).model
+        assert model.scale == ScalePrior(most, 0.0)
+
+
 def test_texts_that_say_nothing_leave_a_linear_probe() -> None:
     x, y = joined(60, 4, 2)
     x[:, 4:] = x[:, 4:].flip(-1)  # each text speaks for the other class
