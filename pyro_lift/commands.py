@@ -166,7 +166,14 @@ def predict(
     adapter.to(device_of(device or config.output.device))
     task = task_of(config, task_folder or Path(record["task_folder"]))
     saved = TaskPosterior.from_pretrained(folder, adapter)
-    posterior = TaskPosterior(adapter, task, saved.thetas, saved.heads, saved.component)
+    posterior = TaskPosterior(
+        adapter,
+        task,
+        saved.thetas,
+        saved.heads,
+        saved.component,
+        prediction_temperature=saved.prediction_temperature,
+    )
     rows = task.test or task.train
     # All lines before the first is written: a file of predictions is whole, or is not there.
     lines = [json.dumps(line) for line in _predictions(task, posterior.predict(rows))]

@@ -40,6 +40,7 @@ from pyro_lift.settings import AdaptSettings, LiFTSettings, complete_settings
 from pyro_lift.support import distributed
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_number, current_names
+from pyro_lift.tuning.held_out import has_unseen_rows
 
 if TYPE_CHECKING:
     import peft
@@ -111,6 +112,7 @@ class LiFT:
         resume: str | Path | None = None,
         start: Tensor | None = None,
         on_step: Callable[[], None] | None = None,
+        calibrate: bool = False,
     ) -> LiFTPrior:
         """Run the chain over the tasks and summarise its draws of phi.
 
@@ -123,19 +125,29 @@ class LiFT:
             start: adapter weights ``[D]`` where phi begins, for example of one adapter trained on all tasks, which then
                 needs few ``sgd_steps``; None begins at the adapter's own. The prior of phi stays where it is.
             on_step: called after each transition, for a bar of one's own.
+            calibrate: whether to fit the temperature of predictions (:meth:`LiFTPrior.calibrate`) on the tasks that
+                have test or dev rows; it costs an adaptation to each.
 
         Raises:
             ValueError: no task, a task without data, labels outside the head's range, a start of another length;
-                before any training.
+                no task to calibrate on; before any training.
             DivergedError: a loss that is not finite; names the task and the step.
             ChainLostError: a loss that has climbed back to chance.
             RunStopped: SIGTERM or Ctrl-C, where the run is saved.
         """
+        unseen = [task for task in tasks if has_unseen_rows(task)] if calibrate else []
+        if calibrate and not unseen:
+            raise ValueError(
+                "calibrate=True: no task has test or dev rows, which meta-training does not see. Hold some tasks out, "
+                "and give them to prior.calibrate(...)."
+            )
         session = self.session(tasks, checkpoint, resume, checkpoint_every)
         components = [self.settings.components]
         priors = self.meta_train_many(
             tasks, components, progress=progress, session=session, start=start, on_step=on_step
         )
+        if calibrate:
+            priors[0].calibrate(unseen)
         return priors[0]
 
     def session(

@@ -13,6 +13,7 @@ from pyro_lift.generation.decode import generate
 from pyro_lift.generation.inputs import are_strings
 from pyro_lift.generation.scoring import TextScores, score_texts
 from pyro_lift.inference.adaptation.predict import predict, rows_of
+from pyro_lift.inference.adaptation.temperature import tempered
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
@@ -37,6 +38,7 @@ class TaskPosterior:
             the untouched adapter.
         results: measures to be saved with it, by name.
         encoding: how the task's strings are encoded, for new ones; None where the task was given in tensors.
+        prediction_temperature: of predictions, fitted by :meth:`LiFTPrior.calibrate`; 1 where nobody has.
     """
 
     def __init__(
@@ -50,21 +52,25 @@ class TaskPosterior:
         *,
         results: Mapping[str, Any] | None = None,
         encoding: TextEncoding | None = None,
+        prediction_temperature: float = 1.0,
     ) -> None:
         self.adapter, self.task, self.thetas, self.heads = adapter, task, thetas, heads
         self.component, self.mcmc = component, mcmc
         self.results = dict(results or {})
         self.encoding: TextEncoding | None = task.encoding if encoding is None else encoding
+        self.prediction_temperature = prediction_temperature
 
     def __repr__(self) -> str:
         return f"TaskPosterior(task={self.task.name!r}, draws={len(self.thetas)}, dim={self.adapter.dim})"
 
-    def predict(self, inputs: Any) -> Tensor:
+    def predict(self, inputs: Any, *, calibrated: bool = True) -> Tensor:
         """Return probabilities ``[n, C]`` averaged over the draws (of a regression the means).
 
         Args:
             inputs: a list of strings, for a task that was encoded from strings; a tensor or an array; any mapping of
                 these by input name, such as what a tokenizer returns; or :class:`~pyro_lift.models.task.Rows`.
+            calibrated: whether the averaged probabilities are brought to the temperature that the prior was calibrated
+                with; without one, and for a regression, it changes nothing.
 
         Raises:
             TypeError, ValueError: inputs that are no rows of numbers; names the input.
@@ -76,7 +82,10 @@ class TaskPosterior:
             if getattr(network, "is_encoder_decoder", False):
                 raise TypeError(f"inputs without 'decoder_input_ids': {_WRITES.format(self.task.name)}")
         rows = rows_of(inputs, self.task).to(self.adapter.initial.device)
-        return predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
+        p = predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
+        if not calibrated or self.task.kind == "regression":
+            return p
+        return tempered(p, self.prediction_temperature)
 
     def _encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Encode strings whose classes are to be predicted.

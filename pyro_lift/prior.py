@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -25,6 +26,7 @@ from pyro_lift.inference.adaptation.meta_testing import (
     heads_at_best_start,
     meta_test_program,
 )
+from pyro_lift.inference.adaptation.temperature import fit_temperature
 from pyro_lift.inference.mcmc import MCMC
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.progress import chain_bar
@@ -43,6 +45,7 @@ from pyro_lift.saving.folders import chosen_weights, export_library, export_prio
 from pyro_lift.saving.hub import push
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.tuning.held_out import judged
 
 __all__ = ["LiFTPrior"]
 
@@ -78,6 +81,9 @@ class LiFTPrior:
         matching_scale: of label matching without rows, the mean over the tasks it was learned from, and where a new
             task's own choice begins; None takes the readout's.
         encoding: how its tasks' strings are encoded; None where they were given in tensors.
+        prediction_temperature: of the predictions of its tasks, see :meth:`calibrate`; 1 where nobody has.
+        tuning: how the settings were chosen, as :meth:`pyro_lift.tuning.search.Tuning.to_dict` tells; None where they
+            were given.
     """
 
     def __init__(
@@ -94,10 +100,13 @@ class LiFTPrior:
         results: Mapping[str, Any] | None = None,
         matching_scale: float | None = None,
         encoding: TextEncoding | None = None,
+        prediction_temperature: float = 1.0,
+        tuning: dict[str, Any] | None = None,
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
         self.matching_scale = matching_scale
         self.tasks, self.results = tuple(tasks), dict(results or {})
+        self.prediction_temperature, self.tuning = prediction_temperature, tuning
         self.adapt_settings = adapt_settings or AdaptSettings()
         self.second_moment = second_moment or {}
         self.mcmc = mcmc
@@ -150,7 +159,43 @@ class LiFTPrior:
             tasks=self.tasks,
             matching_scale=self.matching_scale,
             encoding=self.encoding,
+            prediction_temperature=math.exp(sum(math.log(p.prediction_temperature) for p in chains) / len(chains)),
+            tuning=self.tuning,
         )
+
+    @at_top_level()
+    def calibrate(
+        self, tasks: Sequence[Task], *, seed: int | None = None, most_rows: int = 200, **options: Any
+    ) -> float:
+        """Fit the temperature of predictions, and keep it with the prior: later posteriors predict with it.
+
+        Each task is adapted to on its training rows, and one temperature is fitted to the predictions of rows that it
+        did not see: its test or dev rows, else a third of its rows.
+
+        Args:
+            tasks: of classes or tokens; best are some that the prior was not learned from.
+            seed: of the chains; None takes the prior's.
+            most_rows: of a task, that the fit looks at.
+            options: fields of :class:`AdaptSettings` to change.
+
+        Returns:
+            The temperature: above 1 where predictions were too sure.
+
+        Raises:
+            ValueError: no task, or a regression, whose predictions have no temperature.
+        """
+        for task in tasks:
+            if task.kind == "regression":
+                raise ValueError(f"task {task.name!r} is a regression: its predictions have no temperature.")
+        if not tasks:
+            raise ValueError("tasks is empty: there is nothing to calibrate on.")
+        split = [judged(task, most_rows) for task in tasks]
+        pairs = []
+        for task, posterior in zip(split, self.adapt_many(split, seed=seed, **options), strict=True):
+            assert task.test is not None
+            pairs.append((posterior.predict(task.test, calibrated=False), task.test.target))
+        self.prediction_temperature = fit_temperature(pairs)
+        return self.prediction_temperature
 
     @at_top_level()
     def adapt(self, task: Task, *, seed: int | None = None, progress: bool = False, **options: Any) -> TaskPosterior:
@@ -192,7 +237,7 @@ class LiFTPrior:
         thetas = with_unmoved(start.theta, thetas, unmoved)
         if solved is not None:
             heads = self._heads(solved, 0, thetas, seed)
-        return TaskPosterior(self.adapter, task, thetas, heads, start.component, mcmc)
+        return self._posterior(task, thetas, heads, start.component, mcmc)
 
     @at_top_level()
     def adapt_many(
@@ -263,8 +308,12 @@ class LiFTPrior:
             theta = with_unmoved(start.theta, theta, unmoved)
             if solved is not None:
                 head = self._heads(solved, k, theta, source.seed)
-            posteriors.append(TaskPosterior(self.adapter, task, theta, head, start.component, mcmc))
+            posteriors.append(self._posterior(task, theta, head, start.component, mcmc))
         return posteriors
+
+    def _posterior(self, task: Task, thetas: Tensor, heads: Tensor | None, component: int, mcmc: MCMC) -> TaskPosterior:
+        temperature = self.prediction_temperature
+        return TaskPosterior(self.adapter, task, thetas, heads, component, mcmc, prediction_temperature=temperature)
 
     def _adapt_apart(
         self, tasks: Sequence[Task], apart: Sequence[bool], a: AdaptSettings, source: _Source, progress: bool

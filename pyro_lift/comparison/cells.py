@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_lift.bench.records import Record
 from pyro_lift.comparison.plan import Plan
-from pyro_lift.comparison.problem import Fold, Problem, heads_of, judged, measure_of, unexplained
+from pyro_lift.comparison.problem import Fold, Problem, heads_of, measure_of, unexplained
 from pyro_lift.comparison.settings import REFERENCE, CompareSettings, entrant
 from pyro_lift.defaults import resolved
 from pyro_lift.inference.baselines.protocol import Baseline, Budget
@@ -25,6 +25,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.archive import read_tensors, write_tensors
+from pyro_lift.tuning.held_out import judged
 
 __all__ = [
     "OutOfTimeError",

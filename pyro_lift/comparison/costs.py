@@ -12,13 +12,14 @@ import torch
 
 from pyro_lift.comparison.cells import method_of, predict_rows
 from pyro_lift.comparison.plan import Costs, Plan
-from pyro_lift.comparison.problem import Fold, Problem, judged
+from pyro_lift.comparison.problem import Fold, Problem
 from pyro_lift.comparison.settings import REFERENCE, CompareSettings, entrant
 from pyro_lift.inference.baselines.protocol import Baseline, Budget
 from pyro_lift.methods.registry import BASELINES
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.task import Task
+from pyro_lift.tuning.held_out import judged
 
 __all__ = ["load_all", "measured"]
 

@@ -6,10 +6,10 @@ import math
 import statistics
 from pathlib import Path
 
-from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
 from pyro_lift.comparison.advice import difference
 from pyro_lift.comparison.settings import REFERENCE, entrant
 from pyro_lift.comparison.summary import Summary
+from pyro_lift.support.figures import COLOURS, new_figure, save_figure
 
 __all__ = ["plot"]
 

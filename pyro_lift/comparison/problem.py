@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,15 +11,12 @@ from torch import Tensor
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.baselines.linear_probe import has_probe
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.task import Rows, Task, check_task_names
+from pyro_lift.models.task import Task, check_task_names
 from pyro_lift.settings import AdaptSettings, LiFTSettings
+from pyro_lift.tuning.held_out import dealt
 
-__all__ = ["Fold", "Problem", "chance_loss", "folds_of", "heads_of", "judged", "measure_of", "probe_missing"]
+__all__ = ["Fold", "Problem", "chance_loss", "folds_of", "heads_of", "measure_of", "probe_missing"]
 
-#: Rows of a task of tokens that are judged at most: their probabilities are [rows, tokens, vocabulary].
-TOKEN_ROWS = 16
-#: Fraction of a task's rows that it is judged by where it has no test rows.
-JUDGED_SHARE = 1 / 3
 #: Fraction of the tasks to learn from that choices are made on, where the tasks to be judged by are given.
 CHOSEN_SHARE = 0.2
 
@@ -85,39 +81,12 @@ def folds_of(problem: Problem, count: int) -> list[Fold]:
             f"{len(tasks)} task: there is none to learn from beside the one that is held out. Give two or more."
         )
     parts = min(count, len(tasks))
-    held_out = [[task for i, task in enumerate(tasks) if i % parts == k] for k in range(parts)]
-    return [Fold(k, _without(tasks, out), out, []) for k, out in enumerate(held_out)]
+    return [Fold(k, _without(tasks, out), out, []) for k, out in enumerate(dealt(tasks, parts))]
 
 
 def _without(tasks: Sequence[Task], others: Sequence[Task]) -> list[Task]:
     names = {task.name for task in others}
     return [task for task in tasks if task.name not in names]
-
-
-def judged(task: Task, most: int) -> Task:
-    """Return the task with the test rows that it is judged by: its own, else its dev rows, else a part of its rows.
-
-    Args:
-        task: of any kind.
-        most: rows to be judged by, at most; of several they are drawn with a fixed seed.
-
-    Raises:
-        ValueError: a single row.
-    """
-    most = min(most, TOKEN_ROWS) if task.kind == "tokens" else most
-    generator = torch.Generator().manual_seed(0)
-    rows = task.test or task.dev
-    if rows is not None:
-        return replace(task, test=_some(rows, torch.randperm(len(rows), generator=generator)[:most]))
-    if len(task.train) < 2:
-        raise ValueError(f"task {task.name!r} has one row: there is none left to be judged by.")
-    order = torch.randperm(len(task.train), generator=generator)
-    count = min(max(round(JUDGED_SHARE * len(order)), 1), most)
-    return replace(task, train=_some(task.train, order[count:]), test=_some(task.train, order[:count]))
-
-
-def _some(rows: Rows, index: Tensor) -> Rows:
-    return rows.take(index.sort().values.to(rows.target.device))
 
 
 def measure_of(task: Task) -> str:

@@ -24,7 +24,7 @@ from pyro_lift.comparison.cells import OutOfTimeError, Work, rates_of, run_cell
 from pyro_lift.comparison.costs import load_all, measured
 from pyro_lift.comparison.figure import plot
 from pyro_lift.comparison.plan import Plan, planned, solve
-from pyro_lift.comparison.problem import Fold, Problem, chance_loss, folds_of, judged, probe_missing
+from pyro_lift.comparison.problem import Fold, Problem, chance_loss, folds_of, probe_missing
 from pyro_lift.comparison.settings import CompareSettings, entrant
 from pyro_lift.comparison.summary import Summary, summarise
 from pyro_lift.data.collection import TaskCollection
@@ -38,6 +38,7 @@ from pyro_lift.support.options import check_choice
 
 if TYPE_CHECKING:
     import peft
+from pyro_lift.tuning.held_out import judged
 
 __all__ = ["Comparison", "compare", "run"]
 

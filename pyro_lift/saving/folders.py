@@ -23,6 +23,7 @@ from pyro_lift.models.networks import plain_network
 from pyro_lift.models.peft_layers import default_name, peft_layers
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.saving.base_model import check_base, describe_base
+from pyro_lift.saving.choices import described_choices, saved_choices, saved_temperature
 from pyro_lift.saving.hub import local_folder
 from pyro_lift.saving.model_card import posterior_card, prior_card
 from pyro_lift.saving.parts import PosteriorParts, PriorParts, SavablePosterior, SavablePrior
@@ -134,8 +135,8 @@ def save_prior(prior: SavablePrior, folder: Path) -> Path:
             "seed": prior.seed,
             "tasks": list(prior.tasks),
             "results": dict(prior.results),
-            "matching_scale": prior.matching_scale,
             "encoding": save_encoding(prior.encoding, new),
+            **described_choices(prior),
             "files": {PRIOR: write_tensors(new / PRIOR, tensors)},
         }
         write_json(new / CONFIG, sealed(config))
@@ -185,11 +186,9 @@ def load_prior(
             )
     adapter = adapter.beginning_at(tensors["initial"])  # the caller's may be another prior's
     tasks = tuple(map(str, config["tasks"]))
-    results, scale = dict(config["results"]), config.get("matching_scale")
-    if scale is not None and not (isinstance(scale, (int, float)) and scale > 0.0):
-        raise DamagedError(f"{path}: matching_scale is {scale!r}; expected a positive number or none.")
-    encoding, seed = load_encoding(config.get("encoding"), path), config.get("seed")
-    return PriorParts(adapter, mixture, settings, adapt_settings, moments, seed, tasks, results, scale, encoding)
+    encoding, seed, results = load_encoding(config.get("encoding"), path), config.get("seed"), dict(config["results"])
+    choices = {"encoding": encoding, **saved_choices(path, config)}
+    return PriorParts(adapter, mixture, settings, adapt_settings, moments, seed, tasks, results, **choices)
 
 
 def _mixture(path: Path, options: dict[str, Any]) -> OnlineGaussianMixture:
@@ -256,6 +255,7 @@ def save_posterior(posterior: SavablePosterior, folder: Path) -> Path:
             "component": posterior.component,
             "results": dict(posterior.results),
             "encoding": save_encoding(posterior.encoding, new),
+            "prediction_temperature": posterior.prediction_temperature,
             "files": {POSTERIOR: write_tensors(new / POSTERIOR, tensors)},
         }
         write_json(new / CONFIG, sealed(config))
@@ -299,8 +299,8 @@ def load_posterior(
     elif task.name != config["task"].get("name"):
         raise ValueError(f"{path}: draws for the task {config['task'].get('name')!r}, not {task.name!r}.")
     results = dict(config.get("results") or {})
-    encoding = load_encoding(config.get("encoding"), path)
-    return PosteriorParts(adapter, task, tensors["theta"], heads, config["component"], results, encoding)
+    encoding, T = load_encoding(config.get("encoding"), path), saved_temperature(path, config)
+    return PosteriorParts(adapter, task, tensors["theta"], heads, config["component"], results, encoding, T)
 
 
 def _task_without_rows(path: Path, about: dict[str, Any], texts: dict[str, Tensor]) -> Task:

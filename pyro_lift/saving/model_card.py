@@ -47,6 +47,10 @@ The folder is also a PEFT adapter, the mean of the heaviest component, with no p
 
 {results}
 
+## Chosen on held-out tasks
+
+{choices}
+
 ## Limits
 
 - It fits one base model: {parameters:,} frozen weights, compared by digest when it is loaded.
@@ -99,6 +103,7 @@ def prior_card(prior: SavablePrior, config: Mapping[str, Any]) -> str:
         components=_table(["component", "weight", "norm of the mean", "sd of a coordinate"], rows),
         settings=_table(["setting", "value"], [[f"`{k}`", f"`{_setting(v)}`"] for k, v in _settings(prior).items()]),
         results=_results(prior.results),
+        choices=_choices(prior),
         parameters=config["base_model"]["parameters"],
     )
 
@@ -158,6 +163,19 @@ def _results(results: Mapping[str, Any]) -> str:
     if not results:
         return "None recorded; pass them as `save_pretrained(folder, results={...})`."
     return _table(["measure", "value"], [[name, _number(value)] for name, value in results.items()])
+
+
+def _choices(prior: SavablePrior) -> str:
+    """Say what was chosen on tasks that meta-training did not see: the temperature, and the settings."""
+    T = prior.prediction_temperature
+    said = f"Predictions are brought to the temperature {T:.3g}." if T != 1.0 else "Predictions have no temperature."
+    if prior.tuning is None:
+        return f"{said} The settings were not tuned."
+    trials = sorted(prior.tuning["trials"], key=lambda trial: (-trial["share"], trial["loss"]))[:8]
+    rows = [[trial["settings"], f"{trial['share']:.2g}", f"{trial['loss']:.4f}"] for trial in trials]
+    table = _table(["settings, over the first's", "share of the length", prior.tuning["measure"]], rows)
+    held_out = ", ".join(f"`{name}`" for name in prior.tuning["held_out"])
+    return f"{said} Settings: `{prior.tuning['chosen']}`, the best on {held_out} (`tuning.png`):\n\n{table}"
 
 
 def _number(value: Any) -> str:

@@ -31,6 +31,8 @@ class PriorParts(NamedTuple):
         results: measures saved with it.
         matching_scale: of label matching, the mean over its tasks.
         encoding: of strings, or None.
+        prediction_temperature: of predictions.
+        tuning: how settings were chosen, as plain values; None where they were not.
     """
 
     adapter: RandomAdapter
@@ -43,6 +45,8 @@ class PriorParts(NamedTuple):
     results: dict[str, Any]
     matching_scale: float | None = None
     encoding: TextEncoding | None = None
+    prediction_temperature: float = 1.0
+    tuning: dict[str, Any] | None = None
 
 
 class PosteriorParts(NamedTuple):
@@ -56,6 +60,7 @@ class PosteriorParts(NamedTuple):
         component: the mixture component the chain started from.
         results: measures saved with it.
         encoding: of the task's strings, or None.
+        prediction_temperature: of predictions.
     """
 
     adapter: RandomAdapter
@@ -65,6 +70,7 @@ class PosteriorParts(NamedTuple):
     component: int
     results: dict[str, Any]
     encoding: TextEncoding | None = None
+    prediction_temperature: float = 1.0
 
 
 class SavablePrior(Protocol):
@@ -80,6 +86,8 @@ class SavablePrior(Protocol):
     results: dict[str, Any]
     matching_scale: float | None
     encoding: TextEncoding | None
+    prediction_temperature: float
+    tuning: dict[str, Any] | None
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:
@@ -97,6 +105,7 @@ class SavablePosterior(Protocol):
     component: int
     results: dict[str, Any]
     encoding: TextEncoding | None
+    prediction_temperature: float
 
 
 class Savable(Protocol):

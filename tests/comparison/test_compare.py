@@ -24,10 +24,11 @@ from pyro_lift.cli import app
 from pyro_lift.comparison import run as comparing
 from pyro_lift.comparison.cells import OutOfTimeError, Work, run_cell
 from pyro_lift.comparison.plan import Costs, Plan
-from pyro_lift.comparison.problem import Problem, chance_loss, folds_of, judged, unexplained
+from pyro_lift.comparison.problem import Problem, chance_loss, folds_of, unexplained
 from pyro_lift.comparison.settings import CompareSettings, entrant
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.models.task import Rows
+from pyro_lift.tuning.held_out import judged
 
 SMALL: dict[str, Any] = {
     "gradients": 20,

@@ -1,0 +1,49 @@
+"""What tasks chose, in a folder's config.json: the scale of matching, the predictions' temperature, the tuning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pyro_lift.saving.parts import SavablePrior
+from pyro_lift.support.archive import DamagedError
+
+__all__ = ["described_choices", "saved_choices", "saved_temperature"]
+
+
+def described_choices(prior: SavablePrior) -> dict[str, Any]:
+    """Return what is written of a prior."""
+    return {
+        "matching_scale": prior.matching_scale,
+        "prediction_temperature": prior.prediction_temperature,
+        "tuning": prior.tuning,
+    }
+
+
+def saved_choices(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what was written of a prior; folders from before have a temperature of 1 and no tuning.
+
+    Raises:
+        DamagedError: values that were never written; names the file and the key.
+    """
+    tuning, scale = config.get("tuning"), config.get("matching_scale")
+    if scale is not None and not (isinstance(scale, (int, float)) and scale > 0.0):
+        raise DamagedError(f"{path}: matching_scale is {scale!r}; expected a positive number or none.")
+    if tuning is not None and not isinstance(tuning, dict):
+        raise DamagedError(f"{path}: key 'tuning' is a {type(tuning).__name__}, not a table.")
+    temperature = saved_temperature(path, config)
+    return {"matching_scale": scale, "prediction_temperature": temperature, "tuning": tuning}
+
+
+def saved_temperature(path: Path, config: Mapping[str, Any]) -> float:
+    """Read the temperature of predictions; 1 where none was written.
+
+    Raises:
+        DamagedError: not a number above zero.
+    """
+    value = config.get("prediction_temperature", 1.0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+        raise DamagedError(f"{path}: key 'prediction_temperature' is {value!r}, not a number above 0.")
+    return float(value)

@@ -1,0 +1,62 @@
+"""What is held out: tasks that meta-training does not see, and rows of a task that adaptation does not see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from pyro_lift.models.task import Rows, Task
+
+__all__ = ["dealt", "has_unseen_rows", "judged"]
+
+T = TypeVar("T")
+
+#: Rows of a task of tokens that are judged at most: their probabilities are [rows, tokens, vocabulary].
+TOKEN_ROWS = 16
+#: Fraction of a task's rows that it is judged by where it has no test rows.
+JUDGED_SHARE = 1 / 3
+
+
+def dealt(items: Sequence[T], parts: int) -> list[list[T]]:
+    """Deal items into parts in turn: neighbours in a list of tasks are often relatives.
+
+    Example:
+        >>> dealt("abcde", 2)
+        [['a', 'c', 'e'], ['b', 'd']]
+    """
+    return [[item for place, item in enumerate(items) if place % parts == k] for k in range(parts)]
+
+
+def has_unseen_rows(task: Task) -> bool:
+    """Whether a task has test or dev rows, which nothing is ever trained on."""
+    return task.test is not None or task.dev is not None
+
+
+def judged(task: Task, most: int) -> Task:
+    """Return the task with the test rows that it is judged by: its own, else its dev rows, else a part of its rows.
+
+    Args:
+        task: of any kind.
+        most: rows to be judged by, at most; of several they are drawn with a fixed seed.
+
+    Raises:
+        ValueError: a single row.
+    """
+    most = min(most, TOKEN_ROWS) if task.kind == "tokens" else most
+    generator = torch.Generator().manual_seed(0)
+    rows = task.test or task.dev
+    if rows is not None:
+        return replace(task, test=_some(rows, torch.randperm(len(rows), generator=generator)[:most]))
+    if len(task.train) < 2:
+        raise ValueError(f"task {task.name!r} has one row: there is none left to be judged by.")
+    order = torch.randperm(len(task.train), generator=generator)
+    count = min(max(round(JUDGED_SHARE * len(order)), 1), most)
+    return replace(task, train=_some(task.train, order[count:]), test=_some(task.train, order[:count]))
+
+
+def _some(rows: Rows, index: Tensor) -> Rows:
+    return rows.take(index.sort().values.to(rows.target.device))

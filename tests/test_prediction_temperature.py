@@ -1,0 +1,99 @@
+"""The temperature of a prior's predictions: fitted on rows that adaptation did not see, kept, saved and applied."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_methods import tiny_adapter, tiny_tasks
+
+from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
+from pyro_lift.inference.adaptation.temperature import fit_temperature, tempered
+from pyro_lift.support.archive import DamagedError, sealed
+
+OPTIONS = {"steps": 8, "draws": 2}
+
+
+@pytest.fixture(scope="module")
+def prior() -> LiFTPrior:
+    return LiFT(tiny_adapter(), sgd_steps=4, burn_in=4, samples=8, seed=0).meta_train(tiny_tasks(3), progress=False)
+
+
+def test_it_is_fitted_on_the_rows_that_adaptation_did_not_see_and_posteriors_predict_with_it(prior: LiFTPrior) -> None:
+    tasks = tiny_tasks(5)[3:]
+    assert prior.prediction_temperature == 1.0
+    plain = [(p.predict(t.test, calibrated=False), t.test.target)
+             for t, p in zip(tasks, prior.adapt_many(tasks, **OPTIONS), strict=True) if t.test]  # fmt: skip
+    temperature = prior.calibrate(tasks, **OPTIONS)
+    assert temperature == prior.prediction_temperature == pytest.approx(fit_temperature(plain), rel=1e-6)
+    posterior = prior.adapt(tasks[0], **OPTIONS)
+    x = torch.randn(4, 4, dtype=torch.float64)
+    torch.testing.assert_close(posterior.predict(x), tempered(posterior.predict(x, calibrated=False), temperature))
+    assert prior.adapt_many(tasks, **OPTIONS)[1].prediction_temperature == temperature
+
+
+def test_calibrating_twice_gives_the_same(prior: LiFTPrior) -> None:
+    tasks = tiny_tasks(5)[3:]
+    assert prior.calibrate(tasks, seed=1, **OPTIONS) == prior.calibrate(tasks, seed=1, **OPTIONS)
+
+
+def test_it_is_saved_with_the_prior_and_with_the_posterior_and_stands_in_the_card(
+    prior: LiFTPrior, tmp_path: Path
+) -> None:
+    prior.prediction_temperature = 1.7
+    prior.save_pretrained(tmp_path / "prior")
+    read = LiFTPrior.from_pretrained(tmp_path / "prior", tiny_adapter())
+    assert read.prediction_temperature == 1.7
+    assert "temperature 1.7" in (tmp_path / "prior" / "README.md").read_text()
+    posterior = read.adapt(tiny_tasks(1)[0], **OPTIONS)
+    posterior.save_pretrained(tmp_path / "posterior")
+    again = TaskPosterior.from_pretrained(tmp_path / "posterior", tiny_adapter())
+    x = torch.randn(4, 4, dtype=torch.float64)
+    torch.testing.assert_close(again.predict(x), posterior.predict(x))
+    assert again.prediction_temperature == 1.7
+
+
+@pytest.mark.parametrize("value", ["warm", 0.0, -1.0, True, None])
+def test_a_folder_with_another_value_is_refused_and_one_from_before_has_none(
+    prior: LiFTPrior, tmp_path: Path, value: object
+) -> None:
+    prior.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(sealed({**config, "prediction_temperature": value})))
+    with pytest.raises(DamagedError, match="'prediction_temperature'"):
+        LiFTPrior.from_pretrained(tmp_path, tiny_adapter())
+    before = {k: v for k, v in config.items() if k not in ("prediction_temperature", "tuning")}
+    (tmp_path / "config.json").write_text(json.dumps(sealed(before)))
+    read = LiFTPrior.from_pretrained(tmp_path, tiny_adapter())
+    assert read.prediction_temperature == 1.0 and read.tuning is None
+
+
+def test_meta_training_calibrates_where_tasks_have_rows_for_it_and_refuses_where_none_has() -> None:
+    lift = LiFT(tiny_adapter(), sgd_steps=4, burn_in=4, samples=8, seed=0)
+    tasks = tiny_tasks(3)
+    assert lift.meta_train(tasks, progress=False, calibrate=True).prediction_temperature != 1.0
+    bare = [replace(task, test=None) for task in tasks]
+    with pytest.raises(ValueError, match="no task has test or dev rows"):
+        lift.meta_train(bare, progress=False, calibrate=True)
+
+
+def test_a_regression_has_no_temperature(prior: LiFTPrior) -> None:
+    task = Task("r", (torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)), "regression")
+    with pytest.raises(ValueError, match="'r' is a regression"):
+        prior.calibrate([task])
+    with pytest.raises(ValueError, match="empty"):
+        prior.calibrate([])
+
+
+def test_a_merged_prior_has_the_geometric_mean_of_its_chains(prior: LiFTPrior) -> None:
+    other = LiFT(prior.adapter, sgd_steps=4, burn_in=4, samples=8, seed=1).meta_train(tiny_tasks(3), progress=False)
+    other = LiFTPrior(
+        other.adapter, other.mixture, prior.settings, second_moment=other.second_moment, tasks=prior.tasks,
+        prediction_temperature=4.0,
+    )  # fmt: skip
+    prior.prediction_temperature = 1.0
+    assert prior.merge(other).prediction_temperature == pytest.approx(2.0)
