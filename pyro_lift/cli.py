@@ -143,6 +143,19 @@ def compare(
 
 
 @app.command()
+def tune(
+    config: Annotated[Path, typer.Argument(help="TOML file, as `train` takes it")],
+    budget: Annotated[str, typer.Option(help="time of the choice; meta-training comes on top")] = "10 min",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a finished prior")] = False,
+    device: OtherDevice = None,
+) -> None:
+    """Choose settings on tasks held out in turn, then learn the prior with them, and write its folder."""
+    from pyro_lift import commands
+
+    commands.tune(config, budget, overwrite=overwrite, device=device)
+
+
+@app.command()
 def adapt(
     prior: Annotated[Path, typer.Argument(help="folder that `train` wrote")],
     task: Annotated[Path, typer.Option("--task", help="folder with train.* and perhaps test.*")],

@@ -26,7 +26,7 @@ from pyro_lift.support.archive import read_json, write_file, write_json
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.wiring import adapter_of, device_of, encoder_of, task_of, tasks_of
 
-__all__ = ["adapt", "adapter_of", "encoder_of", "predict", "task_of", "tasks_of", "train"]
+__all__ = ["adapt", "adapter_of", "encoder_of", "predict", "task_of", "tasks_of", "train", "tune"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -83,6 +83,44 @@ def train(
     write_file(folder / CONFIG, text)
     prior.save_pretrained(folder)
     shutil.rmtree(saved, ignore_errors=True)
+    print(f"prior written: {folder}")
+    return prior
+
+
+def tune(
+    path: Path,
+    budget: str | float = "10 min",
+    *,
+    progress: bool = True,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> LiFTPrior:
+    """Choose settings on the tasks of a TOML file, held out in turn; then meta-train on all, and save the prior.
+
+    Args:
+        path: the TOML file; its sampler's settings are the first candidate.
+        budget: of the choice; the meta-training after it takes its own time.
+        progress: whether to show bars.
+        overwrite: replace a finished prior.
+        device: in place of the file's.
+
+    Raises:
+        ValueError: see :func:`train`; fewer than three tasks.
+    """
+    config, text = read_config(path), path.read_bytes()
+    folder = Path(config.output.folder)
+    if (folder / PRIOR).exists() and not overwrite:
+        raise ValueError(f"{folder} holds a finished prior. Give another output.folder, or --overwrite to replace it.")
+    _check_writable(folder)
+    tasks = tasks_of(config)
+    print(tasks.summary())
+    place, seed = device_of(device or config.output.device), config.output.seed
+    lift = LiFT(adapter_of(config), settings=config.sampler, adapt=config.adapt, device=place, seed=seed)
+    tuning = lift.tune([*tasks.train, *tasks.dev], budget, progress=progress)
+    print(f"{tuning.table()}\nchosen: {tuning.chosen}")
+    prior = lift.meta_train(tasks.train, progress=progress)
+    write_file(folder / CONFIG, text)
+    prior.save_pretrained(folder)
     print(f"prior written: {folder}")
     return prior
 

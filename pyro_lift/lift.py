@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
@@ -31,16 +31,19 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.chance import chance_loss
 from pyro_lift.models.hierarchical import AdapterHierarchy
-from pyro_lift.models.observation import WHOLE, own_head_scale
+from pyro_lift.models.observation import WHOLE, has_head, own_head_scale
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings, complete_settings
 from pyro_lift.support import distributed
+from pyro_lift.support.durations import seconds_of
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_number, current_names
+from pyro_lift.tuning.candidates import lift_candidates, shortened
 from pyro_lift.tuning.held_out import has_unseen_rows
+from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
 
 if TYPE_CHECKING:
     import peft
@@ -101,6 +104,44 @@ class LiFT:
                 self.adapter = self.adapter.beginning_at(self.adapter.initial)
             self.adapter.to(device)
         self.seed = seed
+        #: How :meth:`tune` chose the settings; None where they are as they were given.
+        self.tuning: Tuning | None = None
+
+    @at_top_level()
+    def tune(
+        self, tasks: Sequence[Task], budget: str | float = "10 min", *, trainings: int = 8, progress: bool = True
+    ) -> Tuning:
+        """Choose settings on tasks that are held out in turn; what is meta-trained after it has them.
+
+        Successive halving over the length, the fraction of joint training, rates, temperature, beta, heads, and rates
+        and steps of adaptation (:mod:`pyro_lift.tuning.candidates`). The choice, its table and the temperature of
+        predictions that was fitted on the same rows go with the prior.
+
+        Args:
+            tasks: of meta-training, three or more.
+            budget: ``"10 min"``, or seconds.
+            trainings: different settings of meta-training that are tried, each with three rates of adaptation.
+            progress: whether to show a bar.
+
+        Raises:
+            ValueError: fewer than three tasks, a budget that is no length of time.
+        """
+        seconds = seconds_of(budget)
+        known, scale = resolved(self.settings, self.adapter), self.settings.head_scale
+        heads = any(has_head(task, scale) for task in tasks) and known.head != "langevin"
+        candidates = lift_candidates(known, self.adapt_settings, trainings=trainings, heads=heads)
+
+        def make(candidate: Candidate, share: float) -> _Contender:
+            settings = shortened(replace(self.settings, **candidate.meta), share)
+            return _Contender(
+                LiFT(self.adapter, settings=settings, adapt=self.adapt_settings, seed=self.seed), candidate
+            )
+
+        with trial_bar(progress) as on_trial:
+            self.tuning = search(candidates, make, tasks, seconds=seconds, on_trial=on_trial)
+        self.settings = replace(self.settings, **self.tuning.meta)
+        self.adapt_settings = replace(self.adapt_settings, **self.tuning.adapt)
+        return self.tuning
 
     def meta_train(
         self,
@@ -241,6 +282,8 @@ class LiFT:
                 self.seed,
                 tasks=[task.name for task in tasks],
                 results=results,
+                prediction_temperature=(self.tuning and self.tuning.temperature) or 1.0,
+                tuning=None if self.tuning is None else self.tuning.to_dict(),
                 matching_scale=matching_scale,
                 encoding=next((task.encoding for task in tasks if task.encoding is not None), None),
             )
@@ -332,6 +375,19 @@ def _effective(program: AdapterHierarchy, moments: dict[str, Tensor], s: LiFTSet
             number,
         )
     return {"weights that a task's data move": number}
+
+
+class _Contender(NamedTuple):
+    """LiFT with a candidate's settings, for the tuner."""
+
+    lift: LiFT
+    candidate: Candidate
+
+    def meta_train(self, tasks: Sequence[Task]) -> LiFTPrior:
+        return self.lift.meta_train(tasks, progress=False)
+
+    def adapt(self, state: LiFTPrior, tasks: Sequence[Task]) -> Sequence[TaskPosterior]:
+        return state.adapt_many(tasks, **self.candidate.adapt)
 
 
 def _adapter(backbone: nn.Module, peft_config: peft.PeftConfig | None, seed: int | None) -> RandomAdapter:

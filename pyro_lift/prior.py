@@ -45,6 +45,7 @@ from pyro_lift.saving.folders import chosen_weights, export_library, export_prio
 from pyro_lift.saving.hub import push
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.tuning.figure import plot_tuning
 from pyro_lift.tuning.held_out import judged
 
 __all__ = ["LiFTPrior"]
@@ -427,7 +428,10 @@ class LiFTPrior:
             results: measures by name, for the model card.
         """
         self.results |= dict(results or {})
-        return save_prior(self, Path(folder))
+        saved = save_prior(self, Path(folder))
+        if self.tuning is not None:
+            plot_tuning(self.tuning, saved / "tuning.png")
+        return saved
 
     @classmethod
     @at_top_level()

@@ -1,0 +1,117 @@
+"""Candidates for LiFT: the given settings first, then others around them, drawn at random with a fixed seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pyro_lift.settings import AdaptSettings, LiFTSettings
+from pyro_lift.support.options import check_number
+from pyro_lift.tuning.search import Candidate
+
+__all__ = ["ADAPTATION", "META", "lift_candidates", "shortened"]
+
+#: Of each setting of meta-training the multiples of its value that are tried, the first unchanged. ``joint`` is the
+#: fraction of the visits that joint training takes, ``length`` that of all of them: where half of the length is as
+#: good on held-out tasks, meta-training stops there.
+META: Mapping[str, Sequence[float]] = {
+    "length": (1.0, 0.5),
+    "joint": (1.0, 0.0, 2.0),
+    "learning_rate": (1.0, 0.5, 2.0),
+    "sgd_learning_rate": (1.0, 0.3, 3.0),
+    "temperature": (1.0, 0.1, 10.0),
+    "beta": (1.0, 0.5, 2.0),
+}
+#: Likewise of adaptation.
+ADAPTATION: Mapping[str, Sequence[float]] = {"learning_rate": (1.0, 0.25, 4.0), "steps": (1.0, 2.0)}
+
+
+def lift_candidates(
+    settings: LiFTSettings, adapt: AdaptSettings, *, trainings: int = 8, heads: bool = False
+) -> list[Candidate]:
+    """Make candidates: each of several meta-trainings with each rate of adaptation.
+
+    Args:
+        settings: of meta-training, every number given (:func:`pyro_lift.defaults.resolved`).
+        adapt: of adaptation; the rate that meta-training has where it gives none.
+        trainings: that differ in meta-training.
+        heads: whether tasks have heads of their own, whose prior is then tried both ways, solved and drawn.
+    """
+    check_number("trainings", trainings, least=1, open_below=False, whole=True)
+    chosen = random.Random(0)
+    drawn: list[dict[str, Any]] = [{}]
+    for _ in range(100 * trainings):  # as many as there are, where there are fewer
+        if len(drawn) == trainings:
+            break
+        multiples: dict[str, Any] = {name: chosen.choice(list(values)) for name, values in META.items()}
+        if heads:
+            multiples["head"] = chosen.choice(["solve", "laplace"])
+        changed = {name: value for name, value in multiples.items() if value not in (1.0, settings.head)}
+        if changed not in drawn:
+            drawn.append(changed)
+    candidates = []
+    for multiples in drawn:
+        meta = _meta(settings, multiples)
+        steps = chosen.choice(ADAPTATION["steps"]) if multiples else 1.0
+        for rate in ADAPTATION["learning_rate"]:
+            told = {**multiples, "adapt rate": rate, "adapt steps": steps}
+            name = ", ".join(_told(key, value) for key, value in told.items() if value != 1.0)
+            candidates.append(Candidate(name or "as given", meta, _adapt(settings, adapt, rate, steps)))
+    return candidates
+
+
+def _told(key: str, value: Any) -> str:
+    return f"{key} {value}" if isinstance(value, str) else f"{key} x {value:g}"
+
+
+def _meta(settings: LiFTSettings, multiples: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that some multiples change."""
+    values: dict[str, Any] = {}
+    length = multiples.get("length", 1.0)
+    if length != 1.0:
+        values |= _lengths(settings, length)
+    if "joint" in multiples:
+        base = replace(settings, **values)
+        total = base.sgd_steps + base.burn_in + base.samples * base.thinning
+        joint = min(round(multiples["joint"] * base.sgd_steps), round(0.8 * total))
+        left = total - joint
+        values |= {"sgd_steps": joint, "burn_in": left // 3, "samples": max((left - left // 3) // base.thinning, 1)}
+    for name in ("learning_rate", "sgd_learning_rate", "temperature"):
+        if name in multiples:
+            values[name] = multiples[name] * getattr(settings, name)
+    if "beta" in multiples:  # sigma goes with it: what a task may add, phi may too
+        values |= {name: _times(getattr(settings, name), multiples["beta"]) for name in ("beta", "sigma")}
+        # Widths that are given have another default of the temperature than widths that are left open.
+        values = {"temperature": settings.temperature, "n_inflate": settings.n_inflate, **values}
+    if "head" in multiples:
+        values["head"] = multiples["head"]
+    return values
+
+
+def _adapt(settings: LiFTSettings, adapt: AdaptSettings, rate: float, steps: float) -> dict[str, Any]:
+    base = adapt.learning_rate if adapt.learning_rate is not None else settings.learning_rate
+    assert base is not None
+    values: dict[str, Any] = {"learning_rate": rate * base}
+    if steps != 1.0:
+        values["steps"] = round(steps * adapt.steps)
+    return values
+
+
+def shortened(settings: LiFTSettings, share: float) -> LiFTSettings:
+    """Return the settings of a chain of a fraction of the length."""
+    return replace(settings, **_lengths(settings, share))
+
+
+def _lengths(settings: LiFTSettings, share: float) -> dict[str, Any]:
+    return {
+        "sgd_steps": max(round(share * settings.sgd_steps), min(settings.sgd_steps, 1)),
+        "burn_in": max(round(share * settings.burn_in), min(settings.burn_in, 1)),
+        # A mixture of K components needs some draws of each.
+        "samples": max(round(share * settings.samples), min(settings.samples, 8 * settings.components)),
+    }
+
+
+def _times(value: Any, factor: float) -> Any:
+    return [factor * one for one in value] if isinstance(value, (list, tuple)) else factor * value

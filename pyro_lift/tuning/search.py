@@ -1,0 +1,335 @@
+r"""Settings chosen on tasks that are held out, by successive halving: the one tuner of all methods.
+
+Every rung of the ladder gets the same share of the time. In the first all candidates are meta-trained for a short
+while and judged; in each of the next the better half goes on with twice as much,
+
+.. math:: n_{r+1} = \lceil n_r / 2 \rceil,\qquad s_{r+1} = \min(1, 2 s_r),
+
+with s the fraction of the whole length. A fifth of the tasks is held out, another fifth in every rung, so that no
+candidate wins by luck on one of them; candidates are compared within a rung, on the same tasks. A held-out task is
+adapted to on its training rows and scored by the mean log probability of rows that it did not see. Candidates that
+differ in their adaptation alone share one meta-training, and held-out tasks share passes where the method lets them.
+
+References:
+    Non-stochastic best arm identification and hyperparameter optimization, Jamieson and Talwalkar, 2016,
+    arXiv:1502.07943.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_lift.inference.adaptation.temperature import fit_temperature
+from pyro_lift.inference.baselines.protocol import Posterior
+from pyro_lift.inference.lost import ChainLostError
+from pyro_lift.inference.sgld import DivergedError
+from pyro_lift.metrics.task import scores
+from pyro_lift.models.task import Rows, Task
+from pyro_lift.tuning.choosing import FAILED, choose
+from pyro_lift.tuning.held_out import dealt, judged
+
+__all__ = ["Candidate", "Contender", "Trial", "Tuning", "search", "trial_bar"]
+
+#: Parts that the tasks are dealt into; one of them is held out at a time.
+PARTS = 5
+#: Fraction of the whole length that the first rung has at least.
+LEAST_SHARE = 0.05
+#: Rows that a held-out task is judged by, at most, and rows of a prediction's pass.
+MOST_ROWS, PASS_ROWS = 64, 32
+
+
+class Candidate(NamedTuple):
+    """Settings to be tried.
+
+    Attributes:
+        name: in tables: what it changes.
+        meta: settings of meta-training; candidates with the same share it.
+        adapt: settings of adaptation.
+    """
+
+    name: str
+    meta: Mapping[str, Any] = {}
+    adapt: Mapping[str, Any] = {}
+
+
+class Contender(Protocol):
+    """A method with a candidate's settings."""
+
+    def meta_train(self, tasks: Sequence[Task]) -> Any:
+        """Learn from tasks; returns what :meth:`adapt` begins with."""
+        ...
+
+    def adapt(self, state: Any, tasks: Sequence[Task]) -> Sequence[Posterior]:
+        """Learn new tasks, in one pass where that can be."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate in one rung.
+
+    Attributes:
+        settings: the candidate's name.
+        rung: 0, 1, ...
+        share: of the whole length of meta-training.
+        loss: mean over the held-out tasks; infinite where it diverged.
+        seconds: it took, a meta-training that others share counted once, for its first.
+    """
+
+    settings: str
+    rung: int
+    share: float
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A choice and how it was made.
+
+    Attributes:
+        chosen: name of the chosen candidate.
+        meta: its settings of meta-training.
+        adapt: its settings of adaptation.
+        trials: every candidate in every rung.
+        held_out: names of the tasks that the last rung was judged by.
+        measure: ``"nll"`` in nats, or ``"mse"``.
+        temperature: of predictions, fitted on the same rows; None for a regression.
+        notes: what time did not allow.
+    """
+
+    chosen: str
+    meta: Mapping[str, Any]
+    adapt: Mapping[str, Any]
+    trials: tuple[Trial, ...]
+    held_out: tuple[str, ...]
+    measure: str = "nll"
+    temperature: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as they are saved with a prior; a loss that is not finite becomes a large one."""
+        plain = asdict(self)
+        for trial in plain["trials"]:
+            trial["loss"] = trial["loss"] if math.isfinite(trial["loss"]) else 1e9
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    def table(self) -> str:
+        """Format the trials, the last rung on top, best first."""
+        lines = [f"{'rung':>4}  {'share':>5}  {self.measure:>8}  settings"]
+        for trial in sorted(self.trials, key=lambda trial: (-trial.rung, trial.loss)):
+            mark = "*" if trial.settings == self.chosen and trial.rung == self.trials[-1].rung else " "
+            lines.append(f"{trial.rung:>4}  {trial.share:>5.2f}  {trial.loss:>8.4f} {mark}{trial.settings}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def search(
+    candidates: Sequence[Candidate],
+    make: Callable[[Candidate, float], Contender],
+    tasks: Sequence[Task],
+    *,
+    seconds: float,
+    on_trial: Callable[[Trial], None] | None = None,
+) -> Tuning:
+    """Choose among candidates within a time.
+
+    Args:
+        candidates: the first is the default: it wins ties, and stays where time allows no other.
+        make: from a candidate and a fraction of the whole length to the method.
+        tasks: of meta-training; those held out in a rung are not learned from in it.
+        seconds: after which no trial is begun; one that is under way ends.
+        on_trial: told of each, for a bar.
+
+    Raises:
+        ValueError: no candidate; fewer than three tasks.
+    """
+    if not candidates:
+        raise ValueError("candidates is empty: there is nothing to choose from.")
+    if len(tasks) < 3:
+        raise ValueError(f"{len(tasks)} tasks: tuning holds some out and learns from two or more. Give three or more.")
+    return _Search(list(candidates), make, list(tasks), seconds, on_trial or (lambda trial: None)).run()
+
+
+@contextmanager
+def trial_bar(show: bool = True) -> Iterator[Callable[[Trial], None]]:
+    """Show the trials as they are made; hidden under CI and xdist, as other bars."""
+    hidden = not show or "CI" in os.environ or "PYTEST_XDIST_WORKER" in os.environ
+    with tqdm(unit="trial", desc="tune", disable=hidden, dynamic_ncols=True) as bar:
+
+        def told(trial: Trial) -> None:
+            bar.set_postfix_str(f"rung {trial.rung + 1}, {trial.loss:.3f}: {trial.settings}", refresh=False)
+            bar.update()
+
+        yield told
+
+
+class _Judged(NamedTuple):
+    """A candidate's scores on held-out tasks, and the predictions that a temperature is fitted to."""
+
+    scores: list[Mapping[str, float]]
+    predictions: list[tuple[Tensor, Tensor]]
+
+
+class _Search:
+    """The state of a search: what is known of costs, and when it has to end."""
+
+    def __init__(
+        self,
+        candidates: list[Candidate],
+        make: Callable[[Candidate, float], Contender],
+        tasks: list[Task],
+        seconds: float,
+        on_trial: Callable[[Trial], None],
+    ) -> None:
+        self.candidates, self.make, self.tasks, self.on_trial = candidates, make, tasks, on_trial
+        self.start = time.monotonic()
+        self.seconds = seconds
+        self.parts = dealt(tasks, min(PARTS, len(tasks)))
+        self.trials: list[Trial] = []
+        self.notes: list[str] = []
+        self.whole, self.adapting = 0.0, 0.0  # seconds of a meta-training of the whole length, and of an adaptation
+
+    def run(self) -> Tuning:
+        """Climb the rungs."""
+        going, share, rungs = self._begin()
+        last: dict[str, _Judged] = {}
+        reached = 0
+        for rung in range(rungs):
+            if rung:
+                going = going[: (len(going) + 1) // 2]
+                share = min(1.0, max(2.0 * share, self._share(going, rungs - rung)))
+            complete = self._rung(going, rung, share)
+            if not complete:
+                self.notes.append(f"time ran out in rung {rung + 1} of {rungs}")
+                break
+            last, reached = complete, rung
+            going = self._ranked([c for c in going if c.name in last], last)
+        best = going[0]
+        predictions = last[best.name].predictions
+        return Tuning(
+            best.name,
+            best.meta,
+            best.adapt,
+            tuple(self.trials),
+            tuple(task.name for task in self._held_out(reached)),
+            "mse" if self.tasks[0].kind == "regression" else "nll",
+            fit_temperature(predictions) if predictions else None,
+            tuple(self.notes),
+        )
+
+    def _begin(self) -> tuple[list[Candidate], float, int]:
+        """Time the first candidate, and return the candidates, the share of the first rung, and the number of rungs."""
+        going = self.candidates
+        rungs = max(math.ceil(math.log2(len(going))), 1)
+        if len(going) == 1:
+            return going, 1.0, 1
+        learned, held_out = self._split(0)
+        self._judge(self.make(going[0], LEAST_SHARE), {}, "", learned, held_out)
+        trainings = len({repr(sorted(c.meta.items())) for c in going})
+        each = self.adapting + self.whole * trainings / len(going)
+        room = max(int(self._left() / rungs / max(each, 1e-9)), 1)
+        if room < len(going):
+            self.notes.append(f"{room} of {len(going)} candidates were tried: there was no time for more")
+            going = going[:room]
+        return going, min(1.0, max(LEAST_SHARE, self._share(going, rungs))), max(math.ceil(math.log2(len(going))), 1)
+
+    def _rung(self, going: Sequence[Candidate], rung: int, share: float) -> dict[str, _Judged]:
+        """Judge the candidates of a rung; none are returned where time ran out, but for those of the first rung."""
+        learned, held_out = self._split(rung)
+        found: dict[str, _Judged] = {}
+        states: dict[str, Any] = {}
+        for place, candidate in enumerate(going):
+            if self._left() <= 0.0 and (rung or place):
+                break
+            begun = time.monotonic()
+            contender = self.make(candidate, share)
+            key = repr(sorted(candidate.meta.items()))
+            result = self._judge(contender, states, key, learned, held_out)
+            found[candidate.name] = result
+            seconds = time.monotonic() - begun
+            loss = statistics.fmean(score["nll"] for score in result.scores)
+            trial = Trial(candidate.name, rung, share, loss, round(seconds, 2))
+            self.trials.append(trial)
+            self.on_trial(trial)
+        return found if rung == 0 or len(found) == len(going) else {}
+
+    def _judge(
+        self,
+        contender: Contender,
+        states: dict[str, Any],
+        key: str,
+        learned: Sequence[Task],
+        held_out: Sequence[Task],
+    ) -> _Judged:
+        try:
+            if key not in states:
+                begun = time.monotonic()
+                states[key] = contender.meta_train(learned)
+                self.whole = max(self.whole, time.monotonic() - begun)
+            begun = time.monotonic()
+            posteriors = contender.adapt(states[key], held_out)
+            result = _Judged([], [])
+            for task, posterior in zip(held_out, posteriors, strict=True):
+                score, pair = _scored(posterior, task)
+                result.scores.append(score)
+                result.predictions.extend(pair)
+            self.adapting = max(self.adapting, time.monotonic() - begun)
+        except (DivergedError, ChainLostError):
+            return _Judged([FAILED], [])
+        return result
+
+    def _split(self, rung: int) -> tuple[list[Task], list[Task]]:
+        """Return the tasks that a rung learns from, and those that it is judged by."""
+        held_out = self._held_out(rung)
+        names = {task.name for task in held_out}
+        return [task for task in self.tasks if task.name not in names], held_out
+
+    def _held_out(self, rung: int) -> list[Task]:
+        """The tasks that a rung is judged by, each with rows that adaptation does not see."""
+        return [judged(task, MOST_ROWS) for task in self.parts[rung % len(self.parts)]]
+
+    def _ranked(self, going: Sequence[Candidate], found: Mapping[str, _Judged]) -> list[Candidate]:
+        """Order the candidates, best first: by mean NLL, the earlier of equals."""
+        left, ranked = list(going), []
+        while left:
+            best = choose(left, [found[c.name].scores for c in left]).best
+            ranked.append(best)
+            left.remove(best)
+        return ranked
+
+    def _share(self, going: Sequence[Candidate], rungs_left: int) -> float:
+        """The fraction of the whole length that a rung's part of the time has room for."""
+        trainings = len({repr(sorted(c.meta.items())) for c in going})
+        done = max((trial.share for trial in self.trials), default=LEAST_SHARE)
+        room = self._left() / rungs_left - len(going) * self.adapting
+        return room / max(trainings * self.whole / done, 1e-9)
+
+    def _left(self) -> float:
+        return self.seconds - (time.monotonic() - self.start)
+
+
+def _scored(posterior: Posterior, task: Task) -> tuple[Mapping[str, float], list[tuple[Tensor, Tensor]]]:
+    """Score one task; of classes, return what a temperature is fitted to."""
+    assert task.test is not None
+    p = _predicted(posterior, task.test)
+    values = scores(p, task.test, task)
+    if task.kind == "regression":
+        return {"nll": values["mse"], "ece": 0.0}, []
+    pair = [] if task.kind == "tokens" else [(p, task.test.target.cpu())]
+    return {"nll": values["nll"], "ece": values["ece"]}, pair
+
+
+def _predicted(posterior: Posterior, rows: Rows) -> Tensor:
+    parts = [posterior.predict(rows.take(slice(k, k + PASS_ROWS))) for k in range(0, len(rows), PASS_ROWS)]
+    return torch.cat(parts).cpu()

@@ -1,0 +1,123 @@
+"""The tuner on made-up methods with known losses: it finds the best, in time, and never one that diverges."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_lift import DivergedError, Task
+from pyro_lift.tuning.held_out import dealt, has_unseen_rows
+from pyro_lift.tuning.search import Candidate, Trial, search
+
+
+class Guess(NamedTuple):
+    """A posterior that gives the right class a fixed probability; every row's class is in its input."""
+
+    p: float
+
+    def predict(self, inputs: Any) -> Tensor:
+        right = torch.nn.functional.one_hot(inputs.inputs[""].long().squeeze(-1), 2)
+        return torch.where(right == 1, self.p, 1.0 - self.p)
+
+
+class MadeUp:
+    """A method whose probability of the right class grows with the length, towards what its settings allow."""
+
+    made: list[tuple[str, float, int]] = []  # noqa: RUF012
+
+    def __init__(self, candidate: Candidate, share: float, seconds: float = 0.0) -> None:
+        self.candidate, self.share, self.seconds = candidate, share, seconds
+
+    def meta_train(self, tasks: Sequence[Task]) -> float:
+        time.sleep(self.seconds)
+        MadeUp.made.append((self.candidate.name, self.share, len(tasks)))
+        if self.candidate.meta.get("diverges"):
+            raise DivergedError("the loss is nan", 0)
+        return 0.5 + 0.4 * self.share
+
+    def adapt(self, state: float, tasks: Sequence[Task]) -> list[Guess]:
+        return [Guess(state * self.candidate.adapt["quality"]) for _ in tasks]
+
+
+def tasks(number: int = 10) -> list[Task]:
+    y = torch.arange(6) % 2
+    return [Task(f"t{k}", (y.float().unsqueeze(-1), y), num_classes=2) for k in range(number)]
+
+
+def candidates(*qualities: float) -> list[Candidate]:
+    return [Candidate(f"q{q:g}", {"q": q}, {"quality": q}) for q in qualities]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    MadeUp.made = []
+
+
+def test_the_best_is_found_and_each_rung_halves_the_candidates() -> None:
+    told: list[Trial] = []
+    qualities = (0.6, 0.7, 1.0, 0.5, 0.8, 0.9, 0.4, 0.3)
+    tuning = search(candidates(*qualities), MadeUp, tasks(), seconds=60, on_trial=told.append)
+    assert tuning.chosen == "q1" and tuning.adapt == {"quality": 1.0}
+    assert [sum(t.rung == rung for t in told) for rung in range(3)] == [8, 4, 2]
+    assert tuple(told) == tuning.trials
+    shares = [next(t.share for t in told if t.rung == rung) for rung in range(3)]
+    assert shares == sorted(shares) and shares[-1] <= 1.0
+    assert tuning.measure == "nll" and tuning.temperature is not None and tuning.temperature < 1.0
+    assert f"*{tuning.chosen}" in tuning.table()
+
+
+def test_a_fifth_is_held_out_another_one_in_every_rung_and_never_learned_from() -> None:
+    tuning = search(candidates(0.6, 0.7, 0.8, 0.9), MadeUp, tasks(10), seconds=60)
+    assert {count for _, _, count in MadeUp.made} == {8}
+    assert tuning.held_out == ("t1", "t6")  # the second rung's
+    assert dealt(range(7), 3) == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def test_a_candidate_that_diverges_is_never_chosen() -> None:
+    bad = Candidate("bad", {"diverges": True}, {"quality": 1.0})
+    tuning = search([bad, *candidates(0.5)], MadeUp, tasks(), seconds=60)
+    assert tuning.chosen == "q0.5"
+    assert any(math.isinf(trial.loss) for trial in tuning.trials if trial.settings == "bad")
+    assert all(math.isfinite(trial["loss"]) for trial in tuning.to_dict()["trials"])
+
+
+def test_among_equals_the_first_is_chosen() -> None:
+    same = [Candidate(f"c{k}", {"k": k}, {"quality": 0.8}) for k in range(4)]
+    assert search(same, MadeUp, tasks(), seconds=60).chosen == "c0"
+
+
+def test_candidates_that_differ_in_adaptation_alone_share_a_meta_training() -> None:
+    shared = [Candidate(f"a{q}", {"m": 1}, {"quality": q}) for q in (0.5, 0.9)]
+    tuning = search(shared, MadeUp, tasks(), seconds=60)
+    assert tuning.chosen == "a0.9"
+    assert len(MadeUp.made) == 2  # one to time it, one in the only rung
+
+
+def test_it_ends_in_time_and_says_what_there_was_no_time_for() -> None:
+    def slow(candidate: Candidate, share: float) -> MadeUp:
+        return MadeUp(candidate, share, seconds=0.05)
+
+    start = time.monotonic()
+    tuning = search(candidates(*[0.3 + 0.01 * k for k in range(64)]), slow, tasks(), seconds=0.6)
+    assert time.monotonic() - start < 5.0
+    assert tuning.notes and len(tuning.trials) < 64
+    assert search(candidates(0.9, 0.8), slow, tasks(), seconds=1e-3).chosen == "q0.9"
+
+
+def test_too_few_tasks_and_no_candidate_are_refused() -> None:
+    with pytest.raises(ValueError, match="Give three or more"):
+        search(candidates(0.5), MadeUp, tasks(2), seconds=1)
+    with pytest.raises(ValueError, match="candidates is empty"):
+        search([], MadeUp, tasks(), seconds=1)
+
+
+def test_rows_of_other_parts_than_train_are_unseen() -> None:
+    rows = (torch.zeros(2, 1), torch.zeros(2).long())
+    assert not has_unseen_rows(Task("t", rows, num_classes=2))
+    assert has_unseen_rows(Task("t", rows, num_classes=2, dev=rows))
