@@ -116,6 +116,8 @@ def method_of(
         own["settings"] = problem.settings
     elif name == "union-train":
         values["meta_learning_rate"] = s.sgd_learning_rate
+    elif name == "lora-tuned":  # chooses on the task's own rows, from as many rates as the others
+        own["rates"] = tuple(rate * rate_of(adapter, problem) for rate in sizes.rates)
     elif name == "reptile":  # an outer step no longer than its share of the gradients
         own["tasks_per_step"] = 2
     return BASELINES[name](adapter, Budget(**{**values, **options}), **own)
@@ -208,7 +210,8 @@ def predict_rows(posterior: Any, rows: Rows) -> Tensor:
 
 def _bytes(posterior: Any) -> int:
     """Count what has to be kept of a task: draws of the adapter and of its head, each value once."""
-    tensors = [getattr(posterior, name, None) for name in ("thetas", "heads", "head")]
+    kept = getattr(posterior, "posterior", posterior)
+    tensors = [getattr(kept, name, None) for name in ("thetas", "heads", "head")]
     return sum(torch.unique(x, dim=0).nbytes if x.dim() > 1 else x.nbytes for x in tensors if isinstance(x, Tensor))
 
 

@@ -46,9 +46,11 @@ def lift_candidates(
         if len(drawn) == trainings:
             break
         multiples: dict[str, Any] = {name: chosen.choice(list(values)) for name, values in META.items()}
+        multiples["translation"] = chosen.choice(["none", "saga"])
         if heads:
             multiples["head"] = chosen.choice(["solve", "laplace"])
-        changed = {name: value for name, value in multiples.items() if value not in (1.0, settings.head)}
+        unchanged = (1.0, settings.head, settings.translation)
+        changed = {name: value for name, value in multiples.items() if value not in unchanged}
         if changed not in drawn:
             drawn.append(changed)
     candidates = []
@@ -85,8 +87,7 @@ def _meta(settings: LiFTSettings, multiples: Mapping[str, Any]) -> dict[str, Any
         values |= {name: _times(getattr(settings, name), multiples["beta"]) for name in ("beta", "sigma")}
         # Widths that are given have another default of the temperature than widths that are left open.
         values = {"temperature": settings.temperature, "n_inflate": settings.n_inflate, **values}
-    if "head" in multiples:
-        values["head"] = multiples["head"]
+    values |= {name: multiples[name] for name in ("translation", "head") if name in multiples}
     return values
 
 
