@@ -172,14 +172,19 @@ def adapt(
 @app.command()
 def predict(
     adapted: Annotated[Path, typer.Argument(help="folder that `adapt` wrote")],
-    task: Annotated[Path | None, typer.Option("--task", help="folder with the rows; else the adapted one")] = None,
+    task: Annotated[Path | None, typer.Option("--task", help="folder or file of rows; else the adapted one")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="JSONL file; by default in ADAPTED")] = None,
     device: OtherDevice = None,
+    which: Annotated[str, typer.Option(help="adapter that writes text: mean, draws, or a draw's number")] = "mean",
+    consensus: Annotated[str | None, typer.Option(help="of the draws: probabilities or mbr")] = None,
+    beams: Annotated[int, typer.Option(help="of the search for a text", min=1)] = 1,
+    max_new_tokens: Annotated[int | None, typer.Option(help="longest text; 64 if nothing says", min=1)] = None,
 ) -> None:
-    """Predict a task's test rows, averaged over the draws."""
+    """Predict rows, labelled or not: classes averaged over the draws, or texts with their probability."""
     from pyro_lift import commands
 
-    commands.predict(adapted, task, out, device=device)
+    writing = commands.Writing(int(which) if which.isdecimal() else which, consensus, beams, max_new_tokens)
+    commands.predict(adapted, task, out, device=device, writing=writing)
 
 
 @app.command()

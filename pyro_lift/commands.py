@@ -10,29 +10,62 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from pyro_lift.config import RunConfig, read_config
+from pyro_lift.data.layout import RECORD_FILES, TENSOR_FILES
+from pyro_lift.data.new_rows import choice_rows, new_tensor_rows, new_text_rows, rows_file
+from pyro_lift.data.text import TextForm
+from pyro_lift.generation.predictions import text_measures, text_predictions
 from pyro_lift.lift import LiFT
 from pyro_lift.metrics.task import scores
+from pyro_lift.metrics.text import METRICS
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.support import distributed
 from pyro_lift.support.archive import read_json, write_file, write_json
 from pyro_lift.support.moved import names_moved_from
+from pyro_lift.support.options import check_number
 from pyro_lift.wiring import adapter_of, device_of, encoder_of, task_of, tasks_of
 
-__all__ = ["adapt", "adapter_of", "encoder_of", "predict", "task_of", "tasks_of", "train", "tune"]
+__all__ = ["Writing", "adapt", "adapter_of", "encoder_of", "predict", "task_of", "tasks_of", "train", "tune"]
 
 log = logging.getLogger("pyro_lift")
 
 #: Names of the files inside the folders that the commands write.
 CONFIG, PRIOR = "run.toml", "prior.safetensors"
 RECORD, PREDICTIONS = "adapt.json", "predictions.jsonl"
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How answers are written.
+
+    Attributes:
+        which: ``"mean"``, ``"draws"`` or a draw's number.
+        consensus: of the draws: ``"probabilities"`` or ``"mbr"``.
+        beams: of the search; 1 is greedy.
+        max_new_tokens: longest answer; None takes the backbone's, or 64.
+    """
+
+    which: Any = "mean"
+    consensus: str | None = None
+    beams: int = 1
+    max_new_tokens: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return options of ``generate``."""
+        check_number("beams", self.beams, least=1, open_below=False, whole=True)
+        if self.max_new_tokens is not None:
+            check_number("max_new_tokens", self.max_new_tokens, least=1, open_below=False, whole=True)
+        chosen = {"consensus": self.consensus, "max_new_tokens": self.max_new_tokens}
+        beams = {"num_beams": self.beams} if self.beams > 1 else {}
+        return {name: value for name, value in chosen.items() if value is not None} | beams
 
 
 def train(
@@ -161,7 +194,7 @@ def adapt(
     write_json(out / RECORD, record)
     if task.test is not None:
         try:
-            results = _score(posterior, task, task.test)
+            results = _score(posterior, task, task.test) | _text_scores(posterior, task_folder)
         except (ValueError, TypeError, RuntimeError, IndexError) as error:
             raise ValueError(f"{out}: the draws are saved, but scoring them failed: {error}") from error
         posterior.save_pretrained(out, results=results)
@@ -172,15 +205,25 @@ def adapt(
 
 
 def predict(
-    folder: Path, task_folder: Path | None = None, out: Path | None = None, *, device: str | None = None
+    folder: Path,
+    task_folder: Path | None = None,
+    out: Path | None = None,
+    *,
+    device: str | None = None,
+    writing: Writing | None = None,
 ) -> Path:
-    """Predict the test rows of a task folder (train rows where there are no others); one JSON line a row.
+    """Predict the rows of a task folder or a file, with or without labels; one JSON line a row.
+
+    Of a folder these are its test rows, its train rows where there are no others. Where answers are written, a line has
+    the text, its log probability and how sure the draws are of it
+    (:func:`~pyro_lift.generation.predictions.text_predictions`).
 
     Args:
         folder: what :func:`adapt` wrote.
-        task_folder: of the rows; None takes the one that was adapted to.
+        task_folder: of the rows, or a file of them; None takes the one that was adapted to.
         out: of the predictions; None writes into ``folder``.
         device: in place of the prior's.
+        writing: how answers are written.
 
     Raises:
         ValueError: not an adapted folder, or one whose prior is gone; bad data, with file and line.
@@ -202,22 +245,47 @@ def predict(
         raise ValueError(f"{folder / RECORD}: the prior it was adapted from: {error}") from error
     adapter = adapter_of(config)
     adapter.to(device_of(device or config.output.device))
-    task = task_of(config, task_folder or Path(record["task_folder"]))
-    saved = TaskPosterior.from_pretrained(folder, adapter)
-    posterior = TaskPosterior(
-        adapter,
-        task,
-        saved.thetas,
-        saved.heads,
-        saved.component,
-        prediction_temperature=saved.prediction_temperature,
-    )
-    rows = task.test or task.train
+    posterior = TaskPosterior.from_pretrained(folder, adapter)
     # All lines before the first is written: a file of predictions is whole, or is not there.
-    lines = [json.dumps(line) for line in _predictions(task, posterior.predict(rows))]
-    write_file(out, "".join(f"{line}\n" for line in lines).encode())
-    print(f"{len(rows)} predictions written: {out}")
+    place = task_folder or Path(record["task_folder"])
+    lines = _predicted(posterior, config, place, writing or Writing())
+    write_file(out, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
+    measures = text_measures(lines, posterior.task.metric)
+    for name, value in measures.items():
+        print(f"{name} ({posterior.task.metric}): {value:.4f}")
+    print(f"{len(lines)} predictions written: {out}")
     return out
+
+
+def _predicted(posterior: TaskPosterior, config: RunConfig, place: Path, writing: Writing) -> list[dict[str, Any]]:
+    """Predict the rows of a folder or a file, as records."""
+    encoding, file = posterior.encoding, rows_file(place)
+    if file is not None and file.name.casefold().endswith(TENSOR_FILES):
+        rows = new_tensor_rows(file, posterior.task)
+        decoder = getattr(getattr(posterior.adapter.backbone, "config", None), "is_encoder_decoder", False)
+        if posterior.task.kind == "tokens" and decoder and "decoder_input_ids" not in rows.inputs:
+            tokens = posterior.generate(rows, writing.which, **writing.options())
+            return [{"row": number, "tokens": row} for number, row in enumerate(tokens.tolist())]
+        return list(_predictions(posterior.task, posterior.predict(rows)))
+    if file is None or encoding is None:  # pictures; or a folder of an earlier version, which has no tokenizer
+        task = task_of(config, place)
+        whole = TaskPosterior(
+            posterior.adapter,
+            task,
+            posterior.thetas,
+            posterior.heads,
+            posterior.component,
+            prediction_temperature=posterior.prediction_temperature,
+        )
+        return list(_predictions(task, whole.predict(task.test or task.train)))
+    texts = new_text_rows(file, cast(TextForm, encoding.form), encoding.labels)
+    if posterior.task.kind == "tokens":
+        return text_predictions(posterior, texts, writing.which, writing.options())
+    p = posterior.predict(choice_rows(encoding, texts, encoding.labels))
+    return [
+        line | ({"option": row.options[int(q[: len(row.options)].argmax())]} if row.options else {})
+        for line, row, q in zip(_predictions(posterior.task, p), texts, p, strict=True)
+    ]
 
 
 def _check_writable(folder: Path) -> None:
@@ -237,6 +305,15 @@ def _config_of(prior_folder: Path) -> RunConfig:
 def _score(posterior: TaskPosterior, task: Task, rows: Rows) -> dict[str, float]:
     """Score the posterior's averaged probabilities on some rows."""
     return scores(posterior.predict(rows), rows, task)
+
+
+def _text_scores(posterior: TaskPosterior, place: Path) -> dict[str, float]:
+    """Score what is written for a task's test rows by its metric; nothing where answers are not written."""
+    encoding, file = posterior.encoding, rows_file(place, RECORD_FILES)
+    if posterior.task.kind != "tokens" or encoding is None or file is None or posterior.task.metric not in METRICS:
+        return {}
+    rows = new_text_rows(file, cast(TextForm, encoding.form), encoding.labels)
+    return text_measures(text_predictions(posterior, rows), posterior.task.metric)
 
 
 def _predictions(task: Task, p: Tensor) -> Iterator[dict[str, Any]]:

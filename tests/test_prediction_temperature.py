@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
 from pyro_lift.inference.adaptation.temperature import fit_temperature, tempered
 from pyro_lift.support.archive import DamagedError, sealed
 
-OPTIONS = {"steps": 8, "draws": 2}
+OPTIONS: dict[str, Any] = {"steps": 8, "draws": 2}
 
 
 @pytest.fixture(scope="module")

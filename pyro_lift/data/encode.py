@@ -106,7 +106,7 @@ class _TextEncoder:
 
     def encoding(self, task: TextTask) -> TextEncoding:
         """Note how the task's texts are encoded, for new inputs of it."""
-        return TextEncoding(self, task.name, task.form, task.system)
+        return TextEncoding(self, task.name, task.form, task.system, task.labels)
 
 
 def _total(counts: Mapping[str, int]) -> int:

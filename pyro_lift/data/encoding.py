@@ -42,16 +42,22 @@ class TextEncoding:
         task: name of the task, which some encoders put before an input; empty for none.
         form: of the task, as :class:`~pyro_lift.data.text.TextTask` has it.
         system: what every input begins with, as there.
+        labels: of a classification, its labels.
     """
 
     encoder: TextEncoder
     task: str = ""
     form: str = "text_to_text"
     system: str = ""
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(self.labels))  # JSON has lists
 
     def about(self) -> dict[str, Any]:
         """Return all but the encoder, as JSON takes it."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "encoder"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "encoder"}
+        return {**values, "labels": list(self.labels)}
 
     def prompts(self, texts: Sequence[Given]) -> dict[str, Tensor]:
         """Encode inputs ``[n, L]`` by name of the backbone's keyword, for a causal model with padding on the left.

@@ -12,7 +12,7 @@ from pyro_lift.models.likelihoods import LossKind
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_choice
 
-__all__ = ["read_tensor_task"]
+__all__ = ["read_tensor_task", "read_tensors"]
 
 
 def read_tensor_task(folder: Path) -> Task:
@@ -31,7 +31,9 @@ def read_tensor_task(folder: Path) -> Task:
     parts: dict[str, dict[str, Tensor]] = {}
     kinds: dict[Path, str] = {}
     for part, path in files.items():
-        parts[part], kind = _read(path)
+        parts[part], kind = read_tensors(path)
+        if "labels" not in parts[part]:
+            raise ValueError(f"{path}: no tensor 'labels' among {', '.join(sorted(parts[part])) or 'none'}.")
         if kind is not None:
             check_choice(f"{path}: metadata kind", kind, get_args(LossKind))
             kinds[path] = kind
@@ -54,8 +56,12 @@ def read_tensor_task(folder: Path) -> Task:
         raise ValueError(f"{folder}: {error}") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Read the tensors of a file, and the kind that its metadata declares."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Read the tensors of a file, and the kind that its metadata declares.
+
+    Raises:
+        ValueError: a file that is not safetensors; names it.
+    """
     from safetensors import safe_open
 
     try:
@@ -64,8 +70,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
             kind = (file.metadata() or {}).get("kind")
     except Exception as error:  # whatever the parser met, the file is the reason
         raise ValueError(f"{path}: not a safetensors file ({error}).") from error
-    if "labels" not in tensors:
-        raise ValueError(f"{path}: no tensor 'labels' among {', '.join(sorted(tensors)) or 'none'}.")
     return tensors, kind
 
 

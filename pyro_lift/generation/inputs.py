@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_lift.data.chats import Message
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.rows import Rows
@@ -86,7 +87,7 @@ def are_strings(inputs: Any) -> bool:
 
 def _is_chat(value: Any) -> bool:
     """Tell whether an input is a list of messages."""
-    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (Mapping, Message))
 
 
 def read_prompts(inputs: Any, network: Any, encoding: TextEncoding | None) -> Prompts:

@@ -1,0 +1,170 @@
+"""Text tasks by the command line alone: train, adapt, and predict rows with and without labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_files import TOML
+from command_files import prepare as prepare_tensors
+from safetensors.torch import load_file, save_file
+from text_backbones import WRITERS
+from text_tokenizers import WORDS, tokenizer
+from tiny_backbones import FAMILIES
+from typer.testing import CliRunner
+
+from pyro_lift import TaskPosterior, commands
+from pyro_lift.cli import app
+from pyro_lift.commands import Writing
+from pyro_lift.config import read_config
+from pyro_lift.data.chats import Message
+from pyro_lift.wiring import adapter_of
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] + ' </s> ' }}{% endfor %}"
+KINDS = {"bart": "seq2seq", "llama": "causal", "bert": "encoder"}
+
+
+def row_of(form: str, k: int, *, answered: bool = True) -> dict[str, Any]:
+    given, said = f"{WORDS[k % 3]} {WORDS[7 + k % 2]}", WORDS[3 + k % 3]
+    if form == "chat":
+        messages = [{"role": "user", "content": given}, {"role": "assistant", "content": said}]
+        return {"messages": messages if answered else messages[:1]}
+    fields = {"completion": ("prompt", "completion")}.get(form, ("input", "output"))
+    row: dict[str, Any] = {fields[0]: given} | ({fields[1]: said} if answered else {})
+    return row | ({"options": [WORDS[3], WORDS[4], WORDS[5]]} if form == "multiple_choice" else {})
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def prepare(name: str, form: str, root: Path) -> Path:
+    """A backbone with its tokenizer, two training tasks and a new one, and a run's file."""
+    backbone = (WRITERS[name] if name in WRITERS else FAMILIES[name]).make()
+    backbone.save_pretrained(root / "model")  # type: ignore[operator, unused-ignore]
+    words = tokenizer(KINDS[name])
+    words.chat_template = TEMPLATE
+    words.save_pretrained(root / "model")
+    for task in ("tasks/a", "tasks/b", "new"):
+        (root / task).mkdir(parents=True)
+        for part, count in (("train", 6), ("test", 3)):
+            (root / task / f"{part}.jsonl").write_text(lines([row_of(form, k) for k in range(count)]))
+        if form == "classification":
+            (root / task / "task.json").write_text(json.dumps({"form": form}))
+    text = TOML.format(model=root / "model", kind=KINDS[name], tasks=root / "tasks", out=root / "prior", extra="")
+    (root / "run.toml").write_text(text.replace("[tasks]", "[tasks]\nmax_length = 16"))
+    return root / "run.toml"
+
+
+def run(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(app, [str(x) for x in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("bart", "completion"), ("bart", "multiple_choice"), ("llama", "chat"), ("llama", "classification")],
+)
+def test_texts_are_written_for_rows_with_and_without_answers(name: str, form: str, tmp_path: Path) -> None:
+    run("train", prepare(name, form, tmp_path))
+    adapted = tmp_path / "adapted"
+    run("adapt", tmp_path / "prior", "--task", tmp_path / "new", "--out", adapted)
+    assert 0.0 <= json.loads((adapted / "adapt.json").read_text())["score"] <= 1.0
+    run("predict", adapted, "--beams", "2", "--max-new-tokens", "4")
+    known = read(adapted / "predictions.jsonl")
+    assert [line["accepted"] for line in known] == [[WORDS[3 + k]] for k in range(3)]
+    # The folder of the new rows has another name and no training rows, and no answers.
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "test.jsonl").write_text(lines([row_of(form, k, answered=False) for k in range(3)]))
+    run("predict", adapted, "--task", tmp_path / "later", "--out", tmp_path / "later.jsonl", "--beams", "2",
+        "--max-new-tokens", "4")  # fmt: skip
+    new = read(tmp_path / "later.jsonl")
+    for one, other in zip(known, new, strict=True):
+        one.pop("accepted")
+        assert one == other
+        assert one["log_prob"] < 0.0 and one["entropy"] > 0.0 and one["mutual_information"] >= 0.0
+    if form in ("multiple_choice", "classification"):
+        assert all(sum(line["probabilities"].values()) == pytest.approx(1.0, abs=1e-5) for line in new)
+        assert all(line["label"] in WORDS[3:6] for line in new)
+
+    posterior = TaskPosterior.from_pretrained(adapted, adapter_of(read_config(tmp_path / "run.toml")))
+    inputs: list[Any] = [f"{WORDS[k % 3]} {WORDS[7 + k % 2]}" for k in range(3)]
+    if form == "chat":
+        inputs = [[Message("user", text)] for text in inputs]
+    assert posterior.generate(inputs, num_beams=2, max_new_tokens=4) == [line["text"] for line in new]
+
+
+def test_one_file_of_rows_is_predicted_by_draws_and_by_consensus(tmp_path: Path) -> None:
+    commands.train(prepare("bart", "text_to_text", tmp_path), progress=False)
+    commands.adapt(tmp_path / "prior", tmp_path / "new", tmp_path / "adapted", progress=False)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(lines([row_of("text_to_text", k, answered=k == 1) for k in range(3)]))
+    for writing in (Writing("draws"), Writing("draws", "mbr", max_new_tokens=3), Writing(1)):
+        written = read(commands.predict(tmp_path / "adapted", file, tmp_path / "out.jsonl", writing=writing))
+        assert [set(line) >= {"row", "text", "log_prob"} for line in written] == [True] * 3
+        assert [line.get("accepted") for line in written] == [None, ["two"], None]
+    with pytest.raises(ValueError, match="which='some'"):
+        commands.predict(tmp_path / "adapted", file, tmp_path / "out.jsonl", writing=Writing("some"))
+
+
+def test_rows_without_labels_have_their_classes_predicted(tmp_path: Path) -> None:
+    commands.train(prepare("bert", "classification", tmp_path), progress=False)
+    commands.adapt(tmp_path / "prior", tmp_path / "new", tmp_path / "adapted", progress=False)
+    known = read(commands.predict(tmp_path / "adapted"))
+    file = tmp_path / "rows.tsv"
+    file.with_suffix(".jsonl").write_text(lines([row_of("classification", k, answered=False) for k in range(3)]))
+    new = read(commands.predict(tmp_path / "adapted", file.with_suffix(".jsonl"), tmp_path / "out.jsonl"))
+    assert [line["label"] for line in new] == [line["label"] for line in known]
+    for one, other in zip(known, new, strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+    file.with_suffix(".jsonl").write_text('{"input": "red cat"}\n{"input": 3}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: the input is 3"):
+        commands.predict(tmp_path / "adapted", file.with_suffix(".jsonl"), tmp_path / "out.jsonl")
+    file.with_suffix(".jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl: no rows to predict"):
+        commands.predict(tmp_path / "adapted", file.with_suffix(".jsonl"), tmp_path / "out.jsonl")
+
+
+def test_options_of_rows_without_answers_are_chosen_from(tmp_path: Path) -> None:
+    commands.train(prepare("bert", "multiple_choice", tmp_path), progress=False)
+    commands.adapt(tmp_path / "prior", tmp_path / "new", tmp_path / "adapted", progress=False)
+    (tmp_path / "later").mkdir()
+    rows = [row_of("multiple_choice", k, answered=False) for k in range(3)]
+    rows[1]["options"] = ["red", "two"]
+    (tmp_path / "later" / "test.jsonl").write_text(lines(rows))
+    new = read(commands.predict(tmp_path / "adapted", tmp_path / "later", tmp_path / "out.jsonl"))
+    assert all(line["option"] == row["options"][line["label"]] for line, row in zip(new, rows, strict=True))
+
+
+def test_tensors_without_labels_and_without_training_rows_are_predicted(tmp_path: Path) -> None:
+
+    commands.train(prepare_tensors("bert", tmp_path), progress=False)
+    commands.adapt(tmp_path / "prior", tmp_path / "new", tmp_path / "adapted", progress=False)
+    known = read(commands.predict(tmp_path / "adapted"))
+    tensors = load_file(tmp_path / "new" / "test.safetensors")
+    (tmp_path / "later").mkdir()
+    unlabelled = {name: x for name, x in tensors.items() if not name.startswith("label")}
+    save_file(unlabelled, tmp_path / "later" / "test.safetensors")
+    assert read(commands.predict(tmp_path / "adapted", tmp_path / "later", tmp_path / "out.jsonl")) == known
+    save_file({"labels": tensors["labels"]}, tmp_path / "later" / "test.safetensors")
+    with pytest.raises(ValueError, match=r"test\.safetensors: no inputs among labels"):
+        commands.predict(tmp_path / "adapted", tmp_path / "later", tmp_path / "out.jsonl")
+
+
+def test_an_encoder_decoder_writes_for_tensors_that_nobody_has_answered(tmp_path: Path) -> None:
+
+    commands.train(prepare_tensors("t5", tmp_path), progress=False)
+    commands.adapt(tmp_path / "prior", tmp_path / "new", tmp_path / "adapted", progress=False)
+    tensors = load_file(tmp_path / "new" / "test.safetensors")
+    save_file({name: tensors[name] for name in ("input_ids", "attention_mask")}, tmp_path / "rows.safetensors")
+    out = commands.predict(
+        tmp_path / "adapted", tmp_path / "rows.safetensors", tmp_path / "out.jsonl", writing=Writing(max_new_tokens=3)
+    )
+    assert [len(line["tokens"]) <= 3 for line in read(out)] == [True] * 8
