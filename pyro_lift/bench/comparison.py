@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from pyro_lift.bench import report
 from pyro_lift.bench.records import Record, write_records
+from pyro_lift.bench.text_to_text import WritingSettings, written_scores
 from pyro_lift.bench.tuner import FAILED, tune
 from pyro_lift.config import AdapterConfig, BackboneConfig, OutputConfig, RunConfig, TasksConfig
 from pyro_lift.data.collection import TaskCollection
@@ -98,6 +99,7 @@ class Benchmark(NamedTuple):
         measures: keys of the records that the table shows, and what they are called.
         heads: of every task, where they have any.
         texts: the tasks as strings, for the metrics that compare strings.
+        writing: how answers are written, where methods are judged by that; None judges them by probabilities.
     """
 
     tasks: TaskCollection[Task]
@@ -105,6 +107,7 @@ class Benchmark(NamedTuple):
     measures: Mapping[str, str]
     heads: HeadPolicy = HeadPolicy()
     texts: TaskCollection[TextTask] | None = None
+    writing: WritingSettings | None = None
 
 
 def benchmark_of(
@@ -269,6 +272,9 @@ def _run_method(contender: _Contender) -> list[Record]:
         posterior = contender.method(rate).adapt(state, task, seed=seed)
         adapt_seconds = time.perf_counter() - start
         rows, texts = _judged_rows(benchmark, task, settings.test_rows)
+        written: dict[str, float] = {}
+        if benchmark.writing is not None and texts is not None:
+            written = written_scores(posterior, task, rows, texts, benchmark.writing)
         records.append(
             {
                 "method": name,
@@ -277,6 +283,7 @@ def _run_method(contender: _Contender) -> list[Record]:
                 "metric": task.metric,
                 "rows": len(rows),
                 **scores(_predicted(posterior, task, rows), rows, task, texts),
+                **written,
                 "rate": None if name in CHOOSE else rate,
                 "meta_seconds": round(meta_seconds, 2),
                 "adapt_seconds": round(adapt_seconds, 2),
