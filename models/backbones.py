@@ -42,14 +42,23 @@ TIMM_ATTENTION = r".*attn\.(qkv|proj)"
 RECIPES: dict[str, str | list[str]] = {
     "bart": ["q_proj", "k_proj", "v_proj", "out_proj"],
     "t5": ["q", "k", "v", "o"],
+    "mt5": ["q", "k", "v", "o"],
     "gpt2": ["c_attn", "attn.c_proj"],
     "gpt_neox": ["query_key_value", "attention.dense"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "mistral": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "qwen2": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "qwen3": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "gemma": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "gemma2": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "gemma3_text": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "smollm3": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "phi": ["q_proj", "k_proj", "v_proj", "dense"],
+    "phi3": ["qkv_proj", "o_proj"],  # one A for query, key and value together
     "opt": ["q_proj", "k_proj", "v_proj", "out_proj"],
     "bert": ["query", "key", "value", "attention.output.dense"],
     "roberta": ["query", "key", "value", "attention.output.dense"],
+    "modernbert": ["Wqkv", "attn.Wo"],  # one A for query, key and value together
     "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin"],
     "vit": [],  # by transformers' version, see _vit_layers
     "timm": TIMM_ATTENTION,
