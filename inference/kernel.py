@@ -21,7 +21,9 @@ from torch import Tensor
 
 from pyro_lift.inference.admission import refuse_discrete, site_transforms
 from pyro_lift.inference.program import Program
+from pyro_lift.inference.sgld import diverged
 from pyro_lift.inference.top_level import at_top_level
+from pyro_lift.inference.watch import Watch, watch_on
 from pyro_lift.support.options import check_number
 from pyro_lift.support.random_streams import own_global_stream
 
@@ -40,7 +42,7 @@ class Draw(NamedTuple):
     log_likelihood: Tensor
     grad_norm: Tensor
     step_size: float
-    clipped: bool
+    clipped: bool | Tensor
     task: int
 
 
@@ -63,7 +65,7 @@ class StepInfo(Protocol):
         ...
 
     @property
-    def clipped(self) -> bool:
+    def clipped(self) -> bool | Tensor:
         """Whether the gradient was scaled down."""
         ...
 
@@ -93,6 +95,7 @@ class Kernel(MCMCKernel):
         self._preset: dict[str, Tensor] | None = None
         self._generator: torch.Generator | None = None
         self._noise_generator: torch.Generator | None = None
+        self._watch: Watch | None = None
         self._warmup_steps = 0
         self._draws: list[Draw] = []
         self._sampling_since = self._sampling_until = 0.0
@@ -103,7 +106,7 @@ class Kernel(MCMCKernel):
 
     # A torch.Generator cannot be sent to a spawned worker, and Pyro would wait for that worker for ever.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_generator": None, "_noise_generator": None}
+        return {**self.__dict__, "_generator": None, "_noise_generator": None, "_watch": None}
 
     def _begin(self, warmup_steps: int) -> None:
         self._warmup_steps = warmup_steps
@@ -169,6 +172,23 @@ class Kernel(MCMCKernel):
         self._noise_generator = self._generator
         if device.type != "cpu":
             self._noise_generator = torch.Generator(device=device).manual_seed(self._generator.initial_seed())
+        self._watch = None if self.distributed else watch_on(device)
+
+    def look(self, *, due: bool = False) -> None:
+        """Look at the visits since the last look, where the chain is on an accelerator; see the module ``watch``.
+
+        Args:
+            due: do nothing unless it is time for a look.
+
+        Raises:
+            DivergedError: a visit failed; the chain stands where it began.
+        """
+        if self._watch is None or (due and not self._watch.due):
+            return
+        failure = self._watch.look()
+        if failure is not None:
+            self.state = self.state._replace(step=failure.step)
+            raise diverged(failure)
 
     def _keep(self, info: StepInfo, task: int) -> None:
         self._sampling_until = time.perf_counter()
@@ -195,16 +215,12 @@ class Kernel(MCMCKernel):
             statistic, with one entry a draw; ``report``, see :meth:`report`; ``seconds``, of the wall clock, spent on
             draws.
         """
-        stats = {
-            "log_likelihood": [float(d.log_likelihood) for d in self._draws],
-            "grad_norm": [float(d.grad_norm) for d in self._draws],
-            "step_size": [d.step_size for d in self._draws],
-            "clipped": [d.clipped for d in self._draws],
-            "task": [d.task for d in self._draws],
-        }
+        self.look()
+        columns = {name: _column([getattr(draw, name) for draw in self._draws]) for name in Draw._fields}
+        stats = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in columns.items()}
         return {
             "divergences": [],
-            "clipped": [i for i, d in enumerate(self._draws) if d.clipped],
+            "clipped": [i for i, clipped in enumerate(stats["clipped"]) if clipped],
             "sample_stats": stats,
             "report": self.report(),
             "seconds": self._seconds(),
@@ -222,6 +238,7 @@ class Kernel(MCMCKernel):
     def state_dict(self) -> dict[str, Any]:
         """Everything the next transition depends on but what :meth:`rows` holds: tensors and plain data, nested."""
         assert self._generator is not None and self._noise_generator is not None
+        self.look()
         own = self._noise_generator is not self._generator
         return {
             "state": self.state._asdict(),
@@ -241,7 +258,7 @@ class Kernel(MCMCKernel):
         self._generator.set_state(tree["generator"].cpu())
         if self._noise_generator is not self._generator and tree["noise_generator"] is not None:
             self._noise_generator.set_state(tree["noise_generator"].cpu())
-        draws = dict(tree["draws"])
+        draws = to_device(here, dict(tree["draws"]))
         if "refused" in draws:  # of a run that an earlier version saved
             draws["clipped"] = draws.pop("refused")
         self._draws = [Draw(*row) for row in zip(*(draws[name] for name in Draw._fields), strict=True)]
@@ -261,8 +278,9 @@ class Kernel(MCMCKernel):
 
 
 def _column(values: list[Any]) -> Any:
-    """One statistic of all draws: a tensor where they are tensors."""
-    return torch.stack(values) if values and isinstance(values[0], Tensor) else values
+    """One statistic of all draws: a tensor where some of them are tensors."""
+    like = next((value for value in values if isinstance(value, Tensor)), None)
+    return values if like is None else torch.stack([torch.as_tensor(value).to(like) for value in values])
 
 
 def to_device(device: torch.device, value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 __all__ = ["ChainLostError", "LossWatch"]
@@ -53,9 +54,10 @@ class LossWatch:
         self._waiting.append((log_likelihood.detach(), tasks))
         if self._visits % EVERY:
             return
-        for value, visited in self._waiting:
+        values = torch.stack([value for value, _ in self._waiting]).tolist()  # a device is asked once
+        for value, (_, visited) in zip(values, self._waiting, strict=True):
             rows = sum(self._rows[k] for k in visited)
-            self._window.append((-float(value) / rows, sum(self._rows[k] * self._chance[k] for k in visited) / rows))
+            self._window.append((-value / rows, sum(self._rows[k] * self._chance[k] for k in visited) / rows))
         self._waiting.clear()
         if len(self._window) < (self._window.maxlen or 0):
             return

@@ -330,15 +330,17 @@ class _Reader(Messenger):
         if fn.size == 0:
             raise ValueError(f"the plate {name!r} is empty: a task without data cannot be trained on. Leave it out.")
         taken = fn.size if fn.subsample_size is None else min(fn.subsample_size, fn.size)
+        indices = msg["value"]
         if name == self.plate and self.index is not None:
-            msg["value"] = self.index
-            taken = len(self.index)
-        elif msg["value"] is None:
+            indices, taken = self.index, len(self.index)
+        elif indices is None:
             order = torch.randperm(fn.size, generator=self.generator) if taken < fn.size else torch.arange(fn.size)
-            msg["value"] = order[:taken].to(fn.device)
+            indices = order[:taken]
         self.plates[name] = PlateSize(fn.size, taken)
         if name == self.plate:
-            self.tasks = msg["value"].tolist()
+            self.tasks = indices.tolist()
+        # They are known on the host already: a device that is still busy is not waited for.
+        msg["value"] = indices.to(fn.device, non_blocking=True)
 
 
 def discrete_refusal(name: str, fn: Distribution) -> str:

@@ -89,9 +89,9 @@ class ProjectedTrace(StreamingStats):
             self._matrix = make(flat.numel(), self.coordinates, self.seed).to(flat)
         dense = self._matrix.dim() == 2
         projected = flat @ self._matrix if dense else sketched(flat, self.coordinates, self._matrix)
-        self.projections.append(projected.cpu())
+        self.projections.append(projected)
         norms = {"all": flat.norm()} if self.adapter is None else self.adapter.norms(flat)
-        self.norms.append(torch.stack(list(norms.values())).cpu())
+        self.norms.append(torch.stack(list(norms.values())))
 
     def merge(self, other: ProjectedTrace) -> ProjectedTrace:
         """This trace followed by the other."""
@@ -104,7 +104,7 @@ class ProjectedTrace(StreamingStats):
         """The trace so far."""
         if not self.projections:
             return {}
-        return {"projections": torch.stack(self.projections), "norms": torch.stack(self.norms)}
+        return {"projections": _on_host(self.projections), "norms": _on_host(self.norms)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on with a trace."""
@@ -121,7 +121,13 @@ class ProjectedTrace(StreamingStats):
     def get(self) -> dict[str, Any]:
         """``projection`` ``[S, M]``, ``norm`` ``[S, modules]`` and the modules' names."""
         return {
-            "projection": torch.stack(self.projections),
-            "norm": torch.stack(self.norms),
+            "projection": _on_host(self.projections),
+            "norm": _on_host(self.norms),
             "modules": self.modules,
         }
+
+
+def _on_host(rows: list[Tensor]) -> Tensor:
+    """Stack rows, which stay where they were computed until now; those of an earlier run are on the host already."""
+    devices = {row.device for row in rows}
+    return torch.stack(rows).cpu() if len(devices) == 1 else torch.stack([row.cpu() for row in rows])

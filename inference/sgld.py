@@ -6,6 +6,7 @@ being that of the *full-data* log density: a minibatch's sum scaled by N/b, neve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.schedules import Schedule
+from pyro_lift.inference.watch import Failure, Watch
 from pyro_lift.models.priors import LocalGaussian
 
 __all__ = [
@@ -24,7 +26,9 @@ __all__ = [
     "SGLDInfo",
     "SGLDSettings",
     "SGLDState",
+    "check_finite",
     "check_moved",
+    "diverged",
     "euler",
     "exponential",
     "init",
@@ -232,6 +236,7 @@ def step(
     *,
     adapt: bool = False,
     generator: torch.Generator | None = None,
+    watch: Watch | None = None,
 ) -> tuple[SGLDState, SGLDInfo]:
     """Make one transition of SGLD on every site at once; pure.
 
@@ -242,13 +247,14 @@ def step(
         adapt: whether the preconditioner's moving average still moves. Frozen after burn-in it leaves the target
             untouched; while it moves, the term that its dependence on the position would call for is left out.
         generator: source of the noise.
+        watch: of a chain on an accelerator, to which loss and gradient are left in place of a look at them.
 
     Raises:
         DivergedError: loss or gradient not finite; ``state`` is unchanged.
     """
     drift, s = density(state.position), settings
     eta = s.step_size(state.step)
-    norm = check_finite(drift, state.step)
+    norm = check_finite(drift, state.step, watch=watch)
     moments = dict(state.second_moment)
     position = {}
     for name, x in state.position.items():
@@ -267,6 +273,9 @@ def step(
             noise=gaussian_noise(x, generator),
             preconditioner=preconditioner,
         )
+    if watch is not None:
+        position = watch.kept_all(position, state.position)
+        moments = watch.kept_all(moments, state.second_moment)
     info = SGLDInfo(drift.log_likelihood, norm, eta, clipped=False)
     return SGLDState(state.step + 1, position, moments), info
 
@@ -276,29 +285,42 @@ def gaussian_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
 
 
-def check_finite(drift: Drift, step: int, tasks: tuple[int, ...] = ()) -> Tensor:
-    """Norm of the whole gradient; raises :class:`DivergedError` where it or the loss is not finite."""
+def check_finite(drift: Drift, step: int, tasks: tuple[int, ...] = (), watch: Watch | None = None) -> Tensor:
+    """Norm of the whole gradient; raises :class:`DivergedError` where it or the loss is not finite.
+
+    With a ``watch`` it is told of both, and nothing is raised here.
+    """
     norms = [torch.linalg.vector_norm(g).square() for g in drift.gradient.values()]
     norm = (norms[0] if len(norms) == 1 else torch.stack(norms).sum()).sqrt()
-    if not torch.isfinite(norm + drift.log_likelihood):
-        where = f"step {step}" + (f", task {', '.join(map(str, tasks))}" if tasks else "")
-        raise DivergedError(
-            f"{where}: log likelihood {float(drift.log_likelihood)}, gradient norm {float(norm)}. The chain has "
-            "stopped at its last good state. Use a smaller step_size, or look at this task's data.",
-            step,
-            tasks,
-        )
+    if watch is not None:
+        watch.see(step, tasks, drift.log_likelihood, norm)
+    elif not torch.isfinite(norm + drift.log_likelihood):
+        raise diverged(Failure(step, tasks, float(drift.log_likelihood), float(norm), ()))
     return norm
 
 
-def check_moved(moved: Mapping[str, Tensor], step: int, tasks: tuple[int, ...]) -> None:
-    """Raise :class:`DivergedError` unless every moved value is finite."""
+def check_moved(moved: Mapping[str, Tensor], step: int, tasks: tuple[int, ...], watch: Watch | None = None) -> None:
+    """Raise :class:`DivergedError` unless every moved value is finite; with a ``watch``, tell it of them instead."""
+    if watch is not None:
+        watch.see_moved(moved)
+        return
     for name, value in moved.items():
         if not torch.isfinite(value).all():
-            where = f"step {step}" + (f", task {', '.join(map(str, tasks))}" if tasks else "")
-            raise DivergedError(
-                f"{where}: the site {name!r} left the finite numbers. The chain has stopped at its last good state. "
-                "Use a smaller step_size.",
-                step,
-                tasks,
-            )
+            raise diverged(Failure(step, tasks, 0.0, 0.0, (name,)))
+
+
+def diverged(failure: Failure) -> DivergedError:
+    """Make the error of a transition that failed."""
+    step, tasks, log_likelihood, norm, sites = failure
+    where = f"step {step}" + (f", task {', '.join(map(str, tasks))}" if tasks else "")
+    if sites and math.isfinite(log_likelihood + norm):
+        text = (
+            f"{where}: the site {sites[0]!r} left the finite numbers. The chain has stopped at its last good state. "
+            "Use a smaller step_size."
+        )
+    else:
+        text = (
+            f"{where}: log likelihood {log_likelihood}, gradient norm {norm}. The chain has stopped at its last good "
+            "state. Use a smaller step_size, or look at this task's data."
+        )
+    return DivergedError(text, step, tasks)

@@ -168,8 +168,14 @@ class SGLD(Kernel):
         adapt = self.state.step < self._warmup_steps
         for _ in range(1 if adapt else self.thinning):
             self.state, self._info = sgld.step(
-                self.state, self._density, self._step_settings, adapt=adapt, generator=self._noise_generator
+                self.state,
+                self._density,
+                self._step_settings,
+                adapt=adapt,
+                generator=self._noise_generator,
+                watch=self._watch,
             )
+            self.look(due=True)
         if not adapt and self._info is not None:
             self._keep(self._info, -1)
         return dict(self.state.position)

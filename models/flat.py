@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import block_log_likelihood, stack_rows
+from pyro_lift.models.factors import factor
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.observation import batch_of, check_width, observe, outputs, sample_head
 from pyro_lift.models.solved_heads import SolvedHeads
@@ -70,7 +71,7 @@ class FlatAdapter:
         if self.solved is not None:
             count = self.solved.rows(self.task, self.batch_size)
             with pyro.plate("data", len(self.task.train), subsample_size=count) as rows:
-                pyro.factor("obs", self.solved.log_prob_at(0, self.task.train.take(rows), theta))
+                factor("obs", self.solved.log_prob_at(0, self.task.train.take(rows), theta))
             return
         head = sample_head("head", self.task, self.width, self.head_scale, like=theta)
         with pyro.plate("data", len(self.task.train), subsample_size=batch_of(self.task, self.batch_size)) as rows:
@@ -135,9 +136,9 @@ class FlatBlock:
                     batches.append(task.train.take(rows))
             block = stack_rows(batches, [len(task.train) for task in self.tasks], kind)
             if self.solved is not None:
-                pyro.factor("obs", self.solved.block_log_likelihood(range(len(self.tasks)), block, theta))
+                factor("obs", self.solved.block_log_likelihood(range(len(self.tasks)), block, theta))
                 return
-            pyro.factor("obs", block_log_likelihood(self.adapter, kind, block, theta, head, self.noise_scale))
+            factor("obs", block_log_likelihood(self.adapter, kind, block, theta, head, self.noise_scale))
 
     def log_likelihood(self, theta: Tensor, *, most: int | None = None) -> Tensor:
         """Compute the log likelihood ``[B]`` of each task's training rows at one theta ``[D]``, without heads.

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import block_log_likelihood, stack_rows
+from pyro_lift.models.factors import factor, normal
 from pyro_lift.models.observation import batch_of, check_width, observe, sample_head
 from pyro_lift.models.solved_heads import has_solved_head, solved_heads
 from pyro_lift.models.task import Task, check_task_names
@@ -92,18 +92,17 @@ class AdapterHierarchy:
 
     def __call__(self) -> None:
         """Run the program."""
-        # Arguments are not validated: it costs a pass over each vector, and the kernel looks at every value anyway.
-        phi = pyro.sample("phi", dist.Normal(self.prior_mean, self.sigma, validate_args=False).to_event(1))
+        phi = pyro.sample("phi", normal(self.prior_mean, self.sigma).to_event(1))
         if self.one_pass:
             return self._block(phi)
         for i in pyro.plate("tasks", len(self.tasks), subsample_size=self.block_size):
-            theta = pyro.sample(f"theta_{i}", dist.Normal(phi, self.beta, validate_args=False).to_event(1))
+            theta = pyro.sample(f"theta_{i}", normal(phi, self.beta).to_event(1))
             task = self.tasks[i]
             if self.solved is not None and has_solved_head(self.adapter, task, self.head_scale):
                 with pyro.plate(
                     f"data_{i}", len(task.train), subsample_size=self.solved.rows(task, self.batch_size)
                 ) as rows:
-                    pyro.factor(f"obs_{i}", self.solved.log_prob_at(i, task.train.take(rows), theta))
+                    factor(f"obs_{i}", self.solved.log_prob_at(i, task.train.take(rows), theta))
                 continue
             head = sample_head(f"head_{i}", task, self.width, self.head_scale, like=theta)
             with pyro.plate(f"data_{i}", len(task.train), subsample_size=batch_of(task, self.batch_size)) as rows:
@@ -112,7 +111,7 @@ class AdapterHierarchy:
 
     def _block(self, phi: Tensor) -> None:
         with pyro.plate("tasks", len(self.tasks), subsample_size=self.block_size) as index:
-            theta = pyro.sample("theta", dist.Normal(phi, self.beta, validate_args=False).to_event(1))
+            theta = pyro.sample("theta", normal(phi, self.beta).to_event(1))
             tasks = [self.tasks[i] for i in index.tolist()]
             solved = self.solved if has_solved_head(self.adapter, tasks[0], self.head_scale) else None
             head = None
@@ -126,10 +125,10 @@ class AdapterHierarchy:
                     batches.append(task.train.take(rows))
             block = stack_rows(batches, [len(task.train) for task in tasks], tasks[0].kind)
             if solved is not None:
-                pyro.factor("obs", solved.block_log_likelihood(index.tolist(), block, theta))
+                factor("obs", solved.block_log_likelihood(index.tolist(), block, theta))
                 return
             value = block_log_likelihood(self.adapter, tasks[0].kind, block, theta, head, self.noise_scale)
-            pyro.factor("obs", value)
+            factor("obs", value)
 
 
 def check_width_of_prior(name: str, width: float | Tensor, dim: int) -> None:

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Sequence
 
 import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.factors import factor, normal
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.task import Rows, Task
@@ -75,7 +75,8 @@ def sample_head(name: str, task: Task, width: int, scale: float | None, like: Te
         return None
     assert task.num_classes is not None
     zero = torch.zeros(task.num_classes, width + 1, dtype=like.dtype, device=like.device)
-    return torch.as_tensor(pyro.sample(name, dist.Normal(zero, scale).to_event(2)))
+    assert scale is not None
+    return torch.as_tensor(pyro.sample(name, normal(zero, scale).to_event(2)))
 
 
 def outputs(adapter: RandomAdapter, rows: Rows, theta: Tensor, head: Tensor | None) -> Tensor:
@@ -111,7 +112,7 @@ def observe(
 ) -> None:
     """Observe some rows as one site: one log probability a row, inside the minibatch plate."""
     log_prob = log_likelihood(task.kind, outputs(adapter, rows, theta, head), rows.target, noise_scale)
-    pyro.factor(name, log_prob)
+    factor(name, log_prob)
 
 
 @torch.no_grad()

@@ -40,7 +40,9 @@ class Rows:
         return self.target.shape[0]
 
     def take(self, index: Tensor | slice) -> Rows:
-        """Select some of the rows."""
+        """Select some of the rows; an index on the host goes to the rows' device once, and nobody waits for it."""
+        if isinstance(index, Tensor) and index.device != self.target.device:
+            index = index.to(self.target.device, non_blocking=True)
         return Rows({name: x[index] for name, x in self.inputs.items()}, self.target[index], self.shared)
 
     def to(self, device: torch.device | str) -> Rows:

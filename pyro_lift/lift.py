@@ -18,6 +18,7 @@ from pyro_lift.defaults import fitted, resolved
 from pyro_lift.inference.checkpoint.folder import saved_config
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import effective_weights
+from pyro_lift.inference.footprint import mixture_need
 from pyro_lift.inference.gibbs.accumulator import langevin_limit
 from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
@@ -248,6 +249,9 @@ class LiFT:
         kernel = self.kernel(program)
         watch = _loss_watch(program, s)
         make = partial(_ChainSummary, tuple(components), s.covariance, self.adapter)
+        kernel.memory_beside += [
+            mixture_need(mixture, self.adapter.initial, s.samples) for mixture in make().mixtures.values()
+        ]
         warmup_steps = s.sgd_steps + s.burn_in
         done = 0 if session is None else session.transitions
         with chain_bar(warmup_steps + s.samples, "meta-train", progress, done, on_step) as bar:

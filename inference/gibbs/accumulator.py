@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.gibbs.conjugate import NormalPair
+from pyro_lift.inference.watch import Watch
 
 __all__ = ["Accumulator", "GradientTable", "exact", "langevin_limit", "literal_update"]
 
@@ -58,9 +59,12 @@ class GradientTable:
         old, new = self.rows[block], gradient.detach().double()
         return new if old is None else new - old.double()
 
-    def store(self, block: int, gradient: Tensor) -> None:
-        """Keep the gradient of a block's last visit."""
-        self.rows[block] = gradient.detach().clone()
+    def store(self, block: int, gradient: Tensor, watch: Watch | None = None) -> None:
+        """Keep the gradient of a block's last visit; with a ``watch``, unless that visit failed."""
+        old, new = self.rows[block], gradient.detach().clone()
+        if watch is not None:
+            new = watch.kept(new, torch.zeros_like(new) if old is None else old)
+        self.rows[block] = new
 
     def tasks(self) -> Iterator[int]:
         """Blocks that have a row; with ``read`` and ``write``, the verbs of a store, for checkpoints."""

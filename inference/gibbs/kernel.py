@@ -11,6 +11,7 @@ from pyro.infer.autoguide.initialization import init_to_mean
 from torch import Tensor
 
 from pyro_lift.inference.admission import check_common, site_factors
+from pyro_lift.inference.footprint import Need, chain_needs, check_fits
 from pyro_lift.inference.gibbs import shared_visit
 from pyro_lift.inference.gibbs import translation as translations
 from pyro_lift.inference.gibbs import visit as gibbs_visit
@@ -181,6 +182,8 @@ class SGLDGibbs(Kernel):
             translation_step_size=None if translation_step_size is None else as_schedule(translation_step_size),
         )
         self.state = SGLDGibbsState(0, {}, {}, {}, {}, {})
+        #: What the run needs beside the chain: its statistics, say.
+        self.memory_beside: list[Need] = []
         self._plan: Plan | None = None
         self._info: SGLDGibbsInfo | None = None
 
@@ -254,12 +257,20 @@ class SGLDGibbs(Kernel):
         program = Program(self.model, request.plate, args, kwargs, self.init_strategy)
         with self._own_stream():
             self._plan = plan(program, request, self.settings, self._take_start(), self._generator)
+        self._check_memory(self._plan)
         self.state, self.transforms = self._plan.state, self._plan.transforms
         self._start_log_likelihood = self._plan.start_log_likelihood
         self._noise_from(self.state.phi)
+        self._plan.chain.cache.watch = self._watch
         if request.distributed:
             norms = {f"norm of {name}": float(value.norm()) for name, value in self.state.phi.items()}
             shared_visit.check_alike({**_flat(self.fingerprint()), **norms})
+
+    def _check_memory(self, planned: Plan) -> None:
+        """Hold what the run will keep against what is free (:mod:`~pyro_lift.inference.footprint`)."""
+        chain, phi = planned.chain, planned.state.phi
+        needs = chain_needs(chain, phi, planned.row_bytes)
+        check_fits([*needs, *self.memory_beside], next(iter(phi.values())).device)
 
     def report(self) -> dict[str, float | str]:
         """Step sizes without dimensions: below 2 the Euler step is stable, far below 1 its bias is small.
@@ -300,6 +311,7 @@ class SGLDGibbs(Kernel):
     def _visit(self) -> None:
         chain, phase = self.chain, self.phase
         if self._request.sgd_steps and self.state.step == self._request.sgd_steps:
+            self.look()
             self.state = end_of_sgd(self.state, chain)
         if self._request.distributed:
             self._shared_visit()
@@ -312,6 +324,7 @@ class SGLDGibbs(Kernel):
             self.state, self._info = sgd_step(self.state, chain, block, streams)
         else:
             self.state, self._info = gibbs_visit.step(self.state, chain, block, streams, phase)
+        self.look(due=True)
 
     def _shared_visit(self) -> None:
         assert self._generator is not None
@@ -419,6 +432,7 @@ class SGLDGibbs(Kernel):
     def theta(self, task: int) -> dict[str, Tensor]:
         """The latest values of one task's local sites, by family, unconstrained."""
         chain = self.chain
+        self.look()
         values = task_values(chain, (task,), self.state.offset)
         if values is None:
             shared = self._request.distributed and distributed.process()[1] > 1

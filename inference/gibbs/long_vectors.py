@@ -54,7 +54,14 @@ class Workspace:
         self._spare: Tensor | None = None
         #: The second moment whose mean root was measured last, and that mean.
         self.root_of: Tensor | None = None
-        self.root = 0.0
+        self.root: float | Tensor = 0.0
+        self._precisions: tuple[NormalPair, float, float] | None = None
+
+    def precisions(self, pair: NormalPair) -> tuple[float, float]:
+        """Return the precisions of phi and of theta given phi as numbers; a device is asked for them once."""
+        if self._precisions is None or self._precisions[0] is not pair:
+            self._precisions = pair, float(pair.prior_precision), 1.0 / float(pair.local_variance)
+        return self._precisions[1:]
 
     def spare_sum(self, current: Tensor) -> Tensor:
         """Return memory for the next S; where it is recycled, ``current`` becomes the spare one after the visit."""
@@ -64,13 +71,14 @@ class Workspace:
         return torch.empty_like(current) if spare is None or spare is current else spare
 
 
-def mean_root(second_moment: Tensor, workspace: Workspace) -> float:
-    """Mean of the root of the running mean square, as the preconditioner's damping takes it."""
+def mean_root(second_moment: Tensor, workspace: Workspace) -> float | Tensor:
+    """Mean of the root of the running mean square, as the preconditioner's damping takes it; stays on a device."""
     parts = []
     for v in split(second_moment, workspace.tile):
         (root, *_) = workspace.buffers.of(len(v))
         parts.append(torch.sqrt(v, out=root).sum())
-    return float(total(parts)) / len(second_moment)
+    mean = total(parts) / len(second_moment)
+    return float(mean) if mean.device.type == "cpu" else mean
 
 
 class LongStep(NamedTuple):
@@ -88,7 +96,7 @@ class LongStep(NamedTuple):
     step_size: float
     temperature: float
     second_moment: Tensor | None = None
-    damping: float = 0.0
+    damping: float | Tensor = 0.0
 
 
 def move_theta(
@@ -146,7 +154,7 @@ def draw_phi(
     like: Tensor,
 ) -> Tensor:
     """The exact draw of phi, in fresh memory of the dtype of ``like``."""
-    own, local = float(pair.prior_precision), 1.0 / float(pair.local_variance)
+    own, local = workspace.precisions(pair)
     precision = own + num_tasks * local
     spread = math.sqrt(temperature / precision)
     phi = torch.empty_like(like)

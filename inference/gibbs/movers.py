@@ -71,7 +71,7 @@ def long(
     pair, moment = chain.structure.pair_of[move.site.family], move.second_moment
     workspace = chain.cache.workspace(pair.global_site, move.site.leaf.detach())
     step = LongStep(
-        1.0 / float(pair.local_variance),
+        workspace.precisions(pair)[1],
         move.step_size,
         move.temperature,
         moment,
@@ -100,7 +100,7 @@ def long_families(structure: Structure, settings: Settings, run: Evaluation) -> 
     )
 
 
-def _damping(settings: Settings, moment: Tensor, workspace: Workspace) -> float:
+def _damping(settings: Settings, moment: Tensor, workspace: Workspace) -> float | Tensor:
     """Return what the preconditioner adds to the root, as :func:`~pyro_lift.inference.sgld.precondition` does."""
     if workspace.root_of is not moment:  # frozen after the warm-up, it needs no second look
         workspace.root_of, workspace.root = moment, mean_root(moment, workspace)

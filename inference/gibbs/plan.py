@@ -68,6 +68,7 @@ class Plan(NamedTuple):
         transforms: from constrained to unconstrained space, by global site.
         start_log_likelihood: of the first block, at the start.
         report: step sizes without dimensions.
+        row_bytes: of one task's theta.
     """
 
     chain: Chain
@@ -75,6 +76,7 @@ class Plan(NamedTuple):
     transforms: dict[str, Any]
     start_log_likelihood: float
     report: dict[str, float | str]
+    row_bytes: int
 
 
 def plan(
@@ -138,18 +140,22 @@ def plan(
     settings, translation, moves = plan_translation(program, phi, structure, settings, wanted)
     report |= moves
     log.info("dimensionless steps at the start: %s", report)
-    chain = Chain(program, structure, _store(request, run, structure), settings, cache, translation)
+    row_bytes = _row_bytes(run, structure)
+    chain = Chain(program, structure, _store(request, run, structure, row_bytes), settings, cache, translation)
     state = init(structure, cache, phi)
     transforms = {k: t for k, t in site_transforms(run).items() if k in run.globals}
-    return Plan(chain, state, transforms, float(run.log_likelihood.detach()), report)
+    return Plan(chain, state, transforms, float(run.log_likelihood.detach()), report, row_bytes)
 
 
-def _store(request: Request, run: Evaluation, structure: Structure) -> ThetaStore:
+def _row_bytes(run: Evaluation, structure: Structure) -> int:
+    """Return the bytes of a task's row; the mean over the tasks of the first pass."""
+    return sum(x.leaf.numel() * x.leaf.element_size() for x in run.locals.values()) // structure.pass_size
+
+
+def _store(request: Request, run: Evaluation, structure: Structure, row_bytes: int) -> ThetaStore:
     if not isinstance(request.store, str):
         check_own_store(request.store, structure.num_tasks)
-    rows = [site.leaf for site in run.locals.values()]
-    row_bytes = sum(x.numel() * x.element_size() for x in rows) // structure.pass_size
-    device = next((x.device for x in rows), torch.device("cpu"))
+    device = next((site.leaf.device for site in run.locals.values()), torch.device("cpu"))
     return make_store(request.store, structure.num_tasks, row_bytes, device)
 
 

@@ -38,7 +38,7 @@ from pyro_lift.inference.gibbs.state import (
     Structure,
 )
 from pyro_lift.inference.gibbs.warmup import sgd_gradient, sgd_update
-from pyro_lift.inference.sgld import DivergedError
+from pyro_lift.inference.sgld import DivergedError, check_moved
 from pyro_lift.inference.stores.store import ThetaStore
 from pyro_lift.support.distributed import add_up, collected, process
 from pyro_lift.support.random_streams import generator
@@ -200,7 +200,8 @@ def visit(
     tasks = tuple(index.tolist())
     if phase == "sgd":
         eta = settings.sgd_step_size(state.step)
-        after = sgd_update(state, structure, total.parts, total.moments, eta, tasks)
+        after = sgd_update(state, structure, total.parts, total.moments, eta)
+        check_moved(after.phi, state.step, tasks)
     else:
         eta = settings.eta(state.step)
         sums = {name: S + total.parts[name] for name, S in state.sums.items()}

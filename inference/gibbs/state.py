@@ -17,6 +17,7 @@ from pyro_lift.inference.program import LocalSite, Program, Rows
 from pyro_lift.inference.schedules import Schedule, constant
 from pyro_lift.inference.sgld import Integrator
 from pyro_lift.inference.stores.store import ThetaStore
+from pyro_lift.inference.watch import Watch
 
 __all__ = [
     "Cache",
@@ -31,6 +32,7 @@ __all__ = [
     "Translation",
     "TranslationKind",
     "init",
+    "kept_state",
 ]
 
 
@@ -81,7 +83,7 @@ class SGLDGibbsInfo(NamedTuple):
     log_likelihood: Tensor
     grad_norm: Tensor
     step_size: float
-    clipped: bool
+    clipped: bool | Tensor
     phase: str
 
 
@@ -172,6 +174,7 @@ class Cache:
         reruns: likewise.
         recycle: whether the memory of the S of the state before last is used again. Then a state may be held for one
             visit only; without it, a visit leaves every earlier state as it was.
+        watch: of a chain on an accelerator; None has every visit looked at as it is made.
     """
 
     start: dict[str, Tensor]
@@ -181,6 +184,7 @@ class Cache:
     coupled: frozenset[str] = frozenset()
     reruns: bool = False
     recycle: bool = False
+    watch: Watch | None = None
 
     def workspace(self, site: str, like: Tensor) -> Workspace:
         """Return the buffers of one pair, made at the first call."""
@@ -262,3 +266,18 @@ def init(structure: Structure, cache: Cache, phi: Rows) -> SGLDGibbsState:
     sums = {name: structure.num_tasks * cache.start[pair.family].double() for name, pair in structure.pairs.items()}
     J = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in phi.items()}
     return SGLDGibbsState(0, dict(phi), sums, J if cache.table is not None else {}, {}, {})
+
+
+def kept_state(watch: Watch, new: SGLDGibbsState, old: SGLDGibbsState) -> SGLDGibbsState:
+    """Return the state after a visit, or what the visit began with where it or one before it has failed."""
+    keep = watch.kept_all
+    return SGLDGibbsState(
+        new.step,
+        keep(new.phi, old.phi),
+        keep(new.sums, old.sums),
+        keep(new.J, old.J),
+        keep(new.second_moment, old.second_moment),
+        keep(new.momentum, old.momentum),
+        keep(new.offset, old.offset),
+        keep(new.gradients, old.gradients),
+    )

@@ -93,9 +93,14 @@ def pull_of(
 
 def keep(chain: Chain, tasks: Sequence[int], pull: Pull) -> None:
     """Store the block's r_i, once the visit has succeeded."""
-    table = _translation(chain).table
-    if table is not None:
-        table.write(tasks, pull.rows)
+    table, watch, rows = _translation(chain).table, chain.cache.watch, pull.rows
+    if table is None:
+        return
+    if watch is not None:
+        known = [table.read([task])[0] if table.has(task) else None for task in tasks]
+        old = [torch.zeros_like(row) if r is None else r for r, row in zip(known, rows, strict=True)]
+        rows = [watch.kept(*pair) for pair in zip(rows, old, strict=True)]
+    table.write(tasks, rows)
 
 
 def shift(
@@ -127,7 +132,8 @@ def shift(
         drift = (estimate - (phi.double() - pair.prior_mean.double()) * pair.prior_precision.double()).to(phi.dtype)
         gain = eta * _preconditioner(chain, moments, pair.family, phi)
         shifts[name] = 0.5 * gain * drift + (T * gain) ** 0.5 * gaussian_noise(phi, noise)
-    check_moved({k: v for k, v in shifts.items() if structure.pairs[k].family not in structure.long}, state.step, ())
+    short = {k: v for k, v in shifts.items() if structure.pairs[k].family not in structure.long}
+    check_moved(short, state.step, (), chain.cache.watch)
     return shifts
 
 

@@ -17,7 +17,15 @@ from pyro_lift.inference.gibbs import conjugate, long_vectors, translation
 from pyro_lift.inference.gibbs.accumulator import exact
 from pyro_lift.inference.gibbs.movers import Move, mover_of
 from pyro_lift.inference.gibbs.rows import Values, block_values, mean_square, regrouped, task_rows
-from pyro_lift.inference.gibbs.state import Chain, Phase, SGLDGibbsInfo, SGLDGibbsState, Streams, Structure
+from pyro_lift.inference.gibbs.state import (
+    Chain,
+    Phase,
+    SGLDGibbsInfo,
+    SGLDGibbsState,
+    Streams,
+    Structure,
+    kept_state,
+)
 from pyro_lift.inference.program import Evaluation, Latent
 from pyro_lift.inference.sgld import Drift, check_finite, check_moved, gaussian_noise, running_mean
 from pyro_lift.support.spans import span
@@ -78,7 +86,7 @@ def visited(
     state: SGLDGibbsState, chain: Chain, index: Tensor, streams: Streams, phase: Phase, move_phi: bool
 ) -> tuple[SGLDGibbsState, SGLDGibbsInfo, translation.Pull | None]:
     """Do as :func:`step` does, and return what the block says of a translation beside it; None where there is none."""
-    before = block_values(state, chain, index, streams)
+    before, watch = block_values(state, chain, index, streams), chain.cache.watch
     # (10)  theta_i | phi, D_i
     moved = _move_theta(state, chain, before, index, streams, phase)
     # (11)  what the tasks pull phi with: S and J, one block's part replaced
@@ -93,12 +101,16 @@ def visited(
             sums, offset, gradients = translation.shifted(state, chain, sums, block, shifts)
     phi = _move_phi(state, chain, moved.run, sums, pull, streams.noise) if move_phi else state.phi
 
-    chain.store.write(moved.info.tasks, task_rows(chain, moved.info.tasks, moved.values, state.offset))
+    after = SGLDGibbsState(state.step + 1, phi, sums, J, moved.moments, {}, offset, gradients)
+    rows = task_rows(chain, moved.info.tasks, moved.values, state.offset)
+    if watch is not None:
+        after, old = kept_state(watch, after, state), task_rows(chain, moved.info.tasks, before, state.offset)
+        rows = [watch.kept(*pair) for pair in zip(rows, old, strict=True)]
+    chain.store.write(moved.info.tasks, rows)
     if block is not None:
         translation.keep(chain, moved.info.tasks, block)
     if table_row is not None and chain.cache.table is not None:
-        chain.cache.table.store(_block_of(chain.structure, index), table_row)
-    after = SGLDGibbsState(state.step + 1, phi, sums, J, moved.moments, {}, offset, gradients)
+        chain.cache.table.store(_block_of(chain.structure, index), table_row, watch)
     return after, moved.info, block
 
 
@@ -113,13 +125,13 @@ def _move_theta(
         run = program.run(state.phi, values, index, streams.rows)
         keep_graph = settings.phi_update != "gibbs"
         drift = run.drift(run.locals, cache.coupled, settings.n_inflate, keep_graph=keep_graph)
-        norm = check_finite(drift, state.step, tasks)
-        drift, clipped = _clipped(drift, norm, settings.max_grad_norm)
+        norm = check_finite(drift, state.step, tasks, cache.watch)
+        drift, clipped = _clipped(drift, norm, settings.max_grad_norm, wait=cache.watch is None)
         first = first or (run, drift.gradient)
         sites, sums = _moved_sites(state, chain, run, drift, moments, streams.noise)
         # A long vector with a finite gradient stays finite; looking at it would cost another pass over it.
         short = {name: value for name, value in sites.items() if run.locals[name].family not in structure.long}
-        check_moved(short, state.step, tasks)
+        check_moved(short, state.step, tasks, cache.watch)
         values = regrouped(run, sites)
     info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, settings.eta(state.step), clipped, phase)
     assert first is not None
@@ -194,7 +206,7 @@ def _move_phi(
         phi[name] = (
             leaf.detach() + 0.5 * eta * drift + (settings.temperature * eta) ** 0.5 * gaussian_noise(leaf, noise)
         )
-    check_moved(phi, state.step, ())
+    check_moved(phi, state.step, (), chain.cache.watch)
     return phi
 
 
@@ -287,9 +299,10 @@ def _updated_sums(state: SGLDGibbsState, structure: Structure, moved: _ThetaMove
     return updated
 
 
-def _clipped(drift: Drift, norm: Tensor, limit: float | None) -> tuple[Drift, bool]:
-    """Likelihood gradient scaled down to a norm of at most ``limit``, and whether it was."""
-    if limit is None or norm <= limit:
+def _clipped(drift: Drift, norm: Tensor, limit: float | None, wait: bool) -> tuple[Drift, bool | Tensor]:
+    """Likelihood gradient scaled down to a norm of at most ``limit``, and whether it was; known at once or later."""
+    if limit is None or (wait and norm <= limit):
         return drift, False
-    gradient = {name: g * (limit / norm) for name, g in drift.gradient.items()}
-    return drift._replace(gradient=gradient), True
+    scale = limit / norm if wait else (limit / norm).clamp_max(1.0)
+    gradient = {name: g * scale for name, g in drift.gradient.items()}
+    return drift._replace(gradient=gradient), True if wait else norm > limit

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.gibbs.rows import Values, block_values, mean_square, put_at_start, regrouped, task_rows
-from pyro_lift.inference.gibbs.state import Chain, SGLDGibbsInfo, SGLDGibbsState, Streams, Structure, init
+from pyro_lift.inference.gibbs.state import (
+    Chain,
+    SGLDGibbsInfo,
+    SGLDGibbsState,
+    Streams,
+    Structure,
+    init,
+    kept_state,
+)
 from pyro_lift.inference.program import Rows
 from pyro_lift.inference.sgld import check_finite, check_moved, precondition, update_second_moment
 
@@ -30,8 +38,13 @@ def sgd_step(
     computed = _gradient(state, chain, index, values, streams)
     moments = {**state.second_moment, **computed.second_moment}
     lr = chain.settings.sgd_step_size(state.step)
-    after = sgd_update(state, chain.structure, computed.gradient, moments, lr, computed.info.tasks)
-    chain.store.write(computed.info.tasks, computed.rows)
+    watch, tasks, rows = chain.cache.watch, computed.info.tasks, computed.rows
+    after = sgd_update(state, chain.structure, computed.gradient, moments, lr)
+    check_moved(after.phi, state.step, tasks, watch)
+    if watch is not None:
+        after = kept_state(watch, after, state)
+        rows = [watch.kept(*pair) for pair in zip(rows, task_rows(chain, tasks, values), strict=True)]
+    chain.store.write(tasks, rows)
     return after, computed.info
 
 
@@ -66,7 +79,7 @@ def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values
     shared = {task: _with_shared(structure, state, rows, task is None) for task, rows in values.items()}
     run = chain.program.run(state.phi, shared, index, streams.rows)
     drift = run.drift(run.locals, chain.cache.coupled, settings.n_inflate)
-    norm = check_finite(drift, state.step, tasks)
+    norm = check_finite(drift, state.step, tasks, chain.cache.watch)
     moments = dict(state.second_moment)
     total: dict[str, Tensor] = {}
     moved = {}
@@ -95,7 +108,6 @@ def sgd_update(
     gradient: Mapping[str, Tensor],
     second_moment: Mapping[str, Tensor],
     lr: float,
-    tasks: tuple[int, ...],
 ) -> SGLDGibbsState:
     """The step of Adam on the shared vector.
 
@@ -103,10 +115,9 @@ def sgd_update(
         gradient: by global site, summed over the block.
         second_moment: running mean squares of all local families; those of the pairs are moved here.
         lr: learning rate.
-        tasks: of the block, for the error.
 
-    Raises:
-        DivergedError: a vector that left the finite numbers.
+    Returns:
+        The state after it, whose vector has not been looked at.
     """
     phi, momentum, moments = dict(state.phi), dict(state.momentum), dict(second_moment)
     for name, total in gradient.items():
@@ -114,7 +125,6 @@ def sgd_update(
         phi[name], momentum[name], moments[family] = _adam(
             phi[name], total.to(phi[name].dtype), momentum.get(name), moments.get(family), state.step, lr
         )
-    check_moved(phi, state.step, tasks)
     return SGLDGibbsState(state.step + 1, phi, state.sums, state.J, moments, momentum)
 
 

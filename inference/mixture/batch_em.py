@@ -30,6 +30,10 @@ class Moments(NamedTuple):
     variance: Tensor
 
 
+#: As PyTorch rounds it; a number, which no device has to be given.
+LOG_TWO_PI = float(torch.log(torch.tensor(2.0 * torch.pi, dtype=torch.float64)))
+
+
 def log_densities(moments: Moments, x: Tensor, covariance: Covariance) -> Tensor:
     r""":math:`\log \alpha_j + \log \mathcal N(x; \mu_j, V_j)` in float64, ``[..., K]`` for x of shape ``[..., D]``."""
     D = x.shape[-1]
@@ -46,8 +50,7 @@ def log_densities(moments: Moments, x: Tensor, covariance: Covariance) -> Tensor
     else:
         quadratic = (delta.square() / moments.variance).sum(-1).double()
         log_det = moments.variance.log().expand_as(moments.mean).sum(-1).double()
-    constant = D * torch.log(torch.tensor(2.0 * torch.pi, dtype=torch.float64, device=x.device))
-    joint: Tensor = moments.weight.double().log() - 0.5 * (quadratic + log_det + constant)
+    joint: Tensor = moments.weight.double().log() - 0.5 * (quadratic + log_det + D * LOG_TWO_PI)
     return joint
 
 

@@ -149,7 +149,8 @@ class FusedSteps:
         def rest(part: Tensor) -> tuple[Tensor, ...]:
             return (part[self.head :].unsqueeze(0),)
 
-        numbers = torch.tensor([share, w, floor, 2.0**-exponent], dtype=x.dtype).to(x.device).unbind()
+        listed = torch.tensor([share, w, floor, 2.0**-exponent], dtype=x.dtype)
+        numbers = listed.to(x.device, non_blocking=True).unbind()
         if average is None:
             evidence = self._both(move, lanes, rest, x, mean, variance, numbers=numbers[1:])
         else:

@@ -179,7 +179,8 @@ class MixtureStream:
         self, tiles: tuple[Tensor, ...], occupied: list[int], constant: dict[int, float], joint: list[float]
     ) -> None:
         """Fill in the joint densities; the last draw's component first: by it the others can be given up early."""
-        for turn in ([j for j in occupied if j == self._last], [j for j in occupied if j != self._last]):
+        turns = [j for j in occupied if j == self._last], [j for j in occupied if j != self._last]
+        for turn in turns if tiles[0].device.type == "cpu" else (occupied,):
             best = max(joint)
             limits = {j: 2.0 * (constant[j] - best + NEGLIGIBLE) for j in turn}
             for j, value in self._quadratics(tiles, limits).items():
@@ -188,8 +189,11 @@ class MixtureStream:
     def _quadratics(self, tiles: tuple[Tensor, ...], limits: dict[int, float]) -> dict[int, float]:
         r""":math:`\sum_d (x_d - \mu_{jd})^2 / V_{jd}` of some components, infinity where past the limit: it only grows.
 
-        Piece by piece, so that x is read once for all of them.
+        Piece by piece, so that x is read once for all of them; on an accelerator, which then has to be asked for each
+        number at each piece, to the end and with one question.
         """
+        if tiles[0].device.type != "cpu":
+            return dict(zip(limits, self._all_quadratics(tiles, list(limits)), strict=True))
         values = dict.fromkeys(limits, 0.0)
         left = list(limits)
         for t, x in enumerate(tiles):
@@ -204,6 +208,21 @@ class MixtureStream:
             if self.early:
                 values |= {j: math.inf for j in left if values[j] > limits[j]}
                 left = [j for j in left if values[j] <= limits[j]]
+        return values
+
+    def _all_quadratics(self, tiles: tuple[Tensor, ...], components: list[int]) -> list[float]:
+        sums = []
+        for j in components:
+            parts = []
+            for t, x in enumerate(tiles):
+                gap, scaled = self._buffers.of(len(x))
+                torch.sub(x, self._mean[j].tiles[t], out=gap)
+                if self.covariance == "diag":
+                    parts.append(torch.dot(gap, torch.div(gap, self._variance[j].tiles[t], out=scaled)))
+                else:
+                    parts.append(torch.dot(gap, gap) / self._variance[j].value.reshape(()))
+            sums.append(total(parts))
+        values: list[float] = torch.stack(sums).tolist()
         return values
 
     def _move(self, j: int, x: Tensor, tiles: tuple[Tensor, ...], w: float) -> None:

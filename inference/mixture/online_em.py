@@ -255,7 +255,7 @@ class OnlineGaussianMixture(StreamingStats):
             self._running = self._stepped(self._running, x)
             return
         self._buffer.append(x.clone())
-        if len(self._buffer) >= self._buffer_limit(x.numel()):
+        if len(self._buffer) >= self.buffer_limit(x.numel()):
             self._begin()
 
     def _begin(self) -> None:
@@ -289,7 +289,8 @@ class OnlineGaussianMixture(StreamingStats):
         self._buffer = list(flat)
         self._begin()
 
-    def _buffer_limit(self, dim: int) -> int:
+    def buffer_limit(self, dim: int) -> int:
+        """Return how many draws ``[D]`` are kept for the start."""
         if self.buffer_size is not None:
             return self.buffer_size
         return max(2, self.components * (100 if dim <= 1_000 else 10))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.support.spans import span
+from pyro_lift.support.transfers import Arrival, begin_to_host
 
 __all__ = ["DiskStore"]
 
@@ -39,7 +40,7 @@ class _Write(NamedTuple):
     """A row on its way to the file."""
 
     task: int
-    data: Tensor
+    row: Arrival
     done: Future[None]
 
 
@@ -80,7 +81,7 @@ class DiskStore:
         # One thread: a read that is asked for after a write comes after it.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pyro-lift-store")
         self._queue: deque[_Write] = deque()
-        self._waiting: dict[int, Tensor] = {}
+        self._waiting: dict[int, Arrival] = {}
         self._ahead: dict[int, Future[Tensor]] = {}
         self._process = os.getpid()
         weakref.finalize(self, _close, self._thread, self._file)
@@ -115,12 +116,13 @@ class DiskStore:
         if missing:
             raise KeyError(f"task {missing[0]} has no row yet.")
         self.prefetch(tasks)
-        return [self._row(task).to(self._device) for task in tasks]
+        return [self._row(task) for task in tasks]
 
     def _row(self, task: int) -> Tensor:
         if task in self._waiting:
-            return self._waiting[task].clone()
-        return self._ahead.pop(task).result()
+            # The stream that brings it to the host takes it back in order; nobody has to wait.
+            return self._waiting[task].data.to(self._device, copy=True, non_blocking=True)
+        return self._ahead.pop(task).result().to(self._device, non_blocking=True)
 
     @span("pyro_lift.store")
     def write(self, tasks: Sequence[int], rows: Sequence[Tensor]) -> None:
@@ -129,10 +131,10 @@ class DiskStore:
         for task, row in zip(tasks, rows, strict=True):
             self._ahead.pop(task, None)
             self._device = row.device
-            data = row.detach().reshape(-1).to("cpu", copy=True)
-            place = self._place(task, data)
-            self._waiting[task] = data
-            self._queue.append(_Write(task, data, self._thread.submit(self._write, task, place, data)))
+            waiting = begin_to_host(row.detach().reshape(-1))
+            place = self._place(task, waiting.data)
+            self._waiting[task] = waiting
+            self._queue.append(_Write(task, waiting, self._thread.submit(self._write, task, place, waiting)))
         self._settle(2 * len(tasks))
 
     def flush(self) -> None:
@@ -143,7 +145,7 @@ class DiskStore:
         while len(self._queue) > leave or (self._queue and self._queue[0].done.done()):
             write = self._queue.popleft()
             write.done.result()
-            if self._waiting.get(write.task) is write.data:
+            if self._waiting.get(write.task) is write.row:
                 del self._waiting[write.task]
 
     def _place(self, task: int, data: Tensor) -> _Place:
@@ -162,8 +164,8 @@ class DiskStore:
         self._transfer(os.preadv, task, place, row, "read")
         return row
 
-    def _write(self, task: int, place: _Place, data: Tensor) -> None:
-        self._transfer(os.pwritev, task, place, data, "written")
+    def _write(self, task: int, place: _Place, row: Arrival) -> None:
+        self._transfer(os.pwritev, task, place, row.wait(), "written")
 
     def _transfer(self, move: Any, task: int, place: _Place, row: Tensor, what: str) -> None:
         array: Any = row.view(torch.uint8).numpy()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.support.spans import span
+from pyro_lift.support.transfers import pinned_like
 
 __all__ = ["DeviceStore", "HostStore", "RowList"]
 
@@ -64,7 +65,11 @@ class DeviceStore(RowList):
 
 
 class HostStore(RowList):
-    """Rows in host memory, pinned where there is a CUDA device; given back on the device they were written from."""
+    """Rows in host memory, pinned where there is a CUDA device; given back on the device they were written from.
+
+    Laws. Copies do not block. Both ways they go through the current stream of the device, so that a row is never read
+    before it has arrived, nor overwritten before it has been read; a chain and its store belong to one stream.
+    """
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__(num_tasks)
@@ -86,6 +91,6 @@ class HostStore(RowList):
             self._device = row.device
             place = self._rows[task]
             if place is None or place.shape != row.shape or place.dtype != row.dtype:
-                place = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.device.type == "cuda")
+                place = pinned_like(row)
                 self._rows[task] = place
             place.copy_(row.detach(), non_blocking=True)

@@ -11,9 +11,13 @@ __all__ = ["free_bytes"]
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory on a device or the host in bytes, respecting the cgroup's limit."""
+    """Return the free memory on a device or the host in bytes, respecting the cgroup's limit.
+
+    On a device, what PyTorch has reserved and does not use is free too.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + max(int(unused), 0)
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
