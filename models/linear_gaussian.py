@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = ["Gaussian", "LinearGaussian", "gaussian_kl"]
+__all__ = ["Gaussian", "LinearGaussian", "fit", "gaussian_kl"]
 
 
 class Gaussian(NamedTuple):

@@ -293,6 +293,19 @@ def store(
     print(f"\n{benchmark.table(records)}\n\nwritten: {out / 'store.json'}, {out / 'store.png'}")
 
 
+@bench.command()
+def cuda(
+    out: Out = Path("bench-cuda"),
+    part: Annotated[list[str] | None, typer.Option(help="one of the parts; repeat; by default all")] = None,
+    smoke: Smoke = False,
+    device: Device = "cuda",
+) -> None:
+    """Run what belongs into the first hour with a GPU: its tests, laws, speeds and memory; one table at the end."""
+    from pyro_lift.bench import first_hour
+
+    first_hour.run(out, first_hour.CudaSettings(tuple(part or ()), device, smoke))
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2, not a traceback."""
     from pyro_lift.inference.checkpoint.session import RunStopped

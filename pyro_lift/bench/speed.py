@@ -358,4 +358,5 @@ def blocks(backbone: str, sizes: Sequence[int], repeats: int, device: str) -> li
 def _point(curve: str, at: int, method: str, times: Times, **about: Any) -> Record:
     low, middle, high = quartiles(times.cpu)
     seconds = {"cpu_seconds_per_step": middle, "cpu_seconds_quartiles": [low, high]}
+    seconds |= {"seconds_per_step": quartiles(times.wall)[1]}
     return {"part": "curve", "curve": curve, "at": at, "method": method, **about, **seconds}
