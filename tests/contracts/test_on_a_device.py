@@ -40,8 +40,12 @@ from pyro_lift.models.heads import HeadModel
 from pyro_lift.models.solved_heads import held_out_log_prob
 
 N = 6
-#: One of each algorithm; what differs from it by a number alone is left out.
-METHODS = sorted(name for name in BASELINES if not name.startswith(("lift-", "maml-2", "maml-3", "mbc-k10")))
+#: One of each kind of algorithm, those that differ from it by a few lines or take longest are slow tests.
+METHODS = [
+    "linear-probe", "no-meta-train", "union-train", "maml", "imaml", "bmaml-m3", "maml-mix-k5",
+    "retriever-mixture-k5", "mbc-k5", "protonet", "shared-peft", "lift",
+]  # fmt: skip
+ALIKE = sorted(set(BASELINES) - set(METHODS) - {name for name in BASELINES if name.startswith("lift-")})
 
 
 @pytest.fixture
@@ -406,7 +410,7 @@ def test_heads_are_solved_on_the_device_to_the_same_numbers(cuda: PretendedCUDA)
     torch.testing.assert_close(heads[1], heads[0], rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in ALIKE)])
 def test_every_method_runs_on_the_device(name: str, cuda: PretendedCUDA, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyro_lift.inference.baselines.peak_memory.graph_bytes", lambda *given: 0)  # looks at pointers
     adapter, tasks = tiny_adapter().to("cuda"), [task.to("cuda") for task in tiny_tasks(3)]
