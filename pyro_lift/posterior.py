@@ -19,6 +19,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.saving.folders import export_posterior, load_posterior, save_posterior
 from pyro_lift.saving.hub import push
+from pyro_lift.saving.served import save_merged
 
 __all__ = ["TaskPosterior"]
 
@@ -197,3 +198,26 @@ class TaskPosterior:
     def to_peft(self, folder: str | Path, which: str | int = "mean") -> Path:
         """Write an ordinary PEFT adapter folder: ``"mean"``, or a draw's number."""
         return export_posterior(self, Path(folder), which)
+
+    def merge_and_save(self, folder: str | Path, which: str | int = "mean") -> Path:
+        """Write a whole model, the adapter merged into its weights, that ``AutoModel...from_pretrained`` loads.
+
+        The backbone and the adapter stay as they are. The tokenizer is written beside the model where there is one.
+
+        Args:
+            folder: of the model.
+            which: ``"mean"`` of the draws, or a draw's number.
+
+        Raises:
+            ValueError: draws of a head of the task's own, which such a model has no place for; a network that is not
+                of transformers.
+        """
+        if which == "draws":
+            raise ValueError("which='draws': a merged model is one network; give 'mean' or a draw's number.")
+        if self.heads is not None:
+            raise ValueError(
+                f"task {self.task.name!r} has a head of its own, which a merged model has no place for. Export adapter "
+                "and head with to_peft."
+            )
+        tokenizer = None if self.encoding is None else self.encoding.encoder.tokenizer
+        return save_merged(self.adapter, self._chosen(which)[0], Path(folder), tokenizer)

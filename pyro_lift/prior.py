@@ -41,10 +41,18 @@ from pyro_lift.models.solved_heads import UNMOVED, SolvedHeads, has_solved_head,
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior
-from pyro_lift.saving.folders import chosen_weights, export_library, export_prior, load_prior, save_prior
+from pyro_lift.saving.folders import (
+    chosen_weights,
+    export_library,
+    export_prior,
+    library_exports,
+    load_prior,
+    save_prior,
+)
 from pyro_lift.saving.hub import push
+from pyro_lift.saving.served import check_served, served_name, write_manifest
 from pyro_lift.settings import AdaptSettings, LiFTSettings
-from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.options import check_choice, check_distinct, check_number
 from pyro_lift.tuning.figure import plot_tuning
 from pyro_lift.tuning.held_out import judged
 
@@ -486,6 +494,30 @@ class LiFTPrior:
     def to_peft_library(self, folder: str | Path) -> list[Path]:
         """Write PEFT folders of phi, of every component and, after meta-training, of every task."""
         return export_library(self, Path(folder))
+
+    def export_adapters(self, folder: str | Path) -> dict[str, Path]:
+        """Write the folders of :meth:`to_peft_library` for a server of many LoRAs, such as vLLM or LoRAX.
+
+        Names are made of letters, digits, dots, dashes and underscores; all have one rank and one set of target
+        modules, which ``adapters.json`` beside them tells.
+
+        Returns:
+            Each adapter's folder by its name.
+
+        Raises:
+            ValueError: an adapter that such servers do not load, or two tasks of one name in the end; before any is
+                written.
+        """
+        check_served(self.adapter)
+        exports = library_exports(self)
+        names = [served_name(name) for name in exports]
+        check_distinct("names of the adapters", names, "Rename one of the tasks.")
+        folders = {
+            name: export_prior(self, Path(folder) / name, which)
+            for name, which in zip(names, exports.values(), strict=True)
+        }
+        write_manifest(self.adapter, folders, Path(folder))
+        return folders
 
     def to_peft_zoo(self, folder: str | Path) -> list[Path]:
         """Do what :meth:`to_peft_library` does, under its name of version 0.1; goes with the next version."""

@@ -50,6 +50,7 @@ __all__ = [
     "export_library",
     "export_posterior",
     "export_prior",
+    "library_exports",
     "load_posterior",
     "load_prior",
     "save_posterior",
@@ -334,11 +335,16 @@ def export_prior(prior: SavablePrior, folder: Path, which: str | int = "phi") ->
 
 def export_library(prior: SavablePrior, folder: Path) -> list[Path]:
     """Write PEFT folders ``phi``, ``component-0`` ..., and ``task-NAME`` of every task that meta-training holds."""
+    return [export_prior(prior, folder / name, which) for name, which in library_exports(prior).items()]
+
+
+def library_exports(prior: SavablePrior) -> dict[str, str | int]:
+    """Name what there is to export, and what :func:`export_prior` calls it."""
     exports: dict[str, str | int] = {"phi": "phi"}
     exports |= {f"component-{k}": k for k in range(prior.mixture.components)}
     if prior.mcmc is not None:
         exports |= {f"task-{name}": name for name in prior.tasks}
-    return [export_prior(prior, folder / name, which) for name, which in exports.items()]
+    return exports
 
 
 def export_posterior(posterior: SavablePosterior, folder: Path, which: str | int = "mean") -> Path:
