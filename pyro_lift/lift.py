@@ -32,7 +32,8 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.chance import chance_loss
 from pyro_lift.models.hierarchical import AdapterHierarchy
-from pyro_lift.models.observation import WHOLE, has_head, own_head_scale
+from pyro_lift.models.observation import WHOLE, own_head_scale
+from pyro_lift.models.solved_heads import has_solved_head
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
@@ -128,8 +129,9 @@ class LiFT:
             ValueError: fewer than three tasks, a budget that is no length of time.
         """
         seconds = seconds_of(budget)
-        known, scale = resolved(self.settings, self.adapter), self.settings.head_scale
-        heads = any(has_head(task, scale) for task in tasks) and known.head != "langevin"
+        known = resolved(self.settings, self.adapter)
+        scale = own_head_scale(self.adapter, tasks, known.head_scale, solve=known.head != "langevin")
+        heads = known.head != "langevin" and any(has_solved_head(self.adapter, task, scale) for task in tasks)
         candidates = lift_candidates(known, self.adapt_settings, trainings=trainings, heads=heads)
 
         def make(candidate: Candidate, share: float) -> _Contender:

@@ -107,7 +107,7 @@ def method_of(
         "steps": sizes.steps,
         "batch_size": settings.batch_size,
         "draws": settings.draws,
-        "heads": heads_of(adapter, problem),
+        "heads": heads_of(problem),
         "noise_scale": s.noise_scale,
     }
     own: dict[str, Any] = {}

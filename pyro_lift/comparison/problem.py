@@ -120,14 +120,10 @@ def unexplained(prediction: Tensor, task: Task) -> float:
     return float((prediction.cpu().double().reshape(y.shape) - y).square().mean() / spread.clamp_min(1e-12))
 
 
-def heads_of(adapter: RandomAdapter, problem: Problem) -> HeadPolicy:
-    """Give the tasks heads of their own where the settings say so, or where the network's output is features."""
-    scale = problem.settings.head_scale
-    tasks = [*problem.train, *problem.test]
-    if not isinstance(scale, (int, float)):
-        apart = all(task.kind == "classification" for task in tasks) and adapter.gives_features
-        scale = 1.0 if apart else None
-    return HeadPolicy(scale=scale, update="step" if problem.settings.head == "langevin" else "solve")
+def heads_of(problem: Problem) -> HeadPolicy:
+    """Give all methods the heads that the settings give LiFT; what these leave open, the network decides."""
+    s = problem.settings
+    return HeadPolicy(scale=s.head_scale, lr_scale=s.head_lr_scale, update="step" if s.head == "langevin" else "solve")
 
 
 def probe_missing(problem: Problem) -> str | None:
