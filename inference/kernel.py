@@ -253,7 +253,8 @@ class Kernel(MCMCKernel):
         """Go on where :meth:`state_dict` was called; after set-up with the same program."""
         assert self._generator is not None and self._noise_generator is not None
         here = next(iter(self.initial_params.values())).device
-        self.state = type(self.state)(**{name: to_device(here, value) for name, value in tree["state"].items()})
+        # A run of an earlier version lacks some of the fields; they are then as set-up left them.
+        self.state = self.state._replace(**{name: to_device(here, value) for name, value in tree["state"].items()})
         self._warmup_steps = tree["warmup_steps"]
         self._generator.set_state(tree["generator"].cpu())
         if self._noise_generator is not self._generator and tree["noise_generator"] is not None:

@@ -15,49 +15,139 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import MixtureSameFamily
 
 from pyro_lift.inference.dependence import Links, hangs_on, links_of
+from pyro_lift.inference.gibbs.dense import (
+    CorrelationSite,
+    Dense,
+    correlation_fault,
+    correlation_of,
+    correlation_site_fault,
+    covariance_of,
+    draw_mean,
+    is_correlation,
+)
+from pyro_lift.inference.gibbs.normal_sites import (
+    dense_normal,
+    described,
+    listed,
+    local_normal,
+    plain_normal,
+    variance_by_task,
+)
+from pyro_lift.inference.gibbs.scales import (
+    Reading,
+    ScaleLaw,
+    ScaleSite,
+    is_scale,
+    law_fault,
+    read_law,
+    scale_fault,
+    scale_site,
+)
 from pyro_lift.inference.program import Evaluation, Latent, Program
-from pyro_lift.inference.supports import innermost, unmasked, wrappers
+from pyro_lift.inference.supports import innermost
 from pyro_lift.models.priors import LocalGaussian
 
-__all__ = ["NormalPair", "adopt", "draw", "find_pairs", "pair_fault", "values_of"]
+__all__ = ["NormalPair", "Structures", "adopt", "draw", "family_fault", "find_pairs", "pair_fault", "values_of"]
 
 
 class NormalPair(NamedTuple):
-    """A global site phi ~ N(prior_mean, 1/prior_precision) and the local family theta_i ~ N(phi, local_variance)."""
+    """A global site phi ~ N(prior_mean, 1/prior_precision) and the local family theta_i ~ N(phi, local_variance).
+
+    Attributes:
+        law: how the variance hangs on a scale site; None where it is known. ``local_variance`` is then that of the
+            start.
+        dense: the correlations of the coordinates; None where there are none.
+    """
 
     global_site: str
     family: str
     prior_mean: Tensor
     prior_precision: Tensor
     local_variance: Tensor
+    law: ScaleLaw | None = None
+    dense: Dense | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether its variances or correlations are unknown."""
+        return self.law is not None or (self.dense is not None and self.dense.site is not None)
+
+    def at(self, sites: Mapping[str, ScaleSite | CorrelationSite], values: Mapping[str, Tensor]) -> NormalPair:
+        """Return the pair with its variances and correlations at some values of the global sites, unconstrained."""
+        pair = self
+        if pair.law is not None:
+            name = pair.law.site
+            pair = pair._replace(local_variance=pair.law.variance(sites[name].value(values[name].detach())))
+        if pair.dense is not None and pair.dense.site is not None:
+            name = pair.dense.site
+            L = sites[name].value(values[name].detach().double())
+            pair = pair._replace(dense=Dense(L @ L.T, name))
+        return pair
+
+
+class Structures(NamedTuple):
+    """What :func:`find_pairs` finds.
+
+    Attributes:
+        pairs: by global site that is the mean of one normal local family.
+        scales: by global site that is the scale, or the correlations, of paired families and enters nowhere else.
+        reasons: for every other global site, why it is neither.
+    """
+
+    pairs: dict[str, NormalPair]
+    scales: dict[str, ScaleSite | CorrelationSite]
+    reasons: dict[str, str]
 
 
 def draw(pair: NormalPair, S: Tensor, num_tasks: int, temperature: float, noise: Tensor) -> Tensor:
     """One exact draw of phi; S in float64, the draw in the dtype of ``noise``."""
+    if pair.dense is not None:
+        covariance = covariance_of(pair.local_variance, pair.dense.correlation)
+        spread = noise * temperature**0.5
+        return draw_mean(pair.prior_mean, pair.prior_precision, covariance, S, num_tasks, spread)
     precision = pair.prior_precision.double() + num_tasks / pair.local_variance.double()
     mean = (pair.prior_precision.double() * pair.prior_mean.double() + S / pair.local_variance.double()) / precision
     return (mean + (temperature / precision).sqrt() * noise.double()).to(noise.dtype)
 
 
 def find_pairs(
-    program: Program, run: Evaluation, index: Tensor, generator: torch.Generator | None
-) -> tuple[dict[str, NormalPair], dict[str, str]]:
-    """Which global sites are the mean of exactly one normal local family, with everything else held fixed.
+    program: Program,
+    run: Evaluation,
+    index: Tensor,
+    generator: torch.Generator | None,
+    *,
+    unknown_scales: bool = True,
+) -> Structures:
+    """Which global sites are the mean of exactly one normal local family, and which are the scale of such families.
 
     The structure is read off the graphs of two runs: ``run``, and one for other tasks, ``index``. Every other block is
-    held against it at its first visit (:func:`pair_fault`).
+    held against it at its first visit (:func:`pair_fault`). Where a scale is unknown, a few runs more show how the
+    variance hangs on it.
 
-    Returns:
-        The pairs by global site, and for every other global site the reason why it is none.
+    Args:
+        program: the model.
+        run: of the first tasks, with gradients.
+        index: of other tasks.
+        generator: of minibatches.
+        unknown_scales: whether a scale may be a global site.
     """
     generator = generator if generator is not None else torch.Generator()
     links = links_of(run)
-    pairs, reasons = {}, {}
-    for name in run.globals:
+    reasons = {}
+    scales = [name for name, site in run.globals.items() if unknown_scales and _is_free(site, run, links)]
+    for name in scales:
+        fault = _site_fault(name, run, links)
+        if fault is not None:
+            reasons[name] = fault
+    pairs = {}
+    for name in [name for name in run.globals if name not in scales]:
         pair = _pair(name, run, links)
+        if isinstance(pair, NormalPair) and pair.dense is not None and not unknown_scales:
+            pair = "its local family is multivariate normal, which only the exact draw knows"
+        if isinstance(pair, NormalPair) and scales:
+            pair = _with_law(pair, program, run, links, scales, generator)
         if isinstance(pair, str):
             reasons[name] = pair
         else:
@@ -71,7 +161,115 @@ def find_pairs(
         if fault is not None:
             reasons[name] = fault
             del pairs[name]
-    return pairs, reasons
+    _settle_scales([s for s in scales if s not in reasons], pairs, reasons, [(run, links), (other, other_links)])
+    order = list(run.globals)
+    return Structures(
+        {name: pairs[name] for name in order if name in pairs},
+        {name: _free_site(run.globals[name]) for name in scales if name not in reasons},
+        {name: reasons[name] for name in order if name in reasons},
+    )
+
+
+def _with_law(
+    pair: NormalPair,
+    program: Program,
+    run: Evaluation,
+    links: Links,
+    scales: list[str],
+    generator: torch.Generator,
+) -> NormalPair | str:
+    """The pair with the law of its variance, where that hangs on one scale site; as it is where it hangs on none."""
+    child = _children(pair.global_site, run, links)[0]
+    correlations = [name for name in scales if is_correlation(run.globals[name]) and name in links.laws[child.name]]
+    if pair.dense is not None and len(correlations) == 1:
+        pair = pair._replace(dense=pair.dense._replace(site=correlations[0]))
+    own = [name for name in scales if name in links.laws[child.name] and name not in correlations]
+    if len(own) > 1:
+        return f"the scale of the local site {child.name!r} depends on several sites ({listed(own)})"
+    values = {k: s.leaf.detach() for k, s in run.globals.items()}
+    index = torch.tensor(run.tasks)
+    if pair.dense is not None and (own or correlations):
+        source = torch.Generator().manual_seed(0)
+        others = {
+            k: values[k] + 0.5 * torch.randn(values[k].shape, generator=source).to(values[k])
+            for k in own + correlations
+        }
+        elsewhere = program.run({**values, **others}, {}, index, generator, want_grad=False)
+        fault = correlation_fault(pair.dense, elsewhere.locals[child.name], elsewhere)
+        if fault is not None:
+            return fault
+    if not own:
+        return pair
+    shape = run.globals[pair.global_site].leaf.shape
+
+    def measure(leaf: Tensor) -> Reading:
+        other = program.run({**values, own[0]: leaf}, {}, index, generator, want_grad=False)
+        site = other.locals[child.name]
+        normal = local_normal(site)
+        assert normal is not None
+        variance = variance_by_task(site, normal)[0].reshape(shape)
+        value = other.globals[own[0]].value.detach().double()
+        return Reading(value, variance.double().log(), torch.finfo(variance.dtype).eps)
+
+    law = read_law(run.globals[own[0]], measure)
+    if law is None:
+        return (
+            f"the variance of the local site {child.name!r} is no constant times a power of {own[0]!r}, coordinate by "
+            f"coordinate, and no exponential of it"
+        )
+    return pair._replace(law=law)
+
+
+def _settle_scales(
+    scales: list[str],
+    pairs: dict[str, NormalPair],
+    reasons: dict[str, str],
+    runs: list[tuple[Evaluation, Links]],
+) -> None:
+    """Refuse a scale site that another task uses otherwise, or whose families are not all paired; and their pairs."""
+    families = {pair.family: name for name, pair in pairs.items()}
+    for name in scales:
+        faults = [family_fault(name, families, run, links) for run, links in runs]
+        fault = next((fault for fault in faults if fault is not None), None)
+        if fault is not None:
+            reasons[name] = fault
+    dense = {pair.law.site: name for name, pair in pairs.items() if pair.law is not None and pair.dense is not None}
+    for name, owner in dense.items():
+        if any(pair.law is not None and pair.law.site == name for key, pair in pairs.items() if key != owner):
+            reasons[name] = "it is the scale of a multivariate normal family and of another one"
+    for name, pair in list(pairs.items()):
+        for site in (pair.law and pair.law.site, pair.dense and pair.dense.site):
+            if site is not None and site in reasons:
+                reasons[name] = f"the scale of its family, {site!r}, cannot be drawn: {reasons[site]}"
+                pairs.pop(name, None)
+
+
+def family_fault(name: str, families: Collection[str], run: Evaluation, links: Links) -> str | None:
+    """Why a global site is not the scale of paired families alone, in the tasks of one run; None where it is."""
+    fault = _site_fault(name, run, links)
+    if fault is not None:
+        return fault
+    for child in _children(name, run, links):
+        if child.family not in families:
+            return f"the local site {child.name!r} hangs on it, and is not normal around a global site of its own"
+    return None
+
+
+def _is_free(site: Latent, run: Evaluation, links: Links) -> bool:
+    return is_correlation(site) or is_scale(site.name, run, links)
+
+
+def _site_fault(name: str, run: Evaluation, links: Links) -> str | None:
+    if name in run.globals and is_correlation(run.globals[name]):
+        return correlation_site_fault(name, run, links)
+    return scale_fault(name, run, links)
+
+
+def _free_site(site: Latent) -> ScaleSite | CorrelationSite:
+    if is_correlation(site):
+        assert site.transform is not None
+        return CorrelationSite(site.name, innermost(site.fn), site.transform)
+    return scale_site(site)
 
 
 def values_of(evaluation: Evaluation) -> Mapping[int | None, dict[str, Tensor]]:
@@ -128,32 +326,17 @@ def _children(name: str, run: Evaluation, links: Links) -> list[Latent]:
 def _direct_fault(name: str, run: Evaluation, links: Links) -> str | None:
     """What else than local sites ties a global site."""
     site = run.globals[name]
-    if _plain_normal(site) is None:
-        return f"its own distribution is {_described(site)}, not a plain normal"
+    if plain_normal(site) is None:
+        return f"its own distribution is {described(site)}, not a plain normal"
     if links.laws[name]:
-        return f"its own distribution depends on another site ({_listed(links.laws[name])})"
+        return f"its own distribution depends on another site ({listed(links.laws[name])})"
     others = [child for child in links.children(name) if child in run.globals]
     if others:
-        return f"another global site depends on it ({_listed(others)})"
+        return f"another global site depends on it ({listed(others)})"
     observed = [o for o, parents in links.observed.items() if name in parents]
     if observed:
-        return f"an observed site depends on it directly ({_listed(observed)})"
+        return f"an observed site depends on it directly ({listed(observed)})"
     return None
-
-
-def _listed(names: Collection[str]) -> str:
-    return ", ".join(map(repr, sorted(names)))
-
-
-def _plain_normal(site: Latent) -> LocalGaussian | None:
-    """The normal distribution of a site; None for a mixture of normals too, which ``site.gaussian()`` touches."""
-    return None if isinstance(unmasked(site.fn), MixtureSameFamily) else site.gaussian()
-
-
-def _described(site: Latent) -> str:
-    masked = site.mask is not None or any(kind == "MaskedDistribution" for kind in wrappers(site.fn))
-    scaled = isinstance(site.scale, Tensor) or site.scale != 1.0
-    return ("masked " if masked else "") + ("scaled " if scaled else "") + type(innermost(site.fn)).__name__
 
 
 def _pair(name: str, run: Evaluation, links: Links) -> NormalPair | str:
@@ -165,17 +348,23 @@ def _pair(name: str, run: Evaluation, links: Links) -> NormalPair | str:
     families = {child.family for child in children}
     if len(families) != 1:
         return f"{len(families)} local families depend on it ({sorted(families)}); exactly one is needed"
-    prior = _plain_normal(run.globals[name])
-    normal = _plain_normal(children[0])
+    prior = plain_normal(run.globals[name])
+    normal = local_normal(children[0])
     if prior is None or normal is None:
-        return f"the local site {children[0].name!r} is {_described(children[0])}, not a plain normal"
+        return f"the local site {children[0].name!r} is {described(children[0])}, not a plain normal"
     phi = run.globals[name].leaf
-    variance = _variance_by_task(children[0], normal)[0]
+    variance = variance_by_task(children[0], normal)[0]
     if not _stands_beside(phi, children[0]):
         return _other_shape(children[0], name, phi)
     precision = _scalar_if_constant(prior.precision.detach())
     variance = _scalar_if_constant(variance.reshape(phi.shape))
-    return NormalPair(name, children[0].family, prior.mean.detach(), precision, variance)
+    multivariate = dense_normal(children[0])
+    if multivariate is None:
+        return NormalPair(name, children[0].family, prior.mean.detach(), precision, variance)
+    if phi.dim() != 1:
+        return f"the local site {children[0].name!r} is multivariate normal, and {name!r} is no vector"
+    dense = Dense(correlation_of(multivariate)[0])
+    return NormalPair(name, children[0].family, prior.mean.detach(), precision, variance, dense=dense)
 
 
 def _other_shape(child: Latent, name: str, phi: Tensor) -> str:
@@ -184,12 +373,13 @@ def _other_shape(child: Latent, name: str, phi: Tensor) -> str:
 
 
 def _child_fault(pair: NormalPair, child: Latent, run: Evaluation, links: Links) -> str | None:
-    name, normal = pair.global_site, _plain_normal(child)
+    name, normal = pair.global_site, local_normal(child)
     if normal is None:
-        return f"the local site {child.name!r} is {_described(child)}, not a plain normal"
-    others = links.laws[child.name] - {name}
+        return f"the local site {child.name!r} is {described(child)}, not a plain normal"
+    free = {pair.law and pair.law.site, pair.dense and pair.dense.site}
+    others = links.laws[child.name] - {name} - free
     if others:
-        return f"the distribution of the local site {child.name!r} depends on another site too ({_listed(others)})"
+        return f"the distribution of the local site {child.name!r} depends on another site too ({listed(others)})"
     phi = run.globals[name].leaf
     if not _stands_beside(phi, child):
         return _other_shape(child, name, phi)
@@ -197,7 +387,14 @@ def _child_fault(pair: NormalPair, child: Latent, run: Evaluation, links: Links)
         return f"the mean of the local site {child.name!r} is not the site {name!r} itself"
     if hangs_on(normal.precision, phi):
         return f"the scale of the local site {child.name!r} depends on {name!r}"
-    for task, own in zip(_tasks(child, run), _variance_by_task(child, normal), strict=True):
+    if (dense_normal(child) is None) != (pair.dense is None):
+        return f"the local site {child.name!r} is {described(child)}, as that of the first tasks is not"
+    fault = None if pair.dense is None else correlation_fault(pair.dense, child, run)
+    if fault is not None:
+        return fault
+    if pair.law is not None:
+        return law_fault(pair.law, child, normal, run)
+    for task, own in zip(_tasks(child, run), variance_by_task(child, normal), strict=True):
         if not torch.allclose(own.reshape(phi.shape), pair.local_variance.expand(phi.shape), atol=0.0):
             which = f" (task {task})" if len(run.tasks) > 1 else ""
             return f"the scale of the local site {child.name!r} differs by task{which}"
@@ -206,14 +403,6 @@ def _child_fault(pair: NormalPair, child: Latent, run: Evaluation, links: Links)
 
 def _tasks(child: Latent, run: Evaluation) -> tuple[int, ...]:
     return run.tasks if child.task is None else (child.task,)
-
-
-def _variance_by_task(child: Latent, normal: LocalGaussian) -> Tensor:
-    """Variance of a normal local site, the tasks of its block first."""
-    spread = torch.broadcast_to(1.0 / normal.precision.detach(), child.leaf.shape)
-    if child.task is None and child.plate_dim is not None:
-        return spread.movedim(child.plate_dim, 0)
-    return spread.unsqueeze(0)
 
 
 def _stands_beside(phi: Tensor, child: Latent) -> bool:

@@ -62,12 +62,14 @@ class SGLDGibbs(Kernel):
         step_size: eta of Eq. 10: eta/2 times the gradient of the full-data log density, sqrt(eta) noise; a number
             or a function of the number of visits. None measures the curvature at the start and takes a twentieth of
             the largest stable step (small programs).
-        phi_update: ``"gibbs"`` draws phi exactly, for phi normal and theta normal around it; ``"langevin"`` takes
-            the step of Eq. 9 with an accumulator.
+        phi_update: ``"gibbs"`` draws phi exactly, for phi normal and theta normal around it, and so a scale of
+            theta's that is a site itself (:mod:`~pyro_lift.inference.gibbs.scale_draws`); ``"langevin"`` takes the
+            step of Eq. 9 with an accumulator.
         accumulator: of the Langevin step: ``"exact"``, ``"table"`` (the paper's), ``"single"``;
             see :mod:`pyro_lift.inference.gibbs.accumulator`.
         single_scale: ``"N"`` or ``"1"``, the factor on a single task's gradient.
-        phi_step_size: eta of Eq. 9; None takes ``step_size``.
+        phi_step_size: eta of Eq. 9; None takes 2 % of the limit with the table, as it is at the start, and
+            ``step_size`` otherwise.
         integrator: of theta's step: ``"exponential"`` (exact for normal priors) or ``"euler"`` (the paper's).
         temperature: T, multiplies the variance of all noise, of phi and of theta.
         n_inflate: power on the likelihood.
@@ -243,7 +245,7 @@ class SGLDGibbs(Kernel):
     @at_top_level()
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Read the program, check it and the step sizes, and put the chain at its start."""
-        request = self._request
+        request = dataclasses.replace(self._request, warmup_steps=warmup_steps)
         if request.sgd_steps > warmup_steps:
             raise ValueError(
                 f"sgd_steps={request.sgd_steps} is more than the warm-up's {warmup_steps} visits; the SGD visits are "
@@ -261,6 +263,8 @@ class SGLDGibbs(Kernel):
         self.state, self.transforms = self._plan.state, self._plan.transforms
         self._start_log_likelihood = self._plan.start_log_likelihood
         self._noise_from(self.state.phi)
+        if self._plan.chain.structure.scales:
+            self._watch = None  # a slice must know at once where its density is
         self._plan.chain.cache.watch = self._watch
         if request.distributed:
             norms = {f"norm of {name}": float(value.norm()) for name, value in self.state.phi.items()}

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.gibbs import long_vectors
+from pyro_lift.inference.gibbs.dense import move_theta
 from pyro_lift.inference.gibbs.long_vectors import LongStep, Workspace, is_flat, mean_root
 from pyro_lift.inference.gibbs.state import Chain, Settings, SGLDGibbsState, Structure
 from pyro_lift.inference.program import Evaluation, Latent
 from pyro_lift.inference.sgld import INTEGRATORS, gaussian_noise, precondition
 from pyro_lift.models.priors import LocalGaussian
 
-__all__ = ["Move", "Mover", "long", "long_families", "mover_of", "plain"]
+__all__ = ["Move", "Mover", "dense", "long", "long_families", "mover_of", "plain"]
 
 
 class Move(NamedTuple):
@@ -81,9 +82,20 @@ def long(
     return long_vectors.move_theta(workspace, move.site.leaf.detach(), phi, move.gradient, S, step, noise)
 
 
+def dense(
+    move: Move, state: SGLDGibbsState, chain: Chain, noise: torch.Generator | None
+) -> tuple[Tensor, Tensor | None]:
+    """Step a site of correlated coordinates, exactly under its own prior (:func:`.dense.move_theta`)."""
+    xi = gaussian_noise(move.site.leaf, noise)
+    return move_theta(move.site, move.gradient, move.step_size, move.temperature, xi), None
+
+
 def mover_of(structure: Structure, family: str) -> Mover:
     """Return the mover of a local family, as it was chosen at set-up."""
-    return long if family in structure.long else plain
+    if family in structure.long:
+        return long
+    pair = structure.pair_of.get(family)
+    return plain if pair is None or pair.dense is None else dense
 
 
 def long_families(structure: Structure, settings: Settings, run: Evaluation) -> frozenset[str]:
@@ -95,7 +107,9 @@ def long_families(structure: Structure, settings: Settings, run: Evaluation) -> 
     return frozenset(
         family
         for family, pair in structure.pair_of.items()
-        if is_flat(pair, run.globals[pair.global_site].leaf)
+        if pair.law is None
+        and pair.dense is None
+        and is_flat(pair, run.globals[pair.global_site].leaf)
         and all(site.leaf.dim() == 1 for site in run.locals.values() if site.family == family)
     )
 

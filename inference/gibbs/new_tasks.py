@@ -8,7 +8,7 @@ import torch
 
 from pyro_lift.inference.admission import check_block, needs_rerun
 from pyro_lift.inference.dependence import coupled_families, links_of
-from pyro_lift.inference.gibbs.conjugate import adopt, pair_fault
+from pyro_lift.inference.gibbs.conjugate import adopt, family_fault, pair_fault
 from pyro_lift.inference.gibbs.state import Chain
 from pyro_lift.inference.program import Evaluation
 from pyro_lift.inference.stability import LATER_ITERATIONS, check_curvature, measured_curvature
@@ -33,7 +33,7 @@ def learn(chain: Chain, run: Evaluation) -> frozenset[str]:
         ValueError: what no chain can sample, or what the exact draw of a pair does not allow; names the tasks.
     """
     structure, cache, tasks = chain.structure, chain.cache, _named(run)
-    known = {*structure.pairs, *structure.reasons}
+    known = {*structure.pairs, *structure.scales, *structure.reasons}
     if run.globals.keys() != known:
         odd = sorted(run.globals.keys() ^ known)
         raise ValueError(f"{tasks}: the global sites {odd} are not those of every task.")
@@ -54,6 +54,13 @@ def learn(chain: Chain, run: Evaluation) -> frozenset[str]:
                 'are. Use phi_update="langevin", accumulator="table", which works for any program.'
             )
         unpaired.add(pair.family)
+    for name in structure.scales:
+        fault = family_fault(name, structure.pair_of.keys(), run, links)
+        if fault is not None:
+            raise ValueError(
+                f"{tasks}: {fault}. An exact draw of {name!r} rests on every task being as the first ones are. "
+                'Use phi_update="langevin", accumulator="table", which works for any program.'
+            )
     _check_step(chain, run, tasks)
     return frozenset(unpaired)
 

@@ -22,11 +22,13 @@ from pyro_lift.inference.gibbs import shared_visit
 from pyro_lift.inference.gibbs.accumulator import GradientTable, langevin_limit
 from pyro_lift.inference.gibbs.conjugate import find_pairs
 from pyro_lift.inference.gibbs.movers import long_families
+from pyro_lift.inference.gibbs.scaling import can_scale
 from pyro_lift.inference.gibbs.state import Cache, Chain, Settings, SGLDGibbsState, Structure, init
+from pyro_lift.inference.gibbs.table_step import TABLE_SHARE, measured_table_limit
 from pyro_lift.inference.gibbs.translation_plan import TranslationRequest, check_translation, plan_translation
 from pyro_lift.inference.kernel import log
 from pyro_lift.inference.program import Evaluation, Program, Rows
-from pyro_lift.inference.schedules import constant
+from pyro_lift.inference.schedules import Schedule, constant
 from pyro_lift.inference.stability import (
     DEFAULT_SHARE,
     check_curvature,
@@ -44,6 +46,9 @@ __all__ = ["Plan", "Request", "Scan", "plan"]
 Scan = Literal["round_robin", "random"]
 #: Blocks whose gradients are looked at before a start is taken for a saddle.
 SADDLE_BLOCKS = 16
+#: Rounds of the tasks before an unknown scale is drawn: theta_i start at phi, and a scale drawn from what is not spread
+#: yet would be near zero and hold them there.
+HELD_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Request:
     sgd_steps: int
     store: str | ThetaStore
     check_stability: bool
+    warmup_steps: int = 0
 
 
 class Plan(NamedTuple):
@@ -107,7 +113,8 @@ def plan(
     links = links_of(run)
     check_block(run, links)
     check_fixed_supports(run, run.globals)
-    pairs, reasons = find_pairs(program, run, num_tasks - 1 - index, generator)
+    unknown_scales = settings.phi_update == "gibbs"
+    pairs, scales, reasons = find_pairs(program, run, num_tasks - 1 - index, generator, unknown_scales=unknown_scales)
     structure = Structure(
         num_tasks,
         block,
@@ -119,9 +126,13 @@ def plan(
         pass_size,
         exact=_is_exact(settings) or request.sgd_steps > 0,
         checks_steps=request.check_stability and settings.decay is None,
+        scales=scales,
+        hold=request.sgd_steps + _hold(-(-num_tasks // block), request.warmup_steps - request.sgd_steps),
     )
     check_translation(settings)
     _check_phi_update(structure, settings, request)
+    _check_scales(structure, settings)
+    structure = replace(structure, scaling=can_scale(structure, settings, run))
     structure = replace(structure, long=long_families(structure, settings, run))
     if request.distributed:
         shared_visit.check_share(structure, settings, request.scan)
@@ -180,6 +191,11 @@ def _block_size(request: Request, peeked: Evaluation, subsampled: bool, sequenti
     return 1 if sequential else num_tasks
 
 
+def _hold(round_size: int, warmup: int) -> int:
+    """Visits for which unknown scales stay at their start: rounds of the tasks, or half of a shorter warm-up."""
+    return max(round_size, min(HELD_ROUNDS * round_size, warmup // 2))
+
+
 def _is_exact(settings: Settings) -> bool:
     """Whether phi moves by what is known of normal pairs; the other accumulators take any program."""
     return settings.phi_update == "gibbs" or settings.accumulator == "exact"
@@ -195,11 +211,7 @@ def _check_phi_update(structure: Structure, settings: Settings, request: Request
     exact = _is_exact(settings)
     if exact and reasons:
         site, reason = next(iter(reasons.items()))
-        name = "gibbs" if settings.phi_update == "gibbs" else "exact"
-        raise ValueError(
-            f"{name!r} needs every global site normal and the mean of one normal local family, and {site!r} is "
-            f'not: {reason}. Use phi_update="langevin", accumulator="table", which works for any program.'
-        )
+        raise ValueError(_refusal(settings, site, reason))
     if settings.accumulator == "table" and settings.phi_update == "langevin" and num_tasks % block:
         raise ValueError(
             f'accumulator="table" stores one gradient per block, and {num_tasks} tasks are no whole number of '
@@ -211,6 +223,44 @@ def _check_phi_update(structure: Structure, settings: Settings, request: Request
             f"sgd_steps={request.sgd_steps} trains one vector shared by all tasks, which needs a normal local family "
             f"around a global site; {site!r} is none: {reason}. Leave sgd_steps at 0."
         )
+
+
+def _refusal(settings: Settings, site: str, reason: str) -> str:
+    name, kinds = "exact", "normal and the mean of one normal local family"
+    if settings.phi_update == "gibbs":
+        name, kinds = "gibbs", f"{kinds}, or the scale of such families"
+    centred = ""
+    if "observed site depends on it directly" in reason:
+        centred = (
+            "Where the program is non-centred (theta = phi + tau * raw), write it centred: theta ~ Normal(phi, tau) a "
+            "site of its own, and phi and tau nowhere else. Otherwise use"
+        )
+    return (
+        f"{name!r} needs every global site {kinds}, and {site!r} is not: {reason}. {centred or 'Use'} "
+        'phi_update="langevin", accumulator="table", which works for any program; its phi_step_size must be '
+        "small, 2 % of the table's limit (the default), and its chain long."
+    )
+
+
+def _check_scales(structure: Structure, settings: Settings) -> None:
+    """Refuse options that an unknown scale does not allow."""
+    for name in [k for k, pair in structure.pairs.items() if pair.dense is not None]:
+        if settings.integrator == "euler" or settings.decay is not None:
+            raise ValueError(
+                f"the local family around {name!r} is multivariate normal, whose step is exact under its prior: leave "
+                'integrator at "exponential" and preconditioner at None.'
+            )
+    for name in structure.scales:
+        if settings.integrator == "euler":
+            raise ValueError(
+                f"integrator='euler' with the unknown scale {name!r}: its step is stable below four times the variance "
+                'alone, which the chain moves. Use integrator="exponential".'
+            )
+        if settings.temperature == 0.0:
+            raise ValueError(
+                f"temperature=0.0 with the unknown scale {name!r}: the density of a hierarchy has no mode, it grows "
+                "without bound as the scale goes to zero. Use a temperature above zero, or a known scale."
+            )
 
 
 def _check_saddle(
@@ -250,12 +300,21 @@ def _with_steps(
     phi_schedule = settings.phi_step_size
     if phi_schedule is None:
         phi_schedule = schedule
-        if settings.step_size is None and structure.pairs and settings.phi_update == "langevin":
+        if settings.phi_update == "langevin" and settings.accumulator == "table":
+            phi_schedule = _table_schedule(run, structure, settings) or schedule
+        elif settings.step_size is None and structure.pairs and settings.phi_update == "langevin":
             phi_schedule = constant(DEFAULT_SHARE * min(_phi_limits(structure, settings)))
     settings = replace(settings, step_size=schedule, phi_step_size=phi_schedule)
     if check_stability:
         _check_steps(run, structure, settings, curvature)
     return settings, _dimensionless(structure, settings, curvature)
+
+
+def _table_schedule(run: Evaluation, structure: Structure, settings: Settings) -> Schedule | None:
+    """The default step of phi with the table; None where its limit is not known."""
+    measured = measured_table_limit(run, structure.num_tasks, settings.n_inflate)
+    limits = _phi_limits(structure, settings) + ([] if measured is None else [measured])
+    return constant(TABLE_SHARE * min(limits)) if limits else None
 
 
 def _phi_limits(structure: Structure, settings: Settings) -> list[float]:

@@ -20,6 +20,7 @@ __all__ = [
     "pair_rows",
     "put_at_start",
     "regrouped",
+    "shifted_values",
     "task_rows",
     "task_values",
 ]
@@ -64,6 +65,11 @@ def _plus(chain: Chain, values: Rows, offset: Rows, sign: float) -> dict[str, Te
         family = chain.structure.pairs[name].family
         moved[family] = moved[family] + sign * by.to(moved[family].dtype)
     return moved
+
+
+def shifted_values(chain: Chain, values: Values, shifts: Rows) -> Values:
+    """Return local values with those of pairs shifted, by global site."""
+    return {task: _plus(chain, own, shifts, 1.0) for task, own in values.items()} if shifts else values
 
 
 def _unpacked(layout: tuple[LocalSite, ...], row: Tensor) -> dict[str, Tensor]:

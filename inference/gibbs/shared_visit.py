@@ -205,14 +205,15 @@ def visit(
     else:
         eta = settings.eta(state.step)
         sums = {name: S + total.parts[name] for name, S in state.sums.items()}
+        squares = {name: Q + total.squares[name] for name, Q in state.squares.items()}
         noise = generator_of(seed, state.step, structure.num_tasks, device)
-        offset, gradients = state.offset, state.gradients
+        offset, gradients, shifts = state.offset, state.gradients, None
         if chain.translation is not None:
             pull = translation.Pull(total.gradient, total.change, len(tasks), [])
             shifts = translation.shift(state, chain, pull, total.moments, noise)
             sums, offset, gradients = translation.shifted(state, chain, sums, pull, shifts)
-        phi = gibbs_visit.draw_phi(state, chain, sums, noise)
-        after = SGLDGibbsState(state.step + 1, phi, sums, {}, total.moments, {}, offset, gradients)
+        phi, squares = gibbs_visit.draw_globals(state, chain, sums, squares, noise, shifts)
+        after = SGLDGibbsState(state.step + 1, phi, sums, {}, total.moments, {}, offset, gradients, squares=squares)
     for store in (held, table):
         if store is not None:
             store.keep()
@@ -233,7 +234,8 @@ def _add_pass(total: _Total, state: SGLDGibbsState, chain: Chain, part: Tensor, 
         total.add(computed.gradient, computed.second_moment, computed.info)
         return
     moved, info, pull = gibbs_visit.visited(state, chain, part, streams, phase, move_phi=False)
-    total.add_change(moved.sums, state.sums)
+    total.add_change(total.parts, moved.sums, state.sums)
+    total.add_change(total.squares, moved.squares, state.squares)
     total.add({}, moved.second_moment, info)
     if pull is not None:
         total.add_pull(pull)
@@ -275,6 +277,7 @@ class _Total:
 
     Attributes:
         parts: by global site, the change of S, or the gradient of the joint training.
+        squares: by global site of a family of unknown scale, the change of Q.
         moments: running mean squares by local family: the mean over those passes that had the family.
         gradient, change: of a translation (:class:`~pyro_lift.inference.gibbs.translation.Pull`), where there is one.
     """
@@ -289,9 +292,11 @@ class _Total:
         still = structure.pair_of if phase == "sgd" else ()
         moving = sorted(self.old.items()) if phase != "sample" else []
         self.known = {family: v.shape for family, v in moving if family not in still}
+        squares = {name: Q.shape for name, Q in state.squares.items()}
         sizes = [s.numel() for s in self.shapes.values()] + [1 + s.numel() for s in self.known.values()]
         pulls = _pulls(state, chain, phase)
         sizes += [s.numel() for _ in range(sum(pulls)) for s in self.shapes.values()]
+        sizes += [s.numel() for s in squares.values()]
         like = next(iter(state.sums.values()))
         self.vector = torch.zeros(len(_Head._fields) + sum(sizes), dtype=torch.float64, device=like.device)
         head, *rest = self.vector.split([len(_Head._fields), *sizes])
@@ -302,12 +307,15 @@ class _Total:
         self.gradient, self.change = (
             {k: next(parts).view(s) for k, s in self.shapes.items()} if travels else {} for travels in pulls
         )
+        self.squares = {k: next(parts).view(s) for k, s in squares.items()}
         self._new: dict[str, tuple[Tensor, int]] = {}
         self.moments = dict(self.old)
 
-    def add_change(self, after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
-        """The change of S in one pass."""
-        for name, part in self.parts.items():
+    def add_change(
+        self, parts: Mapping[str, Tensor], after: Mapping[str, Tensor], before: Mapping[str, Tensor]
+    ) -> None:
+        """The change of S, or of Q, in one pass."""
+        for name, part in parts.items():
             part.add_(after[name]).sub_(before[name])
 
     def add_pull(self, pull: translation.Pull) -> None:

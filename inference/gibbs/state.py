@@ -12,7 +12,9 @@ from torch import Tensor
 
 from pyro_lift.inference.gibbs.accumulator import Accumulator, GradientTable
 from pyro_lift.inference.gibbs.conjugate import NormalPair
+from pyro_lift.inference.gibbs.dense import CorrelationSite
 from pyro_lift.inference.gibbs.long_vectors import Workspace
+from pyro_lift.inference.gibbs.scales import ScaleSite
 from pyro_lift.inference.program import LocalSite, Program, Rows
 from pyro_lift.inference.schedules import Schedule, constant
 from pyro_lift.inference.sgld import Integrator
@@ -55,6 +57,9 @@ class SGLDGibbsState(NamedTuple):
         momentum: running mean of the gradient per normal pair, in the SGD warm-up only.
         offset: theta minus the stored theta per normal pair, in float64; empty where nothing was shifted.
         gradients: R per normal pair, in float64 (``translation="saga"`` only).
+        squares: sum of (theta_i - phi)^2 at this phi, per normal pair of unknown scale, in float64; of
+            (theta_i - phi)(theta_i - phi)^T where its coordinates are correlated.
+        widths: logarithm of the width of the proposal of the scaling move, per scale site.
     """
 
     step: int
@@ -65,6 +70,8 @@ class SGLDGibbsState(NamedTuple):
     momentum: dict[str, Tensor]
     offset: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple's default; states are never changed in place
     gradients: dict[str, Tensor] = {}  # noqa: RUF012
+    squares: dict[str, Tensor] = {}  # noqa: RUF012
+    widths: dict[str, Tensor] = {}  # noqa: RUF012
 
 
 class SGLDGibbsInfo(NamedTuple):
@@ -141,6 +148,10 @@ class Structure:
             (:mod:`~pyro_lift.inference.gibbs.long_vectors`).
         checks_steps: whether the step size is held against each task's own curvature, at its first visit.
         exact: whether the chain rests on the pairs: by their exact draw, the exact accumulator, or joint training.
+        scales: global sites that are the scale, or the correlations, of pairs' families and enter nowhere else.
+        scaling: whether tau and all theta_i - phi are multiplied together (:mod:`~pyro_lift.inference.gibbs.scaling`).
+        hold: visits before which the scales stay where they start: until every theta_i has moved, their spread says
+            nothing.
     """
 
     num_tasks: int
@@ -154,6 +165,9 @@ class Structure:
     long: frozenset[str] = frozenset()
     exact: bool = True
     checks_steps: bool = False
+    scales: Mapping[str, ScaleSite | CorrelationSite] = field(default_factory=dict)
+    scaling: bool = False
+    hold: int = 0
 
     @cached_property
     def pair_of(self) -> dict[str, NormalPair]:
@@ -261,11 +275,16 @@ class Streams(NamedTuple):
     start_seed: int | None = None
 
 
+def _zero_square(pair: NormalPair, S: Tensor) -> Tensor:
+    return torch.zeros_like(S) if pair.dense is None else torch.zeros(len(S), len(S), dtype=S.dtype, device=S.device)
+
+
 def init(structure: Structure, cache: Cache, phi: Rows) -> SGLDGibbsState:
     """Return a chain's state whose theta_i all stand at phi's own start: S = N phi, and J = 0 is exactly right."""
     sums = {name: structure.num_tasks * cache.start[pair.family].double() for name, pair in structure.pairs.items()}
     J = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in phi.items()}
-    return SGLDGibbsState(0, dict(phi), sums, J if cache.table is not None else {}, {}, {})
+    squares = {name: _zero_square(pair, sums[name]) for name, pair in structure.pairs.items() if pair.is_free}
+    return SGLDGibbsState(0, dict(phi), sums, J if cache.table is not None else {}, {}, {}, squares=squares)
 
 
 def kept_state(watch: Watch, new: SGLDGibbsState, old: SGLDGibbsState) -> SGLDGibbsState:
@@ -280,4 +299,6 @@ def kept_state(watch: Watch, new: SGLDGibbsState, old: SGLDGibbsState) -> SGLDGi
         keep(new.momentum, old.momentum),
         keep(new.offset, old.offset),
         keep(new.gradients, old.gradients),
+        keep(new.squares, old.squares),
+        keep(new.widths, old.widths),
     )

@@ -13,10 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.gibbs import conjugate, long_vectors, translation
+from pyro_lift.inference.gibbs import conjugate, long_vectors, scaling, translation
 from pyro_lift.inference.gibbs.accumulator import exact
 from pyro_lift.inference.gibbs.movers import Move, mover_of
-from pyro_lift.inference.gibbs.rows import Values, block_values, mean_square, regrouped, task_rows
+from pyro_lift.inference.gibbs.rows import (
+    Values,
+    block_values,
+    mean_square,
+    regrouped,
+    shifted_values,
+    task_rows,
+)
+from pyro_lift.inference.gibbs.scale_draws import draw_scales, squares_around
 from pyro_lift.inference.gibbs.state import (
     Chain,
     Phase,
@@ -26,11 +34,11 @@ from pyro_lift.inference.gibbs.state import (
     Structure,
     kept_state,
 )
-from pyro_lift.inference.program import Evaluation, Latent
+from pyro_lift.inference.program import Evaluation, Latent, Rows
 from pyro_lift.inference.sgld import Drift, check_finite, check_moved, gaussian_noise, running_mean
 from pyro_lift.support.spans import span
 
-__all__ = ["draw_phi", "step", "visited"]
+__all__ = ["draw_globals", "draw_phi", "step", "visited"]
 
 
 class _ThetaMove(NamedTuple):
@@ -93,16 +101,28 @@ def visited(
     sums = _updated_sums(state, chain.structure, moved, before)
     pull, J, table_row = _pull_on_phi(state, chain, moved, sums, index, streams)
     # (9)  phi | theta_1..N
-    block, offset, gradients = None, state.offset, state.gradients
+    squares = updated_squares(state, chain.structure, moved.run, moved.values, before)
+    block, offset, gradients, shifts = None, state.offset, state.gradients, None
     if chain.translation is not None:
         block = translation.pull_of(state, chain, *moved.first, before)
         if move_phi:
             shifts = translation.shift(state, chain, block, moved.moments, streams.noise)
             sums, offset, gradients = translation.shifted(state, chain, sums, block, shifts)
-    phi = _move_phi(state, chain, moved.run, sums, pull, streams.noise) if move_phi else state.phi
+    phi = state.phi
+    if move_phi and chain.settings.phi_update == "gibbs":
+        phi, squares = draw_globals(state, chain, sums, squares, streams.noise, shifts)
+    elif move_phi:
+        phi = _langevin_phi(state, chain, moved.run, pull, streams.noise)
+    scaled, stored = scaling.Scaled(moved.values, phi, sums, squares, state.widths), state.offset
+    if chain.structure.scaling and move_phi and state.step >= chain.structure.hold:
+        # The likelihood is asked about theta where they are, so that the shift is put into them first.
+        scaled, stored = scaled._replace(values=shifted_values(chain, moved.values, shifts or {})), offset
+        scaled = scaling.scale(chain, index, scaled, state.step, phase == "burn-in", streams.noise)
 
-    after = SGLDGibbsState(state.step + 1, phi, sums, J, moved.moments, {}, offset, gradients)
-    rows = task_rows(chain, moved.info.tasks, moved.values, state.offset)
+    made, moments = state.step + 1, moved.moments
+    parts = {"offset": offset, "gradients": gradients, "squares": scaled.squares, "widths": scaled.widths}
+    after = SGLDGibbsState(made, scaled.phi, scaled.sums, J, moments, {}, **parts)
+    rows = task_rows(chain, moved.info.tasks, scaled.values, stored)
     if watch is not None:
         after, old = kept_state(watch, after, state), task_rows(chain, moved.info.tasks, before, state.offset)
         rows = [watch.kept(*pair) for pair in zip(rows, old, strict=True)]
@@ -183,17 +203,14 @@ def _moved_sites(
 
 
 @span("pyro_lift.phi")
-def _move_phi(
+def _langevin_phi(
     state: SGLDGibbsState,
     chain: Chain,
     run: Evaluation,
-    sums: Mapping[str, Tensor],
     pull: Mapping[str, Tensor],
     noise: torch.Generator | None,
 ) -> dict[str, Tensor]:
     settings = chain.settings
-    if settings.phi_update == "gibbs":
-        return draw_phi(state, chain, sums, noise)
     eta = settings.phi_eta(state.step)
     leaves = {name: site.leaf for name, site in run.globals.items()}
     # What pulls on phi beside the tasks: its own prior, and data observed outside the plate.
@@ -210,13 +227,48 @@ def _move_phi(
     return phi
 
 
+@span("pyro_lift.phi")
+def draw_globals(
+    state: SGLDGibbsState,
+    chain: Chain,
+    sums: Mapping[str, Tensor],
+    squares: dict[str, Tensor],
+    noise: torch.Generator | None,
+    shifts: Rows | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draw every global site exactly: the means given the scales, then the scales given the means.
+
+    Args:
+        state: of the chain; its phi is the one that theta_i have moved under.
+        chain: what was set at set-up.
+        sums: S.
+        squares: Q around the state's phi.
+        noise: of the draws.
+        shifts: of phi and all theta together, which S has in it and Q does not see.
+
+    Returns:
+        All global sites, and Q around them.
+    """
+    structure = chain.structure
+    phi = {**state.phi, **draw_phi(state, chain, sums, noise)}
+    if not structure.scales:
+        return phi, squares
+    centre = {name: value.double() for name, value in state.phi.items()}
+    centre |= {name: centre[name] + shift.double() for name, shift in (shifts or {}).items()}
+    squares = squares_around(structure, squares, sums, centre, phi)
+    if state.step >= structure.hold:
+        phi |= draw_scales(structure, phi, squares, chain.settings.temperature, noise)
+        check_moved(phi, state.step, ())
+    return phi, squares
+
+
 def draw_phi(
     state: SGLDGibbsState, chain: Chain, sums: Mapping[str, Tensor], noise: torch.Generator | None
 ) -> dict[str, Tensor]:
     """Draw every paired global site exactly, given S (:func:`pyro_lift.inference.gibbs.conjugate.draw`)."""
     structure, T, draws = chain.structure, chain.settings.temperature, {}
     for name, pair in structure.pairs.items():
-        S, phi = sums[name], state.phi[name]
+        S, phi, pair = sums[name], state.phi[name], pair.at(structure.scales, state.phi)
         if pair.family in structure.long:
             workspace = chain.cache.workspace(name, phi)
             draws[name] = long_vectors.draw_phi(workspace, pair, S, structure.num_tasks, T, noise, phi)
@@ -295,6 +347,27 @@ def _updated_sums(state: SGLDGibbsState, structure: Structure, moved: _ThetaMove
                 change = change.sum(moved.run.locals[pair.family].plate_dim)
             if structure.exact or change.numel() == total.numel():
                 total = total + change.reshape(total.shape)
+        updated[name] = total
+    return updated
+
+
+def updated_squares(
+    state: SGLDGibbsState, structure: Structure, run: Evaluation, after: Values, before: Values
+) -> dict[str, Tensor]:
+    """Q + sum over the block of (new - phi)^2 - (old - phi)^2, around the state's phi, in float64."""
+    updated = {}
+    for name, total in state.squares.items():
+        family, phi = structure.pairs[name].family, state.phi[name].double()
+        for task, rows in after.items():
+            new, old = rows[family].double(), before[task][family].double()
+            if structure.pairs[name].dense is not None:
+                new, old = (new - phi).reshape(-1, len(phi)), (old - phi).reshape(-1, len(phi))
+                total = total + new.T @ new - old.T @ old
+                continue
+            change = (new - old) * (new + old - 2.0 * phi)
+            if task is None:
+                change = change.sum(run.locals[family].plate_dim)
+            total = (total + change.reshape(total.shape)).clamp_min(0.0)
         updated[name] = total
     return updated
 

@@ -125,7 +125,7 @@ def sgd_update(
         phi[name], momentum[name], moments[family] = _adam(
             phi[name], total.to(phi[name].dtype), momentum.get(name), moments.get(family), state.step, lr
         )
-    return SGLDGibbsState(state.step + 1, phi, state.sums, state.J, moments, momentum)
+    return SGLDGibbsState(state.step + 1, phi, state.sums, state.J, moments, momentum, squares=state.squares)
 
 
 ADAM_MOMENTUM, ADAM_DECAY, ADAM_EPSILON = 0.9, 0.99, 1e-8

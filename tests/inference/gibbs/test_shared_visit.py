@@ -53,6 +53,17 @@ class Program:
                 pyro.sample(f"obs_{i}", dist.Normal(mean, 0.7, validate_args=False).to_event(1), obs=self.y[i, rows])
 
 
+class Scaled(Program):
+    """Tasks around a mean, with a scale of its own for each coordinate."""
+
+    def __call__(self) -> None:
+        phi = pyro.sample("phi", dist.Normal(torch.zeros(D, dtype=torch.float64), 1.0).to_event(1))
+        tau = pyro.sample("tau", dist.HalfCauchy(torch.ones(D, dtype=torch.float64)).to_event(1))
+        for i in pyro.plate("tasks", self.tasks, subsample_size=self.subsample):
+            theta = pyro.sample(f"theta_{i}", dist.Normal(phi, tau).to_event(1))
+            pyro.sample(f"obs_{i}", dist.Normal(theta.expand(6, D), 0.7).to_event(2), obs=self.y[i])
+
+
 def chain(samples: int = 14, program: Program | None = None, **options: Any) -> MCMC:
     pyro.set_rng_seed(2)
     options = {"step_size": 0.02, "distributed": True, "block_size": 4, **options}
@@ -62,7 +73,8 @@ def chain(samples: int = 14, program: Program | None = None, **options: Any) -> 
 
 def outcome(mcmc: MCMC) -> dict[str, Tensor]:
     kernel: Any = mcmc.kernel
-    found = {"draws": mcmc.get_samples()["phi"], "S": kernel.state.sums["phi"]}
+    found = {"draws": mcmc.get_samples()["phi"].contiguous(), "S": kernel.state.sums["phi"]}
+    found |= {f"Q.{name}": value for name, value in kernel.state.squares.items()}
     found |= {f"row{i}": kernel.theta(i)["theta"] for i in kernel.store.tasks()}
     found |= {f"moment.{family}": value for family, value in kernel.state.second_moment.items()}
     stats = kernel.diagnostics()["sample_stats"]
@@ -126,6 +138,8 @@ def same(one: dict[str, Tensor], parts: list[dict[str, Tensor]]) -> None:
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "rms": {"preconditioner": "rms"},
+    "unknown scales": {"program": Scaled(), "step_size": 0.01},
+    "unknown scales, translated": {"program": Scaled(), "step_size": 0.01, "translation": "saga"},
     "joint": {"preconditioner": "rms", "sgd_steps": 4, "program": Program(own=True)},
     "passes": {"program": Program(subsample=2, tasks=10), "preconditioner": "rms", "sgd_steps": 4},
     "clipped": {"max_grad_norm": 3.0, "thinning": 2},
