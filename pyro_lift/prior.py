@@ -7,16 +7,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor, nn
 
 from pyro_lift.adapter_library import prior_from_adapters
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.defaults import one_width, resolved
 from pyro_lift.generation.decode import generate
+from pyro_lift.inference.adaptation.chain import Source, run_chain
 from pyro_lift.inference.adaptation.meta_testing import (
     UNTOUCHED,
     Start,
@@ -29,8 +29,6 @@ from pyro_lift.inference.adaptation.meta_testing import (
 from pyro_lift.inference.adaptation.temperature import fit_temperature
 from pyro_lift.inference.mcmc import MCMC
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
-from pyro_lift.inference.progress import chain_bar
-from pyro_lift.inference.sgld_kernel import SGLD
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.flat import FlatBlock
@@ -45,14 +43,13 @@ from pyro_lift.saving.folders import (
     chosen_weights,
     export_library,
     export_prior,
-    library_exports,
     load_prior,
     save_prior,
 )
 from pyro_lift.saving.hub import push
-from pyro_lift.saving.served import check_served, served_name, write_manifest
+from pyro_lift.saving.served import export_served
 from pyro_lift.settings import AdaptSettings, LiFTSettings
-from pyro_lift.support.options import check_choice, check_distinct, check_number
+from pyro_lift.support.options import check_choice, check_number
 from pyro_lift.tuning.figure import plot_tuning
 from pyro_lift.tuning.held_out import judged
 
@@ -61,13 +58,6 @@ __all__ = ["LiFTPrior"]
 
 #: What is added to the number of a block whose tasks are none of the kind, so that its chains have noise of their own.
 APART = 1_000_000
-
-
-class _Source(NamedTuple):
-    """The source of a chain's randomness: a seed, or None for torch's global stream, and the number of its block."""
-
-    seed: int | None
-    number: int = 0
 
 
 def _given(value: float | None) -> float:
@@ -241,7 +231,7 @@ class LiFTPrior:
         if untouched is not None and start.component == UNTOUCHED:
             program.prior = broadened(untouched.prior(mixture), self.beta)
         title = f"adapt to {task.name}" if progress else None
-        mcmc = self._run(program, start.theta, a, _Source(seed), title)
+        mcmc = self._run(program, start.theta, a, Source(seed), title)
         thetas, heads = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
         thetas = with_unmoved(start.theta, thetas, unmoved)
         if solved is not None:
@@ -280,11 +270,11 @@ class LiFTPrior:
         return [
             posterior
             for number, block in enumerate(blocks)
-            for posterior in self._adapt_block(block, a, _Source(seed, number), progress)
+            for posterior in self._adapt_block(block, a, Source(seed, number), progress)
         ]
 
     def _adapt_block(
-        self, tasks: Sequence[Task], a: AdaptSettings, source: _Source, progress: bool
+        self, tasks: Sequence[Task], a: AdaptSettings, source: Source, progress: bool
     ) -> list[TaskPosterior]:
         s, mixture = self.settings, self.mixture.get()
         tasks = [task.to(self.adapter.initial.device) for task in tasks]
@@ -325,14 +315,14 @@ class LiFTPrior:
         return TaskPosterior(self.adapter, task, thetas, heads, component, mcmc, prediction_temperature=temperature)
 
     def _adapt_apart(
-        self, tasks: Sequence[Task], apart: Sequence[bool], a: AdaptSettings, source: _Source, progress: bool
+        self, tasks: Sequence[Task], apart: Sequence[bool], a: AdaptSettings, source: Source, progress: bool
     ) -> list[TaskPosterior]:
         """Adapt to the tasks that are none of the kind in a pass of their own: their prior is another."""
         posteriors: dict[int, TaskPosterior] = {}
         for which in (False, True):
             places = [k for k, is_apart in enumerate(apart) if is_apart == which]
             number = source.number + (APART if which else 0)
-            part = self._adapt_block([tasks[k] for k in places], a, _Source(source.seed, number), progress)
+            part = self._adapt_block([tasks[k] for k in places], a, Source(source.seed, number), progress)
             posteriors |= dict(zip(places, part, strict=True))
         return [posteriors[k] for k in range(len(tasks))]
 
@@ -372,29 +362,23 @@ class LiFTPrior:
         generator = torch.Generator().manual_seed(chosen + task)
         return torch.stack([solved.draw(task, theta, generator) for theta in thetas])
 
-    def _run(self, program: Any, start: Tensor, a: AdaptSettings, source: _Source, title: str | None) -> MCMC:
+    def _run(self, program: Any, start: Tensor, a: AdaptSettings, source: Source, title: str | None) -> MCMC:
         """Run the chain of Eq. 18 from a start; with a title, there is a bar."""
-        thinning = max(a.steps // 2 // a.draws, 1)
-        kernel = SGLD(
+        return run_chain(
             program,
+            start,
+            a.steps,
+            a.draws,
+            source,
+            title,
             step_size=2.0 * _given(a.learning_rate),
             temperature=_given(a.temperature),
             n_inflate=_given(a.n_inflate),
-            integrator="exponential",
             preconditioner="rms" if self.settings.preconditioner == "rms" else None,
             second_moment=self.second_moment,
-            thinning=thinning,
             site_step_scale={"head": self.settings.head_lr_scale},
             site_temperature={"head": self.settings.head_temperature},
-            init_strategy=init_to_value(values={"theta": start}, fallback=init_to_mean),
-            seed=source.seed,
         )
-        kernel.chain_number = source.number
-        warmup_steps = a.steps - thinning * a.draws
-        with chain_bar(warmup_steps + a.draws, title or "", title is not None) as hook:
-            mcmc = MCMC(kernel, num_samples=a.draws, warmup_steps=warmup_steps, disable_progbar=True, hook_fn=hook)
-            mcmc.run()
-        return mcmc
 
     def _adapt_settings(self, options: Mapping[str, Any]) -> AdaptSettings:
         for name in options:
@@ -508,16 +492,7 @@ class LiFTPrior:
             ValueError: an adapter that such servers do not load, or two tasks of one name in the end; before any is
                 written.
         """
-        check_served(self.adapter)
-        exports = library_exports(self)
-        names = [served_name(name) for name in exports]
-        check_distinct("names of the adapters", names, "Rename one of the tasks.")
-        folders = {
-            name: export_prior(self, Path(folder) / name, which)
-            for name, which in zip(names, exports.values(), strict=True)
-        }
-        write_manifest(self.adapter, folders, Path(folder))
-        return folders
+        return export_served(self, Path(folder))
 
     def to_peft_zoo(self, folder: str | Path) -> list[Path]:
         """Do what :meth:`to_peft_library` does, under its name of version 0.1; goes with the next version."""

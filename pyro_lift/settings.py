@@ -99,7 +99,7 @@ class LiFTSettings:
         default=0.1, metadata={"help": "of the Langevin step: fraction of the largest stable one"}
     )
     translation: Literal["saga", "falling", "none"] = field(
-        default="none",
+        default="falling",
         metadata={"help": "shift phi and all tasks' weights together, as joint training would; in place of sgd_steps"},
     )
     translation_step_size: float | None = field(

@@ -23,7 +23,7 @@ from pyro_lift.models.task import Task
 __all__ = ["UNTOUCHED", "Start", "Untouched", "best_start", "best_starts", "heads_at_best_start", "meta_test_program"]
 
 #: Rows that a start is chosen by, at most: they tell prototypes apart, and more would cost as much as the chain.
-START_ROWS = 128
+START_ROWS = 48
 #: The "component" of a start at the adapter's own initial weights.
 UNTOUCHED = -1
 

@@ -15,10 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.saving.folders import export_prior, library_exports
+from pyro_lift.saving.parts import SavablePrior
 from pyro_lift.saving.peft_folder import adapter_config
 from pyro_lift.support.archive import new_files, write_json
+from pyro_lift.support.options import check_distinct
 
-__all__ = ["check_served", "save_merged", "served_name", "write_manifest"]
+__all__ = ["check_served", "export_served", "save_merged", "served_name", "write_manifest"]
 
 MANIFEST = "adapters.json"
 #: Options of a LoRA that servers of many adapters do not know.
@@ -110,3 +113,21 @@ def save_merged(adapter: RandomAdapter, theta: Tensor, folder: Path, tokenizer: 
 def _adapter_files() -> Sequence[str]:
     """Name what would make transformers take the folder for an adapter."""
     return ("adapter_config.json", "adapter_model.safetensors")
+
+
+def export_served(prior: SavablePrior, folder: Path) -> dict[str, Path]:
+    """Write the adapters of a prior for a server of many LoRAs; each adapter's folder by its name.
+
+    Raises:
+        ValueError: an adapter that such servers do not load, or two tasks of one name in the end; before any is
+            written.
+    """
+    check_served(prior.adapter)
+    exports = library_exports(prior)
+    names = [served_name(name) for name in exports]
+    check_distinct("names of the adapters", names, "Rename one of the tasks.")
+    folders = {
+        name: export_prior(prior, folder / name, which) for name, which in zip(names, exports.values(), strict=True)
+    }
+    write_manifest(prior.adapter, folders, folder)
+    return folders

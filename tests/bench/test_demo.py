@@ -27,7 +27,7 @@ def test_it_writes_a_record_per_method_seed_and_task(finished: tuple[Path, list[
     out, records = finished
     assert json.loads((out / "results.json").read_text()) == records
     assert [r["method"] for r in records] == [m for m in METHODS for _ in range(4)]
-    assert len({(r["method"], r["seed"], r["task"]) for r in records}) == len(records) == 20
+    assert len({(r["method"], r["seed"], r["task"]) for r in records}) == len(records) == 24
     for record in records:
         assert 0.0 <= float(str(record["accuracy"])) <= 1.0
         assert float(str(record["nll"])) > 0.0

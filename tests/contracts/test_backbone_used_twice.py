@@ -402,7 +402,7 @@ def test_cuda_and_cpu_move_an_adapter_as_a_whole() -> None:
 # ------------------------------------------------------------------------------------------------------- without a head
 
 
-def test_features_without_a_head_are_refused_with_the_way() -> None:
+def test_features_get_heads_of_the_tasks_own_and_are_refused_where_there_are_no_classes() -> None:
     import timm
     import transformers as hf
 
@@ -419,8 +419,11 @@ def test_features_without_a_head_are_refused_with_the_way() -> None:
     for network, targets, rows in cases:
         tasks = [Task(f"t{i}", (rows, labels), num_classes=4) for i in range(2)]
         lift = LiFT(network, Lora(r=1, target_modules=targets), **QUICK)
+        posterior = lift.meta_train(tasks, progress=False).adapt(tasks[0], steps=4, draws=2)
+        assert posterior.heads is not None and posterior.heads.shape == (2, 4, 9)
+        stepping = LiFT(network, Lora(r=1, target_modules=targets), head="langevin", **QUICK)
         with pytest.raises(ValueError, match=r"output is 8 features, not answers.*head_scale=0.5"):
-            lift.meta_train(tasks, progress=False)
+            stepping.meta_train(tasks, progress=False)
         numbers = [Task("r", (rows, torch.randn(8)), "regression")]
         with pytest.raises(ValueError, match="Load the network with a head for regression"):
             LiFT(network, Lora(r=1, target_modules=targets), head_scale=0.5, **QUICK).meta_train(

@@ -95,7 +95,8 @@ def stream(w: World) -> Tensor:
 
 def mixture(w: World) -> Tensor:
     summary = OnlineGaussianMixture(2)
-    for x in w.posterior.thetas.repeat(12, 1) + torch.arange(24.0).unsqueeze(1):
+    shifts = torch.arange(24.0, dtype=w.posterior.thetas.dtype)  # the same draws in every mode
+    for x in w.posterior.thetas.repeat(12, 1) + shifts.unsqueeze(1):
         summary.update(x)
     return summary.moments.mean
 

@@ -1,0 +1,55 @@
+"""The chain of a new task (Eq. 18): SGLD from a start, with draws spread over its last half."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
+from torch import Tensor
+
+from pyro_lift.inference.mcmc import MCMC
+from pyro_lift.inference.progress import chain_bar
+from pyro_lift.inference.sgld_kernel import SGLD
+
+__all__ = ["Source", "run_chain"]
+
+
+class Source(NamedTuple):
+    """The source of a chain's randomness: a seed, or None for torch's global stream, and the number of its block."""
+
+    seed: int | None
+    number: int = 0
+
+
+def run_chain(
+    program: Any, start: Tensor, steps: int, draws: int, source: Source, title: str | None = None, **options: Any
+) -> MCMC:
+    """Run the chain from a start and keep some of its draws.
+
+    Args:
+        program: of a new task, or of a block of them.
+        start: of theta, ``[D]`` or ``[B, D]``.
+        steps: in all.
+        draws: kept, evenly spaced over the last half.
+        source: of minibatches and noise.
+        title: of a bar; None shows none.
+        options: of :class:`~pyro_lift.inference.sgld_kernel.SGLD`.
+
+    Raises:
+        DivergedError: a loss that is not finite.
+    """
+    thinning = max(steps // 2 // draws, 1)
+    kernel = SGLD(
+        program,
+        integrator="exponential",
+        thinning=thinning,
+        init_strategy=init_to_value(values={"theta": start}, fallback=init_to_mean),
+        seed=source.seed,
+        **options,
+    )
+    kernel.chain_number = source.number
+    warmup_steps = steps - thinning * draws
+    with chain_bar(warmup_steps + draws, title or "", title is not None) as hook:
+        mcmc = MCMC(kernel, num_samples=draws, warmup_steps=warmup_steps, disable_progbar=True, hook_fn=hook)
+        mcmc.run()
+    return mcmc
