@@ -63,8 +63,11 @@ def resolved(settings: LiFTSettings, adapter: RandomAdapter) -> LiFTSettings:
     sigma = s.sigma
     if sigma is None:
         sigma = [SIGMA_OVER_BETA * b for b in beta] if isinstance(beta, (list, tuple)) else SIGMA_OVER_BETA * beta
+    # The falling step needs no memory, and predicts as well as control variates in as few visits as tasks get here.
+    translation = s.translation or ("falling" if s.phi_update == "gibbs" else "none")
     return replace(
         s,
+        translation=translation,
         beta=beta,
         sigma=sigma,
         n_inflate=power,

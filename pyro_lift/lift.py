@@ -333,7 +333,7 @@ class LiFT:
             n_inflate=s.n_inflate,
             preconditioner="rms" if s.preconditioner == "rms" else None,
             sgd_steps=s.sgd_steps,
-            translation=s.translation,
+            translation=s.translation or "none",
             translation_step_size=s.translation_step_size,
             sgd_step_size=s.sgd_learning_rate,
             thinning=s.thinning,

@@ -98,9 +98,12 @@ class LiFTSettings:
     phi_step_fraction: float = field(
         default=0.1, metadata={"help": "of the Langevin step: fraction of the largest stable one"}
     )
-    translation: Literal["saga", "falling", "none"] = field(
-        default="falling",
-        metadata={"help": "shift phi and all tasks' weights together, as joint training would; in place of sgd_steps"},
+    translation: Literal["saga", "falling", "none"] | None = field(
+        default=None,
+        metadata={
+            "help": "shift phi and all tasks' weights together, as joint training would; none: falling, where phi is "
+            "drawn exactly"
+        },
     )
     translation_step_size: float | None = field(
         default=None, metadata={"help": "of the translation; none: eta over the number of tasks"}
@@ -152,7 +155,8 @@ class LiFTSettings:
             check_number(name, getattr(self, name), open_below=False, whole=True)
         check_choice("covariance", self.covariance, ["diag", "spherical"])
         check_choice("phi_update", self.phi_update, ["gibbs", "langevin"])
-        check_choice("translation", self.translation, ["saga", "falling", "none"])
+        if self.translation is not None:
+            check_choice("translation", self.translation, ["saga", "falling", "none"])
         if self.translation_step_size is not None:
             check_number("translation_step_size", self.translation_step_size)
         check_choice("accumulator", self.accumulator, ["exact", "table", "single"])

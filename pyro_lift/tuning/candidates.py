@@ -49,7 +49,7 @@ def lift_candidates(
         multiples["translation"] = chosen.choice(["none", "saga"])
         if heads:
             multiples["head"] = chosen.choice(["solve", "laplace"])
-        unchanged = (1.0, settings.head, settings.translation)
+        unchanged = (1.0, settings.head, settings.translation or "falling")
         changed = {name: value for name, value in multiples.items() if value not in unchanged}
         if changed not in drawn:
             drawn.append(changed)
