@@ -1,4 +1,7 @@
-r"""A visit's arithmetic on long vectors: theta, S and phi, piece by piece, with one number for a constant precision.
+r"""A visit's arithmetic on long vectors: theta, S and phi, piece by piece.
+
+A precision that is the same for all coordinates is one number; one that differs, as by module, is one more vector to
+read.
 
 The plain form is :func:`pyro_lift.inference.sgld.exponential` and :func:`pyro_lift.inference.gibbs.conjugate.draw`;
 the noise is theirs too, number for number. With :math:`m = e^{-a} - 1`, :math:`a = \tfrac\eta2 P p` and p the precision
@@ -17,7 +20,8 @@ norm and finite theta and phi, all of these are finite.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,10 +35,22 @@ __all__ = ["FLAT_FROM", "LongStep", "Workspace", "draw_phi", "is_flat", "mean_ro
 FLAT_FROM = 50_000
 
 
+#: A precision: one number, or one for each coordinate ``[D]``.
+Precision: TypeAlias = float | Tensor
+
+
+def _steady(precision: Tensor) -> Precision:
+    return float(precision) if precision.numel() == 1 else precision.contiguous()
+
+
+def _pieces(precision: Precision, tile: int, count: int) -> Sequence[Precision]:
+    return split(precision, tile) if isinstance(precision, Tensor) else [precision] * count
+
+
 def is_flat(pair: NormalPair, value: Tensor) -> bool:
-    """Whether a pair's vectors are long, and its precisions are single numbers."""
-    numbers = pair.local_variance.numel() == 1 and pair.prior_precision.numel() == 1
-    return numbers and value.dim() == 1 and value.numel() >= FLAT_FROM and value.is_contiguous()
+    """Whether a pair's vectors are long, and its precisions are single numbers or one for each coordinate."""
+    widths = {pair.local_variance.numel(), pair.prior_precision.numel()}
+    return widths <= {1, value.numel()} and value.dim() == 1 and value.numel() >= FLAT_FROM and value.is_contiguous()
 
 
 class Workspace:
@@ -55,12 +71,15 @@ class Workspace:
         #: The second moment whose mean root was measured last, and that mean.
         self.root_of: Tensor | None = None
         self.root: float | Tensor = 0.0
-        self._precisions: tuple[NormalPair, float, float] | None = None
+        self._precisions: tuple[NormalPair, Precision, Precision] | None = None
 
-    def precisions(self, pair: NormalPair) -> tuple[float, float]:
-        """Return the precisions of phi and of theta given phi as numbers; a device is asked for them once."""
+    def precisions(self, pair: NormalPair) -> tuple[Precision, Precision]:
+        """Return the precisions of phi and of theta given phi, as numbers or vectors; a device is asked for them once.
+
+        Equal numbers are one number: it is a vector less to read.
+        """
         if self._precisions is None or self._precisions[0] is not pair:
-            self._precisions = pair, float(pair.prior_precision), 1.0 / float(pair.local_variance)
+            self._precisions = pair, _steady(pair.prior_precision), _steady(pair.local_variance.reciprocal())
         return self._precisions[1:]
 
     def spare_sum(self, current: Tensor) -> Tensor:
@@ -85,14 +104,14 @@ class LongStep(NamedTuple):
     """Numbers of one step of the exponential integrator.
 
     Attributes:
-        precision: p, of theta given phi.
+        precision: p, of theta given phi; one number or ``[D]``.
         step_size: eta.
         temperature: T.
         second_moment: of the RMS preconditioner; None for P = 1.
         damping: what is added to its root.
     """
 
-    precision: float
+    precision: Precision
     step_size: float
     temperature: float
     second_moment: Tensor | None = None
@@ -124,24 +143,37 @@ def move_theta(
     """
     precision, step_size, temperature, second_moment, damping = step
     moved, S_new = torch.empty_like(x), workspace.spare_sum(S)
-    whole = math.expm1(-0.5 * step_size * precision)
-    spread = math.sqrt(-temperature * whole * (2.0 + whole) / precision)
     tile = workspace.tile
-    moments = [None] * -(-len(x) // tile) if second_moment is None else split(second_moment, tile)
+    count = -(-len(x) // tile)
+    moments = [None] * count if second_moment is None else split(second_moment, tile)
     vectors = (split(vector, tile) for vector in (x, phi, gradient, S, moved, S_new))
-    for v, x_, phi_, G, S_, out, S_out in zip(moments, *vectors, strict=True):
+    for p, v, x_, phi_, G, S_, out, S_out in zip(_pieces(precision, tile, count), moments, *vectors, strict=True):
         noise, m, scale = workspace.buffers.of(len(x_))
         noise.normal_(generator=generator)
-        if v is None:
-            torch.lerp(x_, phi_, -whole, out=out).add_(G, alpha=-whole / precision).add_(noise, alpha=spread)
+        if v is None and not isinstance(p, Tensor):
+            whole = math.expm1(-0.5 * step_size * p)
+            spread = math.sqrt(-temperature * whole * (2.0 + whole) / p)
+            torch.lerp(x_, phi_, -whole, out=out).add_(G, alpha=-whole / p).add_(noise, alpha=spread)
         else:
-            torch.sqrt(v, out=m).add_(damping).reciprocal_().mul_(-0.5 * step_size * precision).expm1_()
-            torch.sub(x_, phi_, out=out).add_(G, alpha=-1.0 / precision).mul_(m).add_(x_)
+            _decay(p, v, step_size, damping, out=m)
+            torch.sub(x_, phi_, out=out)
+            (out.addcdiv_(G, p, value=-1.0) if isinstance(p, Tensor) else out.add_(G, alpha=-1.0 / p)).mul_(m).add_(x_)
             if temperature > 0.0:
-                torch.add(m, 2.0, out=scale).mul_(m).mul_(-temperature / precision).sqrt_()
+                torch.add(m, 2.0, out=scale).mul_(m)
+                (scale.div_(p).mul_(-temperature) if isinstance(p, Tensor) else scale.mul_(-temperature / p)).sqrt_()
                 out.addcmul_(scale, noise)
         torch.add(S_, out, out=S_out).sub_(x_)
     return moved, S_new
+
+
+def _decay(p: Precision, v: Tensor | None, step_size: float, damping: float | Tensor, *, out: Tensor) -> None:
+    r"""Write :math:`m = e^{-\\eta P p / 2} - 1`, with P = 1 where there is no v."""
+    if v is None:
+        torch.mul(torch.as_tensor(p), -0.5 * step_size, out=out)
+    else:
+        torch.sqrt(v, out=out).add_(damping).reciprocal_()
+        (out.mul_(p).mul_(-0.5 * step_size) if isinstance(p, Tensor) else out.mul_(-0.5 * step_size * p))
+    out.expm1_()
 
 
 def draw_phi(
@@ -155,12 +187,18 @@ def draw_phi(
 ) -> Tensor:
     """The exact draw of phi, in fresh memory of the dtype of ``like``."""
     own, local = workspace.precisions(pair)
-    precision = own + num_tasks * local
-    spread = math.sqrt(temperature / precision)
-    phi = torch.empty_like(like)
+    phi, tile = torch.empty_like(like), workspace.tile
     prior_mean = torch.broadcast_to(pair.prior_mean, like.shape)
-    for out, S_, m in zip(*(split(vector, workspace.tile) for vector in (phi, S, prior_mean)), strict=True):
+    count = -(-len(like) // tile)
+    widths = (_pieces(precision, tile, count) for precision in (own, local))
+    for a, b, out, S_, m in zip(*widths, *(split(vector, tile) for vector in (phi, S, prior_mean)), strict=True):
         (noise, *_) = workspace.buffers.of(len(out))
         noise.normal_(generator=generator)
-        torch.mul(S_, local / precision, out=out).add_(m, alpha=own / precision).add_(noise, alpha=spread)
+        precision = a + num_tasks * b
+        if isinstance(precision, Tensor):
+            torch.mul(S_, b / precision, out=out).addcmul_(m, a / precision)
+            out.addcmul_(noise, (temperature / precision).sqrt_())
+        else:
+            spread = math.sqrt(temperature / precision)
+            torch.mul(S_, b / precision, out=out).add_(m, alpha=a / precision).add_(noise, alpha=spread)
     return phi

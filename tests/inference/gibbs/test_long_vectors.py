@@ -22,15 +22,20 @@ TILE = 32
 SIGMA, BETA = 0.7, 0.2
 
 
-def program(with_head: bool = False, dtype: torch.dtype = torch.float64) -> Callable[[], None]:
+def program(with_head: bool = False, dtype: torch.dtype = torch.float64, by_coordinate: str = "") -> Callable[[], None]:
+    """Two levels of normals; ``by_coordinate`` names the widths that differ by coordinate."""
     generator = torch.Generator().manual_seed(1)
     y = torch.randn(N, D, generator=generator, dtype=dtype)
     m0 = torch.randn(D, generator=generator, dtype=dtype)
 
+    widths = torch.linspace(0.5, 2.0, D, dtype=dtype)
+    sigma = SIGMA * widths if "sigma" in by_coordinate else SIGMA
+    beta = BETA * widths.flip(0) if "beta" in by_coordinate else BETA
+
     def model() -> None:
-        phi = pyro.sample("phi", dist.Normal(m0, SIGMA).to_event(1))
+        phi = pyro.sample("phi", dist.Normal(m0, sigma).to_event(1))
         for i in pyro.plate("tasks", N, subsample_size=1):
-            theta = pyro.sample(f"theta_{i}", dist.Normal(phi, BETA).to_event(1))
+            theta = pyro.sample(f"theta_{i}", dist.Normal(phi, beta).to_event(1))
             shift: Tensor | float = 0.0
             if with_head:
                 shift = pyro.sample(f"head_{i}", dist.Normal(torch.zeros((), dtype=dtype), 1.0))
@@ -87,6 +92,17 @@ def test_the_same_chain_as_the_plain_visit(short_is_long: pytest.MonkeyPatch, na
     for i in range(N):
         for family, value in plain.theta(i).items():
             torch.testing.assert_close(kernel.theta(i)[family], value, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(kernel.state.sums["phi"], plain.state.sums["phi"], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("by_coordinate", ["beta", "sigma", "beta, sigma"])
+@pytest.mark.parametrize("name", ["plain", "rms", "cold rms", "warm, inflated", "translation, rms"])
+def test_widths_that_differ_by_coordinate_too(short_is_long: pytest.MonkeyPatch, name: str, by_coordinate: str) -> None:
+    model = program(by_coordinate=by_coordinate)
+    kernel, draws = run(True, 17, model, **CASES[name])
+    short_is_long.setattr(long_vectors, "FLAT_FROM", 10**9)
+    plain, expected = run(False, 17, model, **CASES[name])
+    torch.testing.assert_close(torch.stack(draws), torch.stack(expected), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(kernel.state.sums["phi"], plain.state.sums["phi"], rtol=1e-11, atol=1e-11)
 
 
