@@ -122,7 +122,7 @@ def test_the_chain_begins_where_it_is_told_to() -> None:
     """One draw of a chain that hardly moves is its start; the prior of phi stays about the adapter's own."""
     toy = LinearGaussian(3, seed=0)
     start = torch.full((toy.dim,), 5.0, dtype=torch.float64)
-    still = toy_lift(toy, burn_in=1, samples=2, beta=1e-6, learning_rate=1e-16)
+    still = toy_lift(toy, burn_in=1, samples=2, beta=1e-6, learning_rate=1e-16, translation="none")
     prior = still.meta_train(toy_tasks(toy), progress=False, start=start)
     torch.testing.assert_close(prior.mixture.get().mean, start, rtol=0.0, atol=1e-4)
     with pytest.raises(ValueError, match=r"start has shape \(7,\); the adapter has"):

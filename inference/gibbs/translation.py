@@ -37,8 +37,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.inference.gibbs.rows import Values, pair_rows, regrouped
-from pyro_lift.inference.gibbs.state import Chain, SGLDGibbsState, Translation
+from pyro_lift.inference.gibbs.state import Chain, Settings, SGLDGibbsState, Translation
 from pyro_lift.inference.program import Evaluation, Rows
 from pyro_lift.inference.sgld import check_moved, gaussian_noise, precondition
 from pyro_lift.support.random_streams import generator
@@ -119,7 +120,7 @@ def shift(
         DivergedError: a shift that left the finite numbers.
     """
     structure, settings, translation = chain.structure, chain.settings, _translation(chain)
-    eta, T, shifts = translation.eta(state.step), settings.temperature, {}
+    eta, shifts = translation.eta(state.step), {}
     curvature = {} if translation.curvature is None else _by_site(chain, translation.curvature)
     for name, pair in structure.pairs.items():
         phi = state.phi[name]
@@ -129,12 +130,30 @@ def shift(
                 estimate = estimate - curvature[name].double() * state.sums[name]
         else:
             estimate = pull.gradient[name] * (structure.num_tasks / pull.size)
-        drift = (estimate - (phi.double() - pair.prior_mean.double()) * pair.prior_precision.double()).to(phi.dtype)
         gain = eta * _preconditioner(chain, moments, pair.family, phi)
-        shifts[name] = 0.5 * gain * drift + (T * gain) ** 0.5 * gaussian_noise(phi, noise)
+        shifts[name] = _step(settings, pair, phi, estimate, gain, gaussian_noise(phi, noise))
     short = {k: v for k, v in shifts.items() if structure.pairs[k].family not in structure.long}
     check_moved(short, state.step, (), chain.cache.watch)
     return shifts
+
+
+def _step(
+    settings: Settings, pair: NormalPair, phi: Tensor, estimate: Tensor, gain: Tensor | float, xi: Tensor
+) -> Tensor:
+    r"""Draw one shift by the integrator of the settings; phi's own prior alone is sampled exactly by the exponential one.
+
+    .. math:: \delta = m\,\big(\phi - m_0 - \sigma^2 \hat g\big)
+              + \sqrt{-T\,\sigma^2\,m\,(2 + m)}\;\xi, \qquad m = e^{-\eta_d P / (2 \sigma^2)} - 1
+
+    Without it a preconditioner that is large where gradients are small would throw phi past its prior.
+    """
+    p, apart = pair.prior_precision.double(), phi.double() - pair.prior_mean.double()
+    T = settings.temperature
+    if settings.integrator == "euler":
+        drift = (estimate - apart * p).to(phi.dtype)
+        return 0.5 * gain * drift + (T * gain) ** 0.5 * xi
+    m = torch.expm1(-0.5 * gain * p)
+    return (m * (apart - estimate / p)).to(phi.dtype) + (-T * m * (2.0 + m) / p).sqrt().to(phi.dtype) * xi
 
 
 def shifted(
