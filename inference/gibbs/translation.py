@@ -140,7 +140,7 @@ def shift(
 def _step(
     settings: Settings, pair: NormalPair, phi: Tensor, estimate: Tensor, gain: Tensor | float, xi: Tensor
 ) -> Tensor:
-    r"""Draw one shift by the integrator of the settings; phi's own prior alone is sampled exactly by the exponential one.
+    r"""Draw one shift by the integrator of the settings; the exponential one samples phi's own prior exactly.
 
     .. math:: \delta = m\,\big(\phi - m_0 - \sigma^2 \hat g\big)
               + \sqrt{-T\,\sigma^2\,m\,(2 + m)}\;\xi, \qquad m = e^{-\eta_d P / (2 \sigma^2)} - 1

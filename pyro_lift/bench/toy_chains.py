@@ -174,8 +174,9 @@ def _translated(toys: Toys, theta_step: Tensor, shift_step: Tensor, noise: Noise
             )
             control = gradient + h * old
             estimate = N * gradient if round_ == 0 else total - h * S + N * (control - table[i])
-            drift = estimate - (phi - pair.prior_mean) * pair.prior_precision
-            shift = 0.5 * shift_step * drift + shift_step.sqrt() * for_shift
+            m = torch.expm1(-0.5 * shift_step * pair.prior_precision)
+            noisy = (-m * (2.0 + m) / pair.prior_precision).sqrt() * for_shift
+            shift = m * (phi - pair.prior_mean - estimate / pair.prior_precision) + noisy
             total, table[i] = total + (control - table[i]), control
             S, stored[i], offset = S + (new - old) + N * shift, new - offset, offset + shift
             phi = draw(pair, S, N, 1.0, for_phi)

@@ -46,7 +46,7 @@ def lift_candidates(
         if len(drawn) == trainings:
             break
         multiples: dict[str, Any] = {name: chosen.choice(list(values)) for name, values in META.items()}
-        multiples["translation"] = chosen.choice(["none", "saga"])
+        multiples["translation"] = chosen.choice(["falling", "saga"])
         if heads:
             multiples["head"] = chosen.choice(["solve", "laplace"])
         unchanged = (1.0, settings.head, settings.translation or "falling")
