@@ -44,6 +44,7 @@ class Draw(NamedTuple):
     step_size: float
     clipped: bool | Tensor
     task: int
+    acceptance: float | Tensor = math.nan
 
 
 class StepInfo(Protocol):
@@ -194,7 +195,16 @@ class Kernel(MCMCKernel):
         self._sampling_until = time.perf_counter()
         if not self._sampling_since:
             self._sampling_since, self._drawn_before = self._sampling_until, len(self._draws)
-        self._draws.append(Draw(info.log_likelihood, info.grad_norm, info.step_size, info.clipped, task))
+        tested = getattr(info, "acceptance", math.nan)
+        draw = Draw(info.log_likelihood, info.grad_norm, info.step_size, info.clipped, task, tested)
+        self._draws.append(draw)
+
+    def _columns(self) -> dict[str, Any]:
+        """Statistics of all draws by name; that of tests only where there were any."""
+        columns = {name: _column([getattr(draw, name) for draw in self._draws]) for name in Draw._fields}
+        if not isinstance(columns["acceptance"], Tensor):
+            del columns["acceptance"]
+        return columns
 
     def _log(self, step: int, info: StepInfo | None, phase: str) -> dict[str, str]:
         if info is not None and step - self._last_log[0] >= LOG_EVERY:
@@ -212,12 +222,11 @@ class Kernel(MCMCKernel):
         Returns:
             ``clipped``, the draws whose gradient was scaled down; ``divergences``, none, for a chain that leaves the
             finite numbers stops with :class:`~pyro_lift.inference.sgld.DivergedError`; ``sample_stats``, a list per
-            statistic, with one entry a draw; ``report``, see :meth:`report`; ``seconds``, of the wall clock, spent on
-            draws.
+            statistic, with one entry a draw (``acceptance`` where theta is moved with a test); ``report``, see
+            :meth:`report`; ``seconds``, of the wall clock, spent on draws.
         """
         self.look()
-        columns = {name: _column([getattr(draw, name) for draw in self._draws]) for name in Draw._fields}
-        stats = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in columns.items()}
+        stats = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in self._columns().items()}
         return {
             "divergences": [],
             "clipped": [i for i, clipped in enumerate(stats["clipped"]) if clipped],
@@ -245,7 +254,7 @@ class Kernel(MCMCKernel):
             "warmup_steps": self._warmup_steps,
             "generator": self._generator.get_state(),
             "noise_generator": self._noise_generator.get_state() if own else None,
-            "draws": {name: _column([getattr(draw, name) for draw in self._draws]) for name in Draw._fields},
+            "draws": self._columns(),
             "last_log": list(self._last_log),
         }
 
@@ -262,6 +271,7 @@ class Kernel(MCMCKernel):
         draws = to_device(here, dict(tree["draws"]))
         if "refused" in draws:  # of a run that an earlier version saved
             draws["clipped"] = draws.pop("refused")
+        draws.setdefault("acceptance", [math.nan] * len(draws["task"]))
         self._draws = [Draw(*row) for row in zip(*(draws[name] for name in Draw._fields), strict=True)]
         self._last_log = (tree["last_log"][0], tree["last_log"][1])
 

@@ -87,7 +87,12 @@ class Latent(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """An observed site of one run, with the task plate's factor already taken out of its scale."""
+    """An observed site of one run, with the task plate's factor already taken out of its scale.
+
+    Attributes:
+        plate_dim: the dimension, counted from the last, that the task plate takes in its log probability; None where
+            the plate is iterated over, or the site stands outside it.
+    """
 
     name: str
     local: bool
@@ -96,6 +101,7 @@ class Observed(NamedTuple):
     scale: float | Tensor
     mask: Any
     task: int | None = None
+    plate_dim: int | None = None
 
     def log_prob(self) -> Tensor:
         """Log likelihood, summed, scaled from the minibatch to the data."""
@@ -285,7 +291,8 @@ class _Reader(Messenger):
         frame, task = self._task_of(msg)
         local = self.plate is None or frame is not None
         scale = self._scale(msg, frame)
-        self.observed.append(Observed(msg["name"], local, msg["value"], msg["fn"], scale, msg["mask"], task))
+        plate_dim = frame.dim if frame is not None and frame.vectorized else None
+        self.observed.append(Observed(msg["name"], local, msg["value"], msg["fn"], scale, msg["mask"], task, plate_dim))
 
     def _scale(self, msg: dict[str, Any], frame: Any) -> float | Tensor:
         scale = msg["scale"]

@@ -20,6 +20,8 @@ __all__ = ["Coordinate", "Summary", "from_mcmc", "summarise"]
 #: sample_stats that our kernels report for each draw, under ArviZ's names where they mean the same. The log likelihood
 #: of the visited tasks is no pointwise one, which is what ``az.loo`` and ``az.compare`` take ``log_likelihood`` for.
 SAMPLE_STATS = ("visit_log_likelihood", "grad_norm", "step_size", "clipped", "task")
+#: And where steps are tested: the mean probability with which the visit's proposals were taken.
+TESTED_STATS = ("acceptance",)
 _REPORTED_AS = {"visit_log_likelihood": "log_likelihood"}
 
 
@@ -300,7 +302,8 @@ def _sample_stats(mcmc: Any, shape: tuple[int, int]) -> dict[str, NDArray[Any]]:
     if all("sample_stats" in report for report in reports):
         stats = {
             name: np.array([report["sample_stats"][_REPORTED_AS.get(name, name)] for report in reports])
-            for name in SAMPLE_STATS
+            for name in (*SAMPLE_STATS, *TESTED_STATS)
+            if all(_REPORTED_AS.get(name, name) in report["sample_stats"] for report in reports)
         }
         return {name: value for name, value in stats.items() if value.shape == (chains, draws)}
     if all("divergences" in report for report in reports):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_lift.inference.admission import check_common, site_factors
 from pyro_lift.inference.footprint import Need, chain_needs, check_fits
-from pyro_lift.inference.gibbs import shared_visit
+from pyro_lift.inference.gibbs import metropolis, shared_visit
 from pyro_lift.inference.gibbs import translation as translations
 from pyro_lift.inference.gibbs import visit as gibbs_visit
 from pyro_lift.inference.gibbs.accumulator import Accumulator
@@ -27,6 +27,7 @@ from pyro_lift.inference.gibbs.state import (
     SGLDGibbsState,
     Streams,
     Structure,
+    ThetaUpdate,
     TranslationKind,
 )
 from pyro_lift.inference.gibbs.warmup import end_of_sgd, sgd_step
@@ -70,6 +71,11 @@ class SGLDGibbs(Kernel):
         single_scale: ``"N"`` or ``"1"``, the factor on a single task's gradient.
         phi_step_size: eta of Eq. 9; None takes 2 % of the limit with the table, as it is at the start, and
             ``step_size`` otherwise.
+        theta_update: ``"sgld"``; or, where every task's likelihood is evaluated whole, ``"mala"`` or ``"hmc"``:
+            Langevin or Hamiltonian steps with a Metropolis test, which leave theta's conditional exactly
+            (:mod:`pyro_lift.inference.gibbs.metropolis`). ``step_size`` is then where the tuning of the step begins,
+            and ``integrator`` is not used.
+        leapfrog_steps: of a trajectory of ``"hmc"``; each costs a run of the program.
         integrator: of theta's step: ``"exponential"`` (exact for normal priors) or ``"euler"`` (the paper's).
         temperature: T, multiplies the variance of all noise, of phi and of theta.
         n_inflate: power on the likelihood.
@@ -124,6 +130,8 @@ class SGLDGibbs(Kernel):
         accumulator: Accumulator = "exact",
         single_scale: Literal["N", "1"] = "N",
         phi_step_size: float | Schedule | None = None,
+        theta_update: ThetaUpdate = "sgld",
+        leapfrog_steps: int = 10,
         integrator: Integrator = "exponential",
         temperature: float = 1.0,
         n_inflate: float = 1.0,
@@ -152,11 +160,13 @@ class SGLDGibbs(Kernel):
         check_choice("phi_update", phi_update, ["gibbs", "langevin"])
         check_choice("accumulator", accumulator, ["exact", "table", "single"])
         check_choice("single_scale", single_scale, ["N", "1"])
+        check_choice("theta_update", theta_update, ["sgld", "mala", "hmc"])
         check_choice("scan", scan, ["round_robin", "random"])
         check_choice("translation", translation, ["auto", "saga", "falling", "none"])
         if isinstance(store, str):
             check_choice("store", store, ["auto", "device", "host", "disk"])
         check_number("theta_steps_per_visit", theta_steps_per_visit, least=1, open_below=False, whole=True)
+        check_number("leapfrog_steps", leapfrog_steps, least=1, open_below=False, whole=True)
         check_number("sgd_steps", sgd_steps, open_below=False, whole=True)
         if block_size is not None:
             check_number("block_size", block_size, least=1, open_below=False, whole=True)
@@ -170,6 +180,8 @@ class SGLDGibbs(Kernel):
             phi_update=phi_update,
             accumulator=accumulator,
             single_scale=single_scale,
+            theta_update=theta_update,
+            leapfrog_steps=leapfrog_steps,
             integrator=integrator,
             temperature=temperature,
             n_inflate=n_inflate,
@@ -281,7 +293,10 @@ class SGLDGibbs(Kernel):
 
         ``a_theta`` = eta / (2 beta^2): a theta_i forgets phi in 1/a_theta visits. ``a_phi`` is the same of Eq. 9.
         """
-        return {} if self._plan is None else {**self._plan.report, "thinning": float(self.thinning)}
+        if self._plan is None:
+            return {}
+        report = {**self._plan.report, "thinning": float(self.thinning)}
+        return metropolis.with_tuned_step(report, self.state.tuned, self.settings)
 
     # -------------------------------------------------------------------------------------------- sampling
 
@@ -424,6 +439,8 @@ class SGLDGibbs(Kernel):
             options["share"] = True
         if settings.translation == "none":  # as in runs that were saved before there was one
             options = {name: value for name, value in options.items() if not name.startswith("translation")}
+        if settings.theta_update == "sgld":  # likewise
+            options = {name: value for name, value in options.items() if name not in ("theta_update", "leapfrog_steps")}
         return {
             "kernel": "SGLDGibbs",
             "options": {**options, "warmup_steps": self._warmup_steps},

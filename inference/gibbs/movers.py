@@ -100,7 +100,7 @@ def mover_of(structure: Structure, family: str) -> Mover:
 
 def long_families(structure: Structure, settings: Settings, run: Evaluation) -> frozenset[str]:
     """Return the paired families that go piece by piece: long, one task's own, moved once a visit with an exact phi."""
-    exact = settings.phi_update == "gibbs" and settings.integrator == "exponential"
+    exact = settings.theta_update == "sgld" and settings.phi_update == "gibbs" and settings.integrator == "exponential"
     alone = structure.sequential and structure.pass_size == 1 and settings.theta_steps_per_visit == 1
     if not (exact and alone):
         return frozenset()

@@ -10,6 +10,7 @@ from pyro_lift.inference.admission import check_block, needs_rerun
 from pyro_lift.inference.dependence import coupled_families, links_of
 from pyro_lift.inference.gibbs.conjugate import adopt, family_fault, pair_fault
 from pyro_lift.inference.gibbs.state import Chain
+from pyro_lift.inference.gibbs.whole_likelihood import check_whole
 from pyro_lift.inference.program import Evaluation
 from pyro_lift.inference.stability import LATER_ITERATIONS, check_curvature, measured_curvature
 
@@ -39,6 +40,7 @@ def learn(chain: Chain, run: Evaluation) -> frozenset[str]:
         raise ValueError(f"{tasks}: the global sites {odd} are not those of every task.")
     links = links_of(run)
     check_block(run, links, tasks)
+    check_whole(chain.settings, chain.program, run, tasks)
     adopt(chain.program, structure.pairs, run, links)
     _check_layout(chain, run)
     cache.coupled |= coupled_families(run, links)

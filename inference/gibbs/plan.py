@@ -26,6 +26,7 @@ from pyro_lift.inference.gibbs.scaling import can_scale
 from pyro_lift.inference.gibbs.state import Cache, Chain, Settings, SGLDGibbsState, Structure, init
 from pyro_lift.inference.gibbs.table_step import TABLE_SHARE, measured_table_limit
 from pyro_lift.inference.gibbs.translation_plan import TranslationRequest, check_translation, plan_translation
+from pyro_lift.inference.gibbs.whole_likelihood import check_metropolis
 from pyro_lift.inference.kernel import log
 from pyro_lift.inference.program import Evaluation, Program, Rows
 from pyro_lift.inference.schedules import Schedule, constant
@@ -125,11 +126,12 @@ def plan(
         needs_rerun(run, links),
         pass_size,
         exact=_is_exact(settings) or request.sgd_steps > 0,
-        checks_steps=request.check_stability and settings.decay is None,
+        checks_steps=request.check_stability and settings.decay is None and settings.theta_update == "sgld",
         scales=scales,
         hold=request.sgd_steps + _hold(-(-num_tasks // block), request.warmup_steps - request.sgd_steps),
     )
     check_translation(settings)
+    check_metropolis(settings, request.distributed, program, run)
     _check_phi_update(structure, settings, request)
     _check_scales(structure, settings)
     structure = replace(structure, scaling=can_scale(structure, settings, run))
@@ -327,7 +329,7 @@ def _phi_limits(structure: Structure, settings: Settings) -> list[float]:
 
 def _check_steps(run: Evaluation, structure: Structure, settings: Settings, curvature: float | None) -> None:
     eta = settings.eta(0)
-    if settings.decay is None:
+    if settings.decay is None and settings.theta_update == "sgld":  # a tested step has no limit: it is not taken
         if settings.integrator == "euler":
             check_prior_steps(run, eta, settings.site_step_scale)
         check_curvature(run, curvature, eta, settings.integrator, settings.n_inflate, settings.site_step_scale)

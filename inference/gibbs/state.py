@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +32,7 @@ __all__ = [
     "Settings",
     "Streams",
     "Structure",
+    "ThetaUpdate",
     "Translation",
     "TranslationKind",
     "init",
@@ -40,6 +42,7 @@ __all__ = [
 
 PhiUpdate = Literal["gibbs", "langevin"]
 Phase = Literal["sgd", "burn-in", "sample"]
+ThetaUpdate = Literal["sgld", "mala", "hmc"]
 TranslationKind = Literal["auto", "saga", "falling", "none"]
 #: Power with which the step of ``translation="falling"`` falls with the rounds.
 FALL = 0.6
@@ -60,6 +63,7 @@ class SGLDGibbsState(NamedTuple):
         squares: sum of (theta_i - phi)^2 at this phi, per normal pair of unknown scale, in float64; of
             (theta_i - phi)(theta_i - phi)^T where its coordinates are correlated.
         widths: logarithm of the width of the proposal of the scaling move, per scale site.
+        tuned: what a tested step of theta is tuned by (:mod:`~pyro_lift.inference.gibbs.metropolis`).
     """
 
     step: int
@@ -72,6 +76,7 @@ class SGLDGibbsState(NamedTuple):
     gradients: dict[str, Tensor] = {}  # noqa: RUF012
     squares: dict[str, Tensor] = {}  # noqa: RUF012
     widths: dict[str, Tensor] = {}  # noqa: RUF012
+    tuned: dict[str, Tensor] = {}  # noqa: RUF012
 
 
 class SGLDGibbsInfo(NamedTuple):
@@ -84,6 +89,7 @@ class SGLDGibbsInfo(NamedTuple):
         step_size: eta.
         clipped: whether the gradient was scaled down to ``max_grad_norm``.
         phase: of the visit.
+        acceptance: mean probability with which the block's proposals were taken; NaN where they are not tested.
     """
 
     tasks: tuple[int, ...]
@@ -92,6 +98,7 @@ class SGLDGibbsInfo(NamedTuple):
     step_size: float
     clipped: bool | Tensor
     phase: str
+    acceptance: float | Tensor = math.nan
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,8 @@ class Settings:
     site_temperature: Mapping[str, float] = field(default_factory=dict)
     translation: TranslationKind = "none"
     translation_step_size: Schedule | None = None
+    theta_update: ThetaUpdate = "sgld"
+    leapfrog_steps: int = 10
 
     def eta(self, step: int) -> float:
         """Return the step size of theta at a visit."""
@@ -301,4 +310,5 @@ def kept_state(watch: Watch, new: SGLDGibbsState, old: SGLDGibbsState) -> SGLDGi
         keep(new.gradients, old.gradients),
         keep(new.squares, old.squares),
         keep(new.widths, old.widths),
+        keep(new.tuned, old.tuned),
     )

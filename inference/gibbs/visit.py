@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.gibbs import conjugate, long_vectors, scaling, translation
+from pyro_lift.inference.gibbs import conjugate, long_vectors, metropolis, scaling, translation
 from pyro_lift.inference.gibbs.accumulator import exact
 from pyro_lift.inference.gibbs.movers import Move, mover_of
 from pyro_lift.inference.gibbs.rows import (
@@ -52,6 +52,7 @@ class _ThetaMove(NamedTuple):
         moments: the preconditioner's mean squares.
         info: diagnostics of the move.
         first: the first run of the program, and the gradient by site that moved theta from where it stood.
+        tuned: what a tested step is tuned by.
     """
 
     run: Evaluation
@@ -61,6 +62,7 @@ class _ThetaMove(NamedTuple):
     moments: dict[str, Tensor]
     info: SGLDGibbsInfo
     first: tuple[Evaluation, dict[str, Tensor]]
+    tuned: dict[str, Tensor]
 
 
 def step(
@@ -120,7 +122,7 @@ def visited(
         scaled = scaling.scale(chain, index, scaled, state.step, phase == "burn-in", streams.noise)
 
     made, moments = state.step + 1, moved.moments
-    parts = {"offset": offset, "gradients": gradients, "squares": scaled.squares, "widths": scaled.widths}
+    parts = {"offset": offset, "gradients": gradients, "squares": scaled.squares, "widths": scaled.widths, "tuned": moved.tuned}
     after = SGLDGibbsState(made, scaled.phi, scaled.sums, J, moments, {}, **parts)
     rows = task_rows(chain, moved.info.tasks, scaled.values, stored)
     if watch is not None:
@@ -137,9 +139,13 @@ def visited(
 def _move_theta(
     state: SGLDGibbsState, chain: Chain, values: Values, index: Tensor, streams: Streams, phase: Phase
 ) -> _ThetaMove:
-    """Move the block's theta by one or more steps of SGLD."""
+    """Move the block's theta by one or more steps of SGLD, or by tested ones."""
     program, structure, settings, cache = chain.program, chain.structure, chain.settings, chain.cache
     tasks, moments = tuple(index.tolist()), _Moments(state, chain, phase)
+    if settings.theta_update != "sgld":
+        m = metropolis.move(state, chain, values, index, streams, phase)
+        check_moved(m.sites, state.step, tasks, cache.watch)
+        return _ThetaMove(m.first[0], m.sites, m.values, {}, moments.values, m.info, m.first, m.tuned)
     first: tuple[Evaluation, dict[str, Tensor]] | None = None
     for _ in range(settings.theta_steps_per_visit):
         run = program.run(state.phi, values, index, streams.rows)
@@ -155,7 +161,7 @@ def _move_theta(
         values = regrouped(run, sites)
     info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, settings.eta(state.step), clipped, phase)
     assert first is not None
-    return _ThetaMove(run, sites, values, sums, moments.values, info, first)
+    return _ThetaMove(run, sites, values, sums, moments.values, info, first, state.tuned)
 
 
 class _Moments:

@@ -61,6 +61,15 @@ CASES = {
     ),
     "gibbs, sgd start": Case(SGLDGibbs, sequential, {"step_size": 0.02, "sgd_steps": 6, "sgd_step_size": 0.01}),
     "gibbs, clipped": Case(SGLDGibbs, vectorised, {"step_size": 0.02, "max_grad_norm": 1.0}),
+    "gibbs, mala": Case(SGLDGibbs, vectorised, {"theta_update": "mala", "theta_steps_per_visit": 2}),
+    "gibbs, hmc, sequential block": Case(
+        SGLDGibbs,
+        partial(sequential, batch=None, block=None),
+        {"theta_update": "hmc", "leapfrog_steps": 2, "block_size": 3, "site_step_scale": {"head": 2.0}},
+    ),
+    "langevin table, mala, constrained": Case(
+        SGLDGibbs, partial(constrained, 3), {**langevin, "accumulator": "table", "theta_update": "mala"}
+    ),
     "langevin exact": Case(SGLDGibbs, vectorised, {**langevin, "accumulator": "exact"}),
     "langevin table": Case(SGLDGibbs, vectorised, {**langevin, "accumulator": "table"}),
     "langevin table, random block": Case(
