@@ -20,12 +20,13 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_lift.inference.admission import refuse_discrete, site_transforms
-from pyro_lift.inference.program import Program
+from pyro_lift.inference.dispersed import dispersed_start, is_dispersed
+from pyro_lift.inference.program import Evaluation, Program
 from pyro_lift.inference.sgld import diverged
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.inference.watch import Watch, watch_on
 from pyro_lift.support.options import check_number
-from pyro_lift.support.random_streams import own_global_stream
+from pyro_lift.support.random_streams import own_global_stream, stream_seed
 
 __all__ = ["Draw", "Kernel", "Model"]
 
@@ -90,7 +91,9 @@ class Kernel(MCMCKernel):
         self.seed = seed
         #: Number of the chain among those of one run; None counts the set-ups.
         self.chain_number: int | None = None
-        self._setups = 0
+        self._setups = self._chain = 0
+        self._run_chains = 1
+        self._run_seed: int | None = None
         #: From constrained to unconstrained space, by site; None before set-up, when Pyro's MCMC asks for a set-up.
         self.transforms: dict[str, Any] | None = None
         self._preset: dict[str, Tensor] | None = None
@@ -114,7 +117,8 @@ class Kernel(MCMCKernel):
         self._draws = []
         self._sampling_since = self._sampling_until = 0.0
         self._last_log = (-LOG_EVERY, {})
-        self._generator = torch.Generator().manual_seed(self._chain_seed())
+        self._chain = self._number()
+        self._generator = torch.Generator().manual_seed(self._chain_seed(self._chain))
 
     def begin_run(self, num_chains: int = 1) -> None:
         """Count the chains of a new run from zero; :class:`~pyro_lift.inference.mcmc.MCMC` calls it.
@@ -122,8 +126,12 @@ class Kernel(MCMCKernel):
         Raises:
             ValueError: an option that several chains cannot share.
         """
-        del num_chains
         self._setups = 0
+        self._run_chains = num_chains
+        self._run_seed = None
+        if num_chains > 1 and self.seed is None:
+            # One draw for all of them: the chains are then the same whether they run in turn or side by side.
+            self._run_seed = int(torch.randint(2**62, ()))
 
     @property
     def plate(self) -> str | None:
@@ -148,22 +156,41 @@ class Kernel(MCMCKernel):
         """Keep what set-up draws from the global stream away from the caller's, where there is a seed."""
         return own_global_stream(self._start_seed())
 
+    def _start_of(
+        self, program: Program, read: Callable[[dict[str, Tensor]], Evaluation], eta: float | None, n_inflate: float
+    ) -> dict[str, Tensor]:
+        """Return the start that was asked for, else that of a later chain (:mod:`~pyro_lift.inference.dispersed`)."""
+        start = self._take_start()
+        if start or self._run_chains == 1 or self._chain == 0 or not is_dispersed(self.init_strategy):
+            return start
+        assert self._generator is not None
+        return dispersed_start(program, read, stream_seed(self._generator.initial_seed(), 0), eta, n_inflate)
+
     def _start_seed(self) -> int | None:
         """Return the seed of what starting values are drawn with; None, the caller's stream, without a seed of ours."""
         assert self._generator is not None
-        return None if self.seed is None else self._generator.initial_seed()
+        return None if self._seed_of_run() is None else self._generator.initial_seed()
 
-    def _chain_seed(self) -> int:
-        """Return the seed of the next chain's stream."""
-        if self.seed is None:
-            # One draw from the caller's stream, as documented: `pyro.set_rng_seed` then governs the chain.
-            return int(torch.randint(2**62, ()))
+    def _seed_of_run(self) -> int | None:
+        """Return the seed of all chains of this run; None without one of ours."""
+        return self._run_seed if self.seed is None else self.seed
+
+    def _number(self) -> int:
+        """Return the number of the next chain among those of its run."""
         number = self._setups if self.chain_number is None else self.chain_number
         self._setups += 1
         name = multiprocessing.current_process().name
         if self.chain_number is None and multiprocessing.parent_process() is not None and name.isdigit():
-            number = int(name)  # Pyro's own MCMC runs chains in processes, and tells each its number by this name alone
-        source = torch.Generator().manual_seed(self.seed)
+            return int(name)  # Pyro's own MCMC runs chains in processes, and tells each its number by this name alone
+        return number
+
+    def _chain_seed(self, number: int) -> int:
+        """Return the seed of a chain's stream."""
+        seed = self._seed_of_run()
+        if seed is None:
+            # One draw from the caller's stream, as documented: `pyro.set_rng_seed` then governs the chain.
+            return int(torch.randint(2**62, ()))
+        source = torch.Generator().manual_seed(seed)
         return int(torch.randint(2**62, (number + 1,), generator=source)[-1])
 
     def _noise_from(self, values: Mapping[str, Tensor]) -> None:

@@ -77,7 +77,7 @@ class MCMC(pyro.infer.MCMC):
         _begin_run(self.kernel, self.num_chains)
         session = _session(self, checkpoint, checkpoint_every, resume)
         if session is None:
-            self._read_transforms(args, kwargs)
+            _read_transforms(self, args, kwargs)
             with _callers_logger():
                 super().run(*args, **kwargs)
             return
@@ -93,13 +93,20 @@ class MCMC(pyro.infer.MCMC):
         """Have a kernel whose chains run in other processes, by copies of it, know what its draws stand for."""
         if not (isinstance(self.kernel, Kernel) and isinstance(self.sampler, ParallelChains)):
             return
-        checked = nullcontext() if self.disable_validation is None else validation_enabled(not self.disable_validation)
-        with checked, block():
-            self.kernel.read_transforms(*args, **kwargs)
+        samples = self.get_samples(group_by_chain=True)
+        report = (self._diagnostics[0] or {}).get("report") or {}
+        doubts = judged(mixing_of(samples), self.num_chains, self.num_samples, reach_of(report, self.num_samples))
+        if doubts:
+            log.warning("this run cannot be trusted yet: %s", " ".join(doubts))
 
 
 class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
-    """Pyro's own :class:`pyro.infer.mcmc.StreamingMCMC`, with checkpoints."""
+    """Pyro's own :class:`pyro.infer.mcmc.StreamingMCMC`, with checkpoints.
+
+    Several chains run one after another, or side by side where ``mp_context`` says how their processes are started
+    (``"spawn"``, ``"fork"``); the draws, and so the statistics, are the same. ``get_statistics(group_by_chain=False)``
+    merges those of all chains: mixtures of :class:`~pyro_lift.OnlineGaussianMixture` too.
+    """
 
     sampler: Any
     num_samples: int
@@ -112,10 +119,25 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
         initial_params: Mapping[str, Any] | None = None,
         statistics: Any = None,
         num_chains: int = 1,
+        mp_context: str | None = None,
         **options: Any,
     ) -> None:
         starts = checked_starts(initial_params, num_chains)
-        super().__init__(kernel, num_samples, warmup_steps, starts, statistics, num_chains, **options)
+        with _callers_logger():
+            super().__init__(kernel, num_samples, warmup_steps, starts, statistics, num_chains, **options)
+            if mp_context is not None and num_chains > 1:
+                one: Any = self.sampler
+                plain = api._MultiSampler(
+                    kernel,
+                    num_samples,
+                    self.warmup_steps,
+                    num_chains,
+                    mp_context,
+                    one.disable_progbar,
+                    initial_params=starts,
+                    hook=one.hook,
+                )
+                self.sampler = ParallelChains.in_place_of(plain)
 
     def run(
         self,
@@ -129,6 +151,7 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
         _begin_run(self.kernel, self.num_chains)
         session = _session(self, checkpoint, checkpoint_every, resume)
         if session is None:
+            _read_transforms(self, args, kwargs)
             with _callers_logger():
                 super().run(*args, **kwargs)
             return
@@ -154,6 +177,15 @@ def _callers_logger() -> Iterator[None]:
     finally:
         logger.handlers, logger.propagate = before[0], before[1]
         logger.setLevel(before[2])
+
+
+def _read_transforms(mcmc: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Have a kernel whose chains run in other processes, by copies of it, know what its draws stand for."""
+    if not (isinstance(mcmc.kernel, Kernel) and isinstance(mcmc.sampler, ParallelChains)):
+        return
+    checked = nullcontext() if mcmc.disable_validation is None else validation_enabled(not mcmc.disable_validation)
+    with checked, block():
+        mcmc.kernel.read_transforms(*args, **kwargs)
 
 
 def _begin_run(kernel: Any, num_chains: int) -> None:

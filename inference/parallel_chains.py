@@ -39,7 +39,7 @@ class ParallelChains(api._MultiSampler):
         self.workers = []
         for number in range(self.num_chains):
             kernel = copy.copy(self.kernel)
-            if isinstance(kernel, Kernel) and kernel.seed is not None:
+            if isinstance(kernel, Kernel):
                 kernel.chain_number = number
             start = None
             if self.initial_params is not None:

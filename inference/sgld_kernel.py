@@ -122,7 +122,9 @@ class SGLD(Kernel):
     def _put_at_start(self, program: Program) -> None:
         read, _ = program.peek(self._generator)
         refuse_discrete(read)
-        run = program.run(start_values(self._take_start(), read), {}, None, self._generator)
+        eta = None if self._schedule is None or self.decay is not None else self._schedule(0)
+        wanted = self._start_of(program, lambda v: program.run(v, {}, None, self._generator), eta, self.n_inflate)
+        run = program.run(start_values(wanted, read), {}, None, self._generator)
         check_latents(run)
         self._coupled = coupled_families(run, links_of(run))
         self.transforms = site_transforms(run)

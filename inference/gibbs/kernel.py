@@ -270,7 +270,7 @@ class SGLDGibbs(Kernel):
             self._generator.manual_seed(distributed.from_first(self._generator.initial_seed()))
         program = Program(self.model, request.plate, args, kwargs, self.init_strategy)
         with self._own_stream():
-            self._plan = plan(program, request, self.settings, self._take_start(), self._generator)
+            self._plan = plan(program, request, self.settings, self._start_of, self._generator)
         self._check_memory(self._plan)
         self.state, self.transforms = self._plan.state, self._plan.transforms
         self._start_log_likelihood = self._plan.start_log_likelihood

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pyro_lift.inference import sgld
 from pyro_lift.inference.admission import (
@@ -28,7 +30,7 @@ from pyro_lift.inference.gibbs.table_step import TABLE_SHARE, measured_table_lim
 from pyro_lift.inference.gibbs.translation_plan import TranslationRequest, check_translation, plan_translation
 from pyro_lift.inference.gibbs.whole_likelihood import check_metropolis
 from pyro_lift.inference.kernel import log
-from pyro_lift.inference.program import Evaluation, Program, Rows
+from pyro_lift.inference.program import Evaluation, Program
 from pyro_lift.inference.schedules import Schedule, constant
 from pyro_lift.inference.stability import (
     DEFAULT_SHARE,
@@ -45,6 +47,8 @@ from pyro_lift.support import distributed
 __all__ = ["Plan", "Request", "Scan", "plan"]
 
 Scan = Literal["round_robin", "random"]
+#: Starting values of global sites, given the program, its density for the first tasks, eta if known, and the power.
+Start = Callable[[Program, Callable[[dict[str, Tensor]], Evaluation], float | None, float], dict[str, Tensor]]
 #: Blocks whose gradients are looked at before a start is taken for a saddle.
 SADDLE_BLOCKS = 16
 #: Rounds of the tasks before an unknown scale is drawn: theta_i start at phi, and a scale drawn from what is not spread
@@ -87,7 +91,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    program: Program, request: Request, settings: Settings, preset: Rows, generator: torch.Generator | None
+    program: Program, request: Request, settings: Settings, start: Start, generator: torch.Generator | None
 ) -> Plan:
     """Read a program, check it and the step sizes, and make a chain at its start.
 
@@ -95,7 +99,7 @@ def plan(
         program: the model with its arguments.
         request: options of set-up.
         settings: options of a visit; step sizes that are None are chosen here.
-        preset: unconstrained starting values of global sites.
+        start: gives the unconstrained starting values of global sites, with the means to look at others.
         generator: of minibatches.
 
     Raises:
@@ -110,6 +114,8 @@ def plan(
     block = _block_size(request, peeked, subsampled[request.plate], sequential)
     pass_size = min(declared, block) if request.distributed else block
     index = torch.arange(pass_size)
+    sgld_eta = None if settings.step_size is None or settings.decay is not None else settings.eta(0)
+    preset = start(program, lambda values: program.run(values, {}, index, generator), sgld_eta, settings.n_inflate)
     run = program.run(start_values(preset, peeked), {}, index, generator)
     links = links_of(run)
     check_block(run, links)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_median, init_to_sample, init_to_value
 from pyro.infer.mcmc.api import mp
+from pyro.ops.streaming import StatsOfDict
 from torch import Tensor
 
 from pyro_lift import MCMC, SGLD, OnlineGaussianMixture, SGLDGibbs, StreamingMCMC
@@ -272,3 +273,97 @@ def test_a_mixture_that_was_pickled_goes_on_as_it_would_have() -> None:
         there.update(x)
     for mine, other in zip(here.moments, there.moments, strict=True):
         assert torch.equal(mine, other)
+
+
+def counts() -> None:
+    """Log rates under a prior so wide that some of its draws have no finite density."""
+    phi = pyro.sample("phi", dist.Normal(torch.tensor(1.0, dtype=torch.float64), 500.0))
+    with pyro.plate("tasks", TASKS, subsample_size=1) as index:
+        theta = pyro.sample("theta", dist.Normal(phi, 0.5))
+        pyro.sample("y", dist.Poisson(theta.exp()), obs=torch.arange(4.0, dtype=torch.float64)[index])
+
+
+@pytest.mark.parametrize("how", ["fork", "in turn"])
+@pytest.mark.filterwarnings("ignore:num_chains")
+def test_later_chains_begin_at_draws_of_the_prior(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """phi is N(0, 100^2) and one step of 1e-4 leaves it where it was."""
+    monkeypatch.setattr(mp, "cpu_count", lambda: 99 if how == "fork" else 1)
+    options: dict[str, Any] = {"mp_context": how} if how == "fork" else {}
+    first = draws(run(SGLD(flat, 1e-4, seed=3), 1, 0, num_chains=6, **options))["phi"][:, 0]
+    assert first[0].abs().max() < 1.0
+    assert 40.0 < float(first[1:].std()) < 200.0
+    assert len(first[1:].unique()) == 10
+
+
+@pytest.mark.filterwarnings("ignore:num_chains")
+def test_a_start_that_cannot_be_sampled_is_drawn_back_until_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mp, "cpu_count", lambda: 1)
+    several: list[dict[str, Any]] = [{}, {"step_size": 0.05}]
+    for options in several:
+        kernel = SGLDGibbs(counts, seed=0, **options)
+        starts = []
+        kernel.begin_run(4)
+        for _ in range(4):
+            kernel.setup(0)
+            starts.append(float(kernel.initial_params["phi"]))
+            assert 0.0 < float(kernel.report()["curvature"]) < 40.0
+        assert starts[0] == 1.0 and len(set(starts)) == 4
+
+
+@pytest.mark.filterwarnings("ignore:num_chains")
+def test_a_start_of_the_users_own_is_that_of_every_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mp, "cpu_count", lambda: 1)
+    kernel = SGLDGibbs(hierarchy, init_strategy=init_to_value(values={"phi": torch.ones(2)}), seed=1)
+    kernel.begin_run(2)
+    for _ in range(2):
+        kernel.setup(0)
+        assert torch.equal(kernel.initial_params["phi"], torch.ones(2))
+
+
+def test_a_single_run_begins_where_it_did_whatever_ran_before() -> None:
+    kernel = SGLDGibbs(hierarchy, seed=1)
+    alone = draws(run(kernel))["phi"]
+    kernel.begin_run(3)
+    for _ in range(3):
+        kernel.setup(0)
+    assert torch.equal(draws(run(kernel))["phi"], alone)
+
+
+def test_chains_without_a_seed_draw_the_same_side_by_side_and_in_turn(many_cores: None) -> None:
+    pyro.set_rng_seed(4)
+    elsewhere = draws(run(SGLDGibbs(hierarchy, init_strategy=init_to_sample), num_chains=2, mp_context="fork"))
+    mp.cpu_count = lambda: 1  # type: ignore[method-assign]
+    pyro.set_rng_seed(4)
+    with pytest.warns(UserWarning, match="drawn sequentially"):
+        in_turn = draws(run(SGLDGibbs(hierarchy, init_strategy=init_to_sample), num_chains=2))
+    assert torch.equal(elsewhere["phi"], in_turn["phi"])
+
+
+@pytest.mark.parametrize("how", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_streaming_chains_side_by_side_merge_to_what_chains_in_turn_do(how: str) -> None:
+    found: list[Any] = []
+    several: list[dict[str, Any]] = [{}, {"mp_context": how}]
+    for options in several:
+        statistics = StatsOfDict(default=partial(OnlineGaussianMixture, 2, buffer_size=10))
+        mcmc = StreamingMCMC(
+            SGLDGibbs(hierarchy, seed=2),
+            num_samples=20,
+            warmup_steps=3,
+            num_chains=2,
+            statistics=statistics,
+            disable_progbar=True,
+            **options,
+        )
+        mcmc.run()
+        assert isinstance(mcmc.sampler, ParallelChains) is bool(options)
+        found.append(mcmc.get_statistics(group_by_chain=False)["phi"])
+    here, there = found
+    torch.testing.assert_close(here.mixture_distribution.probs, there.mixture_distribution.probs)
+    torch.testing.assert_close(here.component_distribution.mean, there.component_distribution.mean)
+    assert here.component_distribution.mean.shape == (2, 2)
+
+
+def test_each_chain_side_by_side_has_a_bar_of_its_own(many_cores: None, capsys: pytest.CaptureFixture[str]) -> None:
+    MCMC(SGLD(flat, 1e-3, seed=0), 4, 2, num_chains=3, mp_context="fork").run()
+    shown = capsys.readouterr().err
+    assert all(f"[{number}]" in shown for number in (1, 2, 3)), shown
