@@ -18,16 +18,22 @@ __all__ = [
     "LATER_ITERATIONS",
     "check_curvature",
     "check_prior_steps",
+    "clears",
     "curvature_limit",
     "curves_down",
     "default_step",
     "largest_curvature",
     "measured_curvature",
     "step_too_large",
+    "surely_below",
 ]
 
-#: Largest number of latent coordinates for which the curvature is measured at every start.
+#: Largest number of latent coordinates for which the curvature is measured where a step size is given.
 CURVATURE_DIMENSIONS = 2_000
+#: Relative accuracy of the largest curvature, and the number of coordinates up to which its search is kept orthogonal.
+TOLERANCE, REORTHOGONALISED = 1e-6, 1_000_000
+#: With which a later task's curvature is taken for small enough without being found.
+CERTAINTY = 0.99
 #: Products by which the curvature of a later task is measured, at its first visit: enough to see a factor.
 LATER_ITERATIONS = 10
 #: A default step is this share of the largest stable one: the stiffest direction's variance is then 5 % too wide.
@@ -37,55 +43,130 @@ DEFAULT_SHARE = 0.05
 def largest_curvature(
     objective: Tensor, leaves: Sequence[Tensor], iterations: int = 30, *, gains: Sequence[Tensor] | None = None
 ) -> float | None:
-    r"""Largest eigenvalue of :math:`-\nabla^2 \log p` by power iteration on Hessian-vector products.
+    r"""Largest eigenvalue of :math:`-\nabla^2 \log p` by Lanczos iteration on Hessian-vector products.
+
+    It ends as soon as the eigenvalue is known to :data:`TOLERANCE`, after as many products as there are distinct
+    eigenvalues at most (Golub and Van Loan, section 10.1).
 
     Args:
         objective: log density, a scalar with a graph to ``leaves``.
         leaves: the coordinates, all of one dtype and device.
-        iterations: products.
+        iterations: products at most.
         gains: K, one a leaf and broadcast to it: then the eigenvalue is that of the symmetric
             :math:`-K^{1/2}\,\nabla^2 \log p\,K^{1/2}`.
 
     Returns:
-        The eigenvalue of largest absolute value of minus the Hessian (negative where the density is convex there),
-        or None where the network has no second derivative.
+        The largest eigenvalue of minus the Hessian (negative where the density is convex along every direction), or
+        None where the network has no second derivative.
     """
     try:
-        grads = torch.autograd.grad(objective, leaves, create_graph=True, allow_unused=True)
-    except RuntimeError:
+        hessian = _MinusHessian(objective, leaves, gains)
+        if hessian.size == 0:
+            return 0.0
+        v = hessian.random_unit()
+        diagonal: list[float] = []
+        beside: list[float] = []
+        basis, value = [v], math.nan
+        for _ in range(iterations):
+            w = hessian.times(v)
+            diagonal.append(float(v @ w))
+            w = w - diagonal[-1] * v
+            if hessian.size <= REORTHOGONALISED:  # beyond it rounding repeats eigenvalues, which does no harm
+                done = torch.stack(basis)
+                w = w - done.mT @ (done @ w)
+            elif len(basis) > 1:
+                w = w - beside[-1] * basis[-2]
+            norm = float(w.norm())
+            if not math.isfinite(norm + diagonal[-1]):
+                return diagonal[-1]
+            small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+            for k, between in enumerate(beside):
+                small[k, k + 1] = small[k + 1, k] = between
+            values, vectors = torch.linalg.eigh(small)
+            value = float(values[-1])
+            if norm * abs(float(vectors[-1, -1])) <= TOLERANCE * abs(value) or norm == 0.0:
+                break
+            v = w / norm
+            beside.append(norm)
+            basis = [*(basis if hessian.size <= REORTHOGONALISED else basis[-1:]), v]
+        return value
+    except _NoSecondDerivativeError:
         return None
-    gains = [torch.ones(()).to(leaf) for leaf in leaves] if gains is None else gains
-    used = [
-        (g, leaf, gain.expand(leaf.shape).reshape(-1).sqrt())
-        for g, leaf, gain in zip(grads, leaves, gains, strict=True)
-        if g is not None and g.requires_grad
-    ]
-    if not used:
-        return 0.0
-    flat = torch.cat([g.reshape(-1) for g, _, _ in used])
-    used_leaves, root = [leaf for _, leaf, _ in used], torch.cat([part for _, _, part in used])
-    noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0), dtype=flat.dtype)
-    v = noise.to(flat.device)
-    v = v / v.norm()
-    value = 0.0
-    for _ in range(iterations):
+
+
+def surely_below(objective: Tensor, leaves: Sequence[Tensor], limit: float, iterations: int) -> bool:
+    r"""Whether the curvature is below a limit, by as few products as tell so with :data:`CERTAINTY`.
+
+    For a unit v drawn at random in D coordinates and any symmetric H,
+
+    .. math:: \lVert H \rVert^k \le \alpha \sqrt{D}\, \lVert H^k v \rVert
+
+    but with probability :math:`\sqrt{2/\pi}/\alpha` at most (Dixon 1983). A limit far above the curvature is cleared by
+    two or three products; where ``iterations`` of them do not clear it, or there is no second derivative, the answer
+    is no.
+    """
+    try:
+        hessian = _MinusHessian(objective, leaves, None)
+        if hessian.size == 0:
+            return True
+        v, log_norm = hessian.random_unit(), 0.0
+        slack = math.log(math.sqrt(2.0 / math.pi) / (1.0 - CERTAINTY)) + 0.5 * math.log(hessian.size)
+        for k in range(1, iterations + 1):
+            v = hessian.times(v)
+            norm = float(v.norm())
+            if norm == 0.0:
+                return True
+            if not math.isfinite(norm) or norm >= limit:
+                return False  # the curvature is no smaller than this
+            log_norm += math.log(norm)
+            if (log_norm + slack) / k < math.log(limit):
+                return True
+            v = v / norm
+    except _NoSecondDerivativeError:
+        pass
+    return False
+
+
+class _NoSecondDerivativeError(RuntimeError):
+    """The network's own backward pass cannot be differentiated."""
+
+
+class _MinusHessian:
+    """Products of minus the Hessian, with gains on both sides, with flat vectors."""
+
+    def __init__(self, objective: Tensor, leaves: Sequence[Tensor], gains: Sequence[Tensor] | None) -> None:
         try:
-            products = torch.autograd.grad(flat, used_leaves, root * v, retain_graph=True, allow_unused=True)
-        except RuntimeError:
-            return None
-        hv = torch.cat(
-            [
-                torch.zeros_like(leaf).reshape(-1) if p is None else p.reshape(-1)
-                for p, leaf in zip(products, used_leaves, strict=True)
-            ]
-        )
-        hv = root * hv
-        value = -float(v @ hv)
-        norm = float(hv.norm())
-        if norm == 0.0 or not math.isfinite(norm):
-            return value
-        v = hv / norm
-    return value
+            grads = torch.autograd.grad(objective, leaves, create_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise _NoSecondDerivativeError from error
+        gains = [torch.ones(()).to(leaf) for leaf in leaves] if gains is None else gains
+        used = [
+            (g, leaf, gain.expand(leaf.shape).reshape(-1).sqrt())
+            for g, leaf, gain in zip(grads, leaves, gains, strict=True)
+            if g is not None and g.requires_grad
+        ]
+        self.leaves = [leaf for _, leaf, _ in used]
+        self.size = sum(leaf.numel() for leaf in self.leaves)
+        if used:
+            self.flat = torch.cat([g.reshape(-1) for g, _, _ in used])
+            self.root = torch.cat([part for _, _, part in used])
+
+    def random_unit(self) -> Tensor:
+        """A direction, always the same one."""
+        stream = torch.Generator().manual_seed(0)
+        noise = torch.randn(self.flat.shape, generator=stream, dtype=self.flat.dtype).to(self.flat.device)
+        return noise / noise.norm()
+
+    def times(self, v: Tensor) -> Tensor:
+        """One product."""
+        try:
+            products = torch.autograd.grad(
+                self.flat, self.leaves, self.root * v, retain_graph=True, materialize_grads=True
+            )
+        except RuntimeError as error:
+            raise _NoSecondDerivativeError from error
+        product: Tensor = -self.root * torch.cat([p.reshape(-1) for p in products])
+        return product
 
 
 def curves_down(objective: Tensor, leaves: Sequence[Tensor], directions: int = 8) -> bool:
@@ -114,22 +195,39 @@ def curvature_limit(curvature: float | None) -> float:
 
 
 def measured_curvature(run: Evaluation, n_inflate: float, wanted: bool, iterations: int = 30) -> float | None:
-    """Largest curvature of the block's density in its local sites; None where it is too large to measure."""
-    size = sum(site.leaf.numel() for site in _moving(run))
-    if size > CURVATURE_DIMENSIONS:
-        if wanted:
-            raise ValueError(
-                f"step_size=None measures the curvature at the start, which is done up to {CURVATURE_DIMENSIONS} "
-                f"coordinates; this program has {size}. Please pass a value for step_size."
-            )
+    """Largest curvature of the block's density in its local sites.
+
+    Args:
+        run: with a graph.
+        n_inflate: power on the likelihood.
+        wanted: whether a step size is chosen by it; else it is None past :data:`CURVATURE_DIMENSIONS` coordinates.
+        iterations: products at most.
+
+    Raises:
+        ValueError: it is wanted, and there is none.
+    """
+    sites = _moving(run)
+    if not wanted and sum(site.leaf.numel() for site in sites) > CURVATURE_DIMENSIONS:
         return None
-    curvature = largest_curvature(_density(run, n_inflate), [site.leaf for site in _moving(run)], iterations)
+    curvature = largest_curvature(_density(run, n_inflate), [site.leaf for site in sites], iterations)
     if wanted and (curvature is None or not curvature > 0.0):
         raise ValueError(
             f"step_size=None measures the curvature at the start, which gave {curvature}. "
             "Please pass a value for step_size."
         )
     return curvature
+
+
+def clears(run: Evaluation, n_inflate: float, eta: float, scale: Mapping[str, float]) -> bool:
+    """Whether a step is stable for a block beyond reasonable doubt: what costs least is asked first.
+
+    Past :data:`CURVATURE_DIMENSIONS` coordinates nothing is measured, and the answer is yes.
+    """
+    sites = _moving(run)
+    if sum(site.leaf.numel() for site in sites) > CURVATURE_DIMENSIONS:
+        return True
+    limit = 4.0 / (eta * max([1.0, *scale.values()]))
+    return surely_below(_density(run, n_inflate), [site.leaf for site in sites], limit, LATER_ITERATIONS)
 
 
 def _moving(run: Evaluation) -> list[Latent]:

@@ -12,7 +12,7 @@ from pyro_lift.inference.gibbs.conjugate import adopt, family_fault, pair_fault
 from pyro_lift.inference.gibbs.state import Chain
 from pyro_lift.inference.gibbs.whole_likelihood import check_whole
 from pyro_lift.inference.program import Evaluation
-from pyro_lift.inference.stability import LATER_ITERATIONS, check_curvature, measured_curvature
+from pyro_lift.inference.stability import LATER_ITERATIONS, check_curvature, clears, measured_curvature
 
 __all__ = ["learn"]
 
@@ -77,6 +77,8 @@ def _check_step(chain: Chain, run: Evaluation, tasks: str) -> None:
     if not chain.structure.checks_steps or subsampled:
         return
     eta, power, scale = settings.eta(0), settings.n_inflate, settings.site_step_scale
+    if clears(run, power, eta, scale):
+        return
     curvature = measured_curvature(run, power, wanted=False, iterations=LATER_ITERATIONS)
     check_curvature(run, curvature, eta, settings.integrator, power, scale, say=f"{tasks}: ")
 

@@ -11,17 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_lift.inference import stability
 from pyro_lift.inference.program import Evaluation, Program
 from pyro_lift.inference.stability import (
     CURVATURE_DIMENSIONS,
     DEFAULT_SHARE,
     check_curvature,
     check_prior_steps,
+    clears,
     curvature_limit,
     default_step,
     largest_curvature,
     measured_curvature,
     step_too_large,
+    surely_below,
 )
 
 
@@ -82,11 +85,70 @@ def test_a_programs_curvature_is_prior_and_likelihood_together(power: float) -> 
     assert measured_curvature(evaluation(normal()), power, wanted=True) == pytest.approx(4.0 + 2.0 * power, rel=1e-5)
 
 
-def test_a_large_program_must_be_given_a_step() -> None:
+def test_a_large_program_is_measured_where_a_step_is_wanted() -> None:
+    """A prior of precision 4, and a sum of D coordinates, which adds D in one direction."""
     run = evaluation(normal(CURVATURE_DIMENSIONS + 1))
     assert measured_curvature(run, 1.0, wanted=False) is None
-    with pytest.raises(ValueError, match=f"{CURVATURE_DIMENSIONS + 1}.*pass a value for step_size"):
-        measured_curvature(run, 1.0, wanted=True)
+    assert measured_curvature(run, 1.0, wanted=True) == pytest.approx(4.0 + CURVATURE_DIMENSIONS + 1, rel=1e-5)
+
+
+def test_a_density_without_curvature_gives_no_step() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
+        pyro.factor("slope", 2.0 * x)
+
+    with pytest.raises(ValueError, match="pass a value for step_size"):
+        measured_curvature(evaluation(model), 1.0, wanted=True)
+
+
+def test_the_largest_of_many_curvatures_is_found_by_a_few_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand of them up to 1, one of 3, and a density that curves up by 5 along one direction more."""
+    spectrum = torch.cat([torch.linspace(0.0, 1.0, 1000), torch.tensor([3.0, -5.0])]).double()
+    leaf = torch.zeros(1002, dtype=torch.float64, requires_grad=True)
+    products = counted(monkeypatch)
+    assert largest_curvature(-0.5 * (spectrum * leaf**2).sum(), [leaf]) == pytest.approx(3.0, rel=1e-4)
+    assert len(products) < 25
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    products: list[int] = []
+    times = stability._MinusHessian.times
+
+    def count(self: stability._MinusHessian, v: Tensor) -> Tensor:
+        products.append(self.size)
+        return times(self, v)
+
+    monkeypatch.setattr(stability._MinusHessian, "times", count)
+    return products
+
+
+@pytest.mark.parametrize("power", [1, 3])
+def test_a_limit_is_cleared_wrongly_as_seldom_as_is_said(power: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hardest case is a single direction that curves: the bound then rests on the draw of v alone."""
+    size, wrong, rounds = 20, 0, 2000
+    leaf = torch.zeros(size, dtype=torch.float64, requires_grad=True)
+    stream = torch.Generator().manual_seed(1)
+
+    def unit(self: stability._MinusHessian) -> Tensor:
+        v = torch.randn(size, generator=stream, dtype=torch.float64)
+        unit_vector: Tensor = v / v.norm()
+        return unit_vector
+
+    monkeypatch.setattr(stability._MinusHessian, "random_unit", unit)
+    for _ in range(rounds):
+        wrong += surely_below(-0.5 * leaf[0] ** 2 * 1.0, [leaf], 1.0 - 1e-9, power)
+    assert wrong <= 0.01 * rounds + 3.0 * math.sqrt(0.01 * rounds)
+    assert surely_below(-0.5 * leaf[0] ** 2, [leaf], 1e4, power)
+
+
+def test_a_default_step_is_cleared_by_three_products_at_a_tasks_first_visit(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = evaluation(normal(20))
+    curvature = measured_curvature(run, 1.0, wanted=True)
+    products = counted(monkeypatch)
+    assert clears(run, 1.0, default_step(curvature)(0), {})
+    assert len(products) <= 3
+    assert not clears(run, 1.0, 1.001 * curvature_limit(curvature), {})
+    assert not clears(run, 1.0, 0.6 * curvature_limit(curvature), {"x": 2.0})
 
 
 def test_a_prior_alone_limits_the_euler_step() -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from pyro_lift import MCMC, SGLDGibbs, from_mcmc
 from pyro_lift.inference.gibbs import metropolis
 from pyro_lift.inference.gibbs.metropolis import TARGETS, task_densities
-from pyro_lift.inference.gibbs.state import Settings
+from pyro_lift.inference.gibbs.rows import regrouped
+from pyro_lift.inference.gibbs.state import Settings, Streams
 from pyro_lift.inference.program import Program
 
 Update = Literal["mala", "hmc"]
@@ -203,8 +204,8 @@ def test_a_trajectory_back_ends_where_it_began(update: Update, monkeypatch: pyte
     kernel = SGLDGibbs(constrained(3), theta_update=update, step_size=0.01, leapfrog_steps=5, seed=0, **TABLE)
     run(kernel, num_samples=6, warmup=0)
     chain, index = kernel.chain, torch.tensor([0, 1, 2])
-    streams = metropolis.Streams(None, torch.Generator().manual_seed(0))
-    values = metropolis.regrouped(*_values(kernel, index))
+    streams = Streams(None, torch.Generator().manual_seed(0))
+    values = regrouped(*_values(kernel, index))
     here = metropolis._point(kernel.state, chain, values, index, streams)
     momenta = {name: torch.ones_like(value) for name, value in here.sites.items()}
     seen: list[Any] = []
