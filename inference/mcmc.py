@@ -22,7 +22,8 @@ from torch import Tensor
 
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.checkpoint.summaries import check_statistics
-from pyro_lift.inference.kernel import Kernel
+from pyro_lift.inference.kernel import Kernel, log
+from pyro_lift.inference.movement import LEAST_DRAWS, judged, mixing_of
 from pyro_lift.inference.parallel_chains import ParallelChains, checked_starts
 
 __all__ = ["MCMC", "StreamingMCMC"]
@@ -80,6 +81,7 @@ class MCMC(pyro.infer.MCMC):
             _read_transforms(self, args, kwargs)
             with _callers_logger():
                 super().run(*args, **kwargs)
+            self._say_doubts()
             return
         plain = self.sampler
         self.sampler = _SavedChain(plain, session, None)
@@ -88,14 +90,15 @@ class MCMC(pyro.infer.MCMC):
                 super().run(*args, **kwargs)
         finally:
             self.sampler = plain
+        self._say_doubts()
 
-    def _read_transforms(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Have a kernel whose chains run in other processes, by copies of it, know what its draws stand for."""
-        if not (isinstance(self.kernel, Kernel) and isinstance(self.sampler, ParallelChains)):
+    def _say_doubts(self) -> None:
+        """Log in words what speaks against trusting the draws of a kernel of ours."""
+        if not isinstance(self.kernel, Kernel) or self.num_samples < LEAST_DRAWS:
             return
         samples = self.get_samples(group_by_chain=True)
         report = (self._diagnostics[0] or {}).get("report") or {}
-        doubts = judged(mixing_of(samples), self.num_chains, self.num_samples, reach_of(report, self.num_samples))
+        doubts = judged(mixing_of(samples), self.num_chains, self.num_samples, report)
         if doubts:
             log.warning("this run cannot be trusted yet: %s", " ".join(doubts))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from pyro_lift.inference.movement import Mixing, judged, reach_of
 from pyro_lift.inference.projections import ProjectedTrace, project
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.support.archive import versions
@@ -117,6 +119,8 @@ class Summary:
         reach: how far a chain can have moved: ``visits_per_task``, and in relaxation times, 1 / a visits each, of
             theta_i towards phi (``theta``) and of phi towards its conditional (``phi``; None where phi is drawn
             exactly). Where it is not far above 1, the draws still remember the start, whatever R-hat says.
+        doubts: what R-hat, effective sample sizes and reach say against the run, a sentence each, and the ways out;
+            empty where nothing does, and for runs too short to tell (:mod:`~pyro_lift.inference.movement`).
     """
 
     coordinates: list[Coordinate]
@@ -126,6 +130,7 @@ class Summary:
     seconds: float | None
     steps: dict[str, float | str]
     reach: dict[str, float | None]
+    doubts: Sequence[str] = ()
 
     @property
     def worst_r_hat(self) -> float:
@@ -145,6 +150,10 @@ class Summary:
         steps = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.steps.items())
         reach = ", ".join(f"{k} {'exact' if v is None else format(v, '.3g')}" for k, v in self.reach.items())
         lines = [header, *rows, foot, *([f"steps: {steps}"] if steps else []), *([f"reach: {reach}"] if reach else [])]
+        if self.reach:
+            lines.append("       (visits of a task; in them, how often theta and phi have forgotten where they were)")
+        if self.doubts:
+            lines += ["", "This run cannot be trusted yet:", *(f"- {words}" for words in self.doubts)]
         return "\n".join(lines)
 
 
@@ -177,6 +186,7 @@ def summarise(mcmc: Any, *, seconds: float | None = None, max_size: int = 64, co
     stats = data["sample_stats"] if "sample_stats" in _groups(data) else {}
     chains, draws = np.asarray(next(iter(posterior.data_vars.values()))).shape[:2]
     steps = dict(reports[0].get("report") or {})
+    reach = reach_of(steps, draws)
     return Summary(
         rows,
         _count(stats, "diverging"),
@@ -184,7 +194,8 @@ def summarise(mcmc: Any, *, seconds: float | None = None, max_size: int = 64, co
         chains * draws,
         seconds,
         steps,
-        _reach(steps, draws),
+        reach,
+        judged([Mixing(c.name, c.r_hat, c.ess_bulk) for c in rows], chains, draws, steps),
     )
 
 
@@ -219,21 +230,6 @@ def _coordinates(name: str, values: NDArray[Any], seconds: float | None) -> list
             )
         )
     return rows
-
-
-def _reach(steps: dict[str, float | str], draws: int) -> dict[str, float | None]:
-    """Compute the relaxation times that one chain's draws cover, from the step sizes at the start."""
-    if "tasks" not in steps:
-        return {}
-    visits = draws * float(steps["thinning"])
-    each = visits * float(steps["block_size"]) / float(steps["tasks"])
-    reach: dict[str, float | None] = {"visits_per_task": each}
-    for key, a in steps.items():
-        if key.startswith("a_theta"):
-            reach[key.replace("a_theta", "theta")] = each * float(a)
-        elif key.startswith("a_phi"):
-            reach[key.replace("a_phi", "phi")] = visits * float(a) if float(a) > 0.0 else None
-    return reach
 
 
 def _container(groups: dict[str, Any], dims: dict[str, list[str]], coords: dict[str, Any]) -> Any:

@@ -1,0 +1,89 @@
+"""A chain that has not moved is said to have not, in words; one that has is let pass."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import vectorised
+
+from pyro_lift import MCMC, SGLD, SGLDGibbs, summarise
+from pyro_lift.inference.movement import Mixing, judged, mixing_of, reach_of
+
+GOOD = [Mixing("phi[0]", 1.01, 900.0), Mixing("phi[1]", 1.0, 700.0)]
+FAR: dict[str, float | str] = {"tasks": 10.0, "block_size": 1.0, "thinning": 1.0, "step_size": 0.1, "curvature": 4.0}
+FAR |= {"a_theta (phi)": 0.01, "a_phi (phi)": 0.0}
+
+
+def test_nothing_speaks_against_a_run_that_mixed() -> None:
+    assert judged(GOOD, 1, 2000, FAR) == []
+
+
+@pytest.mark.parametrize(
+    ("mixing", "chains", "steps", "words"),
+    [
+        ([*GOOD, Mixing("tau", 1.42, 400.0)], 1, FAR, r"halves disagree: R-hat of tau is 1\.42"),
+        ([*GOOD, Mixing("tau", 1.42, 900.0)], 4, FAR, r"chains disagree: R-hat of tau is 1\.42"),
+        ([*GOOD, Mixing("tau", 1.0, 13.0)], 1, FAR, "2,000 draws of tau are worth 13 independent ones, .* 28% of its"),
+        ([*GOOD, Mixing("tau", float("nan"), float("nan"))], 1, FAR, "tau has not moved at all"),
+        (GOOD, 1, {**FAR, "step_size": 0.001}, r"theta around phi has been moved 200 times, 2 relaxation times"),
+        (GOOD, 1, {**FAR, "step_size": 0.001, "curvature": 1.0}, r"moved 200 times, 2 relaxation times"),
+    ],
+)
+def test_what_speaks_against_a_run_is_said_with_the_ways_out(
+    mixing: list[Mixing], chains: int, steps: dict[str, float | str], words: str
+) -> None:
+    said = judged(mixing, chains, 2000, steps)
+    assert len(said) == 2 or chains == 4
+    assert re.search(words, " ".join(said))
+    assert "subsample_size" in said[-1] and 'theta_update="hmc"' in said[-1]
+
+
+def test_a_run_too_short_to_tell_is_not_judged() -> None:
+    assert judged([Mixing("phi", 3.0, 2.0)], 1, 99, {}) == []
+
+
+def test_independent_draws_mix_and_a_slow_walk_does_not() -> None:
+    stream = torch.Generator().manual_seed(0)
+    white = torch.randn(2, 600, 3, generator=stream)
+    walk = torch.randn(2, 600, generator=stream).cumsum(1)
+    still = torch.ones(2, 600)
+    good, slow, none = mixing_of({"white": white}), mixing_of({"walk": walk}), mixing_of({"still": still})
+    assert [m.name for m in good] == ["white[0]", "white[1]", "white[2]"] and slow[0].name == "walk"
+    assert all(m.r_hat < 1.02 and m.ess > 800 for m in good)
+    assert slow[0].r_hat > 1.1 and slow[0].ess < 50
+    assert judged(good, 2, 600, {}) == []
+    assert "has not moved at all" in judged(none, 2, 600, {})[0]
+
+
+def test_reach_counts_visits_and_relaxation_times() -> None:
+    steps: dict[str, float | str] = {"tasks": 10.0, "block_size": 2.0, "thinning": 3.0, "a_theta (phi)": 0.1}
+    steps |= {"a_phi (phi)": 0.02, "phi_update": "langevin"}
+    assert reach_of(steps, 50) == {
+        "visits_per_task": 30.0,
+        "theta (phi)": pytest.approx(3.0),
+        "phi (phi)": pytest.approx(3.0),
+    }
+
+
+def test_a_slow_chain_is_logged_and_summarised_in_words_and_a_quick_one_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="pyro_lift"):
+        slow = MCMC(SGLDGibbs(vectorised(), step_size=1e-4, seed=0), 120, 0, disable_progbar=True)
+        slow.run()
+    assert "cannot be trusted yet" in caplog.text and "0.008 relaxation times of its fastest" in caplog.text
+    summary = summarise(slow)
+    assert summary.doubts and "cannot be trusted yet" in str(summary)
+    caplog.clear()
+
+    def plain() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    with caplog.at_level(logging.WARNING, logger="pyro_lift"):
+        MCMC(SGLD(plain, 50.0, integrator="exponential", seed=0), 150, 0, disable_progbar=True).run()
+    assert "cannot be trusted" not in caplog.text
