@@ -48,7 +48,7 @@ class SGLD(Kernel):
         model: a Pyro program. Minibatches are its own plates with ``subsample_size``; latent sites must stand
             outside those.
         step_size: eta, or a function of the number of steps; None measures the curvature at the start and takes a
-            twentieth of the largest stable step (small programs).
+            twentieth of the largest stable step.
         temperature: T, multiplies the noise's variance; 0 turns SGLD into gradient ascent.
         n_inflate: power on the likelihood.
         integrator: ``"euler"``, or ``"exponential"``, which is exact for normal (or mixture of normals) priors.

@@ -24,6 +24,7 @@ __all__ = [
     "default_step",
     "largest_curvature",
     "measured_curvature",
+    "objective_of",
     "step_too_large",
     "surely_below",
 ]
@@ -33,7 +34,7 @@ CURVATURE_DIMENSIONS = 2_000
 #: Relative accuracy of the largest curvature, and the number of coordinates up to which its search is kept orthogonal.
 TOLERANCE, REORTHOGONALISED = 1e-6, 1_000_000
 #: With which a later task's curvature is taken for small enough without being found.
-CERTAINTY = 0.99
+CERTAINTY = 0.999
 #: Products by which the curvature of a later task is measured, at its first visit: enough to see a factor.
 LATER_ITERATIONS = 10
 #: A default step is this share of the largest stable one: the stiffest direction's variance is then 5 % too wide.
@@ -94,7 +95,14 @@ def largest_curvature(
         return None
 
 
-def surely_below(objective: Tensor, leaves: Sequence[Tensor], limit: float, iterations: int) -> bool:
+def surely_below(
+    objective: Tensor,
+    leaves: Sequence[Tensor],
+    limit: float,
+    iterations: int,
+    *,
+    gains: Sequence[Tensor] | None = None,
+) -> bool:
     r"""Whether the curvature is below a limit, by as few products as tell so with :data:`CERTAINTY`.
 
     For a unit v drawn at random in D coordinates and any symmetric H,
@@ -106,7 +114,7 @@ def surely_below(objective: Tensor, leaves: Sequence[Tensor], limit: float, iter
     is no.
     """
     try:
-        hessian = _MinusHessian(objective, leaves, None)
+        hessian = _MinusHessian(objective, leaves, gains)
         if hessian.size == 0:
             return True
         v, log_norm = hessian.random_unit(), 0.0
@@ -209,7 +217,7 @@ def measured_curvature(run: Evaluation, n_inflate: float, wanted: bool, iteratio
     sites = _moving(run)
     if not wanted and sum(site.leaf.numel() for site in sites) > CURVATURE_DIMENSIONS:
         return None
-    curvature = largest_curvature(_density(run, n_inflate), [site.leaf for site in sites], iterations)
+    curvature = largest_curvature(objective_of(run, n_inflate), [site.leaf for site in sites], iterations)
     if wanted and (curvature is None or not curvature > 0.0):
         raise ValueError(
             f"step_size=None measures the curvature at the start, which gave {curvature}. "
@@ -227,14 +235,15 @@ def clears(run: Evaluation, n_inflate: float, eta: float, scale: Mapping[str, fl
     if sum(site.leaf.numel() for site in sites) > CURVATURE_DIMENSIONS:
         return True
     limit = 4.0 / (eta * max([1.0, *scale.values()]))
-    return surely_below(_density(run, n_inflate), [site.leaf for site in sites], limit, LATER_ITERATIONS)
+    return surely_below(objective_of(run, n_inflate), [site.leaf for site in sites], limit, LATER_ITERATIONS)
 
 
 def _moving(run: Evaluation) -> list[Latent]:
     return list((run.locals or run.latents).values())
 
 
-def _density(run: Evaluation, n_inflate: float) -> Tensor:
+def objective_of(run: Evaluation, n_inflate: float) -> Tensor:
+    """Log density of the block in its local sites (all sites of a program without tasks), with a graph."""
     return n_inflate * run.log_likelihood + run.log_prior(run.locals or run.latents)
 
 
@@ -271,7 +280,7 @@ def check_curvature(
     def grows(step: float) -> bool:
         sites = _moving(run)
         gains = [_gain(site, step * scale.get(site.family, 1.0), integrator) for site in sites]
-        largest = largest_curvature(_density(run, n_inflate), [site.leaf for site in sites], gains=gains)
+        largest = largest_curvature(objective_of(run, n_inflate), [site.leaf for site in sites], gains=gains)
         return largest is not None and largest >= 2.0
 
     if not grows(eta):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_lift.inference.admission import check_common, site_factors
 from pyro_lift.inference.footprint import Need, chain_needs, check_fits
-from pyro_lift.inference.gibbs import metropolis, shared_visit
+from pyro_lift.inference.gibbs import metropolis, shared_visit, step_adaptation
 from pyro_lift.inference.gibbs import translation as translations
 from pyro_lift.inference.gibbs import visit as gibbs_visit
 from pyro_lift.inference.gibbs.accumulator import Accumulator
@@ -61,8 +61,9 @@ class SGLDGibbs(Kernel):
             unequal shapes). A plate without ``subsample_size`` is one block of all N tasks when vectorised.
         plate: name of the task plate.
         step_size: eta of Eq. 10: eta/2 times the gradient of the full-data log density, sqrt(eta) noise; a number
-            or a function of the number of visits. None measures the curvature at the start and takes a twentieth of
-            the largest stable step (small programs).
+            or a function of the number of visits. None measures the curvature and takes a twentieth of the largest
+            stable step, for each family, adapted through the warm-up
+            (:mod:`pyro_lift.inference.gibbs.step_adaptation`).
         phi_update: ``"gibbs"`` draws phi exactly, for phi normal and theta normal around it, and so a scale of
             theta's that is a site itself (:mod:`~pyro_lift.inference.gibbs.scale_draws`); ``"langevin"`` takes the
             step of Eq. 9 with an accumulator.
@@ -270,7 +271,8 @@ class SGLDGibbs(Kernel):
             self._generator.manual_seed(distributed.from_first(self._generator.initial_seed()))
         program = Program(self.model, request.plate, args, kwargs, self.init_strategy)
         with self._own_stream():
-            self._plan = plan(program, request, self.settings, self._start_of, self._generator)
+            settings = dataclasses.replace(self.settings, adapts=self._adapting(warmup_steps))
+            self._plan = plan(program, request, settings, self._start_of, self._generator)
         self._check_memory(self._plan)
         self.state, self.transforms = self._plan.state, self._plan.transforms
         self._start_log_likelihood = self._plan.start_log_likelihood
@@ -281,6 +283,12 @@ class SGLDGibbs(Kernel):
         if request.distributed:
             norms = {f"norm of {name}": float(value.norm()) for name, value in self.state.phi.items()}
             shared_visit.check_alike({**_flat(self.fingerprint()), **norms})
+
+    def _adapting(self, warmup_steps: int) -> int:
+        """Return for how many visits steps adapt: of the warm-up, where theta's step is left to us."""
+        settings = self.settings
+        left = settings.step_size is None and settings.theta_update == "sgld" and settings.decay is None
+        return warmup_steps if left and not self._request.distributed else 0
 
     def _check_memory(self, planned: Plan) -> None:
         """Hold what the run will keep against what is free (:mod:`~pyro_lift.inference.footprint`)."""
@@ -296,7 +304,10 @@ class SGLDGibbs(Kernel):
         if self._plan is None:
             return {}
         report = {**self._plan.report, "thinning": float(self.thinning)}
-        return metropolis.with_tuned_step(report, self.state.tuned, self.settings)
+        chain, tuned = self._plan.chain, self.state.tuned
+        families = {name: pair.family for name, pair in chain.structure.pairs.items()}
+        report = step_adaptation.reported(report, tuned, chain.settings, families)
+        return metropolis.with_tuned_step(report, tuned, chain.settings)
 
     # -------------------------------------------------------------------------------------------- sampling
 
@@ -439,6 +450,7 @@ class SGLDGibbs(Kernel):
             options["share"] = True
         if settings.translation == "none":  # as in runs that were saved before there was one
             options = {name: value for name, value in options.items() if not name.startswith("translation")}
+        del options["adapts"]  # said by the step and the warm-up
         if settings.theta_update == "sgld":  # likewise
             options = {name: value for name, value in options.items() if name not in ("theta_update", "leapfrog_steps")}
         return {

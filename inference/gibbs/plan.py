@@ -132,7 +132,7 @@ def plan(
         needs_rerun(run, links),
         pass_size,
         exact=_is_exact(settings) or request.sgd_steps > 0,
-        checks_steps=request.check_stability and settings.decay is None and settings.theta_update == "sgld",
+        checks_steps=request.check_stability and settings.decay is None and _is_chosen(settings),
         scales=scales,
         hold=request.sgd_steps + _hold(-(-num_tasks // block), request.warmup_steps - request.sgd_steps),
     )
@@ -297,6 +297,11 @@ def _check_saddle(
         "at zero are. Start elsewhere: init_strategy=init_to_value(values={'phi': adapter.initial}) or "
         "MCMC(..., initial_params={'phi': ...})."
     )
+
+
+def _is_chosen(settings: Settings) -> bool:
+    """Whether theta moves by the step that the user chose, which is then held against each task's limit."""
+    return settings.theta_update == "sgld" and not settings.adapts
 
 
 def _with_steps(

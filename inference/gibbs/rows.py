@@ -33,6 +33,7 @@ NO_OFFSET: Rows = {}
 def block_values(state: SGLDGibbsState, chain: Chain, index: Tensor, streams: Streams) -> Values:
     """Return the local values of a block, which are put at their start where one of its tasks was never visited."""
     values = task_values(chain, tuple(index.tolist()), state.offset)
+    chain.cache.fresh = values is None
     return _first_visit(state, chain, index, streams) if values is None else values
 
 

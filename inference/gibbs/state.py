@@ -63,7 +63,7 @@ class SGLDGibbsState(NamedTuple):
         squares: sum of (theta_i - phi)^2 at this phi, per normal pair of unknown scale, in float64; of
             (theta_i - phi)(theta_i - phi)^T where its coordinates are correlated.
         widths: logarithm of the width of the proposal of the scaling move, per scale site.
-        tuned: what a tested step of theta is tuned by (:mod:`~pyro_lift.inference.gibbs.metropolis`).
+        tuned: what steps of theta are tuned by (:mod:`~pyro_lift.inference.gibbs.metropolis`, `.step_adaptation`).
     """
 
     step: int
@@ -127,6 +127,8 @@ class Settings:
     translation_step_size: Schedule | None = None
     theta_update: ThetaUpdate = "sgld"
     leapfrog_steps: int = 10
+    #: Visits of the warm-up through which steps that nobody chose adapt; 0 where they do not.
+    adapts: int = 0
 
     def eta(self, step: int) -> float:
         """Return the step size of theta at a visit."""
@@ -198,6 +200,7 @@ class Cache:
         recycle: whether the memory of the S of the state before last is used again. Then a state may be held for one
             visit only; without it, a visit leaves every earlier state as it was.
         watch: of a chain on an accelerator; None has every visit looked at as it is made.
+        fresh: whether the block that was read last has a task that was never visited before.
     """
 
     start: dict[str, Tensor]
@@ -208,6 +211,7 @@ class Cache:
     reruns: bool = False
     recycle: bool = False
     watch: Watch | None = None
+    fresh: bool = False
 
     def workspace(self, site: str, like: Tensor) -> Workspace:
         """Return the buffers of one pair, made at the first call."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.gibbs import conjugate, long_vectors, metropolis, scaling, translation
+from pyro_lift.inference.gibbs import conjugate, long_vectors, metropolis, scaling, step_adaptation, translation
 from pyro_lift.inference.gibbs.accumulator import exact
 from pyro_lift.inference.gibbs.movers import Move, mover_of
 from pyro_lift.inference.gibbs.rows import (
@@ -34,6 +34,7 @@ from pyro_lift.inference.gibbs.state import (
     Structure,
     kept_state,
 )
+from pyro_lift.inference.gibbs.step_adaptation import eta_of
 from pyro_lift.inference.program import Evaluation, Latent, Rows
 from pyro_lift.inference.sgld import Drift, check_finite, check_moved, gaussian_noise, running_mean
 from pyro_lift.support.spans import span
@@ -122,7 +123,8 @@ def visited(
         scaled = scaling.scale(chain, index, scaled, state.step, phase == "burn-in", streams.noise)
 
     made, moments = state.step + 1, moved.moments
-    parts = {"offset": offset, "gradients": gradients, "squares": scaled.squares, "widths": scaled.widths, "tuned": moved.tuned}
+    parts = {"offset": offset, "gradients": gradients, "squares": scaled.squares, "widths": scaled.widths}
+    parts["tuned"] = moved.tuned
     after = SGLDGibbsState(made, scaled.phi, scaled.sums, J, moments, {}, **parts)
     rows = task_rows(chain, moved.info.tasks, scaled.values, stored)
     if watch is not None:
@@ -149,6 +151,8 @@ def _move_theta(
     first: tuple[Evaluation, dict[str, Tensor]] | None = None
     for _ in range(settings.theta_steps_per_visit):
         run = program.run(state.phi, values, index, streams.rows)
+        if first is None:
+            state = state._replace(tuned=step_adaptation.adapted(state, chain, run, phase))
         keep_graph = settings.phi_update != "gibbs"
         drift = run.drift(run.locals, cache.coupled, settings.n_inflate, keep_graph=keep_graph)
         norm = check_finite(drift, state.step, tasks, cache.watch)
@@ -159,7 +163,8 @@ def _move_theta(
         short = {name: value for name, value in sites.items() if run.locals[name].family not in structure.long}
         check_moved(short, state.step, tasks, cache.watch)
         values = regrouped(run, sites)
-    info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, settings.eta(state.step), clipped, phase)
+    eta = min(eta_of(state.tuned, settings, state.step, site.family) for site in run.locals.values())
+    info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, eta, clipped, phase)
     assert first is not None
     return _ThetaMove(run, sites, values, sums, moments.values, info, first, state.tuned)
 
@@ -192,13 +197,13 @@ def _moved_sites(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Move every local site by its mover; return the values by site, and S by global site where it came along."""
     settings, structure = chain.settings, chain.structure
-    eta, moved, sums = settings.eta(state.step), {}, {}
+    moved, sums = {}, {}
     for name, site in run.locals.items():
         move = Move(
             site,
             drift.gradient[name],
             drift.gaussian[name],
-            eta * settings.site_step_scale.get(site.family, 1.0),
+            eta_of(state.tuned, settings, state.step, site.family) * settings.site_step_scale.get(site.family, 1.0),
             settings.temperature * settings.site_temperature.get(site.family, 1.0),
             moments.of(site, drift.gradient[name]),
         )

@@ -137,7 +137,7 @@ def test_a_limit_is_cleared_wrongly_as_seldom_as_is_said(power: int, monkeypatch
     monkeypatch.setattr(stability._MinusHessian, "random_unit", unit)
     for _ in range(rounds):
         wrong += surely_below(-0.5 * leaf[0] ** 2 * 1.0, [leaf], 1.0 - 1e-9, power)
-    assert wrong <= 0.01 * rounds + 3.0 * math.sqrt(0.01 * rounds)
+    assert wrong <= 0.001 * rounds + 3.0 * math.sqrt(0.001 * rounds)
     assert surely_below(-0.5 * leaf[0] ** 2, [leaf], 1e4, power)
 
 
