@@ -2,7 +2,9 @@ r"""Steps of theta that nobody chose: by family, from curvature where the chain 
 
 On a Gaussian of curvature :math:`\lambda` the discretised law of a step eta has the variance :math:`1/(\lambda - \eta
 \lambda^2/4)`, so that :math:`\eta = 4 b/\lambda` leaves it a share :math:`b/(1 - b)` too wide (b = 0.05,
-:data:`~pyro_lift.inference.stability.DEFAULT_SHARE`; the exponential integrator less). With a family's own largest
+:data:`~pyro_lift.inference.stability.DEFAULT_SHARE`). The exponential integrator at a normal prior of precision p,
+under a likelihood of curvature h, has :math:`b = h \tanh(\eta p/4)/p \le \eta h/4`: there :math:`\lambda` is the
+likelihood's alone, however narrow the prior, also where its width is unknown and moves. With a family's own largest
 curvature :math:`\lambda_f`, and the largest :math:`\mu` of all families together in units of theirs,
 
 .. math:: \eta_f = \frac{4 b}{\mu\,\lambda_f}
@@ -36,6 +38,8 @@ __all__ = ["adapted", "eta_of", "reported"]
 MEASUREMENTS, ITERATIONS = 32, 12
 #: Curvature of a task at its first visit, in units of the largest so far, from which it is measured too.
 ODD = 5.0
+#: Of a prior's precision: eta p / 2 is then 10, and nothing is left of where theta was.
+FORGETS = 0.01
 _GOLDEN = 0.6180339887498949
 _TOGETHER, _HALF = "all together", "second half"
 
@@ -68,12 +72,12 @@ def adapted(state: SGLDGibbsState, chain: Chain, run: Evaluation, phase: Phase) 
         return dict(tuned)
     if phase != "burn-in":
         if fresh:
-            _check_late(settings, tuned, run, step)
+            _check_late(chain, tuned, run, step)
         return dict(tuned)
     due = (step * _GOLDEN) % 1.0 < MEASUREMENTS / settings.adapts
-    if not due and not (fresh and not _is_stable(settings, tuned, run, step, 4.0 * DEFAULT_SHARE * ODD)):
+    if not due and not (fresh and not _is_stable(chain, tuned, run, step, 4.0 * DEFAULT_SHARE * ODD)):
         return dict(tuned)
-    measured = _measured(settings, run)
+    measured = _measured(chain, run)
     if not measured:
         return dict(tuned)
     half = 1.0 if 2 * step >= settings.adapts else 0.0
@@ -92,14 +96,37 @@ def _families(run: Evaluation) -> dict[str, list[Latent]]:
     return families
 
 
-def _measured(settings: Settings, run: Evaluation) -> dict[str, Tensor]:
+def _objective(chain: Chain, run: Evaluation) -> Tensor:
+    """What the step must follow: everything, but the normal priors that the exponential integrator moves exactly."""
+    settings = chain.settings
+    if settings.integrator != "exponential":
+        return objective_of(run, settings.n_inflate)
+    total = settings.n_inflate * run.log_likelihood
+    for site in run.locals.values():
+        if site.gaussian() is None:
+            total = total + site.log_prob_at(site.leaf)
+        elif site.family in chain.cache.coupled:
+            total = total + site.log_prob_at(site.leaf.detach())
+    return total
+
+
+def _least(chain: Chain, sites: list[Latent]) -> float:
+    """A curvature so small beside a family's prior that the step forgets where it was; 0 where no prior says so."""
+    priors = [site.gaussian() for site in sites]
+    if chain.settings.integrator != "exponential" or any(prior is None for prior in priors):
+        return 0.0
+    return FORGETS * min(float(prior.precision.min()) for prior in priors if prior is not None)
+
+
+def _measured(chain: Chain, run: Evaluation) -> dict[str, Tensor]:
     """The largest curvature by family, and that of all together in their units; without those that do not curve."""
-    objective, families = objective_of(run, settings.n_inflate), _families(run)
+    objective, families = _objective(chain, run), _families(run)
     found: dict[str, float] = {}
     for family, sites in families.items():
         largest = largest_curvature(objective, [site.leaf for site in sites], ITERATIONS)
-        if largest is not None and math.isfinite(largest) and largest > 0.0:
-            found[family] = largest
+        least = _least(chain, sites)
+        if largest is not None and math.isfinite(largest) and max(largest, least) > 0.0:
+            found[family] = max(largest, least)
     if len(found) < len(families):
         return {}
     if len(found) > 1:
@@ -111,24 +138,24 @@ def _measured(settings: Settings, run: Evaluation) -> dict[str, Tensor]:
     return {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in found.items()}
 
 
-def _is_stable(settings: Settings, tuned: Mapping[str, Tensor], run: Evaluation, step: int, limit: float) -> bool:
+def _is_stable(chain: Chain, tuned: Mapping[str, Tensor], run: Evaluation, step: int, limit: float) -> bool:
     """Whether the largest eigenvalue of eta^(1/2) H eta^(1/2) is below a limit; 4 is where Euler's step grows."""
     sites = list(run.locals.values())
     leaves = [site.leaf for site in sites]
     if sum(leaf.numel() for leaf in leaves) > CURVATURE_DIMENSIONS:
         return True
-    scale = settings.site_step_scale
+    settings, scale = chain.settings, chain.settings.site_step_scale
     etas = [eta_of(tuned, settings, step, site.family) * scale.get(site.family, 1.0) for site in sites]
     gains = [torch.full((), eta).to(leaf) for eta, leaf in zip(etas, leaves, strict=True)]
-    objective = objective_of(run, settings.n_inflate)
+    objective = _objective(chain, run)
     if surely_below(objective, leaves, limit, ITERATIONS, gains=gains):
         return True
     largest = largest_curvature(objective, leaves, ITERATIONS, gains=gains)
     return largest is None or not largest >= limit
 
 
-def _check_late(settings: Settings, tuned: Mapping[str, Tensor], run: Evaluation, step: int) -> None:
-    if not _is_stable(settings, tuned, run, step, 4.0):
+def _check_late(chain: Chain, tuned: Mapping[str, Tensor], run: Evaluation, step: int) -> None:
+    if not _is_stable(chain, tuned, run, step, 4.0):
         tasks = ", ".join(map(str, run.tasks))
         raise ValueError(
             f"task {tasks}: it is visited first after the warm-up, and its curvature makes steps unstable that were "
