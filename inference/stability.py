@@ -163,7 +163,7 @@ class _MinusHessian:
         """A direction, always the same one."""
         stream = torch.Generator().manual_seed(0)
         noise = torch.randn(self.flat.shape, generator=stream, dtype=self.flat.dtype).to(self.flat.device)
-        return noise / noise.norm()
+        return torch.as_tensor(noise / noise.norm())
 
     def times(self, v: Tensor) -> Tensor:
         """One product."""
