@@ -111,3 +111,11 @@ def test_the_names_order_of_the_table_does_not_matter() -> None:
 def test_identical_losses_are_a_tie_and_not_a_division_by_zero() -> None:
     contestants = {"LiFT": Contestant(BASE, 4), "Linear Probe": Contestant(BASE, 0)}
     assert advise(contestants, CHANCE).startswith("Linear Probe is as good as anything here")
+
+
+def test_a_few_tasks_that_differ_much_and_are_all_far_better_than_guessing_are_advised_on() -> None:
+    chance = [0.69, 1.61, 2.30, 1.80]
+    losses = [0.39, 1.11, 0.70, 0.70]
+    contestants = {"Linear Probe": Contestant(losses, 0), "LiFT": Contestant([x + 0.02 for x in losses], 4)}
+    assert difference(losses, chance).p_value > 0.05
+    assert "Linear Probe" in (sentence := advise(contestants, chance)) and "guessing" not in sentence
