@@ -28,7 +28,7 @@ COORDINATES = 64
 
 
 class Mixing(NamedTuple):
-    """One coordinate's R-hat and effective sample size over all chains."""
+    """One coordinate's R-hat and effective sample size over all chains; the latter is NaN where it never moved."""
 
     name: str
     r_hat: float
@@ -66,7 +66,8 @@ def mixing_of(samples: Mapping[str, Tensor]) -> list[Mixing]:
         r_hat, ess = split_gelman_rubin(flat), effective_sample_size(flat)
         for k, at in enumerate(chosen.tolist()):
             label = name if draws.dim() == 2 else f"{name}[{at}]"
-            found.append(Mixing(label, float(r_hat[k]), float(ess[k])))
+            moved = bool((flat[..., k] != flat[:1, :1, k]).any())
+            found.append(Mixing(label, float(r_hat[k]), float(ess[k]) if moved else math.nan))
     return found
 
 
@@ -82,11 +83,11 @@ def judged(mixing: list[Mixing], chains: int, draws: int, steps: Mapping[str, fl
     if draws < LEAST_DRAWS or not mixing:
         return []
     words = []
-    still = [m for m in mixing if not math.isfinite(m.ess) or not math.isfinite(m.r_hat)]
+    still = [m for m in mixing if not math.isfinite(m.ess)]
     if still:
         words.append(f"{still[0].name} has not moved at all.")
     moving = [m for m in mixing if m not in still]
-    worst = max(moving, key=lambda m: m.r_hat, default=None)
+    worst = max((m for m in moving if math.isfinite(m.r_hat)), key=lambda m: m.r_hat, default=None)
     if worst is not None and worst.r_hat > MOST_R_HAT:
         between = "the chains disagree" if chains > 1 else "the chain's halves disagree"
         words.append(f"{between}: R-hat of {worst.name} is {worst.r_hat:.2f}, and should be below {MOST_R_HAT}.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from pyro.ops.stats import split_gelman_rubin
 
 from pyro_lift.inference.movement import Mixing, judged, reach_of
 from pyro_lift.inference.projections import ProjectedTrace, project
@@ -91,7 +93,7 @@ def _named(columns: list[_Column]) -> tuple[dict[str, NDArray[Any]], dict[str, l
 class Coordinate:
     """One coordinate of the posterior. MCSE is the Monte-Carlo standard error of the mean.
 
-    An effective sample size per second is None where no time is known.
+    R-hat of a single chain compares its halves. An effective sample size per second is None where no time is known.
     """
 
     name: str
@@ -195,8 +197,15 @@ def summarise(mcmc: Any, *, seconds: float | None = None, max_size: int = 64, co
         seconds,
         steps,
         reach,
-        judged([Mixing(c.name, c.r_hat, c.ess_bulk) for c in rows], chains, draws, steps),
+        judged([Mixing(c.name, c.r_hat, c.ess_bulk if c.sd > 0.0 else math.nan) for c in rows], chains, draws, steps),
     )
+
+
+def _r_hat(x: NDArray[Any]) -> float:
+    """ArviZ's R-hat, and that of one chain's halves, for which ArviZ has none."""
+    import arviz as az
+
+    return float(az.rhat(x)) if len(x) > 1 or x.shape[1] < 4 else float(split_gelman_rubin(torch.from_numpy(x.copy())))
 
 
 def _count(stats: Any, name: str) -> int:
@@ -222,7 +231,7 @@ def _coordinates(name: str, values: NDArray[Any], seconds: float | None) -> list
                 float(x.mean()),
                 float(x.std(ddof=1)),
                 float(az.mcse(x, method="mean")),
-                float(az.rhat(x)),
+                _r_hat(x),
                 bulk,
                 tail,
                 bulk / seconds if seconds else None,

@@ -87,3 +87,13 @@ def test_a_slow_chain_is_logged_and_summarised_in_words_and_a_quick_one_is_not(
     with caplog.at_level(logging.WARNING, logger="pyro_lift"):
         MCMC(SGLD(plain, 50.0, integrator="exponential", seed=0), 150, 0, disable_progbar=True).run()
     assert "cannot be trusted" not in caplog.text
+
+
+def test_a_single_chain_that_mixed_has_an_r_hat_of_its_halves_and_no_doubts() -> None:
+    def plain() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    mcmc = MCMC(SGLD(plain, 50.0, integrator="exponential", seed=0), 150, 0, disable_progbar=True)
+    mcmc.run()
+    summary = summarise(mcmc)
+    assert summary.doubts == [] and 0.98 < summary.worst_r_hat < 1.05
