@@ -115,7 +115,7 @@ def _least(chain: Chain, sites: list[Latent]) -> float:
     priors = [site.gaussian() for site in sites]
     if chain.settings.integrator != "exponential" or any(prior is None for prior in priors):
         return 0.0
-    return FORGETS * min(float(prior.precision.min()) for prior in priors if prior is not None)
+    return FORGETS * min(float(prior.precision.detach().min()) for prior in priors if prior is not None)
 
 
 def _measured(chain: Chain, run: Evaluation) -> dict[str, Tensor]:
@@ -124,9 +124,9 @@ def _measured(chain: Chain, run: Evaluation) -> dict[str, Tensor]:
     found: dict[str, float] = {}
     for family, sites in families.items():
         largest = largest_curvature(objective, [site.leaf for site in sites], ITERATIONS)
-        least = _least(chain, sites)
-        if largest is not None and math.isfinite(largest) and max(largest, least) > 0.0:
-            found[family] = max(largest, least)
+        curvature = math.nan if largest is None else max(largest, _least(chain, sites))
+        if math.isfinite(curvature) and curvature > 0.0:
+            found[family] = curvature
     if len(found) < len(families):
         return {}
     if len(found) > 1:

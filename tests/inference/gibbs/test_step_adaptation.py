@@ -166,3 +166,18 @@ def test_data_that_say_nothing_let_theta_be_drawn_afresh() -> None:
     kernel = SGLDGibbs(model, seed=0)
     run(kernel)
     assert float(kernel.report()["a_theta (phi)"]) == pytest.approx(10.0, rel=1e-6)
+
+
+def test_an_unknown_scale_of_theta_does_not_hold_its_step() -> None:
+    """Eight groups alike with HalfCauchy: the step is of the likelihood's curvature, 4, wherever the scale wanders."""
+
+    def model() -> None:
+        phi = pyro.sample("phi", dist.Normal(torch.zeros(()).double(), 1.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(torch.ones(()).double()))
+        with pyro.plate("tasks", 8, subsample_size=1) as index:
+            theta = pyro.sample("theta", dist.Normal(phi, tau))
+            pyro.sample("y", dist.Normal(theta, 0.5), obs=torch.ones(8).double()[index])
+
+    kernel = SGLDGibbs(model, seed=0)
+    run(kernel, 10, 120)
+    assert float(kernel.report()["step_size"]) == pytest.approx(4 * DEFAULT_SHARE / 4.0, rel=0.5)
