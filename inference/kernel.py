@@ -181,7 +181,8 @@ class Kernel(MCMCKernel):
         self._setups += 1
         name = multiprocessing.current_process().name
         if self.chain_number is None and multiprocessing.parent_process() is not None and name.isdigit():
-            return int(name)  # Pyro's own MCMC runs chains in processes, and tells each its number by this name alone
+            # Pyro's own MCMC runs chains in processes, and tells each its number by this name alone.
+            self._run_chains, number = max(self._run_chains, 2), int(name)
         return number
 
     def _chain_seed(self, number: int) -> int:
