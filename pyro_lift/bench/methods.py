@@ -377,7 +377,7 @@ def _over_seeds(records: Sequence[Record], key: str) -> tuple[float, float]:
 
 def plot(records: Sequence[Record], path: Path) -> None:
     """Plot accuracy, NLL and the cost of a visit, a row a method, best NLL on top."""
-    from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
+    from pyro_lift.support.figures import COLOURS, log_axis, new_figure, save_figure
 
     by_method = _by_method(records)
     order = sorted(by_method, key=lambda name: -_over_seeds(by_method[name], "nll")[0])
@@ -393,7 +393,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
                 axis.errorbar(value, place, xerr=error, fmt="o", markersize=4, color=colour)
         axis.set_xlabel(label)
         axis.grid(axis="y", linewidth=0.3)
-    axes[2].set_xscale("log")
+    log_axis(axes[2])
     axes[0].set_yticks(range(len(order)), order, fontsize=8)
     save_figure(figure, path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pyro_lift.comparison.advice import difference
 from pyro_lift.comparison.settings import REFERENCE, entrant
 from pyro_lift.comparison.summary import Summary
-from pyro_lift.support.figures import COLOURS, new_figure, save_figure
+from pyro_lift.support.figures import COLOURS, log_axis, new_figure, save_figure
 
 __all__ = ["plot"]
 
@@ -42,7 +42,7 @@ def plot(summary: Summary, path: Path) -> None:
     axes[1].set_xlabel("accuracy, ± standard error over tasks" if classes else loss)
     if not classes and summary.chance is not None:
         axes[1].axvline(statistics.fmean(summary.chance), color="0.6", linestyle="--", linewidth=1)
-    axes[2].set_xscale("log")
+    log_axis(axes[2])
     axes[2].set_xlabel("seconds of adaptation a task")
     axes[0].set_yticks(range(len(names)), [entrant(name).title for name in names])
     axes[0].set_ylim(len(names) - 0.5, -0.5)
