@@ -23,7 +23,7 @@ from tiny_backbones import FAMILIES
 from tiny_methods import SMALL, tiny_adapter, tiny_tasks
 from torch import Tensor, nn
 
-from pyro_lift import MCMC, SGLD, LiFT, SGLDGibbs, StreamingMCMC, Task, from_mcmc
+from pyro_lift import MCMC, SGLD, LiFT, SGLDGibbs, StreamingMCMC, Task, TaskPosterior, from_mcmc
 from pyro_lift.inference import kernel as base_kernel
 from pyro_lift.inference.mixture import compiled
 from pyro_lift.inference.mixture.batch_em import Moments
@@ -408,6 +408,28 @@ def test_heads_are_solved_on_the_device_to_the_same_numbers(cuda: PretendedCUDA)
         log_prob = held_out_log_prob(x, target.to(device), HeadModel(3), 0.5)
         heads.append((log_prob.detach().cpu(), torch.autograd.grad(log_prob.sum(), x)[0].cpu()))
     torch.testing.assert_close(heads[1], heads[0], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("which", [0, "mean", "draws"])
+@pytest.mark.parametrize("name", ["bart", "gpt2"])
+def test_text_is_written_on_the_device_as_on_the_host(
+    name: str, which: Any, cuda: PretendedCUDA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A pretended device has no stream of its own to put back; without sampling nothing is drawn from it.
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.empty(0))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: None)
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    backbone, task = family.make(), family.task("t")
+    adapter = adapt_backbone(backbone, recipe(backbone, rank=2))
+    thetas = adapter.initial + 0.5 * torch.randn(3, adapter.dim)
+    prompts = {key: task.train.inputs[key][:3] for key in ("input_ids", "attention_mask")}
+    options: dict[str, Any] = {"which": which, "max_new_tokens": 5, "num_beams": 2}
+    expected = TaskPosterior(adapter, task, thetas).generate(prompts, **options)
+    posterior = TaskPosterior(adapter.to("cuda"), task.to("cuda"), thetas.to("cuda"))
+    got = posterior.generate({key: x.to("cuda") for key, x in prompts.items()}, **options)
+    assert torch.equal(got.to("cpu"), expected)
 
 
 @pytest.mark.parametrize("name", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in ALIKE)])
