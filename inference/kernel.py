@@ -42,7 +42,7 @@ class Draw(NamedTuple):
 
     log_likelihood: Tensor
     grad_norm: Tensor
-    step_size: float
+    step_size: float | Tensor
     clipped: bool | Tensor
     task: int
     acceptance: float | Tensor = math.nan
@@ -62,7 +62,7 @@ class StepInfo(Protocol):
         ...
 
     @property
-    def step_size(self) -> float:
+    def step_size(self) -> float | Tensor:
         """The step size eta."""
         ...
 
@@ -239,7 +239,7 @@ class Kernel(MCMCKernel):
             text = {
                 "phase": phase,
                 "loglik": f"{float(info.log_likelihood):.3e}",
-                "step": f"{info.step_size:.1e}",
+                "step": f"{float(info.step_size):.1e}",
             }
             self._last_log = (step, text)
         return dict(self._last_log[1])

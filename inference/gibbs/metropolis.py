@@ -28,7 +28,7 @@ from pyro_lift.inference.gibbs.state import Chain, Phase, Settings, SGLDGibbsInf
 from pyro_lift.inference.program import Evaluation, Latent
 from pyro_lift.inference.sgld import Drift, check_finite, gaussian_noise
 
-__all__ = ["TARGETS", "MetropolisMove", "move", "task_densities", "tuned_step", "with_tuned_step"]
+__all__ = ["TARGETS", "MetropolisMove", "move", "task_densities", "with_tuned_step"]
 
 #: Acceptance to which the step is tuned: what is best for many coordinates (Roberts and Rosenthal 1998; Beskos et al.
 #: 2013).
@@ -112,16 +112,18 @@ def move(
     tuned = state.tuned
     acceptance: list[Tensor] = []
     for _ in range(settings.theta_steps_per_visit):
-        step = tuned_step(tuned, settings, state.step, final=phase != "burn-in")
+        step = _tuned_step(tuned, settings, state.step, phase, likelihood)
         there, log_ratio = _trajectory(state, chain, here, step, index, streams)
         uniform = torch.rand(log_ratio.shape, dtype=log_ratio.dtype, device=log_ratio.device, generator=streams.noise)
         here = _chosen(here, there, uniform.log() < log_ratio)
         acceptance.append(log_ratio.exp().clamp(max=1.0).mean())
         if phase == "burn-in":
             tuned = _tuned(tuned, settings, state.step, acceptance[-1])
-    eta = float(tuned_step(tuned, settings, state.step, final=phase != "burn-in")) ** 2
+    eta = _tuned_step(tuned, settings, state.step, phase, likelihood).square()
     accepted = torch.stack(acceptance).mean()
-    info = SGLDGibbsInfo(tasks, likelihood, norm, eta, False, phase, accepted)
+    # On an accelerator the number stays there until it is asked for.
+    size = eta if chain.cache.watch is not None else float(eta)
+    info = SGLDGibbsInfo(tasks, likelihood, norm, size, False, phase, accepted)
     return MetropolisMove(first, here.sites, regrouped(here.run, here.sites), tuned, info)
 
 
@@ -205,11 +207,11 @@ def _chosen(here: _Point, there: _Point, taken: Tensor) -> _Point:
 # ------------------------------------------------------------------------------------------------ the step
 
 
-def tuned_step(tuned: Mapping[str, Tensor], settings: Settings, step: int, *, final: bool) -> Tensor:
+def _tuned_step(tuned: Mapping[str, Tensor], settings: Settings, step: int, phase: Phase, like: Tensor) -> Tensor:
     """Return epsilon, the root of eta: the first one, the tuner's next trial, or its mean once it is frozen."""
     if not tuned:
-        return torch.tensor(settings.eta(step), dtype=torch.float64).sqrt()
-    return tuned["log_mean" if final else "log_step"].exp()
+        return torch.full((), settings.eta(step) ** 0.5, dtype=torch.float64, device=like.device)
+    return tuned["log_step" if phase == "burn-in" else "log_mean"].exp()
 
 
 def _tuned(tuned: Mapping[str, Tensor], settings: Settings, step: int, accepted: Tensor) -> dict[str, Tensor]:

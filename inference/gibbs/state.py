@@ -95,7 +95,7 @@ class SGLDGibbsInfo(NamedTuple):
     tasks: tuple[int, ...]
     log_likelihood: Tensor
     grad_norm: Tensor
-    step_size: float
+    step_size: float | Tensor
     clipped: bool | Tensor
     phase: str
     acceptance: float | Tensor = math.nan

@@ -89,6 +89,8 @@ KERNELS: dict[str, tuple[type[Any], int | None, dict[str, Any]]] = {
     "gibbs, disk store": (SGLDGibbs, 2, {"store": "disk"}),
     "gibbs, saga": (SGLDGibbs, 2, {"translation": "saga", "preconditioner": "rms", "store": "host"}),
     "gibbs, falling": (SGLDGibbs, 1, {"translation": "falling", "translation_step_size": 1e-3}),
+    "gibbs, mala": (SGLDGibbs, 2, {"theta_update": "mala"}),
+    "gibbs, hmc": (SGLDGibbs, 1, {"theta_update": "hmc", "leapfrog_steps": 2}),
     "langevin, exact": (SGLDGibbs, 1, langevin),
     "langevin, table": (SGLDGibbs, 2, {**langevin, "accumulator": "table"}),
     "langevin, single": (SGLDGibbs, 1, {**langevin, "accumulator": "single"}),
@@ -221,7 +223,11 @@ def test_the_visits_are_looked_at_every_so_often(cuda: PretendedCUDA) -> None:
     assert len(waits) == 3 and all("watch.py" in wait for wait in waits)
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name != "gibbs, random scan"])  # noise has its own stream
+#: The noise on a device has a stream of its own: these draw by it at any temperature.
+RANDOM = {"gibbs, random scan", "gibbs, mala", "gibbs, hmc"}
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in RANDOM])
 def test_a_chain_on_the_device_has_the_numbers_of_one_on_the_host(name: str, cuda: PretendedCUDA) -> None:
     draws = {}
     for device in (torch.device("cpu"), CUDA):
