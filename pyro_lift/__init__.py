@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture as OnlineGaussianMixture
     from pyro_lift.inference.sgld import DivergedError as DivergedError
     from pyro_lift.inference.sgld_kernel import SGLD as SGLD
+    from pyro_lift.inference.whole import whole as whole
     from pyro_lift.lift import LiFT as LiFT
     from pyro_lift.models.adapters import RandomAdapter as RandomAdapter
     from pyro_lift.models.task import Task as Task
@@ -48,6 +49,7 @@ _HOME = {
     "compare": "comparison.run",
     "from_mcmc": "diagnostics",
     "summarise": "diagnostics",
+    "whole": "inference.whole",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
