@@ -94,6 +94,8 @@ class Kernel(MCMCKernel):
         self._setups = self._chain = 0
         self._run_chains = 1
         self._run_seed: int | None = None
+        #: Draws that the run will hold in memory, all chains together; MCMC says so.
+        self.draws_to_keep = 0
         #: From constrained to unconstrained space, by site; None before set-up, when Pyro's MCMC asks for a set-up.
         self.transforms: dict[str, Any] | None = None
         self._preset: dict[str, Tensor] | None = None

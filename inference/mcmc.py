@@ -75,6 +75,8 @@ class MCMC(pyro.infer.MCMC):
             OSError: a checkpoint could not be written; the last one is intact.
             RunStopped: SIGTERM or Ctrl-C; the run is saved.
         """
+        if isinstance(self.kernel, Kernel):
+            self.kernel.draws_to_keep = self.num_samples * self.num_chains
         _begin_run(self.kernel, self.num_chains)
         session = _session(self, checkpoint, checkpoint_every, resume)
         if session is None:

@@ -16,6 +16,8 @@ from pyro_lift.inference.gibbs import metropolis, shared_visit, step_adaptation
 from pyro_lift.inference.gibbs import translation as translations
 from pyro_lift.inference.gibbs import visit as gibbs_visit
 from pyro_lift.inference.gibbs.accumulator import Accumulator
+from pyro_lift.inference.gibbs.flat_facts import flat_facts
+from pyro_lift.inference.gibbs.kept_theta import KeptTheta
 from pyro_lift.inference.gibbs.plan import Plan, Request, Scan, plan
 from pyro_lift.inference.gibbs.rows import task_values
 from pyro_lift.inference.gibbs.state import (
@@ -106,6 +108,9 @@ class SGLDGibbs(Kernel):
             while everything else is sampled.
         store: where theta lives between visits: ``"device"``, ``"host"`` (pinned memory), ``"disk"`` (a file, the next
             block read ahead), ``"auto"`` (the first of these that fits), or a store.
+        keep_theta: whether a draw is phi *and the theta of every task*, under their names in the program: what
+            ``pyro.infer.Predictive(pyro_lift.whole(model), mcmc.get_samples())`` and ``from_mcmc(mcmc,
+            log_likelihood=True)`` need. It takes the memory of N theta a draw.
         init_strategy: where sites start. Local sites centred on a global one start at it.
         check_stability: refuse step sizes that cannot be stable.
         seed: of everything random in the chain, which then leaves the global streams alone; chains of one run get
@@ -152,6 +157,7 @@ class SGLDGibbs(Kernel):
         site_step_scale: Mapping[str, float] | None = None,
         site_temperature: Mapping[str, float] | None = None,
         store: str | ThetaStore = "auto",
+        keep_theta: bool = False,
         init_strategy: Callable[..., Tensor] = init_to_mean,
         check_stability: bool = True,
         seed: int | None = None,
@@ -199,12 +205,14 @@ class SGLDGibbs(Kernel):
         self.state = SGLDGibbsState(0, {}, {}, {}, {}, {})
         #: What the run needs beside the chain: its statistics, say.
         self.memory_beside: list[Need] = []
+        self.keep_theta = keep_theta
+        self._kept: KeptTheta | None = None
         self._plan: Plan | None = None
         self._info: SGLDGibbsInfo | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A file on the disk belongs to one process; set-up makes a store anew.
-        return {**super().__getstate__(), "_plan": None}
+        return {**super().__getstate__(), "_plan": None, "_kept": None}
 
     def begin_run(self, num_chains: int = 1) -> None:
         """See the base class; a store of the caller's serves one chain."""
@@ -265,6 +273,8 @@ class SGLDGibbs(Kernel):
                 "the first part of the warm-up. Raise warmup_steps or lower sgd_steps."
             )
         self._begin(warmup_steps)
+        if request.distributed and self.keep_theta:
+            raise ValueError("keep_theta=True with share=True: each process has the theta of its own tasks only.")
         if request.distributed:
             distributed.join()
             assert self._generator is not None
@@ -280,9 +290,10 @@ class SGLDGibbs(Kernel):
         if self._plan.chain.structure.scales:
             self._watch = None  # a slice must know at once where its density is
         self._plan.chain.cache.watch = self._watch
+        self._kept = KeptTheta(self.chain, self.state, self._start_seed()) if self.keep_theta else None
         if request.distributed:
             norms = {f"norm of {name}": float(value.norm()) for name, value in self.state.phi.items()}
-            shared_visit.check_alike({**_flat(self.fingerprint()), **norms})
+            shared_visit.check_alike({**flat_facts(self.fingerprint()), **norms})
 
     def _adapting(self, warmup_steps: int) -> int:
         """Return for how many visits steps adapt: of the warm-up, where theta's step is left to us."""
@@ -294,6 +305,9 @@ class SGLDGibbs(Kernel):
         """Hold what the run will keep against what is free (:mod:`~pyro_lift.inference.footprint`)."""
         chain, phi = planned.chain, planned.state.phi
         needs = chain_needs(chain, phi, planned.row_bytes)
+        if self.keep_theta:  # each draw by itself, and then all of them as one tensor
+            nbytes = 2 * self.draws_to_keep * chain.structure.num_tasks * planned.row_bytes
+            needs.append(Need("draws of theta", nbytes, False, "fewer draws (thinning=) or keep_theta=False"))
         check_fits([*needs, *self.memory_beside], next(iter(phi.values())).device)
 
     def report(self) -> dict[str, float | str]:
@@ -313,8 +327,8 @@ class SGLDGibbs(Kernel):
 
     @property
     def initial_params(self) -> dict[str, Tensor]:
-        """Where phi starts, unconstrained."""
-        return dict(self.state.phi)
+        """Where phi starts, unconstrained; and every theta as it stands, constrained, where its draws are kept."""
+        return {**self.state.phi, **({} if self._kept is None else self._kept.values(self.state))}
 
     @initial_params.setter
     def initial_params(self, params: dict[str, Tensor]) -> None:
@@ -329,20 +343,24 @@ class SGLDGibbs(Kernel):
 
     @at_top_level()
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One visit in the warm-up, ``thinning`` of them after it; returns phi."""
-        self.state = self.state._replace(phi=dict(params))
+        """One visit in the warm-up, ``thinning`` of them after it; returns phi, and theta where its draws are kept."""
+        self.state = self.state._replace(phi={name: params[name] for name in self.state.phi})
         phase = self.phase
         for _ in range(self.thinning if phase == "sample" else 1):
             self._visit()
         if phase == "sample" and self._info is not None:
             self._keep(self._info, self._info.tasks[0])
-        return dict(self.state.phi)
+        if phase != "sample" or self._kept is None:
+            return dict(self.state.phi)
+        return {**self.state.phi, **self._kept.draw(self.state)}
 
     def _visit(self) -> None:
         chain, phase = self.chain, self.phase
         if self._request.sgd_steps and self.state.step == self._request.sgd_steps:
             self.look()
             self.state = end_of_sgd(self.state, chain)
+            if self._kept is not None:
+                self._kept.touch(tuple(range(chain.structure.num_tasks)))
         if self._request.distributed:
             self._shared_visit()
             return
@@ -354,6 +372,8 @@ class SGLDGibbs(Kernel):
             self.state, self._info = sgd_step(self.state, chain, block, streams)
         else:
             self.state, self._info = gibbs_visit.step(self.state, chain, block, streams, phase)
+        if self._kept is not None:
+            self._kept.touch(self._info.tasks)
         self.look(due=True)
 
     def _shared_visit(self) -> None:
@@ -429,6 +449,8 @@ class SGLDGibbs(Kernel):
         coupled, reruns = tree.get("learned", [[], False])  # of a run that was saved before these were kept
         self.chain.cache.coupled |= frozenset(coupled)
         self.chain.cache.reruns |= reruns
+        if self._kept is not None:
+            self._kept.touch(tuple(range(self.chain.structure.num_tasks)))
 
     def rows(self) -> dict[str, Any]:
         """The tasks' weights, and the stored gradients of the table where there is one."""
@@ -446,6 +468,8 @@ class SGLDGibbs(Kernel):
         options = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
         options |= {name: probed(value) for name, value in options.items() if callable(value)}
         options |= {"scan": self._request.scan, "thinning": self.thinning, "sgd_steps": self._request.sgd_steps}
+        if self.keep_theta:
+            options["keep_theta"] = True
         if self._request.distributed:  # its streams of noise are others
             options["share"] = True
         if settings.translation == "none":  # as in runs that were saved before there was one
@@ -484,12 +508,3 @@ class SGLDGibbs(Kernel):
     def logging(self) -> dict[str, str]:
         """For Pyro's progress bar."""
         return self._log(self.state.step, self._info, self._info.phase if self._info else "")
-
-
-def _flat(facts: Mapping[str, Any], at: str = "") -> dict[str, Any]:
-    """Nested plain data by dotted names, as JSON gives it back."""
-    found: dict[str, Any] = {}
-    for name, value in facts.items():
-        inner = _flat(value, f"{at}{name}.") if isinstance(value, Mapping) else {f"{at}{name}": value}
-        found |= inner
-    return found

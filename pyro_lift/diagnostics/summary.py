@@ -170,18 +170,3 @@ def _coordinates(name: str, values: NDArray[Any], seconds: float | None) -> list
             )
         )
     return rows
-
-
-def _reach(steps: dict[str, float | str], draws: int) -> dict[str, float | None]:
-    """Compute the relaxation times that one chain's draws cover, from the step sizes at the start."""
-    if "tasks" not in steps:
-        return {}
-    visits = draws * float(steps["thinning"])
-    each = visits * float(steps["block_size"]) / float(steps["tasks"])
-    reach: dict[str, float | None] = {"visits_per_task": each}
-    for key, a in steps.items():
-        if key.startswith("a_theta"):
-            reach[key.replace("a_theta", "theta")] = each * float(a)
-        elif key.startswith("a_phi"):
-            reach[key.replace("a_phi", "phi")] = visits * float(a) if float(a) > 0.0 else None
-    return reach
