@@ -44,14 +44,21 @@ def named_columns(columns: list[Column]) -> tuple[dict[str, NDArray[Any]], dict[
 
 
 def posterior_columns(
-    mcmc: Any, adapter: RandomAdapter | None, max_size: int, coordinates: int, seed: int
+    mcmc: Any,
+    adapter: RandomAdapter | None,
+    max_size: int,
+    coordinates: int,
+    seed: int,
+    leave: frozenset[str] = frozenset(),
 ) -> tuple[list[Column], dict[str, Any]]:
-    """Return the posterior's columns, and coordinates of the dimensions that were made for them."""
+    """Return the posterior's columns but for those of ``leave``, and coordinates of the dimensions made for them."""
     if getattr(mcmc, "_samples", None) is None:
         return _streamed(mcmc)
     columns: list[Column] = []
     coords: dict[str, Any] = {}
     for name, draws in mcmc.get_samples(group_by_chain=True).items():
+        if name in leave:
+            continue
         if draws[0, 0].numel() <= max_size:
             columns.append(Column(name, numpy_of(draws)))
             continue
@@ -99,6 +106,6 @@ def adapter_of(mcmc: Any) -> RandomAdapter | None:
     return adapter if isinstance(adapter, RandomAdapter) else None
 
 
-def numpy_of(value: torch.Tensor) -> NDArray[Any]:
-    """Return a tensor as an array on the host."""
-    return np.asarray(value.detach().cpu())
+def numpy_of(value: Any) -> NDArray[Any]:
+    """Return a tensor, or what NumPy takes for an array, as an array on the host."""
+    return np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pyro.ops.stats import split_gelman_rubin
 
-from pyro_lift.diagnostics.container import from_mcmc
+from pyro_lift.diagnostics.container import plain_data
 from pyro_lift.inference.movement import Mixing, judged, reach_of
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def summarise(mcmc: Any, *, seconds: float | None = None, max_size: int = 64, co
     Raises:
         ValueError: the run has not happened, or kept nothing.
     """
-    data = from_mcmc(mcmc, max_size=max_size, coordinates=coordinates)
+    data = plain_data(mcmc, max_size, coordinates)
     posterior = data["posterior"]
     reports = [report or {} for report in mcmc._diagnostics]
     if seconds is None and all(report.get("seconds") for report in reports):
