@@ -354,7 +354,9 @@ def discrete_refusal(name: str, fn: Distribution) -> str:
     """Return the message about a discrete latent site."""
     return (
         f"the latent site {name!r} is discrete ({type(innermost(fn)).__name__}); no gradient can move it. "
-        "Marginalise it out, or write it as a mixture."
+        "Marginalise it out, by hand (torch.logsumexp over its values) or as a mixture: "
+        "dist.MixtureSameFamily(dist.Categorical(probs), components). Enumeration is for NUTS and SVI: "
+        'pyro.infer.config_enumerate(model) with infer={"enumerate": "parallel"} at the site.'
     )
 
 
@@ -384,6 +386,9 @@ class Program:
         self.initial = initial
         self.families = Families()
         self.supports = Supports()
+        #: What the first run showed beside its sites: ``pyro.param`` sites, and plates around the task plate by site.
+        self.params: set[str] = set()
+        self.around: dict[str, tuple[str, ...]] = {}
 
     @span("pyro_lift.handlers")
     def run(
@@ -433,6 +438,7 @@ class Program:
         probe = _PlateProbe(self.plate)
         with probe:
             evaluation = self.run({}, {}, None, generator, want_grad=False)
+        self.params, self.around = probe.params, probe.around
         self.families = Families()  # the tasks of this run are chance's; families are named after those of set-up
         return evaluation, probe.subsampled
 
@@ -445,9 +451,18 @@ class _PlateProbe(Messenger):
         self.plate = plate
         self.subsampled: dict[str, bool] = {}
         self.declared: dict[str, int | None] = {}
+        self.params: set[str] = set()
+        self.around: dict[str, tuple[str, ...]] = {}
+
+    def _pyro_param(self, msg: dict[str, Any]) -> None:
+        self.params.add(msg["name"])
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         fn = msg["fn"]
         if type(fn) is _Subsample:
             self.subsampled[msg["name"]] = fn.subsample_size is not None
             self.declared[msg["name"]] = fn.subsample_size
+            return
+        plates = [frame.name for frame in msg["cond_indep_stack"]]
+        if self.plate in plates and plates[0] != self.plate:
+            self.around[msg["name"]] = tuple(plates[: plates.index(self.plate)])

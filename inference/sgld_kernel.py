@@ -21,6 +21,7 @@ from pyro_lift.inference.admission import (
 from pyro_lift.inference.dependence import coupled_families, links_of
 from pyro_lift.inference.gibbs.kernel import probed
 from pyro_lift.inference.kernel import Kernel, Model
+from pyro_lift.inference.mistakes import check_program
 from pyro_lift.inference.program import Evaluation, Program
 from pyro_lift.inference.schedules import Schedule, as_schedule
 from pyro_lift.inference.sgld import Integrator, Preconditioner
@@ -121,6 +122,7 @@ class SGLD(Kernel):
 
     def _put_at_start(self, program: Program) -> None:
         read, _ = program.peek(self._generator)
+        check_program(program, read)
         refuse_discrete(read)
         eta = None if self._schedule is None or self.decay is not None else self._schedule(0)
         wanted = self._start_of(program, lambda v: program.run(v, {}, None, self._generator), eta, self.n_inflate)

@@ -30,6 +30,7 @@ from pyro_lift.inference.gibbs.table_step import TABLE_SHARE, measured_table_lim
 from pyro_lift.inference.gibbs.translation_plan import TranslationRequest, check_translation, plan_translation
 from pyro_lift.inference.gibbs.whole_likelihood import check_metropolis
 from pyro_lift.inference.kernel import log
+from pyro_lift.inference.mistakes import check_data, check_program, missing_plate, nested_hint, outside_hint
 from pyro_lift.inference.program import Evaluation, Program
 from pyro_lift.inference.schedules import Schedule, constant
 from pyro_lift.inference.stability import (
@@ -107,6 +108,7 @@ def plan(
         DivergedError: a density that is not finite at the start.
     """
     peeked, subsampled = program.peek(generator)
+    check_program(program, peeked)
     _check_plate(request.plate, peeked)
     refuse_discrete(peeked)
     num_tasks, declared = peeked.plates[request.plate]
@@ -119,6 +121,7 @@ def plan(
     run = program.run(start_values(preset, peeked), {}, index, generator)
     links = links_of(run)
     check_block(run, links)
+    check_data(run, request.plate)
     check_fixed_supports(run, run.globals)
     unknown_scales = settings.phi_update == "gibbs"
     pairs, scales, reasons = find_pairs(program, run, num_tasks - 1 - index, generator, unknown_scales=unknown_scales)
@@ -138,7 +141,7 @@ def plan(
     )
     check_translation(settings)
     check_metropolis(settings, request.distributed, program, run)
-    _check_phi_update(structure, settings, request)
+    _check_phi_update(structure, settings, request, outside_hint(run, request.plate) or nested_hint(program))
     _check_scales(structure, settings)
     structure = replace(structure, scaling=can_scale(structure, settings, run))
     structure = replace(structure, long=long_families(structure, settings, run))
@@ -209,7 +212,7 @@ def _is_exact(settings: Settings) -> bool:
     return settings.phi_update == "gibbs" or settings.accumulator == "exact"
 
 
-def _check_phi_update(structure: Structure, settings: Settings, request: Request) -> None:
+def _check_phi_update(structure: Structure, settings: Settings, request: Request, hint: str = "") -> None:
     pairs, reasons, num_tasks, block = structure.pairs, structure.reasons, structure.num_tasks, structure.block_size
     if not pairs and not reasons:
         raise ValueError(
@@ -219,7 +222,7 @@ def _check_phi_update(structure: Structure, settings: Settings, request: Request
     exact = _is_exact(settings)
     if exact and reasons:
         site, reason = next(iter(reasons.items()))
-        raise ValueError(_refusal(settings, site, reason))
+        raise ValueError(_refusal(settings, site, reason) + hint)
     if settings.accumulator == "table" and settings.phi_update == "langevin" and num_tasks % block:
         raise ValueError(
             f'accumulator="table" stores one gradient per block, and {num_tasks} tasks are no whole number of '
@@ -374,13 +377,10 @@ def _dimensionless(structure: Structure, settings: Settings, curvature: float | 
 
 def _check_plate(plate: str, run: Evaluation) -> None:
     if plate not in run.plates:
-        known = ", ".join(map(repr, run.plates)) or "none"
-        raise ValueError(
-            f"the program has no plate named {plate!r} (its plates: {known}). Name the task plate with "
-            f'SGLDGibbs(model, plate="..."), and write it as pyro.plate("...", N, subsample_size=1).'
-        )
+        raise ValueError(missing_plate(plate, run))
     if not run.locals:
         raise ValueError(
             f"the plate {plate!r} holds no latent site, so there is nothing to sample for a task. Sample each task's "
             f'own variable inside it: with pyro.plate({plate!r}, N, subsample_size=1): pyro.sample("theta", ...).'
+            + outside_hint(run, plate)
         )

@@ -155,7 +155,7 @@ def _coordinates(name: str, values: NDArray[Any], seconds: float | None) -> list
     rows = []
     for k in range(flat.shape[-1]):
         x = flat[..., k]
-        bulk, tail = (float(az.ess(x, method=method)) for method in ("bulk", "tail"))
+        bulk, tail = float(az.ess(x, method="bulk")), float(az.ess(x, method="tail", prob=(0.05, 0.95)))
         rows.append(
             Coordinate(
                 name if flat.shape[-1] == 1 else f"{name}[{k}]",

@@ -1,0 +1,111 @@
+"""Mistakes in writing a program that can be told from one run of it, and what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from pyro.infer.autoguide.guides import AutoGuide
+
+from pyro_lift.inference.program import Evaluation, Program
+
+log = logging.getLogger("pyro_lift")
+
+__all__ = ["check_data", "check_program", "missing_plate", "nested_hint", "outside_hint"]
+
+
+def check_program(program: Program, run: Evaluation) -> None:
+    """Refuse a guide that is handed over as the model; warn of parameters, which no sampler moves, and of no data.
+
+    Args:
+        program: after its first run.
+        run: that run.
+
+    Raises:
+        ValueError: a guide.
+    """
+    params = sorted(program.params)
+    if isinstance(program.model, AutoGuide) or (params and not run.observed):
+        named = f"it has parameters ({', '.join(params)}) and observes nothing" if params else "it is an AutoGuide"
+        raise ValueError(
+            f"model={_name(program.model)} looks like a guide of variational inference: {named}. A sampler needs no "
+            "guide; pass the model, with pyro.sample(..., obs=data)."
+        )
+    if params:
+        warnings.warn(
+            f"the program's pyro.param sites ({', '.join(params)}) are not sampled: they stay at the values that they "
+            "have in Pyro's parameter store. Give what is unknown a prior, pyro.sample(...); write what is known as a "
+            "plain tensor.",
+            UserWarning,
+            stacklevel=2,
+        )
+    if not run.observed:
+        log.warning("the program observes nothing, so its draws are the prior's: pass data as pyro.sample(..., obs=y).")
+
+
+def _name(model: Callable[..., Any]) -> str:
+    return getattr(model, "__name__", type(model).__name__)
+
+
+def missing_plate(plate: str, run: Evaluation) -> str:
+    """Return the message about a plate that the program does not have, with the one that is meant, if there is one."""
+    known = ", ".join(map(repr, run.plates)) or "none"
+    say = f"the program has no plate named {plate!r} (its plates: {known}). "
+    near = difflib.get_close_matches(plate, run.plates, n=1)
+    if near or len(run.plates) == 1:
+        other = near[0] if near else next(iter(run.plates))
+        say += f"Did you mean {other!r}? Then write SGLDGibbs(model, plate={other!r}). Otherwise name "
+    else:
+        say += "Name "
+    say += 'the task plate with SGLDGibbs(model, plate="..."), and write it as pyro.plate("...", N, subsample_size=1).'
+    if not run.plates:
+        say += (
+            " What every task has of its own stands inside it, theta and what is observed; what tasks share stands "
+            "outside. A program without tasks is for SGLD(model)."
+        )
+    return say
+
+
+def outside_hint(run: Evaluation, plate: str) -> str:
+    """Return a sentence about a site outside the plate that has one value a task; empty where there is none."""
+    size = run.plates[plate].size
+    for name, site in run.globals.items():
+        if size > 1 and size in site.value.shape:
+            return (
+                f" The site {name!r} stands outside the plate {plate!r} and has a dimension of its {size} tasks: if it "
+                f"belongs to the tasks, sample it inside the plate, without that dimension."
+            )
+    return ""
+
+
+def nested_hint(program: Program) -> str:
+    """Return a sentence about a plate around the task plate; empty where there is none."""
+    for name, plates in program.around.items():
+        return (
+            f" The plate {program.plate!r} stands inside {plates[0]!r} (at the site {name!r}), whose sites are shared "
+            f"by its tasks: SGLDGibbs(model, plate={plates[0]!r}) takes that plate's elements as the tasks."
+        )
+    return ""
+
+
+def check_data(run: Evaluation, plate: str) -> None:
+    """Refuse data of all tasks at a site that shows a block of them: they would be counted for every task.
+
+    Raises:
+        ValueError: an observed site wider along the plate than the block.
+    """
+    size, taken = run.plates[plate]
+    for site in run.observed:
+        if not site.local or site.plate_dim is None or taken == size:
+            continue
+        law, value = site.fn, site.value
+        at = value.dim() - law.event_dim + site.plate_dim
+        if at >= 0 and value.shape[at] == size != taken:
+            raise ValueError(
+                f"the site {site.name!r} observes {size} tasks along the plate {plate!r}, of which one run shows {taken}"
+                f". Take the data of those: with pyro.plate({plate!r}, {size}, subsample_size={taken}) as index: "
+                f"pyro.sample({site.name!r}, ..., obs=y[index])."
+            )

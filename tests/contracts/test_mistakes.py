@@ -1,0 +1,172 @@
+"""Programs as they are often first written: each mistake is named, with what to write instead."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from pyro_lift import MCMC, SGLD, SGLDGibbs
+
+Y = torch.tensor([[0.1, 0.9, 0.4], [1.2, 0.3, 0.8], [0.2, -0.4, 0.6], [1.5, 1.1, 0.7]])
+N = len(Y)
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+
+
+def shared() -> Tensor:
+    return torch.as_tensor(pyro.sample("phi", dist.Normal(torch.tensor(0.0), 1.0)))
+
+
+def observe(mean: Tensor, obs: Tensor | None) -> None:
+    pyro.sample("y", dist.Normal(mean.unsqueeze(-1), 1.0).to_event(1), obs=obs)
+
+
+def in_plate(name: str = "tasks", extra: Callable[[Tensor], Tensor] = lambda theta: theta) -> Callable[[], None]:
+    def model() -> None:
+        phi = shared()
+        with pyro.plate(name, N, subsample_size=1) as index:
+            theta = pyro.sample("theta", dist.Normal(phi, 0.5))
+            observe(extra(theta), Y[index])
+
+    return model
+
+
+def no_plate() -> None:
+    phi = shared()
+    theta = pyro.sample("theta", dist.Normal(phi, 0.5).expand([N]).to_event(1))
+    pyro.sample("y", dist.Normal(theta.unsqueeze(-1), 1.0).to_event(2), obs=Y)
+
+
+def theta_outside() -> None:
+    phi = shared()
+    theta = pyro.sample("theta", dist.Normal(phi, 0.5).expand([N]).to_event(1))
+    with pyro.plate("tasks", N, subsample_size=1) as index:
+        observe(theta[index], Y[index])
+
+
+def offset_outside() -> None:
+    phi, own = shared(), pyro.sample("own", dist.Normal(torch.zeros(N), 1.0).to_event(1))
+    with pyro.plate("tasks", N, subsample_size=1) as index:
+        theta = pyro.sample("theta", dist.Normal(phi, 0.5))
+        observe(theta + own[index], Y[index])
+
+
+def discrete(theta: Tensor) -> Tensor:
+    return theta + pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+
+
+def nested() -> None:
+    phi = shared()
+    with pyro.plate("regions", 2, dim=-2):
+        region = pyro.sample("region", dist.Normal(phi, 0.5))
+        with pyro.plate("tasks", N, dim=-1, subsample_size=1) as index:
+            theta = pyro.sample("theta", dist.Normal(region, 0.5))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=Y[index, :2].T)
+
+
+def data_of_all() -> None:
+    phi = shared()
+    with pyro.plate("tasks", N, subsample_size=1):
+        theta = pyro.sample("theta", dist.Normal(phi, 0.5))
+        observe(theta, Y)
+
+
+def guide() -> None:
+    phi = pyro.sample("phi", dist.Normal(pyro.param("mean", torch.tensor(0.0)), 1.0))
+    with pyro.plate("tasks", N, subsample_size=1):
+        pyro.sample("theta", dist.Normal(phi, 0.5))
+
+
+MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
+    "no plate": (lambda: SGLDGibbs(no_plate), "its plates: none.*theta and what is observed.*SGLD"),
+    "a misspelt plate": (
+        lambda: SGLDGibbs(in_plate("taks")),
+        r"no plate named 'tasks' \(its plates: 'taks'\). Did you mean 'taks'\? Then write .*plate='taks'\)",
+    ),
+    "another plate": (lambda: SGLDGibbs(in_plate("schools")), r"SGLDGibbs\(model, plate='schools'\)"),
+    "theta outside": (
+        lambda: SGLDGibbs(theta_outside),
+        "holds no latent site.*'theta' stands outside .*4 tasks",
+    ),
+    "an offset outside": (lambda: SGLDGibbs(offset_outside), "'own' stands outside the plate 'tasks' .*its 4 tasks"),
+    "a discrete site": (
+        lambda: SGLDGibbs(in_plate(extra=discrete)),
+        r"'z' is discrete \(Bernoulli\).*Marginalise.*logsumexp.*MixtureSameFamily.*config_enumerate",
+    ),
+    "nested plates": (
+        lambda: SGLDGibbs(nested),
+        r"'tasks' stands inside 'regions'.*plate='regions'\)",
+    ),
+    "the data of all tasks": (
+        lambda: SGLDGibbs(data_of_all),
+        r"'y' observes 4 tasks .*shows 1.*obs=y\[index\]",
+    ),
+    "a guide": (lambda: SGLDGibbs(guide), r"model=guide looks like a guide.*parameters \(mean\).*observes nothing"),
+    "an automatic guide": (lambda: SGLDGibbs(AutoNormal(no_plate)), "looks like a guide.*pass the model"),
+    "a guide for SGLD": (lambda: SGLD(guide), "looks like a guide"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_the_mistake_is_named_with_what_to_write_instead(case: str) -> None:
+    build, message = MISTAKES[case]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        MCMC(build(), num_samples=2, warmup_steps=0, disable_progbar=True).run()
+
+
+def draws(model: Callable[[], None], **options: object) -> Tensor:
+    kernel = SGLDGibbs(model, step_size=0.05, seed=3, **options)  # type: ignore[arg-type]
+    mcmc = MCMC(kernel, num_samples=2 * N, warmup_steps=0, disable_progbar=True)
+    mcmc.run()
+    return torch.as_tensor(mcmc.get_samples()["phi"])
+
+
+def test_a_parameter_is_warned_of_and_stays_where_it_is() -> None:
+    with pytest.warns(UserWarning, match=r"pyro.param sites \(gain\) are not sampled.*Give what is unknown a prior"):
+        found = draws(in_plate(extra=lambda theta: theta * pyro.param("gain", torch.tensor(1.0))))
+    torch.testing.assert_close(found, draws(in_plate()))
+
+
+def test_factors_and_deterministic_sites_are_part_of_a_program() -> None:
+    def model() -> None:
+        phi = shared()
+        with pyro.plate("tasks", N, subsample_size=1) as index:
+            theta = pyro.sample("theta", dist.Normal(phi, 0.5))
+            pyro.deterministic("twice", 2.0 * theta)
+            pyro.factor("y", dist.Normal(theta.unsqueeze(-1), 1.0).log_prob(Y[index]).sum(-1))
+
+    torch.testing.assert_close(draws(model), draws(in_plate()))
+
+
+def test_a_plate_inside_the_tasks_is_part_of_a_task() -> None:
+    def model() -> None:
+        phi = shared()
+        with pyro.plate("tasks", N, subsample_size=1, dim=-2) as index:
+            theta = pyro.sample("theta", dist.Normal(phi, 0.5))
+            with pyro.plate("rows", 3, dim=-1):
+                pyro.sample("y", dist.Normal(theta, 1.0), obs=Y[index])
+
+    torch.testing.assert_close(draws(model), draws(in_plate()))
+
+
+def test_a_program_that_observes_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    def model() -> None:
+        phi = shared()
+        with pyro.plate("tasks", N, subsample_size=1):
+            pyro.sample("theta", dist.Normal(phi, 0.5))
+
+    with caplog.at_level(logging.WARNING, "pyro_lift"):
+        draws(model)
+    assert "the program observes nothing, so its draws are the prior's" in caplog.text
