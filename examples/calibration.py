@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pyro_lift import SGLDGibbs
 from pyro_lift.bench.figures import COLOURS, new_figure, save_figure
+from pyro_lift.diagnostics.calibration import rank_counts, uniform_p_value
 
 N, SIGMA, BETA, COUNTS = 3, 0.7, 0.5, 6
 #: Ranks run from 0 to DRAWS; they are shown in BINS bins of equal width.
@@ -81,32 +82,19 @@ def program(y: Tensor) -> Callable[[], None]:
 def ranks(options: dict[str, Any], replicates: int, burn_in: int, thinning: int, seed: int) -> dict[str, Tensor]:
     """Ranks of the true phi and theta_1 among their draws, ``[R]`` each, from 0 to DRAWS."""
     truth = simulate(replicates, seed)
-    kept: list[Tensor] = []
-
-    def keep_theta(kernel: Any, params: dict[str, Tensor], stage: str, i: int) -> None:
-        del params, i
-        if stage.lower().startswith("sample"):
-            kept.append(kernel.theta(0)["theta"])
-
     pyro.set_rng_seed(seed)
-    kernel = SGLDGibbs(program(truth["y"]), thinning=thinning, check_stability=False, **options)
-    mcmc = MCMC(kernel, num_samples=DRAWS, warmup_steps=burn_in, hook_fn=keep_theta, disable_progbar=True)
+    kernel = SGLDGibbs(program(truth["y"]), thinning=thinning, check_stability=False, keep_theta=True, **options)
+    mcmc = MCMC(kernel, num_samples=DRAWS, warmup_steps=burn_in, disable_progbar=True)
     mcmc.run()
-    draws = {"phi": mcmc.get_samples()["phi"], "theta_1": torch.stack(kept)}
+    drawn = mcmc.get_samples()
+    draws = {"phi": drawn["phi"], "theta_1": drawn["theta"][:, 0]}
     true = {"phi": truth["phi"], "theta_1": truth["theta"][0]}
     return {site: (values < true[site]).sum(0) for site, values in draws.items()}
 
 
 def histogram(found: Tensor) -> Tensor:
     """Counts of the ranks in BINS bins of equal width."""
-    return torch.bincount(found * BINS // (DRAWS + 1), minlength=BINS)
-
-
-def p_value(counts: Tensor) -> float:
-    """Of the chi-square test that all bins are equally likely."""
-    from scipy.stats import chisquare
-
-    return float(chisquare(counts.numpy()).pvalue)
+    return rank_counts(found, DRAWS, BINS)
 
 
 def plot_figure(records: list[dict[str, Any]], path: Path) -> None:
@@ -147,7 +135,7 @@ def main() -> None:
         found = ranks(settings, options.replicates, options.burn_in, options.thinning, options.seed)
         for site, values in found.items():
             counts = histogram(values)
-            records.append({"sampler": name, "site": site, "counts": counts.tolist(), "p": p_value(counts)})
+            records.append({"sampler": name, "site": site, "counts": counts.tolist(), "p": uniform_p_value(counts)})
             print(f"{name:<28} {site:<8} chi-square p = {records[-1]['p']:.3g}")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "calibration.json").write_text(json.dumps(records, indent=1))

@@ -105,7 +105,7 @@ def check_data(run: Evaluation, plate: str) -> None:
         at = value.dim() - law.event_dim + site.plate_dim
         if at >= 0 and value.shape[at] == size != taken:
             raise ValueError(
-                f"the site {site.name!r} observes {size} tasks along the plate {plate!r}, of which one run shows {taken}"
+                f"the site {site.name!r} observes {size} tasks along the plate {plate!r}, and one run shows {taken}"
                 f". Take the data of those: with pyro.plate({plate!r}, {size}, subsample_size={taken}) as index: "
                 f"pyro.sample({site.name!r}, ..., obs=y[index])."
             )

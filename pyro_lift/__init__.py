@@ -13,7 +13,11 @@ from pyro_lift.support import moved
 
 if TYPE_CHECKING:
     from pyro_lift.comparison.run import compare as compare
+    from pyro_lift.diagnostics import compare_with_nuts as compare_with_nuts
     from pyro_lift.diagnostics import from_mcmc as from_mcmc
+    from pyro_lift.diagnostics import posterior_check as posterior_check
+    from pyro_lift.diagnostics import prior_check as prior_check
+    from pyro_lift.diagnostics import sbc as sbc
     from pyro_lift.diagnostics import summarise as summarise
     from pyro_lift.inference.gibbs.kernel import SGLDGibbs as SGLDGibbs
     from pyro_lift.inference.mcmc import MCMC as MCMC
@@ -47,7 +51,11 @@ _HOME = {
     "Task": "models.task",
     "TaskPosterior": "posterior",
     "compare": "comparison.run",
+    "compare_with_nuts": "diagnostics",
     "from_mcmc": "diagnostics",
+    "posterior_check": "diagnostics",
+    "prior_check": "diagnostics",
+    "sbc": "diagnostics",
     "summarise": "diagnostics",
     "whole": "inference.whole",
 }

@@ -18,7 +18,7 @@ from pyro_lift import whole
 
 
 def density(model: object, values: dict[str, torch.Tensor]) -> torch.Tensor:
-    return poutine.trace(poutine.condition(model, values)).get_trace().log_prob_sum()
+    return torch.as_tensor(poutine.trace(poutine.condition(model, values)).get_trace().log_prob_sum())
 
 
 def test_its_density_is_that_of_the_program_with_full_plates() -> None:
