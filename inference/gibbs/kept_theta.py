@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.admission import check_fixed_supports
+from pyro_lift.inference.footprint import Need
 from pyro_lift.inference.gibbs.rows import block_values, shifted_values, task_values
 from pyro_lift.inference.gibbs.state import Chain, SGLDGibbsState, Streams
 from pyro_lift.inference.program import Latent
 
-__all__ = ["KeptTheta"]
+__all__ = ["KeptTheta", "draws_need"]
 
 
 class _Site(NamedTuple):
@@ -90,8 +91,10 @@ class KeptTheta:
 
     def values(self, state: SGLDGibbsState) -> dict[str, Tensor]:
         """Return all local sites as they are, read anew from the store; copies."""
-        self._raw, self._moved = {}, set(range(self.chain.structure.num_tasks))
-        return self.draw(state)
+        self._raw = {}
+        values = self.draw(state)
+        self._raw = {}  # before the first draw that is kept, rows may change in other ways than by visits
+        return values
 
     def draw(self, state: SGLDGibbsState) -> dict[str, Tensor]:
         """Return all local sites as they are, reading only what has moved since the last call; copies."""
@@ -115,9 +118,10 @@ class KeptTheta:
             index = torch.tensor(tasks, device=whole.device)
             whole.index_copy_(site.plate_dim, index, read[None][site.family])
 
-    def nbytes(self) -> int:
-        """Return what one draw takes."""
-        return sum(x.numel() * x.element_size() for values in self._raw.values() for x in values.values())
+
+def draws_need(nbytes: int) -> Need:
+    """Return what draws of so many bytes take: each by itself, and then all of them as one tensor."""
+    return Need("draws of theta", 2 * nbytes, False, "fewer draws (thinning=) or keep_theta=False")
 
 
 def _same(value: Tensor) -> Tensor:

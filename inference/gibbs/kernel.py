@@ -17,7 +17,7 @@ from pyro_lift.inference.gibbs import translation as translations
 from pyro_lift.inference.gibbs import visit as gibbs_visit
 from pyro_lift.inference.gibbs.accumulator import Accumulator
 from pyro_lift.inference.gibbs.flat_facts import flat_facts
-from pyro_lift.inference.gibbs.kept_theta import KeptTheta
+from pyro_lift.inference.gibbs.kept_theta import KeptTheta, draws_need
 from pyro_lift.inference.gibbs.plan import Plan, Request, Scan, plan
 from pyro_lift.inference.gibbs.rows import task_values
 from pyro_lift.inference.gibbs.state import (
@@ -108,9 +108,8 @@ class SGLDGibbs(Kernel):
             while everything else is sampled.
         store: where theta lives between visits: ``"device"``, ``"host"`` (pinned memory), ``"disk"`` (a file, the next
             block read ahead), ``"auto"`` (the first of these that fits), or a store.
-        keep_theta: whether a draw is phi *and the theta of every task*, under their names in the program: what
-            ``pyro.infer.Predictive(pyro_lift.whole(model), mcmc.get_samples())`` and ``from_mcmc(mcmc,
-            log_likelihood=True)`` need. It takes the memory of N theta a draw.
+        keep_theta: whether a draw is phi *and the theta of every task*, under their names in the program (what
+            predictions and ``from_mcmc(mcmc, log_likelihood=True)`` need); N theta of memory a draw.
         init_strategy: where sites start. Local sites centred on a global one start at it.
         check_stability: refuse step sizes that cannot be stable.
         seed: of everything random in the chain, which then leaves the global streams alone; chains of one run get
@@ -203,8 +202,7 @@ class SGLDGibbs(Kernel):
             translation_step_size=None if translation_step_size is None else as_schedule(translation_step_size),
         )
         self.state = SGLDGibbsState(0, {}, {}, {}, {}, {})
-        #: What the run needs beside the chain: its statistics, say.
-        self.memory_beside: list[Need] = []
+        self.memory_beside: list[Need] = []  # what the run needs beside the chain: its statistics, say
         self.keep_theta = keep_theta
         self._kept: KeptTheta | None = None
         self._plan: Plan | None = None
@@ -305,9 +303,8 @@ class SGLDGibbs(Kernel):
         """Hold what the run will keep against what is free (:mod:`~pyro_lift.inference.footprint`)."""
         chain, phi = planned.chain, planned.state.phi
         needs = chain_needs(chain, phi, planned.row_bytes)
-        if self.keep_theta:  # each draw by itself, and then all of them as one tensor
-            nbytes = 2 * self.draws_to_keep * chain.structure.num_tasks * planned.row_bytes
-            needs.append(Need("draws of theta", nbytes, False, "fewer draws (thinning=) or keep_theta=False"))
+        if self.keep_theta:
+            needs.append(draws_need(self.draws_to_keep * chain.structure.num_tasks * planned.row_bytes))
         check_fits([*needs, *self.memory_beside], next(iter(phi.values())).device)
 
     def report(self) -> dict[str, float | str]:
@@ -350,17 +347,14 @@ class SGLDGibbs(Kernel):
             self._visit()
         if phase == "sample" and self._info is not None:
             self._keep(self._info, self._info.tasks[0])
-        if phase != "sample" or self._kept is None:
-            return dict(self.state.phi)
-        return {**self.state.phi, **self._kept.draw(self.state)}
+        kept = self._kept if phase == "sample" else None
+        return {**self.state.phi, **({} if kept is None else kept.draw(self.state))}
 
     def _visit(self) -> None:
         chain, phase = self.chain, self.phase
         if self._request.sgd_steps and self.state.step == self._request.sgd_steps:
             self.look()
             self.state = end_of_sgd(self.state, chain)
-            if self._kept is not None:
-                self._kept.touch(tuple(range(chain.structure.num_tasks)))
         if self._request.distributed:
             self._shared_visit()
             return
@@ -425,11 +419,10 @@ class SGLDGibbs(Kernel):
             [task, [[site.family, list(site.shape), site.plate_dim] for site in sites]]
             for task, sites in self.chain.cache.layouts.items()
         ]
+        learned = [sorted(self.chain.cache.coupled), self.chain.cache.reruns]
         if self._request.distributed:  # each process has seen its own tasks
             known = {task: [task, sites] for found in distributed.collected(layouts) for task, sites in found}
             layouts = [known[task] for task in sorted(known, key=lambda task: -1 if task is None else task)]
-        learned = [sorted(self.chain.cache.coupled), self.chain.cache.reruns]
-        if self._request.distributed:
             both = distributed.collected(learned)
             learned = [sorted({family for families, _ in both for family in families}), any(r for _, r in both)]
         return {**super().state_dict(), "layouts": layouts, "start": dict(self.chain.cache.start), "learned": learned}
@@ -449,8 +442,6 @@ class SGLDGibbs(Kernel):
         coupled, reruns = tree.get("learned", [[], False])  # of a run that was saved before these were kept
         self.chain.cache.coupled |= frozenset(coupled)
         self.chain.cache.reruns |= reruns
-        if self._kept is not None:
-            self._kept.touch(tuple(range(self.chain.structure.num_tasks)))
 
     def rows(self) -> dict[str, Any]:
         """The tasks' weights, and the stored gradients of the table where there is one."""
@@ -468,8 +459,7 @@ class SGLDGibbs(Kernel):
         options = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
         options |= {name: probed(value) for name, value in options.items() if callable(value)}
         options |= {"scan": self._request.scan, "thinning": self.thinning, "sgd_steps": self._request.sgd_steps}
-        if self.keep_theta:
-            options["keep_theta"] = True
+        options |= {"keep_theta": True} if self.keep_theta else {}
         if self._request.distributed:  # its streams of noise are others
             options["share"] = True
         if settings.translation == "none":  # as in runs that were saved before there was one
