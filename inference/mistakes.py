@@ -102,7 +102,7 @@ def check_data(run: Evaluation, plate: str) -> None:
         if not site.local or site.plate_dim is None or taken == size:
             continue
         law, value = site.fn, site.value
-        at = value.dim() - law.event_dim + site.plate_dim
+        at = value.dim() - len(law.event_shape) + site.plate_dim
         if at >= 0 and value.shape[at] == size != taken:
             raise ValueError(
                 f"the site {site.name!r} observes {size} tasks along the plate {plate!r}, and one run shows {taken}"

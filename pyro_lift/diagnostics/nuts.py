@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
@@ -135,10 +136,10 @@ def _rows(name: str, mine: Any, other: Any) -> list[Difference]:
                 f"{name}[{', '.join(map(str, index))}]" if len(index) else name,
                 float(means[0]),
                 float(means[1]),
-                float((means[0] - means[1]) / np.hypot(*errors[0])),
+                float((means[0] - means[1]) / math.hypot(*errors[0])),
                 float(sds[0]),
                 float(sds[1]),
-                float((sds[0] - sds[1]) / np.hypot(*errors[1])),
+                float((sds[0] - sds[1]) / math.hypot(*errors[1])),
                 float(az.ess(x, method="bulk")),
                 float(az.ess(y, method="bulk")),
             )

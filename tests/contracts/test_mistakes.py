@@ -64,7 +64,7 @@ def offset_outside() -> None:
 
 
 def discrete(theta: Tensor) -> Tensor:
-    return theta + pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+    return theta + torch.as_tensor(pyro.sample("z", dist.Bernoulli(torch.tensor(0.5))))
 
 
 def nested() -> None:
