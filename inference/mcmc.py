@@ -159,6 +159,7 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
             _read_transforms(self, args, kwargs)
             with _callers_logger():
                 super().run(*args, **kwargs)
+            _in_order_of_chains(self._statistics)
             return
         check_statistics(self._statistics)
         plain, total = self.sampler, self.num_samples
@@ -170,6 +171,15 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
                 super().run(*args, **kwargs)
         finally:
             self.sampler, self.num_samples = plain, total
+
+
+def _in_order_of_chains(statistics: Any) -> None:
+    """Put a chain's statistics in its place: Pyro merges them in the order in which processes first answered."""
+    by_chain = getattr(statistics, "stats", None)
+    if isinstance(by_chain, dict) and all(isinstance(key, tuple) for key in by_chain):
+        ordered = sorted(by_chain.items())
+        by_chain.clear()
+        by_chain.update(ordered)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyro_lift.diagnostics import sbc as sbc
     from pyro_lift.diagnostics import summarise as summarise
     from pyro_lift.inference.gibbs.kernel import SGLDGibbs as SGLDGibbs
+    from pyro_lift.inference.lost import ChainLostError as ChainLostError
     from pyro_lift.inference.mcmc import MCMC as MCMC
     from pyro_lift.inference.mcmc import StreamingMCMC as StreamingMCMC
     from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture as OnlineGaussianMixture
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AdaptSettings": "settings",
+    "ChainLostError": "inference.lost",
     "DivergedError": "inference.sgld",
     "LiFT": "lift",
     "LiFTPrior": "prior",

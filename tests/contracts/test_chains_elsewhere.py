@@ -363,7 +363,11 @@ def test_streaming_chains_side_by_side_merge_to_what_chains_in_turn_do(how: str)
     assert here.component_distribution.mean.shape == (2, 2)
 
 
-def test_each_chain_side_by_side_has_a_bar_of_its_own(many_cores: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_chain_side_by_side_has_a_bar_of_its_own(
+    many_cores: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CI", "PYTEST_XDIST_WORKER"):  # where bars are hidden
+        monkeypatch.delenv(name, raising=False)
     MCMC(SGLD(flat, 1e-3, seed=0), 4, 2, num_chains=3, mp_context="fork").run()
     shown = capsys.readouterr().err
     assert all(f"[{number}]" in shown for number in (1, 2, 3)), shown
