@@ -150,8 +150,8 @@ def table(records: Sequence[Record]) -> str:
     Example:
         >>> print(table([{"part": "mixture", "device": "a card", "what": "share of copy", "value": 0.9, "least": 0.8}]))
         a card
-        part     what           value  wanted
-        --------------------------------------
+        part              what  value  wanted
+        -------------------------------------
         mixture  share of copy    0.9  >= 0.8
     """
     rows = [_row(record) for record in records if "what" in record or "failed" in record or "skipped" in record]
