@@ -45,11 +45,12 @@ class _Write(NamedTuple):
 
 
 def _close(thread: ThreadPoolExecutor, file: Any) -> None:
-    """Close the file after what is queued. The collector may call this in the thread itself, so it waits for none."""
-    try:
-        thread.submit(file.close)
-    except RuntimeError:  # the interpreter is shutting down and has ended the thread
-        file.close()
+    """Close the file and end the thread, without waiting for anything.
+
+    The collector may call this at any place, in the thread itself or in the midst of another store's ``submit``, whose
+    lock is every executor's: so nothing is submitted here. Nothing needs to be, since what is queued holds the store.
+    """
+    file.close()
     thread.shutdown(wait=False)
 
 
@@ -84,7 +85,8 @@ class DiskStore:
         self._waiting: dict[int, Arrival] = {}
         self._ahead: dict[int, Future[Tensor]] = {}
         self._process = os.getpid()
-        weakref.finalize(self, _close, self._thread, self._file)
+        # At the interpreter's end the executor's own hook finishes what is queued, and the file goes with the process.
+        weakref.finalize(self, _close, self._thread, self._file).atexit = False
 
     def __getstate__(self) -> None:
         raise TypeError(f"{self!r} is a file of this process and cannot be sent to another; name a kind: store='disk'.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,21 @@ def test_the_collector_may_close_a_store_in_the_store_s_own_thread(tmp_path: Pat
     store._thread.submit(_close, store._thread, store._file).result(timeout=10)
     store._thread.shutdown(wait=True)
     assert store._file.closed
+
+
+def test_the_collector_may_close_a_store_in_the_midst_of_anothers_write(tmp_path: Path) -> None:
+    """The lock that an executor takes in ``submit`` is every executor's, and the collector comes when it likes."""
+    from concurrent.futures.thread import _global_shutdown_lock  # type: ignore[attr-defined]
+
+    store = DiskStore(1, tmp_path)
+    store.write([0], [torch.ones(3)])
+    store.flush()
+    file = store._file
+    closed = threading.Thread(target=lambda: _close(store._thread, file), daemon=True)
+    with _global_shutdown_lock:
+        closed.start()
+        closed.join(10.0)
+        assert not closed.is_alive() and file.closed
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
