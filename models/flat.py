@@ -17,17 +17,11 @@ from pyro_lift.models.block_likelihood import block_log_likelihood, stack_rows
 from pyro_lift.models.factors import factor
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.observation import batch_of, check_width, observe, outputs, sample_head
+from pyro_lift.models.rows import some_rows
 from pyro_lift.models.solved_heads import SolvedHeads
-from pyro_lift.models.task import Rows, Task
+from pyro_lift.models.task import Task
 
 __all__ = ["FlatAdapter", "FlatBlock"]
-
-
-def some_rows(rows: Rows, most: int | None) -> Rows:
-    """Take at most so many rows, evenly over a task: neighbours are often of one class."""
-    if most is None or len(rows) <= most:
-        return rows
-    return rows.take(torch.arange(most) * len(rows) // most)
 
 
 class FlatAdapter:

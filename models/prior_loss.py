@@ -13,8 +13,9 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.chance import chance_loss
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.observation import has_head, outputs
+from pyro_lift.models.rows import some_rows
 from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
-from pyro_lift.models.task import Rows, Task
+from pyro_lift.models.task import Task
 
 __all__ = ["PriorLoss", "prior_loss"]
 
@@ -87,16 +88,10 @@ def _loss_of(
 ) -> Callable[[Tensor], float]:
     """Make the mean loss of a few rows of a task, as a function of the adapter's weights."""
     if not own_head:
-        rows = _spread(task.train, ROWS)
+        rows = some_rows(task.train, ROWS)
         return lambda theta: (
             -float(log_likelihood(task.kind, outputs(adapter, rows, theta, None), rows.target, noise_scale).mean())
         )
-    rows = _spread(task.train, HEAD_ROWS)
+    rows = some_rows(task.train, HEAD_ROWS)
     heads = SolvedHeads(adapter, [replace(task, train=rows)], centre)
     return lambda theta: -float(heads.log_prob_at(0, rows, theta).mean())
-
-
-def _spread(rows: Rows, count: int) -> Rows:
-    """Take rows evenly over a task: neighbours are often of one class."""
-    count = min(count, len(rows))
-    return rows.take(torch.arange(count) * len(rows) // count)

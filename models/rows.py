@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["Rows", "as_rows", "label_names"]
+__all__ = ["Rows", "as_rows", "label_names", "some_rows"]
 
 #: What a target column may be called.
 TARGETS = ("labels", "label")
@@ -247,3 +247,10 @@ def label_names(data: Any) -> tuple[str, ...] | None:
         return None if names is None else tuple(names)
     classes = getattr(data, "classes", None) if isinstance(data, Dataset) else None
     return tuple(map(str, classes)) if isinstance(classes, (list, tuple)) else None
+
+
+def some_rows(rows: Rows, most: int | None) -> Rows:
+    """Take at most so many rows, evenly over a task: neighbours are often of one class."""
+    if most is None or len(rows) <= most:
+        return rows
+    return rows.take(torch.arange(most) * len(rows) // most)
