@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
-from pyro.ops.streaming import StatsOfDict, StreamingStats
+from pyro.ops.streaming import StatsOfDict
 from torch import Tensor, nn
 
 from pyro_lift.defaults import fitted, resolved
+from pyro_lift.inference.chain_summary import ChainSummary
 from pyro_lift.inference.checkpoint.folder import saved_config
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import effective_weights
@@ -24,9 +25,7 @@ from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.lost import LossWatch
 from pyro_lift.inference.mcmc import StreamingMCMC
-from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.progress import chain_bar
-from pyro_lift.inference.projections import ProjectedTrace
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
@@ -250,7 +249,7 @@ class LiFT:
         s = self._fitted(program)
         kernel = self.kernel(program)
         watch = _loss_watch(program, s)
-        make = partial(_ChainSummary, tuple(components), s.covariance, self.adapter)
+        make = partial(ChainSummary, tuple(components), s.covariance, self.adapter)
         kernel.memory_beside += [
             mixture_need(mixture, self.adapter.initial, s.samples) for mixture in make().mixtures.values()
         ]
@@ -410,46 +409,6 @@ def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
     if settings.get("head_scale") is None and all(kind != "matching" for _, kind, *_ in config.get("tasks", [])):
         settings = {"head": "solve", **settings}  # nobody has a head of their own: one word is as good as the other
     return {**config, "settings": complete_settings(settings)}
-
-
-class _ChainSummary(StreamingStats):
-    """What is kept of a chain over phi: a mixture for each K, and a trace of a few coordinates."""
-
-    def __init__(self, components: tuple[int, ...], covariance: Any, adapter: RandomAdapter) -> None:
-        self.mixtures = {k: OnlineGaussianMixture(k, covariance) for k in components}
-        self.trace = ProjectedTrace(adapter=adapter)
-
-    @property
-    def parts(self) -> dict[str, StreamingStats]:
-        """For :func:`pyro_lift.diagnostics.from_mcmc`."""
-        return {"trace": self.trace}
-
-    def update(self, sample: Tensor) -> None:
-        """Feed one draw to every part."""
-        self.trace.update(sample)
-        for mixture in self.mixtures.values():
-            mixture.update(sample)
-
-    def merge(self, other: _ChainSummary) -> _ChainSummary:
-        """Mixtures merged by matching components, traces one after the other."""
-        merged = object.__new__(_ChainSummary)
-        merged.mixtures = {k: m.merge(other.mixtures[k]) for k, m in self.mixtures.items()}
-        merged.trace = self.trace.merge(other.trace)
-        return merged
-
-    def state_dict(self) -> dict[str, Any]:
-        """Of every part."""
-        return {"mixtures": {k: m.state_dict() for k, m in self.mixtures.items()}, "trace": self.trace.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with every part."""
-        for k, mixture in self.mixtures.items():
-            mixture.load_state_dict(state["mixtures"][str(k)])
-        self.trace.load_state_dict(state["trace"])
-
-    def get(self) -> dict[str, Any]:
-        """The mixtures by K, and the trace."""
-        return {**{f"K={k}": m.get() for k, m in self.mixtures.items()}, "trace": self.trace.get()}
 
 
 if not TYPE_CHECKING:

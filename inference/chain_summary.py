@@ -1,0 +1,54 @@
+"""What is kept of LiFT's chain over phi: a mixture for each number of components, and a trace of a few coordinates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro.ops.streaming import StreamingStats
+from torch import Tensor
+
+from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
+from pyro_lift.inference.projections import ProjectedTrace
+from pyro_lift.models.adapters import RandomAdapter
+
+__all__ = ["ChainSummary"]
+
+
+class ChainSummary(StreamingStats):
+    """What is kept of a chain over phi: a mixture for each K, and a trace of a few coordinates."""
+
+    def __init__(self, components: tuple[int, ...], covariance: Any, adapter: RandomAdapter) -> None:
+        self.mixtures = {k: OnlineGaussianMixture(k, covariance) for k in components}
+        self.trace = ProjectedTrace(adapter=adapter)
+
+    @property
+    def parts(self) -> dict[str, StreamingStats]:
+        """For :func:`pyro_lift.diagnostics.from_mcmc`."""
+        return {"trace": self.trace}
+
+    def update(self, sample: Tensor) -> None:
+        """Feed one draw to every part."""
+        self.trace.update(sample)
+        for mixture in self.mixtures.values():
+            mixture.update(sample)
+
+    def merge(self, other: ChainSummary) -> ChainSummary:
+        """Mixtures merged by matching components, traces one after the other."""
+        merged = object.__new__(ChainSummary)
+        merged.mixtures = {k: m.merge(other.mixtures[k]) for k, m in self.mixtures.items()}
+        merged.trace = self.trace.merge(other.trace)
+        return merged
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of every part."""
+        return {"mixtures": {k: m.state_dict() for k, m in self.mixtures.items()}, "trace": self.trace.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with every part."""
+        for k, mixture in self.mixtures.items():
+            mixture.load_state_dict(state["mixtures"][str(k)])
+        self.trace.load_state_dict(state["trace"])
+
+    def get(self) -> dict[str, Any]:
+        """The mixtures by K, and the trace."""
+        return {**{f"K={k}": m.get() for k, m in self.mixtures.items()}, "trace": self.trace.get()}

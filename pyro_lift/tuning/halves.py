@@ -1,0 +1,157 @@
+r"""Joint training on trial: what one half of the tasks teaches is judged on the other half.
+
+Joint training moves phi at a rate that is set by the size of the weights, whatever the tasks are. Where they have much
+in common that is the best start there is; where they have nothing in common, phi learns what is peculiar to the tasks
+it has seen, and every later task begins at a worse network than the untouched one. Only tasks that were not trained on
+can tell the two apart. So the tasks are dealt into two halves, one vector is trained on each from the common start
+:math:`\phi_0`, and each task is judged by the vector of the half that it is not in,
+
+.. math:: d_i = \ell_i(\phi_{\text{other half}}) - \ell_i(\phi_0), \qquad
+          t = \bar d \,\Big/ \sqrt{\textstyle\sum_i (d_i - \bar d)^2 / (N (N - 1))},
+
+with :math:`\ell_i` the mean log probability of the task's rows: of left-out rows, where its head is solved. Where the
+one-sided test of :math:`\bar d > 0` rejects at 5 %, joint training goes on over all tasks from the mean of the two
+vectors, so that no gradient was for nothing. Else a smaller rate is tried, and where that does not help either, phi
+stays where it was.
+
+The mean of two networks that were fine-tuned from one start is as good as either or better (Wortsman et al. 2022).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from scipy.stats import t as student_t
+from torch import Tensor
+
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.flat import FlatAdapter
+from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
+from pyro_lift.models.task import Task
+from pyro_lift.tuning.held_out import dealt
+
+__all__ = ["FEWEST_TASKS", "Joint", "joint_on_trial", "log_probs_at", "trial_steps"]
+
+log = logging.getLogger("pyro_lift")
+
+#: Two a half: the least that has an error of its own.
+FEWEST_TASKS = 4
+#: Rates that are tried, over the one that the weights call for.
+RATES = (1.0, 0.2)
+#: Level of the one-sided test.
+LEVEL = 0.05
+#: Of the joint training's steps, those that each half gets.
+SHARE = 0.25
+#: Fewer steps than this a half say nothing.
+FEWEST_STEPS = 25
+#: Tasks and rows that are judged at most: more would cost as much as the training.
+TASKS, ROWS = 64, 48
+
+#: Joint training of one vector: of some tasks, at a rate, for some steps; the title tells it from the others.
+Train = Callable[[Sequence[Task], float, int, str], Tensor]
+#: Mean log probability a row, for each of some tasks, at one vector ``[D]``.
+Score = Callable[[Tensor, Sequence[Task]], Tensor]
+
+
+class Joint(NamedTuple):
+    """What the trial of joint training has found.
+
+    Attributes:
+        phi: where it goes on, ``[D]``: the mean of the halves' vectors, or where it began.
+        rate: of what remains; the last one that was tried where none helped.
+        steps: that remain, on all tasks.
+        gain: mean of d over tasks, in nats a row; of the rate that was taken, else of the last one.
+        error: its standard error.
+        helps: whether it goes on.
+    """
+
+    phi: Tensor
+    rate: float
+    steps: int
+    gain: float
+    error: float
+    helps: bool
+
+    def sentence(self) -> str:
+        """Say it in words."""
+        measured = f"{self.gain:+.3f} ± {self.error:.3f} nats a row on tasks that it has not seen"
+        if self.helps:
+            return f"joint training helps ({measured}): it goes on over all tasks."
+        return (
+            f"joint training does not help ({measured}): phi stays at the untouched network. What these tasks have in "
+            "common, if anything, is little that adapters can learn; `pyro-lift compare` says what else does."
+        )
+
+
+def trial_steps(steps: int, tasks: int) -> int:
+    """Return the steps of each half; 0 where there is no trial: too few tasks, or too little training."""
+    each = int(SHARE * steps)
+    return each if tasks >= FEWEST_TASKS and each >= FEWEST_STEPS else 0
+
+
+def joint_on_trial(tasks: Sequence[Task], start: Tensor, rate: float, steps: int, train: Train, score: Score) -> Joint:
+    """Find whether joint training helps tasks that it has not seen, and at which rate.
+
+    Args:
+        tasks: of meta-training, four or more.
+        start: where phi begins, ``[D]``.
+        rate: that the size of the weights calls for.
+        steps: of joint training in all; those of the trial are taken from them.
+        train: trains one vector.
+        score: judges one.
+    """
+    halves, each = dealt(tasks, 2), trial_steps(steps, len(tasks))
+    judged = [half[: TASKS // 2] for half in halves]
+    before = torch.cat([score(start, half) for half in judged])
+    joint = Joint(start, rate, steps, math.nan, math.nan, False)
+    for factor in RATES:
+        vectors = [train(half, factor * rate, each, f"half-{k}-{factor:g}") for k, half in enumerate(halves)]
+        after = torch.cat([score(vectors[1 - k], half) for k, half in enumerate(judged)])
+        gain, error = _paired(after - before)
+        helps = gain > error * float(student_t.isf(LEVEL, len(after) - 1))
+        left = max(joint.steps - 2 * each, 0)
+        phi = torch.stack(vectors).mean(0) if helps else start
+        joint = Joint(phi, factor * rate, left, gain, error, helps)
+        log.info("joint training at %.2g on trial: %+.3f ± %.3f nats a row", factor * rate, gain, error)
+        if helps:
+            break
+    if not joint.helps:
+        joint = joint._replace(steps=0)
+    log.info("%s", joint.sentence())
+    return joint
+
+
+def _paired(difference: Tensor) -> tuple[float, float]:
+    return float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
+
+
+def log_probs_at(
+    adapter: RandomAdapter, theta: Tensor, tasks: Sequence[Task], *, head_scale: float | None, **options: Any
+) -> Tensor:
+    """Compute the mean log probability a row of each task at one vector, ``[N]`` in float64.
+
+    Where a task's head is solved, each row is predicted by a head that other rows have solved, its width chosen anew;
+    else the network as it stands predicts some of its rows.
+
+    Args:
+        adapter: the network as a function of theta.
+        theta: weights ``[D]``.
+        tasks: each with its training rows.
+        head_scale: standard deviation of heads of their own; None where there are none.
+        options: ``scale`` of label matching, ``noise_scale`` of regression.
+    """
+    noise_scale, scale = options.get("noise_scale", 1.0), options.get("scale")
+    values = []
+    for task in tasks:
+        if has_solved_head(adapter, task, head_scale):
+            values.append(SolvedHeads(adapter, [task], theta, scale=scale).score(0))
+            continue
+        prior = torch.distributions.Independent(torch.distributions.Normal(theta, 1.0), 1)
+        program = FlatAdapter(adapter, task, prior, noise_scale=noise_scale)
+        with torch.no_grad():
+            values.append(float(program.log_likelihood(theta, most=ROWS)) / len(task.train))
+    return torch.tensor(values, dtype=torch.float64)
