@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
-from pyro.ops.streaming import StatsOfDict
+from pyro.ops.streaming import CountStats, StatsOfDict
 from torch import Tensor, nn
 
 from pyro_lift.defaults import fitted, resolved
 from pyro_lift.inference.chain_summary import ChainSummary
+from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.folder import saved_config
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import effective_weights
@@ -43,6 +44,7 @@ from pyro_lift.support.durations import seconds_of
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_number, current_names
 from pyro_lift.tuning.candidates import lift_candidates, shortened
+from pyro_lift.tuning.halves import Joint, joint_on_trial, log_probs_at, trial_steps
 from pyro_lift.tuning.held_out import has_unseen_rows
 from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
 
@@ -242,12 +244,13 @@ class LiFT:
             check_number("components", k, least=1, open_below=False, whole=True)
         if start is not None and start.shape != self.adapter.initial.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}; the adapter has {self.adapter.dim} weights.")
-        s = self.settings
-        if s.ranks_block_size:
+        if self.settings.ranks_block_size:
             distributed.join()
-        program = self.program(tasks)
-        s = self._fitted(program)
-        kernel = self.kernel(program)
+        joint = None if start is not None else self._joint(tasks, session, progress, on_step)
+        run = self if joint is None else self._after(joint)
+        program = run.program(tasks)
+        s = run._fitted(program)
+        kernel = run.kernel(program)
         watch = _loss_watch(program, s)
         make = partial(ChainSummary, tuple(components), s.covariance, self.adapter)
         kernel.memory_beside += [
@@ -274,13 +277,13 @@ class LiFT:
             mcmc.run(checkpoint=session)
         summary = mcmc._statistics.stats[(0, "phi")]
         moments = {k: v.reshape(-1) for k, v in kernel.state.second_moment.items() if k == "theta"}
-        results = _effective(program, moments, s)
+        results = _effective(program, moments, s) | ({} if joint is None else joint.results())
         matching_scale = None if program.solved is None else program.solved.mean_scale()
         return [
             LiFTPrior(
                 self.adapter,
                 summary.mixtures[k],
-                replace(s, components=k),
+                replace(s, components=k, sgd_steps=self.settings.sgd_steps),
                 self.adapt_settings,
                 moments,
                 mcmc,
@@ -294,6 +297,61 @@ class LiFT:
             )
             for k in components
         ]
+
+    def _joint(
+        self, tasks: Sequence[Task], session: Session | None, progress: bool, on_step: Callable[[], None] | None
+    ) -> Joint | None:
+        """Put the joint training on trial, where its rate was left open; None where there is none."""
+        s = resolved(self.settings, self.adapter)
+        steps = trial_steps(s.sgd_steps, len(tasks))
+        kept = WorkBefore(None) if session is None else WorkBefore(session.folder, session.config)
+        saved_without = session is not None and session.transitions > 0 and not kept.has("joint")
+        if self.settings.sgd_learning_rate is not None or not steps or s.ranks_block_size or saved_without:
+            return None
+        head_scale = own_head_scale(self.adapter, tasks, s.head_scale, solve=s.head != "langevin")
+        if head_scale is not None and s.head == "langevin":  # without steps of its own, such a head says nothing
+            return None
+        tasks = [task.to(self.adapter.initial.device) for task in tasks]
+        score = partial(log_probs_at, self.adapter, head_scale=head_scale, noise_scale=s.noise_scale)
+        train = partial(self._joint_vector, progress=progress, on_step=on_step)
+        assert s.sgd_learning_rate is not None
+        return joint_on_trial(tasks, self.adapter.initial, s.sgd_learning_rate, s.sgd_steps, train, score, kept)
+
+    def _joint_vector(
+        self, tasks: Sequence[Task], rate: float, steps: int, *, progress: bool, on_step: Callable[[], None] | None
+    ) -> Tensor:
+        """Train one vector on some tasks, as the first part of the chain does."""
+        settings = replace(self.settings, sgd_steps=steps, sgd_learning_rate=rate, translation="none")
+        lift = LiFT(self.adapter, settings=settings, seed=self.seed)
+        kernel = lift.kernel(lift.program(tasks))
+        vector = self.adapter.initial
+        with chain_bar(steps, "joint training on trial", progress, on_step=on_step) as bar:
+
+            def hook(kernel: SGLDGibbs, *where: Any) -> None:
+                nonlocal vector
+                bar(kernel, *where)
+                if kernel.state.step == steps:  # before phi is drawn
+                    vector = kernel.state.phi["phi"].detach().clone()
+
+            mcmc = StreamingMCMC(
+                kernel,
+                num_samples=1,
+                warmup_steps=steps,
+                statistics=StatsOfDict(default=CountStats),
+                disable_progbar=True,
+                hook_fn=hook,
+            )
+            mcmc.run()
+        return vector.reshape(-1)
+
+    def _after(self, joint: Joint) -> LiFT:
+        """Make the run that follows the trial of joint training.
+
+        Where joint training does not help, nor does a translation, which pulls phi in the same direction.
+        """
+        translation = self.settings.translation or (None if joint.helps else "none")
+        settings = replace(self.settings, sgd_steps=joint.steps, sgd_learning_rate=joint.rate, translation=translation)
+        return LiFT(self.adapter, settings=settings, adapt=self.adapt_settings, seed=self.seed)
 
     def program(self, tasks: Sequence[Task]) -> AdapterHierarchy:
         """The Pyro program that :meth:`meta_train` samples."""

@@ -78,12 +78,12 @@ class LiFTSettings:
     prior_mean: Literal["adapter", "zero"] = field(
         default="adapter", metadata={"help": "of phi: the adapter's initial weights, or zero (the paper's)"}
     )
-    sgd_steps: int = field(default=300, metadata={"help": "joint training steps before the chain"})
+    sgd_steps: int = field(default=600, metadata={"help": "joint training steps before the chain"})
     sgd_learning_rate: float | None = field(
         default=None, metadata={"help": "of those, Adam; none: 0.05 of the size of the adapter's weights"}
     )
-    burn_in: int = field(default=300, metadata={"help": "visits before the first draw"})
-    samples: int = field(default=600, metadata={"help": "draws of phi"})
+    burn_in: int = field(default=200, metadata={"help": "visits before the first draw"})
+    samples: int = field(default=400, metadata={"help": "draws of phi"})
     thinning: int = field(default=1, metadata={"help": "visits per draw"})
     learning_rate: float | None = field(
         default=None,

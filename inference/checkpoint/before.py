@@ -1,0 +1,74 @@
+"""Pieces of work that a run does before its chain, kept in its folder so that a run that goes on need not repeat them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pyro_lift.inference.checkpoint.folder import jsonable
+from pyro_lift.support.archive import (
+    DamagedError,
+    check_sealed,
+    new_folder,
+    read_json,
+    read_tensors,
+    sealed,
+    write_json,
+    write_tensors,
+)
+
+__all__ = ["Work", "WorkBefore"]
+
+log = logging.getLogger("pyro_lift")
+
+#: A piece of work: its vector, and plain data that goes with it.
+Work = tuple[Tensor, dict[str, Any]]
+
+
+class WorkBefore:
+    """Results by name, each computed once.
+
+    Args:
+        folder: of the run; None keeps nothing.
+        config: plain data of the run; what was kept by a run of another is computed anew.
+    """
+
+    def __init__(self, folder: Path | None, config: Mapping[str, Any] | None = None) -> None:
+        self.folder, self.config = folder, jsonable(dict(config or {}))
+
+    def has(self, name: str) -> bool:
+        """Whether a result of this run is at hand."""
+        return self._read(name) is not None
+
+    def result(self, name: str, compute: Callable[[], Work]) -> Work:
+        """Return a result that was kept, or compute it and keep it."""
+        kept = self._read(name)
+        if kept is not None:
+            return kept
+        vector, data = compute()
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            with new_folder(self.folder / name) as new:
+                record = write_tensors(new / "vector.safetensors", {"vector": vector})
+                data = jsonable(data)
+                write_json(new / "work.json", sealed({"config": self.config, "file": record, "data": data}))
+        return vector, data
+
+    def _read(self, name: str) -> Work | None:
+        if self.folder is None or not (self.folder / name).is_dir():
+            return None
+        path = self.folder / name / "work.json"
+        try:
+            work = read_json(path)
+            check_sealed(path, work)
+            vector = read_tensors(path.with_name("vector.safetensors"), work["file"])["vector"]
+        except DamagedError as error:
+            log.warning("%s; it is computed anew", error)
+            return None
+        return (vector, work["data"]) if work["config"] == self.config else None

@@ -1,0 +1,148 @@
+"""Joint training on trial: it goes on where tasks share something, and leaves phi alone where they share nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from scipy.stats import ttest_rel
+from torch import Tensor
+
+from pyro_lift import LiFT, Task
+from pyro_lift.inference.checkpoint.before import WorkBefore
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.tuning.halves import joint_on_trial, log_probs_at, trial_steps
+
+
+def adapter() -> RandomAdapter:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    return adapt_backbone(net, peft.LoraConfig(r=2, target_modules=["0", "2"]), seed=0)
+
+
+def tasks(shared: bool, number: int = 8, rows: int = 24) -> list[Task]:
+    """Labels by one map that all tasks have in common, or by one of each task's own."""
+    generator = torch.Generator().manual_seed(1)
+    common = torch.randn(6, 3, generator=generator)
+    made = []
+    for k in range(number):
+        x = torch.randn(rows, 6, generator=generator)
+        own = torch.randn(6, 3, generator=generator)
+        made.append(Task(f"t{k}", (x, (x @ (common if shared else own)).argmax(-1)), num_classes=3))
+    return made
+
+
+OPTIONS = {"sgd_steps": 200, "burn_in": 5, "samples": 10, "seed": 0}
+
+
+def test_joint_training_goes_on_where_tasks_share_their_labels() -> None:
+    prior = LiFT(adapter(), **OPTIONS).meta_train(tasks(shared=True), progress=False)  # type: ignore[arg-type]
+    assert prior.results["gain of joint training, nats a row"] > 0.1
+    assert prior.settings.sgd_steps == 200
+
+
+def test_phi_stays_at_the_untouched_network_where_tasks_share_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    lift = LiFT(adapter(), **OPTIONS)  # type: ignore[arg-type]
+    with caplog.at_level("INFO", "pyro_lift"):
+        joint = lift._joint(tasks(shared=False), None, False, None)
+    assert joint is not None and not joint.helps and joint.steps == 0
+    assert "phi stays at the untouched network" in caplog.text
+    assert lift._after(joint).settings.translation == "none"
+
+
+def test_a_rate_that_is_given_is_not_put_on_trial() -> None:
+    lift = LiFT(adapter(), sgd_learning_rate=0.01, **OPTIONS)  # type: ignore[arg-type]
+    assert lift._joint(tasks(shared=False), None, False, None) is None
+
+
+@pytest.mark.parametrize(("steps", "number", "each"), [(600, 20, 75), (159, 20, 0), (160, 4, 20), (600, 3, 0)])
+def test_a_trial_needs_steps_and_tasks(steps: int, number: int, each: int) -> None:
+    assert trial_steps(steps, number) == each
+
+
+class Halves:
+    """Vectors that say which half they were trained on, at which rate."""
+
+    def __init__(self, gains: dict[float, float]) -> None:
+        self.gains, self.trained = gains, list[tuple[tuple[str, ...], float, int]]()
+
+    def train(self, half: Sequence[Task], rate: float, steps: int) -> Tensor:
+        self.trained.append((tuple(task.name for task in half), rate, steps))
+        return torch.tensor([self.gains[rate], float(half[0].name[1:]) + 1.0])
+
+    def score(self, vector: Tensor, half: Sequence[Task]) -> Tensor:
+        if vector[1]:  # trained: on the other half, never on this one
+            assert f"t{int(vector[1]) - 1}" not in [task.name for task in half]
+        noise = torch.tensor([0.01 * (int(task.name[1:]) % 3 - 1) for task in half], dtype=torch.float64)
+        return vector[0].double() * (1.0 + noise)
+
+
+def test_each_task_is_judged_by_the_half_that_it_is_not_in_and_the_test_is_the_paired_one() -> None:
+    stand_in, made = Halves({0.1: 0.5}), tasks(shared=True)
+    joint = joint_on_trial(made, torch.zeros(2), 0.1, 200, stand_in.train, stand_in.score)
+    names = [f"t{k}" for k in range(8)]
+    assert stand_in.trained == [(tuple(names[0::2]), 0.1, 25), (tuple(names[1::2]), 0.1, 25)]
+    after = torch.cat([stand_in.score(torch.tensor([0.5, 0.0]), made[k::2]) for k in range(2)])
+    assert joint.gain == pytest.approx(float(after.mean()))
+    assert joint.gain / joint.error == pytest.approx(ttest_rel(after, torch.zeros(8)).statistic)
+    assert joint.helps and joint.steps == 150 and joint.rate == 0.1
+
+
+def test_a_smaller_rate_is_tried_before_joint_training_is_given_up() -> None:
+    stand_in = Halves({0.1: -0.5, 0.1 * 0.2: 0.2})
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.train, stand_in.score)
+    assert joint.helps and joint.rate == pytest.approx(0.02) and joint.steps == 160
+    stand_in = Halves({0.1: -0.5, 0.1 * 0.2: -0.2})
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.train, stand_in.score)
+    assert not joint.helps and joint.steps == 0
+
+
+def test_a_run_that_goes_on_has_the_verdict_and_the_vectors_of_before(tmp_path: Path) -> None:
+    made, config = tasks(shared=True), {"seed": 0}
+    first = Halves({0.1: 0.5})
+    begun = joint_on_trial(made, torch.zeros(2), 0.1, 200, first.train, first.score, WorkBefore(tmp_path, config))
+    (tmp_path / "joint" / "work.json").unlink()  # killed before the verdict: the vectors are there
+    again = Halves({})
+    gone_on = joint_on_trial(made, torch.zeros(2), 0.1, 200, again.train, again.score, WorkBefore(tmp_path, config))
+    assert again.trained == [] and gone_on == begun
+    other = Halves({0.1: 0.5})  # another run in the same folder computes anew
+    joint_on_trial(made, torch.zeros(2), 0.1, 200, other.train, other.score, WorkBefore(tmp_path, {"seed": 1}))
+    assert len(other.trained) == 2
+
+
+def test_a_resumed_run_ends_where_the_whole_one_ends(tmp_path: Path) -> None:
+    made = tasks(shared=True)
+    whole = LiFT(adapter(), **OPTIONS).meta_train(made, progress=False)  # type: ignore[arg-type]
+
+    count = 0
+
+    def stop() -> None:
+        nonlocal count
+        count += 1
+        if count == 210:  # in the chain, after the trial
+            raise KeyboardInterrupt
+
+    options = {"checkpoint_every": 100, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        LiFT(adapter(), **OPTIONS).meta_train(made, checkpoint=tmp_path, on_step=stop, **options)  # type: ignore[arg-type]
+    resumed = LiFT(adapter(), **OPTIONS).meta_train(made, resume=tmp_path, **options)  # type: ignore[arg-type]
+    assert torch.equal(
+        whole.mixture.get().component_distribution.mean, resumed.mixture.get().component_distribution.mean
+    )
+    assert whole.results == resumed.results
+
+
+def test_log_probs_are_means_over_rows_of_what_the_network_says() -> None:
+    made, network = tasks(shared=True, number=2), adapter()
+    theta = network.initial + 0.1 * torch.randn(network.dim, generator=torch.Generator().manual_seed(3))
+    values = log_probs_at(network, theta, made, head_scale=None)
+    for task, value in zip(made, values, strict=True):
+        with torch.no_grad():
+            logits = network(*task.train.positional, theta=theta)
+        mean = -torch.nn.functional.cross_entropy(logits, task.train.target)
+        assert math.isclose(float(value), float(mean), rel_tol=1e-5)
