@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.generation.consensus import most_agreed
-from pyro_lift.generation.inputs import Prompts, generating_network, read_prompts
+from pyro_lift.generation.inputs import Prompts, generating_network, places_in_sight, read_prompts, with_rows_of
+from pyro_lift.generation.options import added, said
 from pyro_lift.generation.side_by_side import check_options, network_of_draws
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.networks import private_stream, without_compilation
@@ -26,11 +28,12 @@ NEW_TOKENS = 64
 
 
 class Decoding(NamedTuple):
-    """How texts are decoded: options of transformers' ``generate``, rows of one call, and the seed of its draws."""
+    """How texts are decoded: options of transformers' ``generate``, rows of a call, seed of draws, padding token."""
 
     options: Mapping[str, Any]
     batch_size: int
     seed: int
+    pad: int
 
 
 def generate(
@@ -55,8 +58,9 @@ def generate(
         consensus: of several draws.
         batch_size: inputs of one call of transformers' ``generate``.
         seed: of sampling; another seed gives other samples. The caller's random streams are left as they are.
-        options: of transformers' ``generate``. Where neither these nor the backbone's generation config say how long
-            a text may be, it is 64 tokens.
+        options: of transformers' ``generate``, a ``generation_config`` too. Where neither these nor the backbone's
+            generation config say how long a text may be, it is 64 tokens. Stop strings need no ``tokenizer`` where
+            strings are encoded.
 
     Returns:
         A list of strings for strings (``num_return_sequences`` of them for each input, in order), for tensors the new
@@ -65,21 +69,25 @@ def generate(
 
     Raises:
         TypeError: a network that writes no text; inputs of another form.
-        ValueError: inputs or options that cannot be used; names them.
+        ValueError: inputs or options that cannot be used; names them; longer texts than the backbone has places for.
     """
     check_literal("consensus", consensus, Consensus)
     check_number("batch_size", batch_size, least=1, open_below=False, whole=True)
     check_number("seed", seed, open_below=False, whole=True)
     network = generating_network(adapter.backbone)
+    inputs, options = with_rows_of(inputs, options)
     prompts = read_prompts(inputs, network, encoding)
-    whole = bool(options.get("return_dict_in_generate"))
+    whole = bool(said("return_dict_in_generate", options, network))
     if whole and (len(prompts) > batch_size or (consensus == "mbr" and len(thetas) > 1)):
         raise ValueError(
             f"return_dict_in_generate=True with {len(prompts)} inputs, batch_size={batch_size}, {consensus=}: there "
             "would be several outputs. Give fewer inputs or a larger batch_size, and no consensus."
         )
     adapter.check_use()
-    decoding = Decoding(_with_padding(options, network, encoding), batch_size, seed)
+    if said("stop_strings", options, network) is not None and encoding is not None:
+        options = {"tokenizer": encoding.encoder.tokenizer, **options}
+    pad = _padding(options, network, encoding)
+    decoding = Decoding(added(options, pad_token_id=pad), batch_size, seed, pad)
     if consensus == "mbr" and len(thetas) > 1:
         tokens = _most_agreed(adapter, network, thetas, prompts, decoding, encoding)
     else:
@@ -94,7 +102,7 @@ def _decoded(adapter: RandomAdapter, network: Any, thetas: Tensor, prompts: Prom
     """Decode with one vector of weights, or with the average of several; new tokens, or the whole output."""
     one = len(thetas) == 1
     if not one:
-        check_options(decoding.options)
+        check_options(decoding.options, network)
     used = network if one else network_of_draws(adapter, network, thetas)
     device, parts = adapter.initial.device, []
     for number, batch in enumerate(prompts.batches(decoding.batch_size)):
@@ -104,12 +112,13 @@ def _decoded(adapter: RandomAdapter, network: Any, thetas: Tensor, prompts: Prom
             private_stream(stream_seed(decoding.seed, number), network),
             without_compilation(network),
             adapter.bound(thetas[0]) if one else nullcontext(),
+            places_in_sight(network, batch["input_ids"].shape[1], partial(_new_tokens, options, network)),
         ):
             output = used.generate(**options)
         if not isinstance(output, Tensor):
             return output
         parts.append(output[:, _given(network, options) :])
-    return _joined(parts, decoding.options["pad_token_id"])
+    return _joined(parts, decoding.pad)
 
 
 def _most_agreed(
@@ -125,7 +134,7 @@ def _most_agreed(
         _decoded(adapter, network, theta.unsqueeze(0), prompts, decoding._replace(seed=stream_seed(decoding.seed, s)))
         for s, theta in enumerate(thetas)
     ]
-    pad = decoding.options["pad_token_id"]
+    pad = decoding.pad
     tokens = _joined(lots, pad).unflatten(0, (len(thetas), len(prompts), -1))  # [S, n, k, L]
     tokens = tokens.transpose(0, 1).flatten(1, 2)
     chosen = []
@@ -144,29 +153,34 @@ def _joined(parts: list[Tensor], pad: int) -> Tensor:
     return torch.cat([torch.nn.functional.pad(x, (0, length - x.shape[1]), value=pad) for x in parts])
 
 
-def _with_padding(options: Mapping[str, Any], network: Any, encoding: TextEncoding | None) -> dict[str, Any]:
-    """Add a padding token where neither the options nor the backbone name one."""
-    given = options.get("generation_config") or network.generation_config
-    pad = options.get("pad_token_id", given.pad_token_id)
+def _padding(options: Mapping[str, Any], network: Any, encoding: TextEncoding | None) -> int:
+    """Return the padding token, one that does no harm where neither the options nor the backbone name one."""
+    pad = said("pad_token_id", options, network)
     if pad is None and encoding is not None:
         pad = encoding.encoder.tokenizer.pad_token_id
     if pad is None:
-        end = options.get("eos_token_id", given.eos_token_id)
+        end = said("eos_token_id", options, network)
         pad = end[0] if isinstance(end, (list, tuple)) else end
-    return {**options, "pad_token_id": 0 if pad is None else int(pad)}
+    return 0 if pad is None else int(pad)
 
 
 def _with_length(options: dict[str, Any], network: Any) -> dict[str, Any]:
     """Add a length where nothing says one: 64 tokens, or what the backbone has places for."""
-    config = options.get("generation_config") or network.generation_config
-    said = [options.get("max_length"), options.get("max_new_tokens"), config.max_new_tokens]
-    if any(value is not None for value in said) or config.max_length not in (None, 20):  # transformers' own default
+    longest = said("max_length", options, network)
+    of_old = longest == network.generation_config.max_length == 20 and "max_length" not in options  # transformers' own
+    if said("max_new_tokens", options, network) is not None or (longest is not None and not of_old):
         return options
     length = NEW_TOKENS
     places = getattr(network.config, "max_position_embeddings", None)
     if places is not None:
         length = max(1, min(length, int(places) - _given(network, options)))
-    return {**options, "max_new_tokens": length}
+    return added(options, max_new_tokens=length)
+
+
+def _new_tokens(options: dict[str, Any], network: Any) -> int:
+    """Count the new tokens that may be written; one at least."""
+    new, longest = said("max_new_tokens", options, network), said("max_length", options, network)
+    return int(new) if new is not None else max(1, int(longest or 0) - _given(network, options))
 
 
 def _given(network: Any, options: Mapping[str, Any]) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +15,12 @@ from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.rows import Rows
 
-__all__ = ["Prompts", "are_strings", "generating_network", "read_prompts"]
+__all__ = ["Prompts", "are_strings", "generating_network", "places_in_sight", "read_prompts", "with_rows_of"]
 
 #: Columns that tokenizers and data sets bring and that text is not generated from.
 LEFT_OUT = ("labels", "label", "token_type_ids", "special_tokens_mask", "offset_mapping", "length")
+#: What transformers' ``generate`` takes as keywords and has a row for each input; and what is an input itself.
+BY_ROW, INPUTS = ("attention_mask", "decoder_input_ids", "decoder_attention_mask"), ("input_ids", "inputs_embeds")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def are_strings(inputs: Any) -> bool:
     """
     if isinstance(inputs, str):
         raise TypeError(f"inputs: the string {inputs[:40]!r}; give a list of strings, [text].")
+    if _is_column(inputs):
+        inputs = list(inputs)
     if not isinstance(inputs, (list, tuple)):
         return False
     if not inputs:
@@ -88,6 +93,58 @@ def are_strings(inputs: Any) -> bool:
 def _is_chat(value: Any) -> bool:
     """Tell whether an input is a list of messages."""
     return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (Mapping, Message))
+
+
+def _is_column(inputs: Any) -> bool:
+    """Tell whether inputs are strings as tables have them: an array, a column of pandas or of datasets."""
+    if isinstance(inputs, (list, tuple, Tensor, Mapping, Rows)):
+        return False
+    indexed = all(hasattr(inputs, name) for name in ("__len__", "__getitem__", "__iter__"))
+    return indexed and len(inputs) > 0 and isinstance(next(iter(inputs)), str)
+
+
+def with_rows_of(inputs: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Put the tensors among the options that have a row for each input, such as a mask, beside the inputs.
+
+    Raises:
+        ValueError: inputs among the options, or masks of strings.
+    """
+    for name in INPUTS:
+        if options.get(name) is not None:
+            raise ValueError(f"{name} as an option; the inputs are the first argument: tokens [n, L], or strings.")
+    rows = {name: options[name] for name in BY_ROW if options.get(name) is not None}
+    rest = {name: value for name, value in options.items() if name not in BY_ROW}
+    if not rows:
+        return inputs, rest
+    if isinstance(inputs, Rows) or are_strings(inputs):
+        raise ValueError(f"{', '.join(rows)} beside strings or rows, which have their own. Give input_ids with it.")
+    return {**(inputs if isinstance(inputs, Mapping) else {"input_ids": inputs}), **rows}, rest
+
+
+@contextmanager
+def places_in_sight(network: Any, given: int, output: Callable[[], int]) -> Iterator[None]:
+    """Say that a text is longer than a backbone has places for, where that is why it failed.
+
+    Args:
+        network: that reads or writes inside the context.
+        given: tokens of the longest input.
+        output: returns the number of tokens that may be written, or are scored.
+
+    Raises:
+        ValueError: in place of the IndexError of a table of places.
+    """
+    try:
+        yield
+    except IndexError as error:
+        places = getattr(network.config, "max_position_embeddings", None)
+        new = output()
+        needed = max(given, new) if network.config.is_encoder_decoder else given + new
+        if places is None or needed <= int(places):
+            raise
+        raise ValueError(
+            f"inputs of {given} tokens and up to {new} of output: the backbone has places for {places}. Cut the inputs "
+            "(max_length of the encoder or of [tasks]), or write fewer (max_new_tokens)."
+        ) from error
 
 
 def read_prompts(inputs: Any, network: Any, encoding: TextEncoding | None) -> Prompts:
@@ -139,8 +196,9 @@ def _tensor(name: str, value: Any) -> Tensor:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"inputs: {name!r} cannot be made a tensor ({str(error).splitlines()[0][:100]}); are the rows of unequal "
-            "length? Pad them: tokenizer(texts, padding=True, return_tensors='pt')."
+            f"inputs: {name!r} cannot be made a tensor ({str(error).splitlines()[0][:100]}); expected strings, or "
+            "tokens [n, L]; are the rows of unequal length? Pad them: tokenizer(texts, padding=True, "
+            "return_tensors='pt')."
         ) from error
 
 

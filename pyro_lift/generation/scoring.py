@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_lift.data.encoding import TextEncoding
-from pyro_lift.generation.inputs import Prompts, are_strings, generating_network, read_prompts
+from pyro_lift.generation.inputs import Prompts, are_strings, generating_network, places_in_sight, read_prompts
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED, shift_right
 from pyro_lift.models.networks import without_compilation
@@ -90,7 +91,8 @@ def score_texts(
         for number, batch in enumerate(prompts.batches(batch_size)):
             named = {name: x.to(adapter.initial.device) for name, x in batch.items()}
             some = target[number * batch_size : (number + 1) * batch_size].to(adapter.initial.device)
-            parts.append(_scored(adapter, network, thetas, Prompts(named, prompts.strings, prompts.causal), some))
+            with places_in_sight(network, batch["input_ids"].shape[1], partial(target.size, 1)):
+                parts.append(_scored(adapter, network, thetas, Prompts(named, prompts.strings, prompts.causal), some))
     return TextScores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_lift.generation.options import said
 from pyro_lift.models.adapters import RandomAdapter
 
 __all__ = ["CachesSideBySide", "averaged_logits", "network_of_draws"]
@@ -112,16 +113,19 @@ def network_of_draws(adapter: RandomAdapter, network: Any, thetas: Tensor) -> An
     @functools.wraps(forward)
     def averaged(*args: Any, **kwargs: Any) -> Any:
         side = next((x for x in kwargs.values() if isinstance(x, CachesSideBySide)), None)
-        logits, first = [], None
+        logits: list[Tensor] = []
+        caches: dict[str, list[Any]] = {}
         for s, theta in enumerate(thetas):
             named = {name: _of_draw(name, value, s, draws) for name, value in kwargs.items()}
             with adapter.bound(theta):
                 output = forward(*args, **named)
             logits.append(output.logits)
-            first = output if first is None else first
-        assert first is not None
-        kept = {name: side for name, value in first.items() if side is not None and value is side.caches[0]}
-        return type(first)(logits=averaged_logits(logits), **kept)
+            for name, value in output.items():
+                if _is_cache(value):
+                    caches.setdefault(name, []).append(value)
+        # Without caches given, as guidance calls the network beside ``generate``, the draws have made their own.
+        kept = {name: CachesSideBySide(of) if side is None else side for name, of in caches.items()}
+        return type(output)(logits=averaged_logits(logits), **kept)
 
     @functools.wraps(network._prepare_cache_for_generation)
     def prepare(*args: Any, **kwargs: Any) -> Any:
@@ -139,15 +143,19 @@ def network_of_draws(adapter: RandomAdapter, network: Any, thetas: Tensor) -> An
     return twin
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, Any], network: Any) -> None:
     """Refuse options that have no meaning for an average of several networks.
+
+    Args:
+        options: of the call.
+        network: the one that generates, whose generation config counts too.
 
     Raises:
         ValueError: names the option, and the way out.
     """
     for name in ONE_NETWORK_ONLY:
-        if options.get(name):
-            raise ValueError(f"{name}={options[name]}: with which='draws' there are several networks. Use which=0.")
+        if value := said(name, options, network):
+            raise ValueError(f"{name}={value}: with which='draws' there are several networks. Use which=0.")
     for name in (*PREPARED, "assistant_model"):
         if options.get(name) is not None:
             raise ValueError(f"{name} cannot be given with which='draws': each draw has its own.")
