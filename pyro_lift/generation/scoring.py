@@ -91,7 +91,7 @@ def score_texts(
         for number, batch in enumerate(prompts.batches(batch_size)):
             named = {name: x.to(adapter.initial.device) for name, x in batch.items()}
             some = target[number * batch_size : (number + 1) * batch_size].to(adapter.initial.device)
-            with places_in_sight(network, batch["input_ids"].shape[1], partial(target.size, 1)):
+            with places_in_sight(network, batch["input_ids"].shape[1], partial(len, target[0])):
                 parts.append(_scored(adapter, network, thetas, Prompts(named, prompts.strings, prompts.causal), some))
     return TextScores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
