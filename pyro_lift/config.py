@@ -83,7 +83,9 @@ class AdapterConfig:
 class TasksConfig:
     """The tasks to learn from, and their form before the backbone."""
 
-    benchmark: str = field(default="folder", metadata={"help": "crossfit, vtab, shakespeare, folder or digits"})
+    benchmark: str = field(
+        default="folder", metadata={"help": "crossfit, vtab, shakespeare, novels, shifts, folder or digits"}
+    )
     split: str | None = field(default=None, metadata={"help": "of the benchmark; none takes its first"})
     root: str | None = field(default=None, metadata={"help": "where the data lies"})
     names: list[str] | None = field(default=None, metadata={"help": "of a folder, only these tasks"})
@@ -91,7 +93,9 @@ class TasksConfig:
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "further ones of the loader"})
 
     def __post_init__(self) -> None:
-        check_choice("benchmark", self.benchmark, ["crossfit", "vtab", "shakespeare", "folder", "digits"])
+        check_choice(
+            "benchmark", self.benchmark, ["crossfit", "vtab", "shakespeare", "novels", "shifts", "folder", "digits"]
+        )
         check_number("max_length", self.max_length, least=2, open_below=False, whole=True)
 
 

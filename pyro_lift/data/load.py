@@ -30,6 +30,9 @@ def load_tasks(
     shakespeare random-80/10/10, random-60/10/30,      :func:`~pyro_lift.data.shakespeare.load_shakespeare`
                 play-80/10/10, play-60/10/30
     folder      names by part; None: ``split.json``    :func:`~pyro_lift.data.folder.load_folder`
+    novels      authors, books: what a task is         :func:`~pyro_lift.data.novels.load_novels`
+    shifts      the data set of pictures               :func:`~pyro_lift.data.shifts.load_shifts`
+    regressions diabetes                               :func:`~pyro_lift.data.regressions.load_regressions`
     =========== ====================================== ===========================================================
 
     Args:
@@ -44,7 +47,10 @@ def load_tasks(
     """
     from pyro_lift.data.crossfit import load_crossfit
     from pyro_lift.data.folder import load_folder
+    from pyro_lift.data.novels import load_novels
+    from pyro_lift.data.regressions import load_regressions
     from pyro_lift.data.shakespeare import load_shakespeare
+    from pyro_lift.data.shifts import load_shifts
     from pyro_lift.data.vtab import load_vtab
 
     loaders: dict[str, Any] = {
@@ -52,6 +58,9 @@ def load_tasks(
         "vtab": load_vtab,
         "shakespeare": load_shakespeare,
         "folder": load_folder,
+        "novels": load_novels,
+        "shifts": load_shifts,
+        "regressions": load_regressions,
     }
     check_choice("benchmark", benchmark, loaders)
     given = {} if split is None else {"split": split}
