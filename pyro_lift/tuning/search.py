@@ -5,8 +5,9 @@ while and judged; in each of the next the better half goes on with twice as much
 
 .. math:: n_{r+1} = \lceil n_r / 2 \rceil,\qquad s_{r+1} = \min(1, 2 s_r),
 
-with s the fraction of the whole length. A fifth of the tasks is held out, another fifth in every rung, so that no
-candidate wins by luck on one of them; candidates are compared within a rung, on the same tasks. A held-out task is
+with s the fraction of the whole length, 1 in the last rung where no time is given. A fifth of the tasks is held out,
+another fifth in every rung, so that no candidate wins by luck on one of them; or tasks are given for it, all of which
+judge in every rung. Candidates are compared within a rung, on the same tasks. A held-out task is
 adapted to on its training rows and scored by the mean log probability of rows that it did not see. Candidates that
 differ in their adaptation alone share one meta-training, and held-out tasks share passes where the method lets them.
 
@@ -139,26 +140,33 @@ def search(
     make: Callable[[Candidate, float], Contender],
     tasks: Sequence[Task],
     *,
-    seconds: float,
+    seconds: float | None,
+    held_out: Sequence[Task] = (),
+    tie: float = 0.0,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> Tuning:
-    """Choose among candidates within a time.
+    """Choose among candidates, within a time or without one.
 
     Args:
         candidates: the first is the default: it wins ties, and stays where time allows no other.
         make: from a candidate and a fraction of the whole length to the method.
         tasks: of meta-training; those held out in a rung are not learned from in it.
-        seconds: after which no trial is begun; one that is under way ends.
+        seconds: after which no trial is begun; one that is under way ends. None goes up the whole ladder, whose last
+            rung has the whole length: the same choice on every machine.
+        held_out: tasks to judge by, in every rung; without them ``tasks`` are held out in turn.
+        tie: candidates within so many nats of a rung's best are taken for equally good; of them the one with the lowest
+            ECE goes first (:func:`~pyro_lift.tuning.choosing.choose`).
         on_trial: told of each, for a bar.
 
     Raises:
-        ValueError: no candidate; fewer than three tasks.
+        ValueError: no candidate; fewer than three tasks where none are given to judge by.
     """
     if not candidates:
         raise ValueError("candidates is empty: there is nothing to choose from.")
-    if len(tasks) < 3:
+    if len(tasks) < 3 and not held_out:
         raise ValueError(f"{len(tasks)} tasks: tuning holds some out and learns from two or more. Give three or more.")
-    return _Search(list(candidates), make, list(tasks), seconds, on_trial or (lambda trial: None)).run()
+    told = on_trial or (lambda trial: None)
+    return _Search(list(candidates), make, _Split(tasks, held_out), seconds, tie, told).run()
 
 
 @contextmanager
@@ -181,6 +189,25 @@ class _Judged(NamedTuple):
     predictions: list[tuple[Tensor, Tensor]]
 
 
+class _Split:
+    """Tasks to learn from and tasks to be judged by, rung by rung."""
+
+    def __init__(self, tasks: Sequence[Task], held_out: Sequence[Task] = ()) -> None:
+        self.tasks, self.given = list(tasks), list(held_out)
+        self.parts = dealt(self.tasks, min(PARTS, len(self.tasks)))
+        self.kind = (self.tasks or self.given)[0].kind
+
+    def held_out(self, rung: int) -> list[Task]:
+        """Return the tasks that a rung is judged by, each with rows that adaptation does not see."""
+        return [judged(task, MOST_ROWS) for task in self.given or self.parts[rung % len(self.parts)]]
+
+    def of(self, rung: int) -> tuple[list[Task], list[Task]]:
+        """Return the tasks that a rung learns from, and those that it is judged by."""
+        held_out = self.held_out(rung)
+        names = set() if self.given else {task.name for task in held_out}
+        return [task for task in self.tasks if task.name not in names], held_out
+
+
 class _Search:
     """The state of a search: what is known of costs, and when it has to end."""
 
@@ -188,14 +215,14 @@ class _Search:
         self,
         candidates: list[Candidate],
         make: Callable[[Candidate, float], Contender],
-        tasks: list[Task],
-        seconds: float,
+        split: _Split,
+        seconds: float | None,
+        tie: float,
         on_trial: Callable[[Trial], None],
     ) -> None:
-        self.candidates, self.make, self.tasks, self.on_trial = candidates, make, tasks, on_trial
+        self.candidates, self.make, self.split, self.on_trial = candidates, make, split, on_trial
         self.start = time.monotonic()
-        self.seconds = seconds
-        self.parts = dealt(tasks, min(PARTS, len(tasks)))
+        self.seconds, self.tie = seconds, tie
         self.trials: list[Trial] = []
         self.notes: list[str] = []
         self.whole, self.adapting = 0.0, 0.0  # seconds of a meta-training of the whole length, and of an adaptation
@@ -222,8 +249,8 @@ class _Search:
             best.meta,
             best.adapt,
             tuple(self.trials),
-            tuple(task.name for task in self._held_out(reached)),
-            "mse" if self.tasks[0].kind == "regression" else "nll",
+            tuple(task.name for task in self.split.held_out(reached)),
+            "mse" if self.split.kind == "regression" else "nll",
             fit_temperature(predictions) if predictions else None,
             tuple(self.notes),
         )
@@ -234,7 +261,9 @@ class _Search:
         rungs = max(math.ceil(math.log2(len(going))), 1)
         if len(going) == 1:
             return going, 1.0, 1
-        learned, held_out = self._split(0)
+        if self.seconds is None:
+            return going, 0.5 ** (rungs - 1), rungs
+        learned, held_out = self.split.of(0)
         self._judge(self.make(going[0], LEAST_SHARE), {}, "", learned, held_out)
         trainings = len({repr(sorted(c.meta.items())) for c in going})
         each = self.adapting + self.whole * trainings / len(going)
@@ -246,7 +275,7 @@ class _Search:
 
     def _rung(self, going: Sequence[Candidate], rung: int, share: float) -> dict[str, _Judged]:
         """Judge the candidates of a rung; none are returned where time ran out, but for those of the first rung."""
-        learned, held_out = self._split(rung)
+        learned, held_out = self.split.of(rung)
         found: dict[str, _Judged] = {}
         states: dict[str, Any] = {}
         for place, candidate in enumerate(going):
@@ -289,34 +318,26 @@ class _Search:
             return _Judged([FAILED], [])
         return result
 
-    def _split(self, rung: int) -> tuple[list[Task], list[Task]]:
-        """Return the tasks that a rung learns from, and those that it is judged by."""
-        held_out = self._held_out(rung)
-        names = {task.name for task in held_out}
-        return [task for task in self.tasks if task.name not in names], held_out
-
-    def _held_out(self, rung: int) -> list[Task]:
-        """The tasks that a rung is judged by, each with rows that adaptation does not see."""
-        return [judged(task, MOST_ROWS) for task in self.parts[rung % len(self.parts)]]
-
     def _ranked(self, going: Sequence[Candidate], found: Mapping[str, _Judged]) -> list[Candidate]:
         """Order the candidates, best first: by mean NLL, the earlier of equals."""
         left, ranked = list(going), []
         while left:
-            best = choose(left, [found[c.name].scores for c in left]).best
+            best = choose(left, [found[c.name].scores for c in left], tie=self.tie).best
             ranked.append(best)
             left.remove(best)
         return ranked
 
     def _share(self, going: Sequence[Candidate], rungs_left: int) -> float:
-        """The fraction of the whole length that a rung's part of the time has room for."""
+        """The fraction of the whole length that a rung's part of the time has room for; 0 where none is given."""
+        if self.seconds is None:
+            return 0.0
         trainings = len({repr(sorted(c.meta.items())) for c in going})
         done = max((trial.share for trial in self.trials), default=LEAST_SHARE)
         room = self._left() / rungs_left - len(going) * self.adapting
         return room / max(trainings * self.whole / done, 1e-9)
 
     def _left(self) -> float:
-        return self.seconds - (time.monotonic() - self.start)
+        return math.inf if self.seconds is None else self.seconds - (time.monotonic() - self.start)
 
 
 def _scored(posterior: Posterior, task: Task) -> tuple[Mapping[str, float], list[tuple[Tensor, Tensor]]]:

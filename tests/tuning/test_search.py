@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -108,6 +109,27 @@ def test_it_ends_in_time_and_says_what_there_was_no_time_for() -> None:
     assert time.monotonic() - start < 5.0
     assert tuning.notes and len(tuning.trials) < 64
     assert search(candidates(0.9, 0.8), slow, tasks(), seconds=1e-3).chosen == "q0.9"
+
+
+def test_without_a_time_the_ladder_is_climbed_to_the_whole_length_and_the_choice_is_no_matter_of_speed() -> None:
+    tuning = search(candidates(0.6, 0.7, 1.0, 0.5, 0.8), MadeUp, tasks(), seconds=None)
+    assert tuning.chosen == "q1" and tuning.notes == ()
+    assert [(t.rung, t.share) for t in tuning.trials] == [(0, 0.25)] * 5 + [(1, 0.5)] * 3 + [(2, 1.0)] * 2
+    assert len(MadeUp.made) == 10  # none to time it
+
+
+def test_tasks_that_are_given_judge_every_rung_and_all_others_are_learned_from() -> None:
+    given = [replace(task, name=f"dev-{task.name}") for task in tasks(2)]
+    tuning = search(candidates(0.6, 0.7, 0.8), MadeUp, tasks(2), seconds=None, held_out=given)
+    assert tuning.chosen == "q0.8" and tuning.held_out == ("dev-t0", "dev-t1")
+    assert {count for _, _, count in MadeUp.made} == {2}
+
+
+@pytest.mark.parametrize(("tie", "chosen"), [(0.0, "q0.7"), (0.3, "q0.555556")])
+def test_among_candidates_within_the_tie_the_better_calibrated_is_chosen(tie: float, chosen: str) -> None:
+    # At the whole length 0.9 times these: one half for each class, right half of the time, and 0.63, always right.
+    tuning = search(candidates(0.7, 0.5 / 0.9), MadeUp, tasks(), seconds=None, tie=tie)
+    assert tuning.chosen == chosen
 
 
 def test_too_few_tasks_and_no_candidate_are_refused() -> None:
