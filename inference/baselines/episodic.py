@@ -27,6 +27,7 @@ from pyro_lift.inference.baselines.episodes import Episode, Heads, check_tasks, 
 from pyro_lift.inference.baselines.finetune import loss_of, noise_generator
 from pyro_lift.inference.baselines.peak_memory import PeakMemory, check_memory
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.baselines.search_space import SearchSpace, episodes_space
 from pyro_lift.inference.baselines.union_train import warm_up
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
@@ -109,6 +110,11 @@ class EpisodicMethod:
     def start(self, phi: Tensor) -> Tensor:
         """Begin from the jointly trained weights themselves."""
         return phi
+
+    @property
+    def space(self: Episodic) -> SearchSpace:
+        """What every method has that learns in episodes; the rate of the inner loop where there is one."""
+        return episodes_space(self.budget, self.tasks_per_step, getattr(self, "inner_learning_rate", None))
 
     @at_top_level()
     def meta_train(

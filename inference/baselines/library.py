@@ -22,12 +22,13 @@ from torch.nn.functional import normalize
 from pyro_lift.inference.baselines.episodes import check_tasks
 from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.baselines.search_space import SearchSpace, adaptation, multiples
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import features
 from pyro_lift.models.task import Task
 from pyro_lift.support.random_streams import stream_seed
 
-__all__ = ["TrainedLibrary", "nearest", "task_key", "train_library"]
+__all__ = ["TrainedLibrary", "library_space", "nearest", "task_key", "train_library"]
 
 #: Inputs of a task that its key is the mean of, as LoRA-Retriever takes them.
 EXAMPLES = 20
@@ -81,6 +82,12 @@ def task_key(adapter: RandomAdapter, task: Task, examples: int = EXAMPLES) -> Te
     """
     rows = task.train.take(slice(0, examples)).to(adapter.initial.device)
     return features(adapter, rows, adapter.initial).mean(0)
+
+
+def library_space(budget: Budget) -> SearchSpace:
+    """What a method has to tune that begins with a library: the rate at which it is trained, and adaptation."""
+    rates = multiples("meta_learning_rate", budget.meta_learning_rate, (0.03, 0.1, 0.3, 0.5, 2.0, 4.0, 10.0))
+    return SearchSpace({"meta rate": rates}, adaptation(budget))
 
 
 def nearest(keys: Tensor, key: Tensor, number: int | None) -> Tensor:

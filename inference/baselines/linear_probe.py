@@ -28,6 +28,7 @@ from torch.nn.functional import normalize
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.adaptation.predict import rows_of
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.baselines.search_space import SearchSpace
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import Reader, all_features, features
 from pyro_lift.models.heads import BIAS_SD, folds, scaling_of, standard_widths
@@ -88,6 +89,11 @@ class LinearProbe:
 
     adapter: RandomAdapter
     budget: Budget = field(default_factory=Budget)
+
+    @property
+    def space(self) -> SearchSpace:
+        """Nothing: its strength is chosen on each task's own rows."""
+        return SearchSpace()
 
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LinearProbeState:
         """Learn nothing."""

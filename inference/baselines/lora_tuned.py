@@ -38,6 +38,7 @@ from pyro_lift.inference.adaptation.update_rules import adam
 from pyro_lift.inference.baselines.finetune import loss_of
 from pyro_lift.inference.baselines.linear_probe import LinearProbe, LinearProbeState, has_probe
 from pyro_lift.inference.baselines.protocol import Budget, Posterior, with_heads
+from pyro_lift.inference.baselines.search_space import SearchSpace
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
@@ -121,6 +122,11 @@ class LoRATuned:
             raise ValueError("rates is empty: there is nothing to try.")
         for rate in self.rates:
             check_number("rates", rate)
+
+    @property
+    def space(self) -> SearchSpace:
+        """Nothing: rate and steps are chosen on each task's own rows."""
+        return SearchSpace()
 
     @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LoRATunedState:

@@ -30,6 +30,7 @@ from pyro_lift.inference.baselines.imaml import ImplicitMAML
 from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.peak_memory import PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.baselines.search_space import SearchSpace, episodes_space
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
@@ -82,6 +83,11 @@ class MAMLMix:
         check_number("temperature", self.temperature, open_below=False)
         check_number("exploration", self.exploration, open_below=False)
         check_number("jitter", self.jitter, open_below=self.components > 1)
+
+    @property
+    def space(self) -> SearchSpace:
+        """What every method has that learns in episodes."""
+        return episodes_space(self.budget, self.tasks_per_step, self.inner_learning_rate)
 
     @property
     def method(self) -> MAML | ImplicitMAML:

@@ -22,8 +22,9 @@ from torch.nn.functional import normalize
 
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.baselines.finetune import finetune
-from pyro_lift.inference.baselines.library import TrainedLibrary, train_library
+from pyro_lift.inference.baselines.library import TrainedLibrary, library_space, train_library
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.baselines.search_space import SearchSpace
 from pyro_lift.inference.baselines.union_train import union_train
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
@@ -76,6 +77,11 @@ class MBC:
             raise ValueError(f"sparsity={self.sparsity}: nothing would be left to compare; take a number below 1.")
         for name in ("components", "dimensions"):
             check_number(name, getattr(self, name), least=1, open_below=False, whole=True)
+
+    @property
+    def space(self) -> SearchSpace:
+        """The rate at which the library is trained, and adaptation."""
+        return library_space(self.budget)
 
     @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> MBCState:

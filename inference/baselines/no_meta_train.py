@@ -11,11 +11,15 @@ from torch import Tensor
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.baselines.finetune import finetune, finetune_each
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.baselines.search_space import SearchSpace, adaptation
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 
 __all__ = ["NoMetaTrain", "NoMetaTrainState"]
+
+#: Rates of adaptation that tuning tries, over the given one: where nothing is learned before, they are all there is.
+RATES = (0.05, 0.1, 0.25, 0.5, 2.0, 4.0, 10.0)
 
 
 class NoMetaTrainState(NamedTuple):
@@ -31,6 +35,11 @@ class NoMetaTrain:
 
     adapter: RandomAdapter
     budget: Budget = field(default_factory=Budget)
+
+    @property
+    def space(self) -> SearchSpace:
+        """Rates over three decades, and fewer steps: there is nothing else to tune."""
+        return SearchSpace(adapt=adaptation(self.budget, RATES, (0.5, 0.25)))
 
     @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> NoMetaTrainState:

@@ -22,6 +22,7 @@ from pyro_lift.inference.adaptation.update_rules import UpdateRule, adam, sgd
 from pyro_lift.inference.baselines.episodes import Heads, check_tasks
 from pyro_lift.inference.baselines.finetune import finetune, loss_of
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.baselines.search_space import SearchSpace, adaptation, joint_shares, multiples, values
 from pyro_lift.inference.baselines.union_train import warm_up
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
@@ -70,6 +71,17 @@ class Reptile:
         check_number("tasks_per_step", self.tasks_per_step, least=1, open_below=False, whole=True)
         check_number("outer_rate", self.outer_rate)
         check_literal("inner", self.inner, InnerRule)
+
+    @property
+    def space(self) -> SearchSpace:
+        """The inner rate and number of steps, the outer rate, the share of joint training, and adaptation."""
+        meta = {
+            "meta rate": multiples("meta_learning_rate", self.budget.meta_learning_rate, (0.3, 3.0)),
+            "inner steps": values("inner_steps", self.inner_steps, (3, 5, 10)),
+            "outer rate": multiples("outer_rate", self.outer_rate, (0.3,)),
+            "joint": joint_shares(self.budget),
+        }
+        return SearchSpace(meta, adaptation(self.budget))
 
     @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> ReptileState:

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.baselines.finetune import finetune
-from pyro_lift.inference.baselines.library import TrainedLibrary, nearest, task_key, train_library
+from pyro_lift.inference.baselines.library import TrainedLibrary, library_space, nearest, task_key, train_library
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.baselines.search_space import SearchSpace
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.lora_factors import fusion, mixture
@@ -63,6 +64,11 @@ class LoRARetriever:
         check_literal("composition", self.composition, Composition)
         if self.components is not None:
             check_number("components", self.components, least=1, open_below=False, whole=True)
+
+    @property
+    def space(self) -> SearchSpace:
+        """The rate at which the library is trained, and adaptation."""
+        return library_space(self.budget)
 
     @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> TrainedLibrary:

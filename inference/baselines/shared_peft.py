@@ -28,6 +28,7 @@ from pyro_lift.inference.adaptation.update_rules import Terms, langevin
 from pyro_lift.inference.baselines.episodes import Heads, check_tasks
 from pyro_lift.inference.baselines.finetune import finetune, noise_generator
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.baselines.search_space import SearchSpace, adaptation, joint_shares, multiples
 from pyro_lift.inference.baselines.union_train import warm_up
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.inference.top_level import at_top_level
@@ -75,6 +76,17 @@ class SharedPEFT:
         check_number("sigma", self.sigma)
         check_number("n_inflate", self.n_inflate)
         check_number("temperature", self.temperature, open_below=False)
+
+    @property
+    def space(self) -> SearchSpace:
+        """The chain's step, the prior's width, the likelihood's power, the share of joint training, and adaptation."""
+        meta = {
+            "meta rate": multiples("meta_learning_rate", self.budget.meta_learning_rate, (0.3, 3.0)),
+            "sigma": multiples("sigma", self.sigma, (0.3, 3.0)),
+            "power": multiples("n_inflate", self.n_inflate, (3.0, 10.0, 30.0)),
+            "joint": joint_shares(self.budget),
+        }
+        return SearchSpace(meta, adaptation(self.budget))
 
     @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> SharedPEFTState:

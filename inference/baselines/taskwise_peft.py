@@ -21,6 +21,7 @@ from pyro_lift.inference.adaptation.update_rules import langevin
 from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.no_meta_train import NoMetaTrainState
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.inference.baselines.search_space import SearchSpace, adaptation, multiples
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
@@ -54,6 +55,14 @@ class TaskwisePEFT:
         check_number("sigma", self.sigma)
         check_number("n_inflate", self.n_inflate)
         check_number("temperature", self.temperature, open_below=False)
+
+    @property
+    def space(self) -> SearchSpace:
+        """The step, the prior's width and the likelihood's power, all in adaptation: nothing is meta-trained."""
+        rates = multiples("learning_rate", self.budget.learning_rate, (0.05, 0.1, 0.25, 0.5, 2.0, 4.0, 10.0))
+        powers = multiples("n_inflate", self.n_inflate, (3.0, 10.0, 30.0))
+        widths = multiples("sigma", self.sigma, (0.3, 3.0))
+        return SearchSpace(adapt={**adaptation(self.budget), "rate": rates, "power": powers, "sigma": widths})
 
     @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> NoMetaTrainState:

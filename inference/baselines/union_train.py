@@ -19,6 +19,7 @@ from pyro_lift.inference.adaptation.update_rules import adam
 from pyro_lift.inference.baselines.episodes import Heads, check_tasks
 from pyro_lift.inference.baselines.finetune import finetune, finetune_each, rows_of_pass
 from pyro_lift.inference.baselines.protocol import Budget, with_heads
+from pyro_lift.inference.baselines.search_space import SearchSpace, adaptation, lengths, multiples
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
@@ -44,6 +45,12 @@ class UnionTrain:
 
     adapter: RandomAdapter
     budget: Budget = field(default_factory=Budget)
+
+    @property
+    def space(self) -> SearchSpace:
+        """The rate of joint training, half of its length, and adaptation."""
+        rates = multiples("meta_learning_rate", self.budget.meta_learning_rate, (0.1, 0.3, 3.0, 10.0))
+        return SearchSpace({"meta rate": rates, "length": lengths(self.budget)}, adaptation(self.budget))
 
     @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> UnionTrainState:

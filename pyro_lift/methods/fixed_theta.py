@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from pyro_lift.defaults import one_width, resolved
-from pyro_lift.inference.baselines.library import TrainedLibrary, train_library
+from pyro_lift.inference.baselines.library import TrainedLibrary, library_space, train_library
 from pyro_lift.inference.baselines.protocol import Budget, Posterior
+from pyro_lift.inference.baselines.search_space import SearchSpace, adaptation
 from pyro_lift.inference.fixed_theta import FixedThetaPosterior, Scale, exact_draws, phi_chain, random_order
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.top_level import at_top_level
@@ -32,6 +33,7 @@ from pyro_lift.models.task import Task
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_literal, check_number, renamed_keywords
+from pyro_lift.tuning.candidates import times
 
 __all__ = ["FixedTheta"]
 
@@ -71,6 +73,18 @@ class FixedTheta:
         check_literal("scale", self.scale, Scale)
         check_number("chain_steps", self.chain_steps, least=2, open_below=False, whole=True)
         check_number("step_share", self.step_share)
+
+    @property
+    def space(self) -> SearchSpace:
+        """The library's rate, beta with sigma, and adaptation."""
+        s = resolved(self.lift.chain_settings(), self.adapter)
+        stated = {"settings.temperature": s.temperature, "settings.n_inflate": s.n_inflate}
+        widths = {
+            f"x {x:g}": {**stated, "settings.beta": times(s.beta, x), "settings.sigma": times(s.sigma, x)}
+            for x in (0.3, 3.0)
+        }
+        rates = library_space(self.budget).meta["meta rate"]
+        return SearchSpace({"meta rate": rates, "beta": widths}, adaptation(self.budget))
 
     @property
     def lift(self) -> LiFTMethod:

@@ -9,11 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, NamedTuple
 
+from pyro_lift.defaults import resolved
 from pyro_lift.inference.adaptation.meta_testing import best_start, meta_test_program
 from pyro_lift.inference.adaptation.predict import Ensemble
 from pyro_lift.inference.adaptation.update_rules import langevin
 from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.protocol import Budget, Posterior
+from pyro_lift.inference.baselines.search_space import (
+    Dimension,
+    SearchSpace,
+    adaptation,
+    joint_shares,
+    multiples,
+    values,
+)
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.lift import LiFT
 from pyro_lift.models.adapters import RandomAdapter
@@ -21,6 +30,7 @@ from pyro_lift.models.task import Task
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_literal
+from pyro_lift.tuning.candidates import META, times
 
 __all__ = ["LiFTMethod", "LiFTState"]
 
@@ -57,6 +67,29 @@ class LiFTMethod:
 
     def __post_init__(self) -> None:
         check_literal("ablation", self.ablation, Ablation)
+
+    @property
+    def space(self) -> SearchSpace:
+        """What LiFT is tuned over (:data:`pyro_lift.tuning.candidates.META`), around the settings that it has."""
+        b, s = self.budget, resolved(self.chain_settings(), self.adapter)
+        assert s.temperature is not None
+        stated = {"settings.temperature": s.temperature, "settings.n_inflate": s.n_inflate}
+        widths = {
+            f"x {x:g}": {**stated, "settings.beta": times(s.beta, x), "settings.sigma": times(s.sigma, x)}
+            for x in META["beta"][1:]
+        }
+        meta: dict[str, Dimension] = {
+            "joint": joint_shares(b, [min(x * b.warm_up / (b.warm_up + b.visits), 0.8) for x in META["joint"][1:]]),
+            "rate of the chain": multiples("meta_learning_rate", b.meta_learning_rate, META["learning_rate"][1:]),
+            "joint rate": multiples("warm_up_learning_rate", b.warm_up_learning_rate, META["sgd_learning_rate"][1:]),
+            "beta": widths,
+            "temperature": multiples("settings.temperature", s.temperature, META["temperature"][1:]),
+        }
+        if s.phi_update == "gibbs":
+            meta["translation"] = values("settings.translation", s.translation, ("falling", "saga"))
+        if b.heads.update != "step":
+            meta["head"] = values("settings.head", s.head, ("solve", "laplace"))
+        return SearchSpace(meta, adaptation(b))
 
     @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LiFTState:

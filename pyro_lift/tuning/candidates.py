@@ -9,9 +9,10 @@ from typing import Any
 
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_number
+from pyro_lift.tuning.drawn import drawn_points
 from pyro_lift.tuning.search import Candidate
 
-__all__ = ["ADAPTATION", "META", "lift_candidates", "shortened"]
+__all__ = ["ADAPTATION", "META", "lift_candidates", "shortened", "times"]
 
 #: Of each setting of meta-training the multiples of its value that are tried, the first unchanged. ``joint`` is the
 #: fraction of the visits that joint training takes, ``length`` that of all of them: where half of the length is as
@@ -40,19 +41,16 @@ def lift_candidates(
         heads: whether tasks have heads of their own, whose prior is then tried both ways, solved and drawn.
     """
     check_number("trainings", trainings, least=1, open_below=False, whole=True)
-    chosen = random.Random(0)
-    drawn: list[dict[str, Any]] = [{}]
-    for _ in range(100 * trainings):  # as many as there are, where there are fewer
-        if len(drawn) == trainings:
-            break
+
+    def draw(chosen: random.Random) -> dict[str, Any]:
         multiples: dict[str, Any] = {name: chosen.choice(list(values)) for name, values in META.items()}
         multiples["translation"] = chosen.choice(["falling", "saga"])
         if heads:
             multiples["head"] = chosen.choice(["solve", "laplace"])
         unchanged = (1.0, settings.head, settings.translation or "falling")
-        changed = {name: value for name, value in multiples.items() if value not in unchanged}
-        if changed not in drawn:
-            drawn.append(changed)
+        return {name: value for name, value in multiples.items() if value not in unchanged}
+
+    drawn, chosen = drawn_points(draw, trainings), random.Random(0)
     candidates = []
     for multiples in drawn:
         meta = _meta(settings, multiples)
@@ -84,7 +82,7 @@ def _meta(settings: LiFTSettings, multiples: Mapping[str, Any]) -> dict[str, Any
         if name in multiples:
             values[name] = multiples[name] * getattr(settings, name)
     if "beta" in multiples:  # sigma goes with it: what a task may add, phi may too
-        values |= {name: _times(getattr(settings, name), multiples["beta"]) for name in ("beta", "sigma")}
+        values |= {name: times(getattr(settings, name), multiples["beta"]) for name in ("beta", "sigma")}
         # Widths that are given have another default of the temperature than widths that are left open.
         values = {"temperature": settings.temperature, "n_inflate": settings.n_inflate, **values}
     values |= {name: multiples[name] for name in ("translation", "head") if name in multiples}
@@ -114,5 +112,6 @@ def _lengths(settings: LiFTSettings, share: float) -> dict[str, Any]:
     }
 
 
-def _times(value: Any, factor: float) -> Any:
+def times(value: Any, factor: float) -> Any:
+    """Multiply a width, or each of a list of them."""
     return [factor * one for one in value] if isinstance(value, (list, tuple)) else factor * value
