@@ -248,7 +248,9 @@ class MethodsOptions:
     methods: Annotated[str | None, typer.Option(help="names with commas between; by default all")] = None
     seeds: Annotated[int | None, typer.Option(help="families of tasks, or repetitions", min=1)] = None
     workers: Annotated[int | None, typer.Option(help="processes", min=1)] = None
-    choose: Annotated[bool, typer.Option("--tune", help="choose the settings again, and print them")] = False
+    choose: Annotated[bool, typer.Option("--tune", help="choose settings again; write OUT/tuned.json")] = False
+    trials: Annotated[int | None, typer.Option(help="settings of each method that --tune tries", min=1)] = None
+    tuned: Annotated[Path | None, typer.Option(help="tuned.json, whose settings the methods get")] = None
     smoke: Smoke = False
     device: Device = "cpu"
 
@@ -267,10 +269,12 @@ def bench_methods(options: MethodsOptions) -> None:
     check_choice("family", o.family, ["digits"])
     experiment = DIGITS if o.tasks is None else on_tasks(o.tasks, o.split, o.root, o.backbone, o.kind)
     sizes: dict[str, Any] = {
-        name: value for name, value in (("seeds", o.seeds), ("workers", o.workers)) if value is not None
+        name: value
+        for name, value in (("seeds", o.seeds), ("workers", o.workers), ("trials", o.trials))
+        if value is not None
     }
     settings = replace(MethodsSettings.smoke(o.device) if o.smoke else MethodsSettings(device=o.device), **sizes)
-    bench_of_methods.command(o.out, experiment, settings, o.methods, choose=o.choose)
+    bench_of_methods.command(o.out, experiment, settings, o.methods, choose=o.choose, tuned=o.tuned)
 
 
 @bench.command()

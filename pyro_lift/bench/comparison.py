@@ -4,7 +4,8 @@ The others are the linear probe (where tasks have classes), tuned LoRA, No Meta 
 
 All methods get the same backbone, initial adapter, number of meta-training minibatches, adaptation steps and number of
 networks behind a prediction. Each chooses its rate of adaptation on the development tasks, from one grid, by mean NLL;
-the unseen tasks are looked at once, with that rate.
+or, with ``--tune``, all of its settings by the one tuner (:mod:`pyro_lift.tuning.methods`), the same number of trials
+for each. The unseen tasks are looked at once, with what was chosen.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from tqdm import tqdm
 from pyro_lift.bench import report
 from pyro_lift.bench.records import Record, write_records
 from pyro_lift.bench.text_to_text import WritingSettings, written_scores
-from pyro_lift.bench.tuner import FAILED, tune
 from pyro_lift.config import AdapterConfig, BackboneConfig, OutputConfig, RunConfig, TasksConfig
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.text import TextRow, TextTask
@@ -40,6 +40,8 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_number
+from pyro_lift.tuning.choosing import FAILED, tune
+from pyro_lift.tuning.methods import tune_method
 from pyro_lift.wiring import adapter_of, encode_tasks
 
 __all__ = ["METHODS", "Benchmark", "ComparisonSettings", "benchmark_of", "hold_out", "run", "table_of"]
@@ -75,6 +77,10 @@ class ComparisonSettings:
     rates: tuple[float, ...] = field(
         default=(1e-3, 3e-3, 1e-2), metadata={"help": "rates of adaptation that each method chooses from"}
     )
+    tune: int = field(
+        default=0,
+        metadata={"help": "settings of each method that are tried on the development tasks; 0: rates alone"},
+    )
     dev_tasks: int = field(default=3, metadata={"help": "tasks that the choice is made on, at most"})
     test_tasks: int = field(default=1000, metadata={"help": "tasks to be judged by, at most"})
     test_rows: int = field(default=250, metadata={"help": "rows that a task is judged by, at most"})
@@ -84,6 +90,7 @@ class ComparisonSettings:
     def __post_init__(self) -> None:
         for name in ("seeds", "visits", "steps", "draws", "batch_size", "rank", "dev_tasks", "test_tasks", "test_rows"):
             check_number(name, getattr(self, name), least=1, open_below=False, whole=True)
+        check_number("tune", self.tune, open_below=False, whole=True)
         if not self.rates:
             raise ValueError("rates is empty: give at least one rate of adaptation.")
         for rate in self.rates:
@@ -150,7 +157,9 @@ def _cut(benchmark: Benchmark, settings: ComparisonSettings) -> Benchmark:
     """Return the benchmark with no more development and unseen tasks than the settings say."""
     tasks = benchmark.tasks
     dev, test = _spread(tasks.dev, settings.dev_tasks), _spread(tasks.test, settings.test_tasks)
-    return benchmark._replace(tasks=replace(tasks, dev=dev if len(settings.rates) > 1 else (), test=test))
+    return benchmark._replace(
+        tasks=replace(tasks, dev=dev if len(settings.rates) > 1 or settings.tune else (), test=test)
+    )
 
 
 def _spread(tasks: Sequence[Any], most: int) -> tuple[Any, ...]:
@@ -213,7 +222,7 @@ def table_of(records: Sequence[Record], measures: Mapping[str, str]) -> str:
 def _gradients(benchmark: Benchmark, settings: ComparisonSettings) -> int:
     """Count the gradients of the whole comparison, for the bar."""
     trained = 2 * (settings.warm_up + settings.visits)
-    tried = len(settings.rates) * len(benchmark.tasks.dev)
+    tried = 0 if settings.tune else len(settings.rates) * len(benchmark.tasks.dev)  # trials count by themselves
     tasks = sum((name != PROBE) * len(benchmark.tasks.test) for name in methods_of(benchmark))
     tasks += sum(tried for name in methods_of(benchmark) if name not in CHOOSE)
     return settings.seeds * (trained + tasks * settings.steps)
@@ -226,7 +235,11 @@ def methods_of(benchmark: Benchmark) -> list[str]:
 
 
 class _Contender(NamedTuple):
-    """One method of the comparison on one seed, and the bar that tells of it."""
+    """One method of the comparison on one seed, and the bar that tells of it.
+
+    Attributes:
+        tuned: the method with what the tuner chose; None where nothing was tuned.
+    """
 
     benchmark: Benchmark
     settings: ComparisonSettings
@@ -234,9 +247,12 @@ class _Contender(NamedTuple):
     name: str
     seed: int
     bar: Any
+    tuned: Baseline[Any] | None = None
 
     def method(self, rate: float) -> Baseline[Any]:
-        """Set the method up with a rate of adaptation."""
+        """Set the method up with a rate of adaptation, or with all that was tuned."""
+        if self.tuned is not None:
+            return self.tuned
         s = self.settings
         budget = Budget(
             warm_up=s.warm_up,
@@ -259,7 +275,9 @@ class _Contender(NamedTuple):
 
 
 def _run_method(contender: _Contender) -> list[Record]:
-    benchmark, settings, _, name, seed, bar = contender
+    benchmark, settings, _, name, seed, bar, _ = contender
+    if settings.tune and name not in CHOOSE:
+        contender = contender._replace(tuned=_tuned(contender))
     bar.set_description(f"{name}: meta-train")
     start = time.perf_counter()
     state = contender.method(settings.rates[0]).meta_train(benchmark.tasks.train, on_step=bar.update)
@@ -293,8 +311,27 @@ def _run_method(contender: _Contender) -> list[Record]:
     return records
 
 
+def _tuned(contender: _Contender) -> Baseline[Any]:
+    """Choose all settings of a method by the tuner, on the development tasks or on training tasks held out in turn."""
+    tasks, bar, name = contender.benchmark.tasks, contender.bar, contender.name
+    bar.set_description(f"{name}: tune")
+    method, tuning = tune_method(
+        contender.method(contender.settings.rates[0]),
+        tasks.train,
+        held_out=tasks.dev,
+        trials=contender.settings.tune,
+        on_trial=lambda trial: bar.set_postfix_str(f"rung {trial.rung + 1}, {trial.loss:.3f}: {trial.settings}"),
+    )
+    bar.set_postfix_str("")
+    tried = len({trial.settings for trial in tuning.trials})
+    bar.write(f"{name}: {tuning.chosen}, chosen among {tried} by NLL on {', '.join(tuning.held_out)}")
+    return method
+
+
 def _chosen_rate(contender: _Contender, state: Any) -> float:
     """Choose the rate with the lowest mean NLL on the development tasks; the first where there are none."""
+    if contender.tuned is not None:
+        return contender.tuned.budget.learning_rate
     tasks, rates = contender.benchmark.tasks.dev, contender.settings.rates
     if not tasks:
         return rates[0]

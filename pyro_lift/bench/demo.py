@@ -26,7 +26,7 @@ equally good ones, ECE (``--tune`` does it again).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -38,14 +38,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_lift.bench import report
+from pyro_lift.bench.grids import Choice
 from pyro_lift.bench.records import Record, format_table, write_records
 from pyro_lift.bench.sweep import Cell, map_cells
-from pyro_lift.bench.tuner import Choice, choose
 from pyro_lift.data.digits import DigitFamily, digit_backbone, digit_family
 from pyro_lift.diagnostics import from_mcmc
 from pyro_lift.inference.baselines.linear_probe import LinearProbe
 from pyro_lift.inference.baselines.lora_tuned import LoRATuned
-from pyro_lift.inference.baselines.protocol import Baseline, Budget, adapt_all
+from pyro_lift.inference.baselines.protocol import Baseline, Budget, Posterior, adapt_all
 from pyro_lift.inference.baselines.union_train import UnionTrain, UnionTrainState, union_train
 from pyro_lift.lift import LiFT
 from pyro_lift.methods.lift import LiFTMethod, LiFTState
@@ -57,6 +57,7 @@ from pyro_lift.models.task import Task
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_number
+from pyro_lift.tuning.search import Candidate, search, trial_bar
 
 __all__ = ["CHOSEN", "GRIDS", "DemoSettings", "FamilyRun", "demo_adapter", "run", "run_family", "tune"]
 
@@ -309,32 +310,83 @@ def run(settings: DemoSettings, out: Path, *, progress: bool = True) -> list[Rec
     return records
 
 
-def tune(settings: DemoSettings, *, progress: bool = True) -> dict[Group, Choice]:
-    """Choose each method's setting from its grid, by mean NLL on the development tasks of other families.
+class _OnFamilies(NamedTuple):
+    """A method with a choice on several families, for the tuner: each meta-trains on its own, tasks tell theirs."""
 
-    Among those within :data:`TIE` of the lowest the one with the lowest ECE is taken.
+    settings: DemoSettings
+    group: Group
+    choice: Choice
+
+    def meta_train(self, tasks: Sequence[Task]) -> dict[int, tuple[RandomAdapter, Any]]:
+        states: dict[int, tuple[RandomAdapter, Any]] = {}
+        for seed in TUNING_SEEDS:
+            of_seed = [task for task in tasks if _seed_of(task) == seed]
+            adapter = demo_adapter(self.settings, seed)
+            budget = Budget(batch_size=self.settings.batch_size, seed=seed)
+            jointly = partial(union_train, adapter, of_seed, budget)
+            run = FamilyRun(seed, ((self.group, self.choice),), "dev")
+            joint = None
+            if _meta_trains(run):
+                joint = jointly(steps=self.settings.warm_up, learning_rate=self.settings.warm_up_rate)
+            method = method_of(self.settings, self.group, self.choice, seed, adapter, joint)
+            _, state = next(_trained(method, of_seed, run, jointly, lambda _: None))
+            states[seed] = adapter, state
+        return states
+
+    def adapt(self, state: dict[int, tuple[RandomAdapter, Any]], tasks: Sequence[Task]) -> list[Posterior]:
+        posteriors: dict[str, Posterior] = {}
+        for seed, (adapter, learned) in state.items():
+            of_seed = [task for task in tasks if _seed_of(task) == seed]
+            method = method_of(self.settings, self.group, self.choice, seed, adapter, None)
+            found = adapt_all(method, learned, of_seed, block_size=BLOCK)
+            posteriors |= {task.name: posterior for task, posterior in zip(of_seed, found, strict=True)}
+        return [posteriors[task.name] for task in tasks]
+
+
+def _seed_of(task: Task) -> int:
+    return int(task.name.partition("/")[0])
+
+
+def tune(settings: DemoSettings, *, progress: bool = True) -> dict[Group, Choice]:
+    """Choose each method's setting among its twelve by the one tuner, on the development tasks of other families.
+
+    Among those within :data:`TIE` of the lowest mean NLL the one with the lowest ECE is taken.
     """
-    runs = {
-        (group, seed): FamilyRun(seed, tuple((group, choice) for choice in grid), "dev")
-        for group, grid in GRIDS.items()
-        for seed in TUNING_SEEDS
-    }
-    results = run_families(replace(settings, num_test=1), list(runs.values()), description="tune", progress=progress)
-    by_run = dict(zip(runs, results, strict=True))
+    families = {seed: family_of(settings, seed) for seed in TUNING_SEEDS}
+    named = partial(_named_by_family, families)
+    train, dev = named("train"), named("dev")
     chosen: dict[Group, Choice] = {}
     rows: list[list[str]] = []
     for group, grid in GRIDS.items():
-        scores = [
-            [judged.record() for seed in TUNING_SEEDS for judged in by_run[group, seed][number]]
-            for number in range(len(grid))
-        ]
-        tuned = choose(grid, scores, tie=TIE)
-        chosen[group] = tuned.best
-        for number in sorted(range(len(grid)), key=tuned.losses.__getitem__):
-            means = (sum(record[name] for record in scores[number]) / len(scores[number]) for name in MEASURES)
-            rows.append([group, *_shown(grid[number]), *(f"{mean:.4f}" for mean in means)])
-    print(format_table(["method", "learning_rate", "meta_learning_rate", "beta", "n_inflate", *MEASURES], rows))
+        by_name = {", ".join(_shown(choice)): choice for choice in grid}
+
+        def make(candidate: Candidate, share: float, group: Group = group, of: Any = by_name) -> _OnFamilies:
+            warm_up, visits = (max(round(share * n), 8) for n in (settings.warm_up, settings.visits))
+            few = replace(settings, warm_up=min(warm_up, settings.warm_up), visits=min(visits, settings.visits))
+            return _OnFamilies(few, group, of[candidate.name])
+
+        candidates = [Candidate(name, _meta_of(group, choice)) for name, choice in by_name.items()]
+        with trial_bar(progress) as on_trial:
+            tuning = search(candidates, make, train, seconds=None, held_out=dev, tie=TIE, on_trial=on_trial)
+        chosen[group] = by_name[tuning.chosen]
+        for trial in sorted(tuning.trials, key=lambda trial: (-trial.rung, trial.loss)):
+            rows.append([group, str(trial.rung), *_shown(by_name[trial.settings]), f"{trial.loss:.4f}"])
+    print(format_table(["method", "rung", "learning_rate", "meta_learning_rate", "beta", "n_inflate", "nll"], rows))
     return chosen
+
+
+def _named_by_family(families: Mapping[int, DigitFamily], part: str) -> list[Task]:
+    """Return a part's tasks of all families, their names telling which is theirs."""
+    found = ((seed, task) for seed, family in families.items() for task in getattr(family, part))
+    return [replace(task, name=f"{seed}/{task.name}") for seed, task in found]
+
+
+def _meta_of(group: Group, choice: Choice) -> dict[str, Any]:
+    """Return what of a choice needs a meta-training of its own."""
+    if group in ALONE:
+        return {}
+    lift = {"learning_rate": choice.learning_rate, **choice.lift} if group == "lift" else {}
+    return {"meta_learning_rate": choice.meta_learning_rate, **lift}
 
 
 def _shown(choice: Choice) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_lift.bench.comparison import ComparisonSettings
+from pyro_lift.tuning.methods import TRIALS
 
 __all__ = ["parser", "settings_of"]
 
@@ -21,7 +22,16 @@ def parser(description: str, defaults: ComparisonSettings, out: str) -> argparse
     )
     arguments.add_argument("--smoke", action="store_true", help="small made-up data, seconds; the numbers mean nothing")
     arguments.add_argument("--backbone", help="folder or name on the hub; by default the repository's own")
+    arguments.add_argument(
+        "--tune",
+        type=int,
+        nargs="?",
+        const=TRIALS,
+        help=f"choose every method's settings by the one tuner, among so many (without a number: {TRIALS})",
+    )
     for f in fields(ComparisonSettings):
+        if f.name == "tune":
+            continue
         default = getattr(defaults, f.name)
         kind, several = (float, "+") if isinstance(default, tuple) else (type(default), None)
         arguments.add_argument(

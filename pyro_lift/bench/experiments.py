@@ -35,18 +35,29 @@ class MethodsSettings:
     test_rows: int = field(default=150, metadata={"help": "rows that a task is judged by, at most"})
     cost_visits: int = field(default=12, metadata={"help": "minibatches that costs are measured on"})
     workers: int = field(default=2, metadata={"help": "processes"})
+    trials: int = field(default=24, metadata={"help": "settings of each method that --tune tries"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "warm_up", "visits", "steps", "draws", "batch_size", "num_train", "num_test", "workers"):
+        for name in (
+            "seeds",
+            "warm_up",
+            "visits",
+            "steps",
+            "draws",
+            "batch_size",
+            "num_train",
+            "num_test",
+            "workers",
+            "trials",
+        ):
             check_number(name, getattr(self, name), least=1, open_below=False, whole=True)
 
     @classmethod
     def smoke(cls, device: str = "cpu") -> MethodsSettings:
         """Return sizes that take seconds instead of minutes; the numbers mean nothing."""
-        return cls(
-            1, 4, 12, 4, 2, batch_size=4, num_train=3, num_test=1, test_rows=16, cost_visits=9, workers=1, device=device
-        )
+        few = {"num_train": 3, "num_test": 1, "test_rows": 16, "cost_visits": 9, "workers": 1, "trials": 3}
+        return cls(1, 4, 12, 4, 2, batch_size=4, device=device, **few)
 
 
 class Problem(NamedTuple):

@@ -14,7 +14,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,20 +24,21 @@ import torch
 from torch import Tensor
 
 from pyro_lift.bench.experiments import DIGITS, Experiment, MethodsSettings, Problem
-from pyro_lift.bench.grids import GRIDS, choice_of
+from pyro_lift.bench.grids import GROUPS, Choice, choice_of, group_of
 from pyro_lift.bench.memory import peak_bytes
 from pyro_lift.bench.records import Record, format_table, write_records
 from pyro_lift.bench.sweep import Cell, map_cells
-from pyro_lift.bench.tuner import Choice
-from pyro_lift.bench.tuner import tune as tune_grid
 from pyro_lift.inference.baselines.library import TrainedLibrary, train_library
 from pyro_lift.inference.baselines.protocol import Baseline, Budget
+from pyro_lift.inference.baselines.search_space import Changes
 from pyro_lift.inference.baselines.union_train import warm_up
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.methods.registry import BASELINES
 from pyro_lift.metrics.task import scores
 from pyro_lift.settings import LiFTSettings
+from pyro_lift.support.archive import read_json, write_json
 from pyro_lift.support.options import check_choice
+from pyro_lift.tuning.methods import tune_method, with_changes
 
 __all__ = ["command", "plot", "run", "table", "tune"]
 
@@ -59,6 +60,7 @@ def run(
     names: Sequence[str] | None = None,
     *,
     path: Path | None = None,
+    tuned: Mapping[str, Changes] | None = None,
     log: Callable[[str], None] = print,
 ) -> list[Record]:
     """Run every method on every seed and task; the records are written to ``path`` as seeds finish.
@@ -68,6 +70,7 @@ def run(
         settings: sizes.
         names: keys of :data:`BASELINES`; None takes all.
         path: of the JSON file.
+        tuned: what :func:`tune` chose, over the settings in :mod:`~pyro_lift.bench.grids`.
         log: where progress goes.
 
     Raises:
@@ -78,7 +81,7 @@ def run(
         check_choice("method", name, BASELINES)
     costs = cost_ratios(experiment, settings, names, log)
     records: list[Record] = []
-    for of_seed in _each_seed(experiment, settings, names):
+    for of_seed in _each_seed(experiment, settings, names, tuned or {}):
         records += [{**record, **costs.get(record["method"], {})} for record in of_seed]
         judged = len({record["method"] for record in of_seed})
         log(f"seed {of_seed[0]['seed']}: {judged} methods judged" if of_seed else "nothing")
@@ -87,8 +90,10 @@ def run(
     return records
 
 
-def _each_seed(experiment: Experiment, settings: MethodsSettings, names: Sequence[str]) -> Iterator[list[Record]]:
-    common = {"experiment": experiment, "settings": settings, "names": names}
+def _each_seed(
+    experiment: Experiment, settings: MethodsSettings, names: Sequence[str], tuned: Mapping[str, Changes]
+) -> Iterator[list[Record]]:
+    common = {"experiment": experiment, "settings": settings, "names": names, "tuned": tuned}
     cells = [Cell(f"seed-{seed}", {**common, "seed": seed}) for seed in range(settings.seeds)]
     threads = max((os.cpu_count() or 1) // settings.workers, 1)
     return map_cells(run_seed, cells, workers=settings.workers, threads=threads)
@@ -107,20 +112,31 @@ class Shared(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """Surroundings in which methods are set up: the problem, the sizes, the seed, and what they share."""
+    """Surroundings in which methods are set up: the problem, the sizes, the seed, and what they share.
+
+    Attributes:
+        tuned: changes to what was chosen before, by the name of a method that is tuned.
+    """
 
     problem: Problem
     settings: MethodsSettings
     seed: int
     shared: Shared | None = None
+    tuned: Mapping[str, Changes] = {}
 
 
 def run_seed(
-    experiment: Experiment, settings: MethodsSettings, names: Sequence[str], seed: int, part: str = "test"
+    experiment: Experiment,
+    settings: MethodsSettings,
+    names: Sequence[str],
+    seed: int,
+    part: str = "test",
+    *,
+    tuned: Mapping[str, Changes] | None = None,
 ) -> list[Record]:
     """Run all methods on one seed's problem."""
     problem = experiment.problem(settings, seed, part)
-    setup = Setup(problem, settings, seed, _shared(problem, settings, names, seed))
+    setup = Setup(problem, settings, seed, _shared(problem, settings, names, seed), tuned or {})
     states: dict[str, tuple[Any, float]] = {}
     records = []
     for name in names:
@@ -191,7 +207,8 @@ def budget_of(problem: Problem, settings: MethodsSettings, choice: Choice, seed:
 
 def method_of(setup: Setup, name: str, choice: Choice, **budget: Any) -> Baseline[Any]:
     """Set up a method of the registry with what was chosen for it."""
-    problem, settings, seed, shared = setup
+    problem, settings, seed, shared, tuned = setup
+    changes = tuned.get(group_of(name), {})
     factory: Any = BASELINES[name]
     if choice.warm_share is not None:  # a fraction that was tuned for this method, so joint training is not shared
         total = settings.warm_up + settings.visits
@@ -200,13 +217,13 @@ def method_of(setup: Setup, name: str, choice: Choice, **budget: Any) -> Baselin
     elif shared is not None:
         budget = {"warm_start": shared.warm_start, **budget}
     options = dict(choice.options)
-    if shared is not None and shared.library is not None and name.startswith(FROM_LIBRARY):
+    if shared is not None and shared.library is not None and name.startswith(FROM_LIBRARY) and not changes:
         options["library"] = shared.library
     if choice.lift:
         settings_of = getattr(factory, "keywords", {}).get("settings", LiFTSettings())
         options["settings"] = replace(settings_of, **choice.lift)
     method: Baseline[Any] = factory(problem.adapter, budget_of(problem, settings, choice, seed, **budget), **options)
-    return method
+    return with_changes(method, changes) if changes else method
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -282,45 +299,25 @@ def tune(
     settings: MethodsSettings | None = None,
     groups: Sequence[str] | None = None,
     log: Callable[[str], None] = print,
-) -> dict[str, Choice]:
-    """Choose each group's settings from its grid, by mean NLL on the development tasks of another family.
+) -> dict[str, dict[str, Any]]:
+    """Choose each method's settings on the development tasks of another family, by the one tuner.
 
-    Settings that differ in the adaptation rate alone share one meta-training.
+    Every method has the same number of trials (``settings.trials``), drawn from its own space around what was chosen
+    before, and the same score: the log predictive density of rows of the development tasks.
+
+    Returns:
+        By method what is changed: fields of its budget, or its own.
     """
-    settings = replace(settings or MethodsSettings(), num_test=2)
+    settings = settings or MethodsSettings()
     problem = experiment.problem(settings, TUNING_SEED, "dev")
-    warm = warm_up(problem.adapter, problem.train, budget_of(problem, settings, Choice(), 0))
-    libraries: dict[float, TrainedLibrary] = {}
-    chosen = {}
-    for group in groups or list(GRIDS):
-        states: dict[str, Any] = {}
-        setup = Setup(problem, settings, 0, Shared(warm))
-        tuned = tune_grid(GRIDS[group], partial(_judged, setup, group, libraries, states))
-        chosen[group] = tuned.best
-        losses = ", ".join(f"{loss:.3f}" for loss in tuned.losses)
-        log(f"    {group!r}: {tuned.best!r},  # {min(tuned.losses):.3f} of {losses}")
+    chosen: dict[str, dict[str, Any]] = {}
+    for group in dict.fromkeys(group_of(name) for name in groups or GROUPS):
+        method = method_of(Setup(problem, settings, 0), group, choice_of(group))
+        _, tuning = tune_method(method, problem.train, held_out=problem.test, trials=settings.trials)
+        chosen[group] = {**tuning.meta, **tuning.adapt}
+        best = min(trial.loss for trial in tuning.trials if trial.rung == tuning.trials[-1].rung)
+        log(f"{group}: {tuning.chosen} ({tuning.measure} {best:.3f})\n{tuning.table()}")
     return chosen
-
-
-def _judged(
-    setup: Setup, group: str, libraries: dict[float, TrainedLibrary], states: dict[str, Any], choice: Choice
-) -> Iterable[Mapping[str, float]]:
-    """Yield the scores of one setting; libraries by their rate and meta-trained states are made once."""
-    problem, settings, seed, shared = setup
-    assert shared is not None
-    if group.startswith(FROM_LIBRARY):
-        rate = choice.meta_learning_rate
-        if rate not in libraries:
-            budget = budget_of(problem, settings, choice, seed)
-            libraries[rate] = train_library(problem.adapter, problem.train, budget)
-        setup = setup._replace(shared=shared._replace(library=libraries[rate]))
-    method = method_of(setup, group, choice)
-    key = repr(choice._replace(learning_rate=0.0))
-    if key not in states:
-        states[key] = method.meta_train(problem.train)
-    for task in problem.test:
-        assert task.test is not None
-        yield scores(method.adapt(states[key], task).predict(task.test), task.test, task)
 
 
 # ------------------------------------------------------------------------------------------------ showing
@@ -399,22 +396,37 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
 
 def command(
-    out: Path, experiment: Experiment, settings: MethodsSettings, methods: str | None = None, *, choose: bool = False
+    out: Path,
+    experiment: Experiment,
+    settings: MethodsSettings,
+    methods: str | None = None,
+    *,
+    choose: bool = False,
+    tuned: Path | None = None,
 ) -> None:
     """Run ``pyro-lift bench methods``: print the table and write records and figure, or tune and print.
 
     Args:
-        out: folder for ``methods.json`` and ``methods.png``.
+        out: folder for ``methods.json`` and ``methods.png``, or for ``tuned.json``.
         experiment: where tasks come from.
         settings: sizes.
         methods: names with commas between; None takes all.
-        choose: whether to choose the settings again, and print them, instead.
+        choose: whether to choose the settings again, print and write them, instead.
+        tuned: file that was written so, whose settings are taken.
+
+    Raises:
+        DamagedError: a file of settings that is none.
     """
     names = None if methods is None else [name.strip() for name in methods.split(",")]
     if choose:
-        tune(experiment, settings, names)
+        for name in names or ():
+            check_choice("method", name, BASELINES)
+        write_json(out / "tuned.json", tune(experiment, settings, names))
+        print(f"settings written: {out / 'tuned.json'}")
         return
-    records = run(experiment, settings, names, path=out / "methods.json")
+    records = run(
+        experiment, settings, names, path=out / "methods.json", tuned=None if tuned is None else read_json(tuned)
+    )
     print(experiment.name)
     print(table(records))
     plot(records, out / "methods.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -62,6 +63,22 @@ def test_methods_with_a_rate_of_their_own_each(tmp_path: Path, capsys: pytest.Ca
     assert timeless == [{k: v for k, v in r.items() if not k.endswith("_seconds")} for r in again]
 
 
+def test_tuned_methods_try_equally_many_settings_on_the_development_tasks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = tuple(blobs(f"train-{i}") for i in range(2))
+    tasks = TaskCollection("blobs", train, (blobs("dev"),), (blobs("new"),))
+    settings = replace(SMALL, tune=4, rates=(1e-2,))
+    records = run(Benchmark(tasks, adapter, {"nll": "NLL"}), settings, tmp_path, progress=False)
+    assert [r["method"] for r in records] == list(METHODS)
+    out = capsys.readouterr().out
+    for method in ("No Meta Train", "Union Train", "LiFT"):
+        assert f"{method}: " in out
+    assert out.count("chosen among 4 by NLL on dev") == 3
+    rates = {r["method"]: r["rate"] for r in records}
+    assert rates["Linear Probe"] is None and rates["LiFT"] in (0.25e-2, 1e-2, 4e-2)
+
+
 def test_the_tasks_own_metric_is_that_of_its_strings() -> None:
     task = blobs("t")
     p = torch.softmax(torch.randn(12, 3), -1)
@@ -105,6 +122,9 @@ def test_flags_overrule_the_settings_and_smoke_is_small() -> None:
     options = parser("x", ComparisonSettings(steps=99), "out")
     plain = settings_of(options.parse_args(["--rates", "0.1", "0.2", "--rank", "2"]), ComparisonSettings(steps=99))
     assert (plain.rates, plain.rank, plain.steps) == ((0.1, 0.2), 2, 99)
+    assert plain.tune == 0
+    tuned = settings_of(options.parse_args(["--tune"]), SMALL), settings_of(options.parse_args(["--tune", "6"]), SMALL)
+    assert [s.tune for s in tuned] == [24, 6]
     smoke = settings_of(options.parse_args(["--smoke", "--visits", "7"]), ComparisonSettings(steps=99))
     assert smoke.steps < 10 and smoke.visits == 7
     with pytest.raises(ValueError, match="rate=-1"):

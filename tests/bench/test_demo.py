@@ -87,6 +87,16 @@ def test_every_method_is_tuned_alike_and_spends_alike() -> None:
     assert len({budgets[group].warm_up + budgets[group].visits for group in ("union-train", "lift")}) == 1
 
 
+@pytest.mark.slow
+def test_it_tunes_each_method_among_its_own_settings_by_the_one_tuner(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = replace(DemoSettings.smoke(), num_dev=2)
+    chosen = demo.tune(settings, progress=False)
+    assert set(chosen) == set(GRIDS) and all(choice in GRIDS[group] for group, choice in chosen.items())
+    rows = capsys.readouterr().out.splitlines()[2:]
+    for group in GRIDS:  # twelve, six, three, two
+        assert sum(row.startswith(group) for row in rows) == 23
+
+
 def test_the_table_holds_means_and_paired_p_values() -> None:
     generator = torch.Generator().manual_seed(0)
     records = [

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from pyro_lift.bench import methods
 from pyro_lift.bench.experiments import DIGITS, MethodsSettings, on_tasks
-from pyro_lift.bench.grids import CHOSEN, GRIDS, LIKE, choice_of
+from pyro_lift.bench.grids import CHOOSING, CHOSEN, GROUPS, choice_of, group_of
 from pyro_lift.bench.memory import peak_bytes
 from pyro_lift.inference.baselines.imaml import ImplicitMAML
 from pyro_lift.inference.baselines.maml import MAML
@@ -23,13 +23,27 @@ from pyro_lift.methods.registry import BASELINES
 CPU = torch.device("cpu")
 
 
-def test_every_method_has_a_grid_of_the_same_size_and_what_was_chosen_is_in_it() -> None:
-    assert {LIKE.get(name, name) for name in BASELINES} == set(GRIDS)
-    assert {len(grid) for grid in GRIDS.values()} == {8}
-    for group, choice in CHOSEN.items():
-        assert choice in GRIDS[group]
+def test_every_method_has_chosen_settings_and_is_tuned_itself_or_by_another_of_its_family() -> None:
+    assert {group_of(name) for name in BASELINES} == {*GROUPS, *CHOOSING}
+    assert set(CHOSEN) <= set(GROUPS) <= set(BASELINES)
     for name in BASELINES:
         assert choice_of(name).learning_rate > 0
+
+
+def test_settings_are_chosen_written_and_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = MethodsSettings.smoke()
+    methods.command(tmp_path, DIGITS, settings, "no-meta-train,bmaml", choose=True)
+    chosen = json.loads((tmp_path / "tuned.json").read_text())
+    assert set(chosen) == {"no-meta-train", "maml"}  # of BMAML's family
+    assert "rung" in capsys.readouterr().out
+    problem = DIGITS.problem(settings, 0)
+    changes = {"maml": {"inner_learning_rate": 0.25, "learning_rate": 0.5}}
+    setup = methods.Setup(problem, settings, 0, tuned=changes)
+    bmaml = methods.method_of(setup, "bmaml", choice_of("bmaml"))
+    assert (bmaml.inner_learning_rate, bmaml.budget.learning_rate) == (0.25, 0.5)  # type: ignore[attr-defined]
+    records = methods.run_seed(DIGITS, settings, ["no-meta-train"], 0, tuned={"no-meta-train": {"steps": 400}})
+    longer = methods.run_seed(DIGITS, settings, ["no-meta-train"], 0)
+    assert records[0]["nll"] != longer[0]["nll"]
 
 
 def test_peak_memory_of_a_call_is_what_was_alive_at_once() -> None:
