@@ -13,6 +13,7 @@ counts once, as in Pyro's own potential.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -155,6 +156,14 @@ class Evaluation:
         for name, site in self.locals.items():
             if site.task is not None:
                 self.locals[name] = self.latents[name] = site._replace(family=families.label(site.task, name))
+
+    def without(self, families: Collection[str]) -> Evaluation:
+        """Return the run with fewer local sites, as values that stand still; itself where none of them is left out."""
+        if not families:
+            return self
+        twin = copy.copy(self)
+        twin.locals = {name: site for name, site in self.locals.items() if site.family not in families}
+        return twin
 
     def log_prior(self, sites: Mapping[str, Latent]) -> Tensor:
         """Summed log density of some latent sites at their own values."""

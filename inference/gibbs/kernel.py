@@ -20,6 +20,7 @@ from pyro_lift.inference.gibbs.flat_facts import flat_facts
 from pyro_lift.inference.gibbs.kept_theta import KeptTheta, draws_need
 from pyro_lift.inference.gibbs.plan import Plan, Request, Scan, plan
 from pyro_lift.inference.gibbs.rows import task_values
+from pyro_lift.inference.gibbs.solved_sites import SiteUpdate, checked_updates
 from pyro_lift.inference.gibbs.state import (
     Chain,
     Phase,
@@ -69,8 +70,7 @@ class SGLDGibbs(Kernel):
         phi_update: ``"gibbs"`` draws phi exactly, for phi normal and theta normal around it, and so a scale of
             theta's that is a site itself (:mod:`~pyro_lift.inference.gibbs.scale_draws`); ``"langevin"`` takes the
             step of Eq. 9 with an accumulator.
-        accumulator: of the Langevin step: ``"exact"``, ``"table"`` (the paper's), ``"single"``;
-            see :mod:`pyro_lift.inference.gibbs.accumulator`.
+        accumulator: of the Langevin step: ``"exact"``, ``"table"`` (the paper's), ``"single"`` (:mod:`~.accumulator`).
         single_scale: ``"N"`` or ``"1"``, the factor on a single task's gradient.
         phi_step_size: eta of Eq. 9; None takes 2 % of the limit with the table, as it is at the start, and
             ``step_size`` otherwise.
@@ -80,15 +80,13 @@ class SGLDGibbs(Kernel):
             and ``integrator`` is not used.
         leapfrog_steps: of a trajectory of ``"hmc"``; each costs a run of the program.
         integrator: of theta's step: ``"exponential"`` (exact for normal priors) or ``"euler"`` (the paper's).
-        temperature: T, multiplies the variance of all noise, of phi and of theta.
-        n_inflate: power on the likelihood.
+        temperature, n_inflate: T, multiplies the variance of all noise, of phi and of theta; power on the likelihood.
         block_size: B, tasks per visit; None takes the plate's own ``subsample_size``.
         scan: ``"round_robin"`` or ``"random"``.
         distributed: whether the processes of ``torchrun`` share each visit, every one keeping the theta of its own
             tasks (:mod:`~pyro_lift.inference.gibbs.shared_visit`). The plate's ``subsample_size`` is then what one pass
             takes, and ``block_size`` what all processes visit together; None is one pass each.
-        thinning: visits per draw, after the warm-up.
-        theta_steps_per_visit: SGLD steps of the block before phi moves.
+        thinning, theta_steps_per_visit: visits per draw, after the warm-up; SGLD steps of the block before phi moves.
         translation: how phi and every theta are shifted together, along the likelihood's gradient
             (:mod:`pyro_lift.inference.gibbs.translation`): ``"saga"`` with a control variate for each task, kept in a
             second store; ``"falling"`` without, by a step that falls; ``"none"``. It needs the exact draw of phi.
@@ -96,16 +94,15 @@ class SGLDGibbs(Kernel):
         translation_step_size: eta_d of it; None takes a share of the largest stable one from measured curvatures, and
             ``step_size`` / N where they are not measured (:mod:`pyro_lift.inference.gibbs.translation_plan`).
         preconditioner: None or ``"rms"``: adapts in the warm-up, frozen after it, one for all tasks.
-        decay: of the preconditioner's moving average.
-        damping: of the preconditioner, relative to its mean.
+        decay, damping: of the preconditioner's moving average; added to its root, relative to its mean.
         sgd_steps: of the warm-up's visits, how many are joint training by Adam of one vector shared by all tasks.
-            They need a normal pair; the chain starts where they end.
-        sgd_step_size: learning rate of those.
-        max_grad_norm: likelihood gradients above it are scaled down to it and counted as clipped; it changes
-            the target.
+            They need a normal pair; the chain starts where they end. ``sgd_step_size`` is their learning rate.
+        max_grad_norm: to which the likelihood's gradients are scaled down, counted as clipped; it changes the target.
         site_step_scale: factor on the step size by local family, e.g. ``{"head": 10.0}``.
         site_temperature: factor on the temperature by local family; ``{"head": 0.0}`` moves heads to their mode
             while everything else is sampled.
+        site_update: by local family that is convex given the rest, ``"mode"`` or ``"laplace"``: a Gibbs block that
+            solves it, or draws it around its mode, before the others step (:mod:`~.solved_sites`); whole rows only.
         store: where theta lives between visits: ``"device"``, ``"host"`` (pinned memory), ``"disk"`` (a file, the next
             block read ahead), ``"auto"`` (the first of these that fits), or a store.
         keep_theta: whether a draw is phi *and the theta of every task*, under their names in the program (what
@@ -155,6 +152,7 @@ class SGLDGibbs(Kernel):
         max_grad_norm: float | None = None,
         site_step_scale: Mapping[str, float] | None = None,
         site_temperature: Mapping[str, float] | None = None,
+        site_update: Mapping[str, SiteUpdate] | None = None,
         store: str | ThetaStore = "auto",
         keep_theta: bool = False,
         init_strategy: Callable[..., Tensor] = init_to_mean,
@@ -198,6 +196,7 @@ class SGLDGibbs(Kernel):
             sgd_step_size=as_schedule(sgd_step_size),
             site_step_scale=step_scale,
             site_temperature=temperatures,
+            site_update=checked_updates(site_update),
             translation=translation,
             translation_step_size=None if translation_step_size is None else as_schedule(translation_step_size),
         )
@@ -464,7 +463,8 @@ class SGLDGibbs(Kernel):
             options["share"] = True
         if settings.translation == "none":  # as in runs that were saved before there was one
             options = {name: value for name, value in options.items() if not name.startswith("translation")}
-        del options["adapts"]  # said by the step and the warm-up
+        # Adapting is said by the step and the warm-up; solved sites, as the next two, where there are some.
+        options = {k: v for k, v in options.items() if k != "adapts" and (k != "site_update" or v)}
         if settings.theta_update == "sgld":  # likewise
             options = {name: value for name, value in options.items() if name not in ("theta_update", "leapfrog_steps")}
         return {

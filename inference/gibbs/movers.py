@@ -107,7 +107,8 @@ def long_families(structure: Structure, settings: Settings, run: Evaluation) -> 
     return frozenset(
         family
         for family, pair in structure.pair_of.items()
-        if pair.law is None
+        if family not in settings.site_update
+        and pair.law is None
         and pair.dense is None
         and is_flat(pair, run.globals[pair.global_site].leaf)
         and all(site.leaf.dim() == 1 for site in run.locals.values() if site.family == family)

@@ -10,7 +10,7 @@ from pyro_lift.inference.admission import check_block, needs_rerun
 from pyro_lift.inference.dependence import coupled_families, links_of
 from pyro_lift.inference.gibbs.conjugate import adopt, family_fault, pair_fault
 from pyro_lift.inference.gibbs.state import Chain
-from pyro_lift.inference.gibbs.whole_likelihood import check_whole
+from pyro_lift.inference.gibbs.whole_likelihood import check_solved_rows, check_whole
 from pyro_lift.inference.program import Evaluation
 from pyro_lift.inference.stability import LATER_ITERATIONS, check_curvature, clears, measured_curvature
 
@@ -41,6 +41,7 @@ def learn(chain: Chain, run: Evaluation) -> frozenset[str]:
     links = links_of(run)
     check_block(run, links, tasks)
     check_whole(chain.settings, chain.program, run, tasks)
+    check_solved_rows(chain.settings, chain.program, run, tasks)
     adopt(chain.program, structure.pairs, run, links)
     _check_layout(chain, run)
     cache.coupled |= coupled_families(run, links)
@@ -77,6 +78,7 @@ def _check_step(chain: Chain, run: Evaluation, tasks: str) -> None:
     if not chain.structure.checks_steps or subsampled:
         return
     eta, power, scale = settings.eta(0), settings.n_inflate, settings.site_step_scale
+    run = run.without(settings.site_update)
     if clears(run, power, eta, scale):
         return
     curvature = measured_curvature(run, power, wanted=False, iterations=LATER_ITERATIONS)

@@ -28,7 +28,7 @@ from pyro_lift.inference.gibbs.scaling import can_scale
 from pyro_lift.inference.gibbs.state import Cache, Chain, Settings, SGLDGibbsState, Structure, init
 from pyro_lift.inference.gibbs.table_step import TABLE_SHARE, measured_table_limit
 from pyro_lift.inference.gibbs.translation_plan import TranslationRequest, check_translation, plan_translation
-from pyro_lift.inference.gibbs.whole_likelihood import check_metropolis
+from pyro_lift.inference.gibbs.whole_likelihood import check_metropolis, check_solved
 from pyro_lift.inference.kernel import log
 from pyro_lift.inference.mistakes import check_data, check_program, missing_plate, nested_hint, outside_hint
 from pyro_lift.inference.program import Evaluation, Program
@@ -141,6 +141,7 @@ def plan(
     )
     check_translation(settings)
     check_metropolis(settings, request.distributed, program, run)
+    check_solved(settings, structure, program, run)
     _check_phi_update(structure, settings, request, outside_hint(run, request.plate) or nested_hint(program))
     _check_scales(structure, settings)
     structure = replace(structure, scaling=can_scale(structure, settings, run))
@@ -311,6 +312,7 @@ def _with_steps(
     run: Evaluation, structure: Structure, settings: Settings, check_stability: bool
 ) -> tuple[Settings, dict[str, float | str]]:
     """Choose the step sizes that are None, check them, and report them without dimensions."""
+    run = run.without(settings.site_update)
     curvature = measured_curvature(run, settings.n_inflate, wanted=settings.step_size is None)
     schedule = settings.step_size or default_step(curvature)
     phi_schedule = settings.phi_step_size

@@ -54,7 +54,7 @@ class Scaled(NamedTuple):
 def can_scale(structure: Structure, settings: Settings, run: Evaluation) -> bool:
     """Whether one visit sees the whole likelihood, no law is tempered, and there is a scale that can be multiplied."""
     whole = all(size.taken == size.size for size in run.plates.values())
-    plain = settings.temperature == 1.0 and not settings.site_temperature
+    plain = settings.temperature == 1.0 and not settings.site_temperature and not settings.site_update
     return whole and plain and structure.pass_size == structure.num_tasks and bool(_sites(structure))
 
 

@@ -127,6 +127,7 @@ class Settings:
     translation_step_size: Schedule | None = None
     theta_update: ThetaUpdate = "sgld"
     leapfrog_steps: int = 10
+    site_update: Mapping[str, str] = field(default_factory=dict)
     #: Visits of the warm-up through which steps that nobody chose adapt; 0 where they do not.
     adapts: int = 0
 

@@ -13,7 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.gibbs import conjugate, long_vectors, metropolis, scaling, step_adaptation, translation
+from pyro_lift.inference.gibbs import (
+    conjugate,
+    long_vectors,
+    metropolis,
+    scaling,
+    solved_sites,
+    step_adaptation,
+    translation,
+)
 from pyro_lift.inference.gibbs.accumulator import exact
 from pyro_lift.inference.gibbs.movers import Move, mover_of
 from pyro_lift.inference.gibbs.rows import (
@@ -144,6 +152,7 @@ def _move_theta(
     """Move the block's theta by one or more steps of SGLD, or by tested ones."""
     program, structure, settings, cache = chain.program, chain.structure, chain.settings, chain.cache
     tasks, moments = tuple(index.tolist()), _Moments(state, chain, phase)
+    values = solved_sites.solved(state, chain, values, index, streams)
     if settings.theta_update != "sgld":
         m = metropolis.move(state, chain, values, index, streams, phase)
         check_moved(m.sites, state.step, tasks, cache.watch)
@@ -152,7 +161,8 @@ def _move_theta(
     for _ in range(settings.theta_steps_per_visit):
         run = program.run(state.phi, values, index, streams.rows)
         if first is None:
-            state = state._replace(tuned=step_adaptation.adapted(state, chain, run, phase))
+            stepping = run.without(settings.site_update)
+            state = state._replace(tuned=step_adaptation.adapted(state, chain, stepping, phase))
         keep_graph = settings.phi_update != "gibbs"
         drift = run.drift(run.locals, cache.coupled, settings.n_inflate, keep_graph=keep_graph)
         norm = check_finite(drift, state.step, tasks, cache.watch)
@@ -163,7 +173,7 @@ def _move_theta(
         short = {name: value for name, value in sites.items() if run.locals[name].family not in structure.long}
         check_moved(short, state.step, tasks, cache.watch)
         values = regrouped(run, sites)
-    eta = min(eta_of(state.tuned, settings, state.step, site.family) for site in run.locals.values())
+    eta = min(eta_of(state.tuned, settings, state.step, site.family) for site in stepping.locals.values())
     info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, eta, clipped, phase)
     assert first is not None
     return _ThetaMove(run, sites, values, sums, moments.values, info, first, state.tuned)
@@ -199,6 +209,9 @@ def _moved_sites(
     settings, structure = chain.settings, chain.structure
     moved, sums = {}, {}
     for name, site in run.locals.items():
+        if site.family in settings.site_update:  # solved before the others step
+            moved[name] = site.leaf.detach()
+            continue
         move = Move(
             site,
             drift.gradient[name],

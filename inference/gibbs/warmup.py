@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.gibbs.rows import Values, block_values, mean_square, put_at_start, regrouped, task_rows
+from pyro_lift.inference.gibbs.solved_sites import solved
 from pyro_lift.inference.gibbs.state import (
     Chain,
     SGLDGibbsInfo,
@@ -76,7 +77,8 @@ def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values
     structure, settings = chain.structure, chain.settings
     tasks = tuple(index.tolist())
     lr = settings.sgd_step_size(state.step)
-    shared = {task: _with_shared(structure, state, rows, task is None) for task, rows in values.items()}
+    shared: Values = {task: _with_shared(structure, state, rows, task is None) for task, rows in values.items()}
+    shared = solved(state, chain, shared, index, streams)
     run = chain.program.run(state.phi, shared, index, streams.rows)
     drift = run.drift(run.locals, chain.cache.coupled, settings.n_inflate)
     norm = check_finite(drift, state.step, tasks, chain.cache.watch)
@@ -90,6 +92,8 @@ def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values
             shared_site = structure.pair_of[site.family].global_site
             part = part.reshape(state.phi[shared_site].shape)
             total[shared_site] = total[shared_site] + part if shared_site in total else part
+            moved[name] = site.leaf.detach()
+        elif site.family in settings.site_update:
             moved[name] = site.leaf.detach()
         else:
             square = mean_square(gradient, site.family, site.plate_dim, structure)
