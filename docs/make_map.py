@@ -30,6 +30,7 @@ CONTENTS = {
     "prior": "mixture over phi",
     "posterior": "draws of one task",
     "adapter_library": "a prior from LoRAs",
+    "development": "draws judged by dev rows",
     "defaults": "what is left open, filled in",
     "saving": "folders, PEFT, model cards",
     "diagnostics": "ArviZ",

@@ -40,6 +40,8 @@ class Task:
         label_texts: encoded label texts by keyword of the backbone, ``{"input_ids": [C, L], "attention_mask": ...}``.
         encoding: how the task's strings became these tensors, a :class:`pyro_lift.data.encoding.TextEncoding`; None
             for a task that was made of tensors.
+        dev_answers: of written answers, those accepted for each development row, as strings; None where only the one
+            that is learnt is known.
 
     Raises:
         ValueError: no rows, unequal numbers of rows, labels outside ``0 .. num_classes - 1`` or of another shape,
@@ -63,6 +65,7 @@ class Task:
     labels: tuple[str, ...] | None = None
     label_texts: Mapping[str, Tensor] | None = None
     encoding: Any = None
+    dev_answers: tuple[tuple[str, ...], ...] | None = None
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class Task:
         labels: Sequence[str] | None = None,
         label_texts: Mapping[str, Tensor] | None = None,
         encoding: Any = None,
+        dev_answers: Sequence[Sequence[str]] | None = None,
     ) -> None:
         check_literal("kind", kind, LossKind)
         parts = {
@@ -98,6 +102,11 @@ class Task:
         }
         for part, rows in parts.items():
             _check_same_inputs(parts["train"], rows, f"task {name!r}, {part} data")
+        answers = None if dev_answers is None else tuple(tuple(accepted) for accepted in dev_answers)
+        if answers is not None and "dev" in parts and len(answers) != len(parts["dev"]):
+            raise ValueError(
+                f"task {name!r}: dev_answers of {len(answers)} rows, and {len(parts['dev'])} rows of dev data."
+            )
         values = {
             "name": name,
             "train": parts["train"],
@@ -109,6 +118,7 @@ class Task:
             "labels": labels,
             "label_texts": label_texts,
             "encoding": encoding,
+            "dev_answers": answers,
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
@@ -127,6 +137,7 @@ class Task:
             labels=self.labels,
             label_texts=None if texts is None else {key: x.to(device) for key, x in texts.items()},
             encoding=self.encoding,
+            dev_answers=self.dev_answers,
         )
 
 

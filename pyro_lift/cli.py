@@ -162,11 +162,14 @@ def adapt(
     out: Annotated[Path, typer.Option("--out", help="folder for the draws and the PEFT adapter")] = Path("adapted"),
     seed: Annotated[int, typer.Option(help="of the chain", min=0)] = 0,
     device: OtherDevice = None,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="begin at the adapter as it was before training, to compare with")
+    ] = False,
 ) -> None:
     """Adapt a prior to one new task."""
     from pyro_lift import commands
 
-    commands.adapt(prior, task, out, seed=seed, device=device)
+    commands.adapt(prior, task, out, seed=seed, device=device, untrained=untrained)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from pyro_lift.data.layout import RECORD_FILES, TENSOR_FILES
 from pyro_lift.data.new_rows import choice_rows, new_tensor_rows, new_text_rows, rows_file
 from pyro_lift.data.text import TextForm
 from pyro_lift.generation.predictions import text_measures, text_predictions
+from pyro_lift.inference.adaptation.meta_testing import Untouched
 from pyro_lift.lift import LiFT
 from pyro_lift.metrics.task import scores
 from pyro_lift.metrics.text import METRICS
@@ -166,10 +167,21 @@ def adapt(
     seed: int = 0,
     progress: bool = True,
     device: str | None = None,
+    untrained: bool = False,
 ) -> TaskPosterior:
     """Adapt a prior to the task of a folder; write the posterior's folder and a record.
 
     The draws are written before they are scored, so that scores which cannot be computed cost nothing.
+
+    Args:
+        prior_folder: what :func:`train` wrote.
+        task_folder: of the task.
+        out: folder of the posterior.
+        seed: of the chain.
+        progress: whether to show a bar.
+        device: in place of the prior's.
+        untrained: begin at the adapter as it was before meta-training, with its prior around there and all else the
+            same, to compare with.
 
     Raises:
         ValueError: not a prior's folder; bad data, with file and line; scores that cannot be computed.
@@ -180,6 +192,8 @@ def adapt(
     adapter = adapter_of(config)
     adapter.to(device_of(device or config.output.device))
     prior = LiFTPrior.from_pretrained(prior_folder, adapter)
+    if untrained:
+        prior = _untrained(prior)
     task = task_of(config, task_folder)
     posterior = prior.adapt(task, seed=seed, progress=progress)
     record: dict[str, Any] = {
@@ -189,6 +203,8 @@ def adapt(
         "draws": len(posterior.thetas),
         "component": posterior.component,
         "seed": seed,
+        **({"untrained": True} if untrained else {}),
+        **posterior.results,
     }
     posterior.save_pretrained(out)
     write_json(out / RECORD, record)
@@ -202,6 +218,29 @@ def adapt(
         write_json(out / RECORD, record)
     print(json.dumps(record))
     return posterior
+
+
+class _AtStart:
+    """The mixture of a prior as if nothing had been learned: one component, as wide, at the adapter's own weights."""
+
+    def __init__(self, prior: LiFTPrior) -> None:
+        self.prior = prior
+
+    def get(self) -> Any:
+        """Return it as a distribution over phi."""
+        return Untouched(self.prior.adapter.initial, 0.0).prior(self.prior.mixture.get())
+
+
+def _untrained(prior: LiFTPrior) -> LiFTPrior:
+    """Return a prior without what meta-training has taught it; settings are the same."""
+    return LiFTPrior(
+        prior.adapter,
+        cast(Any, _AtStart(prior)),
+        prior.settings,
+        prior.adapt_settings,
+        seed=prior.seed,
+        encoding=prior.encoding,
+    )
 
 
 def predict(

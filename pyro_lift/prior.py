@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from pyro_lift.adapter_library import prior_from_adapters
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.defaults import one_width, resolved
+from pyro_lift.development import windows_of
 from pyro_lift.generation.decode import generate
-from pyro_lift.inference.adaptation.chain import Source, run_chain
+from pyro_lift.inference.adaptation.chain import Source, run_chain, run_watched
+from pyro_lift.inference.adaptation.early_stopping import DrawWindows
 from pyro_lift.inference.adaptation.meta_testing import (
     UNTOUCHED,
     Start,
@@ -26,7 +29,6 @@ from pyro_lift.inference.adaptation.meta_testing import (
     heads_at_best_start,
     meta_test_program,
 )
-from pyro_lift.inference.adaptation.temperature import fit_temperature
 from pyro_lift.inference.mcmc import MCMC
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.top_level import at_top_level
@@ -51,19 +53,13 @@ from pyro_lift.saving.served import export_served
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_choice, check_number
 from pyro_lift.tuning.figure import plot_tuning
-from pyro_lift.tuning.held_out import judged
+from pyro_lift.tuning.predictions import fitted_on_held_out
 
 __all__ = ["LiFTPrior"]
 
 
 #: What is added to the number of a block whose tasks are none of the kind, so that its chains have noise of their own.
 APART = 1_000_000
-
-
-def _given(value: float | None) -> float:
-    """Return a setting that has been inherited where it was not given."""
-    assert value is not None
-    return value
 
 
 class LiFTPrior:
@@ -183,17 +179,8 @@ class LiFTPrior:
         Raises:
             ValueError: no task, or a regression, whose predictions have no temperature.
         """
-        for task in tasks:
-            if task.kind == "regression":
-                raise ValueError(f"task {task.name!r} is a regression: its predictions have no temperature.")
-        if not tasks:
-            raise ValueError("tasks is empty: there is nothing to calibrate on.")
-        split = [judged(task, most_rows) for task in tasks]
-        pairs = []
-        for task, posterior in zip(split, self.adapt_many(split, seed=seed, **options), strict=True):
-            assert task.test is not None
-            pairs.append((posterior.predict(task.test, calibrated=False), task.test.target))
-        self.prediction_temperature = fit_temperature(pairs)
+        adapt = partial(self.adapt_many, seed=seed, **options)
+        self.prediction_temperature = fitted_on_held_out(tasks, adapt, most_rows)
         return self.prediction_temperature
 
     @at_top_level()
@@ -204,7 +191,8 @@ class LiFTPrior:
             task: its training rows.
             seed: of this chain; None takes the prior's.
             progress: whether to show a bar.
-            options: fields of :class:`AdaptSettings` to change for this task.
+            options: fields of :class:`AdaptSettings` to change for this task; with ``dev_every`` its development rows
+                are looked at on the way, and the best draws are kept.
 
         Raises:
             ValueError: labels outside the head's range; before any training.
@@ -231,12 +219,13 @@ class LiFTPrior:
         if untouched is not None and start.component == UNTOUCHED:
             program.prior = broadened(untouched.prior(mixture), self.beta)
         title = f"adapt to {task.name}" if progress else None
-        mcmc = self._run(program, start.theta, a, Source(seed), title)
-        thetas, heads = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
-        thetas = with_unmoved(start.theta, thetas, unmoved)
-        if solved is not None:
-            heads = self._heads(solved, 0, thetas, seed)
-        return self._posterior(task, thetas, heads, start.component, mcmc)
+        solve = None if solved is None else partial(self._heads, solved, 0, seed=seed)
+        windows = windows_of(self.adapter, task, a, solve, s.noise_scale)
+        chain = self._run(program, start.theta, a, Source(seed), title, windows)
+        draws = chain.get_samples()
+        thetas = with_unmoved(start.theta, draws["theta"], unmoved)
+        heads = draws.get("head") if solve is None else solve(thetas)
+        return self._posterior(task, thetas, heads, start.component, chain)
 
     @at_top_level()
     def adapt_many(
@@ -255,16 +244,17 @@ class LiFTPrior:
 
         Args:
             tasks: their training rows. Tasks that differ in kind, or with heads of their own in their number of
-                classes, are adapted to one by one.
+                classes, are adapted to one by one; all are where development rows are looked at.
             block_size: tasks of one pass.
             seed: of all chains; None takes the prior's.
             progress: whether to show bars.
             options: fields of :class:`AdaptSettings` to change.
         """
         check_number("block_size", block_size, least=1, open_below=False, whole=True)
-        if block_size == 1 or not can_share_pass(tasks, self._head_scale(tasks), self.settings.head != "langevin"):
-            return [self.adapt(task, seed=seed, progress=progress, **options) for task in tasks]
         a = self._adapt_settings(options)
+        apart = block_size == 1 or (a.dev_every > 0 and any(task.dev is not None for task in tasks))
+        if apart or not can_share_pass(tasks, self._head_scale(tasks), self.settings.head != "langevin"):
+            return [self.adapt(task, seed=seed, progress=progress, **options) for task in tasks]
         seed = self.seed if seed is None else seed
         blocks = [tasks[first : first + block_size] for first in range(0, len(tasks), block_size)]
         return [
@@ -310,9 +300,12 @@ class LiFTPrior:
             posteriors.append(self._posterior(task, theta, head, start.component, mcmc))
         return posteriors
 
-    def _posterior(self, task: Task, thetas: Tensor, heads: Tensor | None, component: int, mcmc: MCMC) -> TaskPosterior:
-        temperature = self.prediction_temperature
-        return TaskPosterior(self.adapter, task, thetas, heads, component, mcmc, prediction_temperature=temperature)
+    def _posterior(
+        self, task: Task, thetas: Tensor, heads: Tensor | None, component: int, chain: MCMC | DrawWindows
+    ) -> TaskPosterior:
+        mcmc, results = (None, chain.results) if isinstance(chain, DrawWindows) else (chain, None)
+        options: dict[str, Any] = {"results": results, "prediction_temperature": self.prediction_temperature}
+        return TaskPosterior(self.adapter, task, thetas, heads, component, mcmc, **options)
 
     def _adapt_apart(
         self, tasks: Sequence[Task], apart: Sequence[bool], a: AdaptSettings, source: Source, progress: bool
@@ -362,23 +355,29 @@ class LiFTPrior:
         generator = torch.Generator().manual_seed(chosen + task)
         return torch.stack([solved.draw(task, theta, generator) for theta in thetas])
 
-    def _run(self, program: Any, start: Tensor, a: AdaptSettings, source: Source, title: str | None) -> MCMC:
-        """Run the chain of Eq. 18 from a start; with a title, there is a bar."""
-        return run_chain(
-            program,
-            start,
-            a.steps,
-            a.draws,
-            source,
-            title,
-            step_size=2.0 * _given(a.learning_rate),
-            temperature=_given(a.temperature),
-            n_inflate=_given(a.n_inflate),
-            preconditioner="rms" if self.settings.preconditioner == "rms" else None,
-            second_moment=self.second_moment,
-            site_step_scale={"head": self.settings.head_lr_scale},
-            site_temperature={"head": self.settings.head_temperature},
-        )
+    def _run(
+        self,
+        program: Any,
+        start: Tensor,
+        a: AdaptSettings,
+        source: Source,
+        title: str | None,
+        windows: DrawWindows | None = None,
+    ) -> MCMC | DrawWindows:
+        """Run the chain of Eq. 18 from a start, through windows if there are any; with a title, there is a bar."""
+        assert a.learning_rate is not None and a.temperature is not None and a.n_inflate is not None
+        options: dict[str, Any] = {
+            "step_size": 2.0 * a.learning_rate,
+            "temperature": a.temperature,
+            "n_inflate": a.n_inflate,
+            "preconditioner": "rms" if self.settings.preconditioner == "rms" else None,
+            "second_moment": self.second_moment,
+            "site_step_scale": {"head": self.settings.head_lr_scale},
+            "site_temperature": {"head": self.settings.head_temperature},
+        }
+        if windows is not None:
+            return run_watched(program, start, windows, source, title, **options)
+        return run_chain(program, start, a.steps, a.draws, source, title, **options)
 
     def _adapt_settings(self, options: Mapping[str, Any]) -> AdaptSettings:
         for name in options:

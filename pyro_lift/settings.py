@@ -38,11 +38,18 @@ class AdaptSettings:
         metadata={"help": "probability that a task is none of the kind: it then begins at the untouched adapter"},
     )
 
+    dev_every: int = field(
+        default=0,
+        metadata={"help": "steps between looks at a task's dev rows, the best look's draws being kept; 0: no looks"},
+    )
+    patience: int = field(default=3, metadata={"help": "looks without a better one that end an adaptation early"})
+
     def __post_init__(self) -> None:
         check_number("untouched", self.untouched, open_below=False)
+        check_number("dev_every", self.dev_every, open_below=False, whole=True)
         if self.untouched >= 1.0:
             raise ValueError(f"untouched={self.untouched:g}: a probability below 1 is needed; 0 leaves that start out.")
-        _check_numbers(self, positive=(), counts=("steps", "draws"))
+        _check_numbers(self, positive=(), counts=("steps", "draws", "patience"))
         check_number("batch_size", self.batch_size, open_below=False, whole=True)
         if self.learning_rate is not None:
             check_number("learning_rate", self.learning_rate)

@@ -31,7 +31,8 @@ LAW: dict[str, set[str]] = {
     "wiring": {"config", "data", "models", "settings", "support"},
 }
 LAW["adapter_library"] = LAW["posterior"] | {"defaults", "posterior"}
-LAW["prior"] = LAW["adapter_library"] | LAW["tuning"] | {"adapter_library", "tuning"}
+LAW["development"] = {"generation", "data", "metrics", "inference", "models", "settings", "support"}
+LAW["prior"] = LAW["adapter_library"] | LAW["tuning"] | {"adapter_library", "tuning", "development"}
 LAW["lift"] = LAW["prior"] | {"prior"}
 LAW["methods"] = LAW["lift"] | {"lift", "inference.baselines"}
 LAW["commands"] = LAW["lift"] | LAW["wiring"] | LAW["metrics"] | {"lift", "wiring", "metrics"}

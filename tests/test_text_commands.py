@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_files import TOML
 from command_files import prepare as prepare_tensors
 from safetensors.torch import load_file, save_file
@@ -168,3 +169,29 @@ def test_an_encoder_decoder_writes_for_tensors_that_nobody_has_answered(tmp_path
         tmp_path / "adapted", tmp_path / "rows.safetensors", tmp_path / "out.jsonl", writing=Writing(max_new_tokens=3)
     )
     assert [len(line["tokens"]) <= 3 for line in read(out)] == [True] * 8
+
+
+def test_the_untrained_adapter_is_adapted_to_a_task_from_where_it_was_before(tmp_path: Path) -> None:
+    file = prepare("llama", "completion", tmp_path)
+    # Steps that go nowhere show where they began.
+    file.write_text(file.read_text().replace("[adapt]", "[adapt]\nlearning_rate = 1e-9\ntemperature = 0.0"))
+    run("train", file)
+    initial = adapter_of(read_config(file)).initial
+    for options, at_start in (((), False), (("--untrained",), True)):
+        out = tmp_path / f"adapted{len(options)}"
+        run("adapt", tmp_path / "prior", "--task", tmp_path / "new", "--out", out, *options)
+        thetas = TaskPosterior.from_pretrained(out, adapter_of(read_config(file))).thetas
+        assert torch.allclose(thetas, initial.expand_as(thetas), atol=1e-5) == at_start
+        assert json.loads((out / "adapt.json").read_text()).get("untrained", False) == at_start
+
+
+def test_development_rows_end_an_adaptation_as_the_file_says(tmp_path: Path) -> None:
+    file = prepare("llama", "completion", tmp_path)
+    text = file.read_text().replace("[adapt]\nsteps = 4", "[adapt]\nsteps = 12\ndev_every = 4\npatience = 1")
+    file.write_text(text)
+    (tmp_path / "new" / "dev.jsonl").write_text((tmp_path / "new" / "test.jsonl").read_text())
+    run("train", file)
+    run("adapt", tmp_path / "prior", "--task", tmp_path / "new", "--out", tmp_path / "adapted")
+    record = json.loads((tmp_path / "adapted" / "adapt.json").read_text())
+    assert record["adaptation steps kept"] in (4, 8, 12) and record["adaptation steps taken"] in (8, 12)
+    assert record["development score"] == pytest.approx(record["score"])  # the test rows are the same

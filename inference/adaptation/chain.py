@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor
 
+from pyro_lift.inference.adaptation.early_stopping import DrawWindows
 from pyro_lift.inference.mcmc import MCMC
 from pyro_lift.inference.progress import chain_bar
 from pyro_lift.inference.sgld_kernel import SGLD
 
-__all__ = ["Source", "run_chain"]
+__all__ = ["Source", "run_chain", "run_watched"]
 
 
 class Source(NamedTuple):
@@ -53,3 +54,41 @@ def run_chain(
         mcmc = MCMC(kernel, num_samples=draws, warmup_steps=warmup_steps, disable_progbar=True, hook_fn=hook)
         mcmc.run()
     return mcmc
+
+
+def run_watched(
+    program: Any, start: Tensor, windows: DrawWindows, source: Source, title: str | None = None, **options: Any
+) -> DrawWindows:
+    """Run the chain from a start under early stopping, and return its windows.
+
+    The preconditioner goes on adapting to the end: nobody knows before where that is.
+
+    Args:
+        program: of a new task.
+        start: of theta, ``[D]``.
+        windows: that are judged; they know the steps.
+        source: of minibatches and noise.
+        title: of a bar; None shows none.
+        options: of :class:`~pyro_lift.inference.sgld_kernel.SGLD`.
+
+    Raises:
+        DivergedError: a loss that is not finite.
+    """
+    kernel = SGLD(
+        program,
+        integrator="exponential",
+        init_strategy=init_to_value(values={"theta": start}, fallback=init_to_mean),
+        seed=source.seed,
+        **options,
+    )
+    kernel.chain_number = source.number
+    kernel.setup(windows.steps)
+    weights = kernel.initial_params
+    with chain_bar(windows.steps, title or "", title is not None) as hook:
+        for step in range(1, windows.steps + 1):
+            weights = kernel.sample(weights)
+            hook(kernel, weights, "Warmup", step - 1)
+            if windows.see(step, weights):
+                break
+    kernel.cleanup()
+    return windows

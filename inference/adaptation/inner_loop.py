@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_lift.inference.adaptation.early_stopping import DrawWindows
 from pyro_lift.inference.adaptation.gradients import (
     Estimator,
     Kernel,
@@ -263,7 +264,12 @@ def iterates(
 
 
 def follow(
-    weights: Iterator[Iterate], steps: int, *, keep: int = 0, on_step: Callable[[], None] | None = None
+    weights: Iterator[Iterate],
+    steps: int,
+    *,
+    keep: int = 0,
+    on_step: Callable[[], None] | None = None,
+    windows: DrawWindows | None = None,
 ) -> Trajectory:
     """Take a number of steps, and keep some of the iterates of the last half, evenly spaced.
 
@@ -272,6 +278,7 @@ def follow(
         steps: at least one.
         keep: iterates kept, outside any graph.
         on_step: called after each step.
+        windows: that development rows judge; those of the best are kept in place of the last half's.
 
     Raises:
         ValueError: fewer steps than ``2 * keep``, or none.
@@ -290,9 +297,18 @@ def follow(
             kept.append(last.detached())
         if on_step is not None:
             on_step()
+        if windows is not None and windows.see(step + 1, _named(iterate.weights)):
+            break
     if last is None:
         raise ValueError(f"steps={steps}: at least one step is needed.")
+    if windows is not None:
+        thetas, heads = windows.kept["theta"], windows.kept.get("head")
+        kept = [Weights(theta, None if heads is None else heads[k]) for k, theta in enumerate(thetas)]
     return Trajectory(last, kept, losses)
+
+
+def _named(weights: Weights) -> dict[str, Tensor]:
+    return {"theta": weights.theta} if weights.head is None else {"theta": weights.theta, "head": weights.head}
 
 
 def _finite(value: Tensor, step: int, name: str) -> float:

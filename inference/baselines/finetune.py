@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_lift.inference.adaptation.early_stopping import DrawWindows, Verdict
 from pyro_lift.inference.adaptation.gradients import Loss, Weights, per_task
 from pyro_lift.inference.adaptation.inner_loop import (
     Hooks,
@@ -52,7 +53,8 @@ def finetune(
         adapter: the network as a function of theta.
         task: the task to adapt to.
         start: ``[D]``; with a kernel particles ``[M, D]``; with a reparametrisation its parameters.
-        budget: steps, learning rate, minibatches, draws, heads and noise scale.
+        budget: steps, learning rate, minibatches, draws, heads and noise scale; with ``stopping`` the draws of the
+            window that the task's development rows judge best are kept (not of particles or parameters).
         hooks: a prior over theta (its gradient counts once per data set, as in MAP estimation), a kernel of particles,
             or a reparametrisation.
         rule: how theta moves; None takes Adam at the budget's rate.
@@ -93,7 +95,8 @@ def finetune(
         minibatches(data.train, rows_of_pass(data, budget, solved), generator),
         task.name,
     )
-    trajectory = follow(steps, budget.steps, keep=budget.draws)
+    windows = _windows(adapter, data, budget, solved) if plain else None
+    trajectory = follow(steps, budget.steps, keep=budget.draws, windows=windows)
     thetas, heads = _stacked(trajectory)
     if solved is not None:
         thetas = with_unmoved(start, thetas)
@@ -113,7 +116,8 @@ def finetune_each(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor, 
         DivergedError: a loss that is not finite.
     """
     budget = with_heads(budget, adapter, [task.to(start.device) for task in tasks])
-    if not can_share_pass(tasks, budget.heads.scale, budget.heads.update == "solve"):
+    apart = budget.stopping is not None and any(task.dev is not None for task in tasks)
+    if apart or not can_share_pass(tasks, budget.heads.scale, budget.heads.update == "solve"):
         return [finetune(adapter, task, start, budget) for task in tasks]
     return _finetune_block(adapter, tasks, start, budget)
 
@@ -159,6 +163,20 @@ def _finetune_block(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor
             own_head = solved.solve_each(k, theta)
         ensembles.append(Ensemble(adapter, task, theta, own_head, losses_of_steps))
     return ensembles
+
+
+def _windows(adapter: RandomAdapter, task: Task, budget: Budget, solved: SolvedHeads | None) -> DrawWindows | None:
+    """Cut a fine-tuning into windows that the task's development rows judge; None where they are not looked at."""
+    stopping = budget.stopping
+    if stopping is None or task.dev is None:
+        return None
+
+    def judge(window: dict[str, Tensor]) -> Verdict:
+        thetas = window["theta"]
+        heads = window.get("head") if solved is None else solved.solve_each(0, thetas)
+        return stopping.judge(adapter, task, thetas, heads)
+
+    return DrawWindows(budget.steps, budget.draws, stopping.every, stopping.patience, judge)
 
 
 def _stacked(trajectory: Trajectory) -> tuple[Tensor, Tensor | None]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from pyro_lift.inference.adaptation.early_stopping import EarlyStopping
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
@@ -36,6 +37,9 @@ class Budget:
     seed: int = field(default=0, metadata={"help": "of everything random"})
     warm_start: Tensor | None = field(
         default=None, repr=False, metadata={"help": "weights after the warm-up, if it has been run already"}
+    )
+    stopping: EarlyStopping | None = field(
+        default=None, metadata={"help": "when fine-tuning looks at a task's dev rows, and ends; none: never"}
     )
     memory_limit: int | None = field(
         default=None, metadata={"help": "bytes that meta-training may take; none: what the device has free"}

@@ -28,6 +28,8 @@ from pyro_lift.bench.text_to_text import WritingSettings, written_scores
 from pyro_lift.config import AdapterConfig, BackboneConfig, OutputConfig, RunConfig, TasksConfig
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.text import TextRow, TextTask
+from pyro_lift.development import development_verdict
+from pyro_lift.inference.adaptation.early_stopping import EarlyStopping
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.adaptation.predict import predict
 from pyro_lift.inference.baselines.linear_probe import ProbePosterior, has_probe
@@ -86,9 +88,25 @@ class ComparisonSettings:
     test_rows: int = field(default=250, metadata={"help": "rows that a task is judged by, at most"})
     max_length: int = field(default=64, metadata={"help": "longest text in tokens; longer ones are cut and counted"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
+    dev_every: int = field(
+        default=0, metadata={"help": "steps between looks at a task's dev rows, the best being kept; 0: no looks"}
+    )
+    patience: int = field(default=3, metadata={"help": "looks without a better one that end an adaptation early"})
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "visits", "steps", "draws", "batch_size", "rank", "dev_tasks", "test_tasks", "test_rows"):
+        check_number("dev_every", self.dev_every, open_below=False, whole=True)
+        for name in (
+            "seeds",
+            "visits",
+            "steps",
+            "draws",
+            "batch_size",
+            "rank",
+            "dev_tasks",
+            "test_tasks",
+            "test_rows",
+            "patience",
+        ):
             check_number(name, getattr(self, name), least=1, open_below=False, whole=True)
         check_number("tune", self.tune, open_below=False, whole=True)
         if not self.rates:
@@ -265,6 +283,7 @@ class _Contender(NamedTuple):
             draws=s.draws,
             heads=self.benchmark.heads,
             seed=self.seed,
+            stopping=EarlyStopping(development_verdict, s.dev_every, s.patience) if s.dev_every else None,
         )
         options: dict[str, Any] = {}
         if self.name == LIFT:

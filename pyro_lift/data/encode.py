@@ -129,6 +129,8 @@ def _padded(encoded: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tenso
 
 
 def _task(task: TextTask, parts: Mapping[str, Rows], kind: Any, encoding: TextEncoding, **options: Any) -> Task:
+    if kind == "tokens" and task.dev:
+        options["dev_answers"] = [row.outputs for row in task.dev]
     return Task(
         task.name, parts["train"], kind, test=parts.get("test"), dev=parts.get("dev"), metric=task.metric,
         encoding=encoding, **options,

@@ -117,12 +117,14 @@ class LiFTMethod:
 
     def adapt_settings(self) -> AdaptSettings:
         """Return the settings of adaptation, with the budget filled in."""
+        stopping = self.budget.stopping
         return AdaptSettings(
             steps=self.budget.steps,
             learning_rate=self.budget.learning_rate,
             temperature=0.0 if self.ablation == "noise" else None,
             batch_size=self.budget.batch_size,
             draws=self.budget.draws,
+            **{} if stopping is None else {"dev_every": stopping.every, "patience": stopping.patience},
         )
 
     @at_top_level()
