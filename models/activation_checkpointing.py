@@ -32,9 +32,10 @@ def checkpoint_layers(network: nn.Module) -> int:
         )
     for layer in layers:
         layer.forward = _Checkpointed(layer, layer.forward)
-    config: Any = getattr(network, "config", None)
-    if config is not None:
-        config.use_cache = False  # a second pass would write to the cache twice
+    for module in network.modules():  # T5's encoder and decoder have each a configuration of their own
+        config: Any = getattr(module, "config", None)
+        if config is not None:
+            config.use_cache = False  # a second pass would write to the cache twice
     return len(layers)
 
 

@@ -28,6 +28,7 @@ from pyro_lift.models.networks import (
 )
 from pyro_lift.models.peft_layers import active_adapter, adapter_tensors, check_in_use, check_places, peft_layers
 from pyro_lift.models.prefix import FrozenPrefix, PrefixMode
+from pyro_lift.models.quantised import with_gradients
 from pyro_lift.models.reach import POINTS, SPREAD, Probe, ReachError, check_reach, synthetic_rows
 from pyro_lift.models.readouts import Readout, gives_features, read, readout_for
 from pyro_lift.support.spans import span
@@ -137,6 +138,7 @@ class RandomAdapter(PyroModule):
         backbone.eval()
         if layers:
             without_fast_paths(backbone)
+        with_gradients(backbone)
         # Outside the registry: PyroModule would look for random sites in every submodule at every access.
         slots, kept = slots_of(backbone, [p for _, p in trainable]), _rewritten(layers)
         for name, value in {"backbone": backbone, "_slots": slots, "_kept": kept}.items():

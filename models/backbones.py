@@ -15,6 +15,7 @@ from pyro_lift.models.activation_checkpointing import checkpoint_layers
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.networks import COMPILER, check_network, plain_network, private_stream, share_hooks, sharing_copy
 from pyro_lift.models.peft_layers import active_adapter, file_name, peft_layers
+from pyro_lift.models.quantised import Quantisation, loading_config, quantisation_of
 from pyro_lift.support.options import check_literal
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def load_backbone(
     dtype: DType = "float32",
     gradient_checkpointing: bool = False,
     compile: bool | str = False,
+    quantization: Quantisation | None = None,
     **options: Any,
 ) -> nn.Module:
     """Load a pre-trained backbone, ready for :func:`adapt_backbone`.
@@ -104,15 +106,25 @@ def load_backbone(
         dtype: of the frozen weights and their products.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         compile: whether ``torch.compile`` compiles the backbone's forward pass at its first call; or its backend.
+        quantization: ``"4bit"`` (NF4) or ``"8bit"``, by bitsandbytes; another configuration of transformers is an
+            option, ``quantization_config``.
         options: of the library's own loader.
 
     Raises:
         ValueError: an unknown kind or dtype; a model that is not of that kind, or whose file lacks weights of that
-            kind, which would be random; nothing to checkpoint.
+            kind, which would be random; nothing to checkpoint; a quantisation that this kind has not.
+        ImportError: bitsandbytes is not installed.
         OSError: nothing of that name.
     """
     check_literal("kind", kind, BackboneKind)
     check_literal("dtype", dtype, DType)
+    if quantization is not None:
+        check_literal("quantization", quantization, Quantisation)
+        if kind == "timm":
+            raise ValueError(f"quantization={quantization!r}: timm loads in full precision; kind='vision' takes ViTs.")
+        if "quantization_config" in options:
+            raise ValueError("give quantization or quantization_config, not both.")
+        options = {**options, "quantization_config": loading_config(quantization, getattr(torch, dtype))}
     try:
         if kind == "timm":
             model = _from_timm(name, options).to(getattr(torch, dtype))
@@ -295,6 +307,8 @@ def adapt_backbone(
             f"{type(backbone).__name__} has no adapter. Pass peft_config=peft.LoraConfig(target_modules=...)."
         )
     check_peft(peft_config)
+    if quantisation_of(backbone) is not None:
+        _check_on_quantised(peft_config)
     memo: dict[int, Any] = {}
     # Some starts subtract their product from the weights in place.
     moves = str(getattr(peft_config, "init_lora_weights", "")).startswith(MOVES_BASE)
@@ -309,6 +323,23 @@ def adapt_backbone(
     adapter = RandomAdapter(adapted, **options)
     adapted.requires_grad_(False)
     return adapter
+
+
+def _check_on_quantised(config: peft.PeftConfig) -> None:
+    """Refuse what a quantised base cannot carry.
+
+    Raises:
+        ValueError: another adapter than LoRA, or a start that moves the base's weights.
+    """
+    kind = str(getattr(config.peft_type, "value", config.peft_type)).upper()
+    if kind != "LORA":
+        raise ValueError(f"a {kind} adapter on a quantised network has not been tried; LoRA has.")
+    start = str(getattr(config, "init_lora_weights", ""))
+    if start.startswith(MOVES_BASE):
+        raise ValueError(
+            f"init_lora_weights={start!r} moves the base's own weights, and those of a quantised network are codes. "
+            "Load the network in full precision, or leave init_lora_weights out."
+        )
 
 
 def _check_model(model: Any) -> None:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pyro_lift.models.quantised import check_quantised, codes_of, own_layers
+
 __all__ = [
     "WeightProbe",
     "check_network",
@@ -54,7 +56,7 @@ def check_network(network: nn.Module) -> None:
     """Refuse wrappers whose names would go into every export, and weights that do not exist yet or know no gradients.
 
     Raises:
-        ValueError: names the wrapper or the weight, and the way out.
+        ValueError: names the wrapper or the weight, and the way out; a network that is quantised in an untried way.
     """
     if type(network).__name__ in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
         raise ValueError(
@@ -68,6 +70,7 @@ def check_network(network: nn.Module) -> None:
             raise ValueError(f"the weight {name!r} has no values yet (on torch's meta device). Load it first.")
         if parameter.is_inference():
             raise ValueError(f"{name!r} was made under torch.inference_mode() and knows no gradients; make it outside.")
+    check_quantised(network)
 
 
 def plain_network(network: nn.Module) -> nn.Module:
@@ -94,6 +97,7 @@ def sharing_copy(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.M
         log.warning("the network has a forward function of its own, which a copy would share: it is used as it is.")
         memo |= {id(module): module for module in network.modules()}
         return network
+    own_layers(network, memo)
     for module in network.modules():
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
@@ -128,7 +132,7 @@ def share_hooks(network: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
-    """Another parameter with the same storage; a subclass (quantised weights) is shared itself."""
+    """Another parameter with the same storage; a subclass (torchao's weights) is shared itself."""
     if type(parameter) is not nn.Parameter:
         return parameter
     alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
@@ -216,7 +220,9 @@ class WeightProbe:
 def probe_weights(network: nn.Module, leave_out: frozenset[str] = frozenset()) -> dict[str, Tensor]:
     """Evenly spaced values of each weight, ``[<= 64]`` each, on the host."""
     probes = {
-        name: _probe(parameter.detach()) for name, parameter in network.named_parameters() if name not in leave_out
+        name: _probe(codes_of(parameter).detach())
+        for name, parameter in network.named_parameters()
+        if name not in leave_out
     }
     by_device: dict[torch.device, list[str]] = {}
     for name, probe in probes.items():

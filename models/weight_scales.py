@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.peft_layers import peft_layers
+from pyro_lift.models.quantised import plain_weight
 
 __all__ = ["by_weight", "harmless_scales", "typical_size"]
 
@@ -59,8 +60,8 @@ def harmless_scales(adapter: RandomAdapter) -> list[float]:
 
 
 def _of_product(layer: Any, name: str | None, size: float) -> list[float]:
-    """The limit that the layer's own weights give; none where they cannot be read, as packed into four bits."""
-    weight = getattr(getattr(layer, "base_layer", None), "weight", None)
+    """The limit that the layer's own weights give, also where they are quantised; none where they cannot be read."""
+    weight = plain_weight(getattr(layer, "base_layer", None))
     rank, scaling = (getattr(layer, of, {}).get(name) for of in ("r", "scaling"))
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or not rank or not scaling:
         return []

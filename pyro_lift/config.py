@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_lift.models.backbones import BackboneKind, DType
 from pyro_lift.models.prefix import PrefixMode
+from pyro_lift.models.quantised import Quantisation
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_literal, check_number
@@ -50,10 +51,15 @@ class BackboneConfig:
     dtype: DType = field(default="float32", metadata={"help": "of the frozen weights"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "compute activations again, keep none"})
     compile: bool = field(default=False, metadata={"help": "compile the forward pass"})
+    quantization: Quantisation | None = field(
+        default=None, metadata={"help": "4bit or 8bit, of the frozen weights; none takes them as they are"}
+    )
 
     def __post_init__(self) -> None:
         check_literal("kind", self.kind, BackboneKind)
         check_literal("dtype", self.dtype, DType)
+        if self.quantization is not None:
+            check_literal("quantization", self.quantization, Quantisation)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,12 @@ def adapter_of(config: RunConfig) -> RandomAdapter:
         backbone = digit_backbone()
     else:
         backbone = load_backbone(
-            b.name, b.kind, dtype=b.dtype, gradient_checkpointing=b.gradient_checkpointing, compile=b.compile
+            b.name,
+            b.kind,
+            dtype=b.dtype,
+            gradient_checkpointing=b.gradient_checkpointing,
+            compile=b.compile,
+            quantization=b.quantization,
         )
     options: dict[str, Any] = {}
     if a.alpha is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.peft_layers import adapter_tensors
+from pyro_lift.models.quantised import as_saved, codes_of, quantisation_of, size_of
 
 __all__ = ["check_base", "describe_base"]
 
@@ -20,14 +21,15 @@ PROBES = 256
 
 
 def describe_base(adapter: RandomAdapter) -> dict[str, Any]:
-    """Describe a base model by name, class and digests; tensors have the network's names, without PEFT's wrappers."""
+    """Describe a base model by name, class, quantisation and digests, under names without PEFT's wrappers."""
     network = _plain(adapter.backbone)
     weights = _weights(adapter)
     return {
         "name": _name(network),
         "class": type(network).__name__,
-        "parameters": sum(x.numel() for x in weights.values()),
-        "tensors": {name: [list(x.shape), _digest(x)] for name, x in weights.items()},
+        "parameters": sum(size_of(x) for x in weights.values()),
+        "quantisation": quantisation_of(network),
+        "tensors": {name: [list(x.shape), _digest(codes_of(x.detach()))] for name, x in weights.items()},
     }
 
 
@@ -39,6 +41,13 @@ def check_base(adapter: RandomAdapter, saved: Mapping[str, Any], where: Path) ->
     """
     given = describe_base(adapter)
     who = f"made for {saved.get('name') or saved.get('class')}, not this {given['name'] or given['class']}"
+    loaded, loads = saved.get("quantisation"), given["quantisation"]
+    if (was := as_saved(loaded)) != (now := as_saved(loads)):
+        raise ValueError(
+            f"{where}: made for {saved.get('name') or saved.get('class')} {was}, not {now}. Load the base model in the "
+            "same way (quantization= of load_backbone, quantization_config= of transformers), or pass check_base=False "
+            "to use the adapter on it as it is."
+        )
     old, new = saved.get("tensors") or {}, given["tensors"]
     if missing := [name for name in old if name not in new]:
         raise ValueError(f"{where}: {who}: the network has no weight {missing[0]!r} ({len(missing)} missing).")
@@ -71,7 +80,7 @@ def _name(network: Any) -> str | None:
 def _weights(adapter: RandomAdapter) -> dict[str, Tensor]:
     left_out = {entry.name for entry in adapter.layout} | _brought_by_peft(adapter)
     return {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach()
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
         for name, parameter in sorted(adapter.backbone.named_parameters())
         if name not in left_out
     }

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.peft_layers import peft_layers
+from pyro_lift.models.quantised import dequantise, dequantised_layer, quantisation_of
 from pyro_lift.saving.folders import export_prior, library_exports
 from pyro_lift.saving.parts import SavablePrior
 from pyro_lift.saving.peft_folder import adapter_config
@@ -87,7 +89,8 @@ def write_manifest(adapter: RandomAdapter, folders: Mapping[str, Path], where: P
 def save_merged(adapter: RandomAdapter, theta: Tensor, folder: Path, tokenizer: Any = None) -> Path:
     """Write the whole network with adapter weights ``theta`` ``[D]`` added to its own, as transformers loads it.
 
-    The adapter and its network stay as they are; while it is merged the network is in memory twice.
+    The adapter and its network stay as they are; while it is merged the network is in memory twice. Of a quantised
+    network the whole is written in full precision: rounded to codes again, it would be another one.
 
     Raises:
         ValueError: a network that is not of transformers, or an adapter that is no PEFT adapter.
@@ -102,12 +105,26 @@ def save_merged(adapter: RandomAdapter, theta: Tensor, folder: Path, tokenizer: 
         )
     with adapter.bound(theta.detach().to(adapter.initial)):
         twin = copy.deepcopy(network)
+        if quantisation_of(network) is not None:
+            _dequantise(twin, str(adapter.adapter_name))
     merged = twin.merge_and_unload(adapter_names=[str(adapter.adapter_name)])
     with new_files(folder, "config.json", stale=_adapter_files()) as new:
         merged.save_pretrained(new)
         if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(new)
     return folder
+
+
+def _dequantise(twin: Any, name: str) -> None:
+    """Put plain linear layers, adapters merged in, where a PEFT model has an adapter on a quantised layer."""
+    base = twin.get_base_model()
+    for place, layer in peft_layers(base).items():
+        if quantisation_of(layer) is not None:
+            plain = dequantised_layer(layer.get_base_layer())
+            plain.weight.data += layer.get_delta_weight(name).detach().to(plain.weight)
+            parent, _, attribute = place.rpartition(".")
+            setattr(base.get_submodule(parent), attribute, plain)
+    dequantise(base)
 
 
 def _adapter_files() -> Sequence[str]:
