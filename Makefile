@@ -7,7 +7,7 @@ PYTEST_FLAGS ?=
 WORKERS ?= auto
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-slow lint format doctest examples map wheel clean
+.PHONY: help demo test test-slow lint format doctest examples map docs docs-serve wheel try-wheel clean
 
 help:
 	@echo "make demo       set up, then learn a LoRA prior from digit tasks and adapt to unseen ones (about 3 minutes)"
@@ -18,7 +18,10 @@ help:
 	@echo "make doctest    the examples in the docstrings"
 	@echo "make examples   every example in its short form"
 	@echo "make map        draw docs/figures/architecture.svg from the import graph"
+	@echo "make docs       build the site into build/docs, every tutorial executed, warnings as errors"
+	@echo "make docs-serve the same, then show it at http://localhost:8000"
 	@echo "make wheel      build the wheel"
+	@echo "make try-wheel  build it, and run the short demo and README's programs with it in a clean environment"
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version) if sys.version_info < (3, 11) else None'
@@ -54,8 +57,26 @@ examples: $(VENV)/.installed
 map: $(VENV)/.installed
 	$(BIN)/python docs/make_map.py
 
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
+# PYRO_LIFT_DOCS=fast leaves the tutorials unexecuted, for work on the words.
+docs: $(VENV)/.docs-installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html -d build/doctrees docs build/docs
+	@echo "written: build/docs/index.html"
+
+docs-serve: docs
+	$(BIN)/python -m http.server 8000 --directory build/docs
+
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+try-wheel: wheel
+	rm -rf build/clean && $(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet dist/pyro_lift-*.whl
+	cd build/clean && bin/pyro-lift --version && bin/pyro-lift demo --smoke --out demo
+	cd build/clean && bin/python $(CURDIR)/docs/try_readme.py $(CURDIR)/README.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -44,7 +44,7 @@ def tempered(probabilities: Tensor, temperature: float) -> Tensor:
 
 
 def fit_temperature(predictions: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Return the temperature with the lowest mean NLL over tasks, within ``LOWEST .. HIGHEST``.
+    """Return the temperature with the lowest mean NLL over tasks, at least ``LOWEST``, at most ``HIGHEST``.
 
     Args:
         predictions: of each task, probabilities ``[n, C]`` (of tokens ``[n, L, V]``) and targets ``[n]`` (``[n, L]``,

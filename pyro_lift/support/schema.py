@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pyro_lift.support.options import current_names
 
-__all__ = ["C", "from_dict"]
+__all__ = ["C", "from_dict", "named_type"]
 
 
 C = TypeVar("C")
@@ -44,7 +44,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type[Any], hint), value, where)
     if not _fits(hint, value):
-        raise ValueError(f"{where} = {value!r}: expected {_named(hint)}.")
+        raise ValueError(f"{where} = {value!r}: expected {named_type(hint)}.")
     if hint is not float:
         # A whole number where a fraction is as good becomes one.
         if (
@@ -78,13 +78,14 @@ def _fits(hint: Any, value: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _named(hint: Any) -> str:
+def named_type(hint: Any) -> str:
+    """Name a type as the author of a TOML file knows it."""
     origin = get_origin(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_named(option) for option in get_args(hint) if option is not type(None))
+        return " or ".join(named_type(option) for option in get_args(hint) if option is not type(None))
     if origin is list:
-        return f"a list, each {_named(get_args(hint)[0])}"
+        return f"a list, each {named_type(get_args(hint)[0])}"
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "a table"}
     return names.get(hint, str(hint))
