@@ -38,8 +38,7 @@ def draw(readme: str, path: Path) -> None:
             axis.barh(place, mean, xerr=sd, color=colour, height=0.65, error_kw={"elinewidth": 1, "capsize": 2})
         axis.set_title(title, fontsize=10)
         axis.set_yticks(range(len(methods)), [name for name, _ in reversed(methods)])
-        low = min(value[k][0] for _, value in methods)
-        axis.set_xlim(left=0.0 if k != 1 else 0.8 * low)
+        axis.set_xlim(left=0.0)
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.hashsalt": "pyro_lift", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure.savefig(path, transparent=True, metadata={"Date": None})

@@ -135,8 +135,10 @@ def _directive(module: str, name: str) -> str:
 
 
 def without_types_own(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Leave out what Python says of every dict or tuple, where a constant has no words of its own."""
+    """Leave out what Python says of every dict, tuple or field, where a constant or a field has no words of its own."""
     del app, name, options
+    if lines and lines[0].startswith("Alias for field number"):
+        lines.clear()
     of_type = type(obj).__doc__
     if what in ("data", "attribute") and isinstance(of_type, str) and "\n".join(lines).split() == of_type.split():
         lines.clear()

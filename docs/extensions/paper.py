@@ -58,9 +58,13 @@ def page() -> str:
                 code = "<br>".join(_link(name) for name in entry.code) or entry.note
                 tests = "<br>".join(f"`{test.split('::')[0]}` {_sentence(test)}".strip() for test in entry.tests)
                 what = entry.what + (f" ({entry.note})" if entry.note and entry.code else "")
-                lines.append(f"| {_anchors(entry)}{entry.label} | {what} | {code} | {tests} |")
+                lines.append(f"| {_anchors(entry)}{entry.label} | {_escaped(what)} | {code} | {tests} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _anchors(entry: Entry) -> str:
