@@ -1,4 +1,4 @@
-"""Pieces of work that a run does before its chain, kept in its folder so that a run that goes on need not repeat them."""
+"""Pieces of work that a run does before its chain, kept in its folder so that a run that goes on has them already."""
 
 from __future__ import annotations
 
