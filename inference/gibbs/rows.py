@@ -11,18 +11,22 @@ from pyro_lift.inference.gibbs.conjugate import values_of
 from pyro_lift.inference.gibbs.new_tasks import learn
 from pyro_lift.inference.gibbs.state import Chain, SGLDGibbsState, Streams, Structure
 from pyro_lift.inference.program import Evaluation, LocalSite, Rows
+from pyro_lift.inference.stores.store import HoldsMatrix
 from pyro_lift.support.random_streams import own_global_stream, stream_seed
 
 __all__ = [
     "Values",
     "block_values",
     "mean_square",
+    "packed_matrix",
     "pair_rows",
     "put_at_start",
     "regrouped",
     "shifted_values",
     "task_rows",
     "task_values",
+    "unpacked_matrix",
+    "write_values",
 ]
 
 #: Local values by task (None for a vectorised block) and family.
@@ -47,6 +51,9 @@ def task_values(
         tasks: by number.
         offset: what stands between the stored theta and the theta, by global site; none where nothing is shifted.
     """
+    matrix = _matrix(chain, tasks)
+    if matrix is not None:
+        return {None: _plus(chain, unpacked_matrix(chain, matrix), offset, 1.0)}
     if not all(chain.store.has(task) for task in tasks):
         return None
     rows, layouts = chain.store.read(tasks), chain.cache.layouts
@@ -57,6 +64,43 @@ def task_values(
     parts = [_unpacked(layout, row) for row in rows]
     stacked = {s.family: torch.stack([part[s.family] for part in parts], s.plate_dim) for s in layout}
     return {None: _plus(chain, stacked, offset, 1.0)}
+
+
+def _matrix(chain: Chain, tasks: tuple[int, ...]) -> Tensor | None:
+    """The rows of a vectorised block of all tasks in order, where the store keeps them as one matrix."""
+    if not _is_whole(chain, tasks) or not isinstance(chain.store, HoldsMatrix) or None not in chain.cache.layouts:
+        return None
+    return chain.store.read_all()
+
+
+def _is_whole(chain: Chain, tasks: tuple[int, ...]) -> bool:
+    structure = chain.structure
+    return not structure.sequential and len(tasks) == structure.num_tasks and tasks == tuple(range(len(tasks)))
+
+
+def unpacked_matrix(chain: Chain, matrix: Tensor) -> dict[str, Tensor]:
+    """Return values by family from the rows of a vectorised block ``[tasks, length]``; views."""
+    layout = chain.cache.layouts[None]
+    parts = matrix.split([site.shape.numel() for site in layout], 1)
+    return {
+        site.family: part.reshape(len(matrix), *site.shape).movedim(0, site.plate_dim)
+        for site, part in zip(layout, parts, strict=True)
+    }
+
+
+def packed_matrix(chain: Chain, values: Rows) -> Tensor:
+    """Return the rows of a vectorised block ``[tasks, length]`` from values by family; a copy."""
+    parts = [values[site.family].movedim(site.plate_dim, 0) for site in chain.cache.layouts[None]]
+    flat = [part.reshape(len(part), -1) for part in parts]
+    return flat[0].clone() if len(flat) == 1 else torch.cat(flat, 1)
+
+
+def write_values(chain: Chain, tasks: tuple[int, ...], values: Values, offset: Rows = NO_OFFSET) -> None:
+    """Write a block's values to the store, without the offset; as one matrix where the store keeps such a one."""
+    if _is_whole(chain, tasks) and isinstance(chain.store, HoldsMatrix):
+        chain.store.write_all(packed_matrix(chain, _plus(chain, values[None], offset, -1.0)))
+    else:
+        chain.store.write(tasks, task_rows(chain, tasks, values, offset))
 
 
 def _plus(chain: Chain, values: Rows, offset: Rows, sign: float) -> dict[str, Tensor]:

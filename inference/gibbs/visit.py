@@ -31,6 +31,7 @@ from pyro_lift.inference.gibbs.rows import (
     regrouped,
     shifted_values,
     task_rows,
+    write_values,
 )
 from pyro_lift.inference.gibbs.scale_draws import draw_scales, squares_around
 from pyro_lift.inference.gibbs.state import (
@@ -134,11 +135,12 @@ def visited(
     parts = {"offset": offset, "gradients": gradients, "squares": scaled.squares, "widths": scaled.widths}
     parts["tuned"] = moved.tuned
     after = SGLDGibbsState(made, scaled.phi, scaled.sums, J, moments, {}, **parts)
-    rows = task_rows(chain, moved.info.tasks, scaled.values, stored)
-    if watch is not None:
+    if watch is None:
+        write_values(chain, moved.info.tasks, scaled.values, stored)
+    else:
         after, old = kept_state(watch, after, state), task_rows(chain, moved.info.tasks, before, state.offset)
-        rows = [watch.kept(*pair) for pair in zip(rows, old, strict=True)]
-    chain.store.write(moved.info.tasks, rows)
+        rows = task_rows(chain, moved.info.tasks, scaled.values, stored)
+        chain.store.write(moved.info.tasks, [watch.kept(*pair) for pair in zip(rows, old, strict=True)])
     if block is not None:
         translation.keep(chain, moved.info.tasks, block)
     if table_row is not None and chain.cache.table is not None:

@@ -17,7 +17,7 @@ from pyro_lift.inference.stores.disk import DiskStore
 from pyro_lift.inference.stores.memory import DeviceStore, HostStore
 from pyro_lift.support.memory import free_bytes
 
-__all__ = ["DiskStore", "HostStore", "ReadsAhead", "ThetaStore", "check_own_store", "make_store"]
+__all__ = ["DiskStore", "HoldsMatrix", "HostStore", "ReadsAhead", "ThetaStore", "check_own_store", "make_store"]
 
 
 class ThetaStore(Protocol):
@@ -37,6 +37,19 @@ class ThetaStore(Protocol):
 
     def tasks(self) -> Iterator[int]:
         """The tasks written so far, in order."""
+        ...
+
+
+@runtime_checkable
+class HoldsMatrix(Protocol):
+    """A store that reads and writes the rows of all tasks at once."""
+
+    def read_all(self) -> Tensor | None:
+        """All rows ``[N, length]``; None where one was never written, or lengths differ."""
+        ...
+
+    def write_all(self, matrix: Tensor) -> None:
+        """Replace every row."""
         ...
 
 
