@@ -394,10 +394,13 @@ def _child_fault(pair: NormalPair, child: Latent, run: Evaluation, links: Links)
         return fault
     if pair.law is not None:
         return law_fault(pair.law, child, normal, run)
-    for task, own in zip(_tasks(child, run), variance_by_task(child, normal), strict=True):
-        if not torch.allclose(own.reshape(phi.shape), pair.local_variance.expand(phi.shape), atol=0.0):
-            which = f" (task {task})" if len(run.tasks) > 1 else ""
-            return f"the scale of the local site {child.name!r} differs by task{which}"
+    variance = variance_by_task(child, normal)
+    near = torch.isclose(variance.reshape(-1, *phi.shape), pair.local_variance.expand(phi.shape), atol=0.0)
+    same = near.reshape(len(variance), -1).all(1)
+    if not bool(same.all()):
+        task = _tasks(child, run)[int(same.logical_not().nonzero()[0])]
+        which = f" (task {task})" if len(run.tasks) > 1 else ""
+        return f"the scale of the local site {child.name!r} differs by task{which}"
     return None
 
 
