@@ -17,6 +17,7 @@ difference of large numbers in it, however far from zero phi is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from torch.distributions import Gamma, InverseGamma
 
 from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.inference.gibbs.dense import CorrelationSite, draw_covariance
+from pyro_lift.inference.gibbs.scalar_slices import is_exponential, plain_density, scalar_slice
 from pyro_lift.inference.gibbs.scales import ScaleLaw, ScaleSite
 from pyro_lift.inference.gibbs.state import Structure
 from pyro_lift.inference.program import Rows
@@ -132,6 +134,9 @@ def draw_scale(
     Returns:
         The new point in unconstrained space, of the leaf's dtype.
     """
+    drawn = _of_one_number(site, seen, num_tasks, temperature, leaf, generator)
+    if drawn is not None:
+        return drawn.to(leaf.dtype)
     u = leaf.detach().double()
     with torch.no_grad():
         counts = [num_tasks * law.gathered(torch.ones_like(Q), u) for law, Q in seen]
@@ -152,6 +157,45 @@ def draw_scale(
             width = torch.full_like(u, log_width(float(min(n.min() for n in counts)) / temperature))
             drawn = slice_draw(log_density, u, width, generator)
     return drawn.to(leaf.dtype)
+
+
+def _of_one_number(
+    site: ScaleSite,
+    seen: list[Seen],
+    num_tasks: int,
+    temperature: float,
+    leaf: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor | None:
+    """The slice of a site of one number, along its logarithm in floats; None where its law is not known in floats.
+
+    At a temperature other than 1 the density is raised to its power in unconstrained space, which then must be that of
+    the logarithm.
+    """
+    if leaf.numel() != 1 or isinstance(site.prior, Gamma | InverseGamma) or not all(law.logarithmic for law, _ in seen):
+        return None
+    plain = plain_density(site.prior)
+    exponential = is_exponential(site.transform)
+    if plain is None or not (exponential or temperature == 1.0):
+        return None
+    density = plain
+    terms = [(law.power, float(num_tasks * Q.numel()), float((Q * torch.exp(-law.offset)).sum())) for law, Q in seen]
+    largest = LARGEST_LOG.get(leaf.dtype, 70.0)
+
+    def log_density(x: float) -> float:
+        if max(abs(power * x) for power, _, _ in terms) >= largest:
+            return -math.inf
+        total = density(math.exp(x)) + x
+        return (total - 0.5 * sum(n * power * x + math.exp(-power * x) * B for power, n, B in terms)) / temperature
+
+    width = log_width(min(n for _, n, _ in terms) / temperature)
+    u = leaf.detach().double()
+    start = float(u) if exponential else math.log(float(site.value(u)))
+    drawn = torch.full_like(u, scalar_slice(log_density, start, width, generator, leaf.device))
+    if exponential or site.transform is None:
+        return drawn if exponential else drawn.exp()
+    inverse: Tensor = site.transform.inv(drawn.exp())
+    return inverse
 
 
 def _conjugate(
