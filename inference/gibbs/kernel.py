@@ -20,6 +20,7 @@ from pyro_lift.inference.gibbs.flat_facts import flat_facts
 from pyro_lift.inference.gibbs.kept_theta import KeptTheta, draws_need
 from pyro_lift.inference.gibbs.plan import Plan, Request, Scan, plan
 from pyro_lift.inference.gibbs.rows import task_values
+from pyro_lift.inference.gibbs.saved_chain import learned_of, options_of, probed, put_learned
 from pyro_lift.inference.gibbs.solved_sites import SiteUpdate, checked_updates
 from pyro_lift.inference.gibbs.state import (
     Chain,
@@ -35,7 +36,7 @@ from pyro_lift.inference.gibbs.state import (
 )
 from pyro_lift.inference.gibbs.warmup import end_of_sgd, sgd_step
 from pyro_lift.inference.kernel import Kernel, Model
-from pyro_lift.inference.program import LocalSite, Program
+from pyro_lift.inference.program import Program
 from pyro_lift.inference.schedules import Schedule, as_schedule
 from pyro_lift.inference.sgld import Integrator
 from pyro_lift.inference.stores.store import ReadsAhead, ThetaStore
@@ -44,11 +45,6 @@ from pyro_lift.support import distributed
 from pyro_lift.support.options import check_choice, check_number, named_options, renamed_keywords
 
 __all__ = ["SGLDGibbs", "probed"]
-
-
-def probed(schedule: Schedule) -> list[float]:
-    """A schedule by a few of its values."""
-    return [schedule(step) for step in (0, 1, 10, 100, 1_000, 10_000, 100_000)]
 
 
 @renamed_keywords(share="distributed")
@@ -413,34 +409,13 @@ class SGLDGibbs(Kernel):
             store.prefetch(tasks)
 
     def state_dict(self) -> dict[str, Any]:
-        """See the base class; also what was learned of the tasks' layouts."""
-        layouts = [
-            [task, [[site.family, list(site.shape), site.plate_dim] for site in sites]]
-            for task, sites in self.chain.cache.layouts.items()
-        ]
-        learned = [sorted(self.chain.cache.coupled), self.chain.cache.reruns]
-        if self._request.distributed:  # each process has seen its own tasks
-            known = {task: [task, sites] for found in distributed.collected(layouts) for task, sites in found}
-            layouts = [known[task] for task in sorted(known, key=lambda task: -1 if task is None else task)]
-            both = distributed.collected(learned)
-            learned = [sorted({family for families, _ in both for family in families}), any(r for _, r in both)]
-        return {**super().state_dict(), "layouts": layouts, "start": dict(self.chain.cache.start), "learned": learned}
+        """See the base class; also what was learned of the tasks."""
+        return {**super().state_dict(), **learned_of(self.chain, shared=self._request.distributed)}
 
     def load_state_dict(self, tree: Mapping[str, Any]) -> None:
         """See the base class."""
         super().load_state_dict(tree)
-        here = next(iter(self.state.phi.values())).device
-        self.chain.cache.start = {name: value.to(here) for name, value in tree["start"].items()}
-        self.chain.cache.layouts = {
-            task: tuple(LocalSite(family, torch.Size(shape), dim) for family, shape, dim in sites)
-            for task, sites in tree["layouts"]
-        }
-        for task, sites in self.chain.cache.layouts.items():
-            if task is not None:
-                self.chain.program.families.learn(task, [site.family for site in sites])
-        coupled, reruns = tree.get("learned", [[], False])  # of a run that was saved before these were kept
-        self.chain.cache.coupled |= frozenset(coupled)
-        self.chain.cache.reruns |= reruns
+        put_learned(self.chain, tree, next(iter(self.state.phi.values())))
 
     def rows(self) -> dict[str, Any]:
         """The tasks' weights, and the stored gradients of the table where there is one."""
@@ -455,18 +430,11 @@ class SGLDGibbs(Kernel):
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for the chain to be the same: options, sites, tasks, the likelihood at the start."""
         settings, structure = self.chain.settings, self.chain.structure
-        options = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-        options |= {name: probed(value) for name, value in options.items() if callable(value)}
+        options = options_of(settings)
         options |= {"scan": self._request.scan, "thinning": self.thinning, "sgd_steps": self._request.sgd_steps}
         options |= {"keep_theta": True} if self.keep_theta else {}
         if self._request.distributed:  # its streams of noise are others
             options["share"] = True
-        if settings.translation == "none":  # as in runs that were saved before there was one
-            options = {name: value for name, value in options.items() if not name.startswith("translation")}
-        # Adapting is said by the step and the warm-up; solved sites, as the next two, where there are some.
-        options = {k: v for k, v in options.items() if k != "adapts" and (k != "site_update" or v)}
-        if settings.theta_update == "sgld":  # likewise
-            options = {name: value for name, value in options.items() if name not in ("theta_update", "leapfrog_steps")}
         return {
             "kernel": "SGLDGibbs",
             "options": {**options, "warmup_steps": self._warmup_steps},
