@@ -41,7 +41,7 @@ def reach_of(steps: Mapping[str, float | str], draws: int) -> dict[str, float | 
     Returns:
         ``visits_per_task``: how often each task's theta was moved. ``theta (site)``: that many times a_theta = eta /
         (2 beta^2), the relaxation times of theta_i towards phi that it has seen, ten of which forget a start.
-        ``phi (site)``: the same of phi, None where phi is drawn exactly. Empty for kernels without tasks.
+        ``phi (site)``: the same of phi. None where theta or phi is drawn exactly. Empty for kernels without tasks.
     """
     if "tasks" not in steps:
         return {}
@@ -50,7 +50,7 @@ def reach_of(steps: Mapping[str, float | str], draws: int) -> dict[str, float | 
     reach: dict[str, float | None] = {"visits_per_task": each}
     for key, a in steps.items():
         if key.startswith("a_theta"):
-            reach[key.replace("a_theta", "theta")] = each * float(a)
+            reach[key.replace("a_theta", "theta")] = each * float(a) if math.isfinite(float(a)) else None
         elif key.startswith("a_phi"):
             reach[key.replace("a_phi", "phi")] = visits * float(a) if float(a) > 0.0 else None
     return reach

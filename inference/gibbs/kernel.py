@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_lift.inference.admission import check_common, site_factors
 from pyro_lift.inference.footprint import Need, chain_needs, check_fits
-from pyro_lift.inference.gibbs import metropolis, shared_visit, step_adaptation
+from pyro_lift.inference.gibbs import exact_visit, metropolis, shared_visit, step_adaptation
 from pyro_lift.inference.gibbs import translation as translations
 from pyro_lift.inference.gibbs import visit as gibbs_visit
 from pyro_lift.inference.gibbs.accumulator import Accumulator
@@ -70,10 +70,10 @@ class SGLDGibbs(Kernel):
         single_scale: ``"N"`` or ``"1"``, the factor on a single task's gradient.
         phi_step_size: eta of Eq. 9; None takes 2 % of the limit with the table, as it is at the start, and
             ``step_size`` otherwise.
-        theta_update: ``"sgld"``; or, where every task's likelihood is evaluated whole, ``"mala"`` or ``"hmc"``:
-            Langevin or Hamiltonian steps with a Metropolis test, which leave theta's conditional exactly
-            (:mod:`pyro_lift.inference.gibbs.metropolis`). ``step_size`` is then where the tuning of the step begins,
-            and ``integrator`` is not used.
+        theta_update: ``"sgld"``, Langevin steps; ``"exact"`` draws theta, where a visit takes all tasks and their
+            likelihood is Gaussian in it (:mod:`pyro_lift.inference.gibbs.exact_visit`); where it is evaluated whole,
+            ``"mala"`` or ``"hmc"``, steps with a Metropolis test (:mod:`pyro_lift.inference.gibbs.metropolis`), whose
+            tuning begins at ``step_size``. ``"auto"``: exact where it can be and no step was chosen, else SGLD.
         leapfrog_steps: of a trajectory of ``"hmc"``; each costs a run of the program.
         integrator: of theta's step: ``"exponential"`` (exact for normal priors) or ``"euler"`` (the paper's).
         temperature, n_inflate: T, multiplies the variance of all noise, of phi and of theta; power on the likelihood.
@@ -128,7 +128,7 @@ class SGLDGibbs(Kernel):
         accumulator: Accumulator = "exact",
         single_scale: Literal["N", "1"] = "N",
         phi_step_size: float | Schedule | None = None,
-        theta_update: ThetaUpdate = "sgld",
+        theta_update: ThetaUpdate = "auto",
         leapfrog_steps: int = 10,
         integrator: Integrator = "exponential",
         temperature: float = 1.0,
@@ -160,7 +160,7 @@ class SGLDGibbs(Kernel):
         check_choice("phi_update", phi_update, ["gibbs", "langevin"])
         check_choice("accumulator", accumulator, ["exact", "table", "single"])
         check_choice("single_scale", single_scale, ["N", "1"])
-        check_choice("theta_update", theta_update, ["sgld", "mala", "hmc"])
+        check_choice("theta_update", theta_update, ["auto", "exact", "sgld", "mala", "hmc"])
         check_choice("scan", scan, ["round_robin", "random"])
         check_choice("translation", translation, ["auto", "saga", "falling", "none"])
         if isinstance(store, str):
@@ -280,7 +280,7 @@ class SGLDGibbs(Kernel):
         self.state, self.transforms = self._plan.state, self._plan.transforms
         self._start_log_likelihood = self._plan.start_log_likelihood
         self._noise_from(self.state.phi)
-        if self._plan.chain.structure.scales:
+        if self._plan.chain.structure.scales or self._plan.chain.gaussian is not None:
             self._watch = None  # a slice must know at once where its density is
         self._plan.chain.cache.watch = self._watch
         self._kept = KeptTheta(self.chain, self.state, self._start_seed()) if self.keep_theta else None
@@ -291,7 +291,7 @@ class SGLDGibbs(Kernel):
     def _adapting(self, warmup_steps: int) -> int:
         """Return for how many visits steps adapt: of the warm-up, where theta's step is left to us."""
         settings = self.settings
-        left = settings.step_size is None and settings.theta_update == "sgld" and settings.decay is None
+        left = settings.step_size is None and settings.theta_update in ("auto", "sgld") and settings.decay is None
         return warmup_steps if left and not self._request.distributed else 0
 
     def _check_memory(self, planned: Plan) -> None:
@@ -352,6 +352,12 @@ class SGLDGibbs(Kernel):
             self.state = end_of_sgd(self.state, chain)
         if self._request.distributed:
             self._shared_visit()
+            return
+        if chain.gaussian is not None:
+            streams = Streams(self._generator, self._noise_generator, self._start_seed())
+            self.state, self._info = exact_visit.step(self.state, chain, streams, phase)
+            if self._kept is not None:
+                self._kept.touch(self._info.tasks)
             return
         block = self._next_block()
         if self._request.scan == "round_robin":

@@ -236,7 +236,7 @@ def with_tuned_step(
     report: dict[str, float | str], tuned: Mapping[str, Tensor], settings: Settings
 ) -> dict[str, float | str]:
     """Put the tuned step in a report, and the length of a trajectory in its a_theta: L steps go as far as L^2 eta."""
-    if settings.theta_update == "sgld":
+    if settings.theta_update not in TARGETS:
         return report
     eta = float(tuned["log_mean"].exp()) ** 2 if tuned else float(report["step_size"])
     length = settings.leapfrog_steps if settings.theta_update == "hmc" else 1

@@ -23,6 +23,7 @@ from pyro_lift.inference.dependence import coupled_families, links_of
 from pyro_lift.inference.gibbs import shared_visit
 from pyro_lift.inference.gibbs.accumulator import GradientTable, langevin_limit
 from pyro_lift.inference.gibbs.conjugate import find_pairs
+from pyro_lift.inference.gibbs.gaussian_reading import exact_theta
 from pyro_lift.inference.gibbs.movers import long_families
 from pyro_lift.inference.gibbs.scaling import can_scale
 from pyro_lift.inference.gibbs.state import Cache, Chain, Settings, SGLDGibbsState, Structure, init
@@ -135,11 +136,15 @@ def plan(
         needs_rerun(run, links),
         pass_size,
         exact=_is_exact(settings) or request.sgd_steps > 0,
-        checks_steps=request.check_stability and settings.decay is None and _is_chosen(settings),
         scales=scales,
         hold=request.sgd_steps + _hold(-(-num_tasks // block), request.warmup_steps - request.sgd_steps),
     )
     check_translation(settings)
+    held = "distributed=True" if request.distributed else "sgd_steps" if request.sgd_steps else None
+    settings, gaussian = exact_theta(program, run, structure, settings, generator, held)
+    structure = replace(
+        structure, checks_steps=request.check_stability and settings.decay is None and _is_chosen(settings)
+    )
     check_metropolis(settings, request.distributed, program, run)
     check_solved(settings, structure, program, run)
     _check_phi_update(structure, settings, request, outside_hint(run, request.plate) or nested_hint(program))
@@ -164,7 +169,9 @@ def plan(
     report |= moves
     log.info("dimensionless steps at the start: %s", report)
     row_bytes = _row_bytes(run, structure)
-    chain = Chain(program, structure, _store(request, run, structure, row_bytes), settings, cache, translation)
+    chain = Chain(
+        program, structure, _store(request, run, structure, row_bytes), settings, cache, translation, gaussian
+    )
     state = init(structure, cache, phi)
     transforms = {k: t for k, t in site_transforms(run).items() if k in run.globals}
     return Plan(chain, state, transforms, float(run.log_likelihood.detach()), report, row_bytes)
@@ -359,8 +366,9 @@ def _check_steps(run: Evaluation, structure: Structure, settings: Settings, curv
 def _dimensionless(structure: Structure, settings: Settings, curvature: float | None) -> dict[str, float | str]:
     r"""Step sizes without dimensions: :math:`a_\theta = \eta / (2 \beta^2)`, and a_phi, the same of Eq. 9."""
     eta, phi_eta = settings.eta(0), settings.phi_eta(0)
+    exact = settings.theta_update == "exact"
     report: dict[str, float | str] = {
-        "step_size": eta,
+        "step_size": math.nan if exact else eta,
         "curvature": math.nan if curvature is None else curvature,
         "phi_update": settings.phi_update,
         "block_size": float(structure.block_size),
@@ -368,7 +376,7 @@ def _dimensionless(structure: Structure, settings: Settings, curvature: float | 
     }
     for name, pair in structure.pairs.items():
         variance = float(pair.local_variance.min())
-        report[f"a_theta ({name})"] = eta / (2.0 * variance)
+        report[f"a_theta ({name})"] = math.inf if exact else eta / (2.0 * variance)
         report[f"a_phi ({name})"] = (
             0.5 * phi_eta * (structure.num_tasks / variance + float(pair.prior_precision.max()))
             if settings.phi_update == "langevin"

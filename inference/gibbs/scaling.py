@@ -27,7 +27,7 @@ from pyro_lift.inference.gibbs.scales import ScaleSite
 from pyro_lift.inference.gibbs.state import Chain, Settings, Structure
 from pyro_lift.inference.program import Evaluation, Rows
 
-__all__ = ["Scaled", "can_scale", "scale"]
+__all__ = ["Scaled", "can_scale", "scalable", "scale"]
 
 #: Share of proposals that the warm-up aims at: best for a random walk in one dimension (Gelman, Roberts, Gilks 1996).
 ACCEPTED = 0.44
@@ -55,11 +55,11 @@ def can_scale(structure: Structure, settings: Settings, run: Evaluation) -> bool
     """Whether one visit sees the whole likelihood, no law is tempered, and there is a scale that can be multiplied."""
     whole = all(size.taken == size.size for size in run.plates.values())
     plain = settings.temperature == 1.0 and not settings.site_temperature and not settings.site_update
-    return whole and plain and structure.pass_size == structure.num_tasks and bool(_sites(structure))
+    return whole and plain and structure.pass_size == structure.num_tasks and bool(scalable(structure))
 
 
-def _sites(structure: Structure) -> list[str]:
-    """Scale sites whose families all have uncorrelated coordinates and a power law."""
+def scalable(structure: Structure) -> list[str]:
+    """List the scale sites whose families all have uncorrelated coordinates and a power law."""
     laws = [(pair.law, pair.dense) for pair in structure.pairs.values() if pair.law is not None]
     odd = {law.site for law, dense in laws if dense is not None or not law.logarithmic}
     return [name for name in structure.scales if name in {law.site for law, _ in laws} - odd]
@@ -79,7 +79,7 @@ def scale(
         generator: of the proposal.
     """
     now, current = before, None
-    for name in _sites(chain.structure):
+    for name in scalable(chain.structure):
         if current is None:
             current = _density(chain, now, index)
         element = step % now.phi[name].numel()

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_lift.inference.gibbs.accumulator import Accumulator, GradientTable
 from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.inference.gibbs.dense import CorrelationSite
+from pyro_lift.inference.gibbs.gaussian_tasks import GaussianTasks
 from pyro_lift.inference.gibbs.long_vectors import Workspace
 from pyro_lift.inference.gibbs.scales import ScaleSite
 from pyro_lift.inference.program import LocalSite, Program, Rows
@@ -42,7 +43,7 @@ __all__ = [
 
 PhiUpdate = Literal["gibbs", "langevin"]
 Phase = Literal["sgd", "burn-in", "sample"]
-ThetaUpdate = Literal["sgld", "mala", "hmc"]
+ThetaUpdate = Literal["auto", "exact", "sgld", "mala", "hmc"]
 TranslationKind = Literal["auto", "saga", "falling", "none"]
 #: Power with which the step of ``translation="falling"`` falls with the rounds.
 FALL = 0.6
@@ -265,6 +266,7 @@ class Chain(NamedTuple):
         settings: how a visit moves.
         cache: what mutates.
         translation: how phi and all theta are shifted together; None where they are not.
+        gaussian: the likelihoods of all tasks, where theta is drawn exactly; None where it is not.
     """
 
     program: Program
@@ -273,6 +275,7 @@ class Chain(NamedTuple):
     settings: Settings
     cache: Cache
     translation: Translation | None = None
+    gaussian: GaussianTasks | None = None
 
 
 class Streams(NamedTuple):

@@ -61,6 +61,7 @@ CASES = {
     ),
     "gibbs, sgd start": Case(SGLDGibbs, sequential, {"step_size": 0.02, "sgd_steps": 6, "sgd_step_size": 0.01}),
     "gibbs, clipped": Case(SGLDGibbs, vectorised, {"step_size": 0.02, "max_grad_norm": 1.0}),
+    "gibbs, exact": Case(SGLDGibbs, partial(vectorised, None), {"theta_update": "exact"}),
     "gibbs, mala": Case(SGLDGibbs, vectorised, {"theta_update": "mala", "theta_steps_per_visit": 2}),
     "gibbs, hmc, sequential block": Case(
         SGLDGibbs,

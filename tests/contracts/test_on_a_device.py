@@ -117,6 +117,14 @@ def after_first_visits(kernel: Any) -> Any:
     return kernel
 
 
+def test_an_exact_draw_of_theta_runs_where_the_values_are(cuda: PretendedCUDA) -> None:
+    kernel = SGLDGibbs(on_device(None, "cuda"), theta_update="exact", seed=3)
+    kernel.setup(2)
+    visits(kernel, 4)
+    assert kernel.state.phi["phi"].device == CUDA and kernel.theta(1)["theta"].device == CUDA
+    assert bool(torch.isfinite(kernel.state.phi["phi"].cpu()).all())
+
+
 # --------------------------------------------------------------------------------------- the pretended device
 
 
