@@ -199,6 +199,23 @@ def keys() -> None:
 
 
 @bench.command()
+def workflow(
+    out: Out = Path("bench"),
+    smoke: Smoke = False,
+    tasks: Annotated[list[int] | None, typer.Option(help="number of groups; repeatable", min=2)] = None,
+    seconds: Annotated[float | None, typer.Option(help="processor time that a cell may take", min=0.1)] = None,
+) -> None:
+    """Effective draws a second of a hierarchy with an unknown scale, beside Pyro's NUTS."""
+    from pyro_lift.bench import workflow as benchmark
+    from pyro_lift.bench.records import write_records
+
+    records = benchmark.run(smoke=smoke, tasks=tasks or (), seconds=seconds)
+    write_records(records, out / "workflow.json")
+    benchmark.plot(records, out / "workflow.png")
+    print(f"\n{benchmark.table(records)}\n\nwritten: {out / 'workflow.json'}, {out / 'workflow.png'}")
+
+
+@bench.command()
 def sampler(out: Out = Path("bench"), smoke: Smoke = False, device: Device = "cpu") -> None:
     """Count visits and seconds until phi's draws have the toy's exact posterior: every update, full SGLD and NUTS."""
     from pyro_lift.bench import sampler as benchmark
