@@ -20,9 +20,10 @@ from itertools import product
 from pyro_lift.comparison.settings import CompareSettings
 from pyro_lift.support.durations import format_duration
 
-__all__ = ["Costs", "Plan", "planned", "solve"]
+__all__ = ["PLANNED", "Costs", "Plan", "planned", "solve", "turn_seconds"]
 
-#: Fraction of the budget that is planned for; the rest is for machines that slow down.
+#: Fraction of the time that a first plan is for; the rest is for machines that slow down, and for what the turns after
+#: it can do with it.
 PLANNED = 0.8
 #: Gradients of meta-training below which R and S are made smaller first, in falling order.
 ENOUGH = (600, 300, 150, 60)
@@ -94,6 +95,20 @@ class _Shape:
         if self.meta == 0:
             return 10**9 if left >= 0.0 else -1
         return math.floor(left / (folds * self.meta * self.costs.gradient))
+
+
+def turn_seconds(costs: Costs, held_out: int, meta: int, alone: int, sizes: tuple[int, int, int]) -> float:
+    """Seconds of one turn: a seed, and a part of the tasks.
+
+    Args:
+        costs: measured.
+        held_out: tasks of the part.
+        meta: methods that learn from other tasks.
+        alone: other methods that take gradients.
+        sizes: rates of adaptation, its steps, and gradients of meta-training.
+    """
+    rates, steps, gradients = sizes
+    return _Shape([held_out], meta, alone, costs).adapting(1, rates, steps) + meta * gradients * costs.gradient
 
 
 def solve(

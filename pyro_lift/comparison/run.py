@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -23,17 +24,18 @@ from pyro_lift.bench.sweep import Cell, results, run_cells, write_manifest
 from pyro_lift.comparison.cells import OutOfTimeError, Work, rates_of, run_cell
 from pyro_lift.comparison.costs import load_all, measured
 from pyro_lift.comparison.figure import plot
-from pyro_lift.comparison.plan import Plan, planned, solve
+from pyro_lift.comparison.plan import Plan, solve
 from pyro_lift.comparison.problem import Fold, Problem, chance_loss, folds_of, probe_missing
 from pyro_lift.comparison.settings import CompareSettings, entrant
 from pyro_lift.comparison.summary import Summary, summarise
+from pyro_lift.comparison.turns import Agenda, Entries, Turn, told_sizes
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.task import Task
 from pyro_lift.settings import AdaptSettings, LiFTSettings
-from pyro_lift.support.archive import read_json, write_file, write_json
+from pyro_lift.support.archive import write_file, write_json
 from pyro_lift.support.options import check_choice
 
 if TYPE_CHECKING:
@@ -148,13 +150,14 @@ def run(
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folds = folds_of(problem, settings.folds)
         names, notes = _names(problem, settings)
-        plan = _plan(problem, folds, settings, names, folder, start, overwrite)
-        done = _run_cells(problem, folds, settings, names, plan, folder, start)
+        problem = problem._replace(adapter=functools.cache(problem.adapter))  # what it keeps of rows is for all methods
+        agenda = _agenda(problem, folds, settings, names, folder, start, overwrite)
+        done = _run_turns(problem, folds, settings, names, agenda, start)
         chance: dict[str, float | None] = {}
         for fold in folds:
             chance |= {task.name: chance_loss(judged(task, settings.test_rows)) for task in fold.judged}
         summary = summarise(done, folder / CELLS, names, chance)
-        notes += _notes(plan, folds, summary, done, names)
+        notes += _notes(agenda, summary, done, names)
         records = [record for cell in done.values() for record in cell["records"]]
         table = summary.table() if summary.results else "no turn was finished by every method"
         comparison = Comparison(summary.advice, table, summary, records, tuple(notes), out)
@@ -176,7 +179,7 @@ def _names(problem: Problem, settings: CompareSettings) -> tuple[list[str], list
     return names, notes
 
 
-def _plan(
+def _agenda(
     problem: Problem,
     folds: Sequence[Fold],
     settings: CompareSettings,
@@ -184,36 +187,29 @@ def _plan(
     folder: Path,
     start: float,
     overwrite: bool,
-) -> Plan:
-    """Read the plan of a comparison that is gone on with; or measure, plan, and write it."""
+) -> Agenda:
+    """Read the agenda of a comparison that is gone on with; or measure, plan its first turn, and write it."""
     mark = _mark(problem, folds, settings, names)
     path = folder / PLAN
+    held_out = [len(fold.judged) + len(fold.dev) for fold in folds]
+    entries = Entries(sum(entrant(name).meta for name in names), sum(entrant(name).rank == 1 for name in names))
     if path.is_file() and not overwrite:
-        stored = read_json(path)
-        if stored.get("mark") != mark:
+        agenda = Agenda.read(path, settings, held_out, entries)
+        if agenda.mark != mark:
             raise ValueError(
                 f"{folder} holds another comparison (other tasks, network or settings). Give another folder, or "
                 "overwrite it."
             )
-        return planned(stored["plan"])
+        return agenda
     shutil.rmtree(folder / CELLS, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     load_all()
     costs = measured(problem, folds, settings, names, MEASURING * settings.seconds)
-    held_out = [len(fold.judged) + len(fold.dev) for fold in folds]
-    meta = sum(entrant(name).meta for name in names)
-    alone = sum(entrant(name).rank == 1 for name in names)
     left = settings.seconds - (time.monotonic() - start)
-    plan = solve(costs, settings, held_out, meta, alone, max(left, 0.0))
-    write_json(path, {"mark": mark, "plan": plan.to_dict(), "costs": asdict(costs)})
-    cells = [
-        Cell(f"seed{seed}-fold{fold}-{method}", {"method": method, "seed": seed, "fold": fold})
-        for seed in range(plan.seeds)
-        for fold in range(plan.folds)
-        for method in names
-    ]
-    write_manifest(folder / CELLS, cells)
-    return plan
+    plan = solve(costs, settings, held_out, *entries, max(left, 0.0))
+    agenda = Agenda(path, mark, plan, costs, settings, held_out, entries)
+    agenda.write()
+    return agenda
 
 
 def _mark(problem: Problem, folds: Sequence[Fold], settings: CompareSettings, names: Sequence[str]) -> str:
@@ -231,38 +227,56 @@ def _mark(problem: Problem, folds: Sequence[Fold], settings: CompareSettings, na
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _run_cells(
+def _run_turns(
     problem: Problem,
     folds: Sequence[Fold],
     settings: CompareSettings,
     names: Sequence[str],
-    plan: Plan,
-    folder: Path,
+    agenda: Agenda,
     start: float,
 ) -> Mapping[str, Any]:
-    """Run what is not done yet, until time is up; cells of a process that was killed are taken over."""
-    total, finished = 0, results(folder / CELLS)
-    cells = [(s, f, m) for s in range(plan.seeds) for f in range(plan.folds) for m in names]
-    sizes = {cell: _gradients(cell[2], folds[cell[1]], plan) for cell in cells}
-    total = sum(sizes.values())
-    done = sum(size for (s, f, m), size in sizes.items() if f"seed{s}-fold{f}-{m}" in finished)
+    """Run turn after turn, until all are done or time is up; cells of a process that was killed are taken over."""
+    folder = agenda.path.parent / CELLS
+    deadline = start + settings.seconds - min(0.03 * settings.seconds, 10.0)
     hidden = not settings.progress or "CI" in os.environ or "PYTEST_XDIST_WORKER" in os.environ
-    reserve = min(0.03 * settings.seconds, 10.0)
-    with tqdm(total=total, initial=done, unit="gradient", disable=hidden, dynamic_ncols=True) as bar:
-        work = Work(problem, folds, settings, plan, folder / CELLS, bar.update, start + settings.seconds - reserve)
-        with contextlib.suppress(OutOfTimeError):
-            run_cells(folder / CELLS, partial(_told_cell, work, bar, sizes), retry=True)
-    return results(folder / CELLS)
+    with tqdm(total=0, unit="gradient", disable=hidden, dynamic_ncols=True) as bar, contextlib.suppress(OutOfTimeError):
+        work = Work(problem, folds, settings, agenda.plan, folder, bar.update, deadline)
+        begun_before = list(agenda.turns)  # of a comparison that is gone on with
+        while True:
+            turn = begun_before.pop(0) if begun_before else agenda.next(deadline - time.monotonic())
+            if turn is None:
+                break
+            cells = [_cell(turn, method) for turn in agenda.turns for method in names]
+            write_manifest(folder, cells)
+            own = [cell for cell in cells if (cell.arguments["seed"], cell.arguments["fold"]) == (turn.seed, turn.fold)]
+            finished = results(folder)
+            sizes = {c.name: _gradients(str(c.arguments["method"]), folds[turn.fold], _of(agenda, turn)) for c in own}
+            bar.total += sum(sizes.values())
+            bar.update(sum(size for name, size in sizes.items() if name in finished))
+            begun, whole = time.monotonic(), not any(name in finished for name in sizes)
+            run_cells(folder, partial(_told_cell, work, agenda, bar, sizes), retry=True)
+            if whole:  # of a turn that was begun before, it is not known how long it takes
+                agenda.done(time.monotonic() - begun)
+    return results(folder)
+
+
+def _cell(turn: Turn, method: str) -> Cell:
+    arguments = {"method": method, "seed": turn.seed, "fold": turn.fold}
+    return Cell(f"seed{turn.seed}-fold{turn.fold}-{method}", arguments)
+
+
+def _of(agenda: Agenda, turn: Turn) -> Plan:
+    return agenda.sizes(turn.seed, turn.fold)
 
 
 def _told_cell(
-    work: Work, bar: Any, sizes: Mapping[tuple[int, int, str], int], *, method: str, seed: int, fold: int
+    work: Work, agenda: Agenda, bar: Any, sizes: Mapping[str, int], *, method: str, seed: int, fold: int
 ) -> Mapping[str, Any]:
     """Run a cell under its name in the bar; methods count in their own steps, so the bar is put right afterwards."""
-    bar.set_description(f"part {fold + 1} of {work.plan.folds}, {entrant(method).title}")
+    bar.set_description(f"part {fold + 1} of {len(work.folds)}, {entrant(method).title}")
     begun = bar.n
-    told = run_cell(work, method=method, seed=seed, fold=fold)
-    bar.update(begun + sizes[seed, fold, method] - bar.n)
+    told = run_cell(work._replace(plan=agenda.sizes(seed, fold)), method=method, seed=seed, fold=fold)
+    bar.update(begun + sizes.get(f"seed{seed}-fold{fold}-{method}", 0) - bar.n)
     return told
 
 
@@ -274,21 +288,22 @@ def _gradients(method: str, fold: Fold, plan: Plan) -> int:
     return adapting + (plan.gradients if entrant(method).meta else 0)
 
 
-def _notes(
-    plan: Plan, folds: Sequence[Fold], summary: Summary, done: Mapping[str, Any], names: Sequence[str]
-) -> list[str]:
+def _notes(agenda: Agenda, summary: Summary, done: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    plan, turns, folds = agenda.plan, agenda.turns, len(agenda.held_out)
     count = len(next(iter(summary.results.values()), ()))
-    expected = plan.seeds * plan.folds * len(names)
-    held = "held out in turn" if len(folds) > 1 else "to be judged by"
+    expected = len(turns) * len(names)
+    held = "held out in turn" if folds > 1 else "to be judged by"
+    told = told_sizes(turns, plan, agenda.settings, folds, agenda.entries.meta)
+    seeds = len({turn.seed for turn in turns})
     notes = [
-        f"{count} tasks {held}; {plan.gradients} gradients of meta-training, {plan.steps} steps of adaptation, "
-        f"{len(plan.rates)} rates of adaptation tried by each method on other tasks, {plan.seeds} seed"
-        f"{'s' * (plan.seeds > 1)}.",
+        f"{count} tasks {held}; {told['gradients']} gradients of meta-training, {told['steps']} steps of adaptation, "
+        f"{len(plan.rates)} rates of adaptation tried by each method on other tasks, {seeds} seed{'s' * (seeds > 1)}.",
         "±: standard error over tasks of the paired difference; p: paired t-test; T: temperature of the predictions, "
         "fitted on other tasks.",
     ]
-    if plan.cut:
-        notes.append(f"cut to fit the time: {'; '.join(plan.cut)}.")
+    cut = [*told["cut"], *(note for note in plan.cut if note.startswith("the least"))]
+    if cut:
+        notes.append(f"cut to fit the time: {'; '.join(cut)}.")
     failures = {
         f"{entrant(r['method']).title}: {r['reason']}"
         for cell in done.values()

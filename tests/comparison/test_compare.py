@@ -22,6 +22,7 @@ import pyro_lift
 from pyro_lift import Task
 from pyro_lift.cli import app
 from pyro_lift.comparison import run as comparing
+from pyro_lift.comparison import turns
 from pyro_lift.comparison.cells import OutOfTimeError, Work, run_cell
 from pyro_lift.comparison.plan import Costs, Plan
 from pyro_lift.comparison.problem import Problem, chance_loss, folds_of, unexplained
@@ -164,7 +165,8 @@ def test_the_command_compares_a_folder_of_tasks(family: str, tmp_path: Path, mon
         write_task(FAMILIES[family].task(name), tmp_path / name)
     assert KINDS[family] in ("encoder", "vision")
     small = partial(Plan, 20, 8, (1e-3,), 2, 1)
-    monkeypatch.setattr(comparing, "solve", lambda *_: small(1.0))
+    for module in (comparing, turns):  # of the first turn, and of those after it
+        monkeypatch.setattr(module, "solve", lambda *_: small(1.0))
     arguments = ["compare", str(config), "--out", str(tmp_path / "out"), "--budget", "1 h", "--folds", "2"]
     bar = {"bert": "linear-probe", "vit": "no-meta-train"}[family]
     result = CliRunner().invoke(app, [*arguments, "--methods", f"{bar},lift"], catch_exceptions=False)
