@@ -63,7 +63,7 @@ $(VENV)/.docs-installed: $(VENV)/.installed
 
 # PYRO_LIFT_DOCS=fast leaves the tutorials unexecuted, for work on the words.
 docs: $(VENV)/.docs-installed
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html -d build/doctrees docs build/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -j auto -b html -d build/doctrees docs build/docs
 	@echo "written: build/docs/index.html"
 
 docs-serve: docs

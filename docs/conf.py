@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # the checkout's package, and docs/extensions
 # Tutorials run in processes of their own, which find the package in the same place.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pages are read side by side
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -35,7 +35,8 @@ extensions = [
 source_suffix = {".md": "myst-nb", ".rst": "restructuredtext"}
 exclude_patterns = ["generated/figures", "**/.ipynb_checkpoints"]
 FAST = os.environ.get("PYRO_LIFT_DOCS") == "fast"
-suppress_warnings = ["mystnb.unknown_mime_type", *(["myst-nb.lexer"] if FAST else [])]
+# ref.python: a short name in a signature that two modules have; it is then no link.
+suppress_warnings = ["mystnb.unknown_mime_type", "ref.python", *(["myst-nb.lexer"] if FAST else [])]
 
 # Markdown
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "amsmath", "attrs_inline", "attrs_block"]
