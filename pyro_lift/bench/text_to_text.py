@@ -11,6 +11,7 @@ import torch
 from pyro_lift.data.text import TextRow
 from pyro_lift.generation.decode import generate
 from pyro_lift.generation.scoring import score_texts
+from pyro_lift.inference.baselines.lora_tuned import TunedPosterior
 from pyro_lift.metrics.text import METRICS, score
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.options import check_literal, check_number
@@ -47,7 +48,7 @@ def written_scores(
     """Score the strings that a method writes for some rows by the task's metric.
 
     Args:
-        posterior: with ``adapter`` and ``thetas`` ``[S, D]``.
+        posterior: with ``adapter`` and ``thetas`` ``[S, D]``, or a tuned LoRA's, which has one inside.
         task: encoded for a model that writes.
         rows: to be judged by.
         texts: the same rows as strings, for their accepted answers and options.
@@ -61,6 +62,8 @@ def written_scores(
     """
     if task.metric not in METRICS:
         raise ValueError(f"task {task.name!r}: the metric {task.metric!r} compares no strings.")
+    if isinstance(posterior, TunedPosterior):
+        posterior = posterior.posterior
     thetas = posterior.thetas.mean(0, keepdim=True) if settings.which == "mean" else posterior.thetas
     labels = task.encoding.labels
     if settings.answers == "score" and all(row.options or labels for row in texts):

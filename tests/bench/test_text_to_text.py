@@ -18,6 +18,8 @@ from pyro_lift import TaskPosterior
 from pyro_lift.bench.text_to_text import WritingSettings, written_scores
 from pyro_lift.data.encode import NextToken, TextToText
 from pyro_lift.data.text import TextRow, TextTask
+from pyro_lift.inference.baselines.lora_tuned import LoRATuned
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.metrics.text import qa_f1
 
 TEXTS = ("red cat", "blue dog is a bird", "green")
@@ -60,6 +62,20 @@ def test_options_are_scored_as_texts() -> None:
     assert found["score"] == pytest.approx(sum(label != "four" for label in best) / 3)
 
 
+def test_a_tuned_lora_is_judged_by_what_its_network_writes() -> None:
+    posterior, texts = posterior_of("llama", metric="QA-F1")
+    method = LoRATuned(posterior.adapter, Budget(steps=2, draws=1, batch_size=2), rates=(1e-2,))
+    task = posterior.task
+    assert task.test is not None
+    tuned = method.adapt(method.meta_train([task]), task)
+    inner = TaskPosterior(posterior.adapter, task, tuned.posterior.thetas)  # type: ignore[attr-defined]
+    settings = WritingSettings(max_new_tokens=5)
+    rows = [
+        row._replace(outputs=(inner.generate([row.input], num_beams=4, max_new_tokens=5)[0],)) for row in texts.test
+    ]
+    assert written_scores(tuned, task, task.test, rows, settings)["score"] == pytest.approx(1.0)
+
+
 def test_a_metric_that_compares_no_strings_is_refused() -> None:
     posterior, texts = posterior_of("bart", metric="Perplexity")
     with pytest.raises(ValueError, match="the metric 'Perplexity' compares no strings"):
@@ -78,6 +94,6 @@ def test_crossfit_runs_text_to_text(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr[-2000:]
     records = json.loads((tmp_path / "results.json").read_text())
-    assert [record["method"] for record in records[::2]] == ["No Meta Train", "Union Train", "LiFT"]
+    assert [record["method"] for record in records[::2]] == ["Tuned LoRA", "No Meta Train", "Union Train", "LiFT"]
     assert all(0.0 <= record["score"] <= 1.0 and 0.0 <= record["empty"] <= 1.0 for record in records)
     assert "nothing written" in result.stdout
