@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from pyro_lift.models.readouts import LabelMatching
 from pyro_lift.models.task import Task
 
 __all__ = ["adapter_of", "device_of", "encode_tasks", "encoder_of", "task_of", "tasks_of"]
+
+log = logging.getLogger("pyro_lift")
+
+#: Model types whose tables of places begin after the padding token's number.
+AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "data2vec-text")
 
 
 def adapter_of(config: RunConfig) -> RandomAdapter:
@@ -137,11 +143,25 @@ def encoder_of(config: RunConfig) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     encode.check_tokenizer(tokenizer, model.vocab_size)
+    places = _places(model)
+    if places is not None and longest > places:
+        log.warning("max_length=%d: %s has places for %d tokens; longer texts are cut there.", longest, b.name, places)
+        longest = places
     if b.kind == "encoder":
         return encode.LabelMatching(tokenizer, longest)
     if b.kind == "causal":
         return encode.NextToken(tokenizer, longest)
     return encode.TextToText(tokenizer, model.decoder_start_token_id, longest)
+
+
+def _places(model: Any) -> int | None:
+    """Return how many tokens a backbone of text has places for; None where its configuration does not say."""
+    places = getattr(model, "max_position_embeddings", None)
+    if places is None:
+        return None
+    # Of RoBERTa's kin the first places, up to that of the padding token, are never used.
+    unused = (model.pad_token_id or 0) + 1 if model.model_type in AFTER_PADDING else 0
+    return int(places) - unused
 
 
 def device_of(name: str | None) -> str:

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from text_backbones import WRITERS
 from text_tokenizers import WORDS, tokenizer
 from tiny_backbones import FAMILIES
+from transformers import RobertaConfig, T5Config
 from typer.testing import CliRunner
 
-from pyro_lift import TaskPosterior, commands
+from pyro_lift import TaskPosterior, commands, wiring
 from pyro_lift.cli import app
 from pyro_lift.commands import Writing
 from pyro_lift.config import read_config
@@ -195,3 +196,24 @@ def test_development_rows_end_an_adaptation_as_the_file_says(tmp_path: Path) -> 
     record = json.loads((tmp_path / "adapted" / "adapt.json").read_text())
     assert record["adaptation steps kept"] in (4, 8, 12) and record["adaptation steps taken"] in (8, 12)
     assert record["development score"] == pytest.approx(record["score"])  # the test rows are the same
+
+
+def test_texts_longer_than_the_backbone_has_places_for_are_cut_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = prepare("bart", "completion", tmp_path)
+    file.write_text(file.read_text().replace("max_length = 16", "max_length = 500"))
+    row = {"prompt": "red cat " * 40, "completion": "one"}
+    (tmp_path / "tasks" / "a" / "train.jsonl").write_text(lines([row] * 3))
+    (tmp_path / "new" / "test.jsonl").write_text(lines([row] * 3))
+    output = run("train", file)
+    assert "3 texts longer than 32 tokens were cut" in output
+    assert "max_length=500" in caplog.text and "has places for 32 tokens" in caplog.text
+    run("adapt", tmp_path / "prior", "--task", tmp_path / "new", "--out", tmp_path / "adapted")
+    run("predict", tmp_path / "adapted", "--max-new-tokens", "4")
+    assert len(read(tmp_path / "adapted" / "predictions.jsonl")) == 3
+
+
+def test_the_first_places_of_a_roberta_are_no_places() -> None:
+    assert wiring._places(RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512
+    assert wiring._places(T5Config()) is None
