@@ -82,6 +82,7 @@ def _option(settings: Settings) -> str | None:
         "max_grad_norm": settings.max_grad_norm is not None,
         "site_step_scale": bool(settings.site_step_scale),
         "site_temperature": bool(settings.site_temperature),
+        "site_update": bool(settings.site_update),
         "translation_step_size": settings.translation_step_size is not None,
         'integrator="euler"': settings.integrator == "euler",
     }
