@@ -67,6 +67,8 @@ def chain_needs(chain: Chain, phi: Mapping[str, Tensor], row_bytes: int) -> list
     if chain.translation is not None:
         needs.append(Need("the translation", 4 * 8 * numbers, False, 'translation="none"'))
         needs += _rows(chain.translation.table, "the translation's control variates", N, width, pinned)
+    needs += _rows(chain.momenta, "velocities", N, row_bytes, pinned)
+    needs += _rows(chain.variates and chain.variates.store, "the rows' control variates", N, 2 * row_bytes, pinned)
     return needs
 
 

@@ -60,6 +60,7 @@ def exact_theta(
             'it out, or use theta_update="sgld".'
         )
     chosen = settings.step_size is not None or settings.translation != "none" or settings.theta_steps_per_visit > 1
+    chosen = chosen or settings.control_variates > 0
     if settings.theta_update == "auto" and (option is not None or chosen or structure.reasons):
         return replace(settings, theta_update="sgld"), None
     found = read_gaussian_tasks(program, run, structure, settings, generator)

@@ -70,11 +70,15 @@ class SGLDGibbs(Kernel):
         single_scale: ``"N"`` or ``"1"``, the factor on a single task's gradient.
         phi_step_size: eta of Eq. 9; None takes 2 % of the limit with the table, as it is at the start, and
             ``step_size`` otherwise.
-        theta_update: ``"sgld"``, Langevin steps; ``"exact"`` draws theta, where a visit takes all tasks and their
-            likelihood is Gaussian in it (:mod:`pyro_lift.inference.gibbs.exact_visit`); where it is evaluated whole,
+        theta_update: ``"sgld"``, Langevin steps; ``"underdamped"``, such with momentum
+            (:mod:`pyro_lift.inference.gibbs.underdamped`); ``"exact"`` draws theta, where a visit takes all tasks and
+            their likelihood is Gaussian (:mod:`pyro_lift.inference.gibbs.exact_visit`); where it is evaluated whole,
             ``"mala"`` or ``"hmc"``, steps with a Metropolis test (:mod:`pyro_lift.inference.gibbs.metropolis`), whose
             tuning begins at ``step_size``. ``"auto"``: exact where it can be and no step was chosen, else SGLD.
         leapfrog_steps: of a trajectory of ``"hmc"``; each costs a run of the program.
+        momentum: share of its velocity that theta keeps at a step of ``"underdamped"``; at least 0, below 1.
+        control_variates: visits after which a task's reference is renewed, at whose gradient of all rows the noise of
+            its minibatches cancels (:mod:`pyro_lift.inference.gibbs.control_variates`); 0 for none.
         integrator: of theta's step: ``"exponential"`` (exact for normal priors) or ``"euler"`` (the paper's).
         temperature, n_inflate: T, multiplies the variance of all noise, of phi and of theta; power on the likelihood.
         block_size: B, tasks per visit; None takes the plate's own ``subsample_size``.
@@ -130,6 +134,8 @@ class SGLDGibbs(Kernel):
         phi_step_size: float | Schedule | None = None,
         theta_update: ThetaUpdate = "auto",
         leapfrog_steps: int = 10,
+        momentum: float = 0.9,
+        control_variates: int = 0,
         integrator: Integrator = "exponential",
         temperature: float = 1.0,
         n_inflate: float = 1.0,
@@ -160,7 +166,7 @@ class SGLDGibbs(Kernel):
         check_choice("phi_update", phi_update, ["gibbs", "langevin"])
         check_choice("accumulator", accumulator, ["exact", "table", "single"])
         check_choice("single_scale", single_scale, ["N", "1"])
-        check_choice("theta_update", theta_update, ["auto", "exact", "sgld", "mala", "hmc"])
+        check_choice("theta_update", theta_update, ["auto", "exact", "sgld", "underdamped", "mala", "hmc"])
         check_choice("scan", scan, ["round_robin", "random"])
         check_choice("translation", translation, ["auto", "saga", "falling", "none"])
         if isinstance(store, str):
@@ -168,6 +174,9 @@ class SGLDGibbs(Kernel):
         check_number("theta_steps_per_visit", theta_steps_per_visit, least=1, open_below=False, whole=True)
         check_number("leapfrog_steps", leapfrog_steps, least=1, open_below=False, whole=True)
         check_number("sgd_steps", sgd_steps, open_below=False, whole=True)
+        check_number("control_variates", control_variates, open_below=False, whole=True)
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"momentum={momentum!r}: expected at least 0 and below 1.")
         if block_size is not None:
             check_number("block_size", block_size, least=1, open_below=False, whole=True)
         if max_grad_norm is not None:
@@ -182,6 +191,8 @@ class SGLDGibbs(Kernel):
             single_scale=single_scale,
             theta_update=theta_update,
             leapfrog_steps=leapfrog_steps,
+            momentum=momentum,
+            control_variates=control_variates,
             integrator=integrator,
             temperature=temperature,
             n_inflate=n_inflate,
@@ -291,7 +302,7 @@ class SGLDGibbs(Kernel):
     def _adapting(self, warmup_steps: int) -> int:
         """Return for how many visits steps adapt: of the warm-up, where theta's step is left to us."""
         settings = self.settings
-        left = settings.step_size is None and settings.theta_update in ("auto", "sgld") and settings.decay is None
+        left = settings.step_size is None and settings.is_untested and settings.decay is None
         return warmup_steps if left and not self._request.distributed else 0
 
     def _check_memory(self, planned: Plan) -> None:
@@ -408,8 +419,7 @@ class SGLDGibbs(Kernel):
     def _read_ahead(self, blocks: Callable[[], list[Tensor]]) -> None:
         """Let stores that can do so begin to read the rows of this block and the next."""
         chain = self.chain
-        stores: list[Any] = [chain.store, None if chain.translation is None else chain.translation.table]
-        able: list[ReadsAhead] = [store for store in stores if isinstance(store, ReadsAhead)]
+        able: list[ReadsAhead] = [store for store in chain.stores().values() if isinstance(store, ReadsAhead)]
         tasks = [task for index in blocks() for task in index.tolist()] if able else []
         for store in able:
             store.prefetch(tasks)
@@ -426,9 +436,7 @@ class SGLDGibbs(Kernel):
     def rows(self) -> dict[str, Any]:
         """The tasks' weights, and the stored gradients of the table where there is one."""
         chain = self.chain
-        rows: dict[str, Any] = {"store": chain.store}
-        if chain.translation is not None and chain.translation.table is not None:
-            rows["gradients"] = chain.translation.table
+        rows: dict[str, Any] = dict(chain.stores())
         if self._request.distributed:
             return {name: shared_visit.OwnRows(store, chain.structure) for name, store in rows.items()}
         return rows | ({} if chain.cache.table is None else {"table": chain.cache.table})

@@ -82,7 +82,7 @@ def _check_step(chain: Chain, run: Evaluation, tasks: str) -> None:
     if clears(run, power, eta, scale):
         return
     curvature = measured_curvature(run, power, wanted=False, iterations=LATER_ITERATIONS)
-    check_curvature(run, curvature, eta, settings.integrator, power, scale, say=f"{tasks}: ")
+    check_curvature(run, curvature, eta, settings.limited_as, power, scale, say=f"{tasks}: ")
 
 
 def _named(run: Evaluation) -> str:

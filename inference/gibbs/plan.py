@@ -23,12 +23,15 @@ from pyro_lift.inference.dependence import coupled_families, links_of
 from pyro_lift.inference.gibbs import shared_visit
 from pyro_lift.inference.gibbs.accumulator import GradientTable, langevin_limit
 from pyro_lift.inference.gibbs.conjugate import find_pairs
+from pyro_lift.inference.gibbs.control_variates import check_control_variates
 from pyro_lift.inference.gibbs.gaussian_reading import exact_theta
 from pyro_lift.inference.gibbs.movers import long_families
 from pyro_lift.inference.gibbs.scaling import can_scale
 from pyro_lift.inference.gibbs.state import Cache, Chain, Settings, SGLDGibbsState, Structure, init
+from pyro_lift.inference.gibbs.stores_beside import with_stores_beside
 from pyro_lift.inference.gibbs.table_step import TABLE_SHARE, measured_table_limit
 from pyro_lift.inference.gibbs.translation_plan import TranslationRequest, check_translation, plan_translation
+from pyro_lift.inference.gibbs.underdamped import check_underdamped
 from pyro_lift.inference.gibbs.whole_likelihood import check_metropolis, check_solved
 from pyro_lift.inference.kernel import log
 from pyro_lift.inference.mistakes import check_data, check_program, missing_plate, nested_hint, outside_hint
@@ -147,6 +150,8 @@ def plan(
     )
     check_metropolis(settings, request.distributed, program, run)
     check_solved(settings, structure, program, run)
+    check_underdamped(settings, structure, request.distributed)
+    check_control_variates(settings, structure, run, request.distributed)
     _check_phi_update(structure, settings, request, outside_hint(run, request.plate) or nested_hint(program))
     _check_scales(structure, settings)
     structure = replace(structure, scaling=can_scale(structure, settings, run))
@@ -165,13 +170,15 @@ def plan(
     settings, report = _with_steps(run, structure, settings, request.check_stability)
     phi = {name: site.leaf.detach().clone() for name, site in run.globals.items()}
     wanted = TranslationRequest(request.sgd_steps, request.distributed, request.check_stability, request.store)
+    if settings.theta_update == "underdamped" or settings.control_variates:
+        settings = replace(settings, translation="none")
     settings, translation, moves = plan_translation(program, phi, structure, settings, wanted)
     report |= moves
     log.info("dimensionless steps at the start: %s", report)
     row_bytes = _row_bytes(run, structure)
-    chain = Chain(
-        program, structure, _store(request, run, structure, row_bytes), settings, cache, translation, gaussian
-    )
+    store = _store(request, run, structure, row_bytes)
+    chain = Chain(program, structure, store, settings, cache, translation, gaussian)
+    chain = with_stores_beside(chain, request.store, row_bytes, next(iter(phi.values())).device)
     state = init(structure, cache, phi)
     transforms = {k: t for k, t in site_transforms(run).items() if k in run.globals}
     return Plan(chain, state, transforms, float(run.log_likelihood.detach()), report, row_bytes)
@@ -312,7 +319,7 @@ def _check_saddle(
 
 def _is_chosen(settings: Settings) -> bool:
     """Whether theta moves by the step that the user chose, which is then held against each task's limit."""
-    return settings.theta_update == "sgld" and not settings.adapts
+    return settings.is_untested and not settings.adapts
 
 
 def _with_steps(
@@ -352,10 +359,10 @@ def _phi_limits(structure: Structure, settings: Settings) -> list[float]:
 
 def _check_steps(run: Evaluation, structure: Structure, settings: Settings, curvature: float | None) -> None:
     eta = settings.eta(0)
-    if settings.decay is None and settings.theta_update == "sgld":  # a tested step has no limit: it is not taken
+    if settings.decay is None and settings.is_untested:  # a tested step has no limit: it is not taken
         if settings.integrator == "euler":
             check_prior_steps(run, eta, settings.site_step_scale)
-        check_curvature(run, curvature, eta, settings.integrator, settings.n_inflate, settings.site_step_scale)
+        check_curvature(run, curvature, eta, settings.limited_as, settings.n_inflate, settings.site_step_scale)
     if settings.phi_update == "langevin" and settings.accumulator != "single":
         for limit in _phi_limits(structure, settings):
             if settings.phi_eta(0) >= limit:
@@ -367,6 +374,8 @@ def _dimensionless(structure: Structure, settings: Settings, curvature: float | 
     r"""Step sizes without dimensions: :math:`a_\theta = \eta / (2 \beta^2)`, and a_phi, the same of Eq. 9."""
     eta, phi_eta = settings.eta(0), settings.phi_eta(0)
     exact = settings.theta_update == "exact"
+    # Momentum is kept for (1 + c) / (1 - c) steps in a row, where they are short.
+    faster = (1.0 + settings.momentum) / (1.0 - settings.momentum) if settings.theta_update == "underdamped" else 1.0
     report: dict[str, float | str] = {
         "step_size": math.nan if exact else eta,
         "curvature": math.nan if curvature is None else curvature,
@@ -376,7 +385,7 @@ def _dimensionless(structure: Structure, settings: Settings, curvature: float | 
     }
     for name, pair in structure.pairs.items():
         variance = float(pair.local_variance.min())
-        report[f"a_theta ({name})"] = math.inf if exact else eta / (2.0 * variance)
+        report[f"a_theta ({name})"] = math.inf if exact else faster * eta / (2.0 * variance)
         report[f"a_phi ({name})"] = (
             0.5 * phi_eta * (structure.num_tasks / variance + float(pair.prior_precision.max()))
             if settings.phi_update == "langevin"

@@ -69,8 +69,8 @@ def options_of(settings: Settings) -> dict[str, Any]:
     if settings.translation == "none":
         options = {name: value for name, value in options.items() if not name.startswith("translation")}
     del options["adapts"]  # said by the step and the warm-up
-    if not settings.site_update:
-        del options["site_update"]
-    if settings.theta_update == "sgld":
-        options = {name: value for name, value in options.items() if name not in ("theta_update", "leapfrog_steps")}
-    return options
+    unused = {"site_update"} if not settings.site_update else set()
+    unused |= {"control_variates"} if not settings.control_variates else set()
+    unused |= {"momentum"} if settings.theta_update != "underdamped" else set()
+    unused |= {"theta_update", "leapfrog_steps"} if settings.theta_update == "sgld" else set()
+    return {name: value for name, value in options.items() if name not in unused}

@@ -26,6 +26,7 @@ from pyro_lift.inference.watch import Watch
 __all__ = [
     "Cache",
     "Chain",
+    "ControlVariates",
     "Phase",
     "PhiUpdate",
     "SGLDGibbsInfo",
@@ -43,7 +44,7 @@ __all__ = [
 
 PhiUpdate = Literal["gibbs", "langevin"]
 Phase = Literal["sgd", "burn-in", "sample"]
-ThetaUpdate = Literal["auto", "exact", "sgld", "mala", "hmc"]
+ThetaUpdate = Literal["auto", "exact", "sgld", "underdamped", "mala", "hmc"]
 TranslationKind = Literal["auto", "saga", "falling", "none"]
 #: Power with which the step of ``translation="falling"`` falls with the rounds.
 FALL = 0.6
@@ -129,8 +130,20 @@ class Settings:
     theta_update: ThetaUpdate = "sgld"
     leapfrog_steps: int = 10
     site_update: Mapping[str, str] = field(default_factory=dict)
+    momentum: float = 0.9
+    control_variates: int = 0
     #: Visits of the warm-up through which steps that nobody chose adapt; 0 where they do not.
     adapts: int = 0
+
+    @property
+    def is_untested(self) -> bool:
+        """Whether theta moves by steps that no test corrects, whose size makes their bias and has a limit."""
+        return self.theta_update in ("auto", "sgld", "underdamped")
+
+    @property
+    def limited_as(self) -> Integrator:
+        """The integrator whose limit theta's step has: with momentum it is Euler's, the prior included."""
+        return "euler" if self.theta_update == "underdamped" else self.integrator
 
     def eta(self, step: int) -> float:
         """Return the step size of theta at a visit."""
@@ -256,6 +269,20 @@ class Translation:
         return self.table is not None and step - self.begins >= self.round_length
 
 
+class ControlVariates(NamedTuple):
+    """Control variates of minibatches of rows (:mod:`~pyro_lift.inference.gibbs.control_variates`).
+
+    Attributes:
+        store: of each task's reference, the gradient of all its rows there, and the visits that have used it.
+        every: visits of a task from one reference to the next.
+        program: with whole plates of rows.
+    """
+
+    store: ThetaStore
+    every: int
+    program: Program
+
+
 class Chain(NamedTuple):
     """All that a visit needs beside the state: set once, at set-up.
 
@@ -267,6 +294,8 @@ class Chain(NamedTuple):
         cache: what mutates.
         translation: how phi and all theta are shifted together; None where they are not.
         gaussian: the likelihoods of all tasks, where theta is drawn exactly; None where it is not.
+        momenta: where the velocities of theta live, where it has any.
+        variates: of minibatches of rows; None without them.
     """
 
     program: Program
@@ -276,6 +305,15 @@ class Chain(NamedTuple):
     cache: Cache
     translation: Translation | None = None
     gaussian: GaussianTasks | None = None
+    momenta: ThetaStore | None = None
+    variates: ControlVariates | None = None
+
+    def stores(self) -> dict[str, ThetaStore]:
+        """Return every store of the chain, by the name under which it is saved."""
+        found: dict[str, ThetaStore | None] = {"store": self.store, "momenta": self.momenta}
+        found["gradients"] = None if self.translation is None else self.translation.table
+        found["variates"] = None if self.variates is None else self.variates.store
+        return {name: store for name, store in found.items() if store is not None}
 
 
 class Streams(NamedTuple):

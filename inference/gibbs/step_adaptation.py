@@ -103,7 +103,9 @@ def _objective(chain: Chain, run: Evaluation) -> Tensor:
         return objective_of(run, settings.n_inflate)
     total = settings.n_inflate * run.log_likelihood
     for site in run.locals.values():
-        if site.gaussian() is None:
+        # A step with momentum is kicked by priors, too; paired families' are seen to where it is made.
+        kicked = settings.theta_update == "underdamped" and site.family not in chain.structure.pair_of
+        if site.gaussian() is None or kicked:
             total = total + site.log_prob_at(site.leaf)
         elif site.family in chain.cache.coupled:
             total = total + site.log_prob_at(site.leaf.detach())

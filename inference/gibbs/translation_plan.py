@@ -26,7 +26,7 @@ from pyro_lift.inference.stability import step_too_large
 from pyro_lift.inference.stores.disk import DiskStore
 from pyro_lift.inference.stores.store import ThetaStore, make_store
 
-__all__ = ["SharedStep", "TranslationRequest", "check_translation", "default_share", "plan_translation"]
+__all__ = ["SharedStep", "TranslationRequest", "check_translation", "default_share", "plan_translation", "second_store"]
 
 #: Of the largest stable step: the most, the share times N / B, and that times N / B where rows are subsampled.
 MOST, SHARE, SUBSAMPLED_SHARE = 0.1, 5.0, 0.025
@@ -127,7 +127,7 @@ def plan_translation(
     table = None
     if settings.translation == "saga" and B < N:
         size = sum(value.numel() * value.element_size() for value in phi.values())
-        table = _table(request.store, N, size, next(iter(phi.values())).device)
+        table = second_store(request.store, N, size, next(iter(phi.values())).device)
     translation = Translation(
         settings.translation,
         schedule,
@@ -153,8 +153,8 @@ def _limit(structure: Structure, measured: TaskCurvature | None) -> float | None
     return 4.0 / (structure.num_tasks * measured.largest + own)
 
 
-def _table(store: str | ThetaStore, num_tasks: int, row_bytes: int, device: torch.device) -> ThetaStore:
-    """A second store of the kind that theta's is."""
+def second_store(store: str | ThetaStore, num_tasks: int, row_bytes: int, device: torch.device) -> ThetaStore:
+    """Make a second store of the kind that theta's is."""
     if isinstance(store, str):
         return make_store(store, num_tasks, 2 * row_bytes, device)
     if isinstance(store, DiskStore):

@@ -21,8 +21,10 @@ from pyro_lift.inference.gibbs import (
     solved_sites,
     step_adaptation,
     translation,
+    underdamped,
 )
 from pyro_lift.inference.gibbs.accumulator import exact
+from pyro_lift.inference.gibbs.control_variates import corrected
 from pyro_lift.inference.gibbs.movers import Move, mover_of
 from pyro_lift.inference.gibbs.rows import (
     Values,
@@ -44,8 +46,10 @@ from pyro_lift.inference.gibbs.state import (
     kept_state,
 )
 from pyro_lift.inference.gibbs.step_adaptation import eta_of
+from pyro_lift.inference.gibbs.stores_beside import write_beside
 from pyro_lift.inference.program import Evaluation, Latent, Rows
 from pyro_lift.inference.sgld import Drift, check_finite, check_moved, gaussian_noise, running_mean
+from pyro_lift.inference.stores.store import ThetaStore
 from pyro_lift.support.spans import span
 
 __all__ = ["draw_globals", "draw_phi", "step", "visited"]
@@ -63,6 +67,7 @@ class _ThetaMove(NamedTuple):
         info: diagnostics of the move.
         first: the first run of the program, and the gradient by site that moved theta from where it stood.
         tuned: what a tested step is tuned by.
+        beside: rows of the block for stores beside theta's.
     """
 
     run: Evaluation
@@ -73,6 +78,7 @@ class _ThetaMove(NamedTuple):
     info: SGLDGibbsInfo
     first: tuple[Evaluation, dict[str, Tensor]]
     tuned: dict[str, Tensor]
+    beside: tuple[tuple[ThetaStore, list[Tensor]], ...] = ()
 
 
 def step(
@@ -141,6 +147,8 @@ def visited(
         after, old = kept_state(watch, after, state), task_rows(chain, moved.info.tasks, before, state.offset)
         rows = task_rows(chain, moved.info.tasks, scaled.values, stored)
         chain.store.write(moved.info.tasks, [watch.kept(*pair) for pair in zip(rows, old, strict=True)])
+    for store, beside in moved.beside:
+        write_beside(store, moved.info.tasks, beside, watch)
     if block is not None:
         translation.keep(chain, moved.info.tasks, block)
     if table_row is not None and chain.cache.table is not None:
@@ -155,22 +163,33 @@ def _move_theta(
     program, structure, settings, cache = chain.program, chain.structure, chain.settings, chain.cache
     tasks, moments = tuple(index.tolist()), _Moments(state, chain, phase)
     values = solved_sites.solved(state, chain, values, index, streams)
-    if settings.theta_update != "sgld":
+    if settings.theta_update in metropolis.TARGETS:
         m = metropolis.move(state, chain, values, index, streams, phase)
         check_moved(m.sites, state.step, tasks, cache.watch)
         return _ThetaMove(m.first[0], m.sites, m.values, {}, moments.values, m.info, m.first, m.tuned)
     first: tuple[Evaluation, dict[str, Tensor]] | None = None
+    moving = None if chain.momenta is None else underdamped.velocities(chain, tasks, values, streams.noise)
+    kept: list[Tensor] | None = None
     for _ in range(settings.theta_steps_per_visit):
+        before = None if chain.variates is None or streams.rows is None else streams.rows.get_state()
+        if moving is not None:
+            values = underdamped.half_step(state, chain, values, moving)
         run = program.run(state.phi, values, index, streams.rows)
         if first is None:
             stepping = run.without(settings.site_update)
             state = state._replace(tuned=step_adaptation.adapted(state, chain, stepping, phase))
         keep_graph = settings.phi_update != "gibbs"
         drift = run.drift(run.locals, cache.coupled, settings.n_inflate, keep_graph=keep_graph)
+        if chain.variates is not None:
+            drift, kept = corrected(state, chain, run, drift, streams, before, kept)
         norm = check_finite(drift, state.step, tasks, cache.watch)
         drift, clipped = _clipped(drift, norm, settings.max_grad_norm, wait=cache.watch is None)
         first = first or (run, drift.gradient)
-        sites, sums = _moved_sites(state, chain, run, drift, moments, streams.noise)
+        sums: dict[str, Tensor] = {}
+        if moving is not None:
+            sites, moving = underdamped.end_step(state, chain, run, drift, moving, streams.noise)
+        else:
+            sites, sums = _moved_sites(state, chain, run, drift, moments, streams.noise)
         # A long vector with a finite gradient stays finite; looking at it would cost another pass over it.
         short = {name: value for name, value in sites.items() if run.locals[name].family not in structure.long}
         check_moved(short, state.step, tasks, cache.watch)
@@ -178,7 +197,12 @@ def _move_theta(
     eta = min(eta_of(state.tuned, settings, state.step, site.family) for site in stepping.locals.values())
     info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, eta, clipped, phase)
     assert first is not None
-    return _ThetaMove(run, sites, values, sums, moments.values, info, first, state.tuned)
+    beside: list[tuple[ThetaStore, list[Tensor]]] = []
+    if chain.momenta is not None and moving is not None:
+        beside.append((chain.momenta, task_rows(chain, tasks, moving)))
+    if chain.variates is not None and kept is not None:
+        beside.append((chain.variates.store, kept))
+    return _ThetaMove(run, sites, values, sums, moments.values, info, first, state.tuned, tuple(beside))
 
 
 class _Moments:

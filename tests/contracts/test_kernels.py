@@ -62,6 +62,15 @@ CASES = {
     "gibbs, sgd start": Case(SGLDGibbs, sequential, {"step_size": 0.02, "sgd_steps": 6, "sgd_step_size": 0.01}),
     "gibbs, clipped": Case(SGLDGibbs, vectorised, {"step_size": 0.02, "max_grad_norm": 1.0}),
     "gibbs, exact": Case(SGLDGibbs, partial(vectorised, None), {"theta_update": "exact"}),
+    "gibbs, underdamped block": Case(
+        SGLDGibbs, partial(vectorised, 3), {"step_size": 0.02, "theta_update": "underdamped", "momentum": 0.7}
+    ),
+    "gibbs, underdamped, control variates": Case(
+        SGLDGibbs, sequential, {"step_size": 0.02, "theta_update": "underdamped", "control_variates": 2}
+    ),
+    "gibbs, control variates": Case(
+        SGLDGibbs, sequential, {"step_size": 0.02, "control_variates": 2, "theta_steps_per_visit": 2, "scan": "random"}
+    ),
     "gibbs, mala": Case(SGLDGibbs, vectorised, {"theta_update": "mala", "theta_steps_per_visit": 2}),
     "gibbs, hmc, sequential block": Case(
         SGLDGibbs,
