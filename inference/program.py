@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform
 
 from pyro_lift.inference.families import Families
+from pyro_lift.inference.location_scale import location_scale
 from pyro_lift.inference.sgld import Drift
 from pyro_lift.inference.starts import InitStrategy, start_of
 from pyro_lift.inference.supports import Supports, innermost, unmasked
@@ -53,6 +54,8 @@ class Latent(NamedTuple):
     Attributes:
         scale: what its log density is multiplied by, with the task plate's factor already taken out.
         subsampled: a subsampled plate, other than the task plate, that the site stands in; None where there is none.
+        raw: what ``leaf`` was made of where the run was given the site by its distance from its location, in scales
+            (:mod:`~pyro_lift.inference.location_scale`); it then is what requires grad.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Latent(NamedTuple):
     mask: Any
     transform: Transform | None
     subsampled: str | None = None
+    raw: Tensor | None = None
 
     @property
     def discrete(self) -> bool:
@@ -223,8 +227,10 @@ class _Reader(Messenger):
         want_grad: bool,
         supports: Supports,
         families: Families,
+        raw: Collection[str] = (),
     ) -> None:
         super().__init__()
+        self.raw = raw
         self.supports = supports
         self.families = families
         self.loop: SubsampleMessenger | None = None
@@ -274,6 +280,9 @@ class _Reader(Messenger):
             if not leaf.is_floating_point():
                 raise ValueError(discrete_refusal(name, fn))
             leaf = leaf.requires_grad_()
+        raw, around = None, location_scale(fn, transform) if family in self.raw and frame is not None else None
+        if around is not None:
+            raw, leaf = leaf, around.leaf(leaf)
         value = leaf if transform is None else transform(leaf)
         msg["value"], msg["done"] = value, True
         plate_dim = None if frame is None else -1
@@ -291,6 +300,7 @@ class _Reader(Messenger):
             None if msg["mask"] is True else msg["mask"],
             transform,
             self._subsampled(msg),
+            raw,
         )
 
     def _keep_observed(self, msg: dict[str, Any]) -> None:
@@ -408,6 +418,7 @@ class Program:
         generator: torch.Generator | None,
         *,
         want_grad: bool = True,
+        raw: Collection[str] = (),
     ) -> Evaluation:
         """Run the program once.
 
@@ -419,6 +430,7 @@ class Program:
             index: the plate's indices; None leaves the plate to the program.
             generator: source of minibatches.
             want_grad: whether the values become leaves of an autograd graph.
+            raw: local families whose values are given as distances from their location, in scales.
         """
         reader = _Reader(
             self.plate,
@@ -430,6 +442,7 @@ class Program:
             want_grad,
             self.supports,
             self.families,
+            raw,
         )
         with torch.set_grad_enabled(want_grad), reader:
             self.model(*self.args, **self.kwargs)
