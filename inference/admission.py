@@ -17,6 +17,7 @@ from pyro_lift.inference.supports import innermost
 from pyro_lift.support.options import check_literal, check_number
 
 __all__ = [
+    "NotExactError",
     "check_block",
     "check_common",
     "check_fixed_supports",
@@ -27,6 +28,22 @@ __all__ = [
     "site_transforms",
     "start_values",
 ]
+
+
+class NotExactError(ValueError):
+    """A program whose phi has no exact draw, or whose tasks one visit to some of them does not see.
+
+    Attributes:
+        reason: in a sentence.
+        mistake: whether it looks like a mistake in the program, which is then not to be sampled as it stands.
+    """
+
+    def __init__(self, message: str, reason: str, mistake: bool = False) -> None:
+        super().__init__(message)
+        self.reason, self.mistake = reason, mistake
+
+    def __reduce__(self) -> tuple[type[NotExactError], tuple[str, str, bool]]:
+        return type(self), (str(self), self.reason, self.mistake)
 
 
 def check_common(
@@ -75,11 +92,18 @@ def check_latents(run: Evaluation) -> None:
     sgld.check_finite(drift, 0)
 
 
-def check_block(run: Evaluation, links: Links, tasks: str = "") -> None:
+def check_block(run: Evaluation, links: Links, tasks: str = "", *, together: bool = False) -> None:
     """Refuse a block of tasks that no update of SGLD-Gibbs can sample.
 
     Args:
+        run: of the block.
+        links: of the run.
         tasks: a name for the tasks, where they are not the first ones.
+        together: whether the block is all tasks, which move together: they may then depend on each other.
+
+    Raises:
+        NotExactError: what only tasks that move together allow.
+        ValueError: what no update allows.
     """
     refuse_discrete(run)
     say = f"{tasks}: " if tasks else ""
@@ -98,20 +122,27 @@ def check_block(run: Evaluation, links: Links, tasks: str = "") -> None:
         )
     if len(with_sites) > 1 and None in with_sites:
         raise ValueError(f"{say}the task plate is both entered and iterated over; local sites need one of the two.")
+    if not together:
+        _check_independent(run, links, say)
+
+
+def _check_independent(run: Evaluation, links: Links, say: str) -> None:
+    """Refuse tasks that are seen outside the plate, or by each other."""
     own = {o.name: o for o in run.observed}
     for name, parents in [*links.laws.items(), *links.observed.items()]:
         inside = own[name].local if name in own else name in run.locals
         at = own[name].task if name in own else run.latents[name].task
         for parent in sorted(parents & run.locals.keys()):
             if not inside:
-                raise ValueError(
-                    f"{say}the site {name!r} stands outside the task plate and depends on the local site {parent!r}: "
-                    "it would see the tasks of one visit only. Put it inside the plate, or use SGLD."
+                reason = f"the site {name!r} stands outside the task plate and depends on the local site {parent!r}"
+                raise NotExactError(
+                    f"{say}{reason}: it would see the tasks of one visit only. Put it inside the plate, or use SGLD.",
+                    f"{reason}.",
                 )
             if run.locals[parent].task != at:
-                raise ValueError(
-                    f"{say}the site {name!r} of task {at} depends on {parent!r} of task {run.locals[parent].task}: "
-                    "tasks must be independent given the global sites. Use SGLD."
+                reason = f"the site {name!r} of task {at} depends on {parent!r} of task {run.locals[parent].task}"
+                raise NotExactError(
+                    f"{say}{reason}: tasks must be independent given the global sites. Use SGLD.", f"{reason}."
                 )
 
 

@@ -46,6 +46,7 @@ class Draw(NamedTuple):
     clipped: bool | Tensor
     task: int
     acceptance: float | Tensor = math.nan
+    diverged: bool = False
 
 
 class StepInfo(Protocol):
@@ -226,7 +227,8 @@ class Kernel(MCMCKernel):
         if not self._sampling_since:
             self._sampling_since, self._drawn_before = self._sampling_until, len(self._draws)
         tested = getattr(info, "acceptance", math.nan)
-        draw = Draw(info.log_likelihood, info.grad_norm, info.step_size, info.clipped, task, tested)
+        left = getattr(info, "diverged", False)
+        draw = Draw(info.log_likelihood, info.grad_norm, info.step_size, info.clipped, task, tested, left)
         self._draws.append(draw)
 
     def _columns(self) -> dict[str, Any]:
@@ -234,6 +236,8 @@ class Kernel(MCMCKernel):
         columns = {name: _column([getattr(draw, name) for draw in self._draws]) for name in Draw._fields}
         if not isinstance(columns["acceptance"], Tensor):
             del columns["acceptance"]
+        if not any(columns["diverged"]):
+            del columns["diverged"]
         return columns
 
     def _log(self, step: int, info: StepInfo | None, phase: str) -> dict[str, str]:
@@ -250,18 +254,20 @@ class Kernel(MCMCKernel):
         """Report a run's statistics.
 
         Returns:
-            ``clipped``, the draws whose gradient was scaled down; ``divergences``, none, for a chain that leaves the
-            finite numbers stops with :class:`~pyro_lift.inference.sgld.DivergedError`; ``sample_stats``, a list per
+            ``clipped``, the draws whose gradient was scaled down; ``divergences``, the draws at which a trajectory left
+            the region in which its step is stable (a chain that leaves the finite numbers stops with
+            :class:`~pyro_lift.inference.sgld.DivergedError`); ``sample_stats``, a list per
             statistic, with one entry a draw (``acceptance`` where theta is moved with a test); ``report``, see
             :meth:`report`; ``seconds``, of the wall clock, spent on draws.
         """
         self.look()
         stats = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in self._columns().items()}
+        divergences = [i for i, left in enumerate(stats.get("diverged", [])) if left]
         return {
-            "divergences": [],
+            "divergences": divergences,
             "clipped": [i for i, clipped in enumerate(stats["clipped"]) if clipped],
             "sample_stats": stats,
-            "report": self.report(),
+            "report": {**self.report(), **({"divergences": float(len(divergences))} if divergences else {})},
             "seconds": self._seconds(),
         }
 
@@ -302,6 +308,7 @@ class Kernel(MCMCKernel):
         if "refused" in draws:  # of a run that an earlier version saved
             draws["clipped"] = draws.pop("refused")
         draws.setdefault("acceptance", [math.nan] * len(draws["task"]))
+        draws.setdefault("diverged", [False] * len(draws["task"]))
         self._draws = [Draw(*row) for row in zip(*(draws[name] for name in Draw._fields), strict=True)]
         self._last_log = (tree["last_log"][0], tree["last_log"][1])
 

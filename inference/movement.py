@@ -21,6 +21,8 @@ __all__ = ["LEAST_DRAWS", "Mixing", "judged", "mixing_of", "reach_of"]
 MOST_R_HAT, LEAST_ESS = 1.05, 100.0
 #: Relaxation times of the fastest theta below which the start is remembered, whatever else is said.
 LEAST_REACH = 10.0
+#: Share of draws with a divergence from which it is said.
+LEAST_DIVERGENCES = 0.005
 #: Draws of a chain below which no verdict is given: a run this short is no attempt.
 LEAST_DRAWS = 100
 #: Coordinates of a site that are looked at.
@@ -97,6 +99,12 @@ def judged(mixing: list[Mixing], chains: int, draws: int, steps: Mapping[str, fl
         words.append(
             f"{chains * draws:,} draws of {fewest.name} are worth {fewest.ess:.0f} independent ones, fewer than "
             f"{LEAST_ESS * chains:.0f}: its mean is known to {error} at best."
+        )
+    left = int(float(steps.get("divergences", 0.0)))
+    if left > LEAST_DIVERGENCES * draws:
+        words.append(
+            f"{left} trajectories diverged: some region curves too much for the step; the draws may have kept out of "
+            "it. Look at the draws of the scales near zero; a narrower prior of theirs, or more data, helps."
         )
     reach = reach_of(steps, draws)
     for name, far in _fastest(steps, reach).items():

@@ -19,7 +19,7 @@ from pyro_lift.inference.admission import (
     start_values,
 )
 from pyro_lift.inference.dependence import coupled_families, links_of
-from pyro_lift.inference.gibbs.kernel import probed
+from pyro_lift.inference.gibbs.saved_chain import probed
 from pyro_lift.inference.kernel import Kernel, Model
 from pyro_lift.inference.mistakes import check_program
 from pyro_lift.inference.program import Evaluation, Program

@@ -27,21 +27,24 @@ from pyro_lift.inference.gibbs.dense import (
     draw_mean,
     is_correlation,
 )
+from pyro_lift.inference.gibbs.laws import known_at, with_law
 from pyro_lift.inference.gibbs.normal_sites import (
+    children_of,
     dense_normal,
     described,
+    direct_fault,
     listed,
     local_normal,
     plain_normal,
+    scalar_if_constant,
     variance_by_task,
 )
+from pyro_lift.inference.gibbs.regression import Regression, find_regressions
 from pyro_lift.inference.gibbs.scales import (
-    Reading,
     ScaleLaw,
     ScaleSite,
     is_scale,
     law_fault,
-    read_law,
     scale_fault,
     scale_site,
 )
@@ -76,15 +79,7 @@ class NormalPair(NamedTuple):
 
     def at(self, sites: Mapping[str, ScaleSite | CorrelationSite], values: Mapping[str, Tensor]) -> NormalPair:
         """Return the pair with its variances and correlations at some values of the global sites, unconstrained."""
-        pair = self
-        if pair.law is not None:
-            name = pair.law.site
-            pair = pair._replace(local_variance=pair.law.variance(sites[name].value(values[name].detach())))
-        if pair.dense is not None and pair.dense.site is not None:
-            name = pair.dense.site
-            L = sites[name].value(values[name].detach().double())
-            pair = pair._replace(dense=Dense(L @ L.T, name))
-        return pair
+        return known_at(self, sites, values)
 
 
 class Structures(NamedTuple):
@@ -94,11 +89,13 @@ class Structures(NamedTuple):
         pairs: by global site that is the mean of one normal local family.
         scales: by global site that is the scale, or the correlations, of paired families and enters nowhere else.
         reasons: for every other global site, why it is neither.
+        regressions: by local family whose mean is linear in several global sites.
     """
 
     pairs: dict[str, NormalPair]
     scales: dict[str, ScaleSite | CorrelationSite]
     reasons: dict[str, str]
+    regressions: dict[str, Regression]
 
 
 def draw(pair: NormalPair, S: Tensor, num_tasks: int, temperature: float, noise: Tensor) -> Tensor:
@@ -147,7 +144,8 @@ def find_pairs(
         if isinstance(pair, NormalPair) and pair.dense is not None and not unknown_scales:
             pair = "its local family is multivariate normal, which only the exact draw knows"
         if isinstance(pair, NormalPair) and scales:
-            pair = _with_law(pair, program, run, links, scales, generator)
+            child = children_of(name, run, links)[0]
+            pair = with_law(pair, child, run.globals[name].leaf.shape, program, (run, links), scales, generator)
         if isinstance(pair, str):
             reasons[name] = pair
         else:
@@ -161,87 +159,60 @@ def find_pairs(
         if fault is not None:
             reasons[name] = fault
             del pairs[name]
-    _settle_scales([s for s in scales if s not in reasons], pairs, reasons, [(run, links), (other, other_links)])
+    runs, regressions = [(run, links), (other, other_links)], {}
+    if unknown_scales:
+        unpaired = {name: reason for name, reason in reasons.items() if name not in scales}
+        for level in find_regressions(program, runs, unpaired, scales, generator):
+            regressions[level.family] = level
+            for name in level.sites:
+                del reasons[name]
+    _settle_scales([s for s in scales if s not in reasons], pairs, regressions, reasons, runs)
     order = list(run.globals)
     return Structures(
         {name: pairs[name] for name in order if name in pairs},
         {name: _free_site(run.globals[name]) for name in scales if name not in reasons},
         {name: reasons[name] for name in order if name in reasons},
+        regressions,
     )
-
-
-def _with_law(
-    pair: NormalPair,
-    program: Program,
-    run: Evaluation,
-    links: Links,
-    scales: list[str],
-    generator: torch.Generator,
-) -> NormalPair | str:
-    """The pair with the law of its variance, where that hangs on one scale site; as it is where it hangs on none."""
-    child = _children(pair.global_site, run, links)[0]
-    correlations = [name for name in scales if is_correlation(run.globals[name]) and name in links.laws[child.name]]
-    if pair.dense is not None and len(correlations) == 1:
-        pair = pair._replace(dense=pair.dense._replace(site=correlations[0]))
-    own = [name for name in scales if name in links.laws[child.name] and name not in correlations]
-    if len(own) > 1:
-        return f"the scale of the local site {child.name!r} depends on several sites ({listed(own)})"
-    values = {k: s.leaf.detach() for k, s in run.globals.items()}
-    index = torch.tensor(run.tasks)
-    if pair.dense is not None and (own or correlations):
-        source = torch.Generator().manual_seed(0)
-        others = {
-            k: values[k] + 0.5 * torch.randn(values[k].shape, generator=source).to(values[k])
-            for k in own + correlations
-        }
-        elsewhere = program.run({**values, **others}, {}, index, generator, want_grad=False)
-        fault = correlation_fault(pair.dense, elsewhere.locals[child.name], elsewhere)
-        if fault is not None:
-            return fault
-    if not own:
-        return pair
-    shape = run.globals[pair.global_site].leaf.shape
-
-    def measure(leaf: Tensor) -> Reading:
-        other = program.run({**values, own[0]: leaf}, {}, index, generator, want_grad=False)
-        site = other.locals[child.name]
-        normal = local_normal(site)
-        assert normal is not None
-        variance = variance_by_task(site, normal)[0].reshape(shape)
-        value = other.globals[own[0]].value.detach().double()
-        return Reading(value, variance.double().log(), torch.finfo(variance.dtype).eps)
-
-    law = read_law(run.globals[own[0]], measure)
-    if law is None:
-        return (
-            f"the variance of the local site {child.name!r} is no constant times a power of {own[0]!r}, coordinate by "
-            f"coordinate, and no exponential of it"
-        )
-    return pair._replace(law=law)
 
 
 def _settle_scales(
     scales: list[str],
     pairs: dict[str, NormalPair],
+    regressions: dict[str, Regression],
     reasons: dict[str, str],
     runs: list[tuple[Evaluation, Links]],
 ) -> None:
-    """Refuse a scale site that another task uses otherwise, or whose families are not all paired; and their pairs."""
-    families = {pair.family: name for name, pair in pairs.items()}
+    """Refuse a scale site that another task uses otherwise, or whose families are not all known; and their levels."""
+    levels: dict[str, NormalPair | Regression] = {**pairs, **{f"{f} (regression)": r for f, r in regressions.items()}}
+    families = {level.family for level in levels.values()}
     for name in scales:
         faults = [family_fault(name, families, run, links) for run, links in runs]
         fault = next((fault for fault in faults if fault is not None), None)
         if fault is not None:
             reasons[name] = fault
-    dense = {pair.law.site: name for name, pair in pairs.items() if pair.law is not None and pair.dense is not None}
+    dense = {x.law.site: key for key, x in levels.items() if x.law is not None and x.dense is not None}
     for name, owner in dense.items():
-        if any(pair.law is not None and pair.law.site == name for key, pair in pairs.items() if key != owner):
+        if any(x.law is not None and x.law.site == name for key, x in levels.items() if key != owner):
             reasons[name] = "it is the scale of a multivariate normal family and of another one"
     for name, pair in list(pairs.items()):
-        for site in (pair.law and pair.law.site, pair.dense and pair.dense.site):
-            if site is not None and site in reasons:
-                reasons[name] = f"the scale of its family, {site!r}, cannot be drawn: {reasons[site]}"
-                pairs.pop(name, None)
+        fault = _scale_refusal(pair, reasons)
+        if fault is not None:
+            reasons[name] = fault
+            del pairs[name]
+    for family, level in list(regressions.items()):
+        fault = _scale_refusal(level, reasons)
+        if fault is not None:
+            reasons.update(dict.fromkeys(level.sites, fault))
+            del regressions[family]
+
+
+def _scale_refusal(level: NormalPair | Regression, reasons: Mapping[str, str]) -> str | None:
+    """Why a level's scale or correlations cannot be drawn, where they are sites that are refused."""
+    for site in (level.law and level.law.site, level.dense and level.dense.site):
+        if site is not None and site in reasons:
+            return f"the scale of its family, {site!r}, cannot be drawn: {reasons[site]}"
+    return None
 
 
 def family_fault(name: str, families: Collection[str], run: Evaluation, links: Links) -> str | None:
@@ -249,7 +220,7 @@ def family_fault(name: str, families: Collection[str], run: Evaluation, links: L
     fault = _site_fault(name, run, links)
     if fault is not None:
         return fault
-    for child in _children(name, run, links):
+    for child in children_of(name, run, links):
         if child.family not in families:
             return f"the local site {child.name!r} hangs on it, and is not normal around a global site of its own"
     return None
@@ -284,7 +255,7 @@ def adopt(program: Program, pairs: Mapping[str, NormalPair], run: Evaluation, li
     """Give each pair's family its label in every task of a run, whatever the task calls the site that hangs on phi."""
     for name, pair in pairs.items():
         by_task: dict[int | None, list[Latent]] = {}
-        for child in _children(name, run, links):
+        for child in children_of(name, run, links):
             by_task.setdefault(child.task, []).append(child)
         for task, children in by_task.items():
             if task is not None and len(children) == 1 and children[0].family != pair.family:
@@ -301,10 +272,10 @@ def pair_fault(pair: NormalPair, run: Evaluation, links: Links, sequential: bool
     name = pair.global_site
     if name not in run.globals:
         return "it is not a global site of every task"
-    fault = _direct_fault(name, run, links)
+    fault = direct_fault(name, run, links)
     if fault is not None:
         return fault
-    children = _children(name, run, links)
+    children = children_of(name, run, links)
     for task in run.tasks if sequential else (None,):
         own = [child for child in children if child.task == task]
         if len(own) != 1:
@@ -319,32 +290,12 @@ def pair_fault(pair: NormalPair, run: Evaluation, links: Links, sequential: bool
     return None
 
 
-def _children(name: str, run: Evaluation, links: Links) -> list[Latent]:
-    return [run.locals[child] for child in links.children(name) if child in run.locals]
-
-
-def _direct_fault(name: str, run: Evaluation, links: Links) -> str | None:
-    """What else than local sites ties a global site."""
-    site = run.globals[name]
-    if plain_normal(site) is None:
-        return f"its own distribution is {described(site)}, not a plain normal"
-    if links.laws[name]:
-        return f"its own distribution depends on another site ({listed(links.laws[name])})"
-    others = [child for child in links.children(name) if child in run.globals]
-    if others:
-        return f"another global site depends on it ({listed(others)})"
-    observed = [o for o, parents in links.observed.items() if name in parents]
-    if observed:
-        return f"an observed site depends on it directly ({listed(observed)})"
-    return None
-
-
 def _pair(name: str, run: Evaluation, links: Links) -> NormalPair | str:
     """The pair as the first tasks show it, or why there is none."""
-    fault = _direct_fault(name, run, links)
+    fault = direct_fault(name, run, links)
     if fault is not None:
         return fault
-    children = _children(name, run, links)
+    children = children_of(name, run, links)
     families = {child.family for child in children}
     if len(families) != 1:
         return f"{len(families)} local families depend on it ({sorted(families)}); exactly one is needed"
@@ -356,8 +307,8 @@ def _pair(name: str, run: Evaluation, links: Links) -> NormalPair | str:
     variance = variance_by_task(children[0], normal)[0]
     if not _stands_beside(phi, children[0]):
         return _other_shape(children[0], name, phi)
-    precision = _scalar_if_constant(prior.precision.detach())
-    variance = _scalar_if_constant(variance.reshape(phi.shape))
+    precision = scalar_if_constant(prior.precision.detach())
+    variance = scalar_if_constant(variance.reshape(phi.shape))
     multivariate = dense_normal(children[0])
     if multivariate is None:
         return NormalPair(name, children[0].family, prior.mean.detach(), precision, variance)
@@ -442,9 +393,3 @@ def _is_itself(normal: LocalGaussian, phi: Tensor) -> bool:
     if derivative is None or (derivative.requires_grad and hangs_on(derivative, phi)):
         return False
     return torch.allclose(derivative.detach(), probe.sum_to_size(phi.shape), rtol=1e-4, atol=1e-5)
-
-
-def _scalar_if_constant(value: Tensor) -> Tensor:
-    """One number where all are equal: phi may have a hundred million coordinates."""
-    first = value.reshape(-1)[0]
-    return first.clone() if bool((value == first).all()) else value.clone()

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from pyro_lift.inference.admission import check_common, site_factors
 from pyro_lift.inference.footprint import Need, chain_needs, check_fits
-from pyro_lift.inference.gibbs import exact_visit, metropolis, shared_visit, step_adaptation
+from pyro_lift.inference.gibbs import exact_visit, metropolis, shared_visit, step_adaptation, together
 from pyro_lift.inference.gibbs import translation as translations
 from pyro_lift.inference.gibbs import visit as gibbs_visit
 from pyro_lift.inference.gibbs.accumulator import Accumulator
 from pyro_lift.inference.gibbs.flat_facts import flat_facts
 from pyro_lift.inference.gibbs.kept_theta import KeptTheta, draws_need
-from pyro_lift.inference.gibbs.plan import Plan, Request, Scan, plan
+from pyro_lift.inference.gibbs.plan import Plan, Request, Scan
 from pyro_lift.inference.gibbs.rows import task_values
 from pyro_lift.inference.gibbs.saved_chain import learned_of, options_of, probed, put_learned
 from pyro_lift.inference.gibbs.solved_sites import SiteUpdate, checked_updates
@@ -34,6 +34,7 @@ from pyro_lift.inference.gibbs.state import (
     ThetaUpdate,
     TranslationKind,
 )
+from pyro_lift.inference.gibbs.together_plan import chosen_plan
 from pyro_lift.inference.gibbs.warmup import end_of_sgd, sgd_step
 from pyro_lift.inference.kernel import Kernel, Model
 from pyro_lift.inference.program import Program
@@ -65,7 +66,9 @@ class SGLDGibbs(Kernel):
             (:mod:`pyro_lift.inference.gibbs.step_adaptation`).
         phi_update: ``"gibbs"`` draws phi exactly, for phi normal and theta normal around it, and so a scale of
             theta's that is a site itself (:mod:`~pyro_lift.inference.gibbs.scale_draws`); ``"langevin"`` takes the
-            step of Eq. 9 with an accumulator.
+            step of Eq. 9 with an accumulator; ``"nuts"`` moves phi and all theta together, in any program whose visit
+            can see everything (:mod:`~pyro_lift.inference.gibbs.together`). ``"auto"`` is ``"gibbs"`` where it
+            applies, and ``"nuts"`` elsewhere if no other option says more.
         accumulator: of the Langevin step: ``"exact"``, ``"table"`` (the paper's), ``"single"`` (:mod:`~.accumulator`).
         single_scale: ``"N"`` or ``"1"``, the factor on a single task's gradient.
         phi_step_size: eta of Eq. 9; None takes 2 % of the limit with the table, as it is at the start, and
@@ -128,7 +131,7 @@ class SGLDGibbs(Kernel):
         plate: str = "tasks",
         *,
         step_size: float | Schedule | None = None,
-        phi_update: PhiUpdate = "gibbs",
+        phi_update: PhiUpdate = "auto",
         accumulator: Accumulator = "exact",
         single_scale: Literal["N", "1"] = "N",
         phi_step_size: float | Schedule | None = None,
@@ -163,7 +166,7 @@ class SGLDGibbs(Kernel):
     ) -> None:
         super().__init__(model, thinning, init_strategy, seed)
         check_common(temperature, n_inflate, integrator, preconditioner, decay, damping)
-        check_choice("phi_update", phi_update, ["gibbs", "langevin"])
+        check_choice("phi_update", phi_update, ["auto", "gibbs", "langevin", "nuts"])
         check_choice("accumulator", accumulator, ["exact", "table", "single"])
         check_choice("single_scale", single_scale, ["N", "1"])
         check_choice("theta_update", theta_update, ["auto", "exact", "sgld", "underdamped", "mala", "hmc"])
@@ -286,13 +289,14 @@ class SGLDGibbs(Kernel):
         program = Program(self.model, request.plate, args, kwargs, self.init_strategy)
         with self._own_stream():
             settings = dataclasses.replace(self.settings, adapts=self._adapting(warmup_steps))
-            self._plan = plan(program, request, settings, self._start_of, self._generator)
+            self._plan = chosen_plan(program, request, settings, self._start_of, self._generator)
         self._check_memory(self._plan)
         self.state, self.transforms = self._plan.state, self._plan.transforms
         self._start_log_likelihood = self._plan.start_log_likelihood
         self._noise_from(self.state.phi)
-        if self._plan.chain.structure.scales or self._plan.chain.gaussian is not None:
-            self._watch = None  # a slice must know at once where its density is
+        planned = self._plan.chain
+        if planned.structure.scales or planned.gaussian is not None or planned.raw is not None:
+            self._watch = None  # a slice, or a trajectory, must know at once where its density is
         self._plan.chain.cache.watch = self._watch
         self._kept = KeptTheta(self.chain, self.state, self._start_seed()) if self.keep_theta else None
         if request.distributed:
@@ -322,6 +326,8 @@ class SGLDGibbs(Kernel):
             return {}
         report = {**self._plan.report, "thinning": float(self.thinning)}
         chain, tuned = self._plan.chain, self.state.tuned
+        if chain.raw is not None:
+            return together.reported(report, tuned)
         families = {name: pair.family for name, pair in chain.structure.pairs.items()}
         report = step_adaptation.reported(report, tuned, chain.settings, families)
         return metropolis.with_tuned_step(report, tuned, chain.settings)
@@ -376,6 +382,8 @@ class SGLDGibbs(Kernel):
         streams = Streams(self._generator, self._noise_generator, self._start_seed())
         if phase == "sgd":
             self.state, self._info = sgd_step(self.state, chain, block, streams)
+        elif chain.raw is not None:
+            self.state, self._info = together.visit(self.state, chain, block, streams, phase)
         else:
             self.state, self._info = gibbs_visit.step(self.state, chain, block, streams, phase)
         if self._kept is not None:

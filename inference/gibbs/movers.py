@@ -94,8 +94,8 @@ def mover_of(structure: Structure, family: str) -> Mover:
     """Return the mover of a local family, as it was chosen at set-up."""
     if family in structure.long:
         return long
-    pair = structure.pair_of.get(family)
-    return plain if pair is None or pair.dense is None else dense
+    level = structure.level_of(family)
+    return plain if level is None or level.dense is None else dense
 
 
 def long_families(structure: Structure, settings: Settings, run: Evaluation) -> frozenset[str]:

@@ -9,6 +9,8 @@ import torch
 from pyro_lift.inference.admission import check_block, needs_rerun
 from pyro_lift.inference.dependence import coupled_families, links_of
 from pyro_lift.inference.gibbs.conjugate import adopt, family_fault, pair_fault
+from pyro_lift.inference.gibbs.normal_sites import listed
+from pyro_lift.inference.gibbs.regression import regression_fault
 from pyro_lift.inference.gibbs.state import Chain
 from pyro_lift.inference.gibbs.whole_likelihood import check_solved_rows, check_whole
 from pyro_lift.inference.program import Evaluation
@@ -34,12 +36,12 @@ def learn(chain: Chain, run: Evaluation) -> frozenset[str]:
         ValueError: what no chain can sample, or what the exact draw of a pair does not allow; names the tasks.
     """
     structure, cache, tasks = chain.structure, chain.cache, _named(run)
-    known = {*structure.pairs, *structure.scales, *structure.reasons}
+    known = {*structure.pairs, *structure.scales, *structure.reasons, *structure.regressed}
     if run.globals.keys() != known:
         odd = sorted(run.globals.keys() ^ known)
         raise ValueError(f"{tasks}: the global sites {odd} are not those of every task.")
     links = links_of(run)
-    check_block(run, links, tasks)
+    check_block(run, links, tasks, together=chain.raw is not None)
     check_whole(chain.settings, chain.program, run, tasks)
     check_solved_rows(chain.settings, chain.program, run, tasks)
     adopt(chain.program, structure.pairs, run, links)
@@ -57,8 +59,15 @@ def learn(chain: Chain, run: Evaluation) -> frozenset[str]:
                 'are. Use phi_update="langevin", accumulator="table", which works for any program.'
             )
         unpaired.add(pair.family)
+    for level in structure.regressions.values():
+        fault = regression_fault(level, run, links)
+        if fault is not None:
+            raise ValueError(
+                f"{tasks}: {fault}. An exact draw of {listed(level.sites)} rests on every task being as the first ones "
+                'are. Use phi_update="nuts", or phi_update="langevin", accumulator="table".'
+            )
     for name in structure.scales:
-        fault = family_fault(name, structure.pair_of.keys(), run, links)
+        fault = family_fault(name, {*structure.pair_of, *structure.regressions}, run, links)
         if fault is not None:
             raise ValueError(
                 f"{tasks}: {fault}. An exact draw of {name!r} rests on every task being as the first ones are. "

@@ -8,11 +8,22 @@ import torch
 from torch import Tensor
 from torch.distributions import MixtureSameFamily, MultivariateNormal
 
-from pyro_lift.inference.program import Latent
+from pyro_lift.inference.dependence import Links
+from pyro_lift.inference.program import Evaluation, Latent
 from pyro_lift.inference.supports import innermost, unmasked, wrappers
 from pyro_lift.models.priors import LocalGaussian
 
-__all__ = ["dense_normal", "described", "listed", "local_normal", "plain_normal", "variance_by_task"]
+__all__ = [
+    "children_of",
+    "dense_normal",
+    "described",
+    "direct_fault",
+    "listed",
+    "local_normal",
+    "plain_normal",
+    "scalar_if_constant",
+    "variance_by_task",
+]
 
 
 def listed(names: Collection[str]) -> str:
@@ -56,3 +67,30 @@ def variance_by_task(child: Latent, normal: LocalGaussian) -> Tensor:
     if child.task is None and child.plate_dim is not None:
         return spread.movedim(child.plate_dim, 0)
     return spread.unsqueeze(0)
+
+
+def children_of(name: str, run: Evaluation, links: Links) -> list[Latent]:
+    """The local sites whose distribution hangs on a global one."""
+    return [run.locals[child] for child in links.children(name) if child in run.locals]
+
+
+def direct_fault(name: str, run: Evaluation, links: Links) -> str | None:
+    """What else than local sites ties a global site."""
+    site = run.globals[name]
+    if plain_normal(site) is None:
+        return f"its own distribution is {described(site)}, not a plain normal"
+    if links.laws[name]:
+        return f"its own distribution depends on another site ({listed(links.laws[name])})"
+    others = [child for child in links.children(name) if child in run.globals]
+    if others:
+        return f"another global site depends on it ({listed(others)})"
+    observed = [o for o, parents in links.observed.items() if name in parents]
+    if observed:
+        return f"an observed site depends on it directly ({listed(observed)})"
+    return None
+
+
+def scalar_if_constant(value: Tensor) -> Tensor:
+    """One number where all are equal: phi may have a hundred million coordinates."""
+    first = value.reshape(-1)[0]
+    return first.clone() if bool((value == first).all()) else value.clone()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_lift.inference import sgld
 from pyro_lift.inference.admission import (
+    NotExactError,
     check_block,
     check_fixed_supports,
     needs_rerun,
@@ -26,6 +27,8 @@ from pyro_lift.inference.gibbs.conjugate import find_pairs
 from pyro_lift.inference.gibbs.control_variates import check_control_variates
 from pyro_lift.inference.gibbs.gaussian_reading import exact_theta
 from pyro_lift.inference.gibbs.movers import long_families
+from pyro_lift.inference.gibbs.normal_sites import listed
+from pyro_lift.inference.gibbs.regression import Coefficients
 from pyro_lift.inference.gibbs.scaling import can_scale
 from pyro_lift.inference.gibbs.state import Cache, Chain, Settings, SGLDGibbsState, Structure, init
 from pyro_lift.inference.gibbs.stores_beside import with_stores_beside
@@ -49,7 +52,7 @@ from pyro_lift.inference.stability import (
 from pyro_lift.inference.stores.store import ThetaStore, check_own_store, make_store
 from pyro_lift.support import distributed
 
-__all__ = ["Plan", "Request", "Scan", "plan"]
+__all__ = ["Plan", "Request", "Scan", "Start", "check_plate", "plan", "row_bytes_of", "store_for"]
 
 Scan = Literal["round_robin", "random"]
 #: Starting values of global sites, given the program, its density for the first tasks, eta if known, and the power.
@@ -113,7 +116,7 @@ def plan(
     """
     peeked, subsampled = program.peek(generator)
     check_program(program, peeked)
-    _check_plate(request.plate, peeked)
+    check_plate(request.plate, peeked)
     refuse_discrete(peeked)
     num_tasks, declared = peeked.plates[request.plate]
     sequential = any(site.task is not None for site in peeked.locals.values())
@@ -128,7 +131,8 @@ def plan(
     check_data(run, request.plate)
     check_fixed_supports(run, run.globals)
     unknown_scales = settings.phi_update == "gibbs"
-    pairs, scales, reasons = find_pairs(program, run, num_tasks - 1 - index, generator, unknown_scales=unknown_scales)
+    others = num_tasks - 1 - index
+    pairs, scales, reasons, regressions = find_pairs(program, run, others, generator, unknown_scales=unknown_scales)
     structure = Structure(
         num_tasks,
         block,
@@ -141,6 +145,7 @@ def plan(
         exact=_is_exact(settings) or request.sgd_steps > 0,
         scales=scales,
         hold=request.sgd_steps + _hold(-(-num_tasks // block), request.warmup_steps - request.sgd_steps),
+        regressions=regressions,
     )
     check_translation(settings)
     held = "distributed=True" if request.distributed else "sgd_steps" if request.sgd_steps else None
@@ -152,8 +157,10 @@ def plan(
     check_solved(settings, structure, program, run)
     check_underdamped(settings, structure, request.distributed)
     check_control_variates(settings, structure, run, request.distributed)
-    _check_phi_update(structure, settings, request, outside_hint(run, request.plate) or nested_hint(program))
+    hint = outside_hint(run, request.plate) or nested_hint(program)
+    _check_phi_update(structure, settings, request, hint, mistake=bool(hint) and declared < num_tasks)
     _check_scales(structure, settings)
+    _check_regressions(structure, settings, request)
     structure = replace(structure, scaling=can_scale(structure, settings, run))
     structure = replace(structure, long=long_families(structure, settings, run))
     if request.distributed:
@@ -165,6 +172,7 @@ def plan(
         coupled=structure.coupled,
         reruns=structure.reruns,
         recycle=True,
+        coefficients={family: Coefficients.empty(level, num_tasks) for family, level in regressions.items()},
     )
     _check_saddle(program, run, structure, settings, generator)
     settings, report = _with_steps(run, structure, settings, request.check_stability)
@@ -175,8 +183,8 @@ def plan(
     settings, translation, moves = plan_translation(program, phi, structure, settings, wanted)
     report |= moves
     log.info("dimensionless steps at the start: %s", report)
-    row_bytes = _row_bytes(run, structure)
-    store = _store(request, run, structure, row_bytes)
+    row_bytes = row_bytes_of(run, structure)
+    store = store_for(request, run, structure, row_bytes)
     chain = Chain(program, structure, store, settings, cache, translation, gaussian)
     chain = with_stores_beside(chain, request.store, row_bytes, next(iter(phi.values())).device)
     state = init(structure, cache, phi)
@@ -184,12 +192,13 @@ def plan(
     return Plan(chain, state, transforms, float(run.log_likelihood.detach()), report, row_bytes)
 
 
-def _row_bytes(run: Evaluation, structure: Structure) -> int:
+def row_bytes_of(run: Evaluation, structure: Structure) -> int:
     """Return the bytes of a task's row; the mean over the tasks of the first pass."""
     return sum(x.leaf.numel() * x.leaf.element_size() for x in run.locals.values()) // structure.pass_size
 
 
-def _store(request: Request, run: Evaluation, structure: Structure, row_bytes: int) -> ThetaStore:
+def store_for(request: Request, run: Evaluation, structure: Structure, row_bytes: int) -> ThetaStore:
+    """Return the store that was asked for, for tasks of such rows."""
     if not isinstance(request.store, str):
         check_own_store(request.store, structure.num_tasks)
     device = next((site.leaf.device for site in run.locals.values()), torch.device("cpu"))
@@ -227,9 +236,11 @@ def _is_exact(settings: Settings) -> bool:
     return settings.phi_update == "gibbs" or settings.accumulator == "exact"
 
 
-def _check_phi_update(structure: Structure, settings: Settings, request: Request, hint: str = "") -> None:
+def _check_phi_update(
+    structure: Structure, settings: Settings, request: Request, hint: str = "", *, mistake: bool = False
+) -> None:
     pairs, reasons, num_tasks, block = structure.pairs, structure.reasons, structure.num_tasks, structure.block_size
-    if not pairs and not reasons:
+    if not pairs and not reasons and not structure.regressions:
         raise ValueError(
             f"the program has no latent site outside the plate {request.plate!r}: its tasks share nothing. "
             "Use SGLD for independent tasks."
@@ -237,13 +248,13 @@ def _check_phi_update(structure: Structure, settings: Settings, request: Request
     exact = _is_exact(settings)
     if exact and reasons:
         site, reason = next(iter(reasons.items()))
-        raise ValueError(_refusal(settings, site, reason) + hint)
+        raise NotExactError(_refusal(settings, site, reason) + hint, f"{site!r} has no exact draw: {reason}.", mistake)
     if settings.accumulator == "table" and settings.phi_update == "langevin" and num_tasks % block:
         raise ValueError(
             f'accumulator="table" stores one gradient per block, and {num_tasks} tasks are no whole number of '
             f"blocks of {block}. Use a block_size that divides {num_tasks}."
         )
-    if request.sgd_steps and not pairs:
+    if request.sgd_steps and not pairs and not structure.regressions:
         site, reason = next(iter(reasons.items()))
         raise ValueError(
             f"sgd_steps={request.sgd_steps} trains one vector shared by all tasks, which needs a normal local family "
@@ -254,7 +265,10 @@ def _check_phi_update(structure: Structure, settings: Settings, request: Request
 def _refusal(settings: Settings, site: str, reason: str) -> str:
     name, kinds = "exact", "normal and the mean of one normal local family"
     if settings.phi_update == "gibbs":
-        name, kinds = "gibbs", f"{kinds}, or the scale of such families"
+        name, kinds = (
+            "gibbs",
+            f"{kinds} (or one of several in which that mean is linear), or the scale of such families",
+        )
     centred = ""
     if "observed site depends on it directly" in reason:
         centred = (
@@ -264,13 +278,15 @@ def _refusal(settings: Settings, site: str, reason: str) -> str:
     return (
         f"{name!r} needs every global site {kinds}, and {site!r} is not: {reason}. {centred or 'Use'} "
         'phi_update="langevin", accumulator="table", which works for any program; its phi_step_size must be '
-        "small, 2 % of the table's limit (the default), and its chain long."
+        "small, 2 % of the table's limit (the default), and its chain long. Where one visit can see all tasks and all "
+        'rows, phi_update="nuts" moves everything together, exactly, and needs no step_size.'
     )
 
 
 def _check_scales(structure: Structure, settings: Settings) -> None:
     """Refuse options that an unknown scale does not allow."""
-    for name in [k for k, pair in structure.pairs.items() if pair.dense is not None]:
+    dense = [k for k, pair in structure.pairs.items() if pair.dense is not None]
+    for name in dense + [level.sites[0] for level in structure.regressions.values() if level.dense is not None]:
         if settings.integrator == "euler" or settings.decay is not None:
             raise ValueError(
                 f"the local family around {name!r} is multivariate normal, whose step is exact under its prior: leave "
@@ -287,6 +303,21 @@ def _check_scales(structure: Structure, settings: Settings) -> None:
                 f"temperature=0.0 with the unknown scale {name!r}: the density of a hierarchy has no mode, it grows "
                 "without bound as the scale goes to zero. Use a temperature above zero, or a known scale."
             )
+
+
+def _check_regressions(structure: Structure, settings: Settings, request: Request) -> None:
+    """Refuse options that know of normal pairs alone."""
+    faults = {
+        "sgd_steps": request.sgd_steps > 0,
+        "distributed=True": request.distributed,
+        f"translation={settings.translation!r}": settings.translation in ("saga", "falling") and not structure.pairs,
+    }
+    for option in [name for name, holds in faults.items() if holds and structure.regressions]:
+        sites = listed([name for level in structure.regressions.values() for name in level.sites])
+        raise ValueError(
+            f"{option} needs local families normal around one global site, and the mean of "
+            f"{listed(list(structure.regressions))} is linear in several ({sites}). Leave {option.split('=')[0]} out."
+        )
 
 
 def _check_saddle(
@@ -394,7 +425,8 @@ def _dimensionless(structure: Structure, settings: Settings, curvature: float | 
     return report
 
 
-def _check_plate(plate: str, run: Evaluation) -> None:
+def check_plate(plate: str, run: Evaluation) -> None:
+    """Refuse a program without the task plate, or without a latent site in it."""
     if plate not in run.plates:
         raise ValueError(missing_plate(plate, run))
     if not run.locals:

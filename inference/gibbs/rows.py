@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pyro_lift.inference.gibbs.conjugate import values_of
 from pyro_lift.inference.gibbs.new_tasks import learn
+from pyro_lift.inference.gibbs.normal_sites import local_normal
+from pyro_lift.inference.gibbs.regression import coefficients
 from pyro_lift.inference.gibbs.state import Chain, SGLDGibbsState, Streams, Structure
 from pyro_lift.inference.program import Evaluation, LocalSite, Rows
 from pyro_lift.inference.stores.store import HoldsMatrix
@@ -174,13 +176,31 @@ def _first_visit(state: SGLDGibbsState, chain: Chain, index: Tensor, streams: St
         known = layouts.get(site.task, ())
         if site.family not in {s.family for s in known}:
             layouts[site.task] = (*known, LocalSite(site.family, shape, dim))
-    values = {task: _at_start(chain, rows, unpaired) for task, rows in values_of(run).items()}
-    rows = task_rows(chain, tasks, values)
+    begun = {task: _at_start(chain, rows, unpaired) for task, rows in values_of(run).items()}
     new = [k for k, task in enumerate(tasks) if not chain.store.has(task)]
+    values = _at_means(chain, run, begun, new)
+    rows = task_rows(chain, tasks, values)
     chain.store.write([tasks[k] for k in new], [rows[k] for k in new])
     stored = task_values(chain, tasks, state.offset)
     assert stored is not None
     return stored
+
+
+def _at_means(chain: Chain, run: Evaluation, values: Values, new: list[int]) -> Values:
+    """Put theta of regressions at their means, where they add nothing to the sums; take up the tasks' covariates."""
+    started = {task: dict(rows) for task, rows in values.items()}
+    for site in run.locals.values():
+        level = chain.structure.regressions.get(site.family)
+        if level is None:
+            continue
+        normal, known = local_normal(site), chain.cache.coefficients[site.family]
+        assert normal is not None
+        started[site.task][site.family] = torch.broadcast_to(normal.mean.detach(), site.leaf.shape).clone()
+        tasks = list(run.tasks) if site.task is None else [site.task]
+        fresh = [k for k, task in enumerate(tasks) if not bool(known.seen[task])]
+        if fresh and (site.task is None or run.tasks.index(site.task) in new):
+            known.take([tasks[k] for k in fresh], coefficients(level, site, run)[fresh])
+    return started
 
 
 def put_at_start(chain: Chain) -> None:

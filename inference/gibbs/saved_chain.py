@@ -40,7 +40,9 @@ def learned_of(chain: Chain, *, shared: bool) -> dict[str, Any]:
         layouts = [known[task] for task in sorted(known, key=lambda task: -1 if task is None else task)]
         both = distributed.collected(learned)
         learned = [sorted({family for families, _ in both for family in families}), any(r for _, r in both)]
-    return {"layouts": layouts, "start": dict(cache.start), "learned": learned}
+    covariates = {family: [known.A, known.seen] for family, known in cache.coefficients.items()}
+    tree = {"layouts": layouts, "start": dict(cache.start), "learned": learned}
+    return tree | ({"coefficients": covariates} if covariates else {})
 
 
 def put_learned(chain: Chain, tree: Mapping[str, Any], like: Tensor) -> None:
@@ -54,6 +56,9 @@ def put_learned(chain: Chain, tree: Mapping[str, Any], like: Tensor) -> None:
     for task, sites in cache.layouts.items():
         if task is not None:
             chain.program.families.learn(task, [site.family for site in sites])
+    for family, (A, seen) in tree.get("coefficients", {}).items():
+        known = cache.coefficients[family]
+        known.take(seen.nonzero().reshape(-1).tolist(), A.to(known.A)[seen.to(known.seen.device)])
     coupled, reruns = tree.get("learned", [[], False])  # of a run that was saved before these were kept
     cache.coupled |= frozenset(coupled)
     cache.reruns |= reruns

@@ -27,6 +27,7 @@ from torch.distributions import Gamma, InverseGamma
 
 from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.inference.gibbs.dense import CorrelationSite, draw_covariance
+from pyro_lift.inference.gibbs.regression import Regression
 from pyro_lift.inference.gibbs.scalar_slices import is_exponential, plain_density, scalar_slice
 from pyro_lift.inference.gibbs.scales import ScaleLaw, ScaleSite
 from pyro_lift.inference.gibbs.state import Structure
@@ -60,7 +61,9 @@ def squares_around(
 ) -> dict[str, Tensor]:
     """Q of every family of unknown scale, around another phi."""
     return {
-        name: moved_square(Q, sums[name], structure.num_tasks, before[name], after[name]) for name, Q in squares.items()
+        name: moved_square(Q, sums[name], structure.num_tasks, before[name], after[name])
+        for name, Q in squares.items()
+        if name in structure.pairs
     }
 
 
@@ -76,26 +79,28 @@ def draw_scales(
     Args:
         structure: of the program.
         phi: all global sites, unconstrained.
-        squares: Q around this phi, by the global site that is the mean.
+        squares: Q around this phi, by the global site that is the mean, and by the regression's own name.
         temperature: T.
         generator: on the device of the values.
     """
     drawn: dict[str, Tensor] = {}
-    for key, pair in structure.pairs.items():
-        if pair.is_free and pair.dense is not None:
-            drawn |= _draw_dense(structure, pair, phi, squares[key], temperature, generator)
-    laws = {key: pair.law for key, pair in structure.pairs.items() if pair.law is not None}
+    levels: dict[str, NormalPair | Regression] = dict(structure.pairs)
+    levels |= {level.square: level for level in structure.regressions.values()}
+    for key, level in levels.items():
+        if level.dense is not None and (level.law is not None or level.dense.site is not None):
+            drawn |= _draw_dense(structure, level, phi, squares[key], temperature, generator)
+    laws = {key: level.law for key, level in levels.items() if level.law is not None}
     for name, site in structure.scales.items():
         if name in drawn or not isinstance(site, ScaleSite):
             continue
-        seen = [Seen(law, squares[key]) for key, law in laws.items() if law.site == name]
+        seen = [Seen(law, squares[key].view(law.shape)) for key, law in laws.items() if law.site == name]
         drawn[name] = draw_scale(site, seen, structure.num_tasks, temperature, phi[name], generator)
     return drawn
 
 
 def _draw_dense(
     structure: Structure,
-    pair: NormalPair,
+    pair: NormalPair | Regression,
     phi: Rows,
     M: Tensor,
     temperature: float,

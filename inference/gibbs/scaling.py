@@ -59,9 +59,10 @@ def can_scale(structure: Structure, settings: Settings, run: Evaluation) -> bool
 
 
 def scalable(structure: Structure) -> list[str]:
-    """List the scale sites whose families all have uncorrelated coordinates and a power law."""
+    """List the scale sites whose families all have uncorrelated coordinates, a power law, and one mean."""
     laws = [(pair.law, pair.dense) for pair in structure.pairs.values() if pair.law is not None]
     odd = {law.site for law, dense in laws if dense is not None or not law.logarithmic}
+    odd |= {level.law.site for level in structure.regressions.values() if level.law is not None}
     return [name for name in structure.scales if name in {law.site for law, _ in laws} - odd]
 
 

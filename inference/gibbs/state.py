@@ -16,6 +16,7 @@ from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.inference.gibbs.dense import CorrelationSite
 from pyro_lift.inference.gibbs.gaussian_tasks import GaussianTasks
 from pyro_lift.inference.gibbs.long_vectors import Workspace
+from pyro_lift.inference.gibbs.regression import Coefficients, Regression
 from pyro_lift.inference.gibbs.scales import ScaleSite
 from pyro_lift.inference.program import LocalSite, Program, Rows
 from pyro_lift.inference.schedules import Schedule, constant
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 
-PhiUpdate = Literal["gibbs", "langevin"]
+PhiUpdate = Literal["auto", "gibbs", "langevin", "nuts"]
 Phase = Literal["sgd", "burn-in", "sample"]
 ThetaUpdate = Literal["auto", "exact", "sgld", "underdamped", "mala", "hmc"]
 TranslationKind = Literal["auto", "saga", "falling", "none"]
@@ -63,7 +64,8 @@ class SGLDGibbsState(NamedTuple):
         offset: theta minus the stored theta per normal pair, in float64; empty where nothing was shifted.
         gradients: R per normal pair, in float64 (``translation="saga"`` only).
         squares: sum of (theta_i - phi)^2 at this phi, per normal pair of unknown scale, in float64; of
-            (theta_i - phi)(theta_i - phi)^T where its coordinates are correlated.
+            (theta_i - phi)(theta_i - phi)^T where its coordinates are correlated. Beside them C and Q of the
+            regressions (:mod:`~pyro_lift.inference.gibbs.regression`), by their own names.
         widths: logarithm of the width of the proposal of the scaling move, per scale site.
         tuned: what steps of theta are tuned by (:mod:`~pyro_lift.inference.gibbs.metropolis`, `.step_adaptation`).
     """
@@ -92,6 +94,7 @@ class SGLDGibbsInfo(NamedTuple):
         clipped: whether the gradient was scaled down to ``max_grad_norm``.
         phase: of the visit.
         acceptance: mean probability with which the block's proposals were taken; NaN where they are not tested.
+        diverged: whether a trajectory left the region in which its step is stable.
     """
 
     tasks: tuple[int, ...]
@@ -101,6 +104,7 @@ class SGLDGibbsInfo(NamedTuple):
     clipped: bool | Tensor
     phase: str
     acceptance: float | Tensor = math.nan
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,7 @@ class Structure:
         exact: whether the chain rests on the pairs: by their exact draw, the exact accumulator, or joint training.
         scales: global sites that are the scale, or the correlations, of pairs' families and enter nowhere else.
         scaling: whether tau and all theta_i - phi are multiplied together (:mod:`~pyro_lift.inference.gibbs.scaling`).
+        regressions: local families whose mean is linear in several global sites.
         hold: visits before which the scales stay where they start: until every theta_i has moved, their spread says
             nothing.
     """
@@ -194,6 +199,16 @@ class Structure:
     scales: Mapping[str, ScaleSite | CorrelationSite] = field(default_factory=dict)
     scaling: bool = False
     hold: int = 0
+    regressions: Mapping[str, Regression] = field(default_factory=dict)
+
+    @property
+    def regressed(self) -> frozenset[str]:
+        """Global sites that a regression draws."""
+        return frozenset(name for level in self.regressions.values() for name in level.sites)
+
+    def level_of(self, family: str) -> NormalPair | Regression | None:
+        """Return the pair or the regression of a local family; None where it has neither."""
+        return self.pair_of.get(family) or self.regressions.get(family)
 
     @cached_property
     def pair_of(self) -> dict[str, NormalPair]:
@@ -216,6 +231,7 @@ class Cache:
             visit only; without it, a visit leaves every earlier state as it was.
         watch: of a chain on an accelerator; None has every visit looked at as it is made.
         fresh: whether the block that was read last has a task that was never visited before.
+        coefficients: by family of a regression.
     """
 
     start: dict[str, Tensor]
@@ -227,6 +243,7 @@ class Cache:
     recycle: bool = False
     watch: Watch | None = None
     fresh: bool = False
+    coefficients: dict[str, Coefficients] = field(default_factory=dict)
 
     def workspace(self, site: str, like: Tensor) -> Workspace:
         """Return the buffers of one pair, made at the first call."""
@@ -296,6 +313,8 @@ class Chain(NamedTuple):
         gaussian: the likelihoods of all tasks, where theta is drawn exactly; None where it is not.
         momenta: where the velocities of theta live, where it has any.
         variates: of minibatches of rows; None without them.
+        raw: of a chain that moves phi and all theta together (:mod:`~pyro_lift.inference.gibbs.together`), the families
+            that are also moved by their distance from their location; None for any other chain.
     """
 
     program: Program
@@ -307,6 +326,7 @@ class Chain(NamedTuple):
     gaussian: GaussianTasks | None = None
     momenta: ThetaStore | None = None
     variates: ControlVariates | None = None
+    raw: frozenset[str] | None = None
 
     def stores(self) -> dict[str, ThetaStore]:
         """Return every store of the chain, by the name under which it is saved."""
@@ -339,6 +359,8 @@ def init(structure: Structure, cache: Cache, phi: Rows) -> SGLDGibbsState:
     sums = {name: structure.num_tasks * cache.start[pair.family].double() for name, pair in structure.pairs.items()}
     J = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in phi.items()}
     squares = {name: _zero_square(pair, sums[name]) for name, pair in structure.pairs.items() if pair.is_free}
+    for level in structure.regressions.values():
+        squares |= level.zeros()
     return SGLDGibbsState(0, dict(phi), sums, J if cache.table is not None else {}, {}, {}, squares=squares)
 
 

@@ -17,6 +17,7 @@ from pyro_lift.inference.gibbs import (
     conjugate,
     long_vectors,
     metropolis,
+    regression,
     scaling,
     solved_sites,
     step_adaptation,
@@ -120,6 +121,11 @@ def visited(
     pull, J, table_row = _pull_on_phi(state, chain, moved, sums, index, streams)
     # (9)  phi | theta_1..N
     squares = updated_squares(state, chain.structure, moved.run, moved.values, before)
+    for level in chain.structure.regressions.values():
+        around = state.squares[level.cross], state.squares[level.square]
+        known = chain.cache.coefficients[level.family]
+        around = regression.moved(level, known, moved.run, around, moved.values, before)
+        squares |= {level.cross: around[0], level.square: around[1]}
     block, offset, gradients, shifts = None, state.offset, state.gradients, None
     if chain.translation is not None:
         block = translation.pull_of(state, chain, *moved.first, before)
@@ -301,15 +307,31 @@ def draw_globals(
     """
     structure = chain.structure
     phi = {**state.phi, **draw_phi(state, chain, sums, noise)}
+    phi, regressed = _draw_regressions(chain, phi, squares, noise)
     if not structure.scales:
-        return phi, squares
+        return phi, {**squares, **regressed}
     centre = {name: value.double() for name, value in state.phi.items()}
     centre |= {name: centre[name] + shift.double() for name, shift in (shifts or {}).items()}
-    squares = squares_around(structure, squares, sums, centre, phi)
-    if state.step >= structure.hold:
+    squares = {**squares_around(structure, squares, sums, centre, phi), **regressed}
+    if state.step >= structure.hold and all(known.complete for known in chain.cache.coefficients.values()):
         phi |= draw_scales(structure, phi, squares, chain.settings.temperature, noise)
         check_moved(phi, state.step, ())
     return phi, squares
+
+
+def _draw_regressions(
+    chain: Chain, phi: dict[str, Tensor], squares: Mapping[str, Tensor], noise: torch.Generator | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draw the global sites of every regression; return all global sites, and the regressions' sums around them."""
+    sums: dict[str, Tensor] = {}
+    for family, level in chain.structure.regressions.items():
+        at, known = level.at(chain.structure.scales, phi), chain.cache.coefficients[family]
+        xi = gaussian_noise(level.prior_mean, noise)
+        around = squares[level.cross], squares[level.square]
+        drawn, around = regression.draw(at, known.gram, around, phi, chain.settings.temperature, xi)
+        phi = {**phi, **drawn}
+        sums |= {level.cross: around[0], level.square: around[1]}
+    return phi, sums
 
 
 def draw_phi(
@@ -407,6 +429,8 @@ def updated_squares(
     """Q + sum over the block of (new - phi)^2 - (old - phi)^2, around the state's phi, in float64."""
     updated = {}
     for name, total in state.squares.items():
+        if name not in structure.pairs:
+            continue  # of a regression
         family, phi = structure.pairs[name].family, state.phi[name].double()
         for task, rows in after.items():
             new, old = rows[family].double(), before[task][family].double()

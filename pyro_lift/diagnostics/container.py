@@ -200,10 +200,13 @@ def _sample_stats(mcmc: Any, shape: tuple[int, int]) -> dict[str, NDArray[Any]]:
             for name in (*SAMPLE_STATS, *TESTED_STATS)
             if all(_REPORTED_AS.get(name, name) in report["sample_stats"] for report in reports)
         }
-        return {name: value for name, value in stats.items() if value.shape == (chains, draws)}
-    if all("divergences" in report for report in reports):
-        diverging = np.zeros((chains, draws), dtype=bool)
-        for chain, report in enumerate(reports):
-            diverging[chain, list(report["divergences"])] = True
-        return {"diverging": diverging}
-    return {}
+        stats = {name: value for name, value in stats.items() if value.shape == (chains, draws)}
+        return stats | (_diverging(reports, shape) if any(report.get("divergences") for report in reports) else {})
+    return _diverging(reports, shape) if all("divergences" in report for report in reports) else {}
+
+
+def _diverging(reports: list[Any], shape: tuple[int, int]) -> dict[str, NDArray[Any]]:
+    diverging = np.zeros(shape, dtype=bool)
+    for chain, report in enumerate(reports):
+        diverging[chain, list(report["divergences"])] = True
+    return {"diverging": diverging}

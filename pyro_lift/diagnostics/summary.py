@@ -44,7 +44,7 @@ class Summary:
 
     Attributes:
         coordinates: one per coordinate, or projection, of every site.
-        divergences: draws of Pyro's own kernels that diverged, over all chains; a chain of ours stops instead.
+        divergences: draws at which a trajectory diverged, over all chains; one that leaves the numbers ends the run.
         clipped: draws whose gradient was scaled down to ``max_grad_norm``, over all chains.
         draws: over all chains.
         seconds: spent on draws, over all chains; None if unknown.
