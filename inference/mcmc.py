@@ -23,6 +23,7 @@ from torch import Tensor
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.checkpoint.summaries import check_statistics
 from pyro_lift.inference.kernel import Kernel, log
+from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.movement import LEAST_DRAWS, judged, mixing_of
 from pyro_lift.inference.parallel_chains import ParallelChains, checked_starts
 
@@ -128,6 +129,11 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
         **options: Any,
     ) -> None:
         starts = checked_starts(initial_params, num_chains)
+        if isinstance(statistics, OnlineGaussianMixture):
+            raise TypeError(
+                f"statistics={statistics!r} is of one vector, and a draw is a dict of sites. Give each site its own: "
+                "statistics=StatsOfDict(default=lambda: OnlineGaussianMixture(...)), from pyro.ops.streaming."
+            )
         with _callers_logger():
             super().__init__(kernel, num_samples, warmup_steps, starts, statistics, num_chains, **options)
             if mp_context is not None and num_chains > 1:

@@ -313,7 +313,7 @@ def check_prior_steps(run: Evaluation, eta: float, scale: Mapping[str, float]) -
     for site in (run.locals or run.latents).values():
         prior = site.gaussian()
         if prior is not None:
-            limit = 4.0 / float(prior.precision.max())
+            limit = 4.0 / float(prior.precision.detach().max())
             own = eta * scale.get(site.family, 1.0)
             if own >= limit:
                 raise ValueError(step_too_large(f"step_size (site {site.name!r})", own, limit, "4 β²"))
