@@ -43,6 +43,7 @@ CONTENTS = {
     "inference": "SGLD-Gibbs, mixture, adaptation",
     "inference.baselines": "MAML, ProtoNet, ...",
     "models": "tasks, adapters, Pyro programs",
+    "watching": "callbacks, trackers",
     "support": "options, archives, processes",
 }
 COLOURS = {"inference": "#CFE3F1", "models": "#D9EAD3", "data": "#FCE8D0", "support": "#EEEEEE"}

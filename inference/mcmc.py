@@ -26,6 +26,8 @@ from pyro_lift.inference.kernel import Kernel, log
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.movement import LEAST_DRAWS, judged, mixing_of
 from pyro_lift.inference.parallel_chains import ParallelChains, checked_starts
+from pyro_lift.watching.steps import Run
+from pyro_lift.watching.watch import Watchers
 
 __all__ = ["MCMC", "StreamingMCMC"]
 
@@ -60,6 +62,7 @@ class MCMC(pyro.infer.MCMC):
         checkpoint: str | Path | Session | None = None,
         checkpoint_every: int = 1000,
         resume: str | Path | None = None,
+        callbacks: Any = (),
         **kwargs: Any,
     ) -> None:
         """Run the chain.
@@ -69,10 +72,12 @@ class MCMC(pyro.infer.MCMC):
             checkpoint: folder to save the run in; must not hold one yet.
             checkpoint_every: transitions between two checkpoints.
             resume: folder to go on with; where it holds no checkpoint yet, the run begins and saves there.
+            callbacks: told of every transition (:mod:`pyro_lift.watching`); of chains in this process.
             kwargs: of the model.
 
         Raises:
-            ValueError: the folder holds another run, or none that is intact; several chains.
+            ValueError: the folder holds another run, or none that is intact; several chains with a folder, or chains
+                in processes of their own with callbacks.
             OSError: a checkpoint could not be written; the last one is intact.
             RunStopped: SIGTERM or Ctrl-C; the run is saved.
         """
@@ -82,14 +87,14 @@ class MCMC(pyro.infer.MCMC):
         session = _session(self, checkpoint, checkpoint_every, resume)
         if session is None:
             _read_transforms(self, args, kwargs)
-            with _callers_logger():
+            with _callers_logger(), _watched(self, callbacks):
                 super().run(*args, **kwargs)
             self._say_doubts()
             return
         plain = self.sampler
-        self.sampler = _SavedChain(plain, session, None)
         try:
-            with _callers_logger():
+            with _callers_logger(), _watched(self, callbacks, session.transitions):
+                self.sampler = _SavedChain(plain, session, None)
                 super().run(*args, **kwargs)
         finally:
             self.sampler = plain
@@ -156,6 +161,7 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
         checkpoint: str | Path | Session | None = None,
         checkpoint_every: int = 1000,
         resume: str | Path | None = None,
+        callbacks: Any = (),
         **kwargs: Any,
     ) -> None:
         """Run the chain; see :meth:`MCMC.run`. Statistics must be Pyro's, ours, or have a ``state_dict``."""
@@ -163,7 +169,7 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
         session = _session(self, checkpoint, checkpoint_every, resume)
         if session is None:
             _read_transforms(self, args, kwargs)
-            with _callers_logger():
+            with _callers_logger(), _watched(self, callbacks):
                 super().run(*args, **kwargs)
             _in_order_of_chains(self._statistics)
             return
@@ -171,9 +177,9 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
         plain, total = self.sampler, self.num_samples
         # What is saved is in the statistics already; Pyro counts the draws that are still to come.
         self.num_samples = total - session.draws
-        self.sampler = _SavedChain(plain, session, self._statistics)
         try:
-            with _callers_logger():
+            with _callers_logger(), _watched(self, callbacks, session.transitions):
+                self.sampler = _SavedChain(plain, session, self._statistics)
                 super().run(*args, **kwargs)
         finally:
             self.sampler, self.num_samples = plain, total
@@ -198,6 +204,35 @@ def _callers_logger() -> Iterator[None]:
     finally:
         logger.handlers, logger.propagate = before[0], before[1]
         logger.setLevel(before[2])
+
+
+@contextmanager
+def _watched(mcmc: Any, callbacks: Any, done: int = 0) -> Iterator[None]:
+    """Let callbacks see every transition of the chains of this process, beside the hook that the caller gave."""
+    watchers = Watchers(callbacks, Run("mcmc", settings={"kernel": type(mcmc.kernel).__name__}))
+    if not watchers:
+        yield
+        return
+    sampler = mcmc.sampler
+    if isinstance(sampler, api._MultiSampler):
+        raise ValueError(
+            "callbacks are told of chains of this process, and these run in processes of their own. Leave num_chains "
+            "at 1 and run each chain by itself, or use StreamingMCMC, whose chains run one after another."
+        )
+    hook = sampler.hook
+
+    def both(kernel: Any, samples: Any, stage: str, i: int) -> None:
+        if hook is not None:
+            hook(kernel, samples, stage, i)
+        watchers.see(kernel, stage)
+
+    total = (sampler.warmup_steps + sampler.num_samples) * mcmc.num_chains
+    sampler.hook = both
+    try:
+        with watchers.running(total, done):
+            yield
+    finally:
+        sampler.hook = hook
 
 
 def _read_transforms(mcmc: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

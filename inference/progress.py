@@ -1,4 +1,4 @@
-"""The bar of a chain: loss, step size, time left. Pyro's own bar shows no time left."""
+"""The bar of a chain: loss, step size, time left, and its callbacks. Pyro's own bar shows no time left."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from pyro_lift.support import distributed
+from pyro_lift.watching.steps import Run
+from pyro_lift.watching.watch import Watchers
 
 __all__ = ["chain_bar"]
 
@@ -25,23 +27,27 @@ def chain_bar(
         description: before the bar.
         show: whether there is a bar at all.
         done: transitions made before, by the run that is gone on with.
-        on_step: called after each transition too.
+        on_step: called after each transition too; of callbacks (:class:`~pyro_lift.watching.watch.Watchers`) also at
+            the beginning and at the end, and with measures.
 
     Yields:
         A ``hook_fn`` for Pyro's MCMC.
     """
     hidden = not show or "CI" in os.environ or "PYTEST_XDIST_WORKER" in os.environ
     hidden = hidden or not distributed.is_first()
-    with tqdm(total=total, initial=done, desc=description, disable=hidden, dynamic_ncols=True) as bar:
+    watchers = on_step if isinstance(on_step, Watchers) else Watchers((), Run(description), on_step=on_step)
+    with (
+        watchers.running(total, done),
+        tqdm(total=total, initial=done, desc=description, disable=hidden, dynamic_ncols=True) as bar,
+    ):
 
         def hook(kernel: Any, samples: Any, stage: str, i: int) -> None:
-            del samples, stage, i
+            del samples, i
             log = kernel.logging()
             if "loglik" in log:  # what is known everywhere as a loss
                 log = {"loss": f"{-float(log.pop('loglik')):.3e}", **log}
             bar.set_postfix(log, refresh=False)
             bar.update()
-            if on_step is not None:
-                on_step()
+            watchers.see(kernel, stage)
 
         yield hook

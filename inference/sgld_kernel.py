@@ -189,6 +189,11 @@ class SGLD(Kernel):
         run = self._program.run(position, {}, None, self._generator)
         return run.drift(run.latents, self._coupled, self.n_inflate)
 
+    @property
+    def last_visit(self) -> sgld.SGLDInfo | None:
+        """Diagnostics of the last transition; None before the first."""
+        return self._info
+
     def logging(self) -> dict[str, str]:
         """For Pyro's progress bar."""
         phase = "burn-in" if self.state.step <= self._warmup_steps else "sample"

@@ -60,6 +60,26 @@ OtherDevice = Annotated[
 ]
 
 
+def _logs(names: list[str] | None) -> list[str] | None:
+    """Refuse a log that nobody knows, before anything is computed."""
+    from pyro_lift.watching.named import check_log
+
+    try:
+        for name in names or ():
+            check_log(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return names
+
+
+Log = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log", help="write steps to run.jsonl, tensorboard:FOLDER, wandb:PROJECT, mlflow; repeat", callback=_logs
+    ),
+]
+
+
 @app.callback()
 def _root(
     version: Annotated[
@@ -116,11 +136,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped or killed")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a finished prior")] = False,
     device: OtherDevice = None,
+    log: Log = None,
 ) -> None:
     """Learn a prior from the tasks of a TOML file, and write its folder."""
     from pyro_lift import commands
 
-    commands.train(config, resume=resume, overwrite=overwrite, device=device)
+    commands.train(config, resume=resume, overwrite=overwrite, device=device, log_to=log or ())
 
 
 @app.command()
@@ -148,11 +169,12 @@ def tune(
     budget: Annotated[str, typer.Option(help="time of the choice; meta-training comes on top")] = "10 min",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a finished prior")] = False,
     device: OtherDevice = None,
+    log: Log = None,
 ) -> None:
     """Choose settings on tasks held out in turn, then learn the prior with them, and write its folder."""
     from pyro_lift import commands
 
-    commands.tune(config, budget, overwrite=overwrite, device=device)
+    commands.tune(config, budget, overwrite=overwrite, device=device, log_to=log or ())
 
 
 @app.command()
@@ -165,11 +187,12 @@ def adapt(
     untrained: Annotated[
         bool, typer.Option("--untrained", help="begin at the adapter as it was before training, to compare with")
     ] = False,
+    log: Log = None,
 ) -> None:
     """Adapt a prior to one new task."""
     from pyro_lift import commands
 
-    commands.adapt(prior, task, out, seed=seed, device=device, untrained=untrained)
+    commands.adapt(prior, task, out, seed=seed, device=device, untrained=untrained, log_to=log or ())
 
 
 @app.command()

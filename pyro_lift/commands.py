@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,6 +32,7 @@ from pyro_lift.support import distributed
 from pyro_lift.support.archive import read_json, write_file, write_json
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_number
+from pyro_lift.watching.named import named_callbacks
 from pyro_lift.wiring import adapter_of, device_of, encoder_of, task_of, tasks_of
 
 __all__ = ["Writing", "adapt", "adapter_of", "encoder_of", "predict", "task_of", "tasks_of", "train", "tune"]
@@ -70,7 +71,13 @@ class Writing:
 
 
 def train(
-    path: Path, *, progress: bool = True, resume: bool = False, overwrite: bool = False, device: str | None = None
+    path: Path,
+    *,
+    progress: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+    log_to: Sequence[str] = (),
 ) -> LiFTPrior:
     """Meta-train as a TOML file says, and write the prior, with the file beside it.
 
@@ -82,8 +89,10 @@ def train(
         resume: go on with a run that was stopped or killed.
         overwrite: replace a finished prior, and drop a run that was stopped.
         device: in place of the file's.
+        log_to: where steps are written, beside what the file says under ``[log]``.
 
     Raises:
+        ImportError: a tracker that is not installed; before any training.
         ValueError: anything wrong with the file or the tasks, or a finished prior in the way; before any training.
         OSError: the output folder cannot be written; before any training.
     """
@@ -111,7 +120,9 @@ def train(
         where: dict[str, Any] = {"resume": saved} if resume else {"checkpoint": saved}
         resume_hint = f"pyro-lift train {path} --resume"
         session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, resume_hint=resume_hint)
-    prior = lift.meta_train_many(tasks.train, [config.sampler.components], progress=progress, session=session)[0]
+    with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
+        shown: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
+        prior = lift.meta_train_many(tasks.train, [config.sampler.components], session=session, **shown)[0]
     if not distributed.is_first():
         return prior
     write_file(folder / CONFIG, text)
@@ -128,6 +139,7 @@ def tune(
     progress: bool = True,
     overwrite: bool = False,
     device: str | None = None,
+    log_to: Sequence[str] = (),
 ) -> LiFTPrior:
     """Choose settings on the tasks of a TOML file, held out in turn; then meta-train on all, and save the prior.
 
@@ -137,6 +149,7 @@ def tune(
         progress: whether to show bars.
         overwrite: replace a finished prior.
         device: in place of the file's.
+        log_to: as of :func:`train`.
 
     Raises:
         ValueError: see :func:`train`; fewer than three tasks.
@@ -150,9 +163,10 @@ def tune(
     print(tasks.summary())
     place, seed = device_of(device or config.output.device), config.output.seed
     lift = LiFT(adapter_of(config), settings=config.sampler, adapt=config.adapt, device=place, seed=seed)
-    tuning = lift.tune([*tasks.train, *tasks.dev], budget, progress=progress)
-    print(f"{tuning.table()}\nchosen: {tuning.chosen}")
-    prior = lift.meta_train(tasks.train, progress=progress)
+    with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
+        tuning = lift.tune([*tasks.train, *tasks.dev], budget, progress=progress, callbacks=callbacks)
+        print(f"{tuning.table()}\nchosen: {tuning.chosen}")
+        prior = lift.meta_train(tasks.train, progress=progress, callbacks=callbacks)
     write_file(folder / CONFIG, text)
     prior.save_pretrained(folder)
     print(f"prior written: {folder}")
@@ -168,6 +182,7 @@ def adapt(
     progress: bool = True,
     device: str | None = None,
     untrained: bool = False,
+    log_to: Sequence[str] = (),
 ) -> TaskPosterior:
     """Adapt a prior to the task of a folder; write the posterior's folder and a record.
 
@@ -195,7 +210,8 @@ def adapt(
     if untrained:
         prior = _untrained(prior)
     task = task_of(config, task_folder)
-    posterior = prior.adapt(task, seed=seed, progress=progress)
+    with named_callbacks(log_to, config.log.every) as callbacks:
+        posterior = prior.adapt(task, seed=seed, progress=progress, callbacks=callbacks)
     record: dict[str, Any] = {
         "prior": str(prior_folder.resolve()),
         "task_folder": str(task_folder.resolve()),

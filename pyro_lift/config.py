@@ -38,8 +38,18 @@ from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_literal, check_number
 from pyro_lift.support.schema import from_dict
+from pyro_lift.watching.named import check_log
 
-__all__ = ["AdapterConfig", "BackboneConfig", "OutputConfig", "RunConfig", "TasksConfig", "read_config", "reference"]
+__all__ = [
+    "AdapterConfig",
+    "BackboneConfig",
+    "LogConfig",
+    "OutputConfig",
+    "RunConfig",
+    "TasksConfig",
+    "read_config",
+    "reference",
+]
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,23 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Where the run's steps are written as it goes."""
+
+    to: list[str] = field(
+        default_factory=list,
+        metadata={"help": "run.jsonl, tensorboard:FOLDER, wandb:PROJECT, trackio:PROJECT, mlflow"},
+    )
+    every: int | None = field(default=None, metadata={"help": "steps between two; none takes 1 for JSON, else 10"})
+
+    def __post_init__(self) -> None:
+        for name in self.to:
+            check_log(name)
+        if self.every is not None:
+            check_number("every", self.every, least=1, open_below=False, whole=True)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run."""
 
@@ -129,6 +156,7 @@ class RunConfig:
     sampler: LiFTSettings = field(default_factory=LiFTSettings)
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
     output: OutputConfig = field(default_factory=OutputConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 def read_config(path: Path) -> RunConfig:

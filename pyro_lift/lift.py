@@ -47,6 +47,8 @@ from pyro_lift.tuning.candidates import lift_candidates, shortened
 from pyro_lift.tuning.halves import Joint, joint_on_trial, log_probs_at, trial_steps
 from pyro_lift.tuning.held_out import has_unseen_rows
 from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
+from pyro_lift.watching.steps import Run
+from pyro_lift.watching.watch import Watchers
 
 if TYPE_CHECKING:
     import peft
@@ -112,7 +114,13 @@ class LiFT:
 
     @at_top_level()
     def tune(
-        self, tasks: Sequence[Task], budget: str | float = "10 min", *, trainings: int = 8, progress: bool = True
+        self,
+        tasks: Sequence[Task],
+        budget: str | float = "10 min",
+        *,
+        trainings: int = 8,
+        progress: bool = True,
+        callbacks: Any = (),
     ) -> Tuning:
         """Choose settings on tasks that are held out in turn; what is meta-trained after it has them.
 
@@ -125,6 +133,7 @@ class LiFT:
             budget: ``"10 min"``, or seconds.
             trainings: different settings of meta-training that are tried, each with three rates of adaptation.
             progress: whether to show a bar.
+            callbacks: told of every trial: rung and settings as ``phase``, the loss on the held-out tasks, seconds.
 
         Raises:
             ValueError: fewer than three tasks, a budget that is no length of time.
@@ -141,7 +150,7 @@ class LiFT:
                 LiFT(self.adapter, settings=settings, adapt=self.adapt_settings, seed=self.seed), candidate
             )
 
-        with trial_bar(progress) as on_trial:
+        with trial_bar(progress, callbacks) as on_trial:
             self.tuning = search(candidates, make, tasks, seconds=seconds, on_trial=on_trial)
         self.settings = replace(self.settings, **self.tuning.meta)
         self.adapt_settings = replace(self.adapt_settings, **self.tuning.adapt)
@@ -156,8 +165,9 @@ class LiFT:
         checkpoint_every: int = 1000,
         resume: str | Path | None = None,
         start: Tensor | None = None,
-        on_step: Callable[[], None] | None = None,
         calibrate: bool = False,
+        callbacks: Any = (),
+        **hooks: Any,
     ) -> LiFTPrior:
         """Run the chain over the tasks and summarise its draws of phi.
 
@@ -169,17 +179,22 @@ class LiFT:
             resume: folder to go on with; where it holds no checkpoint yet, the run begins and saves there.
             start: adapter weights ``[D]`` where phi begins, for example of one adapter trained on all tasks, which then
                 needs few ``sgd_steps``; None begins at the adapter's own. The prior of phi stays where it is.
-            on_step: called after each transition, for a bar of one's own.
             calibrate: whether to fit the temperature of predictions (:meth:`LiFTPrior.calibrate`) on the tasks that
                 have test or dev rows; it costs an adaptation to each.
+            callbacks: told of every transition (:mod:`pyro_lift.watching`), such as ``[JsonLines("run.jsonl")]``.
+            hooks: ``on_step``, called without arguments after each transition.
 
         Raises:
+            TypeError: what is no callback; an unknown hook.
             ValueError: no task, a task without data, labels outside the head's range, a start of another length;
                 no task to calibrate on; before any training.
             DivergedError: a loss that is not finite; names the task and the step.
             ChainLostError: a loss that has climbed back to chance.
             RunStopped: SIGTERM or Ctrl-C, where the run is saved.
         """
+        on_step = hooks.pop("on_step", None)
+        for name in hooks:
+            raise TypeError(f"meta_train has no argument {name!r}; hooks are callbacks=[...] and on_step.")
         unseen = [task for task in tasks if has_unseen_rows(task)] if calibrate else []
         if calibrate and not unseen:
             raise ValueError(
@@ -188,9 +203,8 @@ class LiFT:
             )
         session = self.session(tasks, checkpoint, resume, checkpoint_every)
         components = [self.settings.components]
-        priors = self.meta_train_many(
-            tasks, components, progress=progress, session=session, start=start, on_step=on_step
-        )
+        shown: dict[str, Any] = {"progress": progress, "on_step": on_step, "callbacks": callbacks}
+        priors = self.meta_train_many(tasks, components, session=session, start=start, **shown)
         if calibrate:
             priors[0].calibrate(unseen)
         return priors[0]
@@ -238,6 +252,7 @@ class LiFT:
         session: Session | None = None,
         start: Tensor | None = None,
         on_step: Callable[[], None] | None = None,
+        callbacks: Any = (),
     ) -> list[LiFTPrior]:
         """One chain, several mixtures: a prior for each number of components; saved in a :meth:`session`."""
         for k in components:
@@ -246,7 +261,10 @@ class LiFT:
             raise ValueError(f"start has shape {tuple(start.shape)}; the adapter has {self.adapter.dim} weights.")
         if self.settings.ranks_block_size:
             distributed.join()
-        joint = None if start is not None else self._joint(tasks, session, progress, on_step)
+        watchers = Watchers(
+            callbacks, Run("meta-train"), [len(t.train) for t in tasks], [t.name for t in tasks], on_step
+        )
+        joint = None if start is not None else self._joint(tasks, session, progress, watchers.of("joint-trial"))
         run = self if joint is None else self._after(joint)
         program = run.program(tasks)
         s = run._fitted(program)
@@ -258,7 +276,8 @@ class LiFT:
         ]
         warmup_steps = s.sgd_steps + s.burn_in
         done = 0 if session is None else session.transitions
-        with chain_bar(warmup_steps + s.samples, "meta-train", progress, done, on_step) as bar:
+        watchers.run = replace(watchers.run, settings=asdict(s))
+        with chain_bar(warmup_steps + s.samples, "meta-train", progress, done, watchers) as bar:
 
             def hook(kernel: SGLDGibbs, *where: Any) -> None:
                 bar(kernel, *where)

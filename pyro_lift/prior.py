@@ -18,7 +18,7 @@ from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.defaults import one_width, resolved
 from pyro_lift.development import windows_of
 from pyro_lift.generation.decode import generate
-from pyro_lift.inference.adaptation.chain import Source, run_chain, run_watched
+from pyro_lift.inference.adaptation.chain import Shown, Source, run_chain, run_watched
 from pyro_lift.inference.adaptation.early_stopping import DrawWindows
 from pyro_lift.inference.adaptation.meta_testing import (
     UNTOUCHED,
@@ -41,13 +41,7 @@ from pyro_lift.models.solved_heads import UNMOVED, SolvedHeads, has_solved_head,
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior
-from pyro_lift.saving.folders import (
-    chosen_weights,
-    export_library,
-    export_prior,
-    load_prior,
-    save_prior,
-)
+from pyro_lift.saving.folders import chosen_weights, export_library, export_prior, load_prior, save_prior
 from pyro_lift.saving.hub import push
 from pyro_lift.saving.served import export_served
 from pyro_lift.settings import AdaptSettings, LiFTSettings
@@ -184,13 +178,16 @@ class LiFTPrior:
         return self.prediction_temperature
 
     @at_top_level()
-    def adapt(self, task: Task, *, seed: int | None = None, progress: bool = False, **options: Any) -> TaskPosterior:
+    def adapt(
+        self, task: Task, *, seed: int | None = None, progress: bool = False, callbacks: Any = (), **options: Any
+    ) -> TaskPosterior:
         """Draw from the posterior of a new task's weights (Eq. 15-18).
 
         Args:
             task: its training rows.
             seed: of this chain; None takes the prior's.
             progress: whether to show a bar.
+            callbacks: of the chain (:mod:`pyro_lift.watching`).
             options: fields of :class:`AdaptSettings` to change for this task; with ``dev_every`` its development rows
                 are looked at on the way, and the best draws are kept.
 
@@ -218,10 +215,10 @@ class LiFTPrior:
         start = starts[0] if starts else best_start(program, mixture, untouched)
         if untouched is not None and start.component == UNTOUCHED:
             program.prior = broadened(untouched.prior(mixture), self.beta)
-        title = f"adapt to {task.name}" if progress else None
+        shown = Shown(progress, callbacks, [task])
         solve = None if solved is None else partial(self._heads, solved, 0, seed=seed)
         windows = windows_of(self.adapter, task, a, solve, s.noise_scale)
-        chain = self._run(program, start.theta, a, Source(seed), title, windows)
+        chain = self._run(program, start.theta, a, Source(seed), shown, windows)
         draws = chain.get_samples()
         thetas = with_unmoved(start.theta, draws["theta"], unmoved)
         heads = draws.get("head") if solve is None else solve(thetas)
@@ -235,6 +232,7 @@ class LiFTPrior:
         block_size: int = 8,
         seed: int | None = None,
         progress: bool = False,
+        callbacks: Any = (),
         **options: Any,
     ) -> list[TaskPosterior]:
         """:meth:`adapt` to several tasks; those of a block go through the network in one pass.
@@ -248,23 +246,25 @@ class LiFTPrior:
             block_size: tasks of one pass.
             seed: of all chains; None takes the prior's.
             progress: whether to show bars.
+            callbacks: of the chains.
             options: fields of :class:`AdaptSettings` to change.
         """
         check_number("block_size", block_size, least=1, open_below=False, whole=True)
         a = self._adapt_settings(options)
         apart = block_size == 1 or (a.dev_every > 0 and any(task.dev is not None for task in tasks))
         if apart or not can_share_pass(tasks, self._head_scale(tasks), self.settings.head != "langevin"):
-            return [self.adapt(task, seed=seed, progress=progress, **options) for task in tasks]
+            each: dict[str, Any] = {"progress": progress, "callbacks": callbacks, **options}
+            return [self.adapt(task, seed=seed, **each) for task in tasks]
         seed = self.seed if seed is None else seed
         blocks = [tasks[first : first + block_size] for first in range(0, len(tasks), block_size)]
         return [
             posterior
             for number, block in enumerate(blocks)
-            for posterior in self._adapt_block(block, a, Source(seed, number), progress)
+            for posterior in self._adapt_block(block, a, Source(seed, number), Shown(progress, callbacks))
         ]
 
     def _adapt_block(
-        self, tasks: Sequence[Task], a: AdaptSettings, source: Source, progress: bool
+        self, tasks: Sequence[Task], a: AdaptSettings, source: Source, shown: Shown
     ) -> list[TaskPosterior]:
         s, mixture = self.settings, self.mixture.get()
         tasks = [task.to(self.adapter.initial.device) for task in tasks]
@@ -283,13 +283,11 @@ class LiFTPrior:
         starts = starts or best_starts(program, mixture, untouched)
         none_of_the_kind = [start.component == UNTOUCHED for start in starts]
         if any(none_of_the_kind) and not all(none_of_the_kind):
-            return self._adapt_apart(tasks, none_of_the_kind, a, source, progress)
+            return self._adapt_apart(tasks, none_of_the_kind, a, source, shown)
         if untouched is not None and all(none_of_the_kind):
             program.prior = broadened(untouched.prior(mixture), self.beta)
-        names = f"{tasks[0].name} .. {tasks[-1].name}"
-        title = f"adapt to {names}" if progress else None
         at = torch.stack([start.theta for start in starts])
-        mcmc = self._run(program, at, a, source, title)
+        mcmc = self._run(program, at, a, source, shown._replace(tasks=tasks))
         draws, heads = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
         posteriors = []
         for k, (task, start) in enumerate(zip(tasks, starts, strict=True)):
@@ -308,14 +306,14 @@ class LiFTPrior:
         return TaskPosterior(self.adapter, task, thetas, heads, component, mcmc, **options)
 
     def _adapt_apart(
-        self, tasks: Sequence[Task], apart: Sequence[bool], a: AdaptSettings, source: Source, progress: bool
+        self, tasks: Sequence[Task], apart: Sequence[bool], a: AdaptSettings, source: Source, shown: Shown
     ) -> list[TaskPosterior]:
         """Adapt to the tasks that are none of the kind in a pass of their own: their prior is another."""
         posteriors: dict[int, TaskPosterior] = {}
         for which in (False, True):
             places = [k for k, is_apart in enumerate(apart) if is_apart == which]
             number = source.number + (APART if which else 0)
-            part = self._adapt_block([tasks[k] for k in places], a, Source(source.seed, number), progress)
+            part = self._adapt_block([tasks[k] for k in places], a, Source(source.seed, number), shown)
             posteriors |= dict(zip(places, part, strict=True))
         return [posteriors[k] for k in range(len(tasks))]
 
@@ -361,10 +359,10 @@ class LiFTPrior:
         start: Tensor,
         a: AdaptSettings,
         source: Source,
-        title: str | None,
+        shown: Shown,
         windows: DrawWindows | None = None,
     ) -> MCMC | DrawWindows:
-        """Run the chain of Eq. 18 from a start, through windows if there are any; with a title, there is a bar."""
+        """Run the chain of Eq. 18 from a start, through windows if there are any."""
         assert a.learning_rate is not None and a.temperature is not None and a.n_inflate is not None
         options: dict[str, Any] = {
             "step_size": 2.0 * a.learning_rate,
@@ -376,8 +374,8 @@ class LiFTPrior:
             "site_temperature": {"head": self.settings.head_temperature},
         }
         if windows is not None:
-            return run_watched(program, start, windows, source, title, **options)
-        return run_chain(program, start, a.steps, a.draws, source, title, **options)
+            return run_watched(program, start, windows, source, shown, **options)
+        return run_chain(program, start, a.steps, a.draws, source, shown, **options)
 
     def _adapt_settings(self, options: Mapping[str, Any]) -> AdaptSettings:
         for name in options:

@@ -15,20 +15,21 @@ PACKAGES = {
 #: Floors from the ground up. A module belongs to the longest name that it starts with.
 LAW: dict[str, set[str]] = {
     "support": set(),
+    "watching": {"support"},
     "models": {"support"},
     "data": {"models", "support"},
-    "inference": {"models", "support"},
-    "inference.baselines": {"inference", "models", "support"},
+    "inference": {"models", "support", "watching"},
+    "inference.baselines": {"inference", "models", "support", "watching"},
     "settings": {"support"},
     "defaults": {"models", "settings", "support"},
     "saving": {"data", "inference", "models", "settings", "support"},
     "diagnostics": {"inference", "models", "settings", "support"},
     "metrics": {"data", "models", "support"},
     "generation": {"data", "metrics", "models", "support"},
-    "posterior": {"generation", "data", "metrics", "saving", "inference", "models", "settings", "support"},
-    "tuning": {"inference", "inference.baselines", "metrics", "data", "models", "settings", "support"},
-    "config": {"data", "models", "settings", "support"},
-    "wiring": {"config", "data", "models", "settings", "support"},
+    "posterior": {"watching", "generation", "data", "metrics", "saving", "inference", "models", "settings", "support"},
+    "tuning": {"watching", "inference", "inference.baselines", "metrics", "data", "models", "settings", "support"},
+    "config": {"watching", "data", "models", "settings", "support"},
+    "wiring": {"watching", "config", "data", "models", "settings", "support"},
 }
 LAW["adapter_library"] = LAW["posterior"] | {"defaults", "posterior"}
 LAW["development"] = {"generation", "data", "metrics", "inference", "models", "settings", "support"}

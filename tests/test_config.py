@@ -57,7 +57,7 @@ def test_a_mistake_is_answered_with_the_file_the_key_and_the_way_out(tmp_path: P
 def test_the_reference_is_toml_and_names_every_key() -> None:
     text = reference()
     uncommented = [line for line in text.splitlines() if line.startswith("[")]
-    assert uncommented == ["[backbone]", "[adapter]", "[tasks]", "[sampler]", "[adapt]", "[output]"]
+    assert uncommented == ["[backbone]", "[adapter]", "[tasks]", "[sampler]", "[adapt]", "[output]", "[log]"]
     assert set(tomllib.loads(text)) == {f.name for f in dataclasses.fields(RunConfig)}
     filled = text.replace("# name = required", 'name = "b"').replace("# kind = required", 'kind = "timm"')
     lines = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
@@ -11,8 +13,11 @@ from pyro_lift.inference.adaptation.early_stopping import DrawWindows
 from pyro_lift.inference.mcmc import MCMC
 from pyro_lift.inference.progress import chain_bar
 from pyro_lift.inference.sgld_kernel import SGLD
+from pyro_lift.models.task import Task
+from pyro_lift.watching.steps import Run
+from pyro_lift.watching.watch import Watchers
 
-__all__ = ["Source", "run_chain", "run_watched"]
+__all__ = ["Shown", "Source", "run_chain", "run_watched"]
 
 
 class Source(NamedTuple):
@@ -22,8 +27,33 @@ class Source(NamedTuple):
     number: int = 0
 
 
+class Shown(NamedTuple):
+    """How chains are shown: whether by a bar, and to which callbacks; and as whose.
+
+    Attributes:
+        bar: whether there is one.
+        callbacks: of :mod:`pyro_lift.watching`.
+        tasks: of the chain.
+    """
+
+    bar: bool = False
+    callbacks: Any = ()
+    tasks: Sequence[Task] = ()
+
+    @property
+    def name(self) -> str:
+        """The task's name, or the first and the last one's."""
+        names = [task.name for task in self.tasks]
+        return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+
+    def watchers(self, steps: int) -> Watchers:
+        """Make what tells the callbacks of the chain's steps."""
+        run = Run("adapt", self.name, settings={"steps": steps})
+        return Watchers(self.callbacks, run, [len(task.train) for task in self.tasks], [t.name for t in self.tasks])
+
+
 def run_chain(
-    program: Any, start: Tensor, steps: int, draws: int, source: Source, title: str | None = None, **options: Any
+    program: Any, start: Tensor, steps: int, draws: int, source: Source, shown: Shown | None = None, **options: Any
 ) -> MCMC:
     """Run the chain from a start and keep some of its draws.
 
@@ -33,7 +63,7 @@ def run_chain(
         steps: in all.
         draws: kept, evenly spaced over the last half.
         source: of minibatches and noise.
-        title: of a bar; None shows none.
+        shown: bar and callbacks; None shows nothing.
         options: of :class:`~pyro_lift.inference.sgld_kernel.SGLD`.
 
     Raises:
@@ -50,14 +80,14 @@ def run_chain(
     )
     kernel.chain_number = source.number
     warmup_steps = steps - thinning * draws
-    with chain_bar(warmup_steps + draws, title or "", title is not None) as hook:
+    with _bar(warmup_steps + draws, steps, shown) as hook:
         mcmc = MCMC(kernel, num_samples=draws, warmup_steps=warmup_steps, disable_progbar=True, hook_fn=hook)
         mcmc.run()
     return mcmc
 
 
 def run_watched(
-    program: Any, start: Tensor, windows: DrawWindows, source: Source, title: str | None = None, **options: Any
+    program: Any, start: Tensor, windows: DrawWindows, source: Source, shown: Shown | None = None, **options: Any
 ) -> DrawWindows:
     """Run the chain from a start under early stopping, and return its windows.
 
@@ -68,7 +98,7 @@ def run_watched(
         start: of theta, ``[D]``.
         windows: that are judged; they know the steps.
         source: of minibatches and noise.
-        title: of a bar; None shows none.
+        shown: bar and callbacks; None shows nothing.
         options: of :class:`~pyro_lift.inference.sgld_kernel.SGLD`.
 
     Raises:
@@ -84,7 +114,7 @@ def run_watched(
     kernel.chain_number = source.number
     kernel.setup(windows.steps)
     weights = kernel.initial_params
-    with chain_bar(windows.steps, title or "", title is not None) as hook:
+    with _bar(windows.steps, windows.steps, shown) as hook:
         for step in range(1, windows.steps + 1):
             weights = kernel.sample(weights)
             hook(kernel, weights, "Warmup", step - 1)
@@ -92,3 +122,9 @@ def run_watched(
                 break
     kernel.cleanup()
     return windows
+
+
+def _bar(total: int, steps: int, shown: Shown | None) -> AbstractContextManager[Callable[..., None]]:
+    if shown is None or not shown.tasks:
+        return chain_bar(total, "", show=False)
+    return chain_bar(total, f"adapt to {shown.name}", shown.bar, on_step=shown.watchers(steps))

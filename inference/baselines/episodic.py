@@ -32,6 +32,7 @@ from pyro_lift.inference.baselines.union_train import warm_up
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task
+from pyro_lift.watching.watch import tell
 
 __all__ = [
     "Episodic",
@@ -141,7 +142,7 @@ def meta_train(
         method: its meta-gradient, and what that costs.
         tasks: the tasks to learn from.
         gradient: from the jointly trained weights ``[D]`` to the gradient of a task, in place of ``method.gradient``.
-        on_step: called after each outer step.
+        on_step: called after each outer step; :func:`pyro_lift.watching.watch` is told more of it.
 
     Raises:
         ValueError: no task, or a task of one row.
@@ -165,8 +166,7 @@ def meta_train(
             batch = islice(stream, method.tasks_per_step)
             gradients = [gradient_of(omega, episode, heads, generator) for episode in batch]
             omega, state = rule.update(omega, torch.stack(gradients).mean(0), state)
-            if on_step is not None:
-                on_step()
+            tell(on_step, phase="meta", step_size=budget.meta_learning_rate)
     return EpisodicState(omega, steps)
 
 

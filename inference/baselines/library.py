@@ -27,6 +27,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.features import features
 from pyro_lift.models.task import Task
 from pyro_lift.support.random_streams import stream_seed
+from pyro_lift.watching.watch import tell
 
 __all__ = ["TrainedLibrary", "library_space", "nearest", "task_key", "train_library"]
 
@@ -65,8 +66,7 @@ def train_library(
     for number, task in enumerate(tasks):
         late = finetune(adapter, task, adapter.initial.clone(), share, seed=stream_seed(budget.seed, number))
         thetas.append(late.thetas.mean(0))
-        if on_step is not None:
-            on_step()
+        tell(on_step, phase="library", tasks=(task.name,))
     keys = torch.stack([task_key(adapter, task) for task in tasks])
     return TrainedLibrary(torch.stack(thetas), keys, tuple(task.name for task in tasks), steps * len(tasks))
 

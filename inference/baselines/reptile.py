@@ -28,6 +28,7 @@ from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_literal, check_number
+from pyro_lift.watching.watch import tell
 
 __all__ = ["Reptile", "ReptileState"]
 
@@ -96,8 +97,7 @@ class Reptile:
             ends = [self.inner_loop(phi, i, tasks[i], heads, generator) for i in islice(turn, self.tasks_per_step)]
             rate = self.outer_rate * (1.0 - step / steps)
             phi = phi + rate * (torch.stack(ends).mean(0) - phi)
-            if on_step is not None:
-                on_step()
+            tell(on_step, phase="meta", step_size=rate)
         return ReptileState(phi, steps)
 
     def inner_loop(self, phi: Tensor, index: int, task: Task, heads: Heads, generator: torch.Generator) -> Tensor:

@@ -36,6 +36,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.priors import LocalGaussian
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number
+from pyro_lift.watching.watch import tell
 
 __all__ = ["SharedPEFT", "SharedPEFTState"]
 
@@ -115,8 +116,8 @@ class SharedPEFT:
             heads.update(i, g.head)
             if step >= burn_in:
                 total, squares = total + theta, squares + theta.double().square()
-            if on_step is not None:
-                on_step()
+            phase = "burn-in" if step < burn_in else "sample"
+            tell(on_step, phase=phase, loss=loss.detach(), tasks=(tasks[i].name,))
         n = b.visits - burn_in
         mean = total / n
         variance = (squares / n - mean.square()).clamp_min(1e-12)

@@ -25,6 +25,7 @@ from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.support.options import check_number
+from pyro_lift.watching.watch import tell
 
 __all__ = ["UnionTrain", "UnionTrainState", "union_train", "warm_up"]
 
@@ -108,7 +109,7 @@ def union_train(
         steps: gradient steps, each on a minibatch of one task.
         learning_rate: of Adam.
         start: the weights to begin from ``[D]``; None takes the adapter's own start.
-        on_step: called after each step.
+        on_step: called after each step; :func:`pyro_lift.watching.watch` is told its loss too.
 
     Returns:
         The trained adapter weights ``[D]``.
@@ -142,6 +143,5 @@ def union_train(
         gradient = differentiate(loss, weights)
         theta, state = rule.update(theta, gradient.theta, state)
         heads.update(index, gradient.head)
-        if on_step is not None:
-            on_step()
+        tell(on_step, phase="joint", loss=loss.detach(), step_size=learning_rate, tasks=(tasks[index].name,))
     return theta

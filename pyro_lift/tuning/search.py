@@ -39,6 +39,7 @@ from pyro_lift.metrics.task import scores
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.tuning.choosing import FAILED, choose
 from pyro_lift.tuning.held_out import dealt, judged
+from pyro_lift.watching.watch import watch
 
 __all__ = ["Candidate", "Contender", "Trial", "Tuning", "search", "trial_bar"]
 
@@ -170,14 +171,19 @@ def search(
 
 
 @contextmanager
-def trial_bar(show: bool = True) -> Iterator[Callable[[Trial], None]]:
-    """Show the trials as they are made; hidden under CI and xdist, as other bars."""
+def trial_bar(show: bool = True, callbacks: Any = ()) -> Iterator[Callable[[Trial], None]]:
+    """Show the trials as they are made, and tell callbacks; the bar is hidden under CI and xdist, as other bars."""
     hidden = not show or "CI" in os.environ or "PYTEST_XDIST_WORKER" in os.environ
-    with tqdm(unit="trial", desc="tune", disable=hidden, dynamic_ncols=True) as bar:
+    with (
+        watch(callbacks, "tune") as watchers,
+        tqdm(unit="trial", desc="tune", disable=hidden, dynamic_ncols=True) as bar,
+    ):
 
         def told(trial: Trial) -> None:
             bar.set_postfix_str(f"rung {trial.rung + 1}, {trial.loss:.3f}: {trial.settings}", refresh=False)
             bar.update()
+            phase = f"rung {trial.rung + 1}: {trial.settings}"
+            watchers.tell(phase=phase, loss=trial.loss, seconds=trial.seconds)
 
         yield told
 
