@@ -6,7 +6,7 @@ Without these arguments they are Pyro's own, but that chains in processes of the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -161,28 +161,42 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
         checkpoint: str | Path | Session | None = None,
         checkpoint_every: int = 1000,
         resume: str | Path | None = None,
+        until: Callable[[int], bool] | None = None,
         callbacks: Any = (),
         **kwargs: Any,
     ) -> None:
-        """Run the chain; see :meth:`MCMC.run`. Statistics must be Pyro's, ours, or have a ``state_dict``."""
+        """Run the chain; see :meth:`MCMC.run`. Statistics must be Pyro's, ours, or have a ``state_dict``.
+
+        ``until`` is told the number of draws after each, once the statistics have seen it, and ends the chain by
+        returning True; ``num_samples`` is then the number of draws made.
+        """
+        if until is not None and self.num_chains > 1:
+            raise ValueError(f"num_chains={self.num_chains}: until is of one chain. Run each chain on its own.")
         _begin_run(self.kernel, self.num_chains)
         session = _session(self, checkpoint, checkpoint_every, resume)
-        if session is None:
+        if session is None and until is None:
             _read_transforms(self, args, kwargs)
             with _callers_logger(), _watched(self, callbacks):
                 super().run(*args, **kwargs)
             _in_order_of_chains(self._statistics)
             return
-        check_statistics(self._statistics)
         plain, total = self.sampler, self.num_samples
+        before = 0 if session is None else session.draws
         # What is saved is in the statistics already; Pyro counts the draws that are still to come.
-        self.num_samples = total - session.draws
+        self.num_samples = total - before
+        ending = None
         try:
-            with _callers_logger(), _watched(self, callbacks, session.transitions):
-                self.sampler = _SavedChain(plain, session, self._statistics)
+            with _callers_logger(), _watched(self, callbacks, 0 if session is None else session.transitions):
+                if session is not None:
+                    check_statistics(self._statistics)
+                    self.sampler = _SavedChain(plain, session, self._statistics)
+                if until is not None:
+                    ending = _EndingChain(self.sampler, self, lambda made: until(before + made))
+                    self.sampler = ending
                 super().run(*args, **kwargs)
         finally:
-            self.sampler, self.num_samples = plain, total
+            ended = ending is not None and ending.ended
+            self.sampler, self.num_samples = plain, before + self.num_samples if ended else total
 
 
 def _in_order_of_chains(statistics: Any) -> None:
@@ -276,6 +290,30 @@ def _session(
             f"{session.folder} holds {session.draws} draws already, and num_samples={mcmc.num_samples} is fewer."
         )
     return session
+
+
+class _EndingChain:
+    """A sampler of one chain that ends before its last draw, where it is told to."""
+
+    def __init__(self, plain: Any, mcmc: StreamingMCMC, until: Callable[[int], bool]) -> None:
+        self.plain, self.mcmc, self.until, self.ended = plain, mcmc, until, False
+
+    def run(self, *args: Any, **kwargs: Any) -> Iterator[tuple[Any, int]]:
+        """What Pyro's own sampler yields: the structure, draws until the end, the diagnostics."""
+        mcmc, chain = self.mcmc, self.plain.run(*args, **kwargs)
+        yield next(chain)
+        for made, item in enumerate(chain, 1):
+            yield item  # by the time this goes on, the statistics have seen it
+            if made <= mcmc.num_samples and self.until(made) and made < mcmc.num_samples:
+                chain.close()
+                mcmc.num_samples, self.ended = made, True  # Pyro takes what comes after so many for the diagnostics
+                yield mcmc.kernel.diagnostics(), 0
+                mcmc.kernel.cleanup()
+                return
+
+    def terminate(self, *args: Any) -> None:
+        """Hand on what the plain sampler is told."""
+        self.plain.terminate(*args)
 
 
 class _SavedChain:

@@ -44,6 +44,7 @@ from pyro_lift.support.durations import seconds_of
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_number, current_names
 from pyro_lift.tuning.candidates import lift_candidates, shortened
+from pyro_lift.tuning.early_stopping import HeldOutLooks, mean_loss, with_held_out
 from pyro_lift.tuning.halves import Joint, joint_on_trial, log_probs_at, trial_steps
 from pyro_lift.tuning.held_out import has_unseen_rows
 from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
@@ -259,6 +260,7 @@ class LiFT:
             check_number("components", k, least=1, open_below=False, whole=True)
         if start is not None and start.shape != self.adapter.initial.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}; the adapter has {self.adapter.dim} weights.")
+        tasks, held_out = with_held_out(tasks) if self.settings.stop_every else (tasks, [])
         if self.settings.ranks_block_size:
             distributed.join()
         watchers = Watchers(
@@ -277,6 +279,24 @@ class LiFT:
         warmup_steps = s.sgd_steps + s.burn_in
         done = 0 if session is None else session.transitions
         watchers.run = replace(watchers.run, settings=asdict(s))
+
+        def prior(k: int, summary: ChainSummary, moments: dict[str, Tensor], results: dict[str, float]) -> LiFTPrior:
+            return LiFTPrior(
+                self.adapter,
+                summary.mixtures[k],
+                replace(s, components=k, sgd_steps=self.settings.sgd_steps),
+                self.adapt_settings,
+                moments,
+                mcmc,
+                self.seed,
+                tasks=[task.name for task in tasks],
+                results=results,
+                prediction_temperature=(self.tuning and self.tuning.temperature) or 1.0,
+                tuning=None if self.tuning is None else self.tuning.to_dict(),
+                matching_scale=None if program.solved is None else program.solved.mean_scale(),
+                encoding=next((task.encoding for task in tasks if task.encoding is not None), None),
+            )
+
         with chain_bar(warmup_steps + s.samples, "meta-train", progress, done, watchers) as bar:
 
             def hook(kernel: SGLDGibbs, *where: Any) -> None:
@@ -293,29 +313,19 @@ class LiFT:
                 disable_progbar=True,
                 hook_fn=hook,
             )
-            mcmc.run(checkpoint=session)
-        summary = mcmc._statistics.stats[(0, "phi")]
-        moments = {k: v.reshape(-1) for k, v in kernel.state.second_moment.items() if k == "theta"}
-        results = _effective(program, moments, s) | ({} if joint is None else joint.results())
-        matching_scale = None if program.solved is None else program.solved.mean_scale()
-        return [
-            LiFTPrior(
-                self.adapter,
-                summary.mixtures[k],
-                replace(s, components=k, sgd_steps=self.settings.sgd_steps),
-                self.adapt_settings,
-                moments,
-                mcmc,
-                self.seed,
-                tasks=[task.name for task in tasks],
-                results=results,
-                prediction_temperature=(self.tuning and self.tuning.temperature) or 1.0,
-                tuning=None if self.tuning is None else self.tuning.to_dict(),
-                matching_scale=matching_scale,
-                encoding=next((task.encoding for task in tasks if task.encoding is not None), None),
+            looks = HeldOutLooks(
+                lambda: (mcmc._statistics.stats[(0, "phi")], _moments(kernel)),
+                lambda summary, moments: mean_loss(
+                    prior(components[0], summary, moments, {}).adapt_many(held_out, seed=0), held_out
+                ),
+                every=s.stop_every,
+                patience=s.stop_patience,
+                session=session,
             )
-            for k in components
-        ]
+            mcmc.run(checkpoint=session, until=looks.ends if held_out else None)
+        summary, moments = looks.kept() or (mcmc._statistics.stats[(0, "phi")], _moments(kernel))
+        results = _effective(program, moments, s) | ({} if joint is None else joint.results()) | looks.results()
+        return [prior(k, summary, moments, results) for k in components]
 
     def _joint(
         self, tasks: Sequence[Task], session: Session | None, progress: bool, on_step: Callable[[], None] | None
@@ -438,6 +448,11 @@ def _loss_watch(program: AdapterHierarchy, s: LiFTSettings) -> LossWatch:
         [chance_loss(task, s.noise_scale) for task in program.tasks],
         "Leave beta, sigma and temperature open, or lower the temperature (or raise n_inflate, which is the same).",
     )
+
+
+def _moments(kernel: SGLDGibbs) -> dict[str, Tensor]:
+    """Return the preconditioner that adaptation begins with."""
+    return {k: v.reshape(-1) for k, v in kernel.state.second_moment.items() if k == "theta"}
 
 
 def _effective(program: AdapterHierarchy, moments: dict[str, Tensor], s: LiFTSettings) -> dict[str, float]:

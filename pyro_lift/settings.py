@@ -144,12 +144,28 @@ class LiFTSettings:
         default=0.0, metadata={"help": "variance of the noise in a head; 0 moves it to its mode, as all methods do"}
     )
 
+    stop_every: int = field(
+        default=0,
+        metadata={
+            "help": "draws between two looks at a fifth of the tasks, held out: meta-training ends where they no "
+            "longer gain; 0: it does not look"
+        },
+    )
+    stop_patience: int = field(
+        default=3, metadata={"help": "looks without a better one, after which it ends with the best"}
+    )
+
     def __post_init__(self) -> None:
         _check_numbers(
             self,
             positive=("noise_scale", "head_lr_scale", "phi_step_fraction"),
-            counts=("components", "samples", "thinning", "block_size"),
+            counts=("components", "samples", "thinning", "block_size", "stop_patience"),
         )
+        if self.stop_every and self.ranks_block_size:
+            raise ValueError(
+                f"stop_every={self.stop_every} with ranks_block_size={self.ranks_block_size}: processes that share "
+                "visits would each judge by themselves. Leave one of the two at 0."
+            )
         for name in ("beta", "sigma", "learning_rate", "sgd_learning_rate", "n_inflate"):
             value = getattr(self, name)
             for number in value if isinstance(value, (list, tuple)) else [value]:
@@ -158,7 +174,7 @@ class LiFTSettings:
         if self.temperature is not None:
             check_number("temperature", self.temperature, open_below=False)
         check_number("head_temperature", self.head_temperature, open_below=False)
-        for name in ("sgd_steps", "burn_in", "batch_size", "ranks_block_size"):
+        for name in ("sgd_steps", "burn_in", "batch_size", "ranks_block_size", "stop_every"):
             check_number(name, getattr(self, name), open_below=False, whole=True)
         check_choice("covariance", self.covariance, ["diag", "spherical"])
         check_choice("phi_update", self.phi_update, ["gibbs", "langevin"])
@@ -178,9 +194,9 @@ def complete_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Add to settings that were saved the fields that did not exist then, with the values that mean what was done.
 
     Heads of tasks' own took steps before they could be solved, and label matching had none. Nothing was shifted before
-    there was a translation.
+    there was a translation, and no run stopped before its end.
     """
-    return {"head": "langevin", "translation": "none", **saved}
+    return {"head": "langevin", "translation": "none", "stop_every": 0, "stop_patience": 3, **saved}
 
 
 def complete_adapt_settings(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,8 +99,8 @@ def _adapt(settings: LiFTSettings, adapt: AdaptSettings, rate: float, steps: flo
 
 
 def shortened(settings: LiFTSettings, share: float) -> LiFTSettings:
-    """Return the settings of a chain of a fraction of the length."""
-    return replace(settings, **_lengths(settings, share))
+    """Return the settings of a chain of a fraction of the length, which is not stopped before it."""
+    return replace(settings, stop_every=0, **_lengths(settings, share))
 
 
 def _lengths(settings: LiFTSettings, share: float) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from pyro_lift.tuning.choosing import FAILED, choose
 from pyro_lift.tuning.held_out import dealt, judged
 from pyro_lift.watching.watch import watch
 
-__all__ = ["Candidate", "Contender", "Trial", "Tuning", "search", "trial_bar"]
+__all__ = ["MOST_ROWS", "PARTS", "Candidate", "Contender", "Trial", "Tuning", "scored", "search", "trial_bar"]
 
 #: Parts that the tasks are dealt into; one of them is held out at a time.
 PARTS = 5
@@ -316,7 +316,7 @@ class _Search:
             posteriors = contender.adapt(states[key], held_out)
             result = _Judged([], [])
             for task, posterior in zip(held_out, posteriors, strict=True):
-                score, pair = _scored(posterior, task)
+                score, pair = scored(posterior, task)
                 result.scores.append(score)
                 result.predictions.extend(pair)
             self.adapting = max(self.adapting, time.monotonic() - begun)
@@ -346,8 +346,8 @@ class _Search:
         return math.inf if self.seconds is None else self.seconds - (time.monotonic() - self.start)
 
 
-def _scored(posterior: Posterior, task: Task) -> tuple[Mapping[str, float], list[tuple[Tensor, Tensor]]]:
-    """Score one task; of classes, return what a temperature is fitted to."""
+def scored(posterior: Posterior, task: Task) -> tuple[Mapping[str, float], list[tuple[Tensor, Tensor]]]:
+    """Score one task on its test rows; of classes, return what a temperature is fitted to too."""
     assert task.test is not None
     p = _predicted(posterior, task.test)
     values = scores(p, task.test, task)
