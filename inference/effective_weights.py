@@ -2,10 +2,18 @@ r"""How many of a task's weights its data move: the effective number of paramete
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["effective_weights"]
+from pyro_lift.models.observation import WHOLE
+from pyro_lift.models.task import Task
+
+__all__ = ["effective_weights", "weights_moved"]
+
+log = logging.getLogger("pyro_lift")
 
 
 def effective_weights(
@@ -33,3 +41,32 @@ def effective_weights(
     h = second_moment.double() * (min(batch_size, rows) / (power * rows))
     pull = h * torch.as_tensor(beta, dtype=torch.float64, device=h.device).square()
     return float((pull / (1.0 + pull)).sum())
+
+
+def weights_moved(
+    moments: Mapping[str, Tensor], beta: float | Tensor, tasks: Sequence[Task], *, batch_size: int, power: float
+) -> dict[str, float]:
+    """Report how many weights a task's data move, and warn of less than one.
+
+    Args:
+        moments: mean squares of the preconditioner by local family; without theta's the curvature is not known, and
+            nothing is reported.
+        beta: standard deviation of a task's weights around phi; one number or ``[D]``.
+        tasks: of the run.
+        batch_size: rows of a minibatch; 0 for whole tasks.
+        power: on the likelihood.
+    """
+    if "theta" not in moments:
+        return {}
+    rows, dim = sum(len(task.train) for task in tasks) / len(tasks), len(moments["theta"])
+    batch = float(batch_size) if batch_size else min(rows, float(WHOLE))
+    number = effective_weights(moments["theta"], beta, rows=rows, batch_size=batch, power=power)
+    log.info("the data of a task move about %.3g of the adapter's %d weights", number, dim)
+    if number < 1.0:
+        log.warning(
+            "the data of a task move less than one of the adapter's %d weights (%.2g): a new task is predicted as phi "
+            "predicts it. Lower the temperature and leave beta open, or give beta a larger value.",
+            dim,
+            number,
+        )
+    return {"weights that a task's data move": number}

@@ -19,7 +19,7 @@ from pyro_lift.inference.chain_summary import ChainSummary
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.folder import saved_config
 from pyro_lift.inference.checkpoint.session import Session
-from pyro_lift.inference.effective_weights import effective_weights
+from pyro_lift.inference.effective_weights import weights_moved
 from pyro_lift.inference.footprint import mixture_need
 from pyro_lift.inference.gibbs.accumulator import langevin_limit
 from pyro_lift.inference.gibbs.conjugate import NormalPair
@@ -32,7 +32,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.chance import chance_loss
 from pyro_lift.models.hierarchical import AdapterHierarchy
-from pyro_lift.models.observation import WHOLE, own_head_scale
+from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.solved_heads import has_solved_head
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight
@@ -324,7 +324,8 @@ class LiFT:
             )
             mcmc.run(checkpoint=session, until=looks.ends if held_out else None)
         summary, moments = looks.kept() or (mcmc._statistics.stats[(0, "phi")], _moments(kernel))
-        results = _effective(program, moments, s) | ({} if joint is None else joint.results()) | looks.results()
+        moved = weights_moved(moments, program.beta, program.tasks, batch_size=s.batch_size, power=s.n_inflate or 1.0)
+        results = moved | ({} if joint is None else joint.results()) | looks.results()
         return [prior(k, summary, moments, results) for k in components]
 
     def _joint(
@@ -453,25 +454,6 @@ def _loss_watch(program: AdapterHierarchy, s: LiFTSettings) -> LossWatch:
 def _moments(kernel: SGLDGibbs) -> dict[str, Tensor]:
     """Return the preconditioner that adaptation begins with."""
     return {k: v.reshape(-1) for k, v in kernel.state.second_moment.items() if k == "theta"}
-
-
-def _effective(program: AdapterHierarchy, moments: dict[str, Tensor], s: LiFTSettings) -> dict[str, float]:
-    """Report how many weights a task's data move; nothing where no preconditioner knows the curvature."""
-    if "theta" not in moments:
-        return {}
-    assert s.n_inflate is not None
-    rows = sum(len(task.train) for task in program.tasks) / len(program.tasks)
-    batch = float(s.batch_size) if s.batch_size else min(rows, float(WHOLE))
-    number = effective_weights(moments["theta"], program.beta, rows=rows, batch_size=batch, power=s.n_inflate)
-    log.info("the data of a task move about %.3g of the adapter's %d weights", number, program.adapter.dim)
-    if number < 1.0:
-        log.warning(
-            "the data of a task move less than one of the adapter's %d weights (%.2g): a new task is predicted as phi "
-            "predicts it. Lower the temperature and leave beta open, or give beta a larger value.",
-            program.adapter.dim,
-            number,
-        )
-    return {"weights that a task's data move": number}
 
 
 class _Contender(NamedTuple):
