@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 __all__ = [
+    "MANIFEST",
     "Cell",
     "Executor",
     "Job",
@@ -38,6 +39,7 @@ __all__ = [
 
 R = TypeVar("R")
 
+#: File of a folder with its cells.
 MANIFEST = "manifest.json"
 
 
@@ -173,19 +175,23 @@ def read_manifest(folder: Path) -> list[Cell]:
     return [Cell(entry["name"], entry["arguments"]) for entry in json.loads((folder / MANIFEST).read_text())]
 
 
-def run_cells(folder: Path, function: Callable[..., Any], *, retry: bool = False) -> list[str]:
+def run_cells(
+    folder: Path, function: Callable[..., Any], *, retry: bool = False, names: Sequence[str] | None = None
+) -> list[str]:
     """Run every cell of the manifest that nobody has taken; several processes may do so at once.
 
     Args:
         folder: with the manifest.
         function: called with a cell's arguments; what it returns must be JSON.
         retry: whether to take cells that another process claimed and did not finish. Only when none is running.
+        names: of the cells that may be run, in the order in which they are begun; None takes all, as they stand.
 
     Returns:
         Names of the cells that this call ran. A cell that raises stays undone and claimed by nobody; its error goes on.
     """
     ran = []
-    for cell in read_manifest(folder):
+    cells = {cell.name: cell for cell in read_manifest(folder)}
+    for cell in cells.values() if names is None else [cells[name] for name in names]:
         done, claim = folder / f"{cell.name}.json", folder / f"{cell.name}.claim"
         if done.exists():
             continue

@@ -53,6 +53,7 @@ class LiFTMethod:
         budget: the warm-up is LiFT's joint training, from the warm start where there is one; a third of the visits burn
             in, the rest are draws.
         settings: of meta-training; what the budget names is taken from the budget.
+        burn_in: visits before the first draw; None takes a third of the budget's.
         ablation: ``"reg"``, Reg(X): adaptation keeps the start and the noise and drops the mixture; ``"noise"``,
             Noise(X): it keeps start and mixture and drops the noise.
 
@@ -64,6 +65,7 @@ class LiFTMethod:
     budget: Budget = field(default_factory=Budget)
     settings: LiFTSettings = field(default_factory=LiFTSettings)
     ablation: Ablation = "none"
+    burn_in: int | None = None
 
     def __post_init__(self) -> None:
         check_literal("ablation", self.ablation, Ablation)
@@ -101,12 +103,13 @@ class LiFTMethod:
     def chain_settings(self) -> LiFTSettings:
         """Return the settings of the chain, with the budget filled in."""
         b = self.budget
+        burn_in = b.visits // 3 if self.burn_in is None else self.burn_in
         return replace(
             self.settings,
             sgd_steps=b.warm_up,
             sgd_learning_rate=b.warm_up_learning_rate,
-            burn_in=b.visits // 3,
-            samples=max((b.visits - b.visits // 3) // self.settings.thinning, 1),
+            burn_in=burn_in,
+            samples=max((b.visits - burn_in) // self.settings.thinning, 1),
             learning_rate=b.meta_learning_rate,
             batch_size=b.batch_size,
             head_scale=b.heads.scale,

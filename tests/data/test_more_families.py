@@ -23,7 +23,7 @@ def _corpus(folder: Path, books: int = 9, paragraphs: int = 300) -> list[str]:
         name = f"Author{book % 5}_Book{book}_1900"
         names.append(f"{name},{paragraphs}")
         for k in range(paragraphs):
-            words = " ".join(f"b{book}p{k}w{w}" for w in range(60))
+            words = " ".join(f"b{book}p{k}w{w}" for w in range(120))
             lines.append(words)
             counted.append(words)
         lines.append("")
