@@ -117,11 +117,20 @@ def demo(
     seeds: Annotated[int, typer.Option(help="families of tasks", min=1)] = 5,
     workers: Annotated[int, typer.Option(help="processes", min=1)] = 2,
     tune: Annotated[bool, typer.Option("--tune", help="choose every method's settings anew, and stop")] = False,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="only the lead over Union Train with 5, 10, 25 and 50 labels a task")
+    ] = False,
 ) -> None:
-    """Compare three methods on handwriting tasks that come with scikit-learn; no network, about three minutes."""
+    """Compare five methods on handwriting tasks that come with scikit-learn; no network, about three minutes."""
     from pyro_lift.bench import demo as this
 
     settings = this.DemoSettings(seeds=seeds, workers=workers, device=device)
+    if labels:
+        from pyro_lift.bench import demo_labels
+
+        demo_labels.run(this.DemoSettings.smoke(device) if smoke else settings, out)
+        print(f"written: {out / 'labels.json'}, {out / 'labels.png'}")
+        return
     if tune:
         for method, choice in this.tune(settings).items():
             print(f"{method}: {choice}")
@@ -221,6 +230,18 @@ def keys() -> None:
     print(reference())
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="folder that `bench paper` wrote into")],
+    out: Annotated[Path | None, typer.Option("--out", help="folder of the page; by default FOLDER")] = None,
+    scale: Annotated[str | None, typer.Option(help="small or paper, where FOLDER has cells of both")] = None,
+) -> None:
+    """Show the results of `bench paper` as one page, each table beside the paper's."""
+    from pyro_lift.bench.page.command import command
+
+    command(folder, out, scale)
+
+
 @bench.command()
 def workflow(
     out: Out = Path("bench"),
@@ -318,6 +339,56 @@ def bench_methods(options: MethodsOptions) -> None:
     }
     settings = replace(MethodsSettings.smoke(o.device) if o.smoke else MethodsSettings(device=o.device), **sizes)
     bench_of_methods.command(o.out, experiment, settings, o.methods, choose=o.choose, tuned=o.tuned)
+
+
+@dataclass(frozen=True)
+class PaperCommand:
+    """Options of ``pyro-lift bench paper``."""
+
+    out: Out = Path("paper-results")
+    table: Annotated[list[int] | None, typer.Option(help="1 to 14; repeat; by default all")] = None
+    figure: Annotated[list[int] | None, typer.Option(help="2, 3, 4 or 7; repeat")] = None
+    family: Annotated[list[str] | None, typer.Option(help="ours: digits, shifts, novels, regressions; repeat")] = None
+    scale: Annotated[str, typer.Option(help="small: what can be had here; paper: the paper's, from the hub")] = "small"
+    root: Annotated[Path | None, typer.Option(help="where the data lie")] = None
+    smoke: Smoke = False
+    seeds: Annotated[int | None, typer.Option(help="the first so many; by default the families'", min=1)] = None
+    methods: Annotated[str | None, typer.Option(help="names with commas between; by default all")] = None
+    splits: Annotated[str | None, typer.Option(help="names with commas between; by default all")] = None
+    jobs: Annotated[int, typer.Option(help="processes", min=1)] = 1
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="configuration, shapes, memory and time; runs none")] = (
+        False
+    )
+    retry: Annotated[bool, typer.Option("--retry", help="take cells that a process which is gone had begun")] = False
+    cluster: Annotated[str | None, typer.Option(help="partition that submitit submits to; local: here")] = None
+
+
+@bench.command("paper")
+@_with_options(PaperCommand)
+def bench_paper(options: PaperCommand) -> None:
+    """Run the cells of the paper's tables and figures, at its scale or at a small one; `report` shows them."""
+    from pyro_lift.bench.paper.command import PaperOptions, command
+
+    def named(given: str | None) -> tuple[str, ...] | None:
+        return None if given is None else tuple(name.strip() for name in given.split(","))
+
+    o = options
+    chosen = PaperOptions(
+        tables=tuple(o.table or ()),
+        figures=tuple(o.figure or ()),
+        families=tuple(o.family or ()),
+        scale=o.scale,  # type: ignore[arg-type]
+        root=o.root,
+        smoke=o.smoke,
+        seeds=o.seeds,
+        methods=named(o.methods),
+        splits=named(o.splits),
+        jobs=o.jobs,
+        dry=o.dry_run,
+        retry=o.retry,
+        cluster=o.cluster,
+    )
+    command(chosen, o.out)
 
 
 @bench.command()

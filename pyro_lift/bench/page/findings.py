@@ -1,0 +1,179 @@
+"""What the evidence says of LiFT, family by family: its rank, its lead, and where it falls short."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from pyro_lift.bench.page.evidence import LOWER, Evidence
+from pyro_lift.bench.page.ranks import Ranking, ranked
+from pyro_lift.bench.paper.contestants import CONTESTANTS, title_of
+from pyro_lift.bench.paper.families import FAMILIES
+from pyro_lift.bench.paper.tables import Column
+from pyro_lift.metrics.significance import PairedTest, paired_test, pooled_t_test, welch_t_test
+
+__all__ = ["OURS", "FamilyVerdict", "TableTests", "family_names", "row_tests", "verdict_of"]
+
+#: Rows that are LiFT as it comes; its ablations are judged as other methods are.
+OURS = ("lift", "lift-k2", "lift-k3", "lift-k5")
+REFERENCE = "lift"
+#: Methods that the paper compares calibration with.
+CALIBRATED = ("maml", "bmaml", "abml")
+#: Below which a difference counts.
+LEVEL = 0.05
+#: Tasks below which nothing is said to lead: of two or three, differences that agree by chance have small p-values.
+LEAST = 4
+
+
+class TableTests(NamedTuple):
+    """p-values of a row against the reference: over seeds as the paper has it, Welch's, and paired over tasks."""
+
+    pooled: float | None
+    welch: float | None
+    paired: PairedTest | None
+
+
+class FamilyVerdict(NamedTuple):
+    """LiFT on one family.
+
+    Attributes:
+        family: name.
+        measure: key of the loss that methods are ranked by; less is better.
+        losses: by method and ``SPLIT TASK``, means over seeds.
+        ranking: of all methods over the tasks that all have; None where there is nothing to rank.
+        place: of LiFT among the others, from 1.
+        runner_up: the best of the others.
+        against: LiFT's loss minus another method's, paired over tasks, by method.
+        calibration: LiFT's ECE minus that of methods that the paper compares it with.
+        seeds: how many.
+    """
+
+    family: str
+    measure: str
+    losses: dict[str, dict[str, float]]
+    ranking: Ranking | None
+    place: int | None
+    runner_up: str | None
+    against: dict[str, PairedTest]
+    calibration: dict[str, PairedTest]
+    seeds: int
+
+    @property
+    def cases(self) -> int:
+        """Number of tasks that LiFT was judged by."""
+        return len(self.losses.get(REFERENCE, {}))
+
+    def sentence(self) -> str:
+        """Say in one sentence where LiFT stands, with the numbers."""
+        if self.runner_up is None or self.place is None:
+            return f"{self.family}: LiFT or everything beside it was not run."
+        test = self.against.get(self.runner_up)
+        ours = statistics.fmean(self.losses[REFERENCE].values())
+        shared = self.losses[self.runner_up]
+        beside = f"{title_of(self.runner_up)} {statistics.fmean(shared.values()):.3f}"
+        told = f"{self.family}: LiFT {ours:.3f}, {beside} ({self.measure}, less is better)"
+        if test is None:
+            return f"{told}; one task, so there is no test."
+        verdict = "ahead" if test.difference < 0 else "behind"
+        sure = "" if test.p_value < LEVEL else ", which these tasks do not tell apart"
+        place = f"place {self.place} of {len(self.ranking.methods) if self.ranking else 0}"
+        return (
+            f"{told}: {abs(test.difference):.3f} ± {test.standard_error:.3f} {verdict}, p = {test.p_value:.2g}{sure}; "
+            f"{place} by mean rank over {self.cases} tasks, {self.seeds} seed{'s' * (self.seeds != 1)}."
+        )
+
+    @property
+    def leads(self) -> bool:
+        """Whether LiFT is ahead of every other method by more than chance, on tasks enough to say so."""
+        test = None if self.runner_up is None else self.against.get(self.runner_up)
+        return self.cases >= LEAST and test is not None and test.difference < 0 and test.p_value < LEVEL
+
+
+def family_names(evidence: Evidence) -> list[str]:
+    """Return the families of which anything was judged, in the registry's order."""
+    present = {family for family, _, _ in evidence.scores}
+    return [name for name in FAMILIES if name in present]
+
+
+def verdict_of(evidence: Evidence, family: str) -> FamilyVerdict:
+    """Judge LiFT on a family by its loss: NLL, of regressions the unexplained variance."""
+    measure = "unexplained" if "unexplained" in {m for (f, _), m in evidence.measures.items() if f == family} else "nll"
+    methods = list(dict.fromkeys(row for f, _, row in evidence.scores if f == family))
+    methods.sort(key=list(CONTESTANTS).index)
+    losses = {row: by_case(evidence, family, row, measure) for row in methods}
+    losses = {row: found for row, found in losses.items() if found}
+    others = [row for row in losses if row not in OURS and not row.startswith(("lift-", "fixed", "variance"))]
+    compared = {row: losses[row] for row in (*others, REFERENCE) if row in losses}
+    # A method without some of the tasks (no probe of tokens) would take these from everyone's ranks.
+    most = max((len(found) for found in compared.values()), default=0)
+    full = {row: found for row, found in compared.items() if len(found) == most}
+    ranking = ranked(full) if REFERENCE in full else None
+    against = {row: test for row in others if (test := _paired(losses.get(REFERENCE, {}), losses[row]))}
+    runner_up = min(
+        (row for row in others if row in full),
+        key=lambda row: statistics.fmean(losses[row].values()),
+        default=None,
+    )
+    ece = {row: by_case(evidence, family, row, "ece") for row in (*CALIBRATED, REFERENCE)}
+    calibration = {row: test for row in CALIBRATED if (test := _paired(ece[REFERENCE], ece[row]))}
+    seeds = {seed for (f, _, row), of in evidence.about.items() if f == family and row == REFERENCE for seed in of}
+    place = None
+    if ranking is not None:
+        place = 1 + ranking.methods.index(REFERENCE)
+    return FamilyVerdict(
+        family, measure, losses, ranking, place, runner_up if REFERENCE in losses else None, against, calibration,
+        len(seeds),
+    )  # fmt: skip
+
+
+def by_case(evidence: Evidence, family: str, row: str, measure: str) -> dict[str, float]:
+    """Return a method's scores by ``SPLIT TASK`` over all splits of a family, means over seeds.
+
+    Splits with the same tasks to be judged by, of which a method that learns nothing from others is run on one, have
+    its numbers on each.
+    """
+    found: dict[str, list[float]] = {}
+    for split in FAMILIES[family].splits:
+        column = Column(split, family, split)
+        if not any(f == family and s == split for f, s, _ in evidence.scores):
+            continue
+        for (_, task), value in evidence.values(column, row, measure).items():
+            found.setdefault(f"{split} {task}", []).append(value)
+    return {case: statistics.fmean(values) for case, values in found.items()}
+
+
+def _paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> PairedTest | None:
+    shared = [case for case in ours if case in theirs]
+    if len(shared) < 2:
+        return None
+    return paired_test([ours[case] for case in shared], [theirs[case] for case in shared])
+
+
+def row_tests(evidence: Evidence, columns: Sequence[Column], row: str, reference: str) -> TableTests:
+    """Test a row of a table against its reference, over the seeds and the tasks that both have."""
+    pooled = welch = None
+    first, second = (
+        (evidence.summary(columns[0], name) for name in (row, reference)) if len(columns) == 1 else (None, None)
+    )
+    if first is not None and second is not None and min(len(first.by_seed), len(second.by_seed)) > 1:
+        # The paper's standard deviations are a population's: it is with these that its p-values come out.
+        sds = [statistics.pstdev(found.by_seed.values()) for found in (first, second)]
+        counts = [len(found.by_seed) for found in (first, second)]
+        pooled = pooled_t_test(first.mean, sds[0], counts[0], second.mean, sds[1], counts[1]).p_value
+        welch = welch_t_test(first.mean, sds[0], counts[0], second.mean, sds[1], counts[1]).p_value
+    ours: dict[str, list[float]] = {}
+    theirs: dict[str, list[float]] = {}
+    for column in columns:
+        if evidence.measure(column) in ("curve", "seconds"):
+            continue
+        for name, kept in ((row, theirs), (reference, ours)):
+            for (_, task), value in evidence.values(column, name).items():
+                kept.setdefault(f"{column.key} {task}", []).append(value)
+    means = [{case: statistics.fmean(values) for case, values in kept.items()} for kept in (theirs, ours)]
+    return TableTests(pooled, welch, _paired(*means))
+
+
+def better_is_lower(measure: str) -> bool:
+    """Whether less of a score is better."""
+    return measure.removesuffix("_t") in LOWER
