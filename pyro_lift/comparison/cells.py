@@ -25,6 +25,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.archive import read_tensors, write_tensors
+from pyro_lift.tuning.halves import COST, FEWEST_TASKS, trial_steps
 from pyro_lift.tuning.held_out import judged
 
 __all__ = [
@@ -99,9 +100,13 @@ def method_of(
     s = resolved(problem.settings, adapter)
     joint = s.sgd_steps / max(s.sgd_steps + s.burn_in + s.samples * s.thinning, 1) if name == REFERENCE else 0.5
     warm_up = min(round(joint * sizes.gradients), sizes.gradients - 1)
+    visits, rest = sizes.gradients - warm_up, round(warm_up / (1.0 + COST))
+    on_trial = name == REFERENCE and problem.settings.sgd_learning_rate is None
+    if on_trial and trial_steps(rest, FEWEST_TASKS):  # what the trial takes is taken from what it is about
+        warm_up = rest
     values: dict[str, Any] = {
         "warm_up": warm_up,
-        "visits": sizes.gradients - warm_up,
+        "visits": visits,
         "warm_up_learning_rate": s.sgd_learning_rate,
         "learning_rate": sizes.rates[0] * rate_of(adapter, problem),
         "steps": sizes.steps,
@@ -113,7 +118,7 @@ def method_of(
     own: dict[str, Any] = {}
     if name == REFERENCE:
         values["meta_learning_rate"] = s.learning_rate
-        own["settings"] = problem.settings
+        own |= {"settings": problem.settings, "on_trial": on_trial}
     elif name == "union-train":
         values["meta_learning_rate"] = s.sgd_learning_rate
     elif name == "lora-tuned":  # chooses on the task's own rows, from as many rates as the others

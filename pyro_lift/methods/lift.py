@@ -56,6 +56,8 @@ class LiFTMethod:
         burn_in: visits before the first draw; None takes a third of the budget's.
         ablation: ``"reg"``, Reg(X): adaptation keeps the start and the noise and drops the mixture; ``"noise"``,
             Noise(X): it keeps start and mixture and drops the noise.
+        on_trial: whether joint training is put on trial (:mod:`pyro_lift.tuning.halves`), at LiFT's own rates in place
+            of the budget's; its gradients come on top.
 
     References:
         LiFT, section 2.3; its Tables 5, 8 and 9 for the ablations.
@@ -66,6 +68,7 @@ class LiFTMethod:
     settings: LiFTSettings = field(default_factory=LiFTSettings)
     ablation: Ablation = "none"
     burn_in: int | None = None
+    on_trial: bool = False
 
     def __post_init__(self) -> None:
         check_literal("ablation", self.ablation, Ablation)
@@ -88,7 +91,7 @@ class LiFTMethod:
             "temperature": multiples("settings.temperature", s.temperature, META["temperature"][1:]),
         }
         if s.phi_update == "gibbs":
-            meta["translation"] = values("settings.translation", s.translation, ("falling", "saga"))
+            meta["translation"] = values("settings.translation", s.translation, ("falling", "saga", "none"))
         if b.heads.update != "step":
             meta["head"] = values("settings.head", s.head, ("solve", "laplace"))
         return SearchSpace(meta, adaptation(b))
@@ -107,7 +110,7 @@ class LiFTMethod:
         return replace(
             self.settings,
             sgd_steps=b.warm_up,
-            sgd_learning_rate=b.warm_up_learning_rate,
+            sgd_learning_rate=None if self.on_trial else b.warm_up_learning_rate,
             burn_in=burn_in,
             samples=max((b.visits - burn_in) // self.settings.thinning, 1),
             learning_rate=b.meta_learning_rate,

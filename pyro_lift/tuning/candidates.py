@@ -44,7 +44,7 @@ def lift_candidates(
 
     def draw(chosen: random.Random) -> dict[str, Any]:
         multiples: dict[str, Any] = {name: chosen.choice(list(values)) for name, values in META.items()}
-        multiples["translation"] = chosen.choice(["falling", "saga"])
+        multiples["translation"] = chosen.choice(["falling", "saga", "none"])
         if heads:
             multiples["head"] = chosen.choice(["solve", "laplace"])
         unchanged = (1.0, settings.head, settings.translation or "falling")

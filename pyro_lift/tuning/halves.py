@@ -38,7 +38,7 @@ from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.task import Task
 from pyro_lift.tuning.held_out import dealt
 
-__all__ = ["FEWEST_TASKS", "Joint", "joint_on_trial", "log_probs_at", "trial_steps"]
+__all__ = ["COST", "FEWEST_TASKS", "Joint", "joint_on_trial", "log_probs_at", "trial_steps"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -50,6 +50,8 @@ LARGER, SMALLER = 3.0, 0.2
 LEVEL = 0.05
 #: Of the joint training's steps, those that each half gets.
 SHARE = 0.125
+#: Gradients of the whole trial over those of the joint training: two halves at two rates.
+COST = 4 * SHARE
 #: Fewer steps than this a half say nothing.
 FEWEST_STEPS = 20
 #: Tasks and rows that are judged at most: more would cost as much as the training.
