@@ -31,6 +31,9 @@ from pyro_lift.watching.watch import Watchers
 
 __all__ = ["MCMC", "StreamingMCMC"]
 
+#: Coordinates of a site up to which :meth:`MCMC.diagnostics` computes R-hat and effective sample size for each.
+DIAGNOSED = 1_000
+
 
 class MCMC(pyro.infer.MCMC):
     """Pyro's own :class:`pyro.infer.MCMC` with a default for the number of draws, and with checkpoints.
@@ -40,6 +43,7 @@ class MCMC(pyro.infer.MCMC):
 
     sampler: Any
     disable_validation: bool | None
+    _samples: Any
 
     def __init__(
         self,
@@ -99,6 +103,27 @@ class MCMC(pyro.infer.MCMC):
         finally:
             self.sampler = plain
         self._say_doubts()
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Report Pyro's R-hat and effective sample size by coordinate, and what the kernel reports of each chain.
+
+        A site of more than :data:`DIAGNOSED` coordinates, theta of many tasks say, is left out, and the log says so.
+        """
+        kept = self._samples
+        large = {name: x[0, 0].numel() for name, x in (kept or {}).items() if x[0, 0].numel() > DIAGNOSED}
+        if large:
+            named = ", ".join(f"{name} ({count:,} coordinates)" for name, count in large.items())
+            log.warning(
+                "diagnostics() leaves out %s; pyro_lift.summarise(mcmc) judges projections of them, and "
+                "arviz.ess(pyro_lift.from_mcmc(mcmc)) every coordinate.",
+                named,
+            )
+        self._samples = {name: x for name, x in kept.items() if name not in large} if large else kept
+        try:
+            report: dict[str, Any] = super().diagnostics()
+        finally:
+            self._samples = kept
+        return report
 
     def _say_doubts(self) -> None:
         """Log in words what speaks against trusting the draws of a kernel of ours."""

@@ -126,3 +126,16 @@ def test_two_tasks_with_one_name_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"the tasks 0 and 1 both name a site 'theta'.*theta_\{i\}"):
         run(model)
+
+
+def test_diagnostics_leave_thousands_of_coordinates_out_and_say_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mcmc, _ = run(vectorised(None))
+    whole_report = mcmc.diagnostics()
+    assert whole_report["theta"]["r_hat"].shape == (N, 2) and not caplog.records
+    monkeypatch.setattr("pyro_lift.inference.mcmc.DIAGNOSED", 11)
+    report = mcmc.diagnostics()
+    assert set(whole_report) - set(report) == {"theta"}
+    assert r"diagnostics() leaves out theta (12 coordinates); pyro_lift.summarise(mcmc)" in caplog.text
+    assert mcmc.get_samples()["theta"].shape == (9, N, 2)
