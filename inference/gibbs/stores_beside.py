@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pyro_lift.inference.gibbs.control_variates import of_all_rows
+from pyro_lift.inference.gibbs.rows import Values, task_rows, write_values
 from pyro_lift.inference.gibbs.state import Chain, ControlVariates
 from pyro_lift.inference.gibbs.translation_plan import second_store
 from pyro_lift.inference.stores.store import ThetaStore
@@ -34,8 +35,23 @@ def with_stores_beside(chain: Chain, store: str | ThetaStore, row_bytes: int, de
     return chain
 
 
-def write_beside(store: ThetaStore, tasks: tuple[int, ...], rows: Sequence[Tensor], watch: Watch | None) -> None:
-    """Write rows of a visit that has succeeded; with a watch, what was there is kept where the visit has failed."""
+def write_beside(
+    chain: Chain, store: ThetaStore, tasks: tuple[int, ...], rows: Sequence[Tensor] | Values, watch: Watch | None
+) -> None:
+    """Write what a visit that has succeeded keeps of its block; with a watch, what was there is kept where it failed.
+
+    Args:
+        chain: of the visit.
+        store: one of its stores beside theta's.
+        tasks: of the block.
+        rows: one a task; or values by family, laid out as theta is.
+        watch: of a chain on an accelerator.
+    """
+    if isinstance(rows, Mapping):
+        if watch is None:
+            write_values(chain._replace(store=store), tasks, rows)
+            return
+        rows = task_rows(chain, tasks, rows)
     if watch is not None and all(store.has(task) for task in tasks):
         rows = [watch.kept(*pair) for pair in zip(rows, store.read(tasks), strict=True)]
     store.write(tasks, rows)

@@ -79,7 +79,7 @@ class _ThetaMove(NamedTuple):
     info: SGLDGibbsInfo
     first: tuple[Evaluation, dict[str, Tensor]]
     tuned: dict[str, Tensor]
-    beside: tuple[tuple[ThetaStore, list[Tensor]], ...] = ()
+    beside: tuple[tuple[ThetaStore, list[Tensor] | Values], ...] = ()
 
 
 def step(
@@ -154,7 +154,7 @@ def visited(
         rows = task_rows(chain, moved.info.tasks, scaled.values, stored)
         chain.store.write(moved.info.tasks, [watch.kept(*pair) for pair in zip(rows, old, strict=True)])
     for store, beside in moved.beside:
-        write_beside(store, moved.info.tasks, beside, watch)
+        write_beside(chain, store, moved.info.tasks, beside, watch)
     if block is not None:
         translation.keep(chain, moved.info.tasks, block)
     if table_row is not None and chain.cache.table is not None:
@@ -203,9 +203,9 @@ def _move_theta(
     eta = min(eta_of(state.tuned, settings, state.step, site.family) for site in stepping.locals.values())
     info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, eta, clipped, phase)
     assert first is not None
-    beside: list[tuple[ThetaStore, list[Tensor]]] = []
+    beside: list[tuple[ThetaStore, list[Tensor] | Values]] = []
     if chain.momenta is not None and moving is not None:
-        beside.append((chain.momenta, task_rows(chain, tasks, moving)))
+        beside.append((chain.momenta, moving))
     if chain.variates is not None and kept is not None:
         beside.append((chain.variates.store, kept))
     return _ThetaMove(run, sites, values, sums, moments.values, info, first, state.tuned, tuple(beside))
