@@ -7,12 +7,13 @@ PYTEST_FLAGS ?=
 WORKERS ?= auto
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-slow lint format doctest examples map docs docs-serve wheel try-wheel clean
+.PHONY: help demo test test-slow test-arviz1 lint format doctest examples map docs docs-serve wheel try-wheel clean
 
 help:
 	@echo "make demo       set up, then learn a LoRA prior from digit tasks and adapt to unseen ones (about 3 minutes)"
 	@echo "make test       set up, then run the tests"
 	@echo "make test-slow  the statistical and heavy tests"
+	@echo "make test-arviz1  the tests of what ArviZ gets, with ArviZ 1.x in an environment of its own (Python 3.12 or newer)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the code"
 	@echo "make doctest    the examples in the docstrings"
@@ -38,6 +39,23 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(PYTEST) -m slow $(PYTEST_FLAGS)
+
+# ArviZ 1.x needs Python 3.12; the first of these that there is makes an environment of its own.
+ARVIZ1_VENV ?= .venv-arviz1
+ARVIZ1_PYTHON ?= $(shell for p in $(PYTHON) python3.14 python3.13 python3.12 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+ARVIZ_TESTS := tests/test_arviz_groups.py tests/test_diagnostics.py tests/test_arviz_loo.py tests/house/test_workflow.py
+
+$(ARVIZ1_VENV)/.installed: pyproject.toml
+	@test -n "$(ARVIZ1_PYTHON)" || { echo "ArviZ 1.x needs Python 3.12 or newer: make test-arviz1 ARVIZ1_PYTHON=..."; exit 1; }
+	$(ARVIZ1_PYTHON) -m venv $(ARVIZ1_VENV)
+	$(ARVIZ1_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(ARVIZ1_VENV)/bin/python -m pip install --quiet --editable ".[test]" "arviz>=1"
+	touch $@
+
+test-arviz1: $(ARVIZ1_VENV)/.installed
+	$(ARVIZ1_VENV)/bin/python -c 'import arviz; print("ArviZ", arviz.__version__); assert int(arviz.__version__.split(".")[0]) >= 1'
+	$(ARVIZ1_VENV)/bin/python -m pytest $(ARVIZ_TESTS) -m "" $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
