@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from saved_priors import logits, trained
-from text_backbones import TEXTS, posterior_of, written
+from text_backbones import TEXTS, WRITERS, posterior_of, written
 from tiny_backbones import FAMILIES
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -101,3 +101,27 @@ def test_adapters_that_servers_do_not_load_are_refused_by_their_option() -> None
     ):
         with pytest.raises(ValueError, match=message):
             check_served(adapt_backbone(backbone, config, seed=0))
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")
+def test_starts_biases_and_other_layers_that_servers_do_not_load_are_refused() -> None:
+    llama: Any = WRITERS["llama"].make()
+    for options, message in (
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' has moved the base"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, r"lora_embedding_A.* is no factor of a linear layer"),
+    ):
+        config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})
+        with pytest.raises(ValueError, match=message):
+            check_served(adapt_backbone(llama, config, seed=0))
+
+
+def test_what_a_server_passes_over_is_noted() -> None:
+    llama: Any = WRITERS["llama"].make()
+    assert check_served(adapt_backbone(llama, recipe(llama, rank=2), seed=0))["notes"] == []
+    some = check_served(adapt_backbone(llama, recipe(llama, rank=2, layers_to_transform=[1]), seed=0))
+    (note,) = some["notes"]
+    assert note.startswith("'model.layers.0.self_attn.q_proj' and 3 more layers of its kind have no adapter: LoRAX")
+    bart: Any = WRITERS["bart"].make()
+    (note,) = check_served(adapt_backbone(bart, recipe(bart, rank=2), seed=0))["notes"]
+    assert "not a causal language model" in note
