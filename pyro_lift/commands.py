@@ -20,7 +20,7 @@ from pyro_lift.config import RunConfig, read_config
 from pyro_lift.data.layout import RECORD_FILES, TENSOR_FILES
 from pyro_lift.data.new_rows import choice_rows, new_tensor_rows, new_text_rows, rows_file
 from pyro_lift.data.text import TextForm
-from pyro_lift.generation.predictions import text_measures, text_predictions
+from pyro_lift.generation.predictions import text_measures, text_predictions, token_predictions
 from pyro_lift.inference.adaptation.meta_testing import Untouched
 from pyro_lift.lift import LiFT
 from pyro_lift.metrics.task import scores
@@ -319,8 +319,7 @@ def _predicted(posterior: TaskPosterior, config: RunConfig, place: Path, writing
         rows = new_tensor_rows(file, posterior.task)
         decoder = getattr(getattr(posterior.adapter.backbone, "config", None), "is_encoder_decoder", False)
         if posterior.task.kind == "tokens" and decoder and "decoder_input_ids" not in rows.inputs:
-            tokens = posterior.generate(rows, writing.which, **writing.options())
-            return [{"row": number, "tokens": row} for number, row in enumerate(tokens.tolist())]
+            return token_predictions(posterior, rows, writing.which, writing.options())
         return list(_predictions(posterior.task, posterior.predict(rows)))
     if file is None or encoding is None:  # pictures; or a folder of an earlier version, which has no tokenizer
         task = task_of(config, place)

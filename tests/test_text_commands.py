@@ -170,6 +170,12 @@ def test_an_encoder_decoder_writes_for_tensors_that_nobody_has_answered(tmp_path
         tmp_path / "adapted", tmp_path / "rows.safetensors", tmp_path / "out.jsonl", writing=Writing(max_new_tokens=3)
     )
     assert [len(line["tokens"]) <= 3 for line in read(out)] == [True] * 8
+    posterior = TaskPosterior.from_pretrained(tmp_path / "adapted", adapter_of(read_config(tmp_path / "run.toml")))
+    given = {name: tensors[name] for name in ("input_ids", "attention_mask")}
+    scores = posterior.score(given, torch.tensor([line["tokens"] for line in read(out)]))
+    assert [line["log_prob"] for line in read(out)] == pytest.approx(scores.log_prob.tolist(), abs=1e-5)
+    mean = scores.entropy.sum(-1) / scores.lengths
+    assert [line["entropy"] for line in read(out)] == pytest.approx(mean.tolist(), abs=1e-5)
 
 
 def test_the_untrained_adapter_is_adapted_to_a_task_from_where_it_was_before(tmp_path: Path) -> None:

@@ -11,8 +11,16 @@ from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.data.text import CHOICES, TextRow
 from pyro_lift.generation.scoring import TextScores
 from pyro_lift.metrics.text import METRICS, score
+from pyro_lift.models.task import Rows
 
-__all__ = ["Writer", "label_probabilities_of", "text_measures", "text_predictions"]
+__all__ = [
+    "Writer",
+    "label_probabilities_of",
+    "measures_of",
+    "text_measures",
+    "text_predictions",
+    "token_predictions",
+]
 
 
 class Writer(Protocol):
@@ -52,15 +60,10 @@ def text_predictions(
     tokens = posterior.generate(prompts, which, **dict(options or {}))
     tokens = tokens[:: len(tokens) // len(rows)]  # of several texts an input the first
     texts = encoding.decode(tokens)
-    scores = posterior.score(prompts, tokens)
-    counts = scores.lengths.clamp_min(1)
+    measures = measures_of(posterior.score(prompts, tokens))
     lines = []
     for number, row in enumerate(rows):
-        line: dict[str, Any] = {"row": number, "text": texts[number]}
-        line["log_prob"] = float(scores.log_prob[number])
-        line["log_prob_per_token"] = float(scores.per_token[number])
-        line["entropy"] = float(scores.entropy[number].sum() / counts[number])
-        line["mutual_information"] = float(scores.mutual_information[number].sum() / counts[number])
+        line: dict[str, Any] = {"row": number, "text": texts[number], **measures[number]}
         if encoding.form in CHOICES:
             answers = row.options or encoding.labels
             p = label_probabilities_of(posterior, row.input, answers)
@@ -70,6 +73,28 @@ def text_predictions(
             line["accepted"] = list(row.outputs)
         lines.append(line)
     return lines
+
+
+def token_predictions(
+    posterior: Writer, rows: Rows, which: Any = "mean", options: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Predict the answers of rows that are tensors: as :func:`text_predictions`, with ``tokens`` in place of text."""
+    tokens = posterior.generate(rows, which, **dict(options or {}))
+    tokens = tokens[:: len(tokens) // len(rows)]
+    measures = measures_of(posterior.score(rows, tokens))
+    return [{"row": number, "tokens": written, **measures[number]} for number, written in enumerate(tokens.tolist())]
+
+
+def measures_of(scores: TextScores) -> list[dict[str, float]]:
+    """List how probable each text is and how sure the draws are of it, in nats: sums first, then means over tokens."""
+    columns = {
+        "log_prob": scores.log_prob,
+        "log_prob_per_token": scores.per_token,
+        "entropy": scores.entropy.sum(-1) / scores.lengths.clamp_min(1),
+        "mutual_information": scores.mutual_information.sum(-1) / scores.lengths.clamp_min(1),
+    }
+    values = {name: column.tolist() for name, column in columns.items()}
+    return [{name: column[k] for name, column in values.items()} for k in range(len(scores.log_prob))]
 
 
 def label_probabilities_of(posterior: Writer, given: Any, answers: Sequence[str]) -> list[float]:

@@ -68,8 +68,8 @@ def score_texts(
         thetas: draws ``[S, D]``.
         inputs: as :func:`~pyro_lift.generation.inputs.read_prompts` reads them.
         outputs: one text an input: a list of strings, which are encoded as the task's answers were (with an end token
-            where these had one); or tokens ``[n, L]`` as ``generate`` gives them. Padding, and whatever follows the
-            first end token, does not count.
+            where these had one); or tokens ``[n, L]`` as ``generate`` gives them. Padding at a row's end, and whatever
+            follows the first end token, does not count; padding tokens that a network has written itself do.
         encoding: how strings are encoded.
         batch_size: rows of one pass of the network; each draw takes one.
 
@@ -114,8 +114,15 @@ def _targets(outputs: Any, network: Any, encoding: TextEncoding | None) -> Tenso
     after = is_end.cumsum(-1) - is_end.long() > 0
     padding = torch.zeros_like(after)
     if config.pad_token_id is not None and config.pad_token_id not in ends:
-        padding = target == config.pad_token_id
+        padding = _padding(target, config.pad_token_id)
     return target.masked_fill(after | padding, IGNORED)
+
+
+def _padding(target: Tensor, pad: int) -> Tensor:
+    """Tell padding at a row's end from padding tokens that were written: before others, or with nothing beside them."""
+    empty = (target == pad) | (target == IGNORED)
+    at_end = empty.flip(-1).cumprod(-1).flip(-1).bool()
+    return at_end & ~empty.all(-1, keepdim=True)
 
 
 def _scored(adapter: RandomAdapter, network: Any, thetas: Tensor, prompts: Prompts, target: Tensor) -> TextScores:

@@ -68,6 +68,18 @@ def test_scores_are_those_of_each_row_and_draw_alone(name: str, side: str) -> No
         assert (entropy - inside > 1e-3).any()
 
 
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_padding_tokens_that_a_network_has_written_are_tokens(name: str) -> None:
+    """A bad network writes them; at a row's end they are padding."""
+    known = written(name)
+    outputs = torch.tensor([[0, 5, 0, 6], [0, 0, 0, 0], [7, 5, 0, 0], [7, 0, 2, 0]])
+    scores = known.posterior.score([[5, 6, 7]] * 4, outputs)
+    assert scores.lengths.tolist() == [4, 4, 2, 3]
+    for row, answer in enumerate(([0, 5, 0, 6], [0] * 4, [7, 5], [7, 0, 2])):
+        token = by_hand(known, [5, 6, 7], answer)[:, torch.arange(len(answer)), answer]
+        torch.testing.assert_close(scores.log_prob[row], token.sum(-1).exp().mean().log(), atol=1e-4, rtol=1e-4)
+
+
 def test_one_draw_disagrees_with_nobody() -> None:
     known = written("t5").posterior
     scores = TaskPosterior(known.adapter, known.task, known.thetas[:1]).score([[5, 6]], [[7, 8, 2]])
