@@ -75,8 +75,7 @@ def load_shifts(
     num_train: int = 24,
     num_dev: int = 4,
     num_test: int = 8,
-    train_rows: int = 25,
-    adapt_rows: int = 25,
+    rows: int = 25,
     test_rows: int = 200,
 ) -> TaskCollection[ImageTask]:
     """Load one data set of pictures as a family of tasks, a function of the seed.
@@ -89,15 +88,14 @@ def load_shifts(
         num_train: tasks to meta-train on.
         num_dev: tasks to choose on.
         num_test: tasks to be judged by; no camera stands in two of the three lists.
-        train_rows: labelled pictures of a task to meta-train on.
-        adapt_rows: labelled pictures of the other tasks.
+        rows: labelled pictures of each task.
         test_rows: pictures that a task is judged by, at most.
 
     Raises:
         ValueError: no root; a data set without test pictures, or whose pictures are files.
         FileNotFoundError: no such data set.
     """
-    for name, value in (("num_train", num_train), ("num_test", num_test), ("train_rows", train_rows)):
+    for name, value in (("num_train", num_train), ("num_test", num_test), ("rows", rows)):
         check_number(name, value, least=1, open_below=False, whole=True)
     if root is None:
         raise ValueError("root=None: pass the folder with the data set of pictures.")
@@ -110,12 +108,12 @@ def load_shifts(
         raise ValueError(f"{place}: an NPZ file with training and test pictures is needed.")
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(images: Images, rows: int, camera: Camera) -> Images:
+    def draw(images: Images, count: int, camera: Camera) -> Images:
         assert isinstance(images.pictures, Tensor)
-        chosen = torch.randperm(len(images), generator=generator)[:rows]
+        chosen = torch.randperm(len(images), generator=generator)[:count]
         return Images(photographed(images.pictures[chosen], camera, generator), images.target[chosen])
 
-    def task(name: str, rows: int, judged: bool) -> ImageTask:
+    def task(name: str, judged: bool) -> ImageTask:
         camera = _random_camera(generator)
         assert source.test is not None
         test = draw(source.test, test_rows, camera) if judged else None
@@ -123,9 +121,9 @@ def load_shifts(
 
     return TaskCollection(
         f"shifts of {split}",
-        tuple(task(f"train-{k:02d}", train_rows, False) for k in range(num_train)),
-        tuple(task(f"dev-{k:02d}", adapt_rows, True) for k in range(num_dev)),
-        tuple(task(f"test-{k:02d}", adapt_rows, True) for k in range(num_test)),
+        tuple(task(f"train-{k:02d}", False) for k in range(num_train)),
+        tuple(task(f"dev-{k:02d}", True) for k in range(num_dev)),
+        tuple(task(f"test-{k:02d}", True) for k in range(num_test)),
     )
 
 

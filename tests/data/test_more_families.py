@@ -86,7 +86,7 @@ def test_a_camera_that_does_nothing_changes_nothing_and_a_right_angle_turns() ->
 
 def test_shifted_tasks_are_a_function_of_the_seed_and_judged_by_test_pictures(tmp_path: Path) -> None:
     _pictures(tmp_path)
-    sizes = {"num_train": 3, "num_dev": 1, "num_test": 2, "train_rows": 10, "adapt_rows": 6, "test_rows": 20}
+    sizes = {"num_train": 3, "num_dev": 1, "num_test": 2, "rows": 10, "test_rows": 20}
     tasks, again = (load_shifts("things", tmp_path, **sizes) for _ in range(2))
     assert torch.equal(tasks.test[1].train.pictures, again.test[1].train.pictures)  # type: ignore[arg-type]
     assert not torch.equal(

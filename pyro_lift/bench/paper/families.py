@@ -102,9 +102,17 @@ FAMILIES: dict[str, Family] = {
         },
         {
             # Answers of MRC are free text: they have to be written.
+            ("small", "MCQA"): Setting(
+                "minilm",
+                "encoder",
+                "matching",
+                # Every option is a text of its own, and few tasks to learn from have options.
+                Sizes(warm_up=60, visits=24, steps=12, batch_size=4, dev_tasks=1, test_tasks=10, test_rows=24),
+                layers=(4, 5),
+            ),
             ("small", "MRC"): Setting(
                 _NOVELS, "seq2seq", "text-to-text", replace(_SMALL_TOKENS, test_rows=32, max_length=126)
-            )
+            ),
         },
         same_tests={"CLS-23": "CLS-45", "CLS-0": "CLS-45"},
     ),

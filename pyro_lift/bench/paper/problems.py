@@ -140,7 +140,7 @@ def problem_of(
     collection = replace(
         collection,
         dev=_evenly(collection.dev, sizes.dev_tasks),
-        test=collection.test[: sizes.test_tasks],
+        test=_evenly(collection.test, sizes.test_tasks),
     )
     config = RunConfig(
         backbone=BackboneConfig(name=setting.backbone, kind=setting.kind),
