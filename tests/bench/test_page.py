@@ -16,7 +16,8 @@ from pyro_lift.bench.page.drawing import ticks
 from pyro_lift.bench.page.evidence import read_evidence
 from pyro_lift.bench.page.findings import row_tests, verdict_of
 from pyro_lift.bench.page.ranks import Ranking, critical_difference, ranked
-from pyro_lift.bench.paper.tables import Column
+from pyro_lift.bench.page.statements import statement_of
+from pyro_lift.bench.paper.tables import TABLES, Column
 
 COLUMN = Column("diabetes", "regressions", "diabetes")
 
@@ -98,6 +99,35 @@ def test_tests_are_paired_over_tasks_and_pooled_over_seeds(tmp_path: Path) -> No
     means = ours.mean(1), theirs.mean(1)
     assert found.pooled == pytest.approx(ttest_ind(*means).pvalue)
     assert found.welch == pytest.approx(ttest_ind(*means, equal_var=False).pvalue)
+
+
+def test_the_average_of_a_table_is_over_its_columns_and_only_of_rows_that_have_them_all(tmp_path: Path) -> None:
+    folder = tmp_path / "cells"
+    folder.mkdir()
+    manifest = []
+    for split, row, value in (
+        ("play-80/10/10", "maml", 90.0),
+        ("play-60/10/30", "maml", 100.0),
+        ("play-80/10/10", "lift", 80.0),
+    ):
+        cell = {"scale": "small", "family": "shakespeare", "split": split, "group": row, "seed": 0, "smoke": False}
+        name = f"{row}-{value:g}"
+        manifest.append({"name": name, "arguments": {}})
+        tasks = {"Hamlet": {"perplexity": value, "nll": 4.0, "adapt_seconds": 1.0}}
+        about = {"rate": 0.1, "rates": {}, "temperature": None, "meta_seconds": 1.0, "settings": {"method": row}}
+        result = {
+            "cell": cell,
+            "seconds": 1.0,
+            "measure": "perplexity",
+            "contestants": {row: {**about, "tasks": tasks}},
+        }
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    statement = statement_of(read_evidence(folder), TABLES[3])
+    assert statement is not None and statement.columns[-1] == "Avg"
+    shown = {row: places[-1] for row, places in zip(statement.rows, statement.places, strict=True)}
+    assert (shown["maml"].ours, shown["maml"].theirs) == ("95.0", "11.78")
+    assert shown["lift"].ours == ""
 
 
 def test_the_summary_is_of_seed_means(tmp_path: Path) -> None:

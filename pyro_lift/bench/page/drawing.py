@@ -131,7 +131,7 @@ def dots(
         label: of the axis.
         marks: values that stand as vertical lines, by name.
     """
-    left, right, top, step = 190.0, 720.0, 16.0, 19.0
+    left, right, top, step = 235.0, 735.0, 16.0, 19.0
     bottom = top + step * len(rows)
     drawing = Svg(760.0, bottom + 40, label)
     ends = [mean + side * (sd or 0.0) for _, mean, sd, _ in rows for side in (-1, 1)] + list((marks or {}).values())

@@ -101,7 +101,7 @@ def verdict_of(evidence: Evidence, family: str) -> FamilyVerdict:
     measure = "unexplained" if "unexplained" in {m for (f, _), m in evidence.measures.items() if f == family} else "nll"
     methods = list(dict.fromkeys(row for f, _, row in evidence.scores if f == family))
     methods.sort(key=list(CONTESTANTS).index)
-    losses = {row: by_case(evidence, family, row, measure) for row in methods}
+    losses = {row: losses_by_case(evidence, family, row, measure) for row in methods}
     losses = {row: found for row, found in losses.items() if found}
     others = [row for row in losses if row not in OURS and not row.startswith(("lift-", "fixed", "variance"))]
     compared = {row: losses[row] for row in (*others, REFERENCE) if row in losses}
@@ -115,7 +115,7 @@ def verdict_of(evidence: Evidence, family: str) -> FamilyVerdict:
         key=lambda row: statistics.fmean(losses[row].values()),
         default=None,
     )
-    ece = {row: by_case(evidence, family, row, "ece") for row in (*CALIBRATED, REFERENCE)}
+    ece = {row: losses_by_case(evidence, family, row, "ece") for row in (*CALIBRATED, REFERENCE)}
     calibration = {row: test for row in CALIBRATED if (test := _paired(ece[REFERENCE], ece[row]))}
     seeds = {seed for (f, _, row), of in evidence.about.items() if f == family and row == REFERENCE for seed in of}
     place = None
@@ -127,7 +127,7 @@ def verdict_of(evidence: Evidence, family: str) -> FamilyVerdict:
     )  # fmt: skip
 
 
-def by_case(evidence: Evidence, family: str, row: str, measure: str) -> dict[str, float]:
+def losses_by_case(evidence: Evidence, family: str, row: str, measure: str) -> dict[str, float]:
     """Return a method's scores by ``SPLIT TASK`` over all splits of a family, means over seeds.
 
     Splits with the same tasks to be judged by, of which a method that learns nothing from others is run on one, have
@@ -153,15 +153,12 @@ def _paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> PairedTes
 def row_tests(evidence: Evidence, columns: Sequence[Column], row: str, reference: str) -> TableTests:
     """Test a row of a table against its reference, over the seeds and the tasks that both have."""
     pooled = welch = None
-    first, second = (
-        (evidence.summary(columns[0], name) for name in (row, reference)) if len(columns) == 1 else (None, None)
-    )
-    if first is not None and second is not None and min(len(first.by_seed), len(second.by_seed)) > 1:
+    first, second = (_by_seed(evidence, columns, name) for name in (row, reference))
+    if min(len(first), len(second)) > 1:
         # The paper's standard deviations are a population's: it is with these that its p-values come out.
-        sds = [statistics.pstdev(found.by_seed.values()) for found in (first, second)]
-        counts = [len(found.by_seed) for found in (first, second)]
-        pooled = pooled_t_test(first.mean, sds[0], counts[0], second.mean, sds[1], counts[1]).p_value
-        welch = welch_t_test(first.mean, sds[0], counts[0], second.mean, sds[1], counts[1]).p_value
+        means, sds = ([of(found) for found in (first, second)] for of in (statistics.fmean, statistics.pstdev))
+        moments = (means[0], sds[0], len(first), means[1], sds[1], len(second))
+        pooled, welch = pooled_t_test(*moments).p_value, welch_t_test(*moments).p_value
     ours: dict[str, list[float]] = {}
     theirs: dict[str, list[float]] = {}
     for column in columns:
@@ -170,8 +167,23 @@ def row_tests(evidence: Evidence, columns: Sequence[Column], row: str, reference
         for name, kept in ((row, theirs), (reference, ours)):
             for (_, task), value in evidence.values(column, name).items():
                 kept.setdefault(f"{column.key} {task}", []).append(value)
-    means = [{case: statistics.fmean(values) for case, values in kept.items()} for kept in (theirs, ours)]
-    return TableTests(pooled, welch, _paired(*means))
+    by_case = [{case: statistics.fmean(values) for case, values in kept.items()} for kept in (theirs, ours)]
+    return TableTests(pooled, welch, _paired(*by_case))
+
+
+def _by_seed(evidence: Evidence, columns: Sequence[Column], row: str) -> list[float]:
+    """Return the mean over a table's columns by seed, of the seeds that have all of them; nothing of mixed scores."""
+    if len({evidence.measure(column) for column in columns}) != 1 or evidence.measure(columns[0]) in (
+        "curve",
+        "seconds",
+    ):
+        return []
+    summaries = [evidence.summary(column, row) for column in columns]
+    found = [summary.by_seed for summary in summaries if summary is not None]
+    if len(found) < len(columns):
+        return []
+    seeds = sorted(set.intersection(*(set(of) for of in found)))
+    return [statistics.fmean(of[seed] for of in found) for seed in seeds]
 
 
 def better_is_lower(measure: str) -> bool:

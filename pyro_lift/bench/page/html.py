@@ -192,6 +192,7 @@ def _notes(evidence: Evidence, family: str) -> list[str]:
 
 def _dots(evidence: Evidence, verdict: FamilyVerdict, names: dict[str, str]) -> str:
     rows = []
+    most = max((len(losses) for losses in verdict.losses.values()), default=0)
     for row, losses in verdict.losses.items():
         by_seed: dict[int, list[float]] = {}
         for (family, split, contestant), records in evidence.scores.items():
@@ -202,7 +203,8 @@ def _dots(evidence: Evidence, verdict: FamilyVerdict, names: dict[str, str]) -> 
                         by_seed.setdefault(seed, []).append(float(record[verdict.measure]))
         means = [statistics.fmean(values) for values in by_seed.values()]
         sd = statistics.stdev(means) if len(means) > 1 else None
-        rows.append((names[row], statistics.fmean(losses.values()), sd, row in OURS))
+        some = "" if len(losses) == most else f" ({len(losses)} of {most} tasks)"
+        rows.append((names[row] + some, statistics.fmean(losses.values()), sd, row in OURS))
     rows.sort(key=lambda entry: entry[1])
     if len(rows) < 2:
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,10 @@ from pyro_lift.bench.paper.published import published
 from pyro_lift.bench.paper.tables import Column, Table
 
 __all__ = ["Place", "TableStatement", "statement_of", "table_reference"]
+
+
+#: Column of the paper's tables with the mean over the others.
+AVERAGE = "Avg"
 
 
 class Place(NamedTuple):
@@ -60,6 +65,7 @@ def statement_of(evidence: Evidence, table: Table) -> TableStatement | None:
         return None
     present = [c for c in columns if any(evidence.summary(c, row) for row in rows)]
     printed = None if table.number is None else published(table.number)
+    average = printed is not None and AVERAGE in printed.columns
     best = {column.key: _best(evidence, column, rows) for column in present}
     places = []
     for row in rows:
@@ -71,6 +77,11 @@ def statement_of(evidence: Evidence, table: Table) -> TableStatement | None:
             line.append(
                 Place(_shown(evidence, column, row), "" if theirs is None else f"{theirs:g}", best[column.key] == row)
             )
+        if average:
+            theirs = None if printed is None else printed.value(row, AVERAGE)
+            line.append(
+                Place(_average(evidence, present, row), "" if theirs is None else f"{theirs:g}", False),
+            )
         places.append(line)
     reference = table_reference(rows)
     tests = [
@@ -78,7 +89,8 @@ def statement_of(evidence: Evidence, table: Table) -> TableStatement | None:
     ]
     measures = sorted({_named(evidence.measure(column)) for column in present})
     note = printed.note if printed is not None else ""
-    return TableStatement(table, rows, [c.key for c in present], places, tests, reference, note, ", ".join(measures))
+    headings = [c.key for c in present] + ([AVERAGE] if average else [])
+    return TableStatement(table, rows, headings, places, tests, reference, note, ", ".join(measures))
 
 
 def _best(evidence: Evidence, column: Column, rows: Sequence[str]) -> str | None:
@@ -87,6 +99,15 @@ def _best(evidence: Evidence, column: Column, rows: Sequence[str]) -> str | None
         return None
     pick = min if better_is_lower(evidence.measure(column)) else max
     return pick(found, key=found.__getitem__)
+
+
+def _average(evidence: Evidence, columns: Sequence[Column], row: str) -> str:
+    """Format the mean over a table's columns; nothing where the row lacks one of them."""
+    found = [evidence.summary(column, row) for column in columns]
+    if len({evidence.measure(column) for column in columns}) != 1 or any(summary is None for summary in found):
+        return ""
+    factor = 100.0 if evidence.measure(columns[0]) in PERCENT else 1.0
+    return f"{factor * statistics.fmean(summary.mean for summary in found if summary is not None):.1f}"
 
 
 def _shown(evidence: Evidence, column: Column, row: str) -> str:

@@ -35,11 +35,11 @@ tr.added th::after{content:" +";color:var(--soft)}
 .theirs{color:var(--soft)}
 .good{color:var(--good)}
 .bad{color:var(--bad)}
-figure{margin:.8em 0}
+figure{margin:.8em 0;overflow-x:auto}
 figure.many{display:flex;flex-wrap:wrap;gap:14px}
 figure.many figcaption{flex-basis:100%}
-svg{width:100%;height:auto;font-size:12px;font-family:inherit}
-figure.many svg{width:176px}
+svg{width:100%;min-width:620px;height:auto;font-size:12px;font-family:inherit}
+figure.many svg{width:176px;min-width:0}
 svg text{fill:var(--ink)}
 svg text.small{fill:var(--soft);font-size:11px}
 svg text.ours{fill:var(--ours)}
