@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -100,7 +100,12 @@ def _with_options(options: type[Any]) -> Callable[[Callable[[Any], None]], Calla
         command.__name__, command.__doc__, command.__annotations__ = function.__name__, function.__doc__, hints
         command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [
-                inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+                inspect.Parameter(
+                    f.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=inspect.Parameter.empty if f.default is MISSING else f.default,
+                    annotation=hints[f.name],
+                )
                 for f in fields(options)
             ]
         )
@@ -153,23 +158,32 @@ def train(
     commands.train(config, resume=resume, overwrite=overwrite, device=device, log_to=log or ())
 
 
-@app.command()
-def compare(
-    config: Annotated[Path, typer.Argument(help="TOML file: backbone, adapter, tasks, sampler, as `train` takes it")],
-    out: Out = Path("comparison"),
-    budget: Annotated[str, typer.Option(help="time that the whole may take")] = "10 min",
-    seeds: Annotated[int, typer.Option(help="repetitions", min=1)] = 1,
-    methods: Annotated[str | None, typer.Option(help="names with commas between; by default five")] = None,
-    folds: Annotated[int, typer.Option(help="parts that the tasks are held out in, in turn", min=2)] = 3,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="drop another comparison in the folder")] = False,
-    device: OtherDevice = None,
-) -> None:
+@dataclass(frozen=True)
+class CompareOptions:
+    """Options of ``pyro-lift compare``."""
+
+    config: Annotated[Path, typer.Argument(help="TOML file: backbone, adapter, tasks, sampler, as `train` takes it")]
+    out: Out = Path("comparison")
+    budget: Annotated[str, typer.Option(help="time that the whole may take")] = "10 min"
+    seeds: Annotated[int, typer.Option(help="repetitions", min=1)] = 1
+    methods: Annotated[str | None, typer.Option(help="names with commas between; by default five")] = None
+    folds: Annotated[int, typer.Option(help="parts that the tasks are held out in, in turn", min=2)] = 3
+    tune: Annotated[int, typer.Option(help="settings of each method to be tried; takes half of the time", min=0)] = 0
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="drop another comparison in the folder")] = False
+    device: OtherDevice = None
+
+
+@app.command("compare")
+@_with_options(CompareOptions)
+def compare(options: CompareOptions) -> None:
     """Tell whether meta-learning pays on your tasks: probe, tuned LoRA, Union Train, Reptile and LiFT, in one table."""
     from pyro_lift.comparison.command import command
     from pyro_lift.comparison.settings import CompareSettings
 
-    names = None if methods is None else tuple(name.strip() for name in methods.split(","))
-    command(config, out, CompareSettings(budget, seeds, names, folds), overwrite=overwrite, device=device)
+    o = options
+    names = None if o.methods is None else tuple(name.strip() for name in o.methods.split(","))
+    settings = CompareSettings(o.budget, o.seeds, names, o.folds, trials=o.tune)
+    command(o.config, o.out, settings, overwrite=o.overwrite, device=o.device)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.archive import read_tensors, write_tensors
 from pyro_lift.tuning.halves import COST, FEWEST_TASKS, trial_steps
 from pyro_lift.tuning.held_out import judged
+from pyro_lift.tuning.methods import tune_method
 
 __all__ = [
     "OutOfTimeError",
@@ -39,6 +40,8 @@ __all__ = [
     "run_cell",
 ]
 
+#: Methods that choose on each task's own rows.
+CHOOSING = ("linear-probe", "lora-tuned")
 #: Rows of a prediction's pass: a CPU likes few at a time, and text is padded to the longest of its pass.
 PASS_ROWS = 32
 
@@ -58,6 +61,7 @@ class Work(NamedTuple):
         folder: for predictions.
         on_step: told the number of gradients made.
         deadline: seconds of ``time.monotonic`` at which a cell gives up; None for none.
+        tuning_seconds: that a cell may choose its method's settings for; 0 for none.
     """
 
     problem: Problem
@@ -67,6 +71,7 @@ class Work(NamedTuple):
     folder: Path
     on_step: Callable[[int], None]
     deadline: float | None = None
+    tuning_seconds: float = 0.0
 
     def step(self, count: int = 1) -> None:
         """Tell of gradients made, and give up where time is up.
@@ -81,7 +86,7 @@ class Work(NamedTuple):
 
 def rates_of(method: str, plan: Plan) -> tuple[float, ...]:
     """Rates of adaptation that a method chooses from; one, without a meaning, where it chooses by itself."""
-    return plan.rates[:1] if method in ("linear-probe", "lora-tuned") else plan.rates
+    return plan.rates[:1] if method in CHOOSING else plan.rates
 
 
 def method_of(
@@ -138,10 +143,14 @@ def rate_of(adapter: RandomAdapter, problem: Problem) -> float:
 def run_cell(work: Work, *, method: str, seed: int, fold: int) -> dict[str, Any]:
     """Meta-train a method, adapt it to every held-out task at every rate, and score it.
 
+    Where settings are tuned, that is done first, by tasks held out of those that the method learns from; there is one
+    rate then.
+
     Predictions of classes are written beside the records, for temperatures that are fitted on other tasks.
 
     Returns:
-        ``records``, one a task and rate, and ``predictions``, the table of the file written; None where none was.
+        ``records``, one a task and rate, and ``predictions``, the table of the file written; None where none was;
+        ``tuning_seconds`` where settings were tuned.
 
     Raises:
         OutOfTimeError: before it was done.
@@ -150,6 +159,11 @@ def run_cell(work: Work, *, method: str, seed: int, fold: int) -> dict[str, Any]
     work.step(0)
     adapter = problem.adapter(seed)
     first = method_of(method, adapter, problem, work.settings, plan, seed=seed)
+    tuning, start = None, time.perf_counter()
+    if work.settings.trials and method not in CHOOSING and len(turn.train) >= 3:
+        trials, seconds = work.settings.trials, work.tuning_seconds
+        first, tuning = tune_method(first, turn.train, held_out=turn.dev, trials=trials, seconds=seconds)
+    tuning_seconds = time.perf_counter() - start
     start = time.perf_counter()
     state, failure = None, ""
     try:
@@ -159,8 +173,10 @@ def run_cell(work: Work, *, method: str, seed: int, fold: int) -> dict[str, Any]
     meta_seconds = time.perf_counter() - start
     records: list[Record] = []
     tensors: dict[str, Tensor] = {}
-    for number, rate in enumerate(rates_of(method, plan)):
-        budget = replace(first.budget, learning_rate=rate * rate_of(adapter, problem))
+    for number, rate in enumerate(rates_of(method, plan) if tuning is None else (1.0,)):
+        budget = first.budget
+        if tuning is None:
+            budget = replace(budget, learning_rate=rate * rate_of(adapter, problem))
         contender = replace(first, budget=budget)  # type: ignore[type-var]
         for place, original in enumerate((*turn.judged, *turn.dev)):
             task = judged(original, work.settings.test_rows)
@@ -172,6 +188,7 @@ def run_cell(work: Work, *, method: str, seed: int, fold: int) -> dict[str, Any]
                 "part": "dev" if place >= len(turn.judged) else "judged",
                 "rate": number,
                 "meta_seconds": round(meta_seconds, 3),
+                **({} if tuning is None else {"settings": tuning.chosen, "notes": list(tuning.notes)}),
             }
             if failure:
                 records.append({**record, measure_of(task): None, "reason": failure})
@@ -190,9 +207,10 @@ def run_cell(work: Work, *, method: str, seed: int, fold: int) -> dict[str, Any]
             records.append(
                 {**record, **scores, "adapt_seconds": round(seconds, 3), "bytes": _bytes(posterior), "place": place}
             )
-            work.step(plan.steps if entrant(method).rank else 0)
+            work.step(budget.steps if entrant(method).rank else 0)
     file = work.folder / f"seed{seed}-fold{fold}-{method}.safetensors"
-    return {"records": records, "predictions": write_tensors(file, tensors) if tensors else None}
+    told = {"records": records, "predictions": write_tensors(file, tensors) if tensors else None}
+    return told if tuning is None else {**told, "tuning_seconds": round(tuning_seconds, 2)}
 
 
 def _scored(posterior: Any, task: Task) -> tuple[dict[str, Any], Tensor | None]:

@@ -46,6 +46,8 @@ __all__ = ["Comparison", "compare", "run"]
 
 #: Fraction of the budget after which nothing more is measured.
 MEASURING = 0.1
+#: Fraction of the time that is left for the comparison itself where methods are tuned before it.
+TUNING = 0.5
 #: Names of the files in the folder of a comparison.
 PLAN, CELLS, TABLE, FIGURE, RECORDS = "plan.json", "cells", "table.txt", "comparison.png", "records.json"
 
@@ -206,7 +208,7 @@ def _agenda(
     load_all()
     costs = measured(problem, folds, settings, names, MEASURING * settings.seconds)
     left = settings.seconds - (time.monotonic() - start)
-    plan = solve(costs, settings, held_out, *entries, max(left, 0.0))
+    plan = solve(costs, settings, held_out, *entries, max(left, 0.0) * (TUNING if settings.trials else 1.0))
     agenda = Agenda(path, mark, plan, costs, settings, held_out, entries)
     agenda.write()
     return agenda
@@ -215,6 +217,8 @@ def _agenda(
 def _mark(problem: Problem, folds: Sequence[Fold], settings: CompareSettings, names: Sequence[str]) -> str:
     """Digest what a comparison is of, so that another is not taken for it; the budget may differ."""
     wanted = asdict(replace(settings, budget=1, progress=False, methods=None))
+    if not settings.trials:  # as in comparisons of before there was a choice
+        del wanted["trials"]
     adapter = problem.adapter(0)
     tasks = [
         [fold.number, part, task.name, task.kind, len(task.train), len(task.test or ()), float(task.train.target.sum())]
@@ -243,9 +247,13 @@ def _run_turns(
         work = Work(problem, folds, settings, agenda.plan, folder, bar.update, deadline)
         begun_before = list(agenda.turns)  # of a comparison that is gone on with
         while True:
-            turn = begun_before.pop(0) if begun_before else agenda.next(deadline - time.monotonic())
+            left = deadline - time.monotonic()
+            turn = begun_before.pop(0) if begun_before else agenda.next(left * (TUNING if settings.trials else 1.0))
             if turn is None:
                 break
+            if settings.trials:
+                ahead = (len(folds) * settings.seeds - agenda.turns.index(turn)) * max(len(names), 1)
+                work = work._replace(tuning_seconds=(1.0 - TUNING) * left / ahead)
             cells = [_cell(turn, method) for turn in agenda.turns for method in names]
             write_manifest(folder, cells)
             own = [cell for cell in cells if (cell.arguments["seed"], cell.arguments["fold"]) == (turn.seed, turn.fold)]
@@ -256,7 +264,8 @@ def _run_turns(
             begun, whole = time.monotonic(), not any(name in finished for name in sizes)
             run_cells(folder, partial(_told_cell, work, agenda, bar, sizes), retry=True)
             if whole:  # of a turn that was begun before, it is not known how long it takes
-                agenda.done(time.monotonic() - begun)
+                now = results(folder)
+                agenda.done(time.monotonic() - begun - sum(now[name].get("tuning_seconds", 0.0) for name in sizes))
     return results(folder)
 
 
@@ -311,6 +320,10 @@ def _notes(agenda: Agenda, summary: Summary, done: Mapping[str, Any], names: Seq
         if "reason" in r
     }
     notes += sorted(failures)[:5]
+    if agenda.settings.trials:
+        records = [record for cell in done.values() for record in cell["records"] if "settings" in record]
+        chosen = sorted({f"{entrant(r['method']).title}: {r['settings']}" for r in records})
+        notes.append(f"settings chosen among {agenda.settings.trials} a method, on other tasks: {'; '.join(chosen)}.")
     if len(done) < expected:
         notes.append(
             f"time ran out after {len(done)} of {expected} runs: the same command, given again, goes on from there."

@@ -75,12 +75,20 @@ class CompareSettings:
     draws: int = field(default=4, metadata={"help": "networks that a prediction averages over"})
     batch_size: int = field(default=16, metadata={"help": "rows of a minibatch"})
     test_rows: int = field(default=64, metadata={"help": "rows that a task is judged by, at most"})
+    trials: int = field(
+        default=0,
+        metadata={
+            "help": "settings of each method that are tried on tasks held out of those it learns from, in half of the "
+            "time; 0: rates of adaptation alone"
+        },
+    )
     progress: bool = field(default=True, metadata={"help": "whether to show a bar"})
 
     def __post_init__(self) -> None:
         seconds_of(self.budget)
         for name in ("seeds", "gradients", "steps", "draws", "batch_size", "test_rows"):
             check_number(name, getattr(self, name), least=1, open_below=False, whole=True)
+        check_number("trials", self.trials, open_below=False, whole=True)
         check_number("folds", self.folds, least=2, open_below=False, whole=True)
         if not self.rates:
             raise ValueError("rates is empty: give at least one rate of adaptation.")

@@ -30,6 +30,7 @@ from pyro_lift.comparison.settings import CompareSettings, entrant
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.models.task import Rows
 from pyro_lift.tuning.held_out import judged
+from pyro_lift.tuning.methods import tune_method
 
 SMALL: dict[str, Any] = {
     "gradients": 20,
@@ -125,6 +126,26 @@ def test_given_tasks_to_be_judged_by_are_the_ones_and_choices_are_made_on_others
     assert [r.task for r in result.summary.results["union-train"]] == ["t4", "t5"]
     assert {r["task"] for r in result.records if r["part"] == "dev"} == {"t0"}
     assert all(value is not None for value in result.summary.temperatures.values())
+
+
+def test_methods_are_tuned_on_tasks_that_nobody_is_judged_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def tuned(method: Any, tasks: Any, **options: Any) -> Any:
+        seen.append(tuple(task.name for task in (*tasks, *options["held_out"])))
+        assert options["trials"] == 2 and options["seconds"] > 1.0
+        return tune_method(method, tasks, **{**options, "seconds": None})
+
+    monkeypatch.setattr("pyro_lift.comparison.cells.tune_method", tuned)
+    options: dict[str, Any] = {**SMALL, "folds": 2, "methods": ("linear-probe", "union-train"), "budget": "1 h"}
+    result = pyro_lift.compare(tiny_tasks(6), tiny_adapter(), out=tmp_path, trials=2, **options)
+    assert seen == [("t1", "t3", "t5"), ("t0", "t2", "t4")]
+    by_method = {m: [r for r in result.records if r["method"] == m] for m in ("linear-probe", "union-train")}
+    assert all("settings" in r and r["rate"] == 0 for r in by_method["union-train"])
+    assert not any("settings" in r for r in by_method["linear-probe"])
+    assert any(note.startswith("settings chosen among 2 a method") for note in result.notes)
+    turns_made = json.loads((tmp_path / "plan.json").read_text())["turns"]
+    assert all(turn["seconds"] > 0.0 for turn in turns_made)
 
 
 def test_regression_is_judged_by_its_unexplained_variance_and_has_a_probe() -> None:
