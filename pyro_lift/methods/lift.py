@@ -86,10 +86,12 @@ class LiFTMethod:
         meta: dict[str, Dimension] = {
             "joint": joint_shares(b, [min(x * b.warm_up / (b.warm_up + b.visits), 0.8) for x in META["joint"][1:]]),
             "rate of the chain": multiples("meta_learning_rate", b.meta_learning_rate, META["learning_rate"][1:]),
-            "joint rate": multiples("warm_up_learning_rate", b.warm_up_learning_rate, META["sgd_learning_rate"][1:]),
             "beta": widths,
             "temperature": multiples("settings.temperature", s.temperature, META["temperature"][1:]),
         }
+        if not self.on_trial:  # which chooses it
+            joint = multiples("warm_up_learning_rate", b.warm_up_learning_rate, META["sgd_learning_rate"][1:])
+            meta["joint rate"] = joint
         if s.phi_update == "gibbs":
             meta["translation"] = values("settings.translation", s.translation, ("falling", "saga", "none"))
         if b.heads.update != "step":
