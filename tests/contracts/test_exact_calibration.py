@@ -98,7 +98,7 @@ class Plain:
         return {"phi": values["phi"], "tau": values["tau"], "theta": values["theta"][..., 3, :]}
 
 
-class Tested(Plain):
+class Stepwise(Plain):
     """The same of scales not near zero, theta by a step that is tested: one step for all 20 data sets of a chain."""
 
     tasks, copies, data_sets, thinning, theta_update = 5, 20, 50, 8, "mala"
@@ -111,7 +111,7 @@ class Tested(Plain):
             pyro.sample("y", dist.Normal(theta, NOISE).to_event(1), obs=self.y[index])
 
 
-class Trajectories(Tested):
+class Trajectories(Stepwise):
     """Likewise, by trajectories of three steps."""
 
     thinning, theta_update = 4, "hmc"
@@ -187,7 +187,7 @@ def p_values(found: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
-CASES = [Correlated, Regressed, Plain, Tested, Trajectories]
+CASES = [Correlated, Regressed, Plain, Stepwise, Trajectories]
 
 
 @pytest.mark.parametrize("case", CASES)
