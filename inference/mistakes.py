@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from pyro.infer.autoguide.guides import AutoGuide
+from torch import Tensor
 
 from pyro_lift.inference.program import Evaluation, Program
 
 log = logging.getLogger("pyro_lift")
 
-__all__ = ["check_data", "check_program", "missing_plate", "nested_hint", "outside_hint"]
+__all__ = ["check_data", "check_program", "missing_plate", "nested_hint", "odd_data_hint", "outside_hint"]
 
 
 def check_program(program: Program, run: Evaluation) -> None:
@@ -88,6 +89,18 @@ def nested_hint(program: Program) -> str:
             f" The plate {program.plate!r} stands inside {plates[0]!r} (at the site {name!r}), whose sites are shared "
             f"by its tasks: SGLDGibbs(model, plate={plates[0]!r}) takes that plate's elements as the tasks."
         )
+    return ""
+
+
+def odd_data_hint(run: Evaluation) -> str:
+    """Return a sentence about an observed site whose data are not finite; empty where there is none."""
+    for site in run.observed:
+        odd = site.value.isfinite().logical_not().nonzero() if isinstance(site.value, Tensor) else ()
+        if len(odd):
+            return (
+                f" The site {site.name!r} observes values that are not finite, the first at {odd[0].tolist()}. "
+                "Leave such rows out, or mask them: fill them with a number, and dist....mask(known)."
+            )
     return ""
 
 

@@ -28,6 +28,7 @@ from torch.distributions import Distribution, Transform
 from pyro_lift.inference.families import Families
 from pyro_lift.inference.location_scale import location_scale
 from pyro_lift.inference.sgld import Drift
+from pyro_lift.inference.site_density import site_density
 from pyro_lift.inference.starts import InitStrategy, start_of
 from pyro_lift.inference.supports import Supports, innermost, unmasked
 from pyro_lift.models.priors import LocalGaussian, gaussian_at
@@ -36,16 +37,6 @@ from pyro_lift.support.spans import span
 __all__ = ["Evaluation", "Latent", "LocalSite", "Observed", "PlateSize", "Program", "discrete_refusal"]
 
 Rows = Mapping[str, Tensor]
-
-
-def _log_prob(name: str, fn: Distribution, value: Tensor) -> Tensor:
-    try:
-        return fn.log_prob(value)
-    except NotImplementedError:
-        raise ValueError(
-            f"the site {name!r} ({type(innermost(fn)).__name__}) has no density that can be computed. Rewrite it, by "
-            "hand or with pyro.infer.reparam."
-        ) from None
 
 
 class Latent(NamedTuple):
@@ -79,7 +70,7 @@ class Latent(NamedTuple):
     def log_prob_at(self, leaf: Tensor) -> Tensor:
         """Log density of the site in unconstrained space, summed; differentiable in ``leaf`` and in the parents."""
         value = leaf if self.transform is None else self.transform(leaf)
-        total: Tensor = scale_and_mask(_log_prob(self.name, self.fn, value), self.scale, self.mask).sum()
+        total: Tensor = scale_and_mask(site_density(self.name, self.fn, value), self.scale, self.mask).sum()
         if self.transform is not None:
             total = total + self.transform.log_abs_det_jacobian(leaf, value).sum()
         return total
@@ -110,7 +101,7 @@ class Observed(NamedTuple):
 
     def log_prob(self) -> Tensor:
         """Log likelihood, summed, scaled from the minibatch to the data."""
-        total: Tensor = scale_and_mask(_log_prob(self.name, self.fn, self.value), self.scale, self.mask).sum()
+        total: Tensor = scale_and_mask(site_density(self.name, self.fn, self.value), self.scale, self.mask).sum()
         return total
 
 

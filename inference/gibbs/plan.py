@@ -37,7 +37,14 @@ from pyro_lift.inference.gibbs.translation_plan import TranslationRequest, check
 from pyro_lift.inference.gibbs.underdamped import check_underdamped
 from pyro_lift.inference.gibbs.whole_likelihood import check_metropolis, check_solved
 from pyro_lift.inference.kernel import log
-from pyro_lift.inference.mistakes import check_data, check_program, missing_plate, nested_hint, outside_hint
+from pyro_lift.inference.mistakes import (
+    check_data,
+    check_program,
+    missing_plate,
+    nested_hint,
+    odd_data_hint,
+    outside_hint,
+)
 from pyro_lift.inference.program import Evaluation, Program
 from pyro_lift.inference.schedules import Schedule, constant
 from pyro_lift.inference.stability import (
@@ -331,7 +338,10 @@ def _check_saddle(
     silent = True
     for _ in range(SADDLE_BLOCKS):
         drift = run.drift(run.locals, structure.coupled, settings.n_inflate)
-        sgld.check_finite(drift, 0, run.tasks)
+        try:
+            sgld.check_finite(drift, 0, run.tasks)
+        except sgld.DivergedError as error:
+            raise sgld.DivergedError(f"{error}{odd_data_hint(run)}", error.step, error.tasks) from None
         if not run.log_likelihood.requires_grad or any(bool(g.any()) for g in drift.gradient.values()):
             return
         if curves_down(run.log_likelihood, [site.leaf for site in run.locals.values()]):

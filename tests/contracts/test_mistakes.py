@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_lift import MCMC, SGLD, SGLDGibbs
+from pyro_lift.inference.sgld import DivergedError
 
 Y = torch.tensor([[0.1, 0.9, 0.4], [1.2, 0.3, 0.8], [0.2, -0.4, 0.6], [1.5, 1.1, 0.7]])
 N = len(Y)
@@ -89,6 +90,21 @@ def guide() -> None:
         pyro.sample("theta", dist.Normal(phi, 0.5))
 
 
+def rows_first() -> None:
+    phi = shared()
+    with pyro.plate("tasks", N):
+        theta = pyro.sample("theta", dist.Normal(phi, 0.5))
+        with pyro.plate("rows", Y.shape[1]):
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=Y)
+
+
+def no_rows() -> None:
+    phi = shared()
+    with pyro.plate("tasks", N):
+        theta = pyro.sample("theta", dist.Normal(phi, 0.5))
+        pyro.sample("y", dist.Normal(theta.unsqueeze(-1), 1.0), obs=Y)
+
+
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "no plate": (lambda: SGLDGibbs(no_plate), "its plates: none.*theta and what is observed.*SGLD"),
     "a misspelt plate": (
@@ -113,6 +129,11 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: SGLDGibbs(data_of_all),
         r"'y' observes 4 tasks .*shows 1.*obs=y\[index\]",
     ),
+    "plates without dims": (
+        lambda: SGLDGibbs(rows_first),
+        r"'y': values of shape \[4, 3\] do not fit .*gives \[3, 4\].*plate\(\"tasks\", N, dim=-2\)",
+    ),
+    "rows of no plate": (lambda: SGLDGibbs(no_rows), r"'y': values of shape \[4, 3\] .*add .to_event\(1\)"),
     "a guide": (lambda: SGLDGibbs(guide), r"model=guide looks like a guide.*parameters \(mean\).*observes nothing"),
     "an automatic guide": (lambda: SGLDGibbs(AutoNormal(no_plate)), "looks like a guide.*pass the model"),
     "a guide for SGLD": (lambda: SGLD(guide), "looks like a guide"),
@@ -124,6 +145,19 @@ def test_the_mistake_is_named_with_what_to_write_instead(case: str) -> None:
     build, message = MISTAKES[case]
     with pytest.raises(ValueError, match=f"(?s){message}"):
         MCMC(build(), num_samples=2, warmup_steps=0, disable_progbar=True).run()
+
+
+def test_data_that_are_no_numbers_are_pointed_at() -> None:
+    odd = Y.clone()
+    odd[2, 1] = torch.nan
+
+    def model() -> None:
+        phi = shared()
+        with pyro.plate("tasks", N, subsample_size=N) as index:
+            observe(pyro.sample("theta", dist.Normal(phi, 0.5)), odd[index])  # type: ignore[arg-type]
+
+    with pytest.raises(DivergedError, match=r"'y' observes values that are not finite, the first at \[2, 1\].*mask"):
+        MCMC(SGLDGibbs(model), num_samples=2, warmup_steps=0, disable_progbar=True).run()
 
 
 def draws(model: Callable[[], None], **options: object) -> Tensor:
