@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_lift.config import RunConfig, read_config
 from pyro_lift.data.layout import RECORD_FILES, TENSOR_FILES
-from pyro_lift.data.new_rows import choice_rows, new_tensor_rows, new_text_rows, rows_file
+from pyro_lift.data.new_rows import choice_rows, new_pictures, new_tensor_rows, new_text_rows, rows_file
 from pyro_lift.data.text import TextForm
 from pyro_lift.generation.predictions import text_measures, text_predictions, token_predictions
 from pyro_lift.inference.adaptation.meta_testing import Untouched
@@ -321,7 +321,14 @@ def _predicted(posterior: TaskPosterior, config: RunConfig, place: Path, writing
         if posterior.task.kind == "tokens" and decoder and "decoder_input_ids" not in rows.inputs:
             return token_predictions(posterior, rows, writing.which, writing.options())
         return list(_predictions(posterior.task, posterior.predict(rows)))
-    if file is None or encoding is None:  # pictures; or a folder of an earlier version, which has no tokenizer
+    if file is None and posterior.task.kind == "classification":
+        pictures = new_pictures(place)
+        rows = encoder_of(config).rows(posterior.task.name, pictures)
+        paths = () if isinstance(pictures.pictures, Tensor) else pictures.pictures
+        files = [{"file": str(path.relative_to(place) if place.is_dir() else path.name)} for path in paths]
+        lines = _predictions(posterior.task, posterior.predict(rows))
+        return [line | about for line, about in zip(lines, files or [{}] * len(rows), strict=True)]
+    if file is None or encoding is None:  # of an earlier version, which has no tokenizer
         task = task_of(config, place)
         whole = TaskPosterior(
             posterior.adapter,

@@ -385,13 +385,14 @@ class Pictures:
     def __call__(self, task: ImageTask) -> Task:
         """Encode the task as a ``classification``."""
         self.animated.pop(task.name, None)
-        parts = {part: self._rows(task.name, images) for part, images in task.parts.items()}
+        parts = {part: self.rows(task.name, images) for part, images in task.parts.items()}
         return Task(
             task.name, parts["train"], "classification", len(task.labels), parts.get("test"), dev=parts.get("dev"),
             metric=task.metric, labels=task.labels,
         )  # fmt: skip
 
-    def _rows(self, name: str, images: Images) -> Rows:
+    def rows(self, name: str, images: Images) -> Rows:
+        """Make the backbone's input of pictures of a task."""
         if isinstance(images.pictures, Tensor):
             pictures = images.pictures
         else:

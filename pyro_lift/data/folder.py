@@ -49,6 +49,7 @@ def load_folder(
     folder = Path(root)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder.")
+    _check_holds_tasks(folder)
     everything = task_places(folder)
     places = {name: path for name, path in everything.items() if holds_task(path)}
     if not places:
@@ -79,6 +80,15 @@ def load_folder(
     return TaskCollection(
         f"tasks of {folder}", parts["train"], parts["dev"], parts["test"], missing=missing, notes=tuple(notes)
     )
+
+
+def _check_holds_tasks(folder: Path) -> None:
+    """Refuse a folder that is one task itself, whose parts would be taken for tasks."""
+    if "train" in part_files(folder, (*RECORD_FILES, *TENSOR_FILES)) or "train" in part_folders(folder):
+        raise ValueError(
+            f"{folder}: it has a train part, so it is one task. root is the folder around the tasks: {folder.parent}, "
+            f"with names={[folder.name]!r} for this one alone."
+        )
 
 
 def holds_task(path: Path) -> bool:

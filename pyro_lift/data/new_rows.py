@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 
 from pyro_lift.data.encoding import TextEncoding
-from pyro_lift.data.layout import RECORD_FILES, TENSOR_FILES, part_files
+from pyro_lift.data.images import Images
+from pyro_lift.data.layout import RECORD_FILES, TENSOR_FILES, part_files, part_folders, walk_files
+from pyro_lift.data.pictures import npz_pictures
+from pyro_lift.data.pixels import PICTURE_FILES
 from pyro_lift.data.records import read_records, text_row
 from pyro_lift.data.tensors import read_tensors
 from pyro_lift.data.text import CHOICES, TextForm, TextRow, TextTask
 from pyro_lift.models.rows import Rows, as_rows
 from pyro_lift.models.task import Task
 
-__all__ = ["choice_rows", "new_tensor_rows", "new_text_rows", "rows_file"]
+__all__ = ["choice_rows", "new_pictures", "new_tensor_rows", "new_text_rows", "rows_file"]
 
 
 def rows_file(path: Path, endings: Sequence[str] = (*RECORD_FILES, *TENSOR_FILES)) -> Path | None:
@@ -31,6 +34,30 @@ def rows_file(path: Path, endings: Sequence[str] = (*RECORD_FILES, *TENSOR_FILES
         return path if path.name.casefold().endswith(tuple(endings)) else None
     files = part_files(path, endings) if path.is_dir() else {}
     return next((files[part] for part in ("test", "dev", "train") if part in files), None)
+
+
+def new_pictures(path: Path) -> Images:
+    """Find pictures to predict, of any class or none: a picture, an NPZ file, or all pictures of a folder.
+
+    Of a folder with parts these are ``test``'s, else ``dev``'s, else ``train``'s; of an NPZ file likewise.
+
+    Raises:
+        ValueError: none; names the place.
+    """
+    if path.is_file() and path.suffix.casefold() == ".npz":
+        pictures = npz_pictures(path)
+        return Images(pictures, torch.zeros(len(pictures), dtype=torch.long))
+    if path.is_file() and path.suffix.casefold() in PICTURE_FILES:
+        files = [path]
+    elif path.is_dir():
+        homes = part_folders(path)
+        home = next((homes[part] for part in ("test", "dev", "train") if part in homes), path)
+        files = [file for file in walk_files(home) if file.suffix.casefold() in PICTURE_FILES]
+    else:
+        files = []
+    if not files:
+        raise ValueError(f"{path}: no pictures to predict; expected *.png (or {', '.join(PICTURE_FILES[2:6])}).")
+    return Images(tuple(files), torch.zeros(len(files), dtype=torch.long))
 
 
 def new_text_rows(file: Path, form: TextForm, labels: Sequence[str] = ()) -> list[TextRow]:

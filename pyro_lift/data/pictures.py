@@ -19,17 +19,19 @@ from pyro_lift.data.layout import (
     TENSOR_FILES,
     part_files,
     part_folders,
+    part_of,
     task_name,
     visible,
     walk_files,
 )
+from pyro_lift.data.picture_lists import list_file, listed_pictures
 from pyro_lift.data.pixels import PICTURE_FILES
 from pyro_lift.data.records import as_text, read_json
 from pyro_lift.data.text import check_labels
 from pyro_lift.models.targets import class_numbers, count_classes
 from pyro_lift.support.options import check_choice, check_distinct
 
-__all__ = ["PARTS", "is_picture_task", "read_npz", "read_pictures"]
+__all__ = ["PARTS", "is_picture_task", "npz_pictures", "read_npz", "read_pictures"]
 
 #: What may lie beside pictures and is no example: notes, lists, annotations.
 _BESIDE = (
@@ -46,7 +48,7 @@ _ARRAYS = {
 
 
 def is_picture_task(path: Path) -> bool:
-    """Tell whether this is an NPZ file, or a folder with ``train/CLASS`` or with nothing but folders of pictures.
+    """Tell whether this is an NPZ file, or a folder with ``train/CLASS``, of folders of pictures, or with their list.
 
     Raises:
         ValueError: a folder with both ``train/`` and ``train.jsonl``.
@@ -59,6 +61,8 @@ def is_picture_task(path: Path) -> bool:
         raise ValueError(f"{folders['train']}: the train part is {files['train'].name} as well; keep one of them.")
     if files or folders:
         return "train" in folders
+    if list_file(path) is not None:
+        return True
     return any(_is_picture(file) for sub in visible(path) if sub.is_dir() for file in visible(sub))
 
 
@@ -69,10 +73,12 @@ def _is_picture(path: Path) -> bool:
 def read_pictures(path: Path) -> ImageTask:
     """Read a task from an NPZ file, or from pictures ``train/CLASS/*.png`` with ``dev`` and ``test`` beside it.
 
-    A folder without parts, ``CLASS/*.png``, is all for training. The pictures of a folder are read when they are
-    encoded, in every format of :data:`~pyro_lift.data.pixels.PICTURE_FILES`, those of folders inside a class too;
-    hidden folders are passed over. ``task.json`` may say ``group``, and ``labels``, the folders' names in the order of
-    their numbers; without it they are in alphabetical order.
+    A folder without parts, ``CLASS/*.png``, is all for training. A part may list its pictures in ``metadata.csv`` or
+    ``.jsonl`` with ``file_name`` and ``label``, as ``datasets`` has them, in place of folders
+    (:mod:`~pyro_lift.data.picture_lists`). The pictures of a folder are read when they are encoded, in every format of
+    :data:`~pyro_lift.data.pixels.PICTURE_FILES`, those of folders inside a class too; hidden folders are passed over.
+    ``task.json`` may say ``group``, and ``labels``, the folders' names in the order of their numbers; without it they
+    are in alphabetical order.
 
     Raises:
         ValueError: no picture, a class that train does not have, or has no picture of, a file that cannot be read, a
@@ -90,6 +96,7 @@ def _read_folder(folder: Path) -> ImageTask:
     about = _about(folder / "task.json")
     pictures = {part: _by_class(home) for part, home in homes.items()}
     for name, files in pictures["train"].items():
+        _check_no_parts_inside(homes["train"] / name)
         if not files:
             raise ValueError(f"{homes['train'] / name}: a class without a picture; expected {name}/*.png.")
     labels = tuple(about.get("labels") or sorted(pictures["train"]))
@@ -115,7 +122,11 @@ def _read_folder(folder: Path) -> ImageTask:
 
 
 def _by_class(home: Path) -> dict[str, list[Path]]:
-    """List the pictures of each class folder; refuse files that are neither pictures nor notes beside them."""
+    """List the pictures of each class; refuse files that are neither pictures nor notes beside them."""
+    listed = list_file(home)
+    by_list = None if listed is None else listed_pictures(listed)
+    if by_list is not None:
+        return by_list
     classes: dict[str, list[Path]] = {}
     for path in visible(home):
         if path.is_dir():
@@ -123,6 +134,15 @@ def _by_class(home: Path) -> dict[str, list[Path]]:
         elif _is_picture(path):
             raise ValueError(f"{path}: a picture outside the folders of the classes; expected CLASS/{path.name}.")
     return classes
+
+
+def _check_no_parts_inside(place: Path) -> None:
+    """Refuse ``CLASS/train`` and ``CLASS/test``: all would be taken for training."""
+    inside = [path.name for path in visible(place) if path.is_dir() and part_of(path.name)] if place.is_dir() else []
+    if inside:
+        raise ValueError(
+            f"{place / inside[0]}: a part inside a class. Parts are above the classes: {inside[0]}/{place.name}/*.png."
+        )
 
 
 def _wanted(file: Path) -> bool:
@@ -177,12 +197,7 @@ def read_npz(path: Path) -> ImageTask:
     size: tuple[int, ...] | None = None
     names = _classes(path, arrays, labels)
     for part, key in pictures.items():
-        x, y = arrays[key], arrays[labels[part]]
-        x = x[..., None] if x.ndim == 3 else x
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] not in (1, 3):
-            raise ValueError(f"{path}: {key} is {x.dtype} {list(x.shape)}; expected uint8 [n, height, width, 1 or 3].")
-        if x.size == 0:
-            raise ValueError(f"{path}: {key} is empty: {list(x.shape)}.")
+        x, y = _checked(path, key, arrays[key]), arrays[labels[part]]
         if y.ndim == 0 or len(x) != len(y):
             raise ValueError(f"{path}: {key} has {len(x)} rows, {labels[part]} {len(y) if y.ndim else 'none'}.")
         if size is not None and x.shape[1:] != size:
@@ -194,6 +209,33 @@ def read_npz(path: Path) -> ImageTask:
         return ImageTask(task_name(path), parts["train"], names, parts.get("dev"), parts.get("test"), str(group))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def npz_pictures(path: Path) -> torch.Tensor:
+    """Read the pictures that are to be predicted from an NPZ file ``uint8 [n, H, W, C]``: test's, else dev's, train's.
+
+    Labels need not be there; ``x`` and ``images`` are of no part.
+
+    Raises:
+        ValueError: not an NPZ file, or no pictures in it; names file and array.
+    """
+    arrays = _arrays(path)
+    by_part = {part: key for key, (letter, part) in _ARRAYS.items() if letter == "x" and key in arrays}
+    key = next((by_part[part] for part in ("test", "dev", "train") if part in by_part), None)
+    key = key or next((name for name in ("x", "images") if name in arrays), None)
+    if key is None:
+        raise ValueError(f"{path}: no array 'x_test' to predict; it holds {', '.join(arrays) or 'nothing'}.")
+    return torch.from_numpy(np.ascontiguousarray(_checked(path, key, arrays[key])))
+
+
+def _checked(path: Path, key: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Give pictures their channels, or refuse what are none."""
+    x = x[..., None] if x.ndim == 3 else x
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] not in (1, 3):
+        raise ValueError(f"{path}: {key} is {x.dtype} {list(x.shape)}; expected uint8 [n, height, width, 1 or 3].")
+    if x.size == 0:
+        raise ValueError(f"{path}: {key} is empty: {list(x.shape)}.")
+    return x
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
