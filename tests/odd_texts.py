@@ -256,7 +256,7 @@ TEXTS: dict[str, Odd] = {
     ),
     "letters in upper case": Odd(text(GOOD, "Train.JSONL"), answers, [("b",)]),
     "a hidden file beside": Odd(files(train_jsonl=GOOD, __train_jsonl="\0\0"), answers, [("b",)]),
-    "a parquet null": Odd(parquet(["x", None]), answers, Refused(r"train\.parquet, row 2: 'output' is None")),
-    "a parquet NaN": Odd(parquet([1.0, float("nan")]), answers, Refused(r"train\.parquet, row 2: 'output' is nan")),
+    "a parquet null": Odd(parquet(["x", None]), answers, Refused(r"train\.parquet, row 2: 'label' is None")),
+    "a parquet NaN": Odd(parquet([1.0, float("nan")]), answers, Refused(r"train\.parquet, row 2: 'label' is nan")),
     "parquet numbers with a gap": Odd(lambda f: text("", "x", **CLASSES)(parquet([1.0, 0.0])(f)), labels, ("0", "1")),
 }

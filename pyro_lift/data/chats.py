@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 __all__ = ["ROLES", "Conversation", "Message", "Segment", "as_messages", "chat_prompt", "chat_segments", "with_system"]
 
 ROLES = ("system", "user", "assistant")
+#: What other layouts call them.
+_MEANT = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
 
 
 class Message(NamedTuple):
@@ -88,6 +90,11 @@ def _message(entry: Any, where: str) -> Message:
         raise ValueError(f"{where} has 'tool_calls'; calls of tools are not read.")
     role, content = entry["role"], entry["content"]
     if role not in ROLES:
+        if str(role).casefold() in ("tool", "function", "ipython"):
+            roles = ", ".join(ROLES)
+            raise ValueError(f"{where}: role {role!r} is not known; roles are: {roles}. Calls of tools are not read.")
+        if str(role).casefold() in _MEANT:
+            raise ValueError(f"{where}: role {role!r} is not known; did you mean {_MEANT[str(role).casefold()]!r}?")
         near = difflib.get_close_matches(str(role), ROLES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"roles are: {', '.join(ROLES)}."
         raise ValueError(f"{where}: role {role!r} is not known; {hint}")

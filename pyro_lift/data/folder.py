@@ -197,8 +197,14 @@ def _form(records: Sequence[Record]) -> TextForm:
         if not all(chats):
             raise ValueError(f"{records[chats.index(False)].place}: no messages, but other rows have some.")
         return "chat"
-    if all("prompt" in record.fields and "completion" in record.fields for record in records):
+    completions = ["prompt" in record.fields and "completion" in record.fields for record in records]
+    if all(completions):
         return "completion"
+    if any(completions):
+        raise ValueError(
+            f"{records[completions.index(False)].place}: no 'prompt' and 'completion', but other rows have them; "
+            "before other answers a blank is put, so rows of both kinds are no task."
+        )
     with_options = [bool(record.fields.get("options")) for record in records]
     if any(with_options) and not all(with_options):
         place = records[with_options.index(False)].place

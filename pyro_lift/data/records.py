@@ -30,6 +30,13 @@ __all__ = [
 
 #: What the column of the input and that of the answer may be called.
 INPUTS, OUTPUTS = ("input", "text", "prompt"), ("output", "label", "completion")
+#: Columns of other layouts, and what to do with them.
+_OTHER_COLUMNS = {
+    "chosen": "pairs of preferences are not learnt from; write the preferred answer as 'completion'",
+    "question": "call the question 'prompt' (or 'input') and its answer 'completion' (or 'output')",
+    "messages": "messages are of the form 'chat', and the task has another",
+    "text": "of text without an answer, the form 'next_token' learns lines as 'output'",
+}
 #: How files begin that are named for what they are not.
 _BEGINNINGS = {
     b"\xff\xfe": "UTF-16; save it as UTF-8",
@@ -73,6 +80,8 @@ def parse_json(text: str, place: str) -> dict[str, Any]:
         value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except json.JSONDecodeError as error:
         line = "" if "\n" not in text else f":{error.lineno}"
+        if text.strip() in ("{", "["):
+            raise ValueError(f"{place}: a JSON text over several lines; JSONL has one object a line.") from error
         raise ValueError(f"{place}{line}: not JSON: {error.msg} at column {error.colno}.") from error
     except _DoubleKeyError as error:
         raise ValueError(f"{place}: key {error.args[0]!r} stands twice.") from None
@@ -205,7 +214,9 @@ def text_row(
     if not answered and all(record.fields.get(name) is None for name in OUTPUTS):
         outputs: tuple[str, ...] = ()
     else:
-        outputs = _strings(record, "output", _field(record, *OUTPUTS), form)
+        name = _present(record, *OUTPUTS)
+        outputs = _strings(record, name, record.fields[name], form)
+        outputs += _strings(record, "answers", record.fields.get("answers") or (), form)
     options = record.fields.get("options")
     if options is not None and not isinstance(options, (list, tuple)):
         raise ValueError(f"{record.place}: 'options' is {options!r}; expected a list of strings.")
@@ -231,6 +242,8 @@ def _check_fields(record: Record) -> None:
     if "messages" in record.fields and any(name in record.fields for name in (*INPUTS, *OUTPUTS)):
         other = next(name for name in (*INPUTS, *OUTPUTS) if name in record.fields)
         raise ValueError(f"{record.place}: both 'messages' and {other!r}; a row is a conversation or a text.")
+    if record.fields.get("tools"):
+        raise ValueError(f"{record.place}: the column 'tools': calls of tools are not read. Leave it out.")
     for name, layout in (("instruction", "Alpaca's"), ("conversations", "ShareGPT's")):
         if name in record.fields:
             raise ValueError(
@@ -263,10 +276,24 @@ def _chat_row(record: Record, answered: bool) -> TextRow:
 
 
 def _field(record: Record, *names: str) -> Any:
+    return record.fields[_present(record, *names)]
+
+
+def _present(record: Record, *names: str) -> str:
+    """Return the first of some names that the record has.
+
+    Raises:
+        ValueError: it has none; says what it may be meant by.
+    """
     for name in names:
         if name in record.fields:
-            return record.fields[name]
-    raise ValueError(f"{record.place}: no field {names[0]!r}; the record has {', '.join(map(repr, record.fields))}.")
+            return name
+    wanted = "completion" if names == OUTPUTS and "prompt" in record.fields else names[0]
+    near = {name.strip().casefold(): name for name in record.fields}
+    hint = next((f" {near[name]!r} is {name!r} in small letters." for name in names if name in near), "")
+    other = next((f" {why[0].upper()}{why[1:]}." for key, why in _OTHER_COLUMNS.items() if key in record.fields), "")
+    there = ", ".join(map(repr, record.fields))
+    raise ValueError(f"{record.place}: no field {wanted!r}; the record has {there}.{hint or other}")
 
 
 def _strings(record: Record, name: str, value: Any, form: TextForm | None) -> tuple[str, ...]:

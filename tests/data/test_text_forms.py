@@ -160,12 +160,12 @@ def test_long_chats_lose_their_beginning(tmp_path: Path) -> None:
 
 PROMPT = {"prompt": "red", "completion": "one"}
 BAD: list[tuple[str, list[Any], dict[str, Any] | None, str]] = [
-    ("no completion", [PROMPT, {"prompt": "red"}], None, r"train\.jsonl:2: no field 'output'"),
+    ("no completion", [PROMPT, {"prompt": "red"}], None, r"train\.jsonl:2: no 'prompt' and 'completion'"),
     ("blank completion", [{**PROMPT, "completion": " "}], None, r":1: the output is ' '; expected a string"),
     ("empty prompt", [{**PROMPT, "prompt": ""}], None, r":1: the input is ''; expected a string that is not empty"),
     ("null prompt", [{**PROMPT, "prompt": None}], None, r":1: the input is None"),
     ("no accepted answer", [{**PROMPT, "completion": []}], None, r":1: no output"),
-    ("an answer of an object", [{**PROMPT, "completion": {"a": 1}}], None, r":1: 'output' is \{'a': 1\}"),
+    ("an answer of an object", [{**PROMPT, "completion": {"a": 1}}], None, r":1: 'completion' is \{'a': 1\}"),
     ("two inputs", [{**PROMPT, "input": "blue"}], None, r":1: both 'prompt' and 'input'; they mean the same"),
     ("two outputs", [{**PROMPT, "output": "two"}], None, r":1: both 'completion' and 'output'"),
     ("messages and prompt", [{**PROMPT, "messages": TURNS}], None, r":1: both 'messages' and 'prompt'"),
