@@ -121,7 +121,9 @@ def _tensor(value: Any, where: str, label: str) -> Tensor:
             x = _converted(value)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             reason = _reason(value, error)
-            raise TypeError(f"{where}: {label} cannot be made a tensor of numbers ({reason}).") from error
+            ragged = "expected sequence of length" in str(error)
+            hint = " Bring the rows to one length: tokenizer(texts, padding=True)." if ragged else ""
+            raise TypeError(f"{where}: {label} cannot be made a tensor of numbers ({reason}).{hint}") from error
         x = x.to(torch.get_default_dtype()) if x.dtype == torch.float64 else x
     if x.is_inference():  # made under inference_mode, and of no use where there are gradients
         with torch.inference_mode(False):

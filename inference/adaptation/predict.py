@@ -156,6 +156,12 @@ def rows_of(inputs: Any, task: Task) -> Rows:
         return inputs if inputs.shared or not task.train.shared else replace(inputs, shared=task.train.shared)
     if isinstance(inputs, tuple) and len(inputs) == 2 and all(hasattr(x, "shape") for x in inputs):
         raise TypeError("inputs: a pair given; predictions take the inputs without the targets.")
+    columns = getattr(inputs, "column_names", None)
+    if columns and not isinstance(inputs, Mapping):
+        raise TypeError(
+            f"inputs: a data set with the columns {', '.join(map(repr, columns))}; give one of them: "
+            f"data[{columns[0]!r}], or a mapping of tensors by input name."
+        )
     named = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
     if not named:
         raise ValueError("inputs: an empty mapping; expected tensors by input name.")

@@ -92,6 +92,32 @@ def test_classes_of_strings_and_of_what_a_tokenizer_returns_are_predicted(tmp_pa
     torch.testing.assert_close(loaded.predict(batch), p)
 
 
+def test_texts_come_in_every_form_and_what_is_none_is_told() -> None:
+    import datasets
+    import numpy as np
+    import pandas as pd
+
+    task = encoded("bert")
+    backbone = FAMILIES["bert"].make()
+    adapter = adapt_backbone(backbone, recipe(backbone, rank=2), seed=0)
+    posterior = TaskPosterior(adapter, task, adapter.initial.repeat(2, 1))
+    words, texts = tokenizer("encoder"), ["red dog", "green cat"]
+    expected = posterior.predict(texts)
+    data = datasets.Dataset.from_dict({"text": texts})
+    tokens = [words(texts, padding=True, return_tensors=kind) for kind in ("pt", "np", None)]
+    for given in (tuple(texts), np.array(texts), pd.Series(texts), data["text"], *tokens):
+        torch.testing.assert_close(posterior.predict(given), expected)
+    for wrong, message in (
+        ("red dog", r"give a list of strings, \[text\]"),
+        (["red", 3], r"inputs\[1\] is a int, others are strings"),
+        (words(["red", "red dog cat"]), r"'input_ids'.* one length: tokenizer\(texts, padding=True\)"),
+        (data, r"a data set with the columns 'text'; give one of them: data\['text'\]"),
+        ([], "an empty list"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            posterior.predict(wrong)
+
+
 def test_predict_names_generate_where_answers_are_written() -> None:
     posterior = posterior_of("bart")
     for inputs in (TEXTS, tokenizer()(TEXTS, padding=True, return_tensors="pt")):
