@@ -364,12 +364,14 @@ class LiFTPrior:
     ) -> MCMC | DrawWindows:
         """Run the chain of Eq. 18 from a start, through windows if there are any."""
         assert a.learning_rate is not None and a.temperature is not None and a.n_inflate is not None
+        power = self.settings.n_inflate or 1.0
         options: dict[str, Any] = {
             "step_size": 2.0 * a.learning_rate,
             "temperature": a.temperature,
             "n_inflate": a.n_inflate,
             "preconditioner": "rms" if self.settings.preconditioner == "rms" else None,
-            "second_moment": self.second_moment,
+            # Of forces with meta-training's power on the likelihood.
+            "second_moment": {k: v * (a.n_inflate / power) ** 2 for k, v in self.second_moment.items()},
             "site_step_scale": {"head": self.settings.head_lr_scale},
             "site_temperature": {"head": self.settings.head_temperature},
         }
