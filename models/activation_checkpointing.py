@@ -72,11 +72,11 @@ Noted = list[tuple[nn.Module, dict[str, Any], Any]]
 
 
 def _note(layer: nn.Module) -> Noted:
-    """Note the weights of every module of a layer, and the forward that a block has put in its place."""
+    """Note the weights of every module of a layer, and the forward that has been put in its place for this call."""
     return [
         (module, dict(module._parameters), module.__dict__.get("forward"))
         for module in layer.modules()
-        if module is not layer and module._parameters
+        if module is not layer and (module._parameters or "forward" in module.__dict__)
     ]
 
 

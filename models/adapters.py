@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_lift.models.blocks import BlockCall, Slot, bound, flattened, slots_of
+from pyro_lift.models.fused_lora import fused
 from pyro_lift.models.lengths import TEXT_INPUTS, by_length
 from pyro_lift.models.networks import (
     WeightProbe,
@@ -343,10 +344,11 @@ class RandomAdapter(PyroModule):
     @span("pyro_lift.forward")
     def _run(self, theta: Tensor, inputs: Sequence[Any], named: Mapping[str, Any], head_inputs: bool) -> Tensor:
         read = self._read_head_inputs if head_inputs else self._read
-        if theta.dim() > 1:
-            return self._block(self._tensors(theta), inputs, named, read)
-        with self.bound(theta):
-            return read(inputs, named)
+        with fused(self._layers, self.adapter_name):
+            if theta.dim() > 1:
+                return self._block(self._tensors(theta), inputs, named, read)
+            with self.bound(theta):
+                return read(inputs, named)
 
     def _read_head_inputs(self, inputs: Sequence[Any], named: Mapping[str, Any], block: bool = False) -> Tensor:
         """Do what :meth:`_read` does, for a task's own head on top of label matching."""
