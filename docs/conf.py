@@ -47,6 +47,7 @@ nb_execution_timeout = 600  # a cell, on a machine with other work too
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # bars and notices of libraries; what a page speaks of, it prints
 
 # Reference, from docstrings
 autodoc_member_order = "bysource"
