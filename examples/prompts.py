@@ -197,12 +197,11 @@ def by_adam(out: Path) -> dict[str, dict[str, float]]:
         for folder in sorted((out / "new").iterdir()):
             task, texts = task_of(config, folder), read_task(folder)
             found: Any = method.adapt(state, task)
+            rows: Any = texts.test
             posterior = TaskPosterior(adapter, task, found.thetas)
             how = WritingSettings(beams=1, max_new_tokens=16)
             assert task.test is not None
-            scores.setdefault(folder.name, {})[name] = written_scores(posterior, task, task.test, texts.test, how)[
-                "score"
-            ]
+            scores.setdefault(folder.name, {})[name] = written_scores(posterior, task, task.test, rows, how)["score"]
     return scores
 
 

@@ -58,7 +58,7 @@ def adapter_of(family: str) -> RandomAdapter:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the layers that run fused."""
     calls: list[int] = []
-    plain = adapters.fused
+    plain: Any = vars(adapters)["fused"]
 
     def counting(layers: Any, name: Any) -> Any:
         context = plain(layers, name)
@@ -98,9 +98,9 @@ def test_a_network_gives_what_it_gives_as_peft_wrote_it(
     positional = tuple(torch.stack([x, x.flip(0)]) for x in rows.positional)
 
     def call(theta: Tensor) -> Tensor:
-        if block:
-            return adapter(*positional, theta=theta, **stacked)
-        return adapter(*rows.positional, theta=theta, **rows.named)
+        inputs, named = (positional, stacked) if block else (rows.positional, rows.named)
+        output: Tensor = adapter(*inputs, theta=theta, **named)
+        return output
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # which can be differentiated twice
         call(theta)
@@ -119,7 +119,8 @@ def test_a_network_gives_what_it_gives_as_peft_wrote_it(
 def test_layers_that_do_more_run_as_they_are(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    options: dict[str, Any] = {"own bias": {"bias": "lora_only"}, "bias": {"lora_bias": True}}.get(change, {})
+    named: dict[str, dict[str, Any]] = {"own bias": {"bias": "lora_only"}, "bias": {"lora_bias": True}}
+    options = named.get(change, {})
     adapter = adapt_backbone(net, peft.LoraConfig(r=2, target_modules=["0"], **options), seed=0)
     (layer,) = peft_layers(adapter.backbone).values()
     seen: list[int] = []
