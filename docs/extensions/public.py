@@ -19,6 +19,7 @@ PACKAGES = {
     "pyro_lift.diagnostics": ("diagnostics", "What is asked of a finished run, and of a sampler."),
     "pyro_lift.generation": ("generation", "Text from a network under an adapter's weights."),
     "pyro_lift.tuning": ("tuning", "Settings that are chosen on tasks held out of meta-training."),
+    "pyro_lift.watching": ("watching", "Callbacks of runs: JSON lines, TensorBoard, W&B, trackio, MLflow."),
     "pyro_lift.comparison": ("comparison", "Does meta-learning pay on these tasks?"),
     "pyro_lift.saving": ("saving", "Folders of priors, posteriors and libraries of LoRAs."),
 }
