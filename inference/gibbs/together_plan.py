@@ -97,7 +97,8 @@ def _options_fault(request: Request, settings: Settings) -> str | None:
     faults = {
         "distributed=True": request.distributed and "every process would need all tasks; leave it out",
         "sgd_steps": request.sgd_steps > 0 and "needs no joint training before it; leave it at 0",
-        "theta_update": settings.theta_update not in ("auto", "sgld") and "it moves theta itself; leave it out",
+        "theta_update": settings.theta_update != "auto" and "it moves theta itself; leave it out",
+        "control_variates": settings.control_variates > 0 and "it takes all rows; leave them out",
         "translation": settings.translation in ("saga", "falling") and "it moves them already; leave it out",
         "preconditioner": settings.decay is not None and "it has a metric of its own; leave it out",
         "max_grad_norm": settings.max_grad_norm is not None and "a test holds any gradient; leave it out",

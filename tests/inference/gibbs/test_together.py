@@ -152,6 +152,7 @@ def test_what_has_no_exact_draw_moves_together_and_the_rest_as_before() -> None:
     # Exact draws that would be slow: the data say little of single tasks.
     assert update_of(counts(200.0)) == "gibbs" and update_of(counts(1.0)) == "nuts"
     assert update_of(counts(1.0), theta_update="mala") == "gibbs"
+    assert update_of(counts(1.0), theta_update="sgld") == "gibbs"
     # They are not slow where phi is drawn with theta integrated out.
     assert update_of(normal_data) == "gibbs"
 
@@ -170,6 +171,7 @@ def test_where_something_else_was_asked_for_a_program_without_an_exact_draw_is_r
     [
         ({"translation": "saga"}, "translation does not go with it"),
         ({"theta_update": "hmc"}, "theta_update does not go with it"),
+        ({"control_variates": 5}, "control_variates does not go with it"),
         ({"step_size": 0.1}, "step_size does not go with it"),
         ({"temperature": 0.0}, "temperature=0 does not go with it"),
         ({"block_size": 2}, "block_size=2"),
