@@ -195,7 +195,8 @@ def by_adam(out: Path) -> dict[str, dict[str, float]]:
         method = BASELINES[name](adapter, budget)
         state = method.meta_train(known)
         for folder in sorted((out / "new").iterdir()):
-            task, texts = task_of(config, folder), read_task(folder)
+            task = task_of(config, folder)
+            texts: Any = read_task(folder)
             found: Any = method.adapt(state, task)
             rows: Any = texts.test
             posterior = TaskPosterior(adapter, task, found.thetas)
