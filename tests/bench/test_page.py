@@ -149,6 +149,16 @@ def test_a_family_is_led_only_by_more_than_chance(tmp_path: Path) -> None:
     assert not verdict.leads and verdict.place == 2 and "behind" in verdict.sentence()
 
 
+def test_tasks_that_a_seed_makes_are_cases_of_their_own(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "cells", LOSSES)
+    for path in folder.glob("*-*.json"):
+        result = json.loads(path.read_text())
+        result["cell"] |= {"family": "digits", "split": "10 labels"}
+        path.write_text(json.dumps(result).replace("unexplained", "nll"))
+    assert verdict_of(read_evidence(folder), "digits").cases == 8
+    assert verdict_of(read_evidence(_folder(tmp_path / "shared", LOSSES)), "regressions").cases == 4
+
+
 class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()

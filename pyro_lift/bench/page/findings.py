@@ -138,9 +138,15 @@ def losses_by_case(evidence: Evidence, family: str, row: str, measure: str) -> d
         column = Column(split, family, split)
         if not any(f == family and s == split for f, s, _ in evidence.scores):
             continue
-        for (_, task), value in evidence.values(column, row, measure).items():
-            found.setdefault(f"{split} {task}", []).append(value)
+        for (seed, task), value in evidence.values(column, row, measure).items():
+            found.setdefault(_case(column, seed, task), []).append(value)
     return {case: statistics.fmean(values) for case, values in found.items()}
+
+
+def _case(column: Column, seed: int, task: str) -> str:
+    """Name the case that values are averaged over: a task, which several seeds share unless each makes its own."""
+    own = f" of seed {seed}" if column.family in FAMILIES and FAMILIES[column.family].by_seed else ""
+    return f"{column.key} {task}{own}"
 
 
 def _paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> PairedTest | None:
@@ -165,8 +171,8 @@ def row_tests(evidence: Evidence, columns: Sequence[Column], row: str, reference
         if evidence.measure(column) in ("curve", "seconds"):
             continue
         for name, kept in ((row, theirs), (reference, ours)):
-            for (_, task), value in evidence.values(column, name).items():
-                kept.setdefault(f"{column.key} {task}", []).append(value)
+            for (seed, task), value in evidence.values(column, name).items():
+                kept.setdefault(_case(column, seed, task), []).append(value)
     by_case = [{case: statistics.fmean(values) for case, values in kept.items()} for kept in (theirs, ours)]
     return TableTests(pooled, welch, _paired(*by_case))
 

@@ -60,6 +60,7 @@ class Family:
         special: splits that have another setting, by scale.
         folder: below the data's root.
         same_tests: splits whose tasks to be judged by are those of another split.
+        by_seed: whether a seed makes tasks of its own, so that tasks of one name in two seeds are two tasks.
     """
 
     benchmark: str
@@ -68,6 +69,7 @@ class Family:
     special: Mapping[tuple[Scale, str], Setting] = field(default_factory=dict)
     folder: str = "."
     same_tests: Mapping[str, str] = field(default_factory=dict)
+    by_seed: bool = False
 
 
 def _minilm() -> str:
@@ -158,6 +160,7 @@ FAMILIES: dict[str, Family] = {
                 "digits", "timm", "pictures", Sizes(warm_up=600, visits=200, steps=60, draws=5, test_rows=300)
             )
         },
+        by_seed=True,
     ),
     "novels": Family(
         "novels", ("authors", "books"), {"small": Setting(_NOVELS, "seq2seq", "next-token", _SMALL_TOKENS)}
@@ -171,6 +174,7 @@ FAMILIES: dict[str, Family] = {
             )
         },
         folder="vision",
+        by_seed=True,
     ),
     "regressions": Family(
         "regressions",
