@@ -4,8 +4,8 @@ r"""A visit of all tasks at once whose likelihood is Gaussian in theta: all upda
    With the form of :mod:`~pyro_lift.inference.gibbs.gaussian_tasks`, :math:`A_i = H_i + P` and phi's own prior
    :math:`\mathcal N(m_0, 1/\sigma^2)`,
 
-   .. math:: \phi \sim \mathcal N\big(V\,(m_0/\sigma^2 + \textstyle\sum_i M_i r_i + P A_i^{-1} g_i),\; T V\big),
-             \qquad V^{-1} = 1/\sigma^2 + \textstyle\sum_i M_i, \quad M_i = P A_i^{-1} H_i.
+   .. math:: \phi \sim \mathcal N\big(V\,(m_0/\sigma^2 + \sum_i M_i r_i + P A_i^{-1} g_i),\; T V\big),
+             \qquad V^{-1} = 1/\sigma^2 + \sum_i M_i, \quad M_i = P A_i^{-1} H_i.
 
 2. The scales given phi and every theta_i (:mod:`~pyro_lift.inference.gibbs.scale_draws`).
 3. A factor on a scale and every theta_i - phi: along :math:`\theta_i = \phi + f r_i` the log likelihood is
