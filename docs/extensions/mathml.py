@@ -18,6 +18,7 @@ REWRITTEN = (
     (re.compile(r"\\lVert\b|\\rVert\b"), r"\\Vert"),
     (re.compile(r"\\(?:big|Big|bigg|Bigg)[lr]?\b"), ""),
     (re.compile(r"\\dots\b"), r"\\ldots"),
+    (re.compile(r"\\(?:textstyle|displaystyle)\b"), ""),
     (re.compile(r"\\mathrel\{([^}]*)\}"), r"\1"),
     (re.compile(r"\\operatorname\*?\{([^}]*)\}"), r"\\mathrm{\1}"),
 )
