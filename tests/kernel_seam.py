@@ -6,7 +6,7 @@ gradient that it uses. Nothing is asked of its insides but where theta and S are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_lift import SGLD, SGLDGibbs
 from pyro_lift.inference import stability
+from pyro_lift.inference.gibbs import regression
 from pyro_lift.inference.gibbs.conjugate import draw
 
 __all__ = ["STEP", "Seam", "Visit", "whole_gradient"]
@@ -91,6 +92,8 @@ class Seam:
         """Put every theta and phi at a random point, and S where it belongs."""
         store = self.kernel.store
         assert store is not None
+        tasks = range(self.structure.num_tasks)
+        theta = {f: {task: self._theta_of(f, task) for task in tasks} for f in self.structure.regressions}
         for task in range(self.structure.num_tasks):
             (row,) = store.read([task])
             store.write([task], [spread * torch.randn(row.shape, generator=generator, dtype=row.dtype)])
@@ -104,7 +107,25 @@ class Seam:
             # A task may lack the site where nothing rests on S.
             kept = [part.reshape(phi[name].shape) for part in parts if part is not None]
             sums[name] = torch.stack(kept).sum(0).double()
-        self.kernel.state = self.kernel.state._replace(phi=phi, sums=sums)
+        squares = dict(self.kernel.state.squares)
+        for level in self.structure.regressions.values():
+            squares[level.cross] = self._around(level, theta[level.family], phi)
+        self.kernel.state = self.kernel.state._replace(phi=phi, sums=sums, squares=squares)
+
+    def _around(self, level: Any, theta: Mapping[int, Tensor], phi: Mapping[str, Tensor]) -> Tensor:
+        """Covariates times rest of a regression, after theta and phi were put elsewhere; it is linear in the rest."""
+        state, known = self.kernel.state, self.kernel.chain.cache.coefficients[level.family].A
+        shift = torch.cat([(phi[name] - state.phi[name]).reshape(-1).double() for name in level.sites])
+        total = state.squares[level.cross].clone()
+        form = "dk,d->dk" if level.dense is None else "dk,e->dek"
+        for task, row in theta.items():
+            rest = self._theta_of(level.family, task) - row - known[task] @ shift
+            total += torch.einsum(form, known[task], rest)
+        assert isinstance(total, Tensor)
+        return total
+
+    def _theta_of(self, family: str, task: int) -> Tensor:
+        return self.kernel.theta(task)[family].reshape(-1).double()
 
     def visit(self) -> Visit:
         """Move the next block and phi by one step."""
@@ -118,12 +139,27 @@ class Seam:
         }
         return Visit(tasks, phi, moved, gradients)
 
-    def variances(self) -> Mapping[str, Tensor]:
-        """Variance of the exact draw, by global site."""
-        found = {}
+    def covariance(self, names: Sequence[str]) -> Tensor:
+        """Covariance of the exact draw of some global sites, one after another."""
+        state = self.kernel.state
+        sizes = [state.phi[name].numel() for name in names]
+        places = dict(zip(names, torch.arange(sum(sizes)).split(sizes), strict=True))
+        found = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)
         for name, pair in self.structure.pairs.items():
-            phi, S = self.kernel.state.phi[name], self.kernel.state.sums[name]
-            noise = torch.ones_like(phi)
-            draws = [draw(pair, S, self.structure.num_tasks, 1.0, scale * noise) for scale in (0.0, 1.0)]
-            found[name] = (draws[1] - draws[0]).square()
+            noise = torch.ones_like(state.phi[name])
+            at = [draw(pair, state.sums[name], self.structure.num_tasks, 1.0, scale * noise) for scale in (0.0, 1.0)]
+            found[places[name], places[name]] = (at[1] - at[0]).square().reshape(-1).double()
+        for level in self.structure.regressions.values():
+            gram = self.kernel.chain.cache.coefficients[level.family].gram
+            sums = state.squares[level.cross], state.squares[level.square]
+            K = len(level.prior_mean)
+
+            def drawn(noise: Tensor, level: Any = level, gram: Tensor = gram, sums: Any = sums) -> Tensor:
+                parts = regression.draw(level, gram, sums, state.phi, 1.0, noise)[0]
+                return torch.cat([parts[name].reshape(-1).double() for name in level.sites])
+
+            centre = drawn(torch.zeros(K, dtype=torch.float64))
+            root = torch.stack([drawn(unit) - centre for unit in torch.eye(K, dtype=torch.float64)], -1)
+            place = torch.cat([places[name] for name in level.sites])
+            found[place.unsqueeze(-1), place] = root @ root.T
         return found

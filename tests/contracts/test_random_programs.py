@@ -89,8 +89,8 @@ class Reference:
                 size = float(values[name].detach().abs().max())
                 _assert_close(f"gradient of {name!r}, task {task}", found, expected, size)
 
-    def check_draw(self, visit: Visit, theta: Mapping[int, list[Tensor]], variances: Mapping[str, Tensor]) -> None:
-        """Mean and variance of phi given all theta, from gradient and Hessian: the exact draw is for quadratics."""
+    def check_draw(self, visit: Visit, theta: Mapping[int, list[Tensor]], covariance: Tensor) -> None:
+        """Mean and covariance of phi given all theta, from gradient and Hessian: the exact draw is for quadratics."""
         values = self.values(visit.phi, theta)
         total = self.density(values, {}).total(self.power)
         names = list(visit.phi)
@@ -103,8 +103,7 @@ class Reference:
         mean = start - torch.linalg.solve(hessian, flat.detach())
         found = torch.cat([visit.moved_phi[name].reshape(-1) for name in names])
         _assert_close("mean of phi given theta", found, mean, float(start.detach().abs().max()))
-        spread = torch.cat([variances[name].reshape(-1) for name in names])
-        _assert_close("variance of phi given theta", torch.diag(spread), torch.linalg.inv(-hessian), 0.0)
+        _assert_close("covariance of phi given theta", covariance, torch.linalg.inv(-hessian), 0.0)
 
     def phi_gradient(
         self, phi: Mapping[str, Tensor], theta: Mapping[int, list[Tensor]], taken: Minibatches, tasks: list[int]
@@ -149,7 +148,7 @@ def _run(program: RandomProgram, options: dict[str, Any]) -> None:
         reference.check_theta(visit, theta, first)
         after = seam.theta()
         if update == "gibbs":
-            reference.check_draw(visit, after, seam.variances())
+            reference.check_draw(visit, after, seam.covariance(list(visit.phi)))
             continue
         outside, inside = reference.phi_gradient(visit.phi, after, last, visit.tasks)
         accumulator = options["accumulator"]
