@@ -73,6 +73,7 @@ class LiFTPrior:
         prediction_temperature: of the predictions of its tasks, see :meth:`calibrate`; 1 where nobody has.
         tuning: how the settings were chosen, as :meth:`pyro_lift.tuning.search.Tuning.to_dict` tells; None where they
             were given.
+        rescales: whether the preconditioner is brought to the power of an adaptation that has another.
     """
 
     def __init__(
@@ -91,16 +92,15 @@ class LiFTPrior:
         encoding: TextEncoding | None = None,
         prediction_temperature: float = 1.0,
         tuning: dict[str, Any] | None = None,
+        rescales: bool = True,
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
-        self.matching_scale = matching_scale
+        self.matching_scale, self.rescales = matching_scale, rescales
         self.tasks, self.results = tuple(tasks), dict(results or {})
         self.prediction_temperature, self.tuning = prediction_temperature, tuning
         self.adapt_settings = adapt_settings or AdaptSettings()
         self.second_moment = second_moment or {}
-        self.mcmc = mcmc
-        self.seed = seed
-        self.encoding = encoding
+        self.mcmc, self.seed, self.encoding = mcmc, seed, encoding
 
     def __repr__(self) -> str:
         return f"LiFTPrior({self.mixture!r}, beta={one_width(self.settings.beta):.3g}, adapter={self.adapter!r})"
@@ -150,6 +150,7 @@ class LiFTPrior:
             encoding=self.encoding,
             prediction_temperature=math.exp(sum(math.log(p.prediction_temperature) for p in chains) / len(chains)),
             tuning=self.tuning,
+            rescales=self.rescales,
         )
 
     @at_top_level()
@@ -364,7 +365,7 @@ class LiFTPrior:
     ) -> MCMC | DrawWindows:
         """Run the chain of Eq. 18 from a start, through windows if there are any."""
         assert a.learning_rate is not None and a.temperature is not None and a.n_inflate is not None
-        power = self.settings.n_inflate or 1.0
+        power = (self.settings.n_inflate or 1.0) if self.rescales else a.n_inflate
         options: dict[str, Any] = {
             "step_size": 2.0 * a.learning_rate,
             "temperature": a.temperature,

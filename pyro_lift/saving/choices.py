@@ -19,6 +19,7 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "matching_scale": prior.matching_scale,
         "prediction_temperature": prior.prediction_temperature,
         "tuning": prior.tuning,
+        "moment_power": prior.settings.n_inflate if prior.rescales else None,
     }
 
 
@@ -34,7 +35,9 @@ def saved_choices(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if tuning is not None and not isinstance(tuning, dict):
         raise DamagedError(f"{path}: key 'tuning' is a {type(tuning).__name__}, not a table.")
     temperature = saved_temperature(path, config)
-    return {"matching_scale": scale, "prediction_temperature": temperature, "tuning": tuning}
+    # Before that was written, an adaptation with another power took the preconditioner as it was, and still does.
+    rescales = config.get("moment_power") is not None
+    return {"matching_scale": scale, "prediction_temperature": temperature, "tuning": tuning, "rescales": rescales}
 
 
 def saved_temperature(path: Path, config: Mapping[str, Any]) -> float:

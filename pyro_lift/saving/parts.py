@@ -33,6 +33,7 @@ class PriorParts(NamedTuple):
         encoding: of strings, or None.
         prediction_temperature: of predictions.
         tuning: how settings were chosen, as plain values; None where they were not.
+        rescales: whether the preconditioner is brought to the power of an adaptation that has another.
     """
 
     adapter: RandomAdapter
@@ -47,6 +48,7 @@ class PriorParts(NamedTuple):
     encoding: TextEncoding | None = None
     prediction_temperature: float = 1.0
     tuning: dict[str, Any] | None = None
+    rescales: bool = True
 
 
 class PosteriorParts(NamedTuple):
@@ -88,6 +90,7 @@ class SavablePrior(Protocol):
     encoding: TextEncoding | None
     prediction_temperature: float
     tuning: dict[str, Any] | None
+    rescales: bool
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:
