@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import submitit  # noqa: F401  # closes all log handlers, and so their streams: here, before a test has made any
 from conftest import ROOT
 from typer.testing import CliRunner
 
