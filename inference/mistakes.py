@@ -61,7 +61,10 @@ def missing_plate(plate: str, run: Evaluation) -> str:
         say += f"Did you mean {other!r}? Then write SGLDGibbs(model, plate={other!r}). Otherwise name "
     else:
         say += "Name "
-    say += 'the task plate with SGLDGibbs(model, plate="..."), and write it as pyro.plate("...", N, subsample_size=1).'
+    say += (
+        'the task plate with SGLDGibbs(model, plate="..."), and write it as with pyro.plate("...", N): or, task by '
+        'task, for i in pyro.plate("...", N): (range(N) tells nothing of tasks).'
+    )
     if not run.plates:
         say += (
             " What every task has of its own stands inside it, theta and what is observed; what tasks share stands "

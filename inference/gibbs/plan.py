@@ -442,6 +442,6 @@ def check_plate(plate: str, run: Evaluation) -> None:
     if not run.locals:
         raise ValueError(
             f"the plate {plate!r} holds no latent site, so there is nothing to sample for a task. Sample each task's "
-            f'own variable inside it: with pyro.plate({plate!r}, N, subsample_size=1): pyro.sample("theta", ...).'
+            f'own variable inside it: with pyro.plate({plate!r}, N): pyro.sample("theta", ...).'
             + outside_hint(run, plate)
         )

@@ -204,3 +204,29 @@ def test_a_program_that_observes_nothing_says_so(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING, "pyro_lift"):
         draws(model)
     assert "the program observes nothing, so its draws are the prior's" in caplog.text
+
+
+def in_a_python_loop(y: Tensor) -> None:
+    phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+    for i in range(4):
+        theta = pyro.sample(f"theta_{i}", dist.Normal(phi, 1.0))
+        pyro.sample(f"y_{i}", dist.Normal(theta, 1.0), obs=y[i])
+
+
+def without_theta(y: Tensor) -> None:
+    phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+    with pyro.plate("tasks", 4):
+        pyro.sample("y", dist.Normal(phi, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("model", [in_a_python_loop, without_theta])
+def test_no_one_is_told_to_subsample_a_program_that_can_be_seen_whole(model: Callable[[Tensor], None]) -> None:
+    # One task a visit has an effective sample size of a few in 1,000 draws: it is no advice to someone's first program.
+    with pytest.raises(ValueError, match=r"with pyro\.plate\(.*, N\):") as raised:
+        SGLDGibbs(model).setup(1, torch.zeros(4))
+    assert "subsample_size" not in str(raised.value)
+
+
+def test_a_loop_over_range_is_told_to_loop_over_the_plate() -> None:
+    with pytest.raises(ValueError, match=r'for i in pyro\.plate\("\.\.\.", N\):'):
+        SGLDGibbs(in_a_python_loop).setup(1, torch.zeros(4))
