@@ -95,9 +95,15 @@ class _TextEncoder:
                 encoded[i] = ids
         return encoded
 
+    @property
+    def padding(self) -> int:
+        """The number behind shorter texts: the tokenizer's, else its end token, else 0; the mask hides it anyway."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((number for number in known if number is not None), 0)
+
     def padded(self, encoded: Sequence[Sequence[int]], value: int | None = None) -> tuple[Tensor, Tensor]:
         """Pad numbers to ``[n, L]`` on the right, and make their mask."""
-        return _padded(encoded, self.tokenizer.pad_token_id if value is None else value)
+        return _padded(encoded, self.padding if value is None else value)
 
     def inputs(self, texts: Sequence[str], task: str) -> dict[str, Tensor]:
         """Make ``input_ids`` and ``attention_mask`` of texts."""
@@ -190,7 +196,7 @@ class LabelMatching(_TextEncoder):
             return Rows(inputs, torch.tensor([task.labels.index(row.outputs[0]) for row in rows]))
         most = max(len(row.options) for row in rows)
         ids, mask = self.padded(self.tokens([option for row in rows for option in row.options], task.name))
-        all_ids = torch.full((len(rows), most, ids.shape[-1]), self.tokenizer.pad_token_id)
+        all_ids = torch.full((len(rows), most, ids.shape[-1]), self.padding)
         all_mask = torch.zeros_like(all_ids)
         start = 0
         for i, row in enumerate(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,28 @@ def test_what_does_not_fit_is_refused(tokenizer: Any) -> None:
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no padding token"):
         check_tokenizer(tokenizer, 14)
+
+
+@pytest.mark.parametrize("form", ["text_to_text", "classification", "multiple_choice"])
+def test_a_tokenizer_without_a_padding_token_encodes_what_counts_alike(tokenizer: Any, form: str) -> None:
+    rows = (TextRow("a b c", ("yes",), ("yes", "no", "b c")), TextRow("d", ("no",), ("no", "yes")))
+    labels = ("yes", "no") if form == "classification" else ()
+    task = TextTask("t", rows if form == "multiple_choice" else tuple(TextRow(r.input, r.outputs) for r in rows),
+                    form=form, labels=labels)  # fmt: skip
+    makers = [NextToken, lambda tokens: TextToText(tokens, 1)] if form == "text_to_text" else [LabelMatching]
+    for make in makers:
+        padded = make(tokenizer)(task)
+        bare = copy.deepcopy(tokenizer)
+        bare.pad_token = None
+        unpadded = make(bare)(task)
+        assert bare.pad_token is None  # the caller's tokenizer is as it was
+        assert torch.equal(padded.train.target, unpadded.train.target)
+        for name, ids in padded.train.inputs.items():
+            place = name.replace("input_ids", "attention_mask")
+            counts = (
+                padded.train.inputs[place].bool() if place in padded.train.inputs else padded.train.target != IGNORED
+            )
+            assert torch.equal(ids[counts], unpadded.train.inputs[name][counts]), name
 
 
 def test_pictures_are_resized_scaled_and_given_the_backbones_channels(tmp_path: Path) -> None:
