@@ -244,6 +244,12 @@ def _check_fields(record: Record) -> None:
         raise ValueError(f"{record.place}: both 'messages' and {other!r}; a row is a conversation or a text.")
     if record.fields.get("tools"):
         raise ValueError(f"{record.place}: the column 'tools': calls of tools are not read. Leave it out.")
+    for name in ("system", "system_prompt"):
+        if record.fields.get(name):
+            raise ValueError(
+                f"{record.place}: the column {name!r} would not be read. A system prompt is the first of a row's "
+                "'messages', or 'system' in task.json for all rows of a task."
+            )
     for name, layout in (("instruction", "Alpaca's"), ("conversations", "ShareGPT's")):
         if name in record.fields:
             raise ValueError(

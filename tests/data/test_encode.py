@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +116,14 @@ def test_what_does_not_fit_is_refused(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["text_to_text", "classification", "multiple_choice"])
-def test_a_tokenizer_without_a_padding_token_encodes_what_counts_alike(tokenizer: Any, form: str) -> None:
+def test_a_tokenizer_without_a_padding_token_encodes_what_counts_alike(tokenizer: Any, form: Any) -> None:
     rows = (TextRow("a b c", ("yes",), ("yes", "no", "b c")), TextRow("d", ("no",), ("no", "yes")))
     labels = ("yes", "no") if form == "classification" else ()
     task = TextTask("t", rows if form == "multiple_choice" else tuple(TextRow(r.input, r.outputs) for r in rows),
                     form=form, labels=labels)  # fmt: skip
-    makers = [NextToken, lambda tokens: TextToText(tokens, 1)] if form == "text_to_text" else [LabelMatching]
+    makers: list[Callable[[Any], LabelMatching | NextToken | TextToText]] = [LabelMatching]
+    if form == "text_to_text":
+        makers = [NextToken, partial(TextToText, start_token=1)]
     for make in makers:
         padded = make(tokenizer)(task)
         bare = copy.deepcopy(tokenizer)

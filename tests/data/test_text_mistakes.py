@@ -71,6 +71,14 @@ MISTAKES: dict[str, tuple[str, str]] = {
         chat(USER, {"role": "system", "content": "x"}, SAID),
         r"\[1\]: a system message after",
     ),
+    "a system prompt in a column": (
+        lines({**FINE, "system": "be short"}),
+        r":1: the column 'system' would not be read",
+    ),
+    "a system prompt beside messages": (
+        chat(USER, SAID, system_prompt="x"),
+        r":1: the column 'system_prompt' would not",
+    ),
     "ShareGPT's conversations": (lines({"conversations": []}), r"'conversations' is ShareGPT's"),
     "Alpaca's instructions": (lines({"instruction": "x", "output": "a"}), r"'instruction' is Alpaca's"),
     "accepted answers in a table": (lines({**FINE, "answers": {"text": ["c"]}}), r":1: 'answers' is \{'text'"),
