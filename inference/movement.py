@@ -136,7 +136,8 @@ def _ways_out(reach: Mapping[str, float | None]) -> str:
     if not reach:
         return "Draw more, or keep one in several (thinning); a larger step_size moves faster, at more bias."
     return (
-        "Visit more tasks at once (a larger subsample_size, or none: the law is the same), draw more or thin, or take "
-        'a larger step_size; translation="saga" moves phi and all theta together, and theta_update="hmc" makes long '
+        "Visit more tasks at once (a larger subsample_size, or none; block_size=... where the plate is a loop: the law "
+        'is the same), draw more or thin, or take a larger step_size; translation="saga" moves phi and all theta '
+        'together, and theta_update="hmc" makes long '
         "exact steps where rows are not subsampled."
     )
