@@ -30,7 +30,7 @@ def run_with(
 
 def test_tensorboard_finds_the_curves_in_its_files(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with TensorBoard(tmp_path, every=1) as callback:
         run_with(callback)
