@@ -150,10 +150,10 @@ def _trial(
         return Joint(factor * rate, steps if helps else 0, gain, error, helps)
 
     first = at(1.0)
-    second = at(LARGER if first.helps else SMALLER)
-    if first.helps:
-        return max(first, second, key=lambda joint: joint.gain)
-    return second
+    if not first.helps:
+        return at(SMALLER)
+    larger = at(LARGER)
+    return larger if larger.helps and larger.gain > first.gain else first
 
 
 def _work(train: Train, half: Sequence[Task], rate: float, steps: int) -> Work:

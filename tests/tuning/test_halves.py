@@ -105,6 +105,17 @@ def test_a_smaller_rate_is_tried_before_joint_training_is_given_up() -> None:
     assert not joint.helps and joint.steps == 0
 
 
+def test_a_larger_rate_that_gains_more_by_chance_alone_is_not_taken() -> None:
+    stand_in = Halves({0.1: 0.2, 0.1 * 3.0: 0.5})
+
+    def score(vector: Tensor, half: Sequence[Task]) -> Tensor:
+        spread = 5.0 * torch.tensor([(-1.0) ** k for k in range(len(half))], dtype=torch.float64)
+        return stand_in.score(vector, half) + (spread if vector[0] > 0.4 else 0.0)
+
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.train, score)
+    assert joint.helps and joint.rate == 0.1 and joint.steps == 320
+
+
 def test_a_run_that_goes_on_has_the_verdict_and_the_vectors_of_before(tmp_path: Path) -> None:
     made, config = tasks(shared=True), {"seed": 0}
     first = Halves({0.1: 0.5, 0.1 * 3.0: 0.7})
