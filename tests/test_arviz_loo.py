@@ -19,34 +19,31 @@ from torch import Tensor
 from pyro_lift import MCMC, SGLDGibbs, from_mcmc, whole
 
 TASKS, ROWS = 8, 6
+Model = Callable[[Tensor], None]
 
 
-def rates(exposure: float) -> Callable[[Tensor], None]:
-    """Counts of tasks, whose log rates are normal around phi with an unknown spread."""
+def hierarchy(scale: Callable[[Tensor], dist.Distribution], of: Callable[[Tensor], dist.Distribution]) -> Model:
+    """Tasks normal around phi with an unknown spread, of a prior, and rows with a distribution given their task's."""
 
     def model(y: Tensor) -> None:
         phi = pyro.sample("phi", dist.Normal(torch.zeros((), dtype=torch.float64), 2.0))
-        tau = pyro.sample("tau", dist.HalfNormal(torch.ones((), dtype=torch.float64)))
+        tau = pyro.sample("tau", scale(torch.ones((), dtype=torch.float64)))
         with pyro.plate("tasks", TASKS, dim=-2):
             theta = pyro.sample("theta", dist.Normal(phi, tau))
             with pyro.plate("rows", ROWS, dim=-1):
-                pyro.sample("y", dist.Poisson(exposure * theta.exp()), obs=y)
+                pyro.sample("y", of(theta), obs=y)
 
     return model
 
 
-def numbers(spread: float) -> Callable[[Tensor], None]:
+def rates(exposure: float) -> Model:
+    """Counts of tasks, by their log rates."""
+    return hierarchy(dist.HalfNormal, lambda theta: dist.Poisson(exposure * theta.exp()))
+
+
+def numbers(spread: float) -> Model:
     """Normal data of tasks, whose draws are all exact."""
-
-    def model(y: Tensor) -> None:
-        phi = pyro.sample("phi", dist.Normal(torch.zeros((), dtype=torch.float64), 2.0))
-        tau = pyro.sample("tau", dist.HalfCauchy(torch.ones((), dtype=torch.float64)))
-        with pyro.plate("tasks", TASKS, dim=-2):
-            theta = pyro.sample("theta", dist.Normal(phi, tau))
-            with pyro.plate("rows", ROWS, dim=-1):
-                pyro.sample("y", dist.Normal(theta, spread), obs=y)
-
-    return model
+    return hierarchy(dist.HalfCauchy, lambda theta: dist.Normal(theta, spread))
 
 
 PROGRAMS: dict[str, tuple[Callable[[Tensor], None], dict[str, Any]]] = {
