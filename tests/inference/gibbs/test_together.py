@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import arviz as az
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -15,7 +16,9 @@ from pyro_reference import log_density
 from torch import Tensor
 
 from pyro_lift import MCMC, SGLDGibbs, from_mcmc, summarise, whole
-from pyro_lift.inference.gibbs.together import Posterior, raw_families
+from pyro_lift.inference.gibbs import together
+from pyro_lift.inference.gibbs.together import PLAIN, RAREST, RAW, STEPS, Posterior, made_later, raw_families
+from pyro_lift.inference.nuts_tuning import window_ends
 
 TASKS = 6
 
@@ -229,3 +232,40 @@ def test_a_chain_goes_on_from_a_checkpoint_to_the_same_draws(tmp_path: Path) -> 
     longer = run(6)
     run(3, checkpoint=tmp_path / "run")
     torch.testing.assert_close(run(6, resume=tmp_path / "run"), longer, rtol=0.0, atol=0.0)
+
+
+def test_the_longer_of_two_trajectories_is_made_in_its_turn() -> None:
+    tuning = {PLAIN + STEPS: torch.tensor(63.0), RAW + STEPS: torch.tensor(15.0)}
+
+    def made(label: str, phase: Any, **changed: Any) -> list[int]:
+        now = tuning | {key: torch.tensor(value) for key, value in changed.items()}
+        return [step for step in range(40) if not made_later(now, label, step, phase, 40)]
+
+    assert made(RAW, "sample") == list(range(40))
+    assert made(PLAIN, "sample") == list(range(0, 40, 4))
+    # The first half of the warm-up makes both, and so does a visit at which a window of the metric ends.
+    assert set(made(PLAIN, "burn-in")) == {*range(20), 20, 24, 28, 32, 36, *(end - 1 for end in window_ends(40)[1])}
+    assert made(PLAIN, "sample", **{PLAIN + STEPS: 1e6}) == list(range(0, 40, RAREST))
+    assert made(PLAIN, "sample", **{PLAIN + STEPS: 20.0}) == list(range(40))
+    assert not made_later({}, PLAIN, 3, "sample", 0)
+
+
+def test_the_law_holds_where_a_trajectory_is_left_out_of_most_visits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The known law of a prior without data, its scale far from the location's coordinates."""
+    monkeypatch.setattr(together, "made_later", lambda tuning, label, step, *rest: label == PLAIN and step % 3 != 0)
+
+    def model() -> None:
+        tau = pyro.sample("tau", dist.LogNormal(number(0.0), 0.5))
+        with pyro.plate("tasks", 3):
+            pyro.sample("theta", dist.Normal(number(1.0), tau))
+
+    kernel = SGLDGibbs(model, seed=3, phi_update="nuts", keep_theta=True)
+    mcmc = MCMC(kernel, 600, warmup_steps=100, disable_progbar=True)
+    mcmc.run()
+    draws = mcmc.get_samples()
+    log_tau = draws["tau"].log()
+    error = 1.0 / float(az.ess(log_tau[None].numpy())) ** 0.5
+    assert abs(float(log_tau.mean()) / 0.5) < 4.0 * error
+    assert abs(float(log_tau.std()) / 0.5 - 1.0) < 4.0 * error
+    standard = (draws["theta"] - 1.0) / draws["tau"].reshape(-1, 1)
+    assert abs(float(standard.mean())) < 4.0 * error
