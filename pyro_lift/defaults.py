@@ -25,9 +25,9 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.prior_loss import PriorLoss, prior_loss
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight, harmless_scales, typical_size
-from pyro_lift.settings import LiFTSettings
+from pyro_lift.settings import AdaptSettings, LiFTSettings
 
-__all__ = ["fitted", "one_width", "resolved"]
+__all__ = ["fitted", "one_width", "resolved", "resolved_adaptation"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -37,6 +37,8 @@ TEMPERATURE = 0.1
 SIGMA_OVER_BETA = 2.0
 #: A step over the typical size of the adapter's own weights.
 RELATIVE_STEP = 0.05
+#: A step of adaptation over one of the chain: a new task is given a hundred steps, phi a thousand.
+ADAPTATION_OVER_CHAIN = 2.0
 #: A step without a preconditioner.
 PLAIN_RATE = 2e-3
 #: Times that widths are halved at most.
@@ -75,6 +77,21 @@ def resolved(settings: LiFTSettings, adapter: RandomAdapter) -> LiFTSettings:
         learning_rate=rate if s.learning_rate is None else s.learning_rate,
         sgd_learning_rate=rate if s.sgd_learning_rate is None else s.sgd_learning_rate,
     )
+
+
+def resolved_adaptation(adapt: AdaptSettings, settings: LiFTSettings, filled: LiFTSettings) -> AdaptSettings:
+    """Fill in the rate of adaptation where neither it nor the chain's was given: twice the chain's.
+
+    Args:
+        adapt: as given; a rate of its own is kept.
+        settings: of meta-training as given; a rate of theirs is inherited as it is.
+        filled: the same, filled in.
+    """
+    given = adapt.learning_rate is not None or settings.learning_rate is not None
+    if given or settings.preconditioner != "rms":
+        return adapt
+    assert filled.learning_rate is not None
+    return replace(adapt, learning_rate=ADAPTATION_OVER_CHAIN * filled.learning_rate)
 
 
 def fitted(settings: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task]) -> LiFTSettings:

@@ -14,7 +14,7 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from pyro.ops.streaming import CountStats, StatsOfDict
 from torch import Tensor, nn
 
-from pyro_lift.defaults import fitted, resolved
+from pyro_lift.defaults import fitted, resolved, resolved_adaptation
 from pyro_lift.inference.chain_summary import ChainSummary
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.folder import saved_config
@@ -143,7 +143,8 @@ class LiFT:
         known = resolved(self.settings, self.adapter)
         scale = own_head_scale(self.adapter, tasks, known.head_scale, solve=known.head != "langevin")
         heads = known.head != "langevin" and any(has_solved_head(self.adapter, task, scale) for task in tasks)
-        candidates = lift_candidates(known, self.adapt_settings, trainings=trainings, heads=heads)
+        adapt = resolved_adaptation(self.adapt_settings, self.settings, known)
+        candidates = lift_candidates(known, adapt, trainings=trainings, heads=heads)
 
         def make(candidate: Candidate, share: float) -> _Contender:
             settings = shortened(replace(self.settings, **candidate.meta), share)
@@ -285,7 +286,7 @@ class LiFT:
                 self.adapter,
                 summary.mixtures[k],
                 replace(s, components=k, sgd_steps=self.settings.sgd_steps),
-                self.adapt_settings,
+                resolved_adaptation(self.adapt_settings, self.settings, s),
                 moments,
                 mcmc,
                 self.seed,

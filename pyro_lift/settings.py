@@ -18,7 +18,10 @@ class AdaptSettings:
     steps: int = field(default=100, metadata={"help": "SGLD steps on the new task"})
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "move per step and weight; eta = 2 x this; none: 0.05 of the size of the adapter's weights"},
+        metadata={
+            "help": "move per step and weight; eta = 2 x this; none: that of meta-training where it was given, else "
+            "0.1 of the size of the adapter's weights"
+        },
     )
     temperature: float | None = field(
         default=None, metadata={"help": "variance of the noise; 0 switches it off; none: that of meta-training"}

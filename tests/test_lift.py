@@ -219,3 +219,17 @@ def test_the_front_door_runs_on_cuda() -> None:
     lift = LiFT(classifier(), device="cuda", sgd_steps=5, burn_in=5, samples=20, seed=0)
     posterior = lift.meta_train(tasks, progress=False).adapt(tasks[0], steps=20, draws=5)
     assert posterior.predict(torch.randn(2, 2)).device.type == "cuda"
+
+
+def test_adaptation_moves_twice_as_fast_as_the_chain_where_no_rate_is_given() -> None:
+    toy = LinearGaussian(3, seed=0)
+    short = {"burn_in": 2, "samples": 4, "preconditioner": "rms"}
+
+    def rates(**options: object) -> tuple[float | None, float | None]:
+        prior = toy_lift(toy, **{**short, **options}).meta_train(toy_tasks(toy), progress=False)
+        return prior.settings.learning_rate, prior.adapt_settings.learning_rate
+
+    chain, adaptation = rates(learning_rate=None)
+    assert chain is not None and adaptation == pytest.approx(2.0 * chain)
+    assert rates(learning_rate=0.003) == (0.003, None)  # what meta-training was given, adaptation inherits
+    assert rates(learning_rate=None, preconditioner="none")[1] is None

@@ -7,6 +7,11 @@ which each local site that has a location and a scale is written as its distance
 (:mod:`~pyro_lift.inference.location_scale`): where the data say little of single theta_i, a scale and the spread of
 theta_i hold each other in the first, and do not in the second. Each has a step and a metric of its own, which tune
 themselves in the warm-up.
+
+Where data are strong the second is the worse by far: its trajectories take many times as many steps, and move nothing
+that the first does not. So the warm-up counts the steps of both, and from its second half on the longer trajectory is
+made at every k-th visit alone, k the ratio of the two: a visit then costs at most twice the shorter one. Which visits
+these are does not depend on where the chain stands, so that each leaves the posterior as it is.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from pyro_lift.inference.gibbs.rows import Values, block_values, task_rows
 from pyro_lift.inference.gibbs.state import Chain, Phase, SGLDGibbsInfo, SGLDGibbsState, Streams
 from pyro_lift.inference.location_scale import location_scale
 from pyro_lift.inference.nuts import Point, Trajectory, trajectory
-from pyro_lift.inference.nuts_tuning import begun, inverse_mass_of, step_of, tuned
+from pyro_lift.inference.nuts_tuning import begun, inverse_mass_of, step_of, tuned, window_ends
 from pyro_lift.inference.program import Evaluation, Latent
 from pyro_lift.inference.sgld import diverged
 from pyro_lift.inference.watch import Failure
@@ -33,6 +38,10 @@ __all__ = ["Posterior", "raw_families", "reported", "visit"]
 
 #: Names of the tunings of the two trajectories of a visit.
 PLAIN, RAW = "plain ", "raw "
+#: Name of the mean number of steps of a trajectory in the tuning; how much each new one counts.
+STEPS, NEWEST = "steps", 0.1
+#: From this ratio of their steps on the longer trajectory is not made at each visit; and how rarely it is made at most.
+UNEQUAL, RAREST = 2.0, 10
 
 
 def raw_families(run: Evaluation) -> frozenset[str]:
@@ -157,6 +166,8 @@ def visit(
     for label, raw in ((PLAIN, frozenset[str]()), (RAW, chain.raw or frozenset[str]())):
         if label == RAW and not raw:
             continue
+        if made_later(tuning, label, state.step, phase, chain.settings.adapts):
+            continue
         posterior = Posterior(chain, run, raw)
         own = {k.removeprefix(label): v for k, v in tuning.items() if k.startswith(label)}
         moved, own = _moved(posterior, posterior.flat(run), own, state, chain, streams, phase)
@@ -176,6 +187,25 @@ def visit(
         any(moved.diverged for moved in made),
     )
     return state._replace(step=state.step + 1, phi=phi, tuned=tuning), info
+
+
+def made_later(tuning: Mapping[str, Tensor], label: str, step: int, phase: Phase, warmup: int) -> bool:
+    """Whether a trajectory is left out of a visit, because it is the longer one and its turn comes later.
+
+    Args:
+        tuning: of both trajectories.
+        label: of the trajectory.
+        step: number of the visit.
+        phase: of the chain.
+        warmup: visits of the warm-up; in its first half, and where a window of its metric ends, none is left out.
+    """
+    if phase == "burn-in" and (2 * step < warmup or step + 1 in window_ends(warmup)[1]):
+        return False
+    steps = {key: float(tuning[key + STEPS]) for key in (PLAIN, RAW) if key + STEPS in tuning}
+    if len(steps) < 2:
+        return False
+    ratio = steps[label] / min(steps.values())
+    return ratio >= UNEQUAL and step % min(round(ratio), RAREST) != 0
 
 
 def _values_of(run: Evaluation, like: Values) -> dict[int | None, dict[str, Tensor]]:
@@ -207,7 +237,9 @@ def _moved(
         return moved, dict(tuning)
     warmup = chain.settings.adapts
     learned = tuned(tuning, moved.acceptance, moved.end, state.step, warmup, posterior.density, streams.noise)
-    return moved, learned
+    made = torch.tensor(float(moved.steps), dtype=torch.float64, device=vector.device)
+    mean = tuning.get(STEPS, made)
+    return moved, {**learned, STEPS: mean + NEWEST * (made - mean)}
 
 
 def reported(report: Mapping[str, float | str], tuning: Mapping[str, Tensor]) -> dict[str, float | str]:
