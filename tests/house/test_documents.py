@@ -16,7 +16,13 @@ from typer.testing import CliRunner
 
 DOCS = ROOT / "docs"
 PAGES = sorted(
-    [*DOCS.glob("*.md"), *DOCS.glob("howto/*.md"), *DOCS.glob("reference/*.md"), ROOT / "CONTRIBUTING.md"],
+    [
+        *DOCS.glob("*.md"),
+        *DOCS.glob("howto/*.md"),
+        *DOCS.glob("reference/*.md"),
+        *DOCS.glob("results/**/*.md"),
+        ROOT / "CONTRIBUTING.md",
+    ],
     key=lambda path: str(path),
 )
 TUTORIALS = sorted(path for path in DOCS.glob("tutorials/*.md") if path.stem != "index")
@@ -125,6 +131,23 @@ def test_the_links_of_a_page_lead_somewhere(path: Path) -> None:
     words = re.sub(r"^ *```.*?^ *```|`[^`\n]*`", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\((?!https?:|#|/)([^)#\s]+)", words):
         assert (path.parent / target).exists(), target
+
+
+def slugs(path: Path) -> set[str]:
+    """The names by which headings of a page are linked to, as GitHub and MyST make them."""
+    text = re.sub(r"^ *```.*?^ *```", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    named = {name.replace(" ", "-") for name in re.findall(r"^\((\S+)\)=$", text, re.MULTILINE)}
+    return named | {
+        re.sub(r"[^\w\- ]", "", heading.strip().lower().replace(" ", "-"))
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("path", [*PAGES, *TUTORIALS, ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=name_of)
+def test_the_sections_that_a_page_links_to_exist(path: Path) -> None:
+    words = re.sub(r"^ *```.*?^ *```|`[^`\n]*`", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for page, section in re.findall(r"\]\((?!https?:|/)([^)#\s]*)#([^)\s]+)\)", words):
+        assert section in slugs(path.parent / page if page else path), f"{page}#{section}"
 
 
 def test_the_messages_on_the_page_of_errors_are_in_the_code() -> None:
