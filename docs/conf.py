@@ -30,6 +30,7 @@ extensions = [
     "sphinx_design",
     "extensions.mathml",
     "extensions.pages",
+    "extensions.tables",
 ]
 
 source_suffix = {".md": "myst-nb", ".rst": "restructuredtext"}

@@ -15,7 +15,7 @@ from conftest import ROOT
 pytest.importorskip("sphinx", reason="the site's own packages are not installed: pip install '.[docs]'")
 sys.path.insert(0, str(ROOT / "docs"))
 
-from extensions import home_figure, mathml, pages
+from extensions import home_figure, mathml, pages, tables
 from extensions.public import PACKAGES, modules_of
 
 SOURCES = sorted(
@@ -85,3 +85,7 @@ def test_the_figure_of_the_home_page_is_readmes_table(tmp_path: Path) -> None:
     assert all(name in (tmp_path / "figure.svg").read_text("utf-8") for name in rows)
     with pytest.raises(ValueError, match="no table"):
         home_figure.rows("nothing")
+
+
+def test_a_number_and_its_error_do_not_come_apart() -> None:
+    assert tables.joined("0.3 ± 0.1 and a ± b") == "0.3\u00a0±\u00a00.1 and a ± b"
