@@ -77,6 +77,9 @@ def _sentence(test: str) -> str:
 
 
 def _link(name: str) -> str:
+    if name.startswith("pyro_lift.bench."):  # benchmarks are no part of the reference: their file is named instead
+        module, _, thing = name.rpartition(".")
+        return f"`{thing}` in `{module.replace('.', '/')}.py`"
     if name.startswith("pyro_lift"):
         return f"{{py:obj}}`~{name}`"
     return f"`{name}`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import tomllib
 from pathlib import Path
@@ -26,9 +27,14 @@ PAGES = sorted(
     key=lambda path: str(path),
 )
 TUTORIALS = sorted(path for path in DOCS.glob("tutorials/*.md") if path.stem != "index")
-#: Their programs take more than a few seconds, or are run by another test.
+#: Pages whose programs take more than a few seconds: they are run by `make test-slow`.
 LONG = {"index", "calibration", "report", "from_nuts", "sampler"}
-ELSEWHERE = {"workflow"}  # tests/house/test_workflow.py
+ELSEWHERE = {"workflow"}  # run by tests/house/test_workflow.py, which looks at what they print as well
+#: Languages of blocks, and what looks at them. `text` also holds what programs print, and one server's command.
+LOOKED_AT = {
+    "python": "run", "{code-cell}": "run", "bash": "commands", "text": "commands", "": "commands", "toml": "read",
+    "json": "read", "{toctree}": "Sphinx", "{include}": "Sphinx", "{image}": "Sphinx",
+}  # fmt: skip
 
 
 def name_of(path: Path) -> str:
@@ -60,6 +66,16 @@ def test_the_programs_of_a_page_run_one_after_the_other(
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("path", [*PAGES, *TUTORIALS, ROOT / "README.md"], ids=name_of)
+def test_every_block_of_a_page_is_of_a_language_that_a_test_looks_at(path: Path) -> None:
+    fences = re.findall(r"^ *```+(\S*)", path.read_text("utf-8"), re.MULTILINE)
+    assert len(fences) % 2 == 0, "a block that is not closed"
+    assert set(fences[::2]) <= LOOKED_AT.keys()
+    assert not any(fences[1::2]), "a block inside a block"
+    for block in blocks(path, "text", ""):
+        assert not re.search(r"^(from \S+ )?import ", block, re.MULTILINE), "a program that no test runs"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS, ids=name_of)
 def test_a_tutorial_runs(path: Path, tmp_path: Path) -> None:
@@ -80,22 +96,34 @@ def test_a_tutorial_runs(path: Path, tmp_path: Path) -> None:
 
 def commands() -> list[tuple[str, str]]:
     found = []
-    for path in (*PAGES, *TUTORIALS):
+    for path in (*PAGES, *TUTORIALS, ROOT / "README.md"):
         for block in blocks(path, "", "bash", "text"):
             for line in block.replace("\\\n", " ").splitlines():
                 command = line.split("#")[0].strip()
-                if re.match(r"(pyro-lift|make) ", command):
+                command = re.sub(r"^torchrun .*--no-python ", "", command)
+                if re.match(r"(pyro-lift|make|python examples/\S+) ?", command):
                     found.append((name_of(path), command))
     return sorted(set(found))
 
 
 @pytest.mark.parametrize(("page", "command"), commands(), ids=lambda value: value)
-def test_the_commands_of_a_page_and_their_options_exist(page: str, command: str) -> None:
+def test_the_commands_of_a_page_and_their_options_exist(
+    page: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from pyro_lift.cli import app
 
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"{page}: {command}"
+        return
+    if words[0] == "python":
+        monkeypatch.setattr("sys.argv", [words[1], "--help"])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+        assert ended.value.code == 0, f"{page}: {command}"
+        printed = capsys.readouterr().out
+        for option in (word for word in words if word.startswith("--")):
+            assert option in printed, f"{page}: {option} in {command}"
         return
     name = words[1:3] if words[1] == "bench" else words[1:2]
     if not name[0].isupper():

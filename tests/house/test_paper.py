@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -54,3 +55,15 @@ def test_the_page_links_each_number_to_its_code() -> None:
     for kind, count in COUNTS.items():
         assert all(f'<a id="{kind}-{number}"></a>' in text for number in range(1, count + 1))
     assert "{py:obj}`~pyro_lift.models.priors.broadened`" in text
+
+
+def test_what_the_page_links_to_has_a_place_in_the_reference() -> None:
+    pytest.importorskip("sphinx", reason="the site's own packages are not installed: pip install '.[docs]'")
+    from extensions.public import PACKAGES, modules_of
+
+    listed = {module for package in PACKAGES for module in modules_of(package)}
+    for name in re.findall(r"\{py:obj\}`~([^`]+)`", page()):
+        parts = name.split(".")
+        assert any(".".join(parts[:k]) in listed for k in range(2, len(parts))), f"{name} has no page in the reference"
+    for file in re.findall(r"in `(pyro_lift/bench/[^`]+)`", page()):
+        assert (ROOT / file).exists(), file
