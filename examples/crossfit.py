@@ -35,8 +35,8 @@ MEASURES = {"score": "task's metric", "accuracy": "accuracy", "nll": "NLL", "ece
 #: Tasks of the smoke run: their names and labels are CrossFit's, their texts are made up.
 SMOKE = {"train": ("glue-sst2", "emotion", "sms_spam"), "dev": ("ag_news",), "test": ("emo", "yelp_polarity")}
 #: Ten minutes of one slow core with the MiniLM encoder and 41 training tasks; more is better. The last three come from
-#: development tasks (docs/tasks.md): with n_inflate of 3 or 100, or beta of 0.01, a task's 73,728 weights lie as far
-#: from phi as draws of the prior do, and predict no better than phi.
+#: development tasks (docs/results/benchmarks.md): with n_inflate of 3 or 100, or beta of 0.01, a task's 73,728 weights
+#: lie as far from phi as draws of the prior do, and predict no better than phi.
 DEFAULTS = ComparisonSettings(
     warm_up=123,
     visits=82,

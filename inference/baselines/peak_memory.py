@@ -23,7 +23,7 @@ from pyro_lift.support.memory import free_bytes
 __all__ = ["BACKWARD_GRAPH", "PeakMemory", "check_memory", "graph_bytes"]
 
 #: A gradient that can be differentiated again keeps about this many times the activations of its forward pass: those
-#: themselves, and what the products of its own backward pass need. Measured on ViT and BART; see docs/baselines.md.
+#: themselves, and what the products of its own backward pass need. Measured on ViT and BART (docs/results/methods.md).
 BACKWARD_GRAPH = 3.0
 
 

@@ -68,7 +68,7 @@ LIKE = {
     "fixed-theta-k5": "fixed-theta",
     **{f"lift-{name}": "lift" for name in ("k3", "k5", "single", "table", "noise-x")},
 }
-#: Chosen by mean NLL on two development tasks of one other family, among eight settings each (docs/baselines.md).
+#: Chosen by mean NLL on two development tasks of one other family, among eight settings each (docs/results/methods.md).
 CHOSEN: dict[str, Choice] = {
     "no-meta-train": Choice(3e-2),
     "union-train": Choice(1e-3, 3e-3),

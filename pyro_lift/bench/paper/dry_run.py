@@ -28,7 +28,8 @@ __all__ = ["PASSES", "Shapes", "dry_run", "shapes_of"]
 
 #: What a device sustains, in floating-point operations a second: a third of a V100's peak in float32, and two cores.
 SUSTAINED: dict[Scale, tuple[str, float]] = {"paper": ("one V100", 5e12), "small": ("two CPU cores", 6e10)}
-#: Over one forward and backward pass of a minibatch: passes a visit, and activations alive at once (docs/baselines.md).
+#: Over one forward and backward pass of a minibatch: passes a visit, and activations alive at once
+#: (docs/results/methods.md).
 PASSES: dict[str, tuple[float, float]] = {
     "maml": (2.5, 3.1),
     "maml-2": (4.6, 4.6),
