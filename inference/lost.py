@@ -17,7 +17,7 @@ WINDOW, EVERY = 100, 25
 
 
 class ChainLostError(RuntimeError):
-    """A chain predicted better than chance and no longer does: its noise has carried the weights away.
+    """A chain that predicted better than chance, and no longer does: its noise has carried the weights away.
 
     Attributes:
         step: transitions made.

@@ -1,4 +1,4 @@
-"""Distributions and factors of a program whose making does not look at values: on a device each look is a wait."""
+"""Distributions and factors that are made without reading values: on a device each reading is a wait."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ APART = 1_000_000
 
 
 class LiFTPrior:
-    """What the tasks share: a Gaussian mixture over phi, ready to adapt to a new task.
+    """The learned prior: a Gaussian mixture over what the tasks share, ready to adapt to a new task.
 
     Attributes:
         adapter: the network as a function of theta.

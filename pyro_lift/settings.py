@@ -71,7 +71,7 @@ class AdaptSettings:
 @renamed_keywords(share="ranks_block_size", phi_step_share="phi_step_fraction", head_rate="head_lr_scale")
 @dataclass(frozen=True)
 class LiFTSettings:
-    """Everything that meta-training needs beside the tasks and the backbone; ``beta`` and ``sigma`` are sds."""
+    """Settings of meta-training; ``beta`` and ``sigma`` are standard deviations."""
 
     components: int = field(default=1, metadata={"help": "K, components of the mixture over phi"})
     covariance: Literal["diag", "spherical"] = field(default="diag", metadata={"help": "of each component"})
@@ -194,7 +194,7 @@ class LiFTSettings:
 
 
 def complete_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to settings that were saved the fields that did not exist then, with the values that mean what was done.
+    """Add the fields that older saved settings lack, with the values that reproduce what was done then.
 
     Heads of tasks' own took steps before they could be solved, and label matching had none. Nothing was shifted before
     there was a translation, and no run stopped before its end.
@@ -203,7 +203,7 @@ def complete_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete_adapt_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to settings of adaptation that were saved the fields that did not exist then: one start less was tried."""
+    """Add the fields that older saved settings of adaptation lack: the untouched adapter was no candidate then."""
     return {"untouched": 0.0, **saved}
 
 

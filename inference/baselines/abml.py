@@ -88,7 +88,7 @@ def divergence(q: Tensor, p: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ABML(EpisodicMethod):
-    """ABML.
+    """Amortised Bayesian meta-learning (ABML): a Gaussian over starts, adapted by variational steps.
 
     Args:
         adapter: the network as a function of theta.

@@ -43,7 +43,7 @@ __all__ = ["BMAML", "chaser_loss", "stein", "stein_terms", "stein_width"]
 
 @dataclass(frozen=True)
 class BMAML(EpisodicMethod):
-    """BMAML.
+    """Bayesian MAML (BMAML): several particles in place of one start, moved by SVGD.
 
     Args:
         adapter: the network as a function of theta.

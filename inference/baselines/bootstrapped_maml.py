@@ -41,7 +41,7 @@ __all__ = ["BootstrappedMAML", "predictive_divergence"]
 
 @dataclass(frozen=True)
 class BootstrappedMAML(EpisodicMethod):
-    """Bootstrapped MAML.
+    """Bootstrapped MAML: a start from which k steps lead where k + L steps would.
 
     Args:
         adapter: the network as a function of theta.

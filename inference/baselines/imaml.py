@@ -53,7 +53,7 @@ Solver = Literal["cg", "neumann"]
 
 @dataclass(frozen=True)
 class ImplicitMAML(EpisodicMethod):
-    """i-MAML.
+    """MAML with implicit gradients (i-MAML): they need the inner solution, and not the way there.
 
     Args:
         adapter: the network as a function of theta.

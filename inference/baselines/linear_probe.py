@@ -81,7 +81,7 @@ class ProbePosterior:
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """The bar: what anyone gets from the frozen network in a second.
+    """Logistic or ridge regression on the frozen network's features: the bar of every comparison.
 
     Raises:
         ValueError: a task without classes that all its rows share, and without numbers to predict.

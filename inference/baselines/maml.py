@@ -39,7 +39,7 @@ __all__ = ["MAML"]
 
 @dataclass(frozen=True)
 class MAML(EpisodicMethod):
-    """MAML, and FO-MAML.
+    """MAML, a start from which few gradient steps suit a task; with ``first_order=True``, FO-MAML.
 
     Args:
         adapter: the network as a function of theta.

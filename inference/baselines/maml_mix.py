@@ -52,7 +52,7 @@ class MAMLMixState(NamedTuple):
 
 @dataclass(frozen=True)
 class MAMLMix:
-    """MAML-Mix; i-MAML-Mix with ``base=ImplicitMAML``.
+    """MAML-Mix: several starts, of which each task takes the best; i-MAML-Mix with ``base=ImplicitMAML``.
 
     Args:
         adapter: the network as a function of theta.

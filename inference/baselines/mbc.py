@@ -50,7 +50,7 @@ class MBCState(NamedTuple):
 @renamed_keywords(zoo="library")
 @dataclass(frozen=True)
 class MBC:
-    """MBC-mu.
+    """Model-based clustering (MBC-mu): tasks are clustered by their LoRAs, with one LoRA for each cluster.
 
     Args:
         adapter: the network as a function of theta.

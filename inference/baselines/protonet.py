@@ -128,7 +128,7 @@ class PrototypePosterior:
 
 @dataclass(frozen=True)
 class ProtoNet(PrototypicalMethod):
-    """ProtoNet.
+    """Prototypical networks (ProtoNet): a row gets the class whose mean is nearest to its features.
 
     Args:
         adapter: the network as a function of theta.

@@ -32,7 +32,7 @@ __all__ = ["ProtoNetLITE", "lite"]
 
 @dataclass(frozen=True)
 class ProtoNetLITE(PrototypicalMethod):
-    """ProtoNet-LITE.
+    """ProtoNet-LITE: prototypes of all support rows, with a gradient through a few of them.
 
     Args:
         adapter: the network as a function of theta.

@@ -44,7 +44,7 @@ class ReptileState(NamedTuple):
 
 @dataclass(frozen=True)
 class Reptile:
-    """Reptile.
+    """Reptile: a start that moves towards where a few steps on each task lead.
 
     Args:
         adapter: the network as a function of theta.

@@ -40,7 +40,7 @@ Composition = Literal["mixture", "fusion"]
 @renamed_keywords(zoo="library")
 @dataclass(frozen=True)
 class LoRARetriever:
-    """LoRA-Retriever.
+    """LoRA-Retriever: the LoRAs of the tasks with the most similar inputs, combined and fine-tuned.
 
     Args:
         adapter: the network as a function of theta.

@@ -32,7 +32,7 @@ __all__ = ["TaskwisePEFT"]
 
 @dataclass(frozen=True)
 class TaskwisePEFT:
-    """A posterior for each task, and nothing in common.
+    """Task-wise PEFT: SGLD on each task alone, so that tasks share nothing.
 
     Args:
         adapter: the network as a function of theta.

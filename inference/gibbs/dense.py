@@ -42,7 +42,7 @@ FARTHEST = 15.0
 
 
 class CorrelationSite(NamedTuple):
-    """A global ``LKJCholesky`` site L, whose :math:`L L^\top` is the correlation matrix of one family.
+    r"""A global ``LKJCholesky`` site L, whose :math:`L L^\top` is the correlation matrix of one family.
 
     Attributes:
         name: of the site.

@@ -113,7 +113,7 @@ def pooled(first: Moments, second: Moments, share: float, covariance: Covariance
 
 
 class OnlineGaussianMixture(StreamingStats):
-    """A Gaussian mixture over a stream, as Pyro's ``StreamingMCMC`` feeds it.
+    """A Gaussian mixture fitted to a stream of draws, each seen once, as Pyro's ``StreamingMCMC`` feeds it.
 
     Laws. ``update`` mutates and returns nothing. Unlike what Pyro's streaming statistics promise, the order of
     draws matters, because early draws are assigned by an early mixture; for K = 1 it does not. ``merge`` is pure: it

@@ -88,7 +88,7 @@ def compare(
     out: str | Path | None = None,
     **options: Any,
 ) -> Comparison:
-    """Compare what can be done with these tasks and this backbone: does meta-learning pay here?
+    """Compare methods on these tasks and this backbone, and say whether meta-learning pays.
 
     The linear probe, LoRA tuned on each task, Union Train, Reptile and LiFT, on tasks that are held out in turn (or on
     the test tasks of a collection), all with the same number of gradients, chosen so that the whole ends in time.

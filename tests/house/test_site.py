@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 import sys
@@ -85,6 +86,16 @@ def test_the_figure_of_the_home_page_is_readmes_table(tmp_path: Path) -> None:
     assert all(name in (tmp_path / "figure.svg").read_text("utf-8") for name in rows)
     with pytest.raises(ValueError, match="no table"):
         home_figure.rows("nothing")
+
+
+def test_no_docstring_has_a_backslash_that_python_read_as_a_control_character() -> None:
+    broken = []
+    for path in (path for path in SOURCES if path.suffix == ".py" and "site-packages" not in path.parts):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
+                text = ast.get_docstring(node, clean=False) or ""
+                broken += [f"{path.name}: {text[:60]!r}"] if re.search(r"[\t\a\b\f\v\r]", text) else []
+    assert not broken
 
 
 def test_a_number_and_its_error_do_not_come_apart() -> None:
