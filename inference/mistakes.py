@@ -15,15 +15,24 @@ from pyro_lift.inference.program import Evaluation, Program
 
 log = logging.getLogger("pyro_lift")
 
-__all__ = ["check_data", "check_program", "missing_plate", "nested_hint", "odd_data_hint", "outside_hint"]
+__all__ = [
+    "check_data",
+    "check_program",
+    "is_part",
+    "missing_plate",
+    "nested_hint",
+    "odd_data_hint",
+    "outside_hint",
+]
 
 
-def check_program(program: Program, run: Evaluation) -> None:
+def check_program(program: Program, run: Evaluation, *, says: bool = True) -> None:
     """Refuse a guide that is handed over as the model; warn of parameters, which no sampler moves, and of no data.
 
     Args:
         program: after its first run.
         run: that run.
+        says: whether to warn: not of a program that is looked at once more.
 
     Raises:
         ValueError: a guide.
@@ -35,7 +44,7 @@ def check_program(program: Program, run: Evaluation) -> None:
             f"model={_name(program.model)} looks like a guide of variational inference: {named}. A sampler needs no "
             "guide; pass the model, with pyro.sample(..., obs=data)."
         )
-    if params:
+    if params and says:
         warnings.warn(
             f"the program's pyro.param sites ({', '.join(params)}) are not sampled: they stay at the values that they "
             "have in Pyro's parameter store. Give what is unknown a prior, pyro.sample(...); write what is known as a "
@@ -43,7 +52,7 @@ def check_program(program: Program, run: Evaluation) -> None:
             UserWarning,
             stacklevel=2,
         )
-    if not run.observed:
+    if not run.observed and says:
         log.warning("the program observes nothing, so its draws are the prior's: pass data as pyro.sample(..., obs=y).")
 
 
@@ -107,21 +116,41 @@ def odd_data_hint(run: Evaluation) -> str:
     return ""
 
 
-def check_data(run: Evaluation, plate: str) -> None:
+def check_data(run: Evaluation, plate: str, *, says: bool = True) -> None:
     """Refuse data of all tasks at a site that shows a block of them: they would be counted for every task.
+
+    Data of one task that are stretched over all of them are warned of, if ``says``.
 
     Raises:
         ValueError: an observed site wider along the plate than the block.
     """
     size, taken = run.plates[plate]
     for site in run.observed:
-        if not site.local or site.plate_dim is None or taken == size:
+        if not site.local or site.plate_dim is None:
             continue
         law, value = site.fn, site.value
         at = value.dim() - len(law.event_shape) + site.plate_dim
+        if at >= 0 and value.shape[at] == 1 < taken and says and _is_data(value):
+            warnings.warn(
+                f"the site {site.name!r} observes the data of one element of the plate {plate!r} (shape "
+                f"{list(value.shape)}), which are counted for each of its {taken}. If they have data of their own, "
+                "take those: obs=y, or obs=y[index].",
+                UserWarning,
+                stacklevel=2,
+            )
         if at >= 0 and value.shape[at] == size != taken:
             raise ValueError(
                 f"the site {site.name!r} observes {size} tasks along the plate {plate!r}, and one run shows {taken}"
                 f". Take the data of those: with pyro.plate({plate!r}, {size}, subsample_size={taken}) as index: "
                 f"pyro.sample({site.name!r}, ..., obs=y[index])."
             )
+
+
+def is_part(value: Tensor) -> bool:
+    """Whether a value is a part of larger data."""
+    return value.untyped_storage().nbytes() > value.numel() * value.element_size()
+
+
+def _is_data(value: Tensor) -> bool:
+    """Whether a value is a part of larger data, or numbers that are not all the same."""
+    return is_part(value) or bool((value != value.reshape(-1)[:1]).any())

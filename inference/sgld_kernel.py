@@ -20,6 +20,7 @@ from pyro_lift.inference.admission import (
 )
 from pyro_lift.inference.dependence import coupled_families, links_of
 from pyro_lift.inference.gibbs.saved_chain import probed
+from pyro_lift.inference.ignored_index import check_index_used
 from pyro_lift.inference.kernel import Kernel, Model
 from pyro_lift.inference.mistakes import check_program
 from pyro_lift.inference.program import Evaluation, Program
@@ -122,12 +123,13 @@ class SGLD(Kernel):
 
     def _put_at_start(self, program: Program) -> None:
         read, _ = program.peek(self._generator)
-        check_program(program, read)
+        check_program(program, read, says=self._chain == 0)
         refuse_discrete(read)
         eta = None if self._schedule is None or self.decay is not None else self._schedule(0)
         wanted = self._start_of(program, lambda v: program.run(v, {}, None, self._generator), eta, self.n_inflate)
         run = program.run(start_values(wanted, read), {}, None, self._generator)
         check_latents(run)
+        check_index_used(program, run, says=self._chain == 0)
         self._coupled = coupled_families(run, links_of(run))
         self.transforms = site_transforms(run)
         position = {name: site.leaf.detach() for name, site in run.latents.items()}

@@ -37,6 +37,8 @@ class FlatAdapter:
         solved: the task's head, where it is solved on the way and no site.
     """
 
+    uses_index = True  # see AdapterHierarchy
+
     def __init__(
         self,
         adapter: RandomAdapter,
@@ -94,6 +96,8 @@ class FlatBlock:
         noise_scale: likewise.
         solved: the tasks' heads in their order, where they are solved on the way and no site.
     """
+
+    uses_index = True  # see AdapterHierarchy
 
     def __init__(
         self,

@@ -54,7 +54,10 @@ class AdapterHierarchy:
 
     Attributes:
         one_pass: whether a block goes through the network in one pass.
+        uses_index: each run takes the data of the tasks that it shows, which no kernel need find out.
     """
+
+    uses_index = True
 
     def __init__(
         self,

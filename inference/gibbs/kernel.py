@@ -280,6 +280,7 @@ class SGLDGibbs(Kernel):
                 "the first part of the warm-up. Raise warmup_steps or lower sgd_steps."
             )
         self._begin(warmup_steps)
+        request = dataclasses.replace(request, says=self._chain == 0)
         if request.distributed and self.keep_theta:
             raise ValueError("keep_theta=True with share=True: each process has the theta of its own tasks only.")
         if request.distributed:

@@ -36,6 +36,7 @@ from pyro_lift.inference.gibbs.table_step import TABLE_SHARE, measured_table_lim
 from pyro_lift.inference.gibbs.translation_plan import TranslationRequest, check_translation, plan_translation
 from pyro_lift.inference.gibbs.underdamped import check_underdamped
 from pyro_lift.inference.gibbs.whole_likelihood import check_metropolis, check_solved
+from pyro_lift.inference.ignored_index import check_index_used
 from pyro_lift.inference.kernel import log
 from pyro_lift.inference.mistakes import (
     check_data,
@@ -73,7 +74,10 @@ HELD_ROUNDS = 10
 
 @dataclass(frozen=True)
 class Request:
-    """Options of the kernel that concern its set-up alone; see :class:`pyro_lift.inference.gibbs.kernel.SGLDGibbs`."""
+    """Options of the kernel that concern its set-up alone; see :class:`pyro_lift.inference.gibbs.kernel.SGLDGibbs`.
+
+    ``says``: whether warnings are given; a second look at a program, and later chains, repeat none.
+    """
 
     plate: str
     block_size: int | None
@@ -83,6 +87,7 @@ class Request:
     store: str | ThetaStore
     check_stability: bool
     warmup_steps: int = 0
+    says: bool = True
 
 
 class Plan(NamedTuple):
@@ -122,7 +127,7 @@ def plan(
         DivergedError: a density that is not finite at the start.
     """
     peeked, subsampled = program.peek(generator)
-    check_program(program, peeked)
+    check_program(program, peeked, says=request.says)
     check_plate(request.plate, peeked)
     refuse_discrete(peeked)
     num_tasks, declared = peeked.plates[request.plate]
@@ -134,8 +139,9 @@ def plan(
     preset = start(program, lambda values: program.run(values, {}, index, generator), sgld_eta, settings.n_inflate)
     run = program.run(start_values(preset, peeked), {}, index, generator)
     links = links_of(run)
+    check_data(run, request.plate, says=request.says)
+    check_index_used(program, run, says=request.says)
     check_block(run, links)
-    check_data(run, request.plate)
     check_fixed_supports(run, run.globals)
     unknown_scales = settings.phi_update == "gibbs"
     others = num_tasks - 1 - index

@@ -80,6 +80,7 @@ def chosen_plan(
         program = whole_program
     log.info("phi and all theta are moved together (phi_update='nuts'): %s", reason)
     fresh = Program(program.model, program.plate, program.args, program.kwargs, program.initial)
+    request = replace(request, says=False)
     return _plan_together(fresh, request, replace(settings, phi_update="nuts"), start, generator)
 
 
@@ -182,7 +183,7 @@ def _plan_together(
 ) -> Plan:
     """Read a program whose visits see all tasks and rows, check it, and make a chain at its start."""
     peeked, _ = program.peek(generator)
-    check_program(program, peeked)
+    check_program(program, peeked, says=request.says)
     check_plate(request.plate, peeked)
     refuse_discrete(peeked)
     _check_whole(peeked, request)
@@ -192,7 +193,7 @@ def _plan_together(
     run = program.run(start_values(preset, peeked), {}, index, generator)
     links = links_of(run)
     check_block(run, links, together=True)
-    check_data(run, request.plate)
+    check_data(run, request.plate, says=request.says)
     check_fixed_supports(run, run.globals)
     structure = Structure(
         num_tasks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 
 import pyro
@@ -171,6 +172,38 @@ def test_a_parameter_is_warned_of_and_stays_where_it_is() -> None:
     with pytest.warns(UserWarning, match=r"pyro.param sites \(gain\) are not sampled.*Give what is unknown a prior"):
         found = draws(in_plate(extra=lambda theta: theta * pyro.param("gain", torch.tensor(1.0))))
     torch.testing.assert_close(found, draws(in_plate()))
+
+
+def gamma_tasks(observed: bool) -> Callable[[], None]:
+    """A program that has no exact draw of phi, and is looked at twice: for that, and to be moved as a whole."""
+
+    def model() -> None:
+        rate = pyro.sample("phi", dist.Gamma(torch.tensor(2.0), 1.0))
+        rate = rate * pyro.param("gain", torch.tensor(1.0)) if observed else rate
+        with pyro.plate("tasks", N):
+            theta = pyro.sample("theta", dist.Gamma(2.0, rate))
+            if observed:
+                observe(theta, Y)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (in_plate(extra=lambda theta: theta * pyro.param("gain", torch.tensor(1.0))), "pyro.param sites"),
+        (gamma_tasks(True), "pyro.param sites"),
+        (gamma_tasks(False), "observes nothing"),
+    ],
+)
+def test_a_warning_is_given_once(model: Callable[[], None], words: str, caplog: pytest.LogCaptureFixture) -> None:
+    kernel = SGLDGibbs(model, seed=0)
+    kernel.begin_run(2)
+    with warnings.catch_warnings(record=True) as said, caplog.at_level(logging.WARNING, "pyro_lift"):
+        warnings.simplefilter("always")
+        kernel.setup(1)
+        kernel.setup(1)  # the second chain's
+    assert sum(words in one for one in [str(w.message) for w in said] + caplog.messages) == 1
 
 
 def test_factors_and_deterministic_sites_are_part_of_a_program() -> None:
