@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from diagnostics_programs import ROWS, N, data, looped, rows_in_a_plate, vector_rows
@@ -101,6 +103,34 @@ def test_tasks_of_unequal_rows_stand_one_behind_the_other() -> None:
     flat = torch.cat([Y[i, :n] for i, n in enumerate(sizes)])
     np.testing.assert_array_equal(found["observed_data"]["y"].values, flat.numpy())
     assert az.loo(found).n_data_points == sum(sizes)
+
+
+def test_deterministic_sites_have_the_dimensions_of_their_plates() -> None:
+    def inside(y: torch.Tensor) -> None:
+        phi = pyro.sample("phi", dist.Normal(torch.tensor(0.0).double(), 2.0))
+        pyro.deterministic("outside", phi.exp().expand(N))
+        with pyro.plate("tasks", N, dim=-2):
+            theta = pyro.sample("theta", dist.Normal(phi, 0.5).expand([N, 1, N]).to_event(1))
+            pyro.deterministic("square", theta.squeeze(1))
+            pyro.deterministic("first", theta[..., 0])
+            pyro.deterministic("squeezed", theta[:, 0, 0])
+            pyro.deterministic("pairs", torch.stack([theta, theta], -1))
+            pyro.deterministic("said", theta, event_dim=1)
+            with pyro.plate("rows", ROWS, dim=-1):
+                pyro.deterministic("fitted", theta[..., 0] + 0.0 * y)
+                pyro.sample("y", dist.Normal(theta[..., 0], 0.8), obs=y)
+
+    mcmc = finished(inside, draws=3, warmup=1)
+    found = from_mcmc(mcmc, log_likelihood=True, prior=2, coords={"tasks": CITIES})
+    for group in ("posterior", "prior"):
+        dims = {str(name): value.dims[2:] for name, value in found[group].data_vars.items()}
+        assert dims["square"] == ("tasks", "square_dim_1") and dims["first"] == ("tasks", "first_dim_1")
+        assert dims["squeezed"] == ("tasks",) and dims["outside"] == ("outside_dim_0",)
+        assert dims["pairs"][:1] == dims["said"][:1] == ("tasks",)
+        assert dims["fitted"] == ("tasks", "rows")
+    theta = found["posterior"]["theta"].sel(tasks="bern").values[..., 0, 0]
+    np.testing.assert_array_equal(found["posterior"]["squeezed"].sel(tasks="bern").values, theta)
+    assert list(az.summary(found, var_names=["squeezed"]).index) == [f"squeezed[{city}]" for city in CITIES]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

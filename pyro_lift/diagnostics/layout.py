@@ -99,9 +99,29 @@ def _place(name: str, site: Mapping[str, Any], families: Families, sizes: Mappin
         at = value.dim() - event + frame.dim if isinstance(value, Tensor) else -1
         if at >= 0 and value.shape[at] == frame.size:
             plates[at] = frame.name
+    if isinstance(value, Tensor) and site["infer"].get("_deterministic", False) and event == value.dim():
+        plates = _plates_of_value(value.shape, [frame for frame in site["cond_indep_stack"] if frame.vectorized])
     total = value.numel() if isinstance(value, Tensor) else 1
     whole = int(np.prod([value.shape[at] for at in plates])) if plates else 1
     return Place(plates, total // max(whole, 1), family, task, loop)
+
+
+def _plates_of_value(shape: torch.Size, frames: list[Any]) -> dict[int, str]:
+    """Find the plates in a deterministic value of which the program did not say which dimensions are its event.
+
+    Pyro then takes all of them for it, plates too. Batch dimensions stand on the left: all plates are where they would
+    be with the others behind them; or, in a value that was squeezed or summed, each in the first dimension of its size.
+    """
+    wide = -min((frame.dim for frame in frames), default=0)
+    places = {wide + frame.dim: frame for frame in frames}
+    if len(shape) >= wide and all(shape[at] == frame.size for at, frame in places.items()):
+        return {at: frame.name for at, frame in places.items()}
+    plates: dict[int, str] = {}
+    for _, frame in sorted(places.items()):
+        free = [at for at, size in enumerate(shape) if size == frame.size and at not in plates]
+        if free:
+            plates[free[0]] = frame.name
+    return plates
 
 
 def gathered(
