@@ -77,6 +77,8 @@ class Kernel(MCMCKernel):
     """The base of both kernels: counting, seeding, thinning and statistics. Not for use by itself."""
 
     state: Any
+    #: Whether the user named the plate; else the only one with latent sites inside is taken where it is missing.
+    plate_named = True
 
     def __init__(
         self, model: Model, thinning: int, init_strategy: Callable[..., Tensor], seed: int | None = None
@@ -147,6 +149,9 @@ class Kernel(MCMCKernel):
         program = Program(self.model, self.plate, args, kwargs, self.init_strategy)
         with torch.random.fork_rng(devices=[]):
             read, _ = program.peek(torch.Generator().manual_seed(0))
+            if not self.plate_named and self.plate not in read.plates and program.only_plate is not None:
+                program.plate = program.only_plate
+                read, _ = program.peek(torch.Generator().manual_seed(0))
         refuse_discrete(read)
         self.transforms = {name: t for name, t in site_transforms(read).items() if name in read.globals}
 

@@ -16,6 +16,7 @@ from pyro_lift.inference.program import Evaluation, Program
 log = logging.getLogger("pyro_lift")
 
 __all__ = [
+    "MissingPlateError",
     "check_data",
     "check_program",
     "is_part",
@@ -58,6 +59,17 @@ def check_program(program: Program, run: Evaluation, *, says: bool = True) -> No
 
 def _name(model: Callable[..., Any]) -> str:
     return getattr(model, "__name__", type(model).__name__)
+
+
+class MissingPlateError(ValueError):
+    """A program without the task plate; ``only`` is the one plate that holds latent sites, if it is one."""
+
+    def __init__(self, message: str, only: str | None) -> None:
+        super().__init__(message)
+        self.only = only
+
+    def __reduce__(self) -> tuple[type[MissingPlateError], tuple[str, str | None]]:
+        return type(self), (str(self), self.only)
 
 
 def missing_plate(plate: str, run: Evaluation) -> str:

@@ -25,6 +25,7 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger, _Subsample
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
+from pyro_lift.inference.arguments import arguments_named, no_tensor
 from pyro_lift.inference.families import Families
 from pyro_lift.inference.location_scale import location_scale
 from pyro_lift.inference.sgld import Drift
@@ -298,6 +299,8 @@ class _Reader(Messenger):
         if msg["infer"].get("_deterministic", False):
             return
         self._check_name(msg["name"])
+        if not isinstance(msg["value"], Tensor):
+            raise TypeError(no_tensor(msg["name"], msg["value"]))
         frame, task = self._task_of(msg)
         local = self.plate is None or frame is not None
         scale = self._scale(msg, frame)
@@ -399,6 +402,13 @@ class Program:
         #: What the first run showed beside its sites: ``pyro.param`` sites, and plates around the task plate by site.
         self.params: set[str] = set()
         self.around: dict[str, tuple[str, ...]] = {}
+        #: And plates with latent sites inside.
+        self.holding: set[str] = set()
+
+    @property
+    def only_plate(self) -> str | None:
+        """The one plate that held latent sites in the first run; None where there were several, or none."""
+        return next(iter(self.holding)) if len(self.holding) == 1 else None
 
     @span("pyro_lift.handlers")
     def run(
@@ -447,11 +457,14 @@ class Program:
         Returns:
             The evaluation, and for each plate whether the program gave it a ``subsample_size``, so that it takes that
             many indices and no other number.
+
+        Raises:
+            TypeError: arguments that the program cannot be called with, or arrays with which it fails.
         """
         probe = _PlateProbe(self.plate)
-        with probe:
+        with arguments_named(self.model, self.args, self.kwargs), probe:
             evaluation = self.run({}, {}, None, generator, want_grad=False)
-        self.params, self.around = probe.params, probe.around
+        self.params, self.around, self.holding = probe.params, probe.around, probe.holding
         self.families = Families()  # the tasks of this run are chance's; families are named after those of set-up
         return evaluation, probe.subsampled
 
@@ -466,6 +479,7 @@ class _PlateProbe(Messenger):
         self.declared: dict[str, int | None] = {}
         self.params: set[str] = set()
         self.around: dict[str, tuple[str, ...]] = {}
+        self.holding: set[str] = set()
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
         self.params.add(msg["name"])
@@ -477,5 +491,7 @@ class _PlateProbe(Messenger):
             self.declared[msg["name"]] = fn.subsample_size
             return
         plates = [frame.name for frame in msg["cond_indep_stack"]]
+        if not msg["is_observed"]:
+            self.holding.update(plates)
         if self.plate in plates and plates[0] != self.plate:
             self.around[msg["name"]] = tuple(plates[: plates.index(self.plate)])

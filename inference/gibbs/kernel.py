@@ -59,7 +59,7 @@ class SGLDGibbs(Kernel):
     Args:
         model: a Pyro program with ``pyro.plate(plate, N, subsample_size=1)``, vectorised or iterated over (tasks of
             unequal shapes). A plate without ``subsample_size`` is one block of all N tasks when vectorised.
-        plate: name of the task plate.
+        plate: name of the task plate; None is ``"tasks"``, or else the only plate with latent sites inside.
         step_size: eta of Eq. 10: eta/2 times the gradient of the full-data log density, sqrt(eta) noise; a number
             or a function of the number of visits. None measures the curvature and takes a twentieth of the largest
             stable step, for each family, adapted through the warm-up
@@ -128,7 +128,7 @@ class SGLDGibbs(Kernel):
     def __init__(
         self,
         model: Model,
-        plate: str = "tasks",
+        plate: str | None = None,
         *,
         step_size: float | Schedule | None = None,
         phi_update: PhiUpdate = "auto",
@@ -185,7 +185,9 @@ class SGLDGibbs(Kernel):
         if max_grad_norm is not None:
             check_number("max_grad_norm", max_grad_norm)
         step_scale, temperatures = site_factors(site_step_scale, site_temperature)
-        self._request = Request(plate, block_size, scan, distributed, sgd_steps, store, check_stability)
+        self.plate_named = plate is not None
+        self._request = Request(plate or "tasks", block_size, scan, distributed, sgd_steps, store, check_stability)
+        self._request = dataclasses.replace(self._request, plate_named=self.plate_named)
         self.settings = Settings(
             step_size=None if step_size is None else as_schedule(step_size),
             phi_step_size=None if phi_step_size is None else as_schedule(phi_step_size),
@@ -234,7 +236,7 @@ class SGLDGibbs(Kernel):
     @property
     def plate(self) -> str | None:
         """Name of the plate inside which sites are local."""
-        return self._request.plate
+        return self._request.plate if self._plan is None else self._plan.chain.program.plate
 
     @property
     def chain(self) -> Chain:

@@ -39,6 +39,7 @@ from pyro_lift.inference.gibbs.whole_likelihood import check_metropolis, check_s
 from pyro_lift.inference.ignored_index import check_index_used
 from pyro_lift.inference.kernel import log
 from pyro_lift.inference.mistakes import (
+    MissingPlateError,
     check_data,
     check_program,
     missing_plate,
@@ -76,7 +77,8 @@ HELD_ROUNDS = 10
 class Request:
     """Options of the kernel that concern its set-up alone; see :class:`pyro_lift.inference.gibbs.kernel.SGLDGibbs`.
 
-    ``says``: whether warnings are given; a second look at a program, and later chains, repeat none.
+    ``says``: whether warnings are given; a second look at a program, and later chains, repeat none. ``plate_named``:
+    whether the user named the plate, so that no other is taken for it.
     """
 
     plate: str
@@ -88,6 +90,7 @@ class Request:
     check_stability: bool
     warmup_steps: int = 0
     says: bool = True
+    plate_named: bool = True
 
 
 class Plan(NamedTuple):
@@ -128,7 +131,7 @@ def plan(
     """
     peeked, subsampled = program.peek(generator)
     check_program(program, peeked, says=request.says)
-    check_plate(request.plate, peeked)
+    check_plate(program, request.plate, peeked)
     refuse_discrete(peeked)
     num_tasks, declared = peeked.plates[request.plate]
     sequential = any(site.task is not None for site in peeked.locals.values())
@@ -441,10 +444,10 @@ def _dimensionless(structure: Structure, settings: Settings, curvature: float | 
     return report
 
 
-def check_plate(plate: str, run: Evaluation) -> None:
+def check_plate(program: Program, plate: str, run: Evaluation) -> None:
     """Refuse a program without the task plate, or without a latent site in it."""
     if plate not in run.plates:
-        raise ValueError(missing_plate(plate, run))
+        raise MissingPlateError(missing_plate(plate, run), program.only_plate)
     if not run.locals:
         raise ValueError(
             f"the plate {plate!r} holds no latent site, so there is nothing to sample for a task. Sample each task's "

@@ -23,7 +23,7 @@ from pyro_lift.inference.gibbs.regression import by_task
 from pyro_lift.inference.gibbs.state import Cache, Chain, Settings, Structure, init
 from pyro_lift.inference.gibbs.together import Posterior, raw_families
 from pyro_lift.inference.kernel import log
-from pyro_lift.inference.mistakes import check_data, check_program
+from pyro_lift.inference.mistakes import MissingPlateError, check_data, check_program
 from pyro_lift.inference.program import Evaluation, Latent, Program
 from pyro_lift.inference.schedules import constant
 from pyro_lift.inference.whole import whole
@@ -50,10 +50,30 @@ def chosen_plan(
     whole, its subsampling taken out if need be. So it does in a small program that visits all its tasks anyhow, if the
     data say little of a single one: theta_i then keep phi and the scales, and these keep theta_i.
 
+    A program without a plate ``tasks``, where none was named, is read through the only plate with latent sites inside.
+
     Raises:
         ValueError: as :func:`~pyro_lift.inference.gibbs.plan.plan` does; what keeps ``phi_update="nuts"`` from a
             program.
     """
+    before = None if generator is None else generator.get_state()
+    try:
+        return _chosen(program, request, settings, start, generator)
+    except MissingPlateError as missing:
+        if request.plate_named or missing.only is None:
+            raise
+        if request.says:
+            log.info("the plate %r is the task plate: no other holds latent sites.", missing.only)
+        request = replace(request, plate=missing.only)
+        if generator is not None and before is not None:
+            generator.set_state(before)
+    program = Program(program.model, request.plate, program.args, program.kwargs, program.initial)
+    return _chosen(program, request, settings, start, generator)
+
+
+def _chosen(
+    program: Program, request: Request, settings: Settings, start: Start, generator: torch.Generator | None
+) -> Plan:
     if settings.phi_update == "nuts":
         fault = _options_fault(request, settings)
         if fault is not None:
@@ -184,7 +204,7 @@ def _plan_together(
     """Read a program whose visits see all tasks and rows, check it, and make a chain at its start."""
     peeked, _ = program.peek(generator)
     check_program(program, peeked, says=request.says)
-    check_plate(request.plate, peeked)
+    check_plate(program, request.plate, peeked)
     refuse_discrete(peeked)
     _check_whole(peeked, request)
     num_tasks = peeked.plates[request.plate].size

@@ -109,10 +109,10 @@ def no_rows() -> None:
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "no plate": (lambda: SGLDGibbs(no_plate), "its plates: none.*theta and what is observed.*SGLD"),
     "a misspelt plate": (
-        lambda: SGLDGibbs(in_plate("taks")),
+        lambda: SGLDGibbs(in_plate("taks"), plate="tasks"),
         r"no plate named 'tasks' \(its plates: 'taks'\). Did you mean 'taks'\? Then write .*plate='taks'\)",
     ),
-    "another plate": (lambda: SGLDGibbs(in_plate("schools")), r"SGLDGibbs\(model, plate='schools'\)"),
+    "another plate": (lambda: SGLDGibbs(in_plate("schools"), plate="tasks"), r"SGLDGibbs\(model, plate='schools'\)"),
     "theta outside": (
         lambda: SGLDGibbs(theta_outside),
         "holds no latent site.*'theta' stands outside .*4 tasks",
