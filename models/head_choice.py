@@ -13,9 +13,12 @@ options of its own there is no linear head, so that s is all there is: it is sol
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections import OrderedDict
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyro_lift.models.head_problem import HeadModel, ScalePrior
@@ -44,8 +47,16 @@ class HeadChoice(NamedTuple):
     score: float
 
 
+#: Choices that are remembered, by a digest of what they were made of: a number or two each.
+REMEMBERED = 4096
+_choices: OrderedDict[bytes, HeadChoice] = OrderedDict()
+
+
 def choose_head(features: Tensor, target: Tensor, num_classes: int, scale: float | None = None) -> HeadChoice:
     """Choose a task's prior by cross-validation on its rows.
+
+    A choice is remembered, for as long as the process lives: a task that is adapted to again, at other rates say, has
+    the same features at its start, and cross-validation takes as long as several of its steps.
 
     Args:
         features: ``[n, E]``; under label matching ``[n, E + C]``, as
@@ -54,6 +65,25 @@ def choose_head(features: Tensor, target: Tensor, num_classes: int, scale: float
         num_classes: C.
         scale: s_0, of label matching; None where there are no label texts.
     """
+    key = _digest(features, target, num_classes, scale)
+    found = _choices.get(key)
+    if found is None:
+        found = _choices[key] = _cross_validated(features, target, num_classes, scale)
+        while len(_choices) > REMEMBERED:
+            _choices.popitem(last=False)
+    return found
+
+
+def _digest(features: Tensor, target: Tensor, num_classes: int, scale: float | None) -> bytes:
+    """Digest all that a choice is a function of, to the last bit."""
+    digest = hashlib.blake2b(repr((num_classes, scale)).encode(), digest_size=32)
+    for x in (features, target):
+        digest.update(repr((x.dtype, tuple(x.shape))).encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def _cross_validated(features: Tensor, target: Tensor, num_classes: int, scale: float | None) -> HeadChoice:
     if scale is None:
         return _chosen(features, target, HeadModel(num_classes))
     if features.shape[-1] == num_classes:
