@@ -50,8 +50,9 @@ def _renamed(task: Any, name: str) -> Any:
 _judged: dict[str, dict[str, Any]] = {}
 
 
-def _judge_once(problem: PaperProblem, group: str, seed: int) -> dict[str, Any]:
+def _judge_once(problem: PaperProblem, group: str, seed: int, wanted: Any = None) -> dict[str, Any]:
     """Every family being the same tiny one, a group is run once for all tables."""
+    del wanted
     if group not in _judged:
         _judged[group] = JUDGE(problem, group, seed)
     return _judged[group]
@@ -63,7 +64,7 @@ JUDGE = cells_module.judge
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every family is a tiny one, and iterations are not timed."""
-    monkeypatch.setattr(cells_module, "problem_of", _tiny_problem)
+    monkeypatch.setattr(cells_module, "_problem", _tiny_problem)
     monkeypatch.setattr(cells_module, "judge", _judge_once)
     costs = {"costs": {"lift-k5": 2.0, "union-train": 1.0, "maml": 3.0}, "stages": {"warm-up": 4.0, "burn-in": 5.0}}
     monkeypatch.setattr("pyro_lift.bench.paper.costs.run_costs", lambda *_, **__: costs)
@@ -96,7 +97,8 @@ def test_a_cell_run_again_has_the_same_numbers_and_says_all_that_was_decided(mon
     monkeypatch.setattr(cells_module, "judge", JUDGE)
     cell = PaperCell("small", "crossfit", "CLS-45", "lift", 3)
     first, again = (run_cell(**cell.cell.arguments) for _ in range(2))
-    for name in GROUPS["lift"]:
+    assert list(first["contestants"]) == list(FAMILIES["crossfit"].orders)
+    for name in first["contestants"]:
         one, two = first["contestants"][name], again["contestants"][name]
         assert one["rate"] == two["rate"] and one["temperature"] == two["temperature"]
         for task, record in one["tasks"].items():
@@ -105,6 +107,9 @@ def test_a_cell_run_again_has_the_same_numbers_and_says_all_that_was_decided(mon
             }
             assert {"accuracy", "nll", "ece", "ece_pooled", "brier", "nll_t", "bins", "intervals"} <= set(record)
     assert {"cell", "versions", "commit", "seconds", "peak_bytes", "sizes", "tasks", "measure"} <= set(first)
+    assert "root" not in first["cell"]
+    assert len(first["contestants"]["lift"]["rates"]) == 3 and len(first["contestants"]["lift-k3"]["rates"]) == 1
+    assert first["contestants"]["lift"]["rate"] == first["contestants"]["lift-k3"]["rate"]
     assert first["contestants"]["lift-k3"]["settings"]["lift"]["components"] == 3
     assert json.loads(json.dumps(first))["contestants"] == first["contestants"]
 

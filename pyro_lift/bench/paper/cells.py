@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_lift.bench.memory import high_water_mark, reset_high_water_mark
 from pyro_lift.bench.paper.contestants import CONTESTANTS
+from pyro_lift.bench.paper.families import family_of
 from pyro_lift.bench.paper.problems import PaperProblem, problem_of
 from pyro_lift.bench.paper.scoring import at_temperature, counted, intervals, judged_rows, predicted, scored
 from pyro_lift.bench.paper.sizes import Scale
@@ -82,7 +83,8 @@ def run_cell(**arguments: Any) -> dict[str, Any]:
     cell = PaperCell(**arguments)
     start = time.perf_counter()
     reset_high_water_mark()
-    result: dict[str, Any] = {"cell": asdict(cell), "versions": versions(), "commit": commit(), "machine": machine()}
+    told = {name: value for name, value in asdict(cell).items() if name != "root"}  # a folder of this machine
+    result: dict[str, Any] = {"cell": told, "versions": versions(), "commit": commit(), "machine": machine()}
     try:
         result |= _contents(cell)
     except (ValueError, MemoryError, DivergedError, ChainLostError) as error:
@@ -102,12 +104,21 @@ def _contents(cell: PaperCell) -> dict[str, Any]:
 
         return run_costs(cell.scale, cell.split, cell.root, smoke=cell.smoke)
     root = None if cell.root is None else Path(cell.root)
-    problem = problem_of(cell.scale, cell.family, cell.split, cell.seed, root, smoke=cell.smoke)
-    return judge(problem, cell.group, cell.seed)
+    problem = _problem(cell.scale, cell.family, cell.split, cell.seed, root, cell.smoke)
+    return judge(problem, cell.group, cell.seed, family_of(cell.family).orders if cell.group == "lift" else None)
+
+
+@lru_cache(maxsize=1)
+def _problem(scale: Scale, family: str, split: str, seed: int, root: Path | None, smoke: bool) -> PaperProblem:
+    """Load a cell's problem; the next cell of the same split and seed has it, and its frozen layers' rows, already."""
+    return problem_of(scale, family, split, seed, root, smoke=smoke)
 
 
 def judge(problem: PaperProblem, group: str, seed: int, wanted: Sequence[str] | None = None) -> dict[str, Any]:
-    """Meta-train a group, choose each contestant's rate and temperature on the tasks to choose on, and judge it."""
+    """Meta-train a group, choose its rate and each contestant's temperature on the tasks to choose on, and judge them.
+
+    The rate is chosen by the group's first contestant: the others differ in a number of components alone.
+    """
     tasks = problem.tasks
     contents: dict[str, Any] = {
         "tasks": {part: [task.name for task in of] for part, of in tasks.parts.items()},
@@ -121,18 +132,20 @@ def judge(problem: PaperProblem, group: str, seed: int, wanted: Sequence[str] | 
         "contestants": {},
     }
     start = time.perf_counter()
+    rates = rates_of(problem.sizes, problem.adapter)
     for number, contestant in enumerate(trained(group, problem, seed, wanted)):
         # The first pays for the meta-training that all of the group share.
         meta_seconds = time.perf_counter() - start if number == 0 else 0.0
         contents["contestants"][contestant.name] = {
             "meta_seconds": round(meta_seconds, 3),
-            **_judged(problem, contestant, seed),
+            **_judged(problem, contestant, seed, rates),
         }
+        rates = (contents["contestants"][contestant.name]["rate"],)
     return contents
 
 
-def _judged(problem: PaperProblem, contestant: Trained, seed: int) -> dict[str, Any]:
-    chosen = _chosen(problem, contestant, seed)
+def _judged(problem: PaperProblem, contestant: Trained, seed: int, rates: Sequence[float]) -> dict[str, Any]:
+    chosen = _chosen(problem, contestant, seed, rates)
     method = contestant.at(chosen["rate"])
     by_task: dict[str, Any] = {}
     for task in problem.tasks.test:
@@ -162,9 +175,8 @@ def _judged(problem: PaperProblem, contestant: Trained, seed: int) -> dict[str, 
     return {**chosen, "settings": _settings(contestant), "tasks": by_task}
 
 
-def _chosen(problem: PaperProblem, contestant: Trained, seed: int) -> dict[str, Any]:
+def _chosen(problem: PaperProblem, contestant: Trained, seed: int, rates: Sequence[float]) -> dict[str, Any]:
     """Choose the rate of adaptation by mean loss on the tasks to choose on, then the temperature at that rate."""
-    rates = rates_of(problem.sizes, problem.adapter)
     dev = problem.tasks.dev
     if contestant.name in CHOOSE_THEMSELVES or not dev:
         rates = rates[:1]

@@ -14,6 +14,7 @@ import torch
 from pyro_lift.bench.paper.cells import PaperCell, run_cell
 from pyro_lift.bench.paper.contestants import GROUPS
 from pyro_lift.bench.paper.dry_run import dry_run
+from pyro_lift.bench.paper.order import in_order
 from pyro_lift.bench.paper.problems import DataAbsentError, check_data
 from pyro_lift.bench.paper.sizes import SCALES, Scale
 from pyro_lift.bench.paper.tables import FIGURES, OURS, TABLES, Table, cells_of, family_table
@@ -120,6 +121,7 @@ def plan(options: PaperOptions) -> tuple[list[PaperCell], list[str]]:
     root = None if options.root is None else str(options.root)
     seeds = None if options.seeds is None else range(options.seeds)
     cells: dict[PaperCell, None] = {}
+    shown: set[PaperCell] = set()
     absent: dict[str, None] = {}
     ruled: dict[tuple[str, str], str | None] = {}
     for table in tables_of(options):
@@ -136,9 +138,11 @@ def plan(options: PaperOptions) -> tuple[list[PaperCell], list[str]]:
                 ruled[key] = _absent(cell, options)
             if ruled[key] is None:
                 cells[cell] = None
+                if not table.ablation:
+                    shown.add(cell)
             else:
                 absent[f"{cell.family} {cell.split}: {ruled[key]}"] = None
-    return sorted(cells, key=lambda cell: cell.seed), list(absent)
+    return in_order(cells, set(cells) - shown), list(absent)
 
 
 def _wanted(cell: PaperCell, options: PaperOptions) -> bool:

@@ -60,6 +60,7 @@ class Family:
         special: splits that have another setting, by scale.
         folder: below the data's root.
         same_tests: splits whose tasks to be judged by are those of another split.
+        orders: LiFT's contestants, by their K: those of the paper's table.
         by_seed: whether a seed makes tasks of its own, so that tasks of one name in two seeds are two tasks.
     """
 
@@ -69,6 +70,7 @@ class Family:
     special: Mapping[tuple[Scale, str], Setting] = field(default_factory=dict)
     folder: str = "."
     same_tests: Mapping[str, str] = field(default_factory=dict)
+    orders: tuple[str, ...] = ("lift", "lift-k3", "lift-k5")
     by_seed: bool = False
 
 
@@ -100,7 +102,14 @@ FAMILIES: dict[str, Family] = {
         ("CLS-45", "CLS-23", "CLS-0", "MCQA", "MRC", "NLI", "Paraphrase"),
         {
             "paper": replace(_BART, options={"hub": True}),
-            "small": Setting("minilm", "encoder", "matching", Sizes(), layers=(4, 5), options={"dedupe": True}),
+            "small": Setting(
+                "minilm",
+                "encoder",
+                "matching",
+                Sizes(ablation_seeds=1, steps=16, dev_tasks=2),
+                layers=(4, 5),
+                options={"dedupe": True},
+            ),
         },
         {
             # Answers of MRC are free text: they have to be written.
@@ -143,6 +152,7 @@ FAMILIES: dict[str, Family] = {
             ),
         },
         folder="vision",
+        orders=("lift", "lift-k2", "lift-k3"),
     ),
     "shakespeare": Family(
         "shakespeare",
@@ -151,6 +161,7 @@ FAMILIES: dict[str, Family] = {
             "paper": replace(_BART, form="next-token"),
             "small": Setting(_NOVELS, "seq2seq", "next-token", _SMALL_TOKENS, options={"context": 3}),
         },
+        orders=("lift", "lift-k2", "lift-k3"),
     ),
     "digits": Family(
         "digits",

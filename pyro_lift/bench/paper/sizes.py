@@ -19,6 +19,9 @@ class Sizes:
     """Everything that all contestants of a family are given alike."""
 
     seeds: int = field(default=3, metadata={"help": "repetitions: adapters, minibatches, chains"})
+    ablation_seeds: int | None = field(
+        default=None, metadata={"help": "repetitions of what ablations add to other tables; none: as many"}
+    )
     warm_up: int = field(
         default=120, metadata={"help": "gradients of joint training that every meta-learner begins with"}
     )

@@ -44,6 +44,7 @@ class Table:
         columns: in order.
         number: of the paper's numbers beside ours; None where there are none.
         added: rows that the paper does not have.
+        ablation: whether what it adds to other tables is run with as many seeds as ablations get.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Table:
     columns: tuple[Column, ...]
     number: int | None = None
     added: tuple[str, ...] = ()
+    ablation: bool = False
 
 
 _CLS = (Column("CLS-45", "crossfit", "CLS-45"),)
@@ -69,13 +71,16 @@ _LIFT = ("lift", "lift-k3", "lift-k5")
 _ABLATED = tuple(
     name for base in ("lift-reg-x", "lift-noise-x", "fixed-theta") for name in (base, f"{base}-k3", f"{base}-k5")
 )
+#: Tables that ask what a part of LiFT or of another method is worth.
+ABLATIONS = (5, 7, 8, 9, 12, 13)
 _ALL_TABLE_1 = (*_META, *_BAYES, *_MIXTURES, *_LIBRARY)
 
 
 def _table(
     number: int, title: str, rows: Sequence[str], columns: Sequence[Column], added: Sequence[str] = ()
 ) -> tuple[int, Table]:
-    return number, Table(f"table {number}", title, (*added, *rows), tuple(columns), number, tuple(added))
+    name = f"table {number}"
+    return number, Table(name, title, (*added, *rows), tuple(columns), number, tuple(added), number in ABLATIONS)
 
 
 TABLES: dict[int, Table] = dict(
@@ -155,6 +160,7 @@ FIGURES: dict[int, Table] = {
             *_LIFT,
         ),
         _CROSSFIT,
+        ablation=True,
     ),
     4: Table("figure 4", "Convergence of SGLD-Gibbs", ("toy",), (Column("KL", "toy", "sgld-gibbs", measure="curve"),)),
     7: Table(
@@ -163,6 +169,7 @@ FIGURES: dict[int, Table] = {
         (*(f"variance {v}" for v in VARIANCES), "imaml-mix-k5"),
         _CLS,
         8,
+        ablation=True,
     ),
 }
 
@@ -217,7 +224,8 @@ def cells_of(
         if column.family in ("toy", "cost"):
             cells[replace(plain, group=column.family)] = None
             continue
-        count = 1 if smoke else setting_of(scale, column.family, column.split).sizes.seeds
+        sizes = setting_of(scale, column.family, column.split).sizes
+        count = 1 if smoke else sizes.ablation_seeds or sizes.seeds if table.ablation else sizes.seeds
         for seed in range(count) if seeds is None else seeds:
             for row in table.rows:
                 split = source_split(column.family, column.split, row)
