@@ -77,11 +77,12 @@ def run_cell(**arguments: Any) -> dict[str, Any]:
     """Run a cell by the arguments of its manifest.
 
     Returns:
-        ``cell``, ``versions``, ``commit``, ``machine``, ``seconds``, ``peak_bytes``, and ``contestants`` by name, each
-        with its settings, the rate and the temperature chosen, and its scores by task; or ``reason`` why there is none.
+        ``cell``, ``versions``, ``commit``, ``machine``, ``seconds`` of the clock, ``cpu_seconds``, ``peak_bytes``,
+        and ``contestants`` by name, each with its settings, the rate and the temperature chosen, and its scores by
+        task; or ``reason`` why there is none.
     """
     cell = PaperCell(**arguments)
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), time.process_time()
     reset_high_water_mark()
     told = {name: value for name, value in asdict(cell).items() if name != "root"}  # a folder of this machine
     result: dict[str, Any] = {"cell": told, "versions": versions(), "commit": commit(), "machine": machine()}
@@ -90,6 +91,7 @@ def run_cell(**arguments: Any) -> dict[str, Any]:
     except (ValueError, MemoryError, DivergedError, ChainLostError) as error:
         result["reason"] = f"{type(error).__name__}: {error}"
     result["seconds"] = round(time.perf_counter() - start, 3)
+    result["cpu_seconds"] = round(time.process_time() - begun, 3)
     result["peak_bytes"] = high_water_mark("cpu")
     return result
 
