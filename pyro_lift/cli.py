@@ -375,6 +375,7 @@ class PaperCommand:
     )
     retry: Annotated[bool, typer.Option("--retry", help="take cells that a process which is gone had begun")] = False
     cluster: Annotated[str | None, typer.Option(help="partition that submitit submits to; local: here")] = None
+    again: Annotated[str | None, typer.Option(help="cells to run a second time and compare; names with commas")] = None
 
 
 @bench.command("paper")
@@ -387,6 +388,12 @@ def bench_paper(options: PaperCommand) -> None:
         return None if given is None else tuple(name.strip() for name in given.split(","))
 
     o = options
+    if o.again is not None:
+        from pyro_lift.bench.paper.again import run_again
+
+        if any(run_again(o.out, named(o.again) or (), o.root).values()):
+            raise typer.Exit(1)
+        return
     chosen = PaperOptions(
         tables=tuple(o.table or ()),
         figures=tuple(o.figure or ()),

@@ -15,9 +15,10 @@ from tiny_methods import tiny_adapter, tiny_tasks
 
 from pyro_lift.bench.page.command import command as report
 from pyro_lift.bench.paper import cells as cells_module
+from pyro_lift.bench.paper.again import run_again
 from pyro_lift.bench.paper.cells import PaperCell, run_cell
 from pyro_lift.bench.paper.command import PaperOptions, command, plan
-from pyro_lift.bench.paper.contestants import ALONE, CONTESTANTS, GROUPS
+from pyro_lift.bench.paper.contestants import ALONE, CONTESTANTS
 from pyro_lift.bench.paper.costs import RANKS
 from pyro_lift.bench.paper.dry_run import dry_run, shapes_of
 from pyro_lift.bench.paper.families import FAMILIES, Setting
@@ -112,6 +113,23 @@ def test_a_cell_run_again_has_the_same_numbers_and_says_all_that_was_decided(mon
     assert first["contestants"]["lift"]["rate"] == first["contestants"]["lift-k3"]["rate"]
     assert first["contestants"]["lift-k3"]["settings"]["lift"]["components"] == 3
     assert json.loads(json.dumps(first))["contestants"] == first["contestants"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_cells_run_again_are_compared_number_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells_module, "judge", JUDGE)
+    (name,) = command(_options("regressions", methods=("union-train",)), tmp_path)
+    before = (tmp_path / f"{name}.json").read_text()
+    assert run_again(tmp_path, [name]) == {name: []}
+    assert (tmp_path / f"{name}.json").read_text() == before
+    record = json.loads(before)
+    task = next(iter(record["contestants"]["union-train"]["tasks"].values()))
+    task["nll"] += 1e-12
+    (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    ((place,),) = run_again(tmp_path, [name]).values()
+    assert "/nll: " in place
+    with pytest.raises(ValueError, match="nowhere"):
+        run_again(tmp_path, ["nowhere"])
 
 
 @pytest.mark.usefixtures("tiny")
