@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from pyro_lift.bench.paper.published import published
 from pyro_lift.bench.paper.scoring import _gaps, brier, calibration, intervals
 from pyro_lift.bench.paper.sizes import Sizes
 from pyro_lift.bench.paper.tables import FIGURES, OURS, TABLES, cells_of, family_table, table_named
+from pyro_lift.bench.paper.training import method_of, rates_of
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.methods.registry import BASELINES
 from pyro_lift.metrics.probabilities import expected_calibration_error, nll
 from pyro_lift.metrics.significance import pooled_t_test
+from pyro_lift.tuning.methods import method_candidates, with_changes
 
 EVERY = [*(f"table {k}" for k in TABLES), *(f"figure {k}" for k in FIGURES), *OURS]
 
@@ -226,6 +229,32 @@ def test_the_first_seed_of_all_cells_comes_before_the_second_of_any_and_names_ar
     names = [c.cell.name for c in cells]
     assert len(set(names)) == len(names) and not any("/" in name or " " in name for name in names)
     assert {c.split for c in cells_of(TABLES[10], "small", None)} == {f"rank-{rank}" for rank in RANKS}
+
+
+def test_cells_run_in_an_order_of_which_any_prefix_is_worth_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyro_lift.bench.paper.command.check_data", lambda *_: None)
+    cells, absent = plan(PaperOptions(root=Path("data")))
+    assert not absent and len(set(cells)) == len(cells)
+    alone = {cell for number in (5, 7, 8, 9, 12, 13) for cell in cells_of(TABLES[number], "small", "data")}
+    alone |= {cell for figure in (3, 7) for cell in cells_of(FIGURES[figure], "small", "data")}
+    shown = {cell for number in (1, 2, 3, 4, 6, 10, 14) for cell in cells_of(TABLES[number], "small", "data")}
+    late = [cell in alone - shown for cell in cells]
+    assert late == sorted(late) and {cell.seed for cell in cells if cell in alone - shown} == {0}
+    main = [cell for cell in cells if cell.group in ("linear-probe", "union-train", "lift", "bmaml")]
+    assert cells[0].group == "linear-probe" and [c.seed for c in main] == sorted(c.seed for c in main)
+    first = main[: sum(cell.seed == 0 for cell in main)]
+    assert {cell.family for cell in first} == {c.family for c in cells if c.family not in ("toy", "cost")}
+    places = [(cell.family, cell.split, cell.seed) for cell in main]
+    assert sum(one != two for one, two in pairwise(places)) + 1 == len(set(places))
+
+
+def test_the_rates_of_a_cell_are_the_first_trials_of_the_one_tuner() -> None:
+    problem = _tiny_problem()
+    for name in ("union-train", "maml", "reptile", "abml", "lift"):
+        method = method_of(CONTESTANTS[name], problem, 0)
+        tried = [with_changes(method, c.adapt).budget.learning_rate for c in method_candidates(method, 3)]
+        assert tried == list(rates_of(problem.sizes, problem.adapter))
+        assert all(not c.meta and set(c.adapt) <= {"learning_rate"} for c in method_candidates(method, 3))
 
 
 # ------------------------------------------------------------------------------------------------ scores

@@ -248,6 +248,25 @@ def test_texts_that_say_nothing_leave_a_linear_probe() -> None:
     assert choose_head(x[:1], y[:1], 2, 20.0).model.scale == ScalePrior(20.0, 0.0)  # nothing to be left out
 
 
+def test_a_choice_is_made_once_for_the_same_features_and_anew_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = joined(24, 4, 2)
+    made: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        made.append(1)
+        return choose_prior_sd(*arguments)
+
+    monkeypatch.setattr("pyro_lift.models.head_choice.choose_prior_sd", counted)
+    first, before = choose_head(x, y, 2, 20.0), len(made)
+    assert before and choose_head(x.clone(), y.clone(), 2, 20.0) == first and len(made) == before
+    other = x.clone()
+    other[0, 0] += 1e-6
+    for arguments in ((other, y, 2, 20.0), (x, 1 - y, 2, 20.0), (x, y, 2, 10.0), (x, y, 2), (x[:-1], y[:-1], 2, 20.0)):
+        before = len(made)
+        choose_head(*arguments)
+        assert len(made) > before
+
+
 # ---------------------------------------------------------------------------------------------------- held-out rows
 
 

@@ -118,11 +118,23 @@ FAMILIES: dict[str, Family] = {
                 "encoder",
                 "matching",
                 # Every option is a text of its own, and few tasks to learn from have options.
-                Sizes(warm_up=60, visits=24, steps=12, batch_size=4, dev_tasks=1, test_tasks=10, test_rows=24),
+                Sizes(
+                    ablation_seeds=1,
+                    warm_up=60,
+                    visits=24,
+                    steps=12,
+                    batch_size=4,
+                    dev_tasks=1,
+                    test_tasks=10,
+                    test_rows=24,
+                ),  # fmt: skip
                 layers=(4, 5),
             ),
             ("small", "MRC"): Setting(
-                _NOVELS, "seq2seq", "text-to-text", replace(_SMALL_TOKENS, test_rows=32, max_length=126)
+                _NOVELS,
+                "seq2seq",
+                "text-to-text",
+                replace(_SMALL_TOKENS, ablation_seeds=1, test_rows=32, max_length=126),
             ),
         },
         same_tests={"CLS-23": "CLS-45", "CLS-0": "CLS-45"},
