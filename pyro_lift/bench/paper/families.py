@@ -95,6 +95,11 @@ _BART = Setting("facebook/bart-base", "seq2seq", "text-to-text", _NLP)
 _VIT = Setting("google/vit-base-patch16-224-in21k", "vision", "pictures", _VISION, options={"hub": True})
 _NOVELS, _PATCHES = "backbones/bart-novels", "backbones/vit-patches"
 _SMALL_TOKENS = Sizes(warm_up=122, visits=61, steps=16, draws=4, dev_tasks=2, test_rows=24)
+_SMALL_ANSWERS = replace(_SMALL_TOKENS, ablation_seeds=1, test_rows=32, max_length=126)
+#: Every option is a text of its own, and few tasks to learn from have options.
+_SMALL_OPTIONS = Sizes(
+    ablation_seeds=1, warm_up=60, visits=24, steps=12, batch_size=4, dev_tasks=1, test_tasks=10, test_rows=24
+)
 
 FAMILIES: dict[str, Family] = {
     "crossfit": Family(
@@ -117,25 +122,10 @@ FAMILIES: dict[str, Family] = {
                 "minilm",
                 "encoder",
                 "matching",
-                # Every option is a text of its own, and few tasks to learn from have options.
-                Sizes(
-                    ablation_seeds=1,
-                    warm_up=60,
-                    visits=24,
-                    steps=12,
-                    batch_size=4,
-                    dev_tasks=1,
-                    test_tasks=10,
-                    test_rows=24,
-                ),  # fmt: skip
+                _SMALL_OPTIONS,
                 layers=(4, 5),
             ),
-            ("small", "MRC"): Setting(
-                _NOVELS,
-                "seq2seq",
-                "text-to-text",
-                replace(_SMALL_TOKENS, ablation_seeds=1, test_rows=32, max_length=126),
-            ),
+            ("small", "MRC"): Setting(_NOVELS, "seq2seq", "text-to-text", _SMALL_ANSWERS),
         },
         same_tests={"CLS-23": "CLS-45", "CLS-0": "CLS-45"},
     ),
