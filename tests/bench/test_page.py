@@ -14,7 +14,7 @@ from scipy.stats import friedmanchisquare, ttest_ind, ttest_rel
 from pyro_lift.bench.page.command import command
 from pyro_lift.bench.page.drawing import ticks
 from pyro_lift.bench.page.evidence import read_evidence
-from pyro_lift.bench.page.findings import row_tests, verdict_of
+from pyro_lift.bench.page.findings import row_tests, shortfalls, verdict_of
 from pyro_lift.bench.page.ranks import Ranking, critical_difference, ranked
 from pyro_lift.bench.page.statements import statement_of
 from pyro_lift.bench.paper.tables import TABLES, Column
@@ -108,7 +108,11 @@ def test_the_average_of_a_table_is_over_its_columns_and_only_of_rows_that_have_t
     for split, row, value in (
         ("play-80/10/10", "maml", 90.0),
         ("play-60/10/30", "maml", 100.0),
+        ("random-80/10/10", "maml", 91.0),
+        ("random-60/10/30", "maml", 99.0),
         ("play-80/10/10", "lift", 80.0),
+        ("play-60/10/30", "lift", 81.0),
+        ("random-80/10/10", "lift", 82.0),
     ):
         cell = {"scale": "small", "family": "shakespeare", "split": split, "group": row, "seed": 0, "smoke": False}
         name = f"{row}-{value:g}"
@@ -147,6 +151,20 @@ def test_a_family_is_led_only_by_more_than_chance(tmp_path: Path) -> None:
     behind = {"lift": LOSSES["union-train"], "union-train": LOSSES["lift"]}
     verdict = verdict_of(read_evidence(_folder(tmp_path / "three", behind)), "regressions")
     assert not verdict.leads and verdict.place == 2 and "behind" in verdict.sentence()
+
+
+def test_what_falls_short_names_the_probe_where_another_method_is_the_best(tmp_path: Path) -> None:
+    losses = {"lift": LOSSES["lift"], "union-train": [[0.1] * 4] * 2, "linear-probe": [[0.5] * 4] * 2}
+    told = shortfalls([verdict_of(read_evidence(_folder(tmp_path / "cells", losses)), "regressions")])
+    assert len(told) == 2 and "Union Train 0.100" in told[0] and "behind the linear probe" in told[1]
+    alone = {"union-train": LOSSES["union-train"]}  # LiFT was not run: that is no shortfall
+    assert shortfalls([verdict_of(read_evidence(_folder(tmp_path / "alone", alone)), "regressions")]) == []
+
+
+def test_a_split_that_shows_another_ones_cells_has_its_own_measure(tmp_path: Path) -> None:
+    evidence = read_evidence(_folder(tmp_path / "cells", LOSSES))
+    assert evidence.measure(Column("CLS-23", "crossfit", "CLS-23")) == "score"
+    assert evidence.measure(Column("x", "toy", "sgld-gibbs")) == "nll"
 
 
 def test_tasks_that_a_seed_makes_are_cases_of_their_own(tmp_path: Path) -> None:

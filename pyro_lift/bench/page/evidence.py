@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyro_lift.bench.paper.contestants import GROUPS
-from pyro_lift.bench.paper.families import FAMILIES
+from pyro_lift.bench.paper.families import FAMILIES, setting_of
 from pyro_lift.bench.paper.tables import Column, Table, source_split
 from pyro_lift.bench.sweep import MANIFEST, read_manifest, results
 
@@ -70,8 +71,11 @@ class Evidence:
         return {key: record for key, record in found.items() if column.task in (None, key[1])}
 
     def measure(self, column: Column) -> str:
-        """Return the key of the score that a column shows."""
-        return column.measure or self.measures.get((column.family, column.split), "nll")
+        """Return the key of the score that a column shows, of splits too that show another split's cells alone."""
+        found = column.measure or self.measures.get((column.family, column.split))
+        if found is None and column.family in FAMILIES and self.scale in FAMILIES[column.family].settings:
+            found = setting_of(self.scale, column.family, column.split).measure  # type: ignore[arg-type]
+        return found or "nll"
 
     def values(self, column: Column, row: str, measure: str | None = None) -> dict[tuple[int, str], float]:
         """Return a place's values by seed and task; records without that score are passed over."""
@@ -98,6 +102,10 @@ class Evidence:
     def shown(self, table: Table) -> list[str]:
         """Return the rows of a table of which anything was run."""
         return [row for row in table.rows if any(self.summary(column, row) for column in table.columns)]
+
+    def waiting_by_split(self) -> dict[str, int]:
+        """Count the cells that are not done, by family and split as their names have them."""
+        return dict(Counter(" ".join(name.split(".")[1:3]) or name for name in self.waiting))
 
     def reasons(self) -> Iterator[tuple[str, str]]:
         """Yield what was not run and why: cells refused, and tasks that an adaptation ran away on."""

@@ -13,11 +13,12 @@ from pyro_lift.bench.paper.families import FAMILIES
 from pyro_lift.bench.paper.tables import Column
 from pyro_lift.metrics.significance import PairedTest, paired_test, pooled_t_test, welch_t_test
 
-__all__ = ["OURS", "FamilyVerdict", "TableTests", "family_names", "row_tests", "verdict_of"]
+__all__ = ["OURS", "FamilyVerdict", "TableTests", "family_names", "row_tests", "shortfalls", "verdict_of"]
 
 #: Rows that are LiFT as it comes; its ablations are judged as other methods are.
 OURS = ("lift", "lift-k2", "lift-k3", "lift-k5")
 REFERENCE = "lift"
+PROBE = "linear-probe"
 #: Methods that the paper compares calibration with.
 CALIBRATED = ("maml", "bmaml", "abml")
 #: Below which a difference counts.
@@ -88,6 +89,26 @@ class FamilyVerdict(NamedTuple):
         """Whether LiFT is ahead of every other method by more than chance, on tasks enough to say so."""
         test = None if self.runner_up is None else self.against.get(self.runner_up)
         return self.cases >= LEAST and test is not None and test.difference < 0 and test.p_value < LEVEL
+
+
+def shortfalls(verdicts: Sequence[FamilyVerdict]) -> list[str]:
+    """Say where LiFT is not clearly first, where the probe is ahead of it, and where others are better calibrated."""
+    told = [v.sentence() for v in verdicts if v.runner_up is not None and not v.leads]
+    for v in verdicts:
+        probe = v.against.get(PROBE)
+        if probe is not None and probe.difference > 0 and v.runner_up != PROBE:
+            told.append(
+                f"{v.family}: {probe.difference:.3f} ± {probe.standard_error:.3f} behind the linear probe, "
+                f"p = {probe.p_value:.2g}."
+            )
+    told += [
+        f"{v.family}: ECE {test.difference:+.3f} ± {test.standard_error:.3f} over {title_of(row)}'s, "
+        f"p = {test.p_value:.2g}."
+        for v in verdicts
+        for row, test in v.calibration.items()
+        if test.difference >= 0
+    ]
+    return told
 
 
 def family_names(evidence: Evidence) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pyro_lift.bench.page.drawing import critical_difference_diagram, curves, dots, reliability_diagram
 from pyro_lift.bench.page.evidence import Evidence
-from pyro_lift.bench.page.findings import OURS, FamilyVerdict, TableTests, family_names, verdict_of
+from pyro_lift.bench.page.findings import OURS, FamilyVerdict, TableTests, family_names, shortfalls, verdict_of
 from pyro_lift.bench.page.statements import Place, TableStatement, statement_of, titles
 from pyro_lift.bench.page.style import STYLE
 from pyro_lift.bench.paper.contestants import CONTESTANTS, title_of
@@ -71,16 +71,8 @@ def _head(evidence: Evidence, source: str) -> str:
 
 def _summary(verdicts: Sequence[FamilyVerdict]) -> str:
     """Say what falls short first, then what leads, then all in one table."""
-    short = [v.sentence() for v in verdicts if not v.leads]
     leads = [v.sentence() for v in verdicts if v.leads]
-    worse = [
-        f"{v.family}: ECE {test.difference:+.3f} ± {test.standard_error:.3f} over {title_of(row)}'s, "
-        f"p = {test.p_value:.2g}."
-        for v in verdicts
-        for row, test in v.calibration.items()
-        if test.difference >= 0
-    ]
-    parts = ["<h2 id='short'>Where LiFT falls short</h2>", _list([*short, *worse], "Nowhere in what was run.")]
+    parts = ["<h2 id='short'>Where LiFT falls short</h2>", _list(shortfalls(verdicts), "Nowhere in what was run.")]
     parts += ["<h2 id='leads'>Where LiFT leads</h2>", _list(leads, "Nowhere yet by more than chance (p &lt; 0.05).")]
     header = [
         "family",
@@ -141,7 +133,10 @@ def _p(value: float | None) -> str:
 
 
 def _grid(header: Sequence[str], rows: Iterable[Sequence[str]], kinds: Sequence[str] = ()) -> str:
-    """Format a table whose cells are HTML already; wide ones scroll inside the page."""
+    """Format a table whose cells are HTML already; wide ones scroll inside the page, and empty columns are left out."""
+    rows = [list(row) for row in rows]
+    kept = [k for k in range(len(header)) if k == 0 or any(row[k] for row in rows)]
+    header, rows = [header[k] for k in kept], [[row[k] for k in kept] for row in rows]
     head = "".join(f"<th>{name}</th>" for name in header)
     lines = []
     for number, row in enumerate(rows):
@@ -307,7 +302,8 @@ def _curves(number: int, lines: dict[str, Any], labels: tuple[str, str], logs: b
 
 def _absent(evidence: Evidence) -> str:
     lines = [f"{name}: {reason}" for name, reason in evidence.reasons()]
-    waiting = f"<p>Not run yet: {escape(', '.join(evidence.waiting))}.</p>" if evidence.waiting else ""
+    counts = ", ".join(f"{count} of {name}" for name, count in evidence.waiting_by_split().items())
+    waiting = f"<p>Not run yet: {escape(counts)}.</p>" if counts else ""
     return (
         f"<h2 id='absent'>What was not run, and why</h2>{waiting}{_list(lines, 'Everything that was begun has run.')}"
     )

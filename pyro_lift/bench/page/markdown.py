@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from pyro_lift.bench.page.evidence import Evidence
-from pyro_lift.bench.page.findings import FamilyVerdict, family_names, verdict_of
+from pyro_lift.bench.page.findings import FamilyVerdict, family_names, shortfalls, verdict_of
 from pyro_lift.bench.page.statements import TableStatement, statement_of
 from pyro_lift.bench.paper.contestants import title_of
 from pyro_lift.bench.paper.tables import FIGURES, OURS, TABLES, family_table
@@ -24,7 +24,7 @@ def markdown(evidence: Evidence, source: str) -> str:
         f"{len(evidence.cells)} cells of {evidence.scale} scale from `{source}`, commit {commits}; "
         f"{len(evidence.waiting)} not run yet.",
         "## Where LiFT falls short",
-        _list([v.sentence() for v in verdicts if not v.leads], "Nowhere in what was run."),
+        _list(shortfalls(verdicts), "Nowhere in what was run."),
         "## Where LiFT leads",
         _list([v.sentence() for v in verdicts if v.leads], "Nowhere yet by more than chance (p < 0.05)."),
         "## By family",
@@ -36,7 +36,7 @@ def markdown(evidence: Evidence, source: str) -> str:
     parts += [_table(statement) for table in every if (statement := statement_of(evidence, table))]
     parts += ["## What was not run, and why", _list([f"{n}: {r}" for n, r in evidence.reasons()], "Nothing failed.")]
     if evidence.waiting:
-        parts.append(f"Not run yet: {len(evidence.waiting)} cells.")
+        parts.append(f"Not run yet: {', '.join(f'{n} of {name}' for name, n in evidence.waiting_by_split().items())}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -80,7 +80,7 @@ def statement_of(evidence: Evidence, table: Table) -> TableStatement | None:
         if average:
             theirs = None if printed is None else printed.value(row, AVERAGE)
             line.append(
-                Place(_average(evidence, present, row), "" if theirs is None else f"{theirs:g}", False),
+                Place(_average(evidence, columns, row), "" if theirs is None else f"{theirs:g}", False),
             )
         places.append(line)
     reference = table_reference(rows)
@@ -102,7 +102,7 @@ def _best(evidence: Evidence, column: Column, rows: Sequence[str]) -> str | None
 
 
 def _average(evidence: Evidence, columns: Sequence[Column], row: str) -> str:
-    """Format the mean over a table's columns; nothing where the row lacks one of them."""
+    """Format the mean over all columns of a table; nothing where the row lacks one, run or not: the paper's has all."""
     found = [evidence.summary(column, row) for column in columns]
     if len({evidence.measure(column) for column in columns}) != 1 or any(summary is None for summary in found):
         return ""
