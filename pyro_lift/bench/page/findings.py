@@ -21,6 +21,8 @@ REFERENCE = "lift"
 PROBE = "linear-probe"
 #: Methods that the paper compares calibration with.
 CALIBRATED = ("maml", "bmaml", "abml")
+#: Losses in words.
+NAMED = {"nll": "NLL in nats", "unexplained": "unexplained variance"}
 #: Below which a difference counts.
 LEVEL = 0.05
 #: Tasks below which nothing is said to lead: of two or three, differences that agree by chance have small p-values.
@@ -73,7 +75,7 @@ class FamilyVerdict(NamedTuple):
         ours = statistics.fmean(self.losses[REFERENCE].values())
         shared = self.losses[self.runner_up]
         beside = f"{title_of(self.runner_up)} {statistics.fmean(shared.values()):.3f}"
-        told = f"{self.family}: LiFT {ours:.3f}, {beside} ({self.measure}, less is better)"
+        told = f"{self.family}: LiFT {ours:.3f}, {beside} ({NAMED.get(self.measure, self.measure)}, less is better)"
         if test is None:
             return f"{told}; one task, so there is no test."
         verdict = "ahead" if test.difference < 0 else "behind"

@@ -9,7 +9,7 @@ from typing import Any
 
 from pyro_lift.bench.page.drawing import critical_difference_diagram, curves, dots, reliability_diagram
 from pyro_lift.bench.page.evidence import Evidence
-from pyro_lift.bench.page.findings import OURS, FamilyVerdict, TableTests, family_names, shortfalls, verdict_of
+from pyro_lift.bench.page.findings import NAMED, OURS, FamilyVerdict, TableTests, family_names, shortfalls, verdict_of
 from pyro_lift.bench.page.statements import Place, TableStatement, statement_of, titles
 from pyro_lift.bench.page.style import STYLE
 from pyro_lift.bench.paper.contestants import CONTESTANTS, title_of
@@ -203,7 +203,7 @@ def _dots(evidence: Evidence, verdict: FamilyVerdict, names: dict[str, str]) -> 
     rows.sort(key=lambda entry: entry[1])
     if len(rows) < 2:
         return ""
-    label = f"{verdict.measure}, mean over tasks, ± one standard deviation over seeds; less is better"
+    label = f"{NAMED.get(verdict.measure, verdict.measure)}, mean over tasks, ± one standard deviation over seeds; less is better"
     return f"<h3>Loss by method</h3><figure>{dots(rows, label)}</figure>"
 
 
