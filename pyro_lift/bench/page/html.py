@@ -203,7 +203,8 @@ def _dots(evidence: Evidence, verdict: FamilyVerdict, names: dict[str, str]) -> 
     rows.sort(key=lambda entry: entry[1])
     if len(rows) < 2:
         return ""
-    label = f"{NAMED.get(verdict.measure, verdict.measure)}, mean over tasks, ± one standard deviation over seeds; less is better"
+    loss = NAMED.get(verdict.measure, verdict.measure)
+    label = f"{loss}, mean over tasks, ± one standard deviation over seeds; less is better"
     return f"<h3>Loss by method</h3><figure>{dots(rows, label)}</figure>"
 
 
