@@ -25,7 +25,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.archive import read_tensors, write_tensors
-from pyro_lift.tuning.halves import COST, FEWEST_TASKS, trial_steps
+from pyro_lift.tuning.halves import steps_beside_trial
 from pyro_lift.tuning.held_out import judged
 from pyro_lift.tuning.methods import tune_method
 
@@ -105,10 +105,10 @@ def method_of(
     s = resolved(problem.settings, adapter)
     joint = s.sgd_steps / max(s.sgd_steps + s.burn_in + s.samples * s.thinning, 1) if name == REFERENCE else 0.5
     warm_up = min(round(joint * sizes.gradients), sizes.gradients - 1)
-    visits, rest = sizes.gradients - warm_up, round(warm_up / (1.0 + COST))
+    visits = sizes.gradients - warm_up
     on_trial = name == REFERENCE and problem.settings.sgd_learning_rate is None
-    if on_trial and trial_steps(rest, FEWEST_TASKS):  # what the trial takes is taken from what it is about
-        warm_up = rest
+    if on_trial:  # what the trial takes is taken from what it is about
+        warm_up = steps_beside_trial(warm_up, len(problem.train))
     values: dict[str, Any] = {
         "warm_up": warm_up,
         "visits": visits,

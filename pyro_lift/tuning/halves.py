@@ -15,7 +15,8 @@ more is taken: at the smaller one joint training may take more steps than it get
 tried, and where that does not help either, phi stays where it was.
 
 The trial is short, an eighth of the steps for each vector, since what harms does so at once; it comes before the steps
-of joint training, which begin anew after it. To go on from the mean of the halves' vectors would save steps, and costs
+of joint training, which begin anew after it. Where an eighth would say nothing, each vector gets :data:`FEWEST_STEPS`,
+and one rate is tried alone. To go on from the mean of the halves' vectors would save steps, and costs
 more than it saves: 0.17 nats on digits, where the halves are twelve tasks of ten rows.
 """
 
@@ -38,7 +39,7 @@ from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.task import Task
 from pyro_lift.tuning.held_out import dealt
 
-__all__ = ["COST", "FEWEST_TASKS", "Joint", "joint_on_trial", "log_probs_at", "trial_steps"]
+__all__ = ["FEWEST_TASKS", "Joint", "joint_on_trial", "log_probs_at", "steps_beside_trial", "trial_steps"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -50,10 +51,10 @@ LARGER, SMALLER = 3.0, 0.2
 LEVEL = 0.05
 #: Of the joint training's steps, those that each half gets.
 SHARE = 0.125
-#: Gradients of the whole trial over those of the joint training: two halves at two rates.
-COST = 4 * SHARE
 #: Fewer steps than this a half say nothing.
 FEWEST_STEPS = 20
+#: Of the joint training's steps, those that the trial costs at most, both halves at every rate.
+MOST_COST = 0.5
 #: Tasks and rows that are judged at most: more would cost as much as the training.
 TASKS, ROWS = 64, 48
 
@@ -97,8 +98,26 @@ class Joint(NamedTuple):
 
 def trial_steps(steps: int, tasks: int) -> int:
     """Return the steps of each half; 0 where there is no trial: too few tasks, or too little training."""
-    each = int(SHARE * steps)
-    return each if tasks >= FEWEST_TASKS and each >= FEWEST_STEPS else 0
+    each = max(int(SHARE * steps), FEWEST_STEPS)
+    return each if tasks >= FEWEST_TASKS and 2 * each <= MOST_COST * steps else 0
+
+
+def _rates(steps: int) -> int:
+    """Return how many rates can be tried."""
+    return 2 if 4 * max(int(SHARE * steps), FEWEST_STEPS) <= MOST_COST * steps else 1
+
+
+def steps_beside_trial(gradients: int, tasks: int) -> int:
+    """Return the most steps of joint training that fit into some gradients together with their trial.
+
+    Args:
+        gradients: of both.
+        tasks: of meta-training.
+    """
+    for steps in range(gradients, 0, -1):
+        if steps + 2 * _rates(steps) * trial_steps(steps, tasks) <= gradients:
+            return steps
+    return 0
 
 
 def joint_on_trial(
@@ -150,6 +169,8 @@ def _trial(
         return Joint(factor * rate, steps if helps else 0, gain, error, helps)
 
     first = at(1.0)
+    if _rates(steps) == 1:
+        return first
     if not first.helps:
         return at(SMALLER)
     larger = at(LARGER)

@@ -16,7 +16,7 @@ from pyro_lift import LiFT, Task
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.tuning.halves import joint_on_trial, log_probs_at, trial_steps
+from pyro_lift.tuning.halves import joint_on_trial, log_probs_at, steps_beside_trial, trial_steps
 
 
 def adapter() -> RandomAdapter:
@@ -60,9 +60,27 @@ def test_a_rate_that_is_given_is_not_put_on_trial() -> None:
     assert lift._joint(tasks(shared=False), None, False, None) is None
 
 
-@pytest.mark.parametrize(("steps", "number", "each"), [(600, 20, 75), (159, 20, 0), (160, 4, 20), (600, 3, 0)])
+@pytest.mark.parametrize(
+    ("steps", "number", "each"), [(600, 20, 75), (79, 20, 0), (80, 4, 20), (160, 4, 20), (600, 3, 0)]
+)
 def test_a_trial_needs_steps_and_tasks(steps: int, number: int, each: int) -> None:
     assert trial_steps(steps, number) == each
+
+
+@pytest.mark.parametrize(
+    ("gradients", "number", "steps"), [(900, 20, 600), (240, 4, 160), (239, 4, 159), (120, 20, 80), (119, 20, 79)]
+)
+def test_a_trial_and_what_it_is_about_fit_into_given_gradients(gradients: int, number: int, steps: int) -> None:
+    assert steps_beside_trial(gradients, number) == steps
+    assert steps_beside_trial(gradients, 3) == gradients  # there is none
+
+
+@pytest.mark.parametrize(("gain", "helps"), [(0.5, True), (-0.5, False)])
+def test_a_short_training_is_tried_at_one_rate(gain: float, helps: bool) -> None:
+    stand_in = Halves({0.1: gain})
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 120, stand_in.train, stand_in.score)
+    assert joint.helps == helps and joint.steps == (120 if helps else 0)
+    assert [steps for *_, steps in stand_in.trained] == [20, 20]
 
 
 class Halves:

@@ -20,6 +20,7 @@ from pyro_lift.methods.registry import BASELINES
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.settings import LiFTSettings
+from pyro_lift.tuning.halves import steps_beside_trial
 
 __all__ = ["CHOOSE_THEMSELVES", "Trained", "budget_of", "method_of", "step_of", "trained"]
 
@@ -84,13 +85,19 @@ def method_of(contestant: Contestant, problem: PaperProblem, seed: int, **option
         if "beta" in contestant.lift and "n_inflate" not in changed:
             changed["temperature"] = TEMPERATURE  # widths alone are ablated; given alone, they would switch it to 1
         given["settings"] = LiFTSettings(**{**changed, "components": max(contestant.components, 1)})
-    if issubclass(target, LiFTMethod) and sizes.burn_in is not None:
-        given["burn_in"] = sizes.burn_in
+    budget = budget_of(sizes, adapter, seed)
+    if issubclass(target, LiFTMethod):
+        if sizes.burn_in is not None:
+            given["burn_in"] = sizes.burn_in
+        if sizes.meta_rate is None:  # left to the method: then joint training is put on trial, within its gradients
+            given["on_trial"] = True
+            joint = steps_beside_trial(sizes.warm_up, len(problem.tasks.train))
+            budget = replace(budget, warm_up=joint)
     if "tasks_per_step" in {f.name for f in fields(target)}:
         given["tasks_per_step"] = TASKS_PER_STEP
     if contestant.method == "lora-tuned":
         given["rates"] = rates_of(sizes, adapter)
-    method: Baseline[Any] = factory(adapter, budget_of(sizes, adapter, seed), **given)
+    method: Baseline[Any] = factory(adapter, budget, **given)
     return method
 
 
