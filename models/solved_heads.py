@@ -33,19 +33,16 @@ from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.options import check_choice, check_number
 
 __all__ = [
-    "UNMOVED",
     "SolvedHeads",
     "has_solved_head",
     "held_out_log_prob",
     "solved_heads",
-    "unmoved_draws",
-    "with_unmoved",
 ]
 
 #: Heads of a pass: each sees three quarters of its rows.
 FOLDS = 4
-#: Share of the networks behind a prediction that stay where adaptation began.
-UNMOVED = 0.5
+#: Features that are remembered, and the most numbers of each: the draws behind a prediction are read twice.
+REMEMBERED, LARGEST = 16, 2**21
 
 
 class SolvedHeads:
@@ -77,6 +74,7 @@ class SolvedHeads:
         self.start = start.detach()
         self.scale = zero_shot_scale(adapter) if scale is None else scale
         self._choices: dict[int, HeadChoice] = dict(enumerate(choices or ()))
+        self._features: dict[tuple[int, bytes], Tensor] = {}
 
     def choice(self, task: int) -> HeadChoice:
         """Return what a task's head is solved under, by cross-validation at the start's features."""
@@ -148,9 +146,35 @@ class SolvedHeads:
 
     def solve(self, task: int, theta: Tensor) -> Tensor:
         """Return the mode of a task's head ``[C, E + 1]`` at theta ``[D]``, on all its training rows."""
-        rows = self.tasks[task].train
-        found = all_features(self.adapter, rows, theta, network_output)
-        return solve_head(found, rows.target, self.choice(task).model, prior_sd=self.prior_sd(task)).head
+        return self._solve(task, theta)
+
+    def log_prob_without(self, task: int, theta: Tensor, left_out: Tensor) -> Tensor:
+        """Return log probabilities of the rows that are left out, by the head of a task's other rows at theta ``[D]``.
+
+        Args:
+            task: number of the task.
+            theta: weights.
+            left_out: which of the task's training rows, ``[n]``; the result has one number for each of them.
+        """
+        head, found = self._solve(task, theta, weight=(~left_out).double()), self._read(task, theta)[left_out]
+        logits = found.double() @ head[:, :-1].double().mT + head[:, -1].double()
+        return logits.log_softmax(-1).gather(-1, self.tasks[task].train.target[left_out].unsqueeze(-1)).squeeze(-1)
+
+    def _solve(self, task: int, theta: Tensor, weight: Tensor | None = None) -> Tensor:
+        found, target = self._read(task, theta), self.tasks[task].train.target
+        return solve_head(found, target, self.choice(task).model, prior_sd=self.prior_sd(task), weight=weight).head
+
+    def _read(self, task: int, theta: Tensor) -> Tensor:
+        """Return the features of a task's rows; those of the last few weights are remembered."""
+        key = (task, theta.detach().cpu().numpy().tobytes())
+        if key not in self._features:
+            found = all_features(self.adapter, self.tasks[task].train, theta, network_output)
+            if found.numel() > LARGEST:
+                return found
+            while len(self._features) >= REMEMBERED:
+                del self._features[next(iter(self._features))]
+            self._features[key] = found
+        return self._features[key]
 
     def solve_each(self, task: int, thetas: Tensor) -> Tensor:
         """Return the modes ``[S, C, E + 1]`` at some weights ``[S, D]``; equal neighbours are solved once."""
@@ -187,24 +211,6 @@ def solved_heads(
     if head == "sample" or not any(has_solved_head(adapter, task, scale) for task in tasks):
         return None
     return SolvedHeads(adapter, tasks, start)
-
-
-def unmoved_draws(draws: int, share: float = UNMOVED) -> int:
-    """Count the draws that stay at the start, so that at least one has moved."""
-    return min(round(share * draws), draws - 1)
-
-
-def with_unmoved(start: Tensor, thetas: Tensor, share: float = UNMOVED) -> Tensor:
-    """Put the start ``[D]`` in the place of the first of the draws ``[S, D]``.
-
-    The adapter's path is only as good as a task's rows let it be: with few of them it overfits, and more is lost than
-    won. Networks that are averaged with that of the start, whose head alone has been solved, are better than either in
-    most tasks, and no worse than the start by much in any.
-    """
-    stay = unmoved_draws(len(thetas), share)
-    if stay == 0:
-        return thetas
-    return torch.cat([start.to(thetas).expand(stay, -1), thetas[stay:]])
 
 
 def held_out_log_prob(

@@ -79,16 +79,21 @@ def resolved(settings: LiFTSettings, adapter: RandomAdapter) -> LiFTSettings:
     )
 
 
-def resolved_adaptation(adapt: AdaptSettings, settings: LiFTSettings, filled: LiFTSettings) -> AdaptSettings:
+def resolved_adaptation(
+    adapt: AdaptSettings, settings: LiFTSettings, filled: LiFTSettings, solved: bool
+) -> AdaptSettings:
     """Fill in the rate of adaptation where neither it nor the chain's was given: twice the chain's.
+
+    Where heads are solved it is the chain's: what a task is about is in its head, and the weights have less to do.
 
     Args:
         adapt: as given; a rate of its own is kept.
         settings: of meta-training as given; a rate of theirs is inherited as it is.
         filled: the same, filled in.
+        solved: whether the tasks' heads are solved.
     """
     given = adapt.learning_rate is not None or settings.learning_rate is not None
-    if given or settings.preconditioner != "rms":
+    if given or solved or settings.preconditioner != "rms":
         return adapt
     assert filled.learning_rate is not None
     return replace(adapt, learning_rate=ADAPTATION_OVER_CHAIN * filled.learning_rate)

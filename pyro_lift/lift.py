@@ -143,7 +143,7 @@ class LiFT:
         known = resolved(self.settings, self.adapter)
         scale = own_head_scale(self.adapter, tasks, known.head_scale, solve=known.head != "langevin")
         heads = known.head != "langevin" and any(has_solved_head(self.adapter, task, scale) for task in tasks)
-        adapt = resolved_adaptation(self.adapt_settings, self.settings, known)
+        adapt = resolved_adaptation(self.adapt_settings, self.settings, known, heads)
         candidates = lift_candidates(known, adapt, trainings=trainings, heads=heads)
 
         def make(candidate: Candidate, share: float) -> _Contender:
@@ -286,7 +286,7 @@ class LiFT:
                 self.adapter,
                 summary.mixtures[k],
                 replace(s, components=k, sgd_steps=self.settings.sgd_steps),
-                resolved_adaptation(self.adapt_settings, self.settings, s),
+                resolved_adaptation(self.adapt_settings, self.settings, s, program.solved is not None),
                 moments,
                 mcmc,
                 self.seed,

@@ -29,15 +29,16 @@ from pyro_lift.inference.adaptation.meta_testing import (
     heads_at_best_start,
     meta_test_program,
 )
+from pyro_lift.inference.adaptation.unmoved import Unmoved
 from pyro_lift.inference.mcmc import MCMC
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.flat import FlatBlock
 from pyro_lift.models.hierarchical import can_share_pass
-from pyro_lift.models.observation import has_head, own_head_scale
+from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.priors import broadened
-from pyro_lift.models.solved_heads import UNMOVED, SolvedHeads, has_solved_head, with_unmoved
+from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior
@@ -205,13 +206,13 @@ class LiFTPrior:
         unmoved = self._unmoved(a, [task], solved)
         program = meta_test_program(
             self.adapter,
-            task,
+            unmoved.tasks[0],
             mixture,
             beta=self.beta,
             batch_size=a.batch_size,
             head_scale=self._head_scale([task]),
             noise_scale=s.noise_scale,
-            solved=solved,
+            solved=unmoved.solved,
         )
         start = starts[0] if starts else best_start(program, mixture, untouched)
         if untouched is not None and start.component == UNTOUCHED:
@@ -221,7 +222,7 @@ class LiFTPrior:
         windows = windows_of(self.adapter, task, a, solve, s.noise_scale)
         chain = self._run(program, start.theta, a, Source(seed), shown, windows)
         draws = chain.get_samples()
-        thetas = with_unmoved(start.theta, draws["theta"], unmoved)
+        thetas = unmoved.put_back(0, start.theta, draws["theta"])
         heads = draws.get("head") if solve is None else solve(thetas)
         return self._posterior(task, thetas, heads, start.component, chain)
 
@@ -274,12 +275,12 @@ class LiFTPrior:
         unmoved = self._unmoved(a, tasks, solved)
         program = FlatBlock(
             self.adapter,
-            tasks,
+            unmoved.tasks,
             broadened(mixture, self.beta),
             batch_size=a.batch_size,
             head_scale=self._head_scale(tasks),
             noise_scale=s.noise_scale,
-            solved=solved,
+            solved=unmoved.solved,
         )
         starts = starts or best_starts(program, mixture, untouched)
         none_of_the_kind = [start.component == UNTOUCHED for start in starts]
@@ -293,7 +294,7 @@ class LiFTPrior:
         posteriors = []
         for k, (task, start) in enumerate(zip(tasks, starts, strict=True)):
             theta, head = draws[:, k], None if heads is None else heads[:, k]
-            theta = with_unmoved(start.theta, theta, unmoved)
+            theta = unmoved.put_back(k, start.theta, theta)
             if solved is not None:
                 head = self._heads(solved, k, theta, source.seed)
             posteriors.append(self._posterior(task, theta, head, start.component, mcmc))
@@ -335,16 +336,9 @@ class LiFTPrior:
         """The scale of new tasks' own heads: that of meta-training, or what the network calls for."""
         return own_head_scale(self.adapter, tasks, self.settings.head_scale, solve=self.settings.head != "langevin")
 
-    def _unmoved(self, a: AdaptSettings, tasks: Sequence[Task], solved: SolvedHeads | None) -> float:
-        """Return the share of the draws that stay at the start; refuse one where no head goes with the start."""
-        if solved is not None:
-            return UNMOVED if a.unmoved is None else a.unmoved
-        if a.unmoved and any(has_head(task, self.settings.head_scale) for task in tasks):
-            raise ValueError(
-                f"unmoved={a.unmoved:g}: a head that moves with the weights says nothing at the start. "
-                'Solve the heads (head="solve"), or leave unmoved out.'
-            )
-        return a.unmoved or 0.0
+    def _unmoved(self, a: AdaptSettings, tasks: Sequence[Task], solved: SolvedHeads | None) -> Unmoved:
+        looks = a.dev_every > 0
+        return Unmoved(tasks, solved, share=a.unmoved, looks=looks, head_scale=self.settings.head_scale)
 
     def _heads(self, solved: SolvedHeads, task: int, thetas: Tensor, seed: int | None) -> Tensor:
         """Solve a task's head at each draw ``[S, D]``, or draw it there: ``[S, C, E + 1]``."""

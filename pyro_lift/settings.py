@@ -33,7 +33,10 @@ class AdaptSettings:
     draws: int = field(default=10, metadata={"help": "draws kept, evenly spaced over the last half of the steps"})
     unmoved: float | None = field(
         default=None,
-        metadata={"help": "share of the draws that stay at the start; none: half where heads are solved, else 0"},
+        metadata={
+            "help": "share of the draws that stay at the start; none: where heads are solved half, or what a fifth of "
+            "the rows says where there are 100 or more; else 0"
+        },
     )
 
     untouched: float = field(

@@ -19,13 +19,14 @@ from pyro_lift.inference.adaptation.inner_loop import (
     minibatches,
 )
 from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.adaptation.unmoved import Unmoved
 from pyro_lift.inference.adaptation.update_rules import UpdateRule, adam
 from pyro_lift.inference.baselines.protocol import Budget, with_heads
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import Block, block_log_likelihood, stack_rows
 from pyro_lift.models.hierarchical import can_share_pass
 from pyro_lift.models.observation import check_width
-from pyro_lift.models.solved_heads import SolvedHeads, with_unmoved
+from pyro_lift.models.solved_heads import SolvedHeads
 from pyro_lift.models.task import Rows, Task
 
 __all__ = ["finetune", "finetune_each", "loss_of", "noise_generator"]
@@ -47,7 +48,7 @@ def finetune(
     """Fine-tune from ``start``; keep the budget's draws, evenly spaced over the last half of its steps.
 
     The task's own head, where the budget's policy gives it one, starts at zero; or it is solved, and then the start
-    itself is among the draws (:func:`~pyro_lift.models.solved_heads.with_unmoved`).
+    itself is among the draws (:class:`~pyro_lift.inference.adaptation.unmoved.Unmoved`).
 
     Args:
         adapter: the network as a function of theta.
@@ -73,11 +74,14 @@ def finetune(
     width = check_width(adapter, [data], budget.heads.scale)
     generator = torch.Generator().manual_seed(budget.seed if seed is None else seed)
     noise = noise_generator(generator, start)
-    effective_rows = n_inflate * len(data.train)
     particles = start.dim() == 2
     # Under a reparametrisation the weights are parameters, at which no head can be solved.
     plain = hooks.reparametrisation is None and not particles
-    solved = budget.heads.solved(adapter, [data], start) if plain else None
+    unmoved = Unmoved(
+        [data], budget.heads.solved(adapter, [data], start) if plain else None, looks=budget.stopping is not None
+    )
+    (data,), solved = unmoved.tasks, unmoved.solved
+    effective_rows = n_inflate * len(data.train)
     head = budget.heads.fresh(data, width, start) if solved is None else None
     if head is not None and particles:
         head = head.expand(len(start), *head.shape).clone()
@@ -98,9 +102,9 @@ def finetune(
     windows = _windows(adapter, data, budget, solved) if plain else None
     trajectory = follow(steps, budget.steps, keep=budget.draws, windows=windows)
     thetas, heads = _stacked(trajectory)
-    if solved is not None:
-        thetas = with_unmoved(start, thetas)
-        heads = solved.solve_each(0, thetas)
+    if unmoved.heads is not None:
+        thetas = unmoved.put_back(0, start, thetas)
+        heads = unmoved.heads.solve_each(0, thetas)
     if particles:  # one ensemble of all of them
         thetas, heads = thetas.flatten(0, 1), None if heads is None else heads.flatten(0, 1)
     return Ensemble(adapter, task, thetas, heads, tuple(trajectory.losses))
@@ -125,9 +129,10 @@ def finetune_each(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor, 
 def _finetune_block(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor, budget: Budget) -> list[Ensemble]:
     data = [task.to(start.device) for task in tasks]
     width = check_width(adapter, data, budget.heads.scale)
+    unmoved = Unmoved(data, budget.heads.solved(adapter, data, start), looks=budget.stopping is not None)
+    data, solved = unmoved.tasks, unmoved.solved
     kind, sizes = data[0].kind, [len(task.train) for task in data]
     effective_rows = torch.tensor(sizes, device=start.device, dtype=start.dtype)
-    solved = budget.heads.solved(adapter, data, start)
     samplers = [
         minibatches(task.train, rows_of_pass(task, budget, solved), torch.Generator().manual_seed(budget.seed))
         for task in data
@@ -158,9 +163,9 @@ def _finetune_block(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor
     ensembles = []
     for k, task in enumerate(tasks):
         theta, own_head = thetas[:, k].contiguous(), None if heads is None else heads[:, k].contiguous()
-        if solved is not None:
-            theta = with_unmoved(start, theta)
-            own_head = solved.solve_each(k, theta)
+        if unmoved.heads is not None:
+            theta = unmoved.put_back(k, start, theta)
+            own_head = unmoved.heads.solve_each(k, theta)
         ensembles.append(Ensemble(adapter, task, theta, own_head, losses_of_steps))
     return ensembles
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
+from pyro_lift.inference.adaptation.unmoved import with_unmoved
 from pyro_lift.inference.baselines.finetune import finetune, finetune_each
 from pyro_lift.inference.baselines.union_train import union_train
 from pyro_lift.inference.program import Program
@@ -22,7 +23,7 @@ from pyro_lift.models.flat import FlatAdapter, FlatBlock
 from pyro_lift.models.heads import HeadModel, choose_prior_sd, solve_head
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.observation import network_output
-from pyro_lift.models.solved_heads import SolvedHeads, held_out_log_prob, solved_heads, with_unmoved
+from pyro_lift.models.solved_heads import SolvedHeads, held_out_log_prob, solved_heads
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 
 

@@ -1,0 +1,141 @@
+r"""How many of the networks behind a prediction stay where adaptation began, and how that is found.
+
+The adapter's path is only as good as a task's rows let it be: with few of them it overfits, and more is lost than won.
+Where heads are solved, a network at the start of the path predicts by itself, and an average of both kinds is a choice
+between "these rows ask for other features" and "they do not". With few rows each has half of the weight. A task with
+more of them can tell: a fifth of its rows, every fifth of each class, is kept from the chain, and the share of the
+networks at the start is the weight w that predicts these rows best (stacking),
+
+.. math:: \max_w\; \sum_{n} \log\big(w\, p_0(y_n) + (1 - w)\, p_1(y_n)\big) + c \log w + c \log(1 - w),
+
+with :math:`p_0` from the start and :math:`p_1` the mean over draws, both by heads that the other rows have solved. The
+last two terms, c rows for either, draw w towards a half. Heads of the prediction are solved on all rows.
+
+References:
+    Yao, Vehtari, Simpson, Gelman (2018), Using stacking to average Bayesian predictive distributions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyro_lift.models.observation import has_head
+from pyro_lift.models.solved_heads import SolvedHeads
+from pyro_lift.models.task import Task
+
+__all__ = ["STACKED_FROM", "UNMOVED", "Unmoved", "stacked_share", "unmoved_draws", "with_unmoved"]
+
+#: Share of the networks that stay at the start where it is not found from rows.
+UNMOVED = 0.5
+#: Rows from which on it is: a fifth of fewer says too little, and is missed by the chain.
+STACKED_FROM = 100
+#: One row of so many is kept from the chain.
+ONE_OF = 5
+#: c, rows that each of the two has in advance.
+IN_ADVANCE = 2.0
+#: Steps of expectation maximisation; the problem is concave and has one unknown.
+EM_STEPS = 200
+
+
+class Unmoved:
+    """What some tasks' chains see of their rows, and the share of the draws that goes back to the start.
+
+    Args:
+        tasks: new ones.
+        solved: their heads; None where heads are not solved.
+        share: that is taken as it is; None finds it.
+        looks: whether tasks are looked at on their development rows, which find the draws then.
+        head_scale: of heads that move with the weights.
+
+    Raises:
+        ValueError: a share is given, and the heads are not solved.
+
+    Attributes:
+        tasks: with the rows that chains see.
+        solved: their heads, as chains see them.
+        heads: the same on all rows, for predictions.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        solved: SolvedHeads | None,
+        *,
+        share: float | None = None,
+        looks: bool = False,
+        head_scale: float | None = None,
+    ) -> None:
+        self.heads, self._given = solved, share
+        if solved is None and share and any(has_head(task, head_scale) for task in tasks):
+            raise ValueError(
+                f"unmoved={share:g}: a head that moves with the weights says nothing at the start. "
+                'Solve the heads (head="solve"), or leave unmoved out.'
+            )
+        self.tasks, self.solved = list(tasks), solved
+        self._kept: list[Tensor | None] = [None] * len(self.tasks)
+        if solved is None or share is not None:
+            return
+        self._kept = [None if looks and task.dev is not None else kept_from_the_chain(task) for task in self.tasks]
+        if any(kept is not None for kept in self._kept):
+            self.tasks = [
+                task if kept is None else replace(task, train=task.train.take(torch.nonzero(~kept).flatten()))
+                for task, kept in zip(self.tasks, self._kept, strict=True)
+            ]
+            choices = [solved.choice(k) for k in range(len(self.tasks))]
+            self.solved = SolvedHeads(
+                solved.adapter, self.tasks, solved.start, choices=choices, scale=solved.scale, folds=solved.folds
+            )
+
+    def put_back(self, task: int, start: Tensor, thetas: Tensor) -> Tensor:
+        """Put the start ``[D]`` in the place of the first of a task's draws ``[S, D]``, as many as its share says."""
+        return with_unmoved(start, thetas, self._share(task, start, thetas))
+
+    def _share(self, task: int, start: Tensor, thetas: Tensor) -> float:
+        kept = self._kept[task]
+        if self.heads is None or self._given is not None:
+            return self._given or 0.0
+        if kept is None:
+            return UNMOVED
+        later = thetas[len(thetas) // 2 :]
+        log_p = [self.heads.log_prob_without(task, theta, kept) for theta in (start.to(thetas), *later)]
+        moved = torch.stack(log_p[1:]).logsumexp(0) - torch.tensor(float(len(later))).log()
+        return stacked_share(log_p[0], moved)
+
+
+def kept_from_the_chain(task: Task) -> Tensor | None:
+    """Choose the rows ``[n]`` that a task's chain does not see: every fifth of each class; None of a small task."""
+    target = task.train.target
+    if len(target) < STACKED_FROM:
+        return None
+    kept = torch.zeros(len(target), dtype=torch.bool, device=target.device)
+    # Options of a row's own are no classes, and dealing by their numbers does no harm.
+    for label in target.unique():
+        kept[torch.nonzero(target == label).flatten()[ONE_OF - 1 :: ONE_OF]] = True
+    return kept if bool(kept.any()) else None
+
+
+def stacked_share(start: Tensor, moved: Tensor) -> float:
+    """Return the weight w of the start's predictions, given log probabilities of the same rows, ``[n]`` each."""
+    w = torch.tensor(0.5, dtype=torch.float64, device=start.device)
+    odds = (moved - start).double()
+    for _ in range(EM_STEPS):
+        responsibility = 1.0 / (1.0 + (1.0 - w) / w * odds.exp())
+        w = (responsibility.sum() + IN_ADVANCE) / (len(odds) + 2.0 * IN_ADVANCE)
+    return float(w)
+
+
+def unmoved_draws(draws: int, share: float = UNMOVED) -> int:
+    """Count the draws that stay at the start, so that at least one has moved."""
+    return min(round(share * draws), draws - 1)
+
+
+def with_unmoved(start: Tensor, thetas: Tensor, share: float = UNMOVED) -> Tensor:
+    """Put the start ``[D]`` in the place of the first of the draws ``[S, D]``."""
+    stay = unmoved_draws(len(thetas), share)
+    if stay == 0:
+        return thetas
+    return torch.cat([start.to(thetas).expand(stay, -1), thetas[stay:]])
