@@ -6,6 +6,7 @@ Without these arguments they are Pyro's own, but that chains in processes of the
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -38,7 +39,9 @@ DIAGNOSED = 1_000
 class MCMC(pyro.infer.MCMC):
     """Pyro's own :class:`pyro.infer.MCMC` with a default for the number of draws, and with checkpoints.
 
-    ``MCMC(SGLDGibbs(model)).run()`` therefore runs as written, for a model whose data is bound in.
+    ``MCMC(SGLDGibbs(model)).run()`` therefore runs as written, for a model whose data is bound in. Several chains run
+    in processes of their own where ``mp_context`` says how these are started (``"spawn"``, ``"fork"``), however many
+    cores there are; without it, as in Pyro, only where there are more cores than chains. The draws are the same.
     """
 
     sampler: Any
@@ -55,8 +58,13 @@ class MCMC(pyro.infer.MCMC):
         **options: Any,
     ) -> None:
         starts = checked_starts(initial_params, num_chains)
-        with _callers_logger():
+        context = options.get("mp_context")
+        with _callers_logger(), warnings.catch_warnings():
+            if context is not None:
+                warnings.filterwarnings("ignore", message="num_chains=.*Chains will be drawn sequentially")
             super().__init__(kernel, num_samples, warmup_steps, starts, num_chains, **options)
+            if context is not None and num_chains > 1 and not isinstance(self.sampler, api._MultiSampler):
+                self.sampler = _side_by_side(self, starts, context)
         if isinstance(self.sampler, api._MultiSampler):
             self.sampler = ParallelChains.in_place_of(self.sampler)
 
@@ -167,18 +175,7 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
         with _callers_logger():
             super().__init__(kernel, num_samples, warmup_steps, starts, statistics, num_chains, **options)
             if mp_context is not None and num_chains > 1:
-                one: Any = self.sampler
-                plain = api._MultiSampler(
-                    kernel,
-                    num_samples,
-                    self.warmup_steps,
-                    num_chains,
-                    mp_context,
-                    one.disable_progbar,
-                    initial_params=starts,
-                    hook=one.hook,
-                )
-                self.sampler = ParallelChains.in_place_of(plain)
+                self.sampler = ParallelChains.in_place_of(_side_by_side(self, starts, mp_context))
 
     def run(
         self,
@@ -222,6 +219,21 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
         finally:
             ended = ending is not None and ending.ended
             self.sampler, self.num_samples = plain, before + self.num_samples if ended else total
+
+
+def _side_by_side(mcmc: Any, starts: dict[str, Tensor] | None, context: str) -> Any:
+    """Return Pyro's sampler of chains in processes in the place of the one that draws them in turn."""
+    one = mcmc.sampler
+    return api._MultiSampler(
+        mcmc.kernel,
+        mcmc.num_samples,
+        one.warmup_steps,
+        mcmc.num_chains,
+        context,
+        one.disable_progbar,
+        initial_params=starts,
+        hook=one.hook,
+    )
 
 
 def _in_order_of_chains(statistics: Any) -> None:

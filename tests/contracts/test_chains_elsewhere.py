@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -133,6 +137,60 @@ def _same_elsewhere(make: Callable[..., Any], how: str) -> None:
     for site, value in draws(in_turn).items():
         assert torch.equal(value, draws(elsewhere)[site]), site
         assert not torch.equal(value[0], value[1])
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_processes_that_were_asked_for_are_made_however_few_cores_there_are(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mp, "cpu_count", lambda: 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mcmc = MCMC(SGLDGibbs(hierarchy, seed=5), 2, 1, num_chains=3, mp_context=how, disable_progbar=True)
+    assert isinstance(mcmc.sampler, ParallelChains)
+    plain = MCMC(SGLDGibbs(hierarchy, seed=5), 2, 1, mp_context=how, disable_progbar=True)
+    assert not isinstance(plain.sampler, ParallelChains)  # one chain needs no process
+
+
+SCRIPT = """
+import sys
+import pyro, torch
+import pyro.distributions as dist
+from pyro_lift import MCMC, SGLDGibbs
+
+def model(y):
+    phi = pyro.sample("phi", dist.Normal(torch.tensor(0.0), 1.0))
+    with pyro.plate("schools", 4, dim=-2):
+        theta = pyro.sample("theta", dist.Normal(phi, 0.5))
+        with pyro.plate("rows", 3, dim=-1):
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+if __name__ == "__main__":
+    y = torch.arange(12.0).view(4, 3) / 6.0
+    found = []
+    for how in (sys.argv[1], None):
+        torch.manual_seed(3)
+        mcmc = MCMC(SGLDGibbs(model, keep_theta=True), 20, 5, num_chains=4, mp_context=how)
+        mcmc.run(y)
+        found.append(mcmc.get_samples(group_by_chain=True))
+    assert found[0]["theta"].shape == (4, 20, 4, 1)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    print("the same", type(mcmc.sampler).__name__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_a_script_runs_four_chains_in_processes_with_a_bar_each(how: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    ended = subprocess.run(
+        [sys.executable, "script.py", how], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "the same" in ended.stdout
+    for chain in range(1, 5):
+        assert f"[{chain}]: 100%" in ended.stderr
 
 
 def test_draws_of_constrained_sites_come_back_constrained(many_cores: None) -> None:
