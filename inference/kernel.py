@@ -134,6 +134,7 @@ class Kernel(MCMCKernel):
         self._setups = 0
         self._run_chains = num_chains
         self._run_seed = None
+        self.resume_as({})
         if num_chains > 1 and self.seed is None:
             # One draw for all of them: the chains are then the same whether they run in turn or side by side.
             self._run_seed = int(torch.randint(2**62, ()))
@@ -316,6 +317,9 @@ class Kernel(MCMCKernel):
         draws.setdefault("diverged", [False] * len(draws["task"]))
         self._draws = [Draw(*row) for row in zip(*(draws[name] for name in Draw._fields), strict=True)]
         self._last_log = (tree["last_log"][0], tree["last_log"][1])
+
+    def resume_as(self, fingerprint: Mapping[str, Any]) -> None:
+        """Learn, before set-up, what a run was that is gone on with; empty where one begins."""
 
     @property
     def distributed(self) -> bool:

@@ -370,6 +370,8 @@ class _SavedChain:
             kernel.initial_params = {name: value[0] for name, value in plain.initial_params.items()}
         with session.signals():
             session.before_setup()
+            if isinstance(kernel, Kernel):
+                kernel.resume_as(session.saved_fingerprint)
             kernel.setup(plain.warmup_steps, *args, **kwargs)
             device = next((x.device for x in kernel.initial_params.values()), torch.device("cpu"))
             session.after_setup(kernel, self.statistics, device)

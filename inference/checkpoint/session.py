@@ -177,6 +177,11 @@ class Session:
         self._start = self._tree()["random_start"]
         set_random_state(self._start)
 
+    @property
+    def saved_fingerprint(self) -> dict[str, Any]:
+        """What the saved run was; empty where the run begins."""
+        return {} if self._found is None else dict(self._tree()["fingerprint"])
+
     def after_setup(self, kernel: SavableKernel, statistics: Any, device: torch.device) -> None:
         """Load the checkpoint into a kernel that has been set up, and into the statistics.
 

@@ -16,9 +16,10 @@ from pyro_lift.inference.gibbs import exact_visit, metropolis, shared_visit, ste
 from pyro_lift.inference.gibbs import translation as translations
 from pyro_lift.inference.gibbs import visit as gibbs_visit
 from pyro_lift.inference.gibbs.accumulator import Accumulator
+from pyro_lift.inference.gibbs.blocks import Request, Scan
 from pyro_lift.inference.gibbs.flat_facts import flat_facts
 from pyro_lift.inference.gibbs.kept_theta import KeptTheta, draws_need
-from pyro_lift.inference.gibbs.plan import Plan, Request, Scan
+from pyro_lift.inference.gibbs.plan import Plan
 from pyro_lift.inference.gibbs.rows import task_values
 from pyro_lift.inference.gibbs.saved_chain import learned_of, options_of, probed, put_learned
 from pyro_lift.inference.gibbs.solved_sites import SiteUpdate, checked_updates
@@ -58,7 +59,7 @@ class SGLDGibbs(Kernel):
 
     Args:
         model: a Pyro program with ``pyro.plate(plate, N, subsample_size=1)``, vectorised or iterated over (tasks of
-            unequal shapes). A plate without ``subsample_size`` is one block of all N tasks when vectorised.
+            unequal shapes). A plate without ``subsample_size`` is one block of all N tasks.
         plate: name of the task plate; None is ``"tasks"``, or else the only plate with latent sites inside.
         step_size: eta of Eq. 10: eta/2 times the gradient of the full-data log density, sqrt(eta) noise; a number
             or a function of the number of visits. None measures the curvature and takes a twentieth of the largest
@@ -84,7 +85,8 @@ class SGLDGibbs(Kernel):
             its minibatches cancels (:mod:`pyro_lift.inference.gibbs.control_variates`); 0 for none.
         integrator: of theta's step: ``"exponential"`` (exact for normal priors) or ``"euler"`` (the paper's).
         temperature, n_inflate: T, multiplies the variance of all noise, of phi and of theta; power on the likelihood.
-        block_size: B, tasks per visit; None takes the plate's own ``subsample_size``.
+        block_size: B, tasks per visit; None takes the plate's own ``subsample_size``, and without one all tasks (one,
+            in a program that iterates over them and is too large to be seen whole: :mod:`~.blocks`).
         scan: ``"round_robin"`` or ``"random"``.
         distributed: whether the processes of ``torchrun`` share each visit, every one keeping the theta of its own
             tasks (:mod:`~pyro_lift.inference.gibbs.shared_visit`). The plate's ``subsample_size`` is then what one pass
@@ -443,6 +445,10 @@ class SGLDGibbs(Kernel):
         """See the base class."""
         super().load_state_dict(tree)
         put_learned(self.chain, tree, next(iter(self.state.phi.values())))
+
+    def resume_as(self, fingerprint: Mapping[str, Any]) -> None:
+        """Take the saved run's block for the default one, which has been another."""
+        self._request = dataclasses.replace(self._request, resumed_block_size=fingerprint.get("block_size"))
 
     def rows(self) -> dict[str, Any]:
         """The tasks' weights, and the stored gradients of the table where there is one."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from pyro_lift.inference.admission import (
 from pyro_lift.inference.dependence import coupled_families, links_of
 from pyro_lift.inference.gibbs import shared_visit
 from pyro_lift.inference.gibbs.accumulator import GradientTable, langevin_limit
+from pyro_lift.inference.gibbs.blocks import Request, Scan, block_size_of
 from pyro_lift.inference.gibbs.conjugate import find_pairs
 from pyro_lift.inference.gibbs.control_variates import check_control_variates
 from pyro_lift.inference.gibbs.gaussian_reading import exact_theta
@@ -59,11 +60,9 @@ from pyro_lift.inference.stability import (
     step_too_large,
 )
 from pyro_lift.inference.stores.store import ThetaStore, check_own_store, make_store
-from pyro_lift.support import distributed
 
 __all__ = ["Plan", "Request", "Scan", "Start", "check_plate", "plan", "row_bytes_of", "store_for"]
 
-Scan = Literal["round_robin", "random"]
 #: Starting values of global sites, given the program, its density for the first tasks, eta if known, and the power.
 Start = Callable[[Program, Callable[[dict[str, Tensor]], Evaluation], float | None, float], dict[str, Tensor]]
 #: Blocks whose gradients are looked at before a start is taken for a saddle.
@@ -71,26 +70,6 @@ SADDLE_BLOCKS = 16
 #: Rounds of the tasks before an unknown scale is drawn: theta_i start at phi, and a scale drawn from what is not spread
 #: yet would be near zero and hold them there.
 HELD_ROUNDS = 10
-
-
-@dataclass(frozen=True)
-class Request:
-    """Options of the kernel that concern its set-up alone; see :class:`pyro_lift.inference.gibbs.kernel.SGLDGibbs`.
-
-    ``says``: whether warnings are given; a second look at a program, and later chains, repeat none. ``plate_named``:
-    whether the user named the plate, so that no other is taken for it.
-    """
-
-    plate: str
-    block_size: int | None
-    scan: Scan
-    distributed: bool
-    sgd_steps: int
-    store: str | ThetaStore
-    check_stability: bool
-    warmup_steps: int = 0
-    says: bool = True
-    plate_named: bool = True
 
 
 class Plan(NamedTuple):
@@ -135,7 +114,7 @@ def plan(
     refuse_discrete(peeked)
     num_tasks, declared = peeked.plates[request.plate]
     sequential = any(site.task is not None for site in peeked.locals.values())
-    block = _block_size(request, peeked, subsampled[request.plate], sequential)
+    block = block_size_of(request, peeked, subsampled=subsampled[request.plate], sequential=sequential)
     pass_size = min(declared, block) if request.distributed else block
     index = torch.arange(pass_size)
     sgld_eta = None if settings.step_size is None or settings.decay is not None else settings.eta(0)
@@ -219,27 +198,6 @@ def store_for(request: Request, run: Evaluation, structure: Structure, row_bytes
         check_own_store(request.store, structure.num_tasks)
     device = next((site.leaf.device for site in run.locals.values()), torch.device("cpu"))
     return make_store(request.store, structure.num_tasks, row_bytes, device)
-
-
-def _block_size(request: Request, peeked: Evaluation, subsampled: bool, sequential: bool) -> int:
-    plate, block_size = request.plate, request.block_size
-    num_tasks, declared = peeked.plates[plate]
-    if request.distributed:
-        return block_size or declared * distributed.process()[1]
-    if subsampled:
-        if block_size not in (None, declared):
-            raise ValueError(
-                f"block_size={block_size}, but the program takes subsample_size={declared} of the plate "
-                f"{plate!r}. Give the plate subsample_size={block_size}, or leave block_size out."
-            )
-        return declared
-    if block_size is not None:
-        if block_size > num_tasks:
-            raise ValueError(f"block_size={block_size} is more than the plate's {num_tasks} tasks.")
-        return block_size
-    # A program that iterates over its plate takes any indices; a vectorised one that never asked for a
-    # subsample may hold the data of all tasks, so it is one block.
-    return 1 if sequential else num_tasks
 
 
 def _hold(round_size: int, warmup: int) -> int:

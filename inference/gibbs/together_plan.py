@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 
 import torch
@@ -17,8 +18,9 @@ from pyro_lift.inference.admission import (
     start_values,
 )
 from pyro_lift.inference.dependence import coupled_families, links_of
+from pyro_lift.inference.gibbs.blocks import Request, is_small, size_hint
 from pyro_lift.inference.gibbs.normal_sites import local_normal
-from pyro_lift.inference.gibbs.plan import Plan, Request, Start, check_plate, plan, row_bytes_of, store_for
+from pyro_lift.inference.gibbs.plan import Plan, Start, check_plate, plan, row_bytes_of, store_for
 from pyro_lift.inference.gibbs.regression import by_task
 from pyro_lift.inference.gibbs.state import Cache, Chain, Settings, Structure, init
 from pyro_lift.inference.gibbs.together import Posterior, raw_families
@@ -30,13 +32,13 @@ from pyro_lift.inference.whole import whole
 
 __all__ = ["chosen_plan", "strength"]
 
-#: Most coordinates of all sites, and numbers observed, of a program that is evaluated whole without being asked to.
-MOST_COORDINATES, MOST_OBSERVED = 200_000, 2_000_000
 #: Most coordinates of the theta of a program that has exact draws and is moved together all the same.
 MOST_TOGETHER = 2_000
 #: Strength of the data below which exact draws of phi given theta are slow: where scales are known, and where one is
 #: not; and random directions along which curvature is measured.
 WEAK, WEAK_WITH_SCALES, PROBES = 3.0, 10.0, 4
+#: Sites of a loop from which it is said that it is slow.
+MANY_SITES = 200
 #: How often the way from zero to a start without a density is halved.
 HALVINGS = 12
 
@@ -95,8 +97,9 @@ def _chosen(
         if not free or refusal.mistake:
             raise
         whole_program = Program(whole(program.model), program.plate, program.args, program.kwargs, program.initial)
-        if not _is_small(whole_program, generator):
-            raise
+        seen = whole_program.peek(generator)[0]
+        if not is_small(seen):
+            raise NotExactError(f"{refusal} {size_hint(seen)}", reason) from None
         program = whole_program
     log.info("phi and all theta are moved together (phi_update='nuts'): %s", reason)
     fresh = Program(program.model, program.plate, program.args, program.kwargs, program.initial)
@@ -190,14 +193,6 @@ def _least_strength(chain: Chain, site: Latent, slope: Tensor, curved: Tensor) -
     return least
 
 
-def _is_small(program: Program, generator: torch.Generator | None) -> bool:
-    """Whether a program may be evaluated whole, many times a visit, without being asked to."""
-    run, _ = program.peek(generator)
-    coordinates = sum(site.leaf.numel() for site in run.latents.values())
-    observed = sum(site.value.numel() for site in run.observed)
-    return coordinates <= MOST_COORDINATES and observed <= MOST_OBSERVED
-
-
 def _plan_together(
     program: Program, request: Request, settings: Settings, start: Start, generator: torch.Generator | None
 ) -> Plan:
@@ -235,6 +230,7 @@ def _plan_together(
     chain = chain._replace(raw=raw_families(run))
     if not preset:
         run = _finite_start(program, chain, run, generator)
+    _say_slow(chain, run)
     phi: dict[str, Tensor] = {name: site.leaf.detach().clone() for name, site in run.globals.items()}
     transforms = {k: t for k, t in site_transforms(run).items() if k in run.globals}
     report: dict[str, float | str] = {
@@ -244,6 +240,29 @@ def _plan_together(
         "tasks": float(num_tasks),
     }
     return Plan(chain, init(structure, cache, phi), transforms, float(run.log_likelihood.detach()), report, row_bytes)
+
+
+def _say_slow(chain: Chain, run: Evaluation) -> None:
+    """Warn that a loop over many tasks is slow to run tens of times a draw, with what it takes."""
+    sites = len(run.latents) + len(run.observed)
+    if not chain.structure.sequential or sites < MANY_SITES:
+        return
+    posterior = Posterior(chain, run)
+    vector = posterior.flat(run)
+    begin = time.perf_counter()
+    posterior.density(vector)
+    seconds = time.perf_counter() - begin
+    tasks = chain.structure.num_tasks
+    log.warning(
+        "the program iterates over its %d tasks, and phi and all theta are moved together: a draw runs it 10 to 100 "
+        "times, %.2g s each. A vectorised plate takes a hundredth of that: with pyro.plate(%r, %d) as index, tasks of "
+        "unequal rows padded and masked (dist....mask(known)). A loop whose theta are normal around phi, and phi in "
+        "no likelihood, needs no such runs.",
+        tasks,
+        seconds,
+        chain.program.plate,
+        tasks,
+    )
 
 
 def _finite_start(program: Program, chain: Chain, run: Evaluation, generator: torch.Generator | None) -> Evaluation:
