@@ -219,7 +219,7 @@ class LiFT:
         checkpoint_every: int = 1000,
         **options: Any,
     ) -> Session | None:
-        """The folder of checkpoints of a run over these tasks; None without a folder. See :meth:`meta_train`."""
+        """Return the folder of checkpoints of a run over these tasks; None without a folder. See :meth:`meta_train`."""
         if checkpoint is not None and resume is not None:
             raise ValueError("give checkpoint=folder for a new run, or resume=folder to go on with one, not both.")
         folder = checkpoint if resume is None else resume
@@ -256,7 +256,7 @@ class LiFT:
         on_step: Callable[[], None] | None = None,
         callbacks: Any = (),
     ) -> list[LiFTPrior]:
-        """One chain, several mixtures: a prior for each number of components; saved in a :meth:`session`."""
+        """Run one chain, and make a prior for each number of components; saved in a :meth:`session`."""
         for k in components:
             check_number("components", k, least=1, open_below=False, whole=True)
         if start is not None and start.shape != self.adapter.initial.shape:
@@ -385,7 +385,7 @@ class LiFT:
         return LiFT(self.adapter, settings=settings, adapt=self.adapt_settings, seed=self.seed)
 
     def program(self, tasks: Sequence[Task]) -> AdapterHierarchy:
-        """The Pyro program that :meth:`meta_train` samples."""
+        """Return the Pyro program that :meth:`meta_train` samples."""
         s, device = resolved(self.settings, self.adapter), self.adapter.initial.device
         return AdapterHierarchy(
             self.adapter,
@@ -407,7 +407,7 @@ class LiFT:
         return s
 
     def kernel(self, program: AdapterHierarchy) -> SGLDGibbs:
-        """The kernel that :meth:`meta_train` runs."""
+        """Return the kernel that :meth:`meta_train` runs."""
         s = resolved(self.settings, self.adapter)
         assert s.learning_rate is not None and s.sgd_learning_rate is not None
         assert s.temperature is not None and s.n_inflate is not None

@@ -112,7 +112,7 @@ class LiFTPrior:
         return by_weight(self.adapter, self.settings.beta)
 
     def merge(self, *others: LiFTPrior) -> LiFTPrior:
-        """This prior and those of other chains in one, as if their draws were one chain's.
+        """Merge this prior with those of other chains, as if their draws were one chain's.
 
         Mixtures are merged by matching components, preconditioners averaged.
 
@@ -386,7 +386,7 @@ class LiFTPrior:
         return replace(a, **inherited)
 
     def theta(self, task: str) -> Tensor:
-        """The latest weights ``[D]`` of a meta-training task; only while the run is at hand, they are not saved."""
+        """Return the latest weights ``[D]`` of a meta-training task; a saved prior has none."""
         check_choice("task", task, self.tasks)
         if self.mcmc is None:
             raise ValueError(f"the prior was loaded, and the weights of its tasks are not saved: task={task!r}.")
@@ -424,7 +424,7 @@ class LiFTPrior:
     def from_pretrained(
         cls, source: str | Path, backbone: nn.Module, *, check_base: bool = True, **options: Any
     ) -> LiFTPrior:
-        """A prior from its folder, or from a repository of the hub.
+        """Load a prior from its folder, or from a repository of the hub.
 
         Args:
             source: a folder, or ``"user/name"``.
@@ -443,7 +443,7 @@ class LiFTPrior:
     @classmethod
     @at_top_level()
     def from_adapters(cls, folders: Sequence[str | Path], backbone: nn.Module, **options: Any) -> LiFTPrior:
-        """A prior from LoRAs that exist already, every one a PEFT folder; no training.
+        """Make a prior from LoRAs that exist already, each a PEFT folder, without training.
 
         Args:
             folders: at least two, of one rank, one set of layers, one scale, one base model and one initialisation.
