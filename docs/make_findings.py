@@ -3,7 +3,8 @@
     python docs/make_findings.py
 
 What measured the numbers stands beside each finding. ``pyro-lift demo --labels`` writes labels.json; given to this
-script (``--labels demo-output/labels.json``) it replaces the last figure's.
+script (``--labels demo-output/labels.json``) it replaces the last figure's. A folder of ``pyro-lift bench paper``
+(``--records docs/results/paper``) replaces those of the probe and of K, in docs/findings.json too.
 """
 
 from __future__ import annotations
@@ -15,9 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from pyro_lift.bench.page.evidence import Evidence, read_evidence
+from pyro_lift.bench.page.findings import cases
+from pyro_lift.bench.paper.families import FAMILIES
+from pyro_lift.bench.paper.tables import Column
+from pyro_lift.metrics.significance import paired_test
 from pyro_lift.support.figures import COLOURS, log_axis, new_figure, save_figure
 
 HERE = Path(__file__).resolve().parent
+#: Differences in nats that the figure of K reaches to.
+SHOWN = 0.1
 
 
 def draw(numbers: dict[str, Any], folder: Path) -> list[Path]:
@@ -43,9 +51,10 @@ def _probe(n: dict[str, Any]) -> Any:
     figure, axes = new_figure(1, len(n["families"]), width=9.0, height=2.6)
     for k, (axis, family) in enumerate(zip(axes, n["families"], strict=True)):
         values = [of[k] for of in n["methods"].values()]
-        axis.plot(values, range(len(values)), "o", color=COLOURS[7])
-        axis.plot(values[0], 0, "o", color=COLOURS[1])
-        axis.plot(values[-1], len(values) - 1, "o", color=COLOURS[0])
+        for row, value in enumerate(values):
+            colour = {0: COLOURS[1], len(values) - 1: COLOURS[0]}.get(row, COLOURS[7])
+            if value is not None:  # not run yet
+                axis.plot(value, row, "o", color=colour)
         axis.set(title=family, xlabel="NLL, nats")
         axis.set_ylim(len(values) - 0.5, -0.5)
         axis.set_yticks(range(len(values)), list(n["methods"]) if k == 0 else [""] * len(values))
@@ -80,12 +89,24 @@ def _one_knob(n: dict[str, Any]) -> Any:
 
 
 def _components(n: dict[str, Any]) -> Any:
-    figure, axis = new_figure(width=4.6, height=3.0)
-    axis.errorbar(n["K"], n["nll"], yerr=n["standard error"], fmt="o", capsize=3, color=COLOURS[0], label="LiFT")
-    axis.axhline(n["Union Train"], color=COLOURS[7], label="Union Train")
-    axis.set_xticks(n["K"])
-    axis.set(xlabel="K, components of the mixture over phi", ylabel="NLL, nats")
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0.1, 0.75))
+    figure, axis = new_figure(width=6.4, height=0.9 + 0.3 * len(n["families"]))
+    names = list(n["families"])
+    for offset, colour, place in ((-0.13, 0, "smaller"), (0.13, 1, "larger")):
+        found = [n["families"][name][place] for name in names]
+        rows = [k + offset for k in range(len(names))]
+        error = [2.0 * of["standard error"] for of in found]
+        label = f"the {place} K of the table"
+        axis.errorbar([of["difference"] for of in found], rows, xerr=error, fmt="o", color=COLOURS[colour], label=label)
+        for row, of in zip(rows, found, strict=True):
+            if abs(of["difference"]) > SHOWN:  # a task that ran away would make points of all the others
+                words = f"{of['difference']:+.2f} ± {of['standard error']:.2f}"
+                axis.text(-0.95 * SHOWN, row, words, color=COLOURS[colour], fontsize=8, va="center")
+    axis.axvline(0.0, color="0.6", linewidth=1)
+    axis.set_xlim(-SHOWN, SHOWN)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="NLL minus that of K = 1, nats (bars: two s.e.)")
+    axis.legend(frameon=False, fontsize=8, loc="upper right")
     return figure
 
 
@@ -124,13 +145,73 @@ def _labels(n: dict[str, Any]) -> Any:
     return figure
 
 
+# ------------------------------------------------------------------------------------------------ numbers from records
+
+#: Splits of the first figure, and its rows.
+PROBED = {
+    "CrossFit CLS-45": ("crossfit", "CLS-45"),
+    "pictures, structured": ("vtab", "structured"),
+    "digits, 10 labels": ("digits", "10 labels"),
+    "digits, 25 labels": ("digits", "25 labels"),
+}
+ROWS = {
+    "probe on frozen features": "linear-probe",
+    "No Meta Train": "no-meta-train",
+    "Union Train": "union-train",
+    "LiFT": "lift",
+}
+
+
+def probe_numbers(evidence: Evidence) -> dict[str, Any]:
+    """Return the first figure's numbers: mean NLL, of the splits on which the probe and LiFT were run."""
+    found = {
+        name: [evidence.summary(Column(split, family, split), row, "nll") for row in ROWS.values()]
+        for name, (family, split) in PROBED.items()
+    }
+    kept = {name: of for name, of in found.items() if of[0] and of[-1]}
+    means = [[None if s is None else round(s.mean, 3) for s in of] for of in kept.values()]
+    return {"families": list(kept), "methods": {row: [of[k] for of in means] for k, row in enumerate(ROWS)}}
+
+
+def components_numbers(evidence: Evidence) -> dict[str, Any]:
+    """Return what two numbers of components differ from one by, in NLL, paired over the tasks of every split."""
+    families: dict[str, Any] = {}
+    for name, family in FAMILIES.items():
+        for split in family.splits:
+            column = Column(split, name, split)
+            losses = [cases(evidence, column, row, "nll") for row in family.orders]
+            if len(losses[0]) < 4 or not all(losses):
+                continue
+            tests = [paired_test(list(of.values()), [losses[0][case] for case in of]) for of in losses[1:]]
+            places = dict(zip(("smaller", "larger"), tests, strict=True))
+            families[f"{name} {split}"] = {
+                place: {"difference": round(t.difference, 4), "standard error": round(t.standard_error, 4)}
+                for place, t in places.items()
+            }
+    return {"families": families}
+
+
+def _written(numbers: dict[str, Any]) -> str:
+    """Format the numbers, an entry of a finding on each line."""
+    parts = []
+    for name, finding in numbers.items():
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in finding.items()]
+        parts.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "figures")
     parser.add_argument("--labels", type=Path, help="labels.json of `pyro-lift demo --labels`")
+    parser.add_argument("--records", type=Path, help="folder of `pyro-lift bench paper`")
     given = parser.parse_args()
     numbers = json.loads((HERE / "findings.json").read_text("utf-8"))
+    if given.records is not None:
+        evidence = read_evidence(given.records)
+        numbers |= {"probe": probe_numbers(evidence), "components": components_numbers(evidence)}
+        (HERE / "findings.json").write_text(_written(numbers), encoding="utf-8")
     if given.labels is not None:
         from pyro_lift.bench.demo_labels import leads
 

@@ -13,7 +13,7 @@ from pyro_lift.bench.paper.families import FAMILIES
 from pyro_lift.bench.paper.tables import Column
 from pyro_lift.metrics.significance import PairedTest, paired_test, pooled_t_test, welch_t_test
 
-__all__ = ["OURS", "FamilyVerdict", "TableTests", "family_names", "row_tests", "shortfalls", "verdict_of"]
+__all__ = ["OURS", "FamilyVerdict", "TableTests", "cases", "family_names", "row_tests", "shortfalls", "verdict_of"]
 
 #: Rows that are LiFT as it comes; its ablations are judged as other methods are.
 OURS = ("lift", "lift-k2", "lift-k3", "lift-k5")
@@ -156,13 +156,18 @@ def losses_by_case(evidence: Evidence, family: str, row: str, measure: str) -> d
     Splits with the same tasks to be judged by, of which a method that learns nothing from others is run on one, have
     its numbers on each.
     """
-    found: dict[str, list[float]] = {}
+    found: dict[str, float] = {}
     for split in FAMILIES[family].splits:
-        column = Column(split, family, split)
-        if not any(f == family and s == split for f, s, _ in evidence.scores):
-            continue
-        for (seed, task), value in evidence.values(column, row, measure).items():
-            found.setdefault(_case(column, seed, task), []).append(value)
+        if any(f == family and s == split for f, s, _ in evidence.scores):
+            found |= cases(evidence, Column(split, family, split), row, measure)
+    return found
+
+
+def cases(evidence: Evidence, column: Column, row: str, measure: str) -> dict[str, float]:
+    """Return a method's scores in one column by case, means over seeds."""
+    found: dict[str, list[float]] = {}
+    for (seed, task), value in evidence.values(column, row, measure).items():
+        found.setdefault(_case(column, seed, task), []).append(value)
     return {case: statistics.fmean(values) for case, values in found.items()}
 
 
