@@ -26,6 +26,8 @@ from pyro_lift.support.figures import COLOURS, log_axis, new_figure, save_figure
 HERE = Path(__file__).resolve().parent
 #: Differences in nats that the figure of K reaches to.
 SHOWN = 0.1
+#: Half of what an axis of losses spans at least, in nats: less is no difference.
+LEAST_SPAN = 0.05
 
 
 def draw(numbers: dict[str, Any], folder: Path) -> list[Path]:
@@ -56,6 +58,9 @@ def _probe(n: dict[str, Any]) -> Any:
             if value is not None:  # not run yet
                 axis.plot(value, row, "o", color=colour)
         axis.set(title=family, xlabel="NLL, nats")
+        middle = 0.5 * sum(axis.get_xlim())
+        half = max(0.5 * (axis.get_xlim()[1] - axis.get_xlim()[0]), LEAST_SPAN)
+        axis.set_xlim(middle - half, middle + half)
         axis.set_ylim(len(values) - 0.5, -0.5)
         axis.set_yticks(range(len(values)), list(n["methods"]) if k == 0 else [""] * len(values))
         axis.grid(axis="y", linewidth=0.3)
@@ -92,21 +97,23 @@ def _components(n: dict[str, Any]) -> Any:
     figure, axis = new_figure(width=6.4, height=0.9 + 0.3 * len(n["families"]))
     names = list(n["families"])
     for offset, colour, place in ((-0.13, 0, "smaller"), (0.13, 1, "larger")):
-        found = [n["families"][name][place] for name in names]
-        rows = [k + offset for k in range(len(names))]
-        error = [2.0 * of["standard error"] for of in found]
         label = f"the {place} K of the table"
-        axis.errorbar([of["difference"] for of in found], rows, xerr=error, fmt="o", color=COLOURS[colour], label=label)
-        for row, of in zip(rows, found, strict=True):
-            if abs(of["difference"]) > SHOWN:  # a task that ran away would make points of all the others
+        for row, name in enumerate(names):
+            of = n["families"][name][place]
+            if abs(of["difference"]) < SHOWN:
+                at = (of["difference"], row + offset)
+                axis.errorbar(*at, xerr=2.0 * of["standard error"], fmt="o", color=COLOURS[colour], label=label)
+            else:  # a task that ran away would make points of all the others
                 words = f"{of['difference']:+.2f} ± {of['standard error']:.2f}"
-                axis.text(-0.95 * SHOWN, row, words, color=COLOURS[colour], fontsize=8, va="center")
+                axis.text(-0.95 * SHOWN, row + offset, words, color=COLOURS[colour], fontsize=8, va="center")
+            label = ""
     axis.axvline(0.0, color="0.6", linewidth=1)
     axis.set_xlim(-SHOWN, SHOWN)
+    axis.set_xticks([-SHOWN, -0.5 * SHOWN, 0.0, 0.5 * SHOWN, SHOWN])
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="NLL minus that of K = 1, nats (bars: two s.e.)")
-    axis.legend(frameon=False, fontsize=8, loc="upper right")
+    axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
 
 
