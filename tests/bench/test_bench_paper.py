@@ -257,6 +257,33 @@ def test_the_rates_of_a_cell_are_the_first_trials_of_the_one_tuner() -> None:
         assert all(not c.meta and set(c.adapt) <= {"learning_rate"} for c in method_candidates(method, 3))
 
 
+@pytest.mark.parametrize(("losses", "expected"), [((1.0, 1.2, 0.995), 0), ((1.0, 1.2, 0.9), 2), ((1.0, 0.905, 0.9), 1)])
+def test_a_rate_is_changed_only_for_more_than_a_hundredth_of_a_nat(
+    losses: tuple[float, ...], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = _tiny_problem()
+    rates = rates_of(problem.sizes, problem.adapter)
+    at = dict(zip(rates, losses, strict=True))
+    now: list[float] = []
+
+    class Fixed:
+        name, state = "maml", None
+
+        def at(self, rate: float) -> Any:
+            now.append(rate)
+            return self
+
+        def adapt(self, *_: Any, **__: Any) -> None:
+            return None
+
+    def fixed(_: Any, task: Any, rows: Any) -> torch.Tensor:
+        return torch.full((len(rows), task.num_classes), 1.0 / task.num_classes)
+
+    monkeypatch.setattr(cells_module, "predicted", fixed)
+    monkeypatch.setattr(cells_module, "nll", lambda *_: at[now[-1]])
+    assert cells_module._chosen(problem, Fixed(), 0, rates)["rate"] == rates[expected]  # type: ignore[arg-type]
+
+
 # ------------------------------------------------------------------------------------------------ scores
 
 

@@ -41,6 +41,8 @@ log = logging.getLogger("pyro_lift")
 PACKAGES = ("pyro-lift", "torch", "pyro-ppl", "transformers", "peft", "timm", "numpy", "scikit-learn")
 #: Most classes of a prediction that is resampled for intervals.
 FEW_CLASSES = 64
+#: Nats (of regressions, squared error) that two or three tasks do not tell apart: for less no rate is raised.
+TIE = 0.01
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,10 @@ def _judged(problem: PaperProblem, contestant: Trained, seed: int, rates: Sequen
 
 
 def _chosen(problem: PaperProblem, contestant: Trained, seed: int, rates: Sequence[float]) -> dict[str, Any]:
-    """Choose the rate of adaptation by mean loss on the tasks to choose on, then the temperature at that rate."""
+    """Choose the rate of adaptation by mean loss on the tasks to choose on, then the temperature at that rate.
+
+    Of rates that are as good as the best, within :data:`TIE`, the first is taken: the given one, then the smaller.
+    """
     dev = problem.tasks.dev
     if contestant.name in CHOOSE_THEMSELVES or not dev:
         rates = rates[:1]
@@ -200,7 +205,8 @@ def _chosen(problem: PaperProblem, contestant: Trained, seed: int, rates: Sequen
                 losses.append(nll(q, y))
                 kept.append((q, y))
         tried.append((sum(losses) / max(len(losses), 1), rate, kept))
-    loss, rate, kept = min(tried, key=lambda entry: entry[0])
+    least = min(loss for loss, _, _ in tried)
+    loss, rate, kept = next(entry for entry in tried if entry[0] <= least + TIE)
     finite = loss != float("inf")
     return {
         "rate": rate,
