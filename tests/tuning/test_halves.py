@@ -118,6 +118,14 @@ def test_a_smaller_rate_is_tried_before_joint_training_is_given_up() -> None:
     stand_in = Halves({0.1: 0.2, 0.1 * 3.0: 0.5})  # and a larger one where it helps
     joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.train, stand_in.score)
     assert joint.helps and joint.rate == pytest.approx(0.3) and joint.gain == pytest.approx(0.5, rel=0.02)
+    stand_in = Halves({0.1: 0.5, 0.1 * 3.0: 0.498})  # and where it gains as much as can be told
+    spread = 0.1 * torch.tensor([1.0, -1.0] * 2, dtype=torch.float64)
+
+    def unsteady(vector: Tensor, half: Sequence[Task]) -> Tensor:
+        return stand_in.score(vector, half) + (spread if 0.49 < vector[0] < 0.499 else 0.0)
+
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.train, unsteady)
+    assert joint.helps and joint.rate == pytest.approx(0.3)
     stand_in = Halves({0.1: -0.5, 0.1 * 0.2: -0.2})
     joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.train, stand_in.score)
     assert not joint.helps and joint.steps == 0
