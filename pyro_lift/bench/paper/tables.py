@@ -220,6 +220,8 @@ def cells_of(
     """
     cells: dict[PaperCell, None] = {}
     for column in table.columns:
+        if table.ablation and scale == "small" and column.family == "crossfit" and column.split != _CLS[0].split:
+            continue  # what ablations add is run on the first split alone: hours of the suite
         plain = PaperCell(scale, column.family, column.split, "", 0, root, smoke)
         if column.family in ("toy", "cost"):
             cells[replace(plain, group=column.family)] = None
