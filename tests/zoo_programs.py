@@ -62,6 +62,8 @@ RADON = _effects[COUNTY, 0] + _effects[COUNTY, 1] * FLOOR + 0.75 * _normal(len(C
 MASK = torch.arange(MOST) < _sizes.unsqueeze(-1)
 PAD_Y, PAD_X = torch.zeros(GROUPS, MOST), torch.zeros(GROUPS, MOST)
 PAD_Y[MASK], PAD_X[MASK] = RADON, FLOOR
+#: The design of each county's rows ``[GROUPS, MOST, 2]``, zero at padding.
+PAD_ROWS = torch.stack([MASK.to(PAD_X), PAD_X], -1)
 
 
 def radon_rows_outside() -> None:
@@ -105,6 +107,34 @@ def radon_lkj_known_noise() -> None:
         ab = pyro.sample("ab", dist.MultivariateNormal(mean, scale_tril=sd.unsqueeze(-1) * L))
         level = ab[..., :1] + ab[..., 1:] * PAD_X[index]
         pyro.sample("y", dist.Normal(level, 0.75).mask(MASK[index]).to_event(1), obs=PAD_Y[index])
+
+
+def _collapsed(mean: Tensor, sd: Tensor, L: Tensor, sigma: Tensor) -> None:
+    """Observe the rows with each county's intercept and slope ``[GROUPS, 2]`` integrated out."""
+    factor = PAD_ROWS @ (sd.unsqueeze(-1) * L)
+    noise = torch.where(MASK, sigma.square(), torch.ones(()))  # of padding: a constant
+    covariance = factor @ factor.mT + torch.diag_embed(noise)
+    level = (PAD_ROWS @ mean.unsqueeze(-1)).squeeze(-1)
+    pyro.sample("y", dist.MultivariateNormal(level, covariance).to_event(1), obs=PAD_Y)
+
+
+def radon_lkj_collapsed() -> None:
+    """The program ``radon_lkj`` without its local sites: the same law of the others, and one that NUTS finds easy."""
+    g0 = pyro.sample("g0", dist.Normal(0.0, 5.0))
+    g1 = pyro.sample("g1", dist.Normal(0.0, 5.0))
+    b = pyro.sample("b", dist.Normal(0.0, 5.0))
+    sd = pyro.sample("sd", dist.HalfNormal(torch.ones(2)).to_event(1))
+    L = pyro.sample("L", dist.LKJCholesky(2, 2.0))
+    sigma = pyro.sample("sigma", dist.HalfCauchy(1.0))
+    _collapsed(torch.stack([g0 + g1 * U, b.expand(GROUPS)], -1), sd, L, sigma)
+
+
+def radon_lkj_known_noise_collapsed() -> None:
+    """The program ``radon_lkj_known_noise`` likewise."""
+    g = pyro.sample("g", dist.Normal(torch.zeros(3), 5.0).to_event(1))
+    sd = pyro.sample("sd", dist.HalfNormal(torch.ones(2)).to_event(1))
+    L = pyro.sample("L", dist.LKJCholesky(2, 2.0))
+    _collapsed(torch.stack([g[0] + g[1] * U, g[2].expand(GROUPS)], -1), sd, L, torch.tensor(0.75))
 
 
 def radon_plain() -> None:
@@ -219,4 +249,9 @@ ZOO: dict[str, Model] = {
     "a scale alone": scale_alone,
     "lognormal": lognormal,
     "regression": regression,
+}
+#: Programs whose reference is another one of the same law: NUTS itself is stuck in the program as it stands.
+EASIER = {
+    "radon, LKJ": radon_lkj_collapsed,
+    "radon, LKJ, known noise": radon_lkj_known_noise_collapsed,
 }

@@ -10,7 +10,7 @@ import pyro
 import pytest
 from pyro.infer import NUTS
 from pyro.infer import mcmc as pyro_mcmc
-from zoo_programs import ZOO
+from zoo_programs import EASIER, ZOO
 
 from pyro_lift import MCMC, SGLDGibbs
 
@@ -61,7 +61,8 @@ def quantities(draws: Any) -> Any:
 @pytest.mark.parametrize("name", ZOO)
 def test_it_has_the_posterior_of_nuts_within_monte_carlo_error(name: str) -> None:
     pyro.set_rng_seed(0)
-    reference = pyro_mcmc.MCMC(NUTS(ZOO[name], target_accept_prob=0.9), 1_000, 500, disable_progbar=True)
+    program = EASIER.get(name, ZOO[name])
+    reference = pyro_mcmc.MCMC(NUTS(program, target_accept_prob=0.9), 1_000, 500, disable_progbar=True)
     reference.run()
     ours = MCMC(SGLDGibbs(ZOO[name], seed=1), 1_000, 500, disable_progbar=True)
     ours.run()
@@ -71,7 +72,8 @@ def test_it_has_the_posterior_of_nuts_within_monte_carlo_error(name: str) -> Non
         for k in range(flat.shape[1]):
             if flat[:, k].std() == 0.0 and other[:, k].std() == 0.0:
                 continue  # a constant corner of a Cholesky factor
-            assert float(az.ess(flat[None, :, k])) > 100.0, (site, k)
+            for x in (flat, other):  # of the reference too: what is stuck is none
+                assert float(az.ess(x[None, :, k])) > 100.0, (site, k)
             a, b = quantities(flat[:, k]), quantities(other[:, k])
             z = (a[:, 0] - b[:, 0]) / np.hypot(a[:, 1], b[:, 1])
             assert np.abs(z).max() < 4.5, (site, k, a, b)
