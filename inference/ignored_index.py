@@ -5,7 +5,8 @@ wrong without a word: each visit's theta are told the data of the first B tasks.
 another block, at the same theta: what is observed is the same. The runs have generators of their own, and no gradients.
 
 What is observed may rightly be the same for all tasks, as labels in one order are that belong to inputs of each task's
-own. The density then differs, and a word is said only of one piece of larger data that is shown for all. A program
+own. The density then differs, and a word is said only of one piece of larger data that is shown for all. A factor may
+know no data, and is not looked at. A program
 whose attribute ``uses_index`` is true, as of ours that hold tasks, is taken at its word.
 """
 
@@ -69,10 +70,10 @@ class _Recorder(Messenger):
             return
         if not msg["is_observed"] or msg["infer"].get("_deterministic", False):
             return
-        value = law.log_factor if isinstance(law, Unit) else msg["value"]
-        if not isinstance(value, Tensor) or not value.numel():
+        value = msg["value"]
+        if isinstance(law, Unit) or not isinstance(value, Tensor) or not value.numel():
             return
-        density = value if isinstance(law, Unit) else law.log_prob(value)
+        density = law.log_prob(value)
         for frame in msg["cond_indep_stack"]:
             at = value.dim() - len(law.event_shape) + frame.dim if frame.vectorized else -1
             varies = at >= 0 and bool((value != value.narrow(at, 0, 1)).any())
@@ -196,7 +197,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _one_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape
+    return a.data_ptr() == b.data_ptr() != 0 and a.stride() == b.stride() and a.shape == b.shape
 
 
 def _chance(value: Tensor, blocks: int) -> float:

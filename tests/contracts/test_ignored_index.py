@@ -48,11 +48,11 @@ def rows_ignored() -> None:
             pyro.sample("y", dist.Normal(theta, 1.0), obs=Y[index][:, :2])
 
 
-def factor_ignored() -> None:
+def factor_without_data() -> None:
     phi = pyro.sample("phi", dist.Normal(torch.tensor(0.0), 1.0))
     with pyro.plate("tasks", N, subsample_size=B):
         theta = pyro.sample("theta", dist.Normal(phi, 0.5))
-        pyro.factor("y", dist.Normal(theta.unsqueeze(-1), 1.0).log_prob(Y[:B]).sum(-1))
+        pyro.factor("y", -(theta - 1.0).square())
 
 
 def set_up(model: Callable[[], None], kernel: type = SGLDGibbs) -> list[str]:
@@ -105,13 +105,16 @@ def test_a_plate_of_rows_is_held_to_the_same(kernel: type) -> None:
         program(lambda index: BINARY[torch.arange(B)], dist.Bernoulli),
         rows_copied_or_not(True),
         rows_ignored,
-        factor_ignored,
     ],
-    ids=["numbers", "zeros and ones", "copied rows", "indexed, then sliced", "a factor"],
+    ids=["numbers", "zeros and ones", "copied rows", "indexed, then sliced"],
 )
 def test_copies_of_the_same_values_are_warned_of(model: Callable[[], None]) -> None:
     (said,) = set_up(model)
     assert "does not use the plate's index" in said and "If the data do repeat themselves, nothing is wrong." in said
+
+
+def test_a_factor_may_know_no_data() -> None:
+    assert set_up(factor_without_data) == []
 
 
 def test_data_that_are_alike_by_chance_are_no_ones_fault() -> None:
