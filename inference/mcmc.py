@@ -27,6 +27,7 @@ from pyro_lift.inference.kernel import Kernel, log
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.movement import LEAST_DRAWS, judged, mixing_of
 from pyro_lift.inference.parallel_chains import ParallelChains, checked_starts
+from pyro_lift.support.options import check_number
 from pyro_lift.watching.steps import Run
 from pyro_lift.watching.watch import Watchers
 
@@ -57,6 +58,9 @@ class MCMC(pyro.infer.MCMC):
         num_chains: int = 1,
         **options: Any,
     ) -> None:
+        check_number("num_samples", num_samples, least=1, open_below=False, whole=True)
+        if warmup_steps is not None:
+            check_number("warmup_steps", warmup_steps, open_below=False, whole=True)
         starts = checked_starts(initial_params, num_chains)
         context = options.get("mp_context")
         with _callers_logger(), warnings.catch_warnings():

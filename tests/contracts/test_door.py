@@ -14,6 +14,7 @@ from programs import Model, constrained, data, sequential, vectorised
 from pyro.infer import MCMC
 from torch import Tensor, nn
 
+import pyro_lift
 from pyro_lift import SGLD, DivergedError, LiFT, SGLDGibbs, Task
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
@@ -391,3 +392,16 @@ def test_a_clipped_gradient_is_counted() -> None:
     norms = found["sample_stats"]["grad_norm"]
     expected = [i for i, norm in enumerate(norms) if norm > 4.0]
     assert found["clipped"] == expected and 0 < len(expected) < 40
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"num_samples": -5}, "num_samples=-5"),
+        ({"num_samples": 5, "warmup_steps": -1}, "warmup_steps=-1"),
+    ],
+)
+def test_a_chain_without_draws_is_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pyro_lift.MCMC(SGLDGibbs(program(theta_around)), disable_progbar=True, **options)  # type: ignore[arg-type]
