@@ -34,8 +34,7 @@ extensions = [
 ]
 
 source_suffix = {".md": "myst-nb", ".rst": "restructuredtext"}
-# results/paper: records, and a report that a command wrote; pages link to it as to a file.
-exclude_patterns = ["generated/figures", "results/paper", "**/.ipynb_checkpoints"]
+exclude_patterns = ["generated/figures", "**/.ipynb_checkpoints"]
 FAST = os.environ.get("PYRO_LIFT_DOCS") == "fast"
 # ref.python: a short name in a signature that two modules have; it is then no link.
 suppress_warnings = ["mystnb.unknown_mime_type", "ref.python", *(["myst-nb.lexer"] if FAST else [])]
