@@ -248,13 +248,19 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """Return the commit of the checkout that this code is part of, with ``+`` where files were changed since."""
+    """Return the commit of the checkout that this code is part of, with ``+`` where files were changed since.
+
+    Documents do not count: the records themselves may lie among them.
+    """
     here = Path(__file__).resolve().parent
     try:
         git = ["git", "-C", str(here)]
         name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None
