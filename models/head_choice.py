@@ -13,14 +13,13 @@ options of its own there is no linear head, so that s is all there is: it is sol
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import OrderedDict
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from pyro_lift.models.digests import digest_of
 from pyro_lift.models.head_problem import HeadModel, ScalePrior
 from pyro_lift.models.heads import choose_prior_sd
 from pyro_lift.models.readouts import ABSENT, LabelMatching
@@ -65,22 +64,13 @@ def choose_head(features: Tensor, target: Tensor, num_classes: int, scale: float
         num_classes: C.
         scale: s_0, of label matching; None where there are no label texts.
     """
-    key = _digest(features, target, num_classes, scale)
+    key = digest_of(features, target, told=(num_classes, scale))
     found = _choices.get(key)
     if found is None:
         found = _choices[key] = _cross_validated(features, target, num_classes, scale)
         while len(_choices) > REMEMBERED:
             _choices.popitem(last=False)
     return found
-
-
-def _digest(features: Tensor, target: Tensor, num_classes: int, scale: float | None) -> bytes:
-    """Digest all that a choice is a function of, to the last bit."""
-    digest = hashlib.blake2b(repr((num_classes, scale)).encode(), digest_size=32)
-    for x in (features, target):
-        digest.update(repr((x.dtype, tuple(x.shape))).encode())
-        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.digest()
 
 
 def _cross_validated(features: Tensor, target: Tensor, num_classes: int, scale: float | None) -> HeadChoice:

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import Block, block_outputs
+from pyro_lift.models.digests import digest_of
 from pyro_lift.models.features import all_features
 from pyro_lift.models.head_choice import HeadChoice, choose_head
+from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.heads import HeadModel, ScalePrior, laplace_head, solve_head
 from pyro_lift.models.observation import batch_of, has_head, network_output
 from pyro_lift.models.readouts import LabelMatching
@@ -144,9 +146,16 @@ class SolvedHeads:
         found = block_outputs(self.adapter, block, theta, head_inputs=True)
         return (self.log_prob(tasks, found, block.rows.target, block.weight) * block.weight).sum(-1)
 
-    def solve(self, task: int, theta: Tensor) -> Tensor:
-        """Return the mode of a task's head ``[C, E + 1]`` at theta ``[D]``, on all its training rows."""
-        return self._solve(task, theta)
+    def solve(self, task: int, theta: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the mode of a task's head ``[C, E + 1]`` at theta ``[D]``, on its training rows.
+
+        Args:
+            task: number of the task.
+            theta: weights.
+            weight: how often each row counts, ``[n]``; None counts all once.
+        """
+        found, target = self._read(task, theta), self.tasks[task].train.target
+        return solve_head(found, target, self.choice(task).model, prior_sd=self.prior_sd(task), weight=weight).head
 
     def log_prob_without(self, task: int, theta: Tensor, left_out: Tensor) -> Tensor:
         """Return log probabilities of the rows that are left out, by the head of a task's other rows at theta ``[D]``.
@@ -156,17 +165,13 @@ class SolvedHeads:
             theta: weights.
             left_out: which of the task's training rows, ``[n]``; the result has one number for each of them.
         """
-        head, found = self._solve(task, theta, weight=(~left_out).double()), self._read(task, theta)[left_out]
-        logits = found.double() @ head[:, :-1].double().mT + head[:, -1].double()
+        head, found = self.solve(task, theta, (~left_out).double()), self._read(task, theta)[left_out]
+        logits = apply_head(found.double(), head.double())
         return logits.log_softmax(-1).gather(-1, self.tasks[task].train.target[left_out].unsqueeze(-1)).squeeze(-1)
-
-    def _solve(self, task: int, theta: Tensor, weight: Tensor | None = None) -> Tensor:
-        found, target = self._read(task, theta), self.tasks[task].train.target
-        return solve_head(found, target, self.choice(task).model, prior_sd=self.prior_sd(task), weight=weight).head
 
     def _read(self, task: int, theta: Tensor) -> Tensor:
         """Return the features of a task's rows; those of the last few weights are remembered."""
-        key = (task, theta.detach().cpu().numpy().tobytes())
+        key = (task, digest_of(theta))
         if key not in self._features:
             found = all_features(self.adapter, self.tasks[task].train, theta, network_output)
             if found.numel() > LARGEST:
@@ -255,7 +260,7 @@ def held_out_log_prob(
         prior_sd=sd.unsqueeze(-1).expand(kept.shape[:-1]),
         weight=kept,
     ).head
-    logits = features.unsqueeze(-3) @ solved[..., :-1].mT + solved[..., -1].unsqueeze(-2)  # [..., K, b, C]
+    logits = apply_head(features.unsqueeze(-3), solved)  # [..., K, b, C]
     log_p = logits.log_softmax(-1).gather(-1, target[..., None, :, None].expand(*kept.shape, 1)).squeeze(-1)
     own = log_p.gather(-2, fold.unsqueeze(-2)).squeeze(-2)
     if matched:

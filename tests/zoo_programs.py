@@ -81,14 +81,20 @@ def radon_rows_outside() -> None:
         pyro.sample("y", dist.Normal(alpha[COUNTY] + beta[COUNTY] * FLOOR, sigma), obs=RADON)
 
 
-def radon_lkj() -> None:
-    """Correlated intercepts and slopes, rows padded and masked in a plate inside."""
+def _correlated_level() -> tuple[Tensor, ...]:
+    """Sample what all counties share where intercepts and slopes are correlated."""
     g0 = pyro.sample("g0", dist.Normal(0.0, 5.0))
     g1 = pyro.sample("g1", dist.Normal(0.0, 5.0))
     b = pyro.sample("b", dist.Normal(0.0, 5.0))
     sd = pyro.sample("sd", dist.HalfNormal(torch.ones(2)).to_event(1))
     L = pyro.sample("L", dist.LKJCholesky(2, 2.0))
     sigma = pyro.sample("sigma", dist.HalfCauchy(1.0))
+    return g0, g1, b, sd, L, sigma
+
+
+def radon_lkj() -> None:
+    """Correlated intercepts and slopes, rows padded and masked in a plate inside."""
+    g0, g1, b, sd, L, sigma = _correlated_level()
     with pyro.plate("tasks", GROUPS, dim=-2) as index:
         mean = torch.stack([g0 + g1 * U[index], b.expand(GROUPS)], -1).unsqueeze(-2)
         ab = pyro.sample("ab", dist.MultivariateNormal(mean, scale_tril=sd.unsqueeze(-1) * L))
@@ -120,12 +126,7 @@ def _collapsed(mean: Tensor, sd: Tensor, L: Tensor, sigma: Tensor) -> None:
 
 def radon_lkj_collapsed() -> None:
     """The program ``radon_lkj`` without its local sites: the same law of the others, and one that NUTS finds easy."""
-    g0 = pyro.sample("g0", dist.Normal(0.0, 5.0))
-    g1 = pyro.sample("g1", dist.Normal(0.0, 5.0))
-    b = pyro.sample("b", dist.Normal(0.0, 5.0))
-    sd = pyro.sample("sd", dist.HalfNormal(torch.ones(2)).to_event(1))
-    L = pyro.sample("L", dist.LKJCholesky(2, 2.0))
-    sigma = pyro.sample("sigma", dist.HalfCauchy(1.0))
+    g0, g1, b, sd, L, sigma = _correlated_level()
     _collapsed(torch.stack([g0 + g1 * U, b.expand(GROUPS)], -1), sd, L, sigma)
 
 

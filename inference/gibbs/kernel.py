@@ -188,8 +188,8 @@ class SGLDGibbs(Kernel):
             check_number("max_grad_norm", max_grad_norm)
         step_scale, temperatures = site_factors(site_step_scale, site_temperature)
         self.plate_named = plate is not None
-        self._request = Request(plate or "tasks", block_size, scan, distributed, sgd_steps, store, check_stability)
-        self._request = dataclasses.replace(self._request, plate_named=self.plate_named)
+        asked = (plate or "tasks", block_size, scan, distributed, sgd_steps, store, check_stability)
+        self._request = Request(*asked, plate_named=self.plate_named)
         self.settings = Settings(
             step_size=None if step_size is None else as_schedule(step_size),
             phi_step_size=None if phi_step_size is None else as_schedule(phi_step_size),

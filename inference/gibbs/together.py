@@ -8,8 +8,8 @@ which each local site that has a location and a scale is written as its distance
 theta_i hold each other in the first, and do not in the second. Each has a step and a metric of its own, which tune
 themselves in the warm-up.
 
-Where data are strong the second is the worse by far: its trajectories take many times as many steps, and move nothing
-that the first does not. So the warm-up counts the steps of both, and from its second half on the longer trajectory is
+Either can be the worse by far: its trajectories then take many times as many steps as the other's, and move little that
+those do not. So the warm-up counts the steps of both, and from its second half on the longer trajectory is
 made at every k-th visit alone, k the ratio of the two: a visit then costs at most twice the shorter one. Which visits
 these are does not depend on where the chain stands, so that each leaves the posterior as it is.
 """

@@ -99,13 +99,17 @@ class Joint(NamedTuple):
 
 def trial_steps(steps: int, tasks: int) -> int:
     """Return the steps of each half; 0 where there is no trial: too few tasks, or too little training."""
-    each = max(int(SHARE * steps), FEWEST_STEPS)
+    each = _each(steps)
     return each if tasks >= FEWEST_TASKS and 2 * each <= MOST_COST * steps else 0
+
+
+def _each(steps: int) -> int:
+    return max(int(SHARE * steps), FEWEST_STEPS)
 
 
 def _rates(steps: int) -> int:
     """Return how many rates can be tried."""
-    return 2 if 4 * max(int(SHARE * steps), FEWEST_STEPS) <= MOST_COST * steps else 1
+    return 2 if 4 * _each(steps) <= MOST_COST * steps else 1
 
 
 def steps_beside_trial(gradients: int, tasks: int) -> int:

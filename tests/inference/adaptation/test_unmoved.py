@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
@@ -122,7 +124,9 @@ def test_a_rate_that_ruins_an_adaptation_costs_little_where_rows_can_tell() -> N
     for posterior in (wild, *both):
         at_start = (posterior.thetas == posterior.thetas[0]).all(-1)
         assert int(at_start.sum()) >= 8
-    # Where development rows find the draws, none is kept from the chain.
+    # Where development rows find the draws, none is kept from the chain; looking for them where there are none is vain.
+    watched = replace(new, dev=new.test)
+    assert Unmoved([watched], solved([watched], net), looks=True).tasks[0].train is watched.train
     assert Unmoved([new], solved([new], net), looks=True).tasks[0].train is not new.train
 
 
