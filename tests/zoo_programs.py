@@ -251,8 +251,9 @@ ZOO: dict[str, Model] = {
     "lognormal": lognormal,
     "regression": regression,
 }
-#: Programs whose reference is another one of the same law: NUTS itself is stuck in the program as it stands.
+#: Programs whose reference is another one of the same law: in the program as it stands NUTS is stuck, or slow to move.
 EASIER = {
+    "schools": schools_raw,
     "radon, LKJ": radon_lkj_collapsed,
     "radon, LKJ, known noise": radon_lkj_known_noise_collapsed,
 }
