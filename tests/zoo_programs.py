@@ -81,6 +81,17 @@ def radon_rows_outside() -> None:
         pyro.sample("y", dist.Normal(alpha[COUNTY] + beta[COUNTY] * FLOOR, sigma), obs=RADON)
 
 
+def radon_rows_outside_collapsed() -> None:
+    """The same law of what all counties share, each county's intercept and slope integrated out: easy for NUTS."""
+    g0 = pyro.sample("g0", dist.Normal(0.0, 5.0))
+    g1 = pyro.sample("g1", dist.Normal(0.0, 5.0))
+    b = pyro.sample("b", dist.Normal(0.0, 5.0))
+    sd_a = pyro.sample("sd_a", dist.HalfCauchy(1.0))
+    sd_b = pyro.sample("sd_b", dist.HalfCauchy(1.0))
+    sigma = pyro.sample("sigma", dist.HalfCauchy(1.0))
+    _collapsed(torch.stack([g0 + g1 * U, b.expand(GROUPS)], -1), torch.stack([sd_a, sd_b]), torch.eye(2), sigma)
+
+
 def _correlated_level() -> tuple[Tensor, ...]:
     """Sample what all counties share where intercepts and slopes are correlated."""
     g0 = pyro.sample("g0", dist.Normal(0.0, 5.0))
@@ -254,6 +265,7 @@ ZOO: dict[str, Model] = {
 #: Programs whose reference is another one of the same law: in the program as it stands NUTS is stuck, or slow to move.
 EASIER = {
     "schools": schools_raw,
+    "radon, rows outside": radon_rows_outside_collapsed,
     "radon, LKJ": radon_lkj_collapsed,
     "radon, LKJ, known noise": radon_lkj_known_noise_collapsed,
 }

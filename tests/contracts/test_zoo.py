@@ -72,8 +72,8 @@ def test_it_has_the_posterior_of_nuts_within_monte_carlo_error(name: str) -> Non
         for k in range(flat.shape[1]):
             if flat[:, k].std() == 0.0 and other[:, k].std() == 0.0:
                 continue  # a constant corner of a Cholesky factor
-            for x in (flat, other):  # of the reference too: what is stuck is none
-                assert float(az.ess(x[None, :, k])) > 100.0, (site, k)
+            for whose, x in (("ours", flat), ("the reference", other)):  # a reference that is stuck is none
+                assert float(az.ess(x[None, :, k])) > 100.0, (whose, site, k)
             a, b = quantities(flat[:, k]), quantities(other[:, k])
             z = (a[:, 0] - b[:, 0]) / np.hypot(a[:, 1], b[:, 1])
             assert np.abs(z).max() < 4.5, (site, k, a, b)
