@@ -153,6 +153,13 @@ def test_a_family_is_led_only_by_more_than_chance(tmp_path: Path) -> None:
     assert not verdict.leads and verdict.place == 2 and "behind" in verdict.sentence()
 
 
+def test_a_family_on_which_nothing_was_learned_is_not_led(tmp_path: Path) -> None:
+    worse = {name: [[1.0 + x for x in seed] for seed in LOSSES[name]] for name in ("lift", "union-train")}
+    verdict = verdict_of(read_evidence(_folder(tmp_path / "cells", worse)), "regressions")
+    assert verdict.against["union-train"].difference < 0 and verdict.no_better and not verdict.leads
+    assert shortfalls([verdict])[0].endswith("Guessing costs 1.000: LiFT has learned nothing here.")
+
+
 def test_what_falls_short_names_the_probe_where_another_method_is_the_best(tmp_path: Path) -> None:
     losses = {"lift": LOSSES["lift"], "union-train": [[0.1] * 4] * 2, "linear-probe": [[0.5] * 4] * 2}
     told = shortfalls([verdict_of(read_evidence(_folder(tmp_path / "cells", losses)), "regressions")])

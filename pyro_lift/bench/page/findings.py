@@ -50,6 +50,8 @@ class FamilyVerdict(NamedTuple):
         against: LiFT's loss minus another method's, paired over tasks, by method.
         calibration: LiFT's ECE minus that of methods that the paper compares it with.
         seeds: how many.
+        guessing: mean loss of the same probability for each class, or of each task's own mean for all rows; None where
+            records do not say.
     """
 
     family: str
@@ -61,6 +63,7 @@ class FamilyVerdict(NamedTuple):
     against: dict[str, PairedTest]
     calibration: dict[str, PairedTest]
     seeds: int
+    guessing: float | None
 
     @property
     def cases(self) -> int:
@@ -81,14 +84,23 @@ class FamilyVerdict(NamedTuple):
         verdict = "ahead" if test.difference < 0 else "behind"
         sure = "" if test.p_value < LEVEL else ", which these tasks do not tell apart"
         place = f"place {self.place} of {len(self.ranking.methods) if self.ranking else 0}"
+        ignorant = f" Guessing costs {self.guessing:.3f}: LiFT has learned nothing here." * self.no_better
         return (
             f"{told}: {abs(test.difference):.3f} ± {test.standard_error:.3f} {verdict}, p = {test.p_value:.2g}{sure}; "
-            f"{place} by mean rank over {self.cases} tasks, {self.seeds} seed{'s' * (self.seeds != 1)}."
+            f"{place} by mean rank over {self.cases} tasks, {self.seeds} seed{'s' * (self.seeds != 1)}.{ignorant}"
         )
 
     @property
+    def no_better(self) -> bool:
+        """Whether LiFT's mean loss is no less than that of guessing."""
+        ours = self.losses.get(REFERENCE)
+        return ours is not None and self.guessing is not None and statistics.fmean(ours.values()) >= self.guessing
+
+    @property
     def leads(self) -> bool:
-        """Whether LiFT is ahead of every other method by more than chance, on tasks enough to say so."""
+        """Whether LiFT has learned something and is ahead of every other by more than chance, on tasks enough."""
+        if self.no_better:
+            return False
         test = None if self.runner_up is None else self.against.get(self.runner_up)
         return self.cases >= LEAST and test is not None and test.difference < 0 and test.p_value < LEVEL
 
@@ -146,8 +158,16 @@ def verdict_of(evidence: Evidence, family: str) -> FamilyVerdict:
         place = 1 + ranking.methods.index(REFERENCE)
     return FamilyVerdict(
         family, measure, losses, ranking, place, runner_up if REFERENCE in losses else None, against, calibration,
-        len(seeds),
+        len(seeds), _guessing(evidence, family, measure, losses.get(REFERENCE, {})),
     )  # fmt: skip
+
+
+def _guessing(evidence: Evidence, family: str, measure: str, ours: Mapping[str, float]) -> float | None:
+    """Return the mean loss of guessing over LiFT's tasks; None where their records do not have it."""
+    if measure == "unexplained":
+        return 1.0
+    found = losses_by_case(evidence, family, REFERENCE, "uniform_nll")
+    return statistics.fmean(found.values()) if found and set(found) == set(ours) else None
 
 
 def losses_by_case(evidence: Evidence, family: str, row: str, measure: str) -> dict[str, float]:

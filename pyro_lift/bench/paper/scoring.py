@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ def scored(probabilities: Tensor, rows: Rows, task: Task, texts: Sequence[TextRo
     """Score predictions: what :func:`~pyro_lift.metrics.task.scores` has, pooled ECE, Brier, and a diagram's bins.
 
     A regression has ``unexplained``, the squared error over the variance around the mean of the task's own rows.
+    Classes have ``uniform_nll``, the NLL of the same probability for each of them.
     """
     common: dict[str, Any] = scores(probabilities, rows, task, texts)
     y = rows.target.cpu()
@@ -62,6 +64,8 @@ def scored(probabilities: Tensor, rows: Rows, task: Task, texts: Sequence[TextRo
         known = task.train.target.cpu().double()
         spread = (y.double() - known.mean(0)).square().mean()
         return {**common, "unexplained": common["mse"] / float(spread.clamp_min(1e-12))}
+    if probabilities.dim() == 2:
+        common["uniform_nll"] = math.log(probabilities.shape[-1])
     return {**common, **calibration(*counted(probabilities, y))}
 
 
