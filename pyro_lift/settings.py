@@ -91,7 +91,7 @@ class LiFTSettings:
     prior_mean: Literal["adapter", "zero"] = field(
         default="adapter", metadata={"help": "of phi: the adapter's initial weights, or zero (the paper's)"}
     )
-    sgd_steps: int = field(default=600, metadata={"help": "joint training steps before the chain"})
+    sgd_steps: int = field(default=1000, metadata={"help": "joint training steps before the chain"})
     sgd_learning_rate: float | None = field(
         default=None, metadata={"help": "of those, Adam; none: 0.05 of the size of the adapter's weights"}
     )

@@ -28,6 +28,10 @@ __all__ = ["CHOOSE_THEMSELVES", "Trained", "budget_of", "method_of", "step_of", 
 CHOOSE_THEMSELVES = ("linear-probe", "lora-tuned")
 #: Minibatches of an outer step: with fewer of them there are more steps.
 TASKS_PER_STEP = 2
+#: Of LiFT's gradients, those of its chain; joint training and its trial have the others. Of so few they need more.
+CHAIN_SHARE = 0.25
+#: Visits that it has at least: a mixture of five components needs draws.
+FEWEST_VISITS = 9
 
 
 class Trained(NamedTuple):
@@ -89,10 +93,11 @@ def method_of(contestant: Contestant, problem: PaperProblem, seed: int, **option
     if issubclass(target, LiFTMethod):
         if sizes.burn_in is not None:
             given["burn_in"] = sizes.burn_in
-        if sizes.meta_rate is None:  # left to the method: then joint training is put on trial, within its gradients
+        if sizes.meta_rate is None:  # left to the method: joint training is put on trial, within its gradients
             given["on_trial"] = True
-            joint = steps_beside_trial(sizes.warm_up, len(problem.tasks.train))
-            budget = replace(budget, warm_up=joint)
+            visits = min(sizes.visits, max(round(CHAIN_SHARE * (sizes.warm_up + sizes.visits)), FEWEST_VISITS))
+            joint = steps_beside_trial(sizes.warm_up + sizes.visits - visits, len(problem.tasks.train))
+            budget = replace(budget, warm_up=joint, visits=visits)
     if "tasks_per_step" in {f.name for f in fields(target)}:
         given["tasks_per_step"] = TASKS_PER_STEP
     if contestant.method == "lora-tuned":
