@@ -95,8 +95,8 @@ class LiFTSettings:
     sgd_learning_rate: float | None = field(
         default=None, metadata={"help": "of those, Adam; none: 0.05 of the size of the adapter's weights"}
     )
-    burn_in: int = field(default=200, metadata={"help": "visits before the first draw"})
-    samples: int = field(default=400, metadata={"help": "draws of phi"})
+    burn_in: int = field(default=100, metadata={"help": "visits before the first draw"})
+    samples: int = field(default=200, metadata={"help": "draws of phi"})
     thinning: int = field(default=1, metadata={"help": "visits per draw"})
     learning_rate: float | None = field(
         default=None,

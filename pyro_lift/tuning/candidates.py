@@ -75,7 +75,7 @@ def _meta(settings: LiFTSettings, multiples: Mapping[str, Any]) -> dict[str, Any
     if "joint" in multiples:
         base = replace(settings, **values)
         total = base.sgd_steps + base.burn_in + base.samples * base.thinning
-        joint = min(round(multiples["joint"] * base.sgd_steps), round(0.8 * total))
+        joint = min(round(multiples["joint"] * base.sgd_steps), round(0.9 * total))
         left = total - joint
         values |= {"sgd_steps": joint, "burn_in": left // 3, "samples": max((left - left // 3) // base.thinning, 1)}
     for name in ("learning_rate", "sgd_learning_rate", "temperature"):

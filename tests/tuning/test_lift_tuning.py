@@ -29,13 +29,13 @@ def test_the_given_settings_are_the_first_candidate_and_no_two_have_one_name() -
         if "beta" in candidate.name:  # widths that are given bring their temperature along
             assert again.temperature == pytest.approx(candidate.meta["temperature"])
         total = settings.sgd_steps + settings.burn_in + settings.samples
-        assert total == pytest.approx(600 if "length" in candidate.name else 1200, abs=3)
+        assert total == pytest.approx(650 if "length" in candidate.name else 1300, abs=3)
         AdaptSettings(**candidate.adapt)
 
 
 def test_a_shorter_chain_has_its_parts_in_proportion_and_never_none() -> None:
     short = shortened(LiFTSettings(), 0.1)
-    assert (short.sgd_steps, short.burn_in, short.samples) == (60, 20, 40)
+    assert (short.sgd_steps, short.burn_in, short.samples) == (100, 10, 20)
     least = shortened(LiFTSettings(components=3), 1e-3)
     assert (least.sgd_steps, least.burn_in, least.samples) == (1, 1, 24)
     assert shortened(LiFTSettings(sgd_steps=0), 0.5).sgd_steps == 0
