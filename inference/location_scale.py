@@ -6,6 +6,8 @@ own (Papaspiliopoulos, Roberts and Sköld 2007). A sampler that moves in both in
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,12 +36,13 @@ class LocationScale(NamedTuple):
     Attributes:
         loc: m, which broadcasts to the site's shape.
         scale: s, likewise; a lower triangular matrix in its last two dimensions where ``dense``.
-        dense: whether the site's coordinates are correlated.
+        standard: the law of z, element by element.
     """
 
     loc: Tensor
     scale: Tensor
-    dense: bool
+    standard: Distribution
+    dense: bool = False
 
     def leaf(self, raw: Tensor) -> Tensor:
         """Return x at z."""
@@ -55,10 +58,13 @@ class LocationScale(NamedTuple):
             return solved.squeeze(-1)
         return away / self.scale
 
-    def log_det(self, shape: torch.Size) -> Tensor:
-        """Return the log of the Jacobian of x in z, for a site of a shape."""
-        stretch = self.scale.diagonal(dim1=-2, dim2=-1) if self.dense else self.scale
-        return torch.broadcast_to(stretch.log(), shape).sum()
+    def log_density(self, raw: Tensor) -> Tensor:
+        """Return the log density of z, summed.
+
+        It is that of x times the Jacobian, but not computed so: where s is small beside m, x has lost z to rounding,
+        and would seem the likelier the smaller s is.
+        """
+        return self.standard.log_prob(raw).sum()
 
 
 def location_scale(fn: Distribution, transform: Transform | None) -> LocationScale | None:
@@ -70,14 +76,21 @@ def location_scale(fn: Distribution, transform: Transform | None) -> LocationSca
     """
     base = innermost(fn)
     if isinstance(base, LogNormal):
-        return LocationScale(base.loc, base.scale, False) if _is_exponential(transform) else None
+        return LocationScale(base.loc, base.scale, _unit(Normal, base.loc)) if _is_exponential(transform) else None
     if transform is not None:
         return None
     if isinstance(base, MultivariateNormal):
-        return LocationScale(base.loc, base.scale_tril, True)
-    if isinstance(base, (Normal, StudentT, Laplace, Cauchy, Gumbel)):
-        return LocationScale(base.loc, base.scale, False)
+        return LocationScale(base.loc, base.scale_tril, _unit(Normal, base.loc), dense=True)
+    if isinstance(base, StudentT):
+        return LocationScale(base.loc, base.scale, _unit(partial(StudentT, base.df), base.loc))
+    if isinstance(base, (Normal, Laplace, Cauchy, Gumbel)):
+        return LocationScale(base.loc, base.scale, _unit(type(base), base.loc))
     return None
+
+
+def _unit(law: Callable[..., Distribution], like: Tensor) -> Distribution:
+    """Return a law of location zero and scale one."""
+    return law(torch.zeros((), dtype=like.dtype, device=like.device), 1.0, validate_args=False)
 
 
 def _is_exponential(transform: Transform | None) -> bool:
