@@ -264,7 +264,7 @@ class Kernel(MCMCKernel):
             the region in which its step is stable (a chain that leaves the finite numbers stops with
             :class:`~pyro_lift.inference.sgld.DivergedError`); ``sample_stats``, a list per
             statistic, with one entry a draw (``acceptance`` where theta is moved with a test); ``report``, see
-            :meth:`report`; ``seconds``, of the wall clock, spent on draws.
+            :meth:`report`; ``in_force``, see :meth:`in_force`; ``seconds``, of the wall clock, spent on draws.
         """
         self.look()
         stats = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in self._columns().items()}
@@ -274,6 +274,7 @@ class Kernel(MCMCKernel):
             "clipped": [i for i, clipped in enumerate(stats["clipped"]) if clipped],
             "sample_stats": stats,
             "report": {**self.report(), **({"divergences": float(len(divergences))} if divergences else {})},
+            "in_force": {**self.in_force(), "thinning": self.thinning, "warmup_steps": self._warmup_steps},
             "seconds": self._seconds(),
         }
 
@@ -284,6 +285,10 @@ class Kernel(MCMCKernel):
 
     def report(self) -> dict[str, float | str]:
         """Dimensionless step sizes and what was learned at set-up."""
+        return {}
+
+    def in_force(self) -> dict[str, Any]:
+        """Options as the chain runs with them, those left open filled in: what advice goes by."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.checkpoint.summaries import check_statistics
 from pyro_lift.inference.kernel import Kernel, log
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
-from pyro_lift.inference.movement import LEAST_DRAWS, judged, mixing_of
+from pyro_lift.inference.movement import LEAST_DRAWS, doubts_of
 from pyro_lift.inference.parallel_chains import ParallelChains, checked_starts
 from pyro_lift.support.options import check_number
 from pyro_lift.watching.steps import Run
@@ -141,9 +141,7 @@ class MCMC(pyro.infer.MCMC):
         """Log in words what speaks against trusting the draws of a kernel of ours."""
         if not isinstance(self.kernel, Kernel) or self.num_samples < LEAST_DRAWS:
             return
-        samples = self.get_samples(group_by_chain=True)
-        report = (self._diagnostics[0] or {}).get("report") or {}
-        doubts = judged(mixing_of(samples), self.num_chains, self.num_samples, report)
+        doubts = doubts_of(self)
         if doubts:
             log.warning("this run cannot be trusted yet: %s", " ".join(doubts))
 

@@ -8,17 +8,21 @@ therefore be one that has not begun to move, and its draws repeat the start. R-h
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
-__all__ = ["LEAST_DRAWS", "Mixing", "judged", "mixing_of", "reach_of"]
+from pyro_lift.inference.ways_out import ways_out
+
+__all__ = ["LEAST_DRAWS", "Mixing", "doubts_of", "judged", "mixing_of", "reach_of", "told_by"]
 
 #: R-hat above which chains disagree, and effective draws a chain below which nothing can be said (Vehtari et al. 2021).
 MOST_R_HAT, LEAST_ESS = 1.05, 100.0
+#: Effective draws from which a longer run's length can be told.
+FEWEST_TOLD = 5.0
 #: Relaxation times of the fastest theta below which the start is remembered, whatever else is said.
 LEAST_REACH = 10.0
 #: Share of draws with a divergence from which it is said.
@@ -73,14 +77,38 @@ def mixing_of(samples: Mapping[str, Tensor]) -> list[Mixing]:
     return found
 
 
-def judged(mixing: list[Mixing], chains: int, draws: int, steps: Mapping[str, float | str]) -> list[str]:
+def doubts_of(mcmc: Any) -> list[str]:
+    """Say in words what speaks against a run that kept its draws, and what to do: the log's words and the summary's."""
+    samples = mcmc.get_samples(group_by_chain=True)
+    chains, draws = next((tuple(x.shape[:2]) for x in samples.values()), (0, 0))
+    if draws < LEAST_DRAWS:
+        return []
+    reports = [report or {} for report in mcmc._diagnostics]
+    return judged(mixing_of(samples), chains, draws, *told_by(reports))
+
+
+def told_by(reports: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float | str], dict[str, Any]]:
+    """Return the first chain's steps, with the divergences of all chains, and the options that it ran with."""
+    steps = dict(reports[0].get("report") or {})
+    diverged = sum(len(report.get("divergences") or ()) for report in reports)
+    return steps | ({"divergences": float(diverged)} if diverged else {}), dict(reports[0].get("in_force") or {})
+
+
+def judged(
+    mixing: list[Mixing],
+    chains: int,
+    draws: int,
+    steps: Mapping[str, float | str],
+    in_force: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Say in words what speaks against a run, and what to do; nothing where nothing does.
 
     Args:
         mixing: of every coordinate.
         chains: of the run.
         draws: of each chain.
-        steps: without dimensions, as the kernel reports them.
+        steps: without dimensions, as the kernel reports them; ``divergences`` of all chains.
+        in_force: options that the chains ran with (:meth:`Kernel.in_force`).
     """
     if draws < LEAST_DRAWS or not mixing:
         return []
@@ -101,7 +129,7 @@ def judged(mixing: list[Mixing], chains: int, draws: int, steps: Mapping[str, fl
             f"{LEAST_ESS * chains:.0f}: its mean is known to {error} at best."
         )
     left = int(float(steps.get("divergences", 0.0)))
-    if left > LEAST_DIVERGENCES * draws:
+    if left > LEAST_DIVERGENCES * chains * draws:
         words.append(
             f"{left} trajectories diverged: some region curves too much for the step; the draws may have kept out of "
             "it. Look at the draws of the scales near zero; a narrower prior of theirs, or more data, helps."
@@ -114,7 +142,10 @@ def judged(mixing: list[Mixing], chains: int, draws: int, steps: Mapping[str, fl
                 f"of its fastest coordinate: below {LEAST_REACH:.0f} it is still near its start."
             )
     if words:
-        words.append(_ways_out(reach))
+        more = None
+        if fewest is not None and FEWEST_TOLD <= fewest.ess < LEAST_ESS * chains:
+            more = math.ceil(draws * LEAST_ESS * chains / fewest.ess / 100.0) * 100
+        words.append(ways_out(steps, in_force or {}, draws, more))
     return words
 
 
@@ -130,14 +161,3 @@ def _fastest(steps: Mapping[str, float | str], reach: Mapping[str, float | None]
         for key, far in reach.items()
         if key.startswith("theta") and far is not None and each is not None and math.isfinite(fastest)
     }
-
-
-def _ways_out(reach: Mapping[str, float | None]) -> str:
-    if not reach:
-        return "Draw more, or keep one in several (thinning); a larger step_size moves faster, at more bias."
-    return (
-        "Visit more tasks at once (a larger subsample_size, or none; block_size=... where the plate is a loop: the law "
-        'is the same), draw more or thin, or take a larger step_size; translation="saga" moves phi and all theta '
-        'together, and theta_update="hmc" makes long '
-        "exact steps where rows are not subsampled."
-    )

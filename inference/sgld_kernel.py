@@ -224,3 +224,8 @@ class SGLD(Kernel):
     def report(self) -> dict[str, float | str]:
         """Step size and curvature (largest, at the start)."""
         return dict(self._report)
+
+    def in_force(self) -> dict[str, Any]:
+        """See the base class."""
+        left_open = ["step_size"] if self._schedule is None else []
+        return {"kernel": "SGLD", "temperature": self.temperature, "left_open": left_open}

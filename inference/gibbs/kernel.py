@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pyro_lift.inference.admission import check_common, site_factors
 from pyro_lift.inference.footprint import Need, chain_needs, check_fits
-from pyro_lift.inference.gibbs import exact_visit, metropolis, shared_visit, step_adaptation, together
+from pyro_lift.inference.gibbs import exact_visit, shared_visit, together
 from pyro_lift.inference.gibbs import translation as translations
 from pyro_lift.inference.gibbs import visit as gibbs_visit
+from pyro_lift.inference.gibbs.account import in_force, steps_of
 from pyro_lift.inference.gibbs.accumulator import Accumulator
 from pyro_lift.inference.gibbs.blocks import Request, Scan
 from pyro_lift.inference.gibbs.flat_facts import flat_facts
@@ -286,7 +287,7 @@ class SGLDGibbs(Kernel):
         self._begin(warmup_steps)
         request = dataclasses.replace(request, says=self._chain == 0)
         if request.distributed and self.keep_theta:
-            raise ValueError("keep_theta=True with share=True: each process has the theta of its own tasks only.")
+            raise ValueError("keep_theta=True with distributed=True: each process has the theta of its own tasks only.")
         if request.distributed:
             distributed.join()
             assert self._generator is not None
@@ -329,13 +330,11 @@ class SGLDGibbs(Kernel):
         """
         if self._plan is None:
             return {}
-        report = {**self._plan.report, "thinning": float(self.thinning)}
-        chain, tuned = self._plan.chain, self.state.tuned
-        if chain.raw is not None:
-            return together.reported(report, tuned)
-        families = {name: pair.family for name, pair in chain.structure.pairs.items()}
-        report = step_adaptation.reported(report, tuned, chain.settings, families)
-        return metropolis.with_tuned_step(report, tuned, chain.settings)
+        return {**steps_of(self._plan, self.state.tuned), "thinning": float(self.thinning)}
+
+    def in_force(self) -> dict[str, Any]:
+        """See the base class."""
+        return {} if self._plan is None else in_force(self._plan, self.settings)
 
     # -------------------------------------------------------------------------------------------- sampling
 

@@ -29,6 +29,7 @@ from pyro_lift.inference.gibbs.control_variates import check_control_variates
 from pyro_lift.inference.gibbs.gaussian_reading import exact_theta
 from pyro_lift.inference.gibbs.movers import long_families
 from pyro_lift.inference.gibbs.normal_sites import listed
+from pyro_lift.inference.gibbs.open_ways import open_ways
 from pyro_lift.inference.gibbs.regression import Coefficients
 from pyro_lift.inference.gibbs.scaling import can_scale
 from pyro_lift.inference.gibbs.state import Cache, Chain, Settings, SGLDGibbsState, Structure, init
@@ -82,6 +83,8 @@ class Plan(NamedTuple):
         start_log_likelihood: of the first block, at the start.
         report: step sizes without dimensions.
         row_bytes: of one task's theta.
+        wider: the option by which a visit takes more tasks.
+        ways: other options that this program could take (:mod:`~pyro_lift.inference.gibbs.open_ways`).
     """
 
     chain: Chain
@@ -90,6 +93,8 @@ class Plan(NamedTuple):
     start_log_likelihood: float
     report: dict[str, float | str]
     row_bytes: int
+    wider: str = "block_size"
+    ways: tuple[str, ...] = ()
 
 
 def plan(
@@ -184,7 +189,10 @@ def plan(
     chain = with_stores_beside(chain, request.store, row_bytes, next(iter(phi.values())).device)
     state = init(structure, cache, phi)
     transforms = {k: t for k, t in site_transforms(run).items() if k in run.globals}
-    return Plan(chain, state, transforms, float(run.log_likelihood.detach()), report, row_bytes)
+    start_log_likelihood = float(run.log_likelihood.detach())
+    wider = "subsample_size" if subsampled[request.plate] and not request.distributed else "block_size"
+    ways = open_ways(program, run, structure, settings, request.distributed)
+    return Plan(chain, state, transforms, start_log_likelihood, report, row_bytes, wider, ways)
 
 
 def row_bytes_of(run: Evaluation, structure: Structure) -> int:

@@ -12,7 +12,7 @@ import torch
 from pyro.ops.stats import split_gelman_rubin
 
 from pyro_lift.diagnostics.container import plain_data
-from pyro_lift.inference.movement import Mixing, judged, reach_of
+from pyro_lift.inference.movement import Mixing, doubts_of, judged, reach_of, told_by
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -128,8 +128,16 @@ def summarise(mcmc: Any, *, seconds: float | None = None, max_size: int = 64, co
         seconds,
         steps,
         reach,
-        judged([Mixing(c.name, c.r_hat, c.ess_bulk if c.sd > 0.0 else math.nan) for c in rows], chains, draws, steps),
+        _doubts(mcmc, rows, (chains, draws), reports),
     )
+
+
+def _doubts(mcmc: Any, rows: list[Coordinate], shape: tuple[int, int], reports: list[dict[str, Any]]) -> list[str]:
+    """Return the words of the run's log; of a run that kept no draws, what its projections say."""
+    if getattr(mcmc, "_samples", None) is not None:
+        return doubts_of(mcmc)
+    mixing = [Mixing(c.name, c.r_hat, c.ess_bulk if c.sd > 0.0 else math.nan) for c in rows]
+    return judged(mixing, *shape, *told_by(reports))
 
 
 def _r_hat(x: NDArray[Any]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -41,6 +42,69 @@ def test_what_speaks_against_a_run_is_said_with_the_ways_out(
     assert len(said) == 2 or chains == 4
     assert re.search(words, " ".join(said))
     assert "subsample_size" in said[-1] and 'theta_update="hmc"' in said[-1]
+
+
+ALL: dict[str, float | str] = {**FAR, "block_size": 10.0}
+LANGEVIN = {"kernel": "SGLDGibbs", "phi_update": "gibbs", "theta_update": "sgld", "temperature": 1.0, "thinning": 1}
+LANGEVIN |= {"warmup_steps": 500, "wider": "", "left_open": [], "ways": [], "leapfrog_steps": 10, "phi_step_size": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("steps", "in_force", "said", "unsaid"),
+    [
+        (ALL, {}, r"num_samples=2000 here; about 15,400 would do", "subsample_size|block_size|hmc|saga|nuts"),
+        (ALL, {}, r"larger step_size \(0\.1 here\)", "measured"),
+        (ALL, {"left_open": ["step_size"]}, r"larger step_size \(measured: 0\.1\)", "here\\) moves"),
+        ({**ALL, "step_size": 0.9}, {}, "num_samples", "step_size"),  # close to its limit, 4 / curvature
+        (FAR, {"wider": "subsample_size"}, "larger subsample_size, or none: a visit takes 1 of 10", "block_size"),
+        (FAR, {"wider": "block_size"}, "larger block_size: a visit takes 1 of 10", "subsample_size"),
+        (ALL, {"theta_update": "hmc"}, "longer trajectories \\(leapfrog_steps=10 here", "theta_update|step_size"),
+        (ALL, {"theta_update": "hmc", "warmup_steps": 20}, "warmup_steps=20 here", "theta_update| step_size"),
+        (ALL, {"theta_update": "exact"}, "num_samples", "step_size|leapfrog|warmup_steps"),
+        (ALL, {"ways": ['translation="saga"']}, 'translation="saga" moves phi', "hmc"),
+        (ALL, {"phi_update": "nuts", "warmup_steps": 20}, "warmup_steps=20 here", "step_size|hmc|saga"),
+        (ALL, {"phi_update": "langevin"}, r"larger phi_step_size \(0\.1 here\)", "hmc"),
+        (ALL, {"temperature": 0.0}, "Leave temperature out", "step_size|num_samples|hmc"),
+        (ALL, {"thinning": 7}, "thinning=7 here", "hmc"),
+    ],
+)
+def test_advice_is_what_is_not_so_already(
+    steps: dict[str, float | str], in_force: dict[str, Any], said: str, unsaid: str
+) -> None:
+    advice = judged([Mixing("tau", 1.0, 13.0)], 1, 2000, steps, {**LANGEVIN, **in_force})[-1]
+    assert re.search(said, advice), advice
+    assert not re.search(unsaid, advice), advice
+
+
+def test_a_kernel_that_tells_nothing_of_itself_is_advised_of_what_every_one_has() -> None:
+    advice = judged([Mixing("tau", 1.0, 13.0)], 1, 2000, {})[-1]
+    assert "num_samples" in advice and "warmup_steps" in advice and " step_size" not in advice
+
+
+@pytest.mark.parametrize(
+    ("options", "warmup", "said", "unsaid"),
+    [
+        (
+            {"step_size": 1e-4},
+            0,
+            ["subsample_size", "step_size (0.0001 here)", 'translation="saga"', "hmc"],
+            ["block_size"],
+        ),
+        ({"step_size": 1e-4, "translation": "saga"}, 0, ["subsample_size", "hmc"], ["saga"]),
+        ({"theta_update": "hmc", "step_size": 1e-5}, 5, ["leapfrog_steps=10", "warmup_steps=5"], ["theta_update"]),
+        ({"step_size": 1e-4, "preconditioner": "rms"}, 0, ["subsample_size"], ["hmc"]),
+    ],
+)
+def test_what_is_set_is_not_advised_and_log_and_summary_say_the_same(
+    options: dict[str, Any], warmup: int, said: list[str], unsaid: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="pyro_lift"):
+        mcmc = MCMC(SGLDGibbs(vectorised(), seed=0, **options), 100, warmup, disable_progbar=True)
+        mcmc.run()
+    doubts = summarise(mcmc).doubts
+    assert f"this run cannot be trusted yet: {' '.join(doubts)}" in caplog.messages
+    assert all(word in doubts[-1] for word in said), doubts[-1]
+    assert not any(word in doubts[-1] for word in unsaid), doubts[-1]
 
 
 def test_a_run_too_short_to_tell_is_not_judged() -> None:
