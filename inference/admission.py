@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import Delta
 from torch import Tensor
 
-from pyro_lift.inference import sgld
+from pyro_lift.inference.data_support import check_start
 from pyro_lift.inference.dependence import Links, coupled_families, reached
 from pyro_lift.inference.program import Evaluation, Latent, discrete_refusal
 from pyro_lift.inference.sgld import Integrator, Preconditioner
@@ -88,8 +88,7 @@ def check_latents(run: Evaluation) -> None:
                 "belong to other rows at each step. Use SGLDGibbs, or a plate without subsample_size."
             )
     check_fixed_supports(run, run.latents)
-    drift = run.drift(run.latents)
-    sgld.check_finite(drift, 0)
+    check_start(run.drift(run.latents), run)
 
 
 def check_block(run: Evaluation, links: Links, tasks: str = "", *, together: bool = False) -> None:

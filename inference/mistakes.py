@@ -22,7 +22,6 @@ __all__ = [
     "is_part",
     "missing_plate",
     "nested_hint",
-    "odd_data_hint",
     "outside_hint",
 ]
 
@@ -113,18 +112,6 @@ def nested_hint(program: Program) -> str:
             f" The plate {program.plate!r} stands inside {plates[0]!r} (at the site {name!r}), whose sites are shared "
             f"by its tasks: SGLDGibbs(model, plate={plates[0]!r}) takes that plate's elements as the tasks."
         )
-    return ""
-
-
-def odd_data_hint(run: Evaluation) -> str:
-    """Return a sentence about an observed site whose data are not finite; empty where there is none."""
-    for site in run.observed:
-        odd = site.value.isfinite().logical_not().nonzero() if isinstance(site.value, Tensor) else ()
-        if len(odd):
-            return (
-                f" The site {site.name!r} observes values that are not finite, the first at {odd[0].tolist()}. "
-                "Leave such rows out, or mask them: fill them with a number, and dist....mask(known)."
-            )
     return ""
 
 

@@ -18,6 +18,7 @@ from pyro_lift.inference.admission import (
     site_transforms,
     start_values,
 )
+from pyro_lift.inference.data_support import check_values
 from pyro_lift.inference.dependence import coupled_families, links_of
 from pyro_lift.inference.gibbs.saved_chain import probed
 from pyro_lift.inference.ignored_index import check_index_used
@@ -128,6 +129,7 @@ class SGLD(Kernel):
         eta = None if self._schedule is None or self.decay is not None else self._schedule(0)
         wanted = self._start_of(program, lambda v: program.run(v, {}, None, self._generator), eta, self.n_inflate)
         run = program.run(start_values(wanted, read), {}, None, self._generator)
+        check_values(run)
         check_latents(run)
         check_index_used(program, run, says=self._chain == 0)
         self._coupled = coupled_families(run, links_of(run))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_lift.inference.data_support import DataOutsideSupportError, values_outside
 from pyro_lift.inference.supports import innermost
 
 __all__ = ["site_density"]
@@ -33,7 +34,14 @@ def site_density(name: str, fn: Distribution, value: Tensor) -> Tensor:
     except (RuntimeError, ValueError) as error:
         batch, event = list(fn.batch_shape), list(fn.event_shape)
         if _fits(value.shape, [*batch, *event]):
+            if words := values_outside(name, fn, value):
+                raise DataOutsideSupportError(words, 0) from None
             raise
+        if 0 in value.shape and 0 not in [*batch, *event]:
+            raise ValueError(
+                f"the site {name!r}: values of shape {list(value.shape)} are none at all, and its distribution has "
+                f"{[*batch, *event]}: the data are empty."
+            ) from error
         raise ValueError(
             f"the site {name!r}: values of shape {list(value.shape)} do not fit its distribution, which gives "
             f"{[*batch, *event]} (batch {batch} from plates and parameters, event {event}). Plates inside each other "

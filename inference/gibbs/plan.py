@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference import sgld
 from pyro_lift.inference.admission import (
     NotExactError,
     check_block,
@@ -20,6 +19,7 @@ from pyro_lift.inference.admission import (
     site_transforms,
     start_values,
 )
+from pyro_lift.inference.data_support import check_start, check_values
 from pyro_lift.inference.dependence import coupled_families, links_of
 from pyro_lift.inference.gibbs import shared_visit
 from pyro_lift.inference.gibbs.accumulator import GradientTable, langevin_limit
@@ -46,7 +46,6 @@ from pyro_lift.inference.mistakes import (
     check_program,
     missing_plate,
     nested_hint,
-    odd_data_hint,
     outside_hint,
 )
 from pyro_lift.inference.program import Evaluation, Program
@@ -127,6 +126,7 @@ def plan(
     run = program.run(start_values(preset, peeked), {}, index, generator)
     links = links_of(run)
     check_data(run, request.plate, says=request.says)
+    check_values(run)
     check_index_used(program, run, says=request.says)
     check_block(run, links)
     check_fixed_supports(run, run.globals)
@@ -313,10 +313,7 @@ def _check_saddle(
     silent = True
     for _ in range(SADDLE_BLOCKS):
         drift = run.drift(run.locals, structure.coupled, settings.n_inflate)
-        try:
-            sgld.check_finite(drift, 0, run.tasks)
-        except sgld.DivergedError as error:
-            raise sgld.DivergedError(f"{error}{odd_data_hint(run)}", error.step, error.tasks) from None
+        check_start(drift, run)
         if not run.log_likelihood.requires_grad or any(bool(g.any()) for g in drift.gradient.values()):
             return
         if curves_down(run.log_likelihood, [site.leaf for site in run.locals.values()]):

@@ -17,6 +17,7 @@ from pyro_lift.inference.admission import (
     site_transforms,
     start_values,
 )
+from pyro_lift.inference.data_support import check_values
 from pyro_lift.inference.dependence import coupled_families, links_of
 from pyro_lift.inference.gibbs.blocks import Request, is_small, size_hint
 from pyro_lift.inference.gibbs.normal_sites import local_normal
@@ -209,6 +210,7 @@ def _plan_together(
     links = links_of(run)
     check_block(run, links, together=True)
     check_data(run, request.plate, says=request.says)
+    check_values(run)
     check_fixed_supports(run, run.globals)
     structure = Structure(
         num_tasks,
