@@ -87,7 +87,8 @@ class MCMC(pyro.infer.MCMC):
             args: of the model.
             checkpoint: folder to save the run in; must not hold one yet.
             checkpoint_every: transitions between two checkpoints.
-            resume: folder to go on with; where it holds no checkpoint yet, the run begins and saves there.
+            resume: folder to go on with; where it holds no checkpoint yet, the run begins and saves there. A folder
+                that looks misspelt, because a run is saved beside it, is warned of.
             callbacks: told of every transition (:mod:`pyro_lift.watching`); of chains in this process.
             kwargs: of the model.
 

@@ -178,7 +178,8 @@ class LiFT:
             progress: whether to show a bar.
             checkpoint: folder to save the run in as it goes; must not hold one yet.
             checkpoint_every: visits between two checkpoints. SIGTERM and Ctrl-C save one more.
-            resume: folder to go on with; where it holds no checkpoint yet, the run begins and saves there.
+            resume: folder to go on with; where it holds no checkpoint yet, the run begins and saves there. A folder
+                that looks misspelt, because a run is saved beside it, is warned of.
             start: adapter weights ``[D]`` where phi begins, for example of one adapter trained on all tasks, which then
                 needs few ``sgd_steps``; None begins at the adapter's own. The prior of phi stays where it is.
             calibrate: whether to fit the temperature of predictions (:meth:`LiFTPrior.calibrate`) on the tasks that

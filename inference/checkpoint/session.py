@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pyro_lift.inference.checkpoint.beginning import check_folder, say_beginning
 from pyro_lift.inference.checkpoint.folder import (
     FORMAT,
     MANY,
@@ -114,7 +115,7 @@ class Session:
         draws: of those, after the warm-up.
 
     Raises:
-        ValueError: a folder that holds another run, or nothing but damaged checkpoints.
+        ValueError: a folder that holds another run, or nothing but damaged checkpoints, or is a checkpoint itself.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Session:
         self._previous: Path | None = None
         self._signal: int | None = None
         self._shared = False
+        check_folder(self.folder)
         checkpoints = checkpoints_in(self.folder)
         if checkpoints and not resume:
             raise ValueError(
@@ -165,7 +167,8 @@ class Session:
             raise DamagedError(
                 f"{self.folder}: none of its {len(checkpoints)} checkpoints is intact. The oldest: {damage}"
             )
-        log.info("%s: no checkpoint yet; the run begins", self.folder)
+        if distributed.is_first():
+            say_beginning(self.folder)
 
     # -------------------------------------------------------------------------------------------- setting up
 
