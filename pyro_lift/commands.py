@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -118,7 +119,7 @@ def train(
     session = None
     if every or resume:
         where: dict[str, Any] = {"resume": saved} if resume else {"checkpoint": saved}
-        resume_hint = f"pyro-lift train {path} --resume"
+        resume_hint = f"pyro-lift train {shlex.quote(str(path))} --resume"
         session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, resume_hint=resume_hint)
     with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
         shown: dict[str, Any] = {"progress": progress, "callbacks": callbacks}

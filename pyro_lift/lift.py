@@ -226,6 +226,7 @@ class LiFT:
         folder = checkpoint if resume is None else resume
         if folder is None:
             return None
+        options.setdefault("resume_hint", f"meta_train(tasks, resume={str(folder)!r})")
         if resume is not None:
             self._leave_as_saved(Path(folder))
         config = {

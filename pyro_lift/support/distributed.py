@@ -123,5 +123,6 @@ def _speaking() -> Iterator[None]:
         raise ProcessLostError(
             f"process {number} of {count}: another process of this run has ended, or has not answered in time "
             f"({reason}). Its own message says why. The last checkpoint is intact: go on from it "
-            "with run(resume=folder), with as many processes or another number of them."
+            "with run(resume=folder), meta_train(..., resume=folder) or --resume, by as many processes or "
+            "another number of them."
         ) from error

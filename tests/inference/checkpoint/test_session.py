@@ -346,6 +346,20 @@ def lift_of() -> tuple[LiFT, list[Any]]:
     return LiFT(model, recipe(model, rank=2), seed=0, **settings), tasks
 
 
+def test_a_stop_names_the_call_that_was_made(tmp_path: Path) -> None:
+    lift, tasks = lift_of()
+    steps = iter(range(100))
+
+    def stop() -> None:
+        if next(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RunStopped, match=rf"Go on with meta_train\(tasks, resume='{tmp_path}'\)\."):
+        lift.meta_train(tasks, progress=False, checkpoint=tmp_path, on_step=stop)
+    with pytest.raises(ValueError, match=r"holds a run already, .* Go on with meta_train\(tasks, resume="):
+        lift_of()[0].meta_train(tasks, progress=False, checkpoint=tmp_path)
+
+
 def test_the_front_door_goes_on_to_the_same_prior(tmp_path: Path) -> None:
     lift, tasks = lift_of()
     plain = lift.meta_train(tasks, progress=False)
