@@ -3,7 +3,7 @@ r"""How many of a task's weights its data move: the effective number of paramete
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +44,14 @@ def effective_weights(
 
 
 def weights_moved(
-    moments: Mapping[str, Tensor], beta: float | Tensor, tasks: Sequence[Task], *, batch_size: int, power: float
+    moments: Mapping[str, Tensor],
+    beta: float | Tensor,
+    tasks: Sequence[Task],
+    *,
+    batch_size: int,
+    power: float,
+    temperature: float = 1.0,
+    given: Collection[str] = (),
 ) -> dict[str, float]:
     """Report how many weights a task's data move, and warn of less than one.
 
@@ -55,6 +62,8 @@ def weights_moved(
         tasks: of the run.
         batch_size: rows of a minibatch; 0 for whole tasks.
         power: on the likelihood.
+        temperature: of the run.
+        given: names of settings that the user chose, which advice may turn to.
     """
     if "theta" not in moments:
         return {}
@@ -65,8 +74,26 @@ def weights_moved(
     if number < 1.0:
         log.warning(
             "the data of a task move less than one of the adapter's %d weights (%.2g): a new task is predicted as phi "
-            "predicts it. Lower the temperature and leave beta open, or give beta a larger value.",
+            "predicts it. %s",
             dim,
             number,
+            _way_out(rows, power, temperature, given),
         )
     return {"weights that a task's data move": number}
+
+
+def _way_out(rows: float, power: float, temperature: float, given: Collection[str]) -> str:
+    """Say what to do about tasks whose data move nothing; of settings only what the user chose can be left open."""
+    ways = []
+    if "beta" in given:
+        ways.append("leave beta open, or give it a larger value")
+    if "temperature" in given:
+        ways.append(f"lower the temperature ({temperature:g}), so that the prior's noise drowns less")
+    # Where n_inflate is given, a temperature that is left open is another.
+    kept = "" if "temperature" in given else f", and temperature={temperature:g}, as it was,"
+    ways.append(f"give n_inflate a value above {power:g}{kept} so that every row counts that often")
+    ways.append(f"give tasks more rows ({rows:.0f} on average here)")
+    return (
+        f"What helps: {'; '.join(ways)}. Where none does, the network says little of these tasks: `pyro-lift compare` "
+        "holds it against a linear probe, which may do as well."
+    )

@@ -327,7 +327,9 @@ class LiFT:
             )
             mcmc.run(checkpoint=session, until=looks.ends if held_out else None)
         summary, moments = looks.kept() or (mcmc._statistics.stats[(0, "phi")], _moments(kernel))
-        moved = weights_moved(moments, program.beta, program.tasks, batch_size=s.batch_size, power=s.n_inflate or 1.0)
+        given = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) is not None]
+        told: dict[str, Any] = {"power": s.n_inflate or 1.0, "temperature": s.temperature or 0.0, "given": given}
+        moved = weights_moved(moments, program.beta, program.tasks, batch_size=s.batch_size, **told)
         results = moved | ({} if joint is None else joint.results()) | looks.results()
         return [prior(k, summary, moments, results) for k in components]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import pytest
 import torch
 
-from pyro_lift.inference.effective_weights import effective_weights
+from pyro_lift import Task
+from pyro_lift.inference.effective_weights import effective_weights, weights_moved
 
 
 @pytest.mark.parametrize("power", [1.0, 7.0])
@@ -31,3 +35,27 @@ def test_wide_priors_leave_all_weights_to_the_data_and_narrow_ones_none() -> Non
     assert effective_weights(v, 1e-6, rows=10, batch_size=10) == pytest.approx(0.0, abs=1e-8)
     halves = effective_weights(v, torch.cat([torch.full((25,), 1e4), torch.full((25,), 1e-6)]), rows=10, batch_size=10)
     assert halves == pytest.approx(25.0, abs=1e-4)
+
+
+def said(caplog: pytest.LogCaptureFixture, given: list[str]) -> str:
+    task = Task("t", (torch.zeros(7, 2), torch.zeros(7).long()), num_classes=2)
+    told: dict[str, Any] = {"batch_size": 0, "power": 1.0, "temperature": 0.1, "given": given}
+    with caplog.at_level(logging.WARNING, logger="pyro_lift"):
+        weights_moved({"theta": torch.full((5,), 1e-4)}, 0.1, [task, task], **told)
+    return caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "advised", "not_advised"),
+    [
+        ([], ["n_inflate a value above 1, and temperature=0.1", "more rows (7 on average", "probe"], ["beta", "lower"]),
+        (["beta"], ["leave beta open", "more rows"], ["lower the temperature"]),
+        (["temperature"], ["lower the temperature (0.1)", "n_inflate a value above 1 so"], ["beta"]),
+        (["beta", "temperature", "n_inflate"], ["leave beta open", "lower the temperature"], ["as it was"]),
+    ],
+)
+def test_of_settings_only_what_was_chosen_is_advised_to_be_left_open(
+    given: list[str], advised: list[str], not_advised: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = said(caplog, given)
+    assert all(word in words for word in advised) and not any(word in words for word in not_advised), words
