@@ -99,6 +99,8 @@ class Kernel(MCMCKernel):
         self._run_seed: int | None = None
         #: Draws that the run will hold in memory, all chains together; MCMC says so.
         self.draws_to_keep = 0
+        #: What the caller calls options of this kernel and of its run, where others are set; advice takes these names.
+        self.option_names: Mapping[str, str] = {}
         #: From constrained to unconstrained space, by site; None before set-up, when Pyro's MCMC asks for a set-up.
         self.transforms: dict[str, Any] | None = None
         self._preset: dict[str, Tensor] | None = None
@@ -274,9 +276,13 @@ class Kernel(MCMCKernel):
             "clipped": [i for i, clipped in enumerate(stats["clipped"]) if clipped],
             "sample_stats": stats,
             "report": {**self.report(), **({"divergences": float(len(divergences))} if divergences else {})},
-            "in_force": {**self.in_force(), "thinning": self.thinning, "warmup_steps": self._warmup_steps},
+            "in_force": self._in_force(),
             "seconds": self._seconds(),
         }
+
+    def _in_force(self) -> dict[str, Any]:
+        run = {"thinning": self.thinning, "warmup_steps": self._warmup_steps, "names": dict(self.option_names)}
+        return {**self.in_force(), **run}
 
     def _seconds(self) -> float:
         """Wall time of all draws; the first draw and those made before a resume are assumed to take the mean time."""

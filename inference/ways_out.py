@@ -39,8 +39,14 @@ def ways_out(steps: Mapping[str, float | str], in_force: Mapping[str, Any], draw
         part = float(steps["block_size"]) < float(steps["tasks"])
         in_force = {"kernel": "SGLDGibbs", "wider": "subsample_size" if part else "", "ways": tuple(WAYS)[1:]}
     ways = [*_wider(steps, in_force), _draws(in_force, draws, more), *_warmup(in_force), *_steps(steps, in_force)]
-    ways += [f"{way} {WAYS[way]}" for way in in_force.get("ways", ())]
+    open_ways = [way for way in in_force.get("ways", ()) if _named(in_force, way.split("=")[0])]
+    ways += [f"{way} {WAYS[way]}" for way in open_ways]
     return "What helps: " + "; ".join(ways) + "."
+
+
+def _named(in_force: Mapping[str, Any], option: str) -> str:
+    """Return what the caller calls an option; empty where the caller has none of the kind."""
+    return str(in_force.get("names", {}).get(option, option))
 
 
 def _wider(steps: Mapping[str, float | str], in_force: Mapping[str, Any]) -> list[str]:
@@ -48,14 +54,15 @@ def _wider(steps: Mapping[str, float | str], in_force: Mapping[str, Any]) -> lis
     if not option:
         return []
     visited = f"a visit takes {float(steps['block_size']):.0f} of {float(steps['tasks']):.0f}; the law is the same"
-    how = "a larger subsample_size, or none" if option == "subsample_size" else "a larger block_size"
+    name = _named(in_force, option)
+    how = f"a larger {name}, or none" if name == "subsample_size" else f"a larger {name}"
     return [f"visit more tasks at once ({how}: {visited})"]
 
 
 def _draws(in_force: Mapping[str, Any], draws: int, more: int | None) -> str:
     about = "" if more is None else f"; about {more:,} would do at this pace"
     thin = f", or keep one visit in more (thinning={in_force['thinning']} here)" if "thinning" in in_force else ""
-    return f"draw more (num_samples={draws} here{about}){thin}"
+    return f"draw more ({_named(in_force, 'num_samples')}={draws} here{about}){thin}"
 
 
 def _warmup(in_force: Mapping[str, Any]) -> list[str]:
@@ -65,7 +72,8 @@ def _warmup(in_force: Mapping[str, Any]) -> list[str]:
         return ["warm up for longer (warmup_steps)"]
     if not tuned or warmup is None or warmup >= ENOUGH_WARMUP:
         return []
-    return [f"warm up for longer (warmup_steps={warmup} here, in which the step is tuned: {ENOUGH_WARMUP} or more)"]
+    name = _named(in_force, "warmup_steps")
+    return [f"warm up for longer ({name}={warmup} here, in which the step is tuned: {ENOUGH_WARMUP} or more)"]
 
 
 def _steps(steps: Mapping[str, float | str], in_force: Mapping[str, Any]) -> list[str]:
@@ -79,10 +87,12 @@ def _steps(steps: Mapping[str, float | str], in_force: Mapping[str, Any]) -> lis
     eta, curvature = float(steps.get("step_size", math.nan)), float(steps.get("curvature", math.nan))
     if update in ("sgld", "underdamped") and not eta * curvature > 4.0 * MOST_OF_LIMIT:
         size = f"measured: {eta:.2g}" if "step_size" in left_open else f"{eta:.2g} here"
-        ways.append(f"a larger step_size ({size}) moves faster, at more bias")
+        name = _named(in_force, "step_size")  # under another name it is another number
+        ways.append(f"a larger {name}{f' ({size})' if name == 'step_size' else ''} moves faster, at more bias")
     if in_force.get("phi_update") == "langevin":
-        chosen = "measured" if "phi_step_size" in left_open else "here"
+        name = _named(in_force, "phi_step_size")
+        size = f"{in_force['phi_step_size']:.2g} {'measured' if name in left_open else 'here'}"
         ways.append(
-            f"a larger phi_step_size ({in_force['phi_step_size']:.2g} {chosen}) moves phi faster, below its limit"
+            f"a larger {name}{f' ({size})' if name == 'phi_step_size' else ''} moves phi faster, below its limit"
         )
     return ways

@@ -38,7 +38,7 @@ from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
 from pyro_lift.prior import LiFTPrior
-from pyro_lift.settings import AdaptSettings, LiFTSettings, complete_settings
+from pyro_lift.settings import KERNEL_OPTIONS, AdaptSettings, LiFTSettings, complete_settings
 from pyro_lift.support import distributed
 from pyro_lift.support.durations import seconds_of
 from pyro_lift.support.moved import names_moved_from
@@ -415,7 +415,7 @@ class LiFT:
         s = resolved(self.settings, self.adapter)
         assert s.learning_rate is not None and s.sgd_learning_rate is not None
         assert s.temperature is not None and s.n_inflate is not None
-        return SGLDGibbs(
+        kernel = SGLDGibbs(
             program,
             step_size=2.0 * s.learning_rate,
             phi_update=s.phi_update,
@@ -436,6 +436,8 @@ class LiFT:
             init_strategy=init_to_value(values={"phi": self.adapter.initial}, fallback=init_to_mean),
             seed=self.seed,
         )
+        kernel.option_names = KERNEL_OPTIONS
+        return kernel
 
     def _phi_step_size(self, program: AdapterHierarchy) -> float | None:
         """A share of the largest stable step of phi; None where phi has no step."""

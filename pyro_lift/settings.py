@@ -8,7 +8,17 @@ from typing import Any, Literal
 
 from pyro_lift.support.options import check_choice, check_number, renamed_keywords
 
-__all__ = ["AdaptSettings", "LiFTSettings", "complete_adapt_settings", "complete_settings"]
+__all__ = ["KERNEL_OPTIONS", "AdaptSettings", "LiFTSettings", "complete_adapt_settings", "complete_settings"]
+
+#: What options of the kernel and of its run are called in :class:`LiFTSettings`; empty: there is no such setting.
+KERNEL_OPTIONS = {
+    "num_samples": "samples",
+    "warmup_steps": "burn_in",
+    "subsample_size": "block_size",
+    "step_size": "learning_rate",
+    "phi_step_size": "phi_step_fraction",
+    "theta_update": "",
+}
 
 
 @dataclass(frozen=True)

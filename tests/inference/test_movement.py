@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import fields
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from peft import LoraConfig
 from programs import vectorised
 
-from pyro_lift import MCMC, SGLD, SGLDGibbs, summarise
+from pyro_lift import MCMC, SGLD, LiFT, LiFTSettings, SGLDGibbs, Task, summarise
 from pyro_lift.inference.movement import Mixing, judged, mixing_of, reach_of
+from pyro_lift.settings import KERNEL_OPTIONS
 
 GOOD = [Mixing("phi[0]", 1.01, 900.0), Mixing("phi[1]", 1.0, 700.0)]
 FAR: dict[str, float | str] = {"tasks": 10.0, "block_size": 1.0, "thinning": 1.0, "step_size": 0.1, "curvature": 4.0}
@@ -66,6 +69,19 @@ LANGEVIN |= {"warmup_steps": 500, "wider": "", "left_open": [], "ways": [], "lea
         (ALL, {"phi_update": "langevin"}, r"larger phi_step_size \(0\.1 here\)", "hmc"),
         (ALL, {"temperature": 0.0}, "Leave temperature out", "step_size|num_samples|hmc"),
         (ALL, {"thinning": 7}, "thinning=7 here", "hmc"),
+        (
+            ALL,
+            {"names": KERNEL_OPTIONS},
+            r"\(samples=2000 here; .* a larger learning_rate moves",
+            "step_size|num_samples",
+        ),
+        (
+            FAR,
+            {"names": KERNEL_OPTIONS, "wider": "subsample_size"},
+            r"\(a larger block_size: a visit",
+            "subsample_size",
+        ),
+        (ALL, {"names": KERNEL_OPTIONS, "ways": ['theta_update="hmc"']}, "samples=2000", "theta_update"),
     ],
 )
 def test_advice_is_what_is_not_so_already(
@@ -74,6 +90,13 @@ def test_advice_is_what_is_not_so_already(
     advice = judged([Mixing("tau", 1.0, 13.0)], 1, 2000, steps, {**LANGEVIN, **in_force})[-1]
     assert re.search(said, advice), advice
     assert not re.search(unsaid, advice), advice
+
+
+def test_settings_of_lift_are_what_the_options_of_its_kernel_are_called_in_advice() -> None:
+    assert {name for name in KERNEL_OPTIONS.values() if name} <= {f.name for f in fields(LiFTSettings)}
+    lift = LiFT(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=1, target_modules=["0"]), seed=0)
+    kernel = lift.kernel(lift.program([Task(n, (torch.ones(2, 4), torch.arange(2)), num_classes=3) for n in "ab"]))
+    assert kernel.option_names == KERNEL_OPTIONS
 
 
 def test_a_kernel_that_tells_nothing_of_itself_is_advised_of_what_every_one_has() -> None:
