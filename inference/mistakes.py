@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pyro.infer.autoguide.guides import AutoGuide
 from torch import Tensor
 
 from pyro_lift.inference.program import Evaluation, Program
+from pyro_lift.inference.supports import innermost
 
 log = logging.getLogger("pyro_lift")
 
@@ -23,6 +25,7 @@ __all__ = [
     "missing_plate",
     "nested_hint",
     "outside_hint",
+    "say_single_task",
 ]
 
 
@@ -52,8 +55,54 @@ def check_program(program: Program, run: Evaluation, *, says: bool = True) -> No
             UserWarning,
             stacklevel=2,
         )
-    if not run.observed and says:
-        log.warning("the program observes nothing, so its draws are the prior's: pass data as pyro.sample(..., obs=y).")
+    if not run.observed:
+        _say_no_data(program, run, says=says)
+
+
+def _say_no_data(program: Program, run: Evaluation, *, says: bool) -> None:
+    """Warn of a program that observes nothing; refuse one that was not given its data, and would have to draw them.
+
+    Raises:
+        ValueError: a discrete site, which no gradient can move, and an argument that was left at None.
+    """
+    left = _left_at_none(program)
+    call = f"mcmc.run({', '.join(f'{name}={name}' for name in left)})"
+    for site in run.latents.values() if left else ():
+        if site.discrete:
+            raise ValueError(
+                f"the program observes nothing: run was not given {' and '.join(map(repr, left))}, and so "
+                f"{site.name!r} ({type(innermost(site.fn)).__name__}) is not observed and would have to be sampled. "
+                f"Hand over the data: {call}."
+            )
+    if says:
+        log.warning(
+            "the program observes nothing, so its draws are the prior's: pass data as pyro.sample(..., obs=y).%s",
+            f" run was not given {' and '.join(map(repr, left))}, which may be the data: {call}." if left else "",
+        )
+
+
+def _left_at_none(program: Program) -> list[str]:
+    """The arguments of the model that are None because nothing was handed over for them."""
+    try:
+        signature = inspect.signature(program.model)
+        bound = signature.bind(*program.args, **program.kwargs).arguments
+    except (TypeError, ValueError):  # of a callable that has none to show
+        return []
+    return [name for name, p in signature.parameters.items() if p.default is None and bound.get(name) is None]
+
+
+def say_single_task(plate: str, run: Evaluation) -> None:
+    """Warn of a plate with one task, from which nothing is learned of what tasks share."""
+    if run.plates[plate].size > 1:
+        return
+    shared = ", ".join(map(repr, run.globals)) or "what stands outside the plate"
+    log.warning(
+        "the plate %r holds one task, and one task tells nothing of what tasks share: the posterior of %s is about as "
+        "wide as its prior allows, and a new task gains next to nothing. Give two tasks or more, better ten. To fit "
+        "this one alone, sample it without an upper level (SGLD(model)), or train a plain adapter on it.",
+        plate,
+        shared,
+    )
 
 
 def _name(model: Callable[..., Any]) -> str:

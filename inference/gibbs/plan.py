@@ -47,6 +47,7 @@ from pyro_lift.inference.mistakes import (
     missing_plate,
     nested_hint,
     outside_hint,
+    say_single_task,
 )
 from pyro_lift.inference.program import Evaluation, Program
 from pyro_lift.inference.schedules import Schedule, constant
@@ -115,6 +116,8 @@ def plan(
     peeked, subsampled = program.peek(generator)
     check_program(program, peeked, says=request.says)
     check_plate(program, request.plate, peeked)
+    if request.says:
+        say_single_task(request.plate, peeked)
     refuse_discrete(peeked)
     num_tasks, declared = peeked.plates[request.plate]
     sequential = any(site.task is not None for site in peeked.locals.values())

@@ -26,7 +26,7 @@ from pyro_lift.inference.gibbs.regression import by_task
 from pyro_lift.inference.gibbs.state import Cache, Chain, Settings, Structure, init
 from pyro_lift.inference.gibbs.together import Posterior, raw_families
 from pyro_lift.inference.kernel import log
-from pyro_lift.inference.mistakes import MissingPlateError, check_data, check_program
+from pyro_lift.inference.mistakes import MissingPlateError, check_data, check_program, say_single_task
 from pyro_lift.inference.program import Evaluation, Latent, Program
 from pyro_lift.inference.schedules import constant
 from pyro_lift.inference.whole import whole
@@ -201,6 +201,8 @@ def _plan_together(
     peeked, _ = program.peek(generator)
     check_program(program, peeked, says=request.says)
     check_plate(program, request.plate, peeked)
+    if request.says:
+        say_single_task(request.plate, peeked)
     refuse_discrete(peeked)
     _check_whole(peeked, request)
     num_tasks = peeked.plates[request.plate].size

@@ -239,6 +239,46 @@ def test_a_program_that_observes_nothing_says_so(caplog: pytest.LogCaptureFixtur
     assert "the program observes nothing, so its draws are the prior's" in caplog.text
 
 
+def of_counts(y: Tensor | None = None, exposure: float = 1.0) -> None:
+    phi = shared()
+    with pyro.plate("tasks", N):
+        theta = pyro.sample("theta", dist.Normal(phi, 0.5))
+        pyro.sample("y", dist.Poisson(exposure * theta.exp()), obs=y)  # type: ignore[arg-type]
+
+
+def of_numbers(y: Tensor | None = None) -> None:
+    phi = shared()
+    with pyro.plate("tasks", N):
+        pyro.sample("y", dist.Normal(pyro.sample("theta", dist.Normal(phi, 0.5)), 1.0), obs=y)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel", [SGLD, SGLDGibbs])
+def test_a_run_without_the_data_names_the_argument(
+    kernel: type[SGLD] | type[SGLDGibbs], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match=r"run was not given 'y', and so 'y' \(Poisson\).*mcmc\.run\(y=y\)") as refused:
+        MCMC(kernel(of_counts, seed=0), 2, 0, disable_progbar=True).run()
+    assert "Marginalise" not in str(refused.value)
+    with caplog.at_level(logging.WARNING, "pyro_lift"):
+        MCMC(kernel(of_numbers, seed=0), 2, 0, disable_progbar=True).run()
+    assert "its draws are the prior's" in caplog.text and "run was not given 'y'" in caplog.text
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_task_alone_is_said_to_teach_nothing(count: int, caplog: pytest.LogCaptureFixture) -> None:
+    def model() -> None:
+        phi = shared()
+        with pyro.plate("tasks", count):
+            observe(pyro.sample("theta", dist.Normal(phi, 0.5)), Y[:count])  # type: ignore[arg-type]
+
+    kernels = [SGLDGibbs(model, seed=0), SGLDGibbs(model, seed=0, phi_update="nuts")]
+    with caplog.at_level(logging.WARNING, "pyro_lift"):
+        for kernel in kernels:
+            MCMC(kernel, num_samples=2, warmup_steps=2, disable_progbar=True).run()
+    assert caplog.text.count("'tasks' holds one task") == (2 if count == 1 else 0)
+    assert ("posterior of 'phi' is about as wide" in caplog.text) == (count == 1)
+
+
 def in_a_python_loop(y: Tensor) -> None:
     phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
     for i in range(4):
