@@ -20,7 +20,7 @@ from itertools import product
 from pyro_lift.comparison.settings import CompareSettings
 from pyro_lift.support.durations import format_duration
 
-__all__ = ["PLANNED", "Costs", "Plan", "planned", "solve", "turn_seconds"]
+__all__ = ["PLANNED", "Costs", "Plan", "planned", "solve", "turn_seconds", "whole_budget"]
 
 #: Fraction of the time that a first plan is for; the rest is for machines that slow down, and for what the turns after
 #: it can do with it.
@@ -29,6 +29,8 @@ PLANNED = 0.8
 ENOUGH = (600, 300, 150, 60)
 #: Gradients and steps below which nothing means anything.
 LEAST_GRADIENTS, LEAST_STEPS = 20, 10
+#: Budgets that are told, in seconds up to a minute, in minutes up to an hour, and in hours.
+ROUND = (5, 10, 15, 20, 30, 45, 60)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Plan:
         seeds: repetitions.
         seconds: that all this should take.
         cut: what was made smaller, in words.
+        least: seconds of a budget in which the least that means anything fits, what comes before it included.
     """
 
     gradients: int
@@ -71,6 +74,7 @@ class Plan:
     seeds: int
     seconds: float
     cut: tuple[str, ...] = ()
+    least: float = 0.0
 
     def to_dict(self) -> dict[str, object]:
         """Return what is written beside the records."""
@@ -112,7 +116,14 @@ def turn_seconds(costs: Costs, held_out: int, meta: int, alone: int, sizes: tupl
 
 
 def solve(
-    costs: Costs, settings: CompareSettings, held_out: Sequence[int], meta: int, alone: int, seconds: float
+    costs: Costs,
+    settings: CompareSettings,
+    held_out: Sequence[int],
+    meta: int,
+    alone: int,
+    seconds: float,
+    before: float = 0.0,
+    share: float = 1.0,
 ) -> Plan:
     """Find the largest sizes that fit.
 
@@ -123,23 +134,42 @@ def solve(
         meta: methods that learn from other tasks.
         alone: other methods that take gradients.
         seconds: there are.
+        before: seconds of the budget that went into getting ready.
+        share: of the rest of the budget, what the comparison itself gets; settings are chosen in the other.
 
     Returns:
         The plan; where even the least does not fit, the least, which runs until time is up.
     """
     shape = _Shape(held_out, meta, alone, costs)
     available = PLANNED * seconds
+    fewest, few = _fewest_steps(settings), min(LEAST_GRADIENTS, settings.gradients)
+    least = shape.adapting(1, 1, fewest) + meta * few * costs.gradient
+    budget = whole_budget(before + least / (PLANNED * share))
     for folds, seeds, rates, steps, gradients in _by_preference(shape, settings, available):
         cut = _cut(settings, len(held_out), folds, seeds, (rates, steps, gradients), meta)
         spent = seeds * (shape.adapting(folds, rates, steps) + folds * meta * gradients * costs.gradient)
-        return Plan(gradients, steps, tuple(settings.rates[:rates]), folds, seeds, spent, cut)
-    steps, gradients = _fewest_steps(settings), min(LEAST_GRADIENTS, settings.gradients)
-    spent = shape.adapting(1, 1, steps) + meta * gradients * costs.gradient
+        return Plan(gradients, steps, tuple(settings.rates[:rates]), folds, seeds, spent, cut, budget)
     note = (
-        f"the least that means anything would take {format_duration(spent)}; what is missing is what time ran out for"
+        f"the least that means anything needs a budget of {format_duration(budget)} or more; what is missing is what "
+        "time ran out for"
     )
-    cut = _cut(settings, len(held_out), 1, 1, (1, steps, gradients), meta)
-    return Plan(gradients, steps, tuple(settings.rates[:1]), 1, 1, spent, (*cut, note))
+    cut = _cut(settings, len(held_out), 1, 1, (1, fewest, few), meta)
+    return Plan(few, fewest, tuple(settings.rates[:1]), 1, 1, least, (*cut, note), budget)
+
+
+def whole_budget(seconds: float) -> float:
+    """Return a length of time as a person would give it, at least as long.
+
+    Example:
+        >>> whole_budget(0.3), whole_budget(31.0), whole_budget(61.0), whole_budget(4000.0)
+        (5.0, 45.0, 120.0, 7200.0)
+    """
+    for unit in (1.0, 60.0):
+        numbers = ROUND if unit == 1.0 else (2, 3, *ROUND)
+        fitting = [number * unit for number in numbers if number * unit >= seconds]
+        if fitting:
+            return fitting[0]
+    return math.ceil(seconds / 3600.0) * 3600.0
 
 
 def _by_preference(

@@ -24,7 +24,7 @@ from pyro_lift.bench.sweep import Cell, results, run_cells, write_manifest
 from pyro_lift.comparison.cells import OutOfTimeError, Work, rates_of, run_cell
 from pyro_lift.comparison.costs import load_all, measured
 from pyro_lift.comparison.figure import plot
-from pyro_lift.comparison.plan import Plan, solve
+from pyro_lift.comparison.plan import Plan, solve, whole_budget
 from pyro_lift.comparison.problem import Fold, Problem, chance_loss, folds_of, probe_missing
 from pyro_lift.comparison.settings import CompareSettings, entrant
 from pyro_lift.comparison.summary import Summary, summarise
@@ -36,6 +36,7 @@ from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.task import Task
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.archive import write_file, write_json
+from pyro_lift.support.durations import format_duration
 from pyro_lift.support.options import check_choice
 
 if TYPE_CHECKING:
@@ -162,13 +163,23 @@ def run(
         notes += _notes(agenda, summary, done, names)
         records = [record for cell in done.values() for record in cell["records"]]
         table = summary.table() if summary.results else "no turn was finished by every method"
-        comparison = Comparison(summary.advice, table, summary, records, tuple(notes), out)
+        advice = summary.advice if summary.results else _nothing_done(agenda.plan, settings)
+        comparison = Comparison(advice, table, summary, records, tuple(notes), out)
         if out is not None:
             write_file(out / TABLE, f"{comparison}\n".encode())
             write_json(out / RECORDS, {"advice": comparison.advice, "notes": notes, "records": records})
             if summary.results:
                 plot(summary, out / FIGURE)
     return comparison
+
+
+def _nothing_done(plan: Plan, settings: CompareSettings) -> str:
+    """Say what budget would have been enough; where one that was enough by the plan was not, twice as much."""
+    enough = plan.least if plan.least > settings.seconds else whole_budget(2.0 * settings.seconds)
+    return (
+        "Nothing was finished in the time given, so there is nothing to advise. Give a budget of "
+        f"{format_duration(enough)} or more."
+    )
 
 
 def _names(problem: Problem, settings: CompareSettings) -> tuple[list[str], list[str]]:
@@ -208,7 +219,8 @@ def _agenda(
     load_all()
     costs = measured(problem, folds, settings, names, MEASURING * settings.seconds)
     left = settings.seconds - (time.monotonic() - start)
-    plan = solve(costs, settings, held_out, *entries, max(left, 0.0) * (TUNING if settings.trials else 1.0))
+    share = TUNING if settings.trials else 1.0
+    plan = solve(costs, settings, held_out, *entries, max(left, 0.0) * share, settings.seconds - left, share)
     agenda = Agenda(path, mark, plan, costs, settings, held_out, entries)
     agenda.write()
     return agenda

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -29,6 +30,7 @@ from pyro_lift.comparison.problem import Problem, chance_loss, folds_of, unexpla
 from pyro_lift.comparison.settings import CompareSettings, entrant
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.models.task import Rows
+from pyro_lift.support.durations import seconds_of
 from pyro_lift.tuning.held_out import judged
 from pyro_lift.tuning.methods import tune_method
 
@@ -103,6 +105,16 @@ def test_when_time_is_up_it_ends_and_says_what_is_missing(tmp_path: Path, monkey
     monkeypatch.undo()
     again = pyro_lift.compare(tiny_tasks(4), tiny_adapter(), out=tmp_path, **options)
     assert [r.task for r in again.summary.results["lift"]] == ["t0", "t1", "t2", "t3"]
+
+
+def test_a_budget_far_too_small_is_answered_by_one_that_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "load_all", lambda: None)
+    monkeypatch.setattr(comparing, "measured", lambda *told: Costs(gradient=1.0, setup=1.0, step=1.0, adaptation=1.0))
+    result = pyro_lift.compare(tiny_tasks(4), tiny_adapter(), folds=2, methods=("lift",), budget=0.01)
+    least = re.search(r"nothing to advise\. Give a budget of (.+) or more\.$", result.advice)
+    assert least is not None, result.advice
+    assert seconds_of(least[1]) > 20 * 1.0  # twenty gradients at a second each
+    assert any(f"needs a budget of {least[1]} or more" in note for note in result.notes)
 
 
 def test_a_cell_gives_up_at_its_deadline_in_the_midst_of_meta_training(tmp_path: Path) -> None:

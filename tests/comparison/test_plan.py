@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyro_lift.comparison.plan import PLANNED, Costs, Plan, planned, solve
+from pyro_lift.comparison.plan import PLANNED, Costs, Plan, planned, solve, whole_budget
 from pyro_lift.comparison.settings import CompareSettings
+from pyro_lift.support.durations import format_duration, seconds_of
 
 COSTS = Costs(gradient=0.1, setup=0.5, step=0.1, adaptation=0.5, probe=0.5)
 FOLDS = [4, 4, 4]
@@ -45,6 +47,26 @@ def test_it_costs_what_it_says_and_fits_unless_nothing_does(
     assert least or spent <= PLANNED * budget + 1e-6
     if least:
         assert (plan.folds, plan.seeds, len(plan.rates)) == (1, 1, 1) and spent > PLANNED * budget
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("before", [0.0, 7.0])
+def test_the_least_budget_that_is_told_is_enough_and_not_much_more(before: float, share: float) -> None:
+    wanted = CompareSettings(seeds=2)
+    plan = solve(COSTS, wanted, FOLDS, 3, 1, 0.1, before, share)
+    assert f"needs a budget of {format_duration(plan.least)} or more" in plan.cut[-1]
+    assert seconds_of(format_duration(plan.least)) == plan.least > before + plan.seconds
+    enough = solve(COSTS, wanted, FOLDS, 3, 1, share * (plan.least - before), before, share)
+    assert not any("the least" in note for note in enough.cut) and enough.least == plan.least
+    too_little = solve(COSTS, wanted, FOLDS, 3, 1, share * (0.6 * plan.least - before), before, share)
+    assert any("the least" in note for note in too_little.cut)
+
+
+@given(wanted=st.floats(0.001, 1e5))
+def test_a_budget_is_told_in_round_numbers(wanted: float) -> None:
+    told = whole_budget(wanted)
+    assert wanted <= told <= max(5.0, 2.0 * wanted)
+    assert seconds_of(format_duration(told)) == told and len(format_duration(told).split()) == 2
 
 
 def test_with_time_enough_nothing_is_cut() -> None:
