@@ -16,6 +16,7 @@ the encoded label texts both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -124,6 +125,9 @@ class SolvedHeads:
             target: class numbers ``[B, b]``.
             weight: zero for rows that are padding, ``[B, b]``.
         """
+        if not bool(torch.isfinite(features.detach()).all()):
+            # The chain has run away. Its integrator looks at the likelihood, and says so with the way out.
+            return features.sum(-1) * math.nan
         choices = [self.choice(k) for k in tasks]
 
         def each(values: Sequence[Any]) -> Tensor:

@@ -9,7 +9,8 @@ networks at the start is the weight w that predicts these rows best (stacking),
 .. math:: \max_w\; \sum_{n} \log\big(w\, p_0(y_n) + (1 - w)\, p_1(y_n)\big) + c \log w + c \log(1 - w),
 
 with :math:`p_0` from the start and :math:`p_1` the mean over draws, both by heads that the other rows have solved. The
-last two terms, c rows for either, draw w towards a half. Heads of the prediction are solved on all rows.
+last two terms, c rows for either, draw w towards a half. Where w rounds to all of the draws, all stay: the task asks
+for no other features. Heads of the prediction are solved on all rows.
 
 References:
     Yao, Vehtari, Simpson, Gelman (2018), Using stacking to average Bayesian predictive distributions.
@@ -92,7 +93,8 @@ class Unmoved:
 
     def put_back(self, task: int, start: Tensor, thetas: Tensor) -> Tensor:
         """Put the start ``[D]`` in the place of the first of a task's draws ``[S, D]``, as many as its share says."""
-        return with_unmoved(start, thetas, self._share(task, start, thetas))
+        stacked = self.heads is not None and self._given is None and self._kept[task] is not None
+        return with_unmoved(start, thetas, self._share(task, start, thetas), all_may=stacked)
 
     def _share(self, task: int, start: Tensor, thetas: Tensor) -> float:
         kept = self._kept[task]
@@ -128,14 +130,14 @@ def stacked_share(start: Tensor, moved: Tensor) -> float:
     return float(w)
 
 
-def unmoved_draws(draws: int, share: float = UNMOVED) -> int:
-    """Count the draws that stay at the start, so that at least one has moved."""
-    return min(round(share * draws), draws - 1)
+def unmoved_draws(draws: int, share: float = UNMOVED, *, all_may: bool = False) -> int:
+    """Count the draws that stay at the start; at least one moves, unless all may stay."""
+    return min(round(share * draws), draws if all_may else draws - 1)
 
 
-def with_unmoved(start: Tensor, thetas: Tensor, share: float = UNMOVED) -> Tensor:
+def with_unmoved(start: Tensor, thetas: Tensor, share: float = UNMOVED, *, all_may: bool = False) -> Tensor:
     """Put the start ``[D]`` in the place of the first of the draws ``[S, D]``."""
-    stay = unmoved_draws(len(thetas), share)
+    stay = unmoved_draws(len(thetas), share, all_may=all_may)
     if stay == 0:
         return thetas
     return torch.cat([start.to(thetas).expand(stay, -1), thetas[stay:]])

@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from pyro_lift import LiFT, Task
+from pyro_lift import DivergedError, LiFT, Task
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.adaptation.unmoved import (
     IN_ADVANCE,
@@ -106,7 +106,8 @@ def test_the_share_goes_with_what_the_moves_are_worth() -> None:
     def stays(start: Tensor, thetas: Tensor) -> int:
         return int((unmoved.put_back(0, start, thetas) == start).all(-1).sum())
 
-    assert stays(net.initial, ruined) == unmoved_draws(10, 1.0) == 9
+    assert stays(net.initial, ruined) == 9 and stays(net.initial, ruined[:4]) == 4
+    assert unmoved_draws(4, 0.95, all_may=True) == 4 and unmoved_draws(4, 0.95) == 3  # one moves, if rows do not speak
     assert stays(ruined[0], net.initial.expand(10, -1).clone() + 1e-3) <= 1
     half = Unmoved([task(40)], solved([task(40)], net))
     assert int((half.put_back(0, net.initial, ruined) == net.initial).all(-1).sum()) == 5
@@ -128,6 +129,24 @@ def test_a_rate_that_ruins_an_adaptation_costs_little_where_rows_can_tell() -> N
     watched = replace(new, dev=new.test)
     assert Unmoved([watched], solved([watched], net), looks=True).tasks[0].train is watched.train
     assert Unmoved([new], solved([new], net), looks=True).tasks[0].train is not new.train
+
+
+class Overflowing(nn.Module):
+    """Features that are finite at the start, and are not once the weights have grown."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.exp(20.0 * x.abs())
+
+
+def test_a_chain_that_runs_away_under_solved_heads_says_so() -> None:
+    backbone = nn.Sequential(nn.Linear(6, 16), Overflowing())
+    with torch.no_grad():
+        backbone[0].weight *= 0.1
+    net = adapt_backbone(backbone, peft.LoraConfig(r=2, target_modules=["0"]), seed=0)
+    tasks = [task(300, seed=k) for k in range(2)]
+    lift = LiFT(net, head_scale=1.0, sgd_steps=0, burn_in=5, samples=10, learning_rate=1e-5, seed=0)
+    with pytest.raises(DivergedError, match="smaller"):
+        lift.meta_train(tasks, progress=False).adapt(task(300, seed=9), steps=20, learning_rate=1e3, seed=0)
 
 
 def test_the_baselines_stack_as_lift_does() -> None:
