@@ -139,9 +139,9 @@ class Overflowing(nn.Module):
 
 
 def test_a_chain_that_runs_away_under_solved_heads_says_so() -> None:
-    backbone = nn.Sequential(nn.Linear(6, 16), Overflowing())
-    with torch.no_grad():
-        backbone[0].weight *= 0.1
+    linear = nn.Linear(6, 16)
+    nn.init.normal_(linear.weight, std=0.02)
+    backbone = nn.Sequential(linear, Overflowing())
     net = adapt_backbone(backbone, peft.LoraConfig(r=2, target_modules=["0"]), seed=0)
     tasks = [task(300, seed=k) for k in range(2)]
     lift = LiFT(net, head_scale=1.0, sgd_steps=0, burn_in=5, samples=10, learning_rate=1e-5, seed=0)
