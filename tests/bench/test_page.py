@@ -180,7 +180,9 @@ def test_tasks_that_a_seed_makes_are_cases_of_their_own(tmp_path: Path) -> None:
         result = json.loads(path.read_text())
         result["cell"] |= {"family": "digits", "split": "10 labels"}
         path.write_text(json.dumps(result).replace("unexplained", "nll"))
-    assert verdict_of(read_evidence(folder), "digits").cases == 8
+    verdict = verdict_of(read_evidence(folder), "digits")
+    assert verdict.cases == 8
+    assert verdict.guessing is None and "Guessing" not in verdict.sentence()  # records that do not say what it costs
     assert verdict_of(read_evidence(_folder(tmp_path / "shared", LOSSES)), "regressions").cases == 4
 
 

@@ -84,7 +84,7 @@ class FamilyVerdict(NamedTuple):
         verdict = "ahead" if test.difference < 0 else "behind"
         sure = "" if test.p_value < LEVEL else ", which these tasks do not tell apart"
         place = f"place {self.place} of {len(self.ranking.methods) if self.ranking else 0}"
-        ignorant = f" Guessing costs {self.guessing:.3f}: LiFT has learned nothing here." * self.no_better
+        ignorant = f" Guessing costs {self.guessing:.3f}: LiFT has learned nothing here." if self.no_better else ""
         return (
             f"{told}: {abs(test.difference):.3f} ± {test.standard_error:.3f} {verdict}, p = {test.p_value:.2g}{sure}; "
             f"{place} by mean rank over {self.cases} tasks, {self.seeds} seed{'s' * (self.seeds != 1)}.{ignorant}"
