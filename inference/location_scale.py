@@ -27,7 +27,7 @@ from torch.distributions.transforms import AffineTransform, ComposeTransform, Ex
 
 from pyro_lift.inference.supports import innermost
 
-__all__ = ["LocationScale", "location_scale"]
+__all__ = ["Distance", "LocationScale", "location_scale"]
 
 
 class LocationScale(NamedTuple):
@@ -65,6 +65,17 @@ class LocationScale(NamedTuple):
         and would seem the likelier the smaller s is.
         """
         return self.standard.log_prob(raw).sum()
+
+
+class Distance(NamedTuple):
+    """A site by its distance z from a location, in scales."""
+
+    z: Tensor
+    around: LocationScale
+
+    def log_density(self) -> Tensor:
+        """Return the log density of z, summed."""
+        return self.around.log_density(self.z)
 
 
 def location_scale(fn: Distribution, transform: Transform | None) -> LocationScale | None:

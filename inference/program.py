@@ -27,7 +27,7 @@ from torch.distributions import Distribution, Transform
 
 from pyro_lift.inference.arguments import arguments_named, no_tensor
 from pyro_lift.inference.families import Families
-from pyro_lift.inference.location_scale import location_scale
+from pyro_lift.inference.location_scale import Distance, location_scale
 from pyro_lift.inference.sgld import Drift
 from pyro_lift.inference.site_density import site_density
 from pyro_lift.inference.starts import InitStrategy, start_of
@@ -46,8 +46,8 @@ class Latent(NamedTuple):
     Attributes:
         scale: what its log density is multiplied by, with the task plate's factor already taken out.
         subsampled: a subsampled plate, other than the task plate, that the site stands in; None where there is none.
-        raw: what ``leaf`` was made of where the run was given the site by its distance from its location, in scales
-            (:mod:`~pyro_lift.inference.location_scale`); it then is what requires grad.
+        raw: what ``leaf`` was made of where the run was given the site by its distance from its location, in scales;
+            that then is what requires grad.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Latent(NamedTuple):
     mask: Any
     transform: Transform | None
     subsampled: str | None = None
-    raw: Tensor | None = None
+    raw: Distance | None = None
 
     @property
     def discrete(self) -> bool:
@@ -162,8 +162,9 @@ class Evaluation:
         return twin
 
     def log_prior(self, sites: Mapping[str, Latent]) -> Tensor:
-        """Summed log density of some latent sites at their own values."""
-        return sum((s.log_prob_at(s.leaf) for s in sites.values()), torch.zeros(()))
+        """Summed log density of some latent sites at their own values; of distances, where the run was given these."""
+        terms = (s.log_prob_at(s.leaf) if s.raw is None else s.raw.log_density() for s in sites.values())
+        return sum(terms, torch.zeros(()))
 
     @span("pyro_lift.backward")
     def drift(
@@ -274,7 +275,7 @@ class _Reader(Messenger):
             leaf = leaf.requires_grad_()
         raw, around = None, location_scale(fn, transform) if family in self.raw and frame is not None else None
         if around is not None:
-            raw, leaf = leaf, around.leaf(leaf)
+            raw, leaf = Distance(leaf, around), around.leaf(leaf)
         value = leaf if transform is None else transform(leaf)
         msg["value"], msg["done"] = value, True
         plate_dim = None if frame is None else -1

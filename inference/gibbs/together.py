@@ -115,15 +115,10 @@ class Posterior:
         """Return the point at a vector: log density, minus infinity where there is none, and gradient."""
         run = self.run(vector, want_grad=True)
         settings = self.chain.settings
-        total = run.log_prior({name: site for name, site in run.latents.items() if site.raw is None})
+        total = run.log_prior(run.latents)
         for seen in run.observed:
             total = total + settings.n_inflate * (run.terms[seen.name] if seen.local else seen.log_prob())
-        leaves = [site.leaf if site.raw is None else site.raw for site in run.latents.values()]
-        for site in run.latents.values():
-            if site.raw is not None:
-                around = location_scale(site.fn, site.transform)
-                assert around is not None
-                total = total + around.log_density(site.raw)
+        leaves = [site.leaf if site.raw is None else site.raw.z for site in run.latents.values()]
         total = total / settings.temperature
         grads = torch.autograd.grad(total, leaves, allow_unused=True)
         parts = [
