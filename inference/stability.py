@@ -325,6 +325,5 @@ def step_too_large(name: str, value: float, limit: float, formula: str) -> str:
         f"{name}={value:g} is past its stability limit {limit:g} = {formula}: the chain would grow without bound. "
         f"Use a value well below it ({DEFAULT_SHARE * limit:g} keeps the bias near 5 %), or leave it out to have one "
         'found. integrator="exponential" for theta and phi_update="gibbs" for phi, the defaults, are limited by the '
-        "data alone; "
-        "check_stability=False tries anyway."
+        "data alone; check_stability=False tries anyway."
     )

@@ -66,14 +66,20 @@ PAD_Y[MASK], PAD_X[MASK] = RADON, FLOOR
 PAD_ROWS = torch.stack([MASK.to(PAD_X), PAD_X], -1)
 
 
-def radon_rows_outside() -> None:
-    """Rows in a plate of their own, with the county of each: the commonest way."""
+def _independent_level() -> tuple[Tensor, ...]:
+    """Sample what all counties share where intercepts and slopes are independent."""
     g0 = pyro.sample("g0", dist.Normal(0.0, 5.0))
     g1 = pyro.sample("g1", dist.Normal(0.0, 5.0))
     b = pyro.sample("b", dist.Normal(0.0, 5.0))
     sd_a = pyro.sample("sd_a", dist.HalfCauchy(1.0))
     sd_b = pyro.sample("sd_b", dist.HalfCauchy(1.0))
     sigma = pyro.sample("sigma", dist.HalfCauchy(1.0))
+    return g0, g1, b, sd_a, sd_b, sigma
+
+
+def radon_rows_outside() -> None:
+    """Rows in a plate of their own, with the county of each: the commonest way."""
+    g0, g1, b, sd_a, sd_b, sigma = _independent_level()
     with pyro.plate("tasks", GROUPS):
         alpha = pyro.sample("alpha", dist.Normal(g0 + g1 * U, sd_a))
         beta = pyro.sample("beta", dist.Normal(b, sd_b))
@@ -83,12 +89,7 @@ def radon_rows_outside() -> None:
 
 def radon_rows_outside_collapsed() -> None:
     """The same law of what all counties share, each county's intercept and slope integrated out: easy for NUTS."""
-    g0 = pyro.sample("g0", dist.Normal(0.0, 5.0))
-    g1 = pyro.sample("g1", dist.Normal(0.0, 5.0))
-    b = pyro.sample("b", dist.Normal(0.0, 5.0))
-    sd_a = pyro.sample("sd_a", dist.HalfCauchy(1.0))
-    sd_b = pyro.sample("sd_b", dist.HalfCauchy(1.0))
-    sigma = pyro.sample("sigma", dist.HalfCauchy(1.0))
+    g0, g1, b, sd_a, sd_b, sigma = _independent_level()
     _collapsed(torch.stack([g0 + g1 * U, b.expand(GROUPS)], -1), torch.stack([sd_a, sd_b]), torch.eye(2), sigma)
 
 

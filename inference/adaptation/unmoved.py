@@ -93,8 +93,7 @@ class Unmoved:
 
     def put_back(self, task: int, start: Tensor, thetas: Tensor) -> Tensor:
         """Put the start ``[D]`` in the place of the first of a task's draws ``[S, D]``, as many as its share says."""
-        stacked = self.heads is not None and self._given is None and self._kept[task] is not None
-        return with_unmoved(start, thetas, self._share(task, start, thetas), all_may=stacked)
+        return with_unmoved(start, thetas, self._share(task, start, thetas), all_may=self._kept[task] is not None)
 
     def _share(self, task: int, start: Tensor, thetas: Tensor) -> float:
         kept = self._kept[task]
