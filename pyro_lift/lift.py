@@ -241,7 +241,10 @@ class LiFT:
 
     def _leave_as_saved(self, folder: Path) -> None:
         """Take from a saved run what these settings leave open: what was filled in then may not be today's choice."""
-        saved = _upgraded(saved_config(folder)).get("settings", {})
+        config = saved_config(folder)
+        if not config:  # nothing is saved yet: this run begins
+            return
+        saved = _upgraded(config).get("settings", {})
         left_open = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) is None]
         then = {name: saved[name] for name in left_open if saved.get(name) is not None}
         self.settings = replace(self.settings, **then)
