@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_lift.models.chance import chance_loss
+from pyro_lift.models.task import Task
+
 __all__ = ["ChainLostError", "LossWatch"]
 
 #: Of chance: a chain whose mean loss has been below the first and comes back to the second has lost what it knew.
@@ -44,8 +47,14 @@ class LossWatch:
         self._visits = 0
         self.lowest = float("inf")
 
-    def see(self, log_likelihood: Tensor, tasks: tuple[int, ...]) -> None:
-        """Take a visit: the log likelihood summed over the tasks' rows, and the tasks.
+    @classmethod
+    def of(cls, tasks: Sequence[Task], noise_scale: float, advice: str) -> LossWatch:
+        """Watch a run over some tasks; ``noise_scale`` is the sd of regression's noise."""
+        rows = [len(task.train) for task in tasks]
+        return cls(rows, [chance_loss(task, noise_scale) for task in tasks], advice)
+
+    def see(self, log_likelihood: Tensor, tasks: tuple[int, ...], phase: str = "sample") -> None:
+        """Take a visit: the log likelihood summed over the tasks' rows, and the tasks; in ``"sgd"``, joint training.
 
         Raises:
             ChainLostError: the mean loss was below 0.8 of chance and is now at 0.97 of it or above.
@@ -66,9 +75,11 @@ class LossWatch:
             return
         self.lowest = min(self.lowest, loss / chance)
         if self.lowest < LEARNED and loss > LOST * chance:
+            why = f"the chain's noise has carried the weights to where the network says nothing. {self._advice}"
+            if phase == "sgd":
+                why = "joint training has become unsteady. Give it fewer sgd_steps, or a smaller sgd_learning_rate."
             raise ChainLostError(
                 f"after {self._visits} visits the mean loss of the tasks is {loss:.3f} a row, where a prediction that "
-                f"ignores its input has {chance:.3f}, and it was {self.lowest * chance:.3f} before: the chain's noise "
-                f"has carried the weights to where the network says nothing. {self._advice}",
+                f"ignores its input has {chance:.3f}, and it was {self.lowest * chance:.3f} before: {why}",
                 self._visits,
             )

@@ -123,7 +123,9 @@ def train(
         session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, resume_hint=resume_hint)
     with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
         shown: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
-        prior = lift.meta_train_many(tasks.train, [config.sampler.components], session=session, **shown)[0]
+        prior = lift.meta_train_many(tasks.train, [config.sampler.components], session=session, crossed=True, **shown)[
+            0
+        ]
     if not distributed.is_first():
         return prior
     write_file(folder / CONFIG, text)

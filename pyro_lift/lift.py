@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
-from pyro.ops.streaming import CountStats, StatsOfDict
+from pyro.ops.streaming import StatsOfDict
 from torch import Tensor, nn
 
-from pyro_lift.defaults import fitted, resolved, resolved_adaptation
+from pyro_lift.defaults import fitted, one_width, resolved, resolved_adaptation
 from pyro_lift.inference.chain_summary import ChainSummary
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.folder import saved_config
@@ -26,11 +26,12 @@ from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.lost import LossWatch
 from pyro_lift.inference.mcmc import StreamingMCMC
+from pyro_lift.inference.mixture.batch_em import Moments
+from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.progress import chain_bar
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.models.chance import chance_loss
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.solved_heads import has_solved_head
@@ -38,15 +39,17 @@ from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
 from pyro_lift.prior import LiFTPrior
-from pyro_lift.settings import KERNEL_OPTIONS, AdaptSettings, LiFTSettings, complete_settings
+from pyro_lift.settings import KERNEL_OPTIONS, AdaptSettings, LiFTSettings, upgraded_run
 from pyro_lift.support import distributed
 from pyro_lift.support.durations import seconds_of
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_number, current_names
 from pyro_lift.tuning.candidates import lift_candidates, shortened
+from pyro_lift.tuning.cross_fit import PASSES, CrossFit, Judge, cross_fit, passes, predicted
 from pyro_lift.tuning.early_stopping import HeldOutLooks, mean_loss, with_held_out
 from pyro_lift.tuning.halves import Joint, joint_on_trial, log_probs_at, trial_steps
 from pyro_lift.tuning.held_out import has_unseen_rows
+from pyro_lift.tuning.joint_run import JointRun, Standing, moments_of
 from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
 from pyro_lift.watching.steps import Run
 from pyro_lift.watching.watch import Watchers
@@ -57,6 +60,9 @@ if TYPE_CHECKING:
 __all__ = ["LiFT"]
 
 log = logging.getLogger("pyro_lift")
+
+#: What to do where a chain has lost what it knew.
+ADVICE = "Leave beta, sigma and temperature open, or lower the temperature (or raise n_inflate, which is the same)."
 
 
 class LiFT:
@@ -167,7 +173,7 @@ class LiFT:
         checkpoint_every: int = 1000,
         resume: str | Path | None = None,
         start: Tensor | None = None,
-        calibrate: bool = False,
+        calibrate: bool | None = None,
         callbacks: Any = (),
         **hooks: Any,
     ) -> LiFTPrior:
@@ -183,7 +189,9 @@ class LiFT:
             start: adapter weights ``[D]`` where phi begins, for example of one adapter trained on all tasks, which then
                 needs few ``sgd_steps``; None begins at the adapter's own. The prior of phi stays where it is.
             calibrate: whether to fit the temperature of predictions (:meth:`LiFTPrior.calibrate`) on the tasks that
-                have test or dev rows; it costs an adaptation to each.
+                have test or dev rows; it costs an adaptation to each. None, where the rate of joint training is left
+                open, fits it and the length of joint training on training rows that one half of the tasks has not
+                seen of the other (:mod:`~pyro_lift.tuning.cross_fit`).
             callbacks: told of every transition (:mod:`pyro_lift.watching`), such as ``[JsonLines("run.jsonl")]``.
             hooks: ``on_step``, called without arguments after each transition.
 
@@ -207,7 +215,8 @@ class LiFT:
         session = self.session(tasks, checkpoint, resume, checkpoint_every)
         components = [self.settings.components]
         shown: dict[str, Any] = {"progress": progress, "on_step": on_step, "callbacks": callbacks}
-        priors = self.meta_train_many(tasks, components, session=session, start=start, **shown)
+        crossed = calibrate is None and self.tuning is None
+        priors = self.meta_train_many(tasks, components, session=session, start=start, crossed=crossed, **shown)
         if calibrate:
             priors[0].calibrate(unseen)
         return priors[0]
@@ -236,7 +245,7 @@ class LiFT:
             "tasks": [[task.name, task.kind, len(task.train)] for task in tasks],
         }
         return Session(
-            folder, every=checkpoint_every, resume=resume is not None, config=config, upgrade=_upgraded, **options
+            folder, every=checkpoint_every, resume=resume is not None, config=config, upgrade=upgraded_run, **options
         )
 
     def _leave_as_saved(self, folder: Path) -> None:
@@ -244,7 +253,7 @@ class LiFT:
         config = saved_config(folder)
         if not config:  # nothing is saved yet: this run begins
             return
-        saved = _upgraded(config).get("settings", {})
+        saved = upgraded_run(config).get("settings", {})
         left_open = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) is None]
         then = {name: saved[name] for name in left_open if saved.get(name) is not None}
         self.settings = replace(self.settings, **then)
@@ -258,10 +267,11 @@ class LiFT:
         progress: bool = True,
         session: Session | None = None,
         start: Tensor | None = None,
+        crossed: bool = False,
         on_step: Callable[[], None] | None = None,
         callbacks: Any = (),
     ) -> list[LiFTPrior]:
-        """Run one chain, and make a prior for each number of components; saved in a :meth:`session`."""
+        """Run one chain and make a prior for each number of components; ``crossed`` as ``calibrate=None`` above."""
         for k in components:
             check_number("components", k, least=1, open_below=False, whole=True)
         if start is not None and start.shape != self.adapter.initial.shape:
@@ -276,8 +286,14 @@ class LiFT:
         run = self if joint is None else self._after(joint)
         program = run.program(tasks)
         s = run._fitted(program)
+        halves = None
+        if crossed and joint is not None:
+            shown: dict[str, Any] = {"progress": progress, "on_step": watchers.of("cross-fit")}
+            halves = run._cross_fitted(program, joint, s, session, **shown)
+        if halves is not None:
+            run.settings, s = (replace(settings, sgd_steps=halves.steps) for settings in (run.settings, s))
         kernel = run.kernel(program)
-        watch = _loss_watch(program, s)
+        watch = LossWatch.of(program.tasks, s.noise_scale, ADVICE)
         make = partial(ChainSummary, tuple(components), s.covariance, self.adapter)
         kernel.memory_beside += [
             mixture_need(mixture, self.adapter.initial, s.samples) for mixture in make().mixtures.values()
@@ -297,7 +313,8 @@ class LiFT:
                 self.seed,
                 tasks=[task.name for task in tasks],
                 results=results,
-                prediction_temperature=(self.tuning and self.tuning.temperature) or 1.0,
+                prediction_temperature=(self.tuning and self.tuning.temperature)
+                or (1.0 if halves is None else halves.temperature),
                 tuning=None if self.tuning is None else self.tuning.to_dict(),
                 matching_scale=None if program.solved is None else program.solved.mean_scale(),
                 encoding=next((task.encoding for task in tasks if task.encoding is not None), None),
@@ -308,7 +325,7 @@ class LiFT:
             def hook(kernel: SGLDGibbs, *where: Any) -> None:
                 bar(kernel, *where)
                 if kernel.last_visit is not None:
-                    watch.see(kernel.last_visit.log_likelihood, kernel.last_visit.tasks)
+                    watch.see(kernel.last_visit.log_likelihood, kernel.last_visit.tasks, kernel.last_visit.phase)
 
             mcmc = StreamingMCMC(
                 kernel,
@@ -320,7 +337,7 @@ class LiFT:
                 hook_fn=hook,
             )
             looks = HeldOutLooks(
-                lambda: (mcmc._statistics.stats[(0, "phi")], _moments(kernel)),
+                lambda: (mcmc._statistics.stats[(0, "phi")], moments_of(kernel)),
                 lambda summary, moments: mean_loss(
                     prior(components[0], summary, moments, {}).adapt_many(held_out, seed=0), held_out
                 ),
@@ -329,11 +346,12 @@ class LiFT:
                 session=session,
             )
             mcmc.run(checkpoint=session, until=looks.ends if held_out else None)
-        summary, moments = looks.kept() or (mcmc._statistics.stats[(0, "phi")], _moments(kernel))
+        summary, moments = looks.kept() or (mcmc._statistics.stats[(0, "phi")], moments_of(kernel))
         given = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) is not None]
         told: dict[str, Any] = {"power": s.n_inflate or 1.0, "temperature": s.temperature or 0.0, "given": given}
         moved = weights_moved(moments, program.beta, program.tasks, batch_size=s.batch_size, **told)
-        results = moved | ({} if joint is None else joint.results()) | looks.results()
+        before = [work.results() for work in (joint, halves) if work is not None]
+        results = {**moved, **{name: x for part in before for name, x in part.items()}, **looks.results()}
         return [prior(k, summary, moments, results) for k in components]
 
     def _joint(
@@ -342,8 +360,7 @@ class LiFT:
         """Put the joint training on trial, where its rate was left open; None where there is none."""
         s = resolved(self.settings, self.adapter)
         steps = trial_steps(s.sgd_steps, len(tasks))
-        kept = WorkBefore(None) if session is None else WorkBefore(session.folder, session.config)
-        saved_without = session is not None and session.transitions > 0 and not kept.has("joint")
+        kept, saved_without = WorkBefore.of(session, "joint")
         if self.settings.sgd_learning_rate is not None or not steps or s.ranks_block_size or saved_without:
             return None
         head_scale = own_head_scale(self.adapter, tasks, s.head_scale, solve=s.head != "langevin")
@@ -351,36 +368,42 @@ class LiFT:
             return None
         tasks = [task.to(self.adapter.initial.device) for task in tasks]
         score = partial(log_probs_at, self.adapter, head_scale=head_scale, noise_scale=s.noise_scale)
-        train = partial(self._joint_vector, progress=progress, on_step=on_step)
         assert s.sgd_learning_rate is not None
+
+        def train(half: Sequence[Task], rate: float, steps: int) -> Tensor:
+            run = self._joint_run(half, rate, steps, progress=progress, on_step=on_step)
+            return run.to(steps).vector
+
         return joint_on_trial(tasks, self.adapter.initial, s.sgd_learning_rate, s.sgd_steps, train, score, kept)
 
-    def _joint_vector(
-        self, tasks: Sequence[Task], rate: float, steps: int, *, progress: bool, on_step: Callable[[], None] | None
-    ) -> Tensor:
-        """Train one vector on some tasks, as the first part of the chain does."""
+    def _cross_fitted(
+        self, program: AdapterHierarchy, joint: Joint, s: LiFTSettings, session: Session | None, **shown: Any
+    ) -> CrossFit | None:
+        """Find the length of joint training and the temperature of predictions; None where there is nothing to find."""
+        kept, saved_without = WorkBefore.of(session, "cross-fit")
+        heads, tasks = program.solved is not None, program.tasks
+        if saved_without or (joint.helps and passes(joint.steps, s.batch_size, tasks) < PASSES):
+            return None
+        classes = all(task.kind == "classification" for task in tasks) and not heads
+        assert s.sgd_learning_rate is not None
+        begin = partial(self._joint_run, description="joint training of half of the tasks", **shown)
+        score = partial(log_probs_at, self.adapter, head_scale=program.head_scale, noise_scale=s.noise_scale)
+
+        def adapt(standing: Standing, unseen: Sequence[Task]) -> Sequence[TaskPosterior]:
+            variance = one_width(s.beta) ** 2 / max(len(tasks) // 2, 1)
+            at = Moments(torch.ones(1), standing.vector.unsqueeze(0), torch.full_like(standing.vector, variance)[None])
+            options = resolved_adaptation(self.adapt_settings, self.settings, s, heads)
+            mixture = OnlineGaussianMixture.from_moments(at, max(len(tasks) // 2, 1))
+            return LiFTPrior(self.adapter, mixture, s, options, standing.moments).adapt_many(unseen, seed=0)
+
+        judge = Judge(score, partial(predicted, self.adapter), adapt) if classes else Judge(score)
+        return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
+
+    def _joint_run(self, tasks: Sequence[Task], rate: float, steps: int, **shown: Any) -> JointRun:
+        """Make the first part of the chain, over some tasks, at a rate."""
         settings = replace(self.settings, sgd_steps=steps, sgd_learning_rate=rate, translation="none")
         lift = LiFT(self.adapter, settings=settings, seed=self.seed)
-        kernel = lift.kernel(lift.program(tasks))
-        vector = self.adapter.initial
-        with chain_bar(steps, "joint training on trial", progress, on_step=on_step) as bar:
-
-            def hook(kernel: SGLDGibbs, *where: Any) -> None:
-                nonlocal vector
-                bar(kernel, *where)
-                if kernel.state.step == steps:  # before phi is drawn
-                    vector = kernel.state.phi["phi"].detach().clone()
-
-            mcmc = StreamingMCMC(
-                kernel,
-                num_samples=1,
-                warmup_steps=steps,
-                statistics=StatsOfDict(default=CountStats),
-                disable_progbar=True,
-                hook_fn=hook,
-            )
-            mcmc.run()
-        return vector.reshape(-1)
+        return JointRun(lift.kernel(lift.program(tasks)), steps, **shown)
 
     def _after(self, joint: Joint) -> LiFT:
         """Make the run that follows the trial of joint training.
@@ -452,20 +475,6 @@ class LiFT:
         return s.phi_step_fraction * langevin_limit(s.accumulator, pair, len(program.tasks))
 
 
-def _loss_watch(program: AdapterHierarchy, s: LiFTSettings) -> LossWatch:
-    """Watch a run's loss against chance."""
-    return LossWatch(
-        [len(task.train) for task in program.tasks],
-        [chance_loss(task, s.noise_scale) for task in program.tasks],
-        "Leave beta, sigma and temperature open, or lower the temperature (or raise n_inflate, which is the same).",
-    )
-
-
-def _moments(kernel: SGLDGibbs) -> dict[str, Tensor]:
-    """Return the preconditioner that adaptation begins with."""
-    return {k: v.reshape(-1) for k, v in kernel.state.second_moment.items() if k == "theta"}
-
-
 class _Contender(NamedTuple):
     """LiFT with a candidate's settings, for the tuner."""
 
@@ -473,7 +482,7 @@ class _Contender(NamedTuple):
     candidate: Candidate
 
     def meta_train(self, tasks: Sequence[Task]) -> LiFTPrior:
-        return self.lift.meta_train(tasks, progress=False)
+        return self.lift.meta_train(tasks, progress=False, calibrate=False)
 
     def adapt(self, state: LiFTPrior, tasks: Sequence[Task]) -> Sequence[TaskPosterior]:
         return state.adapt_many(tasks, **self.candidate.adapt)
@@ -485,14 +494,6 @@ def _adapter(backbone: nn.Module, peft_config: peft.PeftConfig | None, seed: int
     if peft_config is not None:
         raise TypeError("the backbone is a RandomAdapter, which has its adapter already; leave peft_config out.")
     return backbone
-
-
-def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
-    """A saved run's configuration with the settings' names of today, and those that are new."""
-    settings = current_names(LiFTSettings, config.get("settings", {}), warn=False)
-    if settings.get("head_scale") is None and all(kind != "matching" for _, kind, *_ in config.get("tasks", [])):
-        settings = {"head": "solve", **settings}  # nobody has a head of their own: one word is as good as the other
-    return {**config, "settings": complete_settings(settings)}
 
 
 if not TYPE_CHECKING:

@@ -6,9 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pyro_lift.support.options import check_choice, check_number, renamed_keywords
+from pyro_lift.support.options import check_choice, check_number, current_names, renamed_keywords
 
-__all__ = ["KERNEL_OPTIONS", "AdaptSettings", "LiFTSettings", "complete_adapt_settings", "complete_settings"]
+__all__ = [
+    "KERNEL_OPTIONS",
+    "AdaptSettings",
+    "LiFTSettings",
+    "complete_adapt_settings",
+    "complete_settings",
+    "upgraded_run",
+]
 
 #: What options of the kernel and of its run are called in :class:`LiFTSettings`; empty: there is no such setting.
 KERNEL_OPTIONS = {
@@ -225,3 +232,11 @@ def _check_numbers(settings: Any, *, positive: Sequence[str], counts: Sequence[s
         check_number(name, getattr(settings, name))
     for name in counts:
         check_number(name, getattr(settings, name), least=1, open_below=False, whole=True)
+
+
+def upgraded_run(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved run's configuration with the settings' names of today, and those that are new."""
+    settings = current_names(LiFTSettings, config.get("settings", {}), warn=False)
+    if settings.get("head_scale") is None and all(kind != "matching" for _, kind, *_ in config.get("tasks", [])):
+        settings = {"head": "solve", **settings}  # nobody has a head of their own: one word is as good as the other
+    return {**config, "settings": complete_settings(settings)}

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_lift.inference.checkpoint.folder import jsonable
+from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.support.archive import (
     DamagedError,
     check_sealed,
@@ -40,6 +41,14 @@ class WorkBefore:
 
     def __init__(self, folder: Path | None, config: Mapping[str, Any] | None = None) -> None:
         self.folder, self.config = folder, jsonable(dict(config or {}))
+
+    @classmethod
+    def of(cls, session: Session | None, name: str) -> tuple[WorkBefore, bool]:
+        """Return what a run did before its chain, and whether its chain began without the work of that name."""
+        if session is None:
+            return cls(None), False
+        kept = cls(session.folder, session.config)
+        return kept, session.transitions > 0 and not kept.has(name)
 
     def has(self, name: str) -> bool:
         """Whether a result of this run is at hand."""

@@ -102,7 +102,9 @@ class LiFTMethod:
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LiFTState:
         """Run the chain; ``on_step`` is called after each transition."""
         lift = LiFT(self.adapter, settings=self.chain_settings(), adapt=self.adapt_settings(), seed=self.budget.seed)
-        prior = lift.meta_train(tasks, progress=False, start=self.budget.warm_start, on_step=on_step)
+        prior = lift.meta_train_many(
+            tasks, [lift.settings.components], progress=False, start=self.budget.warm_start, on_step=on_step
+        )[0]
         return LiFTState(prior, self.budget.warm_up + self.budget.visits)
 
     def chain_settings(self) -> LiFTSettings:

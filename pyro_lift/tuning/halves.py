@@ -42,7 +42,18 @@ from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.task import Task
 from pyro_lift.tuning.held_out import dealt
 
-__all__ = ["FEWEST_TASKS", "Joint", "joint_on_trial", "log_probs_at", "steps_beside_trial", "trial_steps"]
+__all__ = [
+    "FEWEST_TASKS",
+    "TASKS",
+    "Joint",
+    "Score",
+    "is_above_zero",
+    "joint_on_trial",
+    "log_probs_at",
+    "paired",
+    "steps_beside_trial",
+    "trial_steps",
+]
 
 log = logging.getLogger("pyro_lift")
 
@@ -173,8 +184,8 @@ def _trial(
             work = partial(_work, train, half, factor * rate, (LONGER if factor > 1.0 else 1) * each)
             vectors.append(kept.result(f"half-{k}-{factor:g}", work)[0].to(start))
         after = torch.cat([score(vectors[1 - k], half) for k, half in enumerate(judged)])
-        gain, error = _paired(after - before)
-        helps = _significant(after - before)
+        gain, error = paired(after - before)
+        helps = is_above_zero(after - before)
         log.info("joint training at %.2g on trial: %+.3f ± %.3f nats a row", factor * rate, gain, error)
         return Joint(factor * rate, steps if helps else 0, gain, error, helps), after
 
@@ -184,12 +195,12 @@ def _trial(
     if not first.helps:
         return at(SMALLER)[0]
     larger, after_larger = at(LARGER)
-    return larger if larger.helps and not _significant(after - after_larger) else first
+    return larger if larger.helps and not is_above_zero(after - after_larger) else first
 
 
-def _significant(difference: Tensor) -> bool:
-    """Whether the mean is above zero, by the one-sided test."""
-    mean, error = _paired(difference)
+def is_above_zero(difference: Tensor) -> bool:
+    """Whether a mean over tasks is above zero, by the one-sided test; ``[N]``."""
+    mean, error = paired(difference)
     return mean > error * float(student_t.isf(LEVEL, len(difference) - 1))
 
 
@@ -197,7 +208,8 @@ def _work(train: Train, half: Sequence[Task], rate: float, steps: int) -> Work:
     return train(half, rate, steps), {}
 
 
-def _paired(difference: Tensor) -> tuple[float, float]:
+def paired(difference: Tensor) -> tuple[float, float]:
+    """Return the mean of differences ``[N]`` and its standard error."""
     return float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
 
 

@@ -157,7 +157,8 @@ def test_a_run_that_goes_on_has_the_verdict_and_the_vectors_of_before(tmp_path: 
     assert len(other.trained) == 4
 
 
-def test_a_resumed_run_ends_where_the_whole_one_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("visits", [20, 140, 250, 400], ids=["trial", "cross-fit", "before a checkpoint", "after one"])
+def test_a_resumed_run_ends_where_the_whole_one_ends(tmp_path: Path, visits: int) -> None:
     made = tasks(shared=True)
     whole = LiFT(adapter(), **OPTIONS).meta_train(made, progress=False)  # type: ignore[arg-type]
 
@@ -166,7 +167,7 @@ def test_a_resumed_run_ends_where_the_whole_one_ends(tmp_path: Path) -> None:
     def stop() -> None:
         nonlocal count
         count += 1
-        if count == 248:  # in the chain, after the trial
+        if count == visits:
             raise KeyboardInterrupt
 
     options = {"checkpoint_every": 100, "progress": False}

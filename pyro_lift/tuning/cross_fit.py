@@ -1,0 +1,232 @@
+r"""How long joint training goes on, and how sure its predictions may be: what tasks say that it has not seen.
+
+A few tasks of a few rows are soon known by heart. Predictions of rows that were trained on cannot tell: they are right,
+and sure of it. So the tasks are dealt into two halves as in the trial (:mod:`~pyro_lift.tuning.halves`), one vector is
+trained on each at the rate that the trial chose, and each task is judged by the vector of the half that it is not in.
+
+**Length.** A half of the tasks in half of the steps visits each as often as all of them in all the steps. At an eighth,
+a quarter, a half and the whole of these steps every task is judged by the mean log probability of its rows, classes at
+the temperature that is best for all of them: how sure predictions are is the other question. Joint training gets the
+best length; or twice that, where it is not worse by the paired one-sided test at 5 %, since halves know their fewer
+tasks by heart sooner than all tasks are known. The halves end where a length is worse than a shorter one by the test.
+
+**Temperature.** From a half's vector each task of the other is adapted to on three quarters of its rows, and one
+temperature is fitted to the predictions of the last quarter (:mod:`~pyro_lift.inference.adaptation.temperature`). Where
+it does not lower the loss by the same test, it is 1. Half of the tasks and three quarters of the rows leave predictions
+surer than all of them will: a temperature above 1 is divided by :data:`EXAGGERATED`, down to 1. Where joint training
+does not begin, tasks are adapted to from the untouched network.
+
+It costs as many gradients again as joint training. Where that sees the rows fewer than :data:`PASSES` times, nothing
+can be known by heart, and there is none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_lift.inference.adaptation.predict import predict
+from pyro_lift.inference.adaptation.temperature import fit_temperature, tempered
+from pyro_lift.inference.checkpoint.before import Work, WorkBefore
+from pyro_lift.metrics.probabilities import nll
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.task import Task
+from pyro_lift.tuning.halves import TASKS, Joint, Score, is_above_zero, paired
+from pyro_lift.tuning.held_out import dealt
+from pyro_lift.tuning.joint_run import JointRun, Standing
+
+__all__ = ["MARKS", "PASSES", "CrossFit", "cross_fit", "helpful_temperature", "passes", "predicted", "split_rows"]
+
+log = logging.getLogger("pyro_lift")
+
+#: Shares of the steps at which the halves are judged.
+MARKS = (0.125, 0.25, 0.5, 1.0)
+#: Passes of joint training over the tasks' rows from which on they may be known by heart.
+PASSES = 5.0
+#: Parts of a task's rows, of which one is predicted from the others.
+PARTS = 4
+#: Adaptations from each half, and rows that are predicted after each, at most.
+ADAPTED, ROWS = 12, 50
+#: Factor by which halves exaggerate the temperature: up to 1.4 on digits, where tasks are of ten rows.
+EXAGGERATED = 1.3
+
+#: Probabilities ``[n, C]`` and targets ``[n]`` of some rows.
+Predictions = tuple[Tensor, Tensor]
+#: Joint training of some tasks, at a rate, for so many steps at most.
+Begin = Callable[[Sequence[Task], float, int], JointRun]
+#: Posteriors of some tasks, adapted to from where joint training of others stands.
+Adapt = Callable[[Standing, Sequence[Task]], Sequence[Any]]
+
+
+class Judge(NamedTuple):
+    """How tasks are judged that joint training has not seen.
+
+    Attributes:
+        score: of one vector, as in the trial.
+        predict: probabilities ``[n, C]`` of some rows of a task at one vector, and their targets; None where they are
+            not of classes.
+        adapt: gives posteriors of tasks; None fits no temperature.
+    """
+
+    score: Score
+    predict: Callable[[Tensor, Task], Predictions] | None = None
+    adapt: Adapt | None = None
+
+    def log_probs(self, vectors: Sequence[Tensor], halves: Sequence[Sequence[Task]]) -> Tensor:
+        """Compute each task's mean log probability a row, classes at the best temperature for all.
+
+        Args:
+            vectors: ``[D]``, one for each half.
+            halves: the tasks.
+        """
+        crossed = list(zip(vectors, halves, strict=True))
+        if self.predict is None:
+            return torch.cat([self.score(vector, half) for vector, half in crossed])
+        pairs = [self.predict(vector, task) for vector, half in crossed for task in half]
+        temperature = fit_temperature(pairs)
+        return torch.tensor([-nll(tempered(p, temperature), y) for p, y in pairs], dtype=torch.float64)
+
+
+class CrossFit(NamedTuple):
+    """What unseen tasks say of joint training.
+
+    Attributes:
+        steps: of all tasks' joint training.
+        temperature: of predictions; 1 where no other is better.
+        looks: the steps, the gain over the first look in nats a row and its standard error, for each length that was
+            tried.
+    """
+
+    steps: int
+    temperature: float
+    looks: tuple[tuple[int, float, float], ...]
+
+    def results(self) -> dict[str, float]:
+        """Measures for the prior's folder and card."""
+        return {"steps of joint training": self.steps}
+
+    def sentence(self) -> str:
+        """Say it in words."""
+        tried = ", ".join(f"{steps}: {gain:+.3f} ± {error:.3f}" for steps, gain, error in self.looks)
+        length = f"joint training gets {self.steps} steps (nats a row over the first, on unseen tasks: {tried}); "
+        sure = (
+            "sure enough as they are" if self.temperature == 1.0 else f"brought to temperature {self.temperature:.2f}"
+        )
+        return f"{length if self.looks else ''}predictions are {sure}."
+
+
+def passes(steps: int, batch_size: int, tasks: Sequence[Task]) -> float:
+    """Return how many times joint training sees the tasks' rows: steps times the mean of batch over rows, over tasks.
+
+    Args:
+        steps: visits of one task each.
+        batch_size: rows of a visit; 0 for all.
+        tasks: of meta-training.
+    """
+    shares = [min(batch_size or len(task.train), len(task.train)) / len(task.train) for task in tasks]
+    return steps * sum(shares) / len(tasks) ** 2
+
+
+def cross_fit(
+    tasks: Sequence[Task],
+    start: Tensor,
+    joint: Joint,
+    begin: Begin,
+    judge: Judge,
+    kept: WorkBefore | None = None,
+) -> CrossFit:
+    """Find the length of joint training and the temperature of predictions.
+
+    Args:
+        tasks: of meta-training, four or more.
+        start: the untouched adapter, ``[D]``.
+        joint: what the trial said; where joint training does not help, all tasks are adapted to from the untouched
+            network, and only the temperature is found.
+        begin: begins it on some tasks.
+        judge: of tasks that a vector has not seen.
+        kept: where the answer is kept, for a run that goes on.
+    """
+
+    def answer() -> Work:
+        return torch.zeros(0), _cross_fit(tasks, start, joint, begin, judge)._asdict()
+
+    data = (kept or WorkBefore(None)).result("cross-fit", answer)[1]
+    fit = CrossFit(data["steps"], data["temperature"], tuple(tuple(look) for look in data["looks"]))
+    log.info("%s", fit.sentence())
+    return fit
+
+
+def _cross_fit(tasks: Sequence[Task], start: Tensor, joint: Joint, begin: Begin, judge: Judge) -> CrossFit:
+    halves = dealt(tasks, 2)
+    if not joint.helps:
+        return CrossFit(0, _temperature([Standing(start, {})] * 2, halves, judge.adapt), ())
+    marks = [max(round(share * joint.steps / 2), 1) for share in MARKS]
+    runs = [begin(half, joint.rate, marks[-1]) for half in halves]
+    told: list[Tensor] = []
+    standings: list[list[Standing]] = []  # each for the half that it has not seen
+    best = 0
+    for mark in marks:
+        standings.append([run.to(mark) for run in reversed(runs)])
+        told.append(judge.log_probs([s.vector for s in standings[-1]], [half[: TASKS // 2] for half in halves]))
+        if told[-1].mean() > told[best].mean():
+            best = len(told) - 1
+        if is_above_zero(told[best] - told[-1]):
+            break
+    place = best + 1 if best + 1 < len(told) and not is_above_zero(told[best] - told[best + 1]) else best
+    looks = tuple((2 * mark, *paired(values - told[0])) for mark, values in zip(marks, told, strict=False))
+    length = joint.steps if marks[place] == marks[-1] else 2 * marks[place]
+    return CrossFit(length, _temperature(standings[place], halves, judge.adapt), looks)
+
+
+def _temperature(standings: Sequence[Standing], halves: Sequence[Sequence[Task]], adapt: Adapt | None) -> float:
+    """Fit the temperature to predictions of each half's tasks from where joint training has not seen them."""
+    if adapt is None:
+        return 1.0
+    predictions = []
+    for standing, half in zip(standings, halves, strict=True):
+        unseen = split_rows([task for task in half if len(task.train) >= PARTS], ADAPTED)
+        for posterior, task in zip(adapt(standing, unseen), unseen, strict=True):
+            assert task.test is not None
+            predictions.append((posterior.predict(task.test, calibrated=False), task.test.target))
+    return helpful_temperature(predictions) if predictions else 1.0
+
+
+def predicted(adapter: RandomAdapter, vector: Tensor, task: Task) -> Predictions:
+    """Predict some rows of a task at one vector ``[D]``, without adapting to it."""
+    rows = task.train.take(slice(0, ROWS))
+    return predict(adapter, vector.unsqueeze(0), rows), rows.target
+
+
+def split_rows(tasks: Sequence[Task], most: int) -> list[Task]:
+    """Split tasks' training rows in four, of which each in turn is predicted; test rows are not looked at.
+
+    Args:
+        tasks: of four rows or more each.
+        most: tasks to return; of fewer tasks than these the second part of each is predicted too, and so on.
+    """
+    split: list[Task] = []
+    for part in range(PARTS):
+        for task in tasks[: most - len(split)]:
+            order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))
+            predicted = torch.arange(len(order)) % PARTS == part
+            rows, others = (task.train.take(order[where].sort().values) for where in (predicted, ~predicted))
+            split.append(replace(task, train=others, test=rows.take(slice(0, ROWS)), dev=None))
+    return split
+
+
+def helpful_temperature(predictions: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Return the fitted temperature, less what halves exaggerate, where it lowers the loss by the test; else 1.
+
+    Args:
+        predictions: of each task, probabilities ``[n, C]`` and targets ``[n]`` of rows that it was not adapted to.
+    """
+    temperature = fit_temperature(predictions)
+    gains = [nll(p, y) - nll(tempered(p, temperature), y) for p, y in predictions]
+    if not is_above_zero(torch.tensor(gains, dtype=torch.float64)):
+        return 1.0
+    return max(temperature / EXAGGERATED, 1.0) if temperature > 1.0 else temperature

@@ -1,0 +1,76 @@
+"""Joint training of one vector, which can be looked at on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pyro_lift.inference.gibbs.kernel import SGLDGibbs
+from pyro_lift.inference.progress import chain_bar
+
+__all__ = ["JointRun", "Standing", "moments_of"]
+
+
+class Standing(NamedTuple):
+    """Where joint training stands.
+
+    Attributes:
+        vector: phi and all theta, ``[D]``.
+        moments: the preconditioner there, by local family.
+    """
+
+    vector: Tensor
+    moments: dict[str, Tensor]
+
+
+def moments_of(kernel: SGLDGibbs) -> dict[str, Tensor]:
+    """Return the preconditioner that adaptation begins with."""
+    return {name: x.reshape(-1) for name, x in kernel.state.second_moment.items() if name == "theta"}
+
+
+class JointRun:
+    """The first part of LiFT's chain, in which phi and all theta are one vector and take steps of Adam.
+
+    Args:
+        kernel: whose first ``most`` visits are joint training.
+        most: steps that it can take in all.
+        description: before the bar.
+        progress: whether there is a bar.
+        on_step: called after each step.
+
+    Attributes:
+        kernel: as it stands, its preconditioner included.
+        steps: taken so far.
+    """
+
+    def __init__(
+        self,
+        kernel: SGLDGibbs,
+        most: int,
+        *,
+        description: str = "joint training on trial",
+        progress: bool = False,
+        on_step: Callable[[], None] | None = None,
+    ) -> None:
+        self.kernel, self.most, self.steps = kernel, most, 0
+        self._bar = {"description": description, "show": progress, "on_step": on_step}
+
+    def to(self, steps: int) -> Standing:
+        """Go on to so many steps in all.
+
+        Args:
+            steps: no fewer than were taken already, no more than ``most``.
+        """
+        assert self.steps <= steps <= self.most, f"{self.steps} of {self.most} steps taken, {steps} asked"
+        if self.steps == 0:
+            self.kernel.setup(self.most)
+        weights = dict(self.kernel.state.phi)
+        with chain_bar(self.most, done=self.steps, **self._bar) as hook:  # type: ignore[arg-type]
+            for step in range(self.steps, steps):
+                weights = self.kernel.sample(weights)
+                hook(self.kernel, weights, "Warmup", step)
+        self.steps = steps
+        moments = {name: x.clone() for name, x in moments_of(self.kernel).items()}
+        return Standing(weights["phi"].detach().clone().reshape(-1), moments)

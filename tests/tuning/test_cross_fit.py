@@ -1,0 +1,201 @@
+"""Length of joint training and temperature of predictions, from tasks that joint training has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_lift import LiFT, Task
+from pyro_lift.inference.adaptation.temperature import fit_temperature
+from pyro_lift.inference.checkpoint.before import WorkBefore
+from pyro_lift.metrics.probabilities import nll
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.tuning.cross_fit import EXAGGERATED, Judge, cross_fit, helpful_temperature, passes, split_rows
+from pyro_lift.tuning.halves import Joint
+from pyro_lift.tuning.joint_run import JointRun, Standing
+
+JOINT = Joint(0.1, 800, 0.5, 0.1, True)
+
+
+def adapter(width: int = 8, sureness: float = 1.0) -> RandomAdapter:
+    torch.manual_seed(0)
+    last = torch.nn.Linear(width, 3)
+    last.weight.data *= sureness
+    net = torch.nn.Sequential(torch.nn.Linear(6, width), torch.nn.ReLU(), last)
+    return adapt_backbone(net, peft.LoraConfig(r=3, target_modules=["0", "2"]), seed=0)
+
+
+def tasks(number: int = 8, rows: int = 12, noise: float = 0.0) -> list[Task]:
+    """Labels by one map that all tasks have in common, some of them replaced by others at random."""
+    generator = torch.Generator().manual_seed(1)
+    common = torch.randn(6, 3, generator=generator)
+    made = []
+    for k in range(number):
+        x = torch.randn(rows, 6, generator=generator)
+        y = (x @ common).argmax(-1)
+        other = torch.randint(0, 3, (rows,), generator=generator)
+        y = torch.where(torch.rand(rows, generator=generator) < noise, other, y)
+        made.append(Task(f"t{k}", (x, y), num_classes=3))
+    return made
+
+
+class Curve:
+    """Joint training whose vectors say how far they were trained, and on which half."""
+
+    def __init__(self, gains: dict[int, float], spread: float = 0.0) -> None:
+        self.gains, self.spread, self.reached = gains, spread, list[int]()
+
+    def begin(self, half: Sequence[Task], rate: float, most: int) -> JointRun:
+        assert rate == JOINT.rate and most == JOINT.steps // 2
+        return Trained(self, half)  # type: ignore[return-value]
+
+    def score(self, vector: Tensor, half: Sequence[Task]) -> Tensor:
+        assert f"t{int(vector[1])}" not in [task.name for task in half]  # never trained on what it is judged by
+        signs = torch.tensor([(-1.0) ** (int(task.name[1:]) // 2) for task in half], dtype=torch.float64)
+        last = int(vector[0]) == max(self.gains)
+        return self.gains[int(vector[0])] + (self.spread if last else 0.001) * signs
+
+
+class Trained:
+    def __init__(self, curve: Curve, half: Sequence[Task]) -> None:
+        self.curve, self.half = curve, half
+
+    def to(self, steps: int) -> Standing:
+        self.curve.reached.append(steps)
+        return Standing(torch.tensor([float(steps), float(self.half[0].name[1:])]), {})
+
+
+@pytest.mark.parametrize(
+    ("gains", "spread", "steps"),
+    [
+        ([0.0, 0.2, 0.3, 0.4], 0.0, 800),  # ever better
+        ([0.0, 0.3, 0.2, 0.4], 0.0, 200),  # worse than a shorter one: nothing longer is tried
+        ([0.0, 0.1, 0.3, 0.2], 0.0, 400),
+        ([0.0, 0.1, 0.3, 0.29], 1.0, 800),  # the next length is not worse as far as can be told
+        ([0.3, 0.2, 0.1, 0.0], 0.0, 100),
+    ],
+)
+def test_joint_training_gets_the_best_length_or_the_next_where_that_is_not_worse(
+    gains: list[float], spread: float, steps: int
+) -> None:
+    curve = Curve(dict(zip([50, 100, 200, 400], gains, strict=True)), spread)
+    fit = cross_fit(tasks(), torch.zeros(2), JOINT, curve.begin, Judge(curve.score))
+    assert fit.steps == steps and fit.temperature == 1.0
+    assert fit.looks[0] == (100, 0.0, 0.0)
+    assert fit.looks[1][0] == 200 and fit.looks[1][1] == pytest.approx(gains[1] - gains[0])
+
+
+def test_halves_end_where_a_length_is_worse() -> None:
+    curve = Curve({50: 0.0, 100: 0.3, 200: 0.2, 400: 0.9})
+    cross_fit(tasks(), torch.zeros(2), JOINT, curve.begin, Judge(curve.score))
+    assert max(curve.reached) == 200
+
+
+def test_what_was_found_is_kept_for_a_run_that_goes_on(tmp_path: Path) -> None:
+    curve, kept = Curve({50: 0.0, 100: 0.3, 200: 0.2, 400: 0.0}), WorkBefore(tmp_path, {"seed": 0})
+    first = cross_fit(tasks(), torch.zeros(2), JOINT, curve.begin, Judge(curve.score), kept)
+    curve.reached.clear()
+    again = cross_fit(tasks(), torch.zeros(2), JOINT, curve.begin, Judge(curve.score), kept)
+    assert again == first and curve.reached == []
+
+
+def test_passes_count_how_often_a_row_is_seen() -> None:
+    made = [replace(task, train=task.train.take(slice(0, n))) for task, n in zip(tasks(3), (4, 8, 12), strict=True)]
+    # Each task has a third of 300 visits: of 4, 8 and 8 rows.
+    assert passes(300, 8, made) == pytest.approx((100 * 1 + 100 * 1 + 100 * 8 / 12) / 3)
+    assert passes(300, 0, made) == pytest.approx(100)
+
+
+@pytest.mark.parametrize(("number", "most", "units"), [(3, 20, 12), (3, 7, 7), (8, 5, 5)])
+def test_each_part_of_the_rows_is_predicted_from_the_others_and_test_rows_are_left_alone(
+    number: int, most: int, units: int
+) -> None:
+    made = [replace(task, test=task.train) for task in tasks(number)]
+    split = split_rows(made, most)
+    assert len(split) == units
+    for task in split:
+        assert task.test is not None and task.dev is None
+        rows = torch.cat([task.train.positional[0], task.test.positional[0]])
+        whole = next(other for other in made if other.name == task.name).train.positional[0]
+        assert torch.equal(rows.sort(0).values, whole.sort(0).values)
+    if units == 12:  # every row of every task, once
+        predicted = torch.cat([task.test.target for task in split if task.test is not None])
+        assert len(predicted) == 3 * 12
+
+
+def test_a_temperature_is_taken_where_it_lowers_the_loss_by_more_than_chance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for _ in range(12):
+        logits = torch.randn(30, 3, generator=generator)
+        y = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+        pairs.append((logits, y))
+    sure = [((3.0 * logits).softmax(-1), y) for logits, y in pairs]
+    assert helpful_temperature(sure) == pytest.approx(fit_temperature(sure) / EXAGGERATED)
+    assert helpful_temperature([(logits.softmax(-1), y) for logits, y in pairs]) == 1.0
+
+
+def test_a_run_that_is_gone_on_with_is_the_run_that_went_through() -> None:
+    lift = LiFT(adapter(), seed=0)
+    apart = lift._joint_run(tasks(), 0.01, 40)
+    apart.to(15)
+    whole = lift._joint_run(tasks(), 0.01, 40).to(40)
+    ended = apart.to(40)
+    assert torch.equal(ended.vector, whole.vector)
+    assert all(torch.equal(ended.moments[name], x) for name, x in whole.moments.items())
+
+
+def test_predictions_that_are_too_sure_are_brought_to_what_they_are_worth() -> None:
+    made = tasks(28, rows=64, noise=0.5)
+    made = [replace(t, train=t.train.take(slice(0, 16)), test=t.train.take(slice(16, 64))) for t in made]
+    lift = LiFT(adapter(32, sureness=8.0), sgd_steps=160, burn_in=10, samples=20, seed=0)
+    prior = lift.meta_train(made[:12], progress=False)
+    assert prior.prediction_temperature > 1.0
+    gains = []
+    for posterior, task in zip(prior.adapt_many(made[12:], seed=0), made[12:], strict=True):
+        assert task.test is not None
+        raw, brought = (posterior.predict(task.test, calibrated=calibrated) for calibrated in (False, True))
+        gains.append(nll(raw, task.test.target) - nll(brought, task.test.target))
+    gain = torch.tensor(gains)
+    assert gain.mean() > 3.0 * gain.std() / len(gain) ** 0.5
+
+
+@pytest.mark.parametrize(("given", "calibrate"), [({"sgd_learning_rate": 0.01}, None), ({}, False)])
+def test_where_the_rate_is_given_or_it_is_switched_off_nothing_is_looked_for(
+    given: dict[str, float], calibrate: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyro_lift.lift.cross_fit", None)
+    lift = LiFT(adapter(), sgd_steps=80, burn_in=5, samples=10, seed=0, **given)  # type: ignore[arg-type]
+    assert lift.meta_train(tasks(), progress=False, calibrate=calibrate).prediction_temperature == 1.0
+
+
+def test_where_joint_training_does_not_help_the_untouched_network_is_what_tasks_begin_at() -> None:
+    at = []
+
+    def adapt(standing: Standing, unseen: Sequence[Task]) -> list[Sure]:
+        at.append(standing)
+        return [Sure() for _ in unseen]
+
+    curve = Curve({})
+    fit = cross_fit(
+        tasks(noise=0.9),
+        torch.ones(2),
+        JOINT._replace(steps=0, helps=False),
+        curve.begin,
+        Judge(curve.score, None, adapt),
+    )
+    assert fit.steps == 0 and fit.looks == () and fit.temperature > 1.0
+    assert [standing.vector.tolist() for standing in at] == [[1.0, 1.0]] * 2
+
+
+class Sure:
+    def predict(self, rows: object, *, calibrated: bool) -> Tensor:
+        assert not calibrated
+        return torch.tensor([0.98, 0.01, 0.01]).expand(len(rows), 3)  # type: ignore[arg-type]
