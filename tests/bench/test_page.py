@@ -153,6 +153,13 @@ def test_a_family_is_led_only_by_more_than_chance(tmp_path: Path) -> None:
     assert not verdict.leads and verdict.place == 2 and "behind" in verdict.sentence()
 
 
+def test_tasks_that_lift_was_not_judged_by_leave_its_place_as_it_is(tmp_path: Path) -> None:
+    alone = verdict_of(read_evidence(_folder(tmp_path / "alone", LOSSES)), "regressions")
+    more = {name: [[*seed, 9.0] if name != "lift" else seed for seed in by_seed] for name, by_seed in LOSSES.items()}
+    beside = verdict_of(read_evidence(_folder(tmp_path / "beside", more)), "regressions")
+    assert beside.place is not None and beside == alone
+
+
 def test_a_family_on_which_nothing_was_learned_is_not_led(tmp_path: Path) -> None:
     worse = {name: [[1.0 + x for x in seed] for seed in LOSSES[name]] for name in ("lift", "union-train")}
     verdict = verdict_of(read_evidence(_folder(tmp_path / "cells", worse)), "regressions")

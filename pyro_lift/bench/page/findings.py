@@ -137,6 +137,8 @@ def verdict_of(evidence: Evidence, family: str) -> FamilyVerdict:
     methods = list(dict.fromkeys(row for f, _, row in evidence.scores if f == family))
     methods.sort(key=list(CONTESTANTS).index)
     losses = {row: losses_by_case(evidence, family, row, measure) for row in methods}
+    if ours := losses.get(REFERENCE):  # tasks that LiFT was not judged by say nothing of its place
+        losses = {row: {case: x for case, x in found.items() if case in ours} for row, found in losses.items()}
     losses = {row: found for row, found in losses.items() if found}
     others = [row for row in losses if row not in OURS and not row.startswith(("lift-", "fixed", "variance"))]
     compared = {row: losses[row] for row in (*others, REFERENCE) if row in losses}
