@@ -13,8 +13,8 @@ tasks by heart sooner than all tasks are known. The halves end where a length is
 **Temperature.** From a half's vector each task of the other is adapted to on three quarters of its rows, and one
 temperature is fitted to the predictions of the last quarter (:mod:`~pyro_lift.inference.adaptation.temperature`). Where
 it does not lower the loss by the same test, it is 1. Half of the tasks and three quarters of the rows leave predictions
-surer than all of them will: a temperature above 1 is divided by :data:`EXAGGERATED`, down to 1. Where joint training
-does not begin, tasks are adapted to from the untouched network.
+surer than all of them will: a temperature above 1 is divided by :data:`EXAGGERATED`, down to 1, so that 3.85 is the
+highest. Where joint training does not begin, tasks are adapted to from the untouched network.
 
 It costs as many gradients again as joint training. Where that sees the rows fewer than :data:`PASSES` times, nothing
 can be known by heart, and there is none.
@@ -114,10 +114,10 @@ class CrossFit(NamedTuple):
         """Say it in words."""
         tried = ", ".join(f"{steps}: {gain:+.3f} ± {error:.3f}" for steps, gain, error in self.looks)
         length = f"joint training gets {self.steps} steps (nats a row over the first, on unseen tasks: {tried}); "
-        sure = (
-            "sure enough as they are" if self.temperature == 1.0 else f"brought to temperature {self.temperature:.2f}"
-        )
-        return f"{length if self.looks else ''}predictions are {sure}."
+        sure = f"predictions are brought to the temperature {self.temperature:.2f}"
+        if self.temperature == 1.0:
+            sure = "predictions stay as they are: no other temperature is better by more than chance"
+        return f"{length if self.looks else ''}{sure}."
 
 
 def passes(steps: int, batch_size: int, tasks: Sequence[Task]) -> float:

@@ -107,8 +107,9 @@ class Joint(NamedTuple):
         if self.helps:
             return f"joint training helps ({measured}): it begins, over all tasks."
         return (
-            f"joint training does not help ({measured}): phi stays at the untouched network. What these tasks have in "
-            "common, if anything, is little that adapters can learn; `pyro-lift compare` says what else does."
+            f"joint training does not help by more than chance ({measured}): phi stays at the untouched network. What "
+            "these tasks have in common, if anything, is little that adapters can learn; `pyro-lift compare` says what "
+            "else does."
         )
 
 
