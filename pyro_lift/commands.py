@@ -123,9 +123,8 @@ def train(
         session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, resume_hint=resume_hint)
     with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
         shown: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
-        prior = lift.meta_train_many(tasks.train, [config.sampler.components], session=session, crossed=True, **shown)[
-            0
-        ]
+        components = [config.sampler.components]
+        (prior,) = lift.meta_train_many(tasks.train, components, session=session, crossed=True, **shown)
     if not distributed.is_first():
         return prior
     write_file(folder / CONFIG, text)

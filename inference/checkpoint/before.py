@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_lift.inference.checkpoint.folder import jsonable
@@ -68,6 +69,10 @@ class WorkBefore:
                 data = jsonable(data)
                 write_json(new / "work.json", sealed({"config": self.config, "file": record, "data": data}))
         return vector, data
+
+    def data(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return plain data without a vector that was kept, or compute it and keep it."""
+        return self.result(name, lambda: (torch.zeros(0), compute()))[1]
 
     def _read(self, name: str) -> Work | None:
         if self.folder is None or not (self.folder / name).is_dir():

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pyro_lift.inference.adaptation.predict import predict
 from pyro_lift.inference.adaptation.temperature import fit_temperature, tempered
-from pyro_lift.inference.checkpoint.before import Work, WorkBefore
+from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
@@ -151,11 +151,8 @@ def cross_fit(
         judge: of tasks that a vector has not seen.
         kept: where the answer is kept, for a run that goes on.
     """
-
-    def answer() -> Work:
-        return torch.zeros(0), _cross_fit(tasks, start, joint, begin, judge)._asdict()
-
-    data = (kept or WorkBefore(None)).result("cross-fit", answer)[1]
+    kept = kept or WorkBefore(None)
+    data = kept.data("cross-fit", lambda: _cross_fit(tasks, start, joint, begin, judge)._asdict())
     fit = CrossFit(data["steps"], data["temperature"], tuple(tuple(look) for look in data["looks"]))
     log.info("%s", fit.sentence())
     return fit
@@ -213,13 +210,13 @@ def split_rows(tasks: Sequence[Task], most: int) -> list[Task]:
     for part in range(PARTS):
         for task in tasks[: most - len(split)]:
             order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))
-            predicted = torch.arange(len(order)) % PARTS == part
-            rows, others = (task.train.take(order[where].sort().values) for where in (predicted, ~predicted))
+            left_out = torch.arange(len(order)) % PARTS == part
+            rows, others = (task.train.take(order[where].sort().values) for where in (left_out, ~left_out))
             split.append(replace(task, train=others, test=rows.take(slice(0, ROWS)), dev=None))
     return split
 
 
-def helpful_temperature(predictions: Sequence[tuple[Tensor, Tensor]]) -> float:
+def helpful_temperature(predictions: Sequence[Predictions]) -> float:
     """Return the fitted temperature, less what halves exaggerate, where it lowers the loss by the test; else 1.
 
     Args:

@@ -163,11 +163,7 @@ def joint_on_trial(
         kept: where vectors and the verdict are kept, for a run that goes on.
     """
     kept = kept or WorkBefore(None)
-
-    def verdict() -> Work:
-        return torch.zeros(0), _trial(tasks, start, rate, steps, train, score, kept)._asdict()
-
-    joint = Joint(**kept.result("joint", verdict)[1])
+    joint = Joint(**kept.data("joint", lambda: _trial(tasks, start, rate, steps, train, score, kept)._asdict()))
     log.info("%s", joint.sentence())
     return joint
 
