@@ -49,7 +49,7 @@ from pyro_lift.tuning.cross_fit import PASSES, CrossFit, Judge, cross_fit, passe
 from pyro_lift.tuning.early_stopping import HeldOutLooks, mean_loss, with_held_out
 from pyro_lift.tuning.halves import Joint, joint_on_trial, log_probs_at, trial_steps
 from pyro_lift.tuning.held_out import has_unseen_rows
-from pyro_lift.tuning.joint_run import JointRun, Standing, moments_of
+from pyro_lift.tuning.joint_run import JointRun, Standing, moments_of, task_weights
 from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
 from pyro_lift.watching.steps import Run
 from pyro_lift.watching.watch import Watchers
@@ -213,10 +213,9 @@ class LiFT:
                 "and give them to prior.calibrate(...)."
             )
         session = self.session(tasks, checkpoint, resume, checkpoint_every)
-        components = [self.settings.components]
         shown: dict[str, Any] = {"progress": progress, "on_step": on_step, "callbacks": callbacks}
-        crossed = calibrate is None and self.tuning is None
-        priors = self.meta_train_many(tasks, components, session=session, start=start, crossed=crossed, **shown)
+        shown |= {"session": session, "start": start, "crossed": calibrate is None and self.tuning is None}
+        priors = self.meta_train_many(tasks, [self.settings.components], **shown)
         if calibrate:
             priors[0].calibrate(unseen)
         return priors[0]
@@ -286,10 +285,8 @@ class LiFT:
         run = self if joint is None else self._after(joint)
         program = run.program(tasks)
         s = run._fitted(program)
-        halves = None
-        if crossed and joint is not None:
-            shown: dict[str, Any] = {"progress": progress, "on_step": watchers.of("cross-fit")}
-            halves = run._cross_fitted(program, joint, s, session, **shown)
+        shown: dict[str, Any] = {"progress": progress, "on_step": watchers.of("cross-fit")}
+        halves = run._cross_fitted(program, joint, s, session, **shown) if crossed and joint is not None else None
         if halves is not None:
             run.settings, s = (replace(settings, sgd_steps=halves.steps) for settings in (run.settings, s))
         kernel = run.kernel(program)
@@ -454,6 +451,7 @@ class LiFT:
             translation=s.translation or "none",
             translation_step_size=s.translation_step_size,
             sgd_step_size=s.sgd_learning_rate,
+            sgd_weights=task_weights(program.tasks) if s.sgd_weights == "tasks" else None,
             thinning=s.thinning,
             distributed=s.ranks_block_size > 0,
             block_size=s.ranks_block_size or None,

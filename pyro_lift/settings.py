@@ -112,6 +112,9 @@ class LiFTSettings:
     sgd_learning_rate: float | None = field(
         default=None, metadata={"help": "of those, Adam; none: 0.05 of the size of the adapter's weights"}
     )
+    sgd_weights: Literal["tasks", "rows"] | None = field(
+        default=None, metadata={"help": "whether all tasks count alike in joint training, or all rows; none: tasks"}
+    )
     burn_in: int = field(default=100, metadata={"help": "visits before the first draw"})
     samples: int = field(default=200, metadata={"help": "draws of phi"})
     thinning: int = field(default=1, metadata={"help": "visits per draw"})
@@ -197,6 +200,8 @@ class LiFTSettings:
         if self.temperature is not None:
             check_number("temperature", self.temperature, open_below=False)
         check_number("head_temperature", self.head_temperature, open_below=False)
+        if self.sgd_weights is not None:
+            check_choice("sgd_weights", self.sgd_weights, ["tasks", "rows"])
         for name in ("sgd_steps", "burn_in", "batch_size", "ranks_block_size", "stop_every"):
             check_number(name, getattr(self, name), open_below=False, whole=True)
         check_choice("covariance", self.covariance, ["diag", "spherical"])
@@ -217,9 +222,10 @@ def complete_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Add the fields that older saved settings lack, with the values that reproduce what was done then.
 
     Heads of tasks' own took steps before they could be solved, and label matching had none. Nothing was shifted before
-    there was a translation, and no run stopped before its end.
+    there was a translation, no run stopped before its end, and joint training counted all rows alike.
     """
-    return {"head": "langevin", "translation": "none", "stop_every": 0, "stop_patience": 3, **saved}
+    then = {"head": "langevin", "translation": "none", "stop_every": 0, "stop_patience": 3, "sgd_weights": "rows"}
+    return {**then, **saved}
 
 
 def complete_adapt_settings(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -37,12 +37,12 @@ from pyro_lift.inference.gibbs.state import (
     TranslationKind,
 )
 from pyro_lift.inference.gibbs.together_plan import chosen_plan
-from pyro_lift.inference.gibbs.warmup import end_of_sgd, sgd_step
+from pyro_lift.inference.gibbs.warmup import checked_weights, end_of_sgd, sgd_step
 from pyro_lift.inference.kernel import Kernel, Model
 from pyro_lift.inference.program import Program
 from pyro_lift.inference.schedules import Schedule, as_schedule
 from pyro_lift.inference.sgld import Integrator
-from pyro_lift.inference.stores.store import ReadsAhead, ThetaStore
+from pyro_lift.inference.stores.store import ThetaStore, read_ahead
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.support import distributed
 from pyro_lift.support.options import check_choice, check_number, named_options, renamed_keywords
@@ -103,6 +103,8 @@ class SGLDGibbs(Kernel):
         decay, damping: of the preconditioner's moving average; added to its root, relative to its mean.
         sgd_steps: of the warm-up's visits, how many are joint training by Adam of one vector shared by all tasks.
             They need a normal pair; the chain starts where they end. ``sgd_step_size`` is their learning rate.
+        sgd_weights: factors on the tasks' gradients in joint training, one a task; None takes them as they are, which
+            grow with a task's data.
         max_grad_norm: to which the likelihood's gradients are scaled down, counted as clipped; it changes the target.
         site_step_scale: factor on the step size by local family, e.g. ``{"head": 10.0}``.
         site_temperature: factor on the temperature by local family; ``{"head": 0.0}`` moves heads to their mode
@@ -157,6 +159,7 @@ class SGLDGibbs(Kernel):
         damping: float = 0.1,
         sgd_steps: int = 0,
         sgd_step_size: float | Schedule = 1e-3,
+        sgd_weights: Sequence[float] | None = None,
         max_grad_norm: float | None = None,
         site_step_scale: Mapping[str, float] | None = None,
         site_temperature: Mapping[str, float] | None = None,
@@ -209,6 +212,7 @@ class SGLDGibbs(Kernel):
             theta_steps_per_visit=theta_steps_per_visit,
             max_grad_norm=max_grad_norm,
             sgd_step_size=as_schedule(sgd_step_size),
+            sgd_weights=checked_weights(sgd_weights),
             site_step_scale=step_scale,
             site_temperature=temperatures,
             site_update=checked_updates(site_update),
@@ -382,7 +386,7 @@ class SGLDGibbs(Kernel):
             return
         block = self._next_block()
         if self._request.scan == "round_robin":
-            self._read_ahead(lambda: [block, self._block_at(self.state.step + 1)])
+            read_ahead(chain.stores().values(), lambda: [block, self._block_at(self.state.step + 1)])
         streams = Streams(self._generator, self._noise_generator, self._start_seed())
         if phase == "sgd":
             self.state, self._info = sgd_step(self.state, chain, block, streams)
@@ -403,7 +407,7 @@ class SGLDGibbs(Kernel):
             after = self._block_at(self.state.step + 1)
             return [part for index in (block, after) for part in shared_visit.own_passes(structure, index)]
 
-        self._read_ahead(own)
+        read_ahead(chain.stores().values(), own)
         seed = self._generator.initial_seed()
         self.state, self._info = shared_visit.visit(self.state, chain, block, self.phase, seed)
 
@@ -427,14 +431,6 @@ class SGLDGibbs(Kernel):
         if self._request.distributed:
             return shared_visit.block_at(chain.structure, step, begin)
         return ((step * B if begin is None else begin) + torch.arange(B)) % N
-
-    def _read_ahead(self, blocks: Callable[[], list[Tensor]]) -> None:
-        """Let stores that can do so begin to read the rows of this block and the next."""
-        chain = self.chain
-        able: list[ReadsAhead] = [store for store in chain.stores().values() if isinstance(store, ReadsAhead)]
-        tasks = [task for index in blocks() for task in index.tolist()] if able else []
-        for store in able:
-            store.prefetch(tasks)
 
     def state_dict(self) -> dict[str, Any]:
         """See the base class; also what was learned of the tasks."""

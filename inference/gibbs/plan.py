@@ -239,6 +239,9 @@ def _check_phi_update(
             f'accumulator="table" stores one gradient per block, and {num_tasks} tasks are no whole number of '
             f"blocks of {block}. Use a block_size that divides {num_tasks}."
         )
+    weights = settings.sgd_weights
+    if weights is not None and len(weights) != structure.num_tasks:
+        raise ValueError(f"sgd_weights has {len(weights)} factors for {structure.num_tasks} tasks; give one a task.")
     if request.sgd_steps and not pairs and not structure.regressions:
         site, reason = next(iter(reasons.items()))
         raise ValueError(

@@ -127,6 +127,7 @@ class Settings:
     theta_steps_per_visit: int = 1
     max_grad_norm: float | None = None
     sgd_step_size: Schedule = field(default_factory=lambda: constant(1e-3))
+    sgd_weights: tuple[float, ...] | None = None
     site_step_scale: Mapping[str, float] = field(default_factory=dict)
     site_temperature: Mapping[str, float] = field(default_factory=dict)
     translation: TranslationKind = "none"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,10 +19,22 @@ from pyro_lift.inference.gibbs.state import (
     init,
     kept_state,
 )
-from pyro_lift.inference.program import Rows
+from pyro_lift.inference.program import Latent, Rows
 from pyro_lift.inference.sgld import check_finite, check_moved, precondition, update_second_moment
+from pyro_lift.support.options import check_number
 
-__all__ = ["SGDGradient", "end_of_sgd", "sgd_gradient", "sgd_step", "sgd_update"]
+__all__ = ["SGDGradient", "checked_weights", "end_of_sgd", "sgd_gradient", "sgd_step", "sgd_update"]
+
+
+def checked_weights(weights: Sequence[float] | None) -> tuple[float, ...] | None:
+    """Return the tasks' weights in joint training.
+
+    Raises:
+        ValueError: one that is not above zero.
+    """
+    for task, weight in enumerate(() if weights is None else weights):
+        check_number(f"sgd_weights[{task}]", weight)
+    return None if weights is None else tuple(float(weight) for weight in weights)
 
 
 def sgd_step(
@@ -79,6 +91,7 @@ def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values
     lr = settings.sgd_step_size(state.step)
     shared: Values = {task: _with_shared(structure, state, rows, task is None) for task, rows in values.items()}
     shared = solved(state, chain, shared, index, streams)
+    weights = None if settings.sgd_weights is None else torch.tensor(settings.sgd_weights)[list(tasks)]
     run = chain.program.run(state.phi, shared, index, streams.rows)
     drift = run.drift(run.locals, chain.cache.coupled, settings.n_inflate)
     norm = check_finite(drift, state.step, tasks, chain.cache.watch)
@@ -88,7 +101,7 @@ def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values
     for name, site in run.locals.items():
         gradient = drift.gradient[name]
         if site.family in structure.pair_of:
-            part = gradient.sum(site.plate_dim) if site.task is None else gradient
+            part = _summed(gradient, site, tasks, weights)
             shared_site = structure.pair_of[site.family].global_site
             part = part.reshape(state.phi[shared_site].shape)
             total[shared_site] = total[shared_site] + part if shared_site in total else part
@@ -104,6 +117,18 @@ def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values
     info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, lr, False, "sgd")
     others = {family: v for family, v in moments.items() if family not in structure.pair_of}
     return SGDGradient(total, others, rows, info)
+
+
+def _summed(gradient: Tensor, site: Latent, tasks: tuple[int, ...], weights: Tensor | None) -> Tensor:
+    """Sum a family's gradient over the block, each task's by its weight; a site of one task is returned by itself."""
+    if site.task is not None:
+        return gradient if weights is None else gradient * float(weights[tasks.index(site.task)])
+    if weights is None:
+        return gradient.sum(site.plate_dim)
+    assert site.plate_dim is not None
+    shape = [1] * gradient.dim()
+    shape[site.plate_dim] = -1
+    return (gradient * weights.to(gradient).reshape(shape)).sum(site.plate_dim)
 
 
 def sgd_update(

@@ -7,7 +7,7 @@ and writes them back only when the whole visit has succeeded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -17,7 +17,16 @@ from pyro_lift.inference.stores.disk import DiskStore
 from pyro_lift.inference.stores.memory import DeviceStore, HostStore
 from pyro_lift.support.memory import free_bytes
 
-__all__ = ["DiskStore", "HoldsMatrix", "HostStore", "ReadsAhead", "ThetaStore", "check_own_store", "make_store"]
+__all__ = [
+    "DiskStore",
+    "HoldsMatrix",
+    "HostStore",
+    "ReadsAhead",
+    "ThetaStore",
+    "check_own_store",
+    "make_store",
+    "read_ahead",
+]
 
 
 class ThetaStore(Protocol):
@@ -60,6 +69,14 @@ class ReadsAhead(Protocol):
     def prefetch(self, tasks: Sequence[int]) -> None:
         """Begin to read the rows of these tasks."""
         ...
+
+
+def read_ahead(stores: Iterable[ThetaStore], blocks: Callable[[], Sequence[Tensor]]) -> None:
+    """Let the stores that can do so begin to read the rows of some blocks, each an index of tasks ``[B]``."""
+    able: list[ReadsAhead] = [store for store in stores if isinstance(store, ReadsAhead)]
+    tasks = [task for index in blocks() for task in index.tolist()] if able else []
+    for store in able:
+        store.prefetch(tasks)
 
 
 def make_store(
