@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,23 @@ class WorkBefore:
     Args:
         folder: of the run; None keeps nothing.
         config: plain data of the run; what was kept by a run of another is computed anew.
+        signals: handled while something is computed (:meth:`Session.signals_before_chain`).
     """
 
-    def __init__(self, folder: Path | None, config: Mapping[str, Any] | None = None) -> None:
-        self.folder, self.config = folder, jsonable(dict(config or {}))
+    def __init__(
+        self,
+        folder: Path | None,
+        config: Mapping[str, Any] | None = None,
+        signals: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.folder, self.config, self._signals = folder, jsonable(dict(config or {})), signals
 
     @classmethod
     def of(cls, session: Session | None, name: str) -> tuple[WorkBefore, bool]:
         """Return what a run did before its chain, and whether its chain began without the work of that name."""
         if session is None:
             return cls(None), False
-        kept = cls(session.folder, session.config)
+        kept = cls(session.folder, session.config, session.signals_before_chain)
         return kept, session.transitions > 0 and not kept.has(name)
 
     def has(self, name: str) -> bool:
@@ -60,7 +67,8 @@ class WorkBefore:
         kept = self._read(name)
         if kept is not None:
             return kept
-        vector, data = compute()
+        with self._signals():
+            vector, data = compute()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.folder / name, ignore_errors=True)

@@ -19,7 +19,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -62,6 +62,8 @@ __all__ = ["RunStopped", "Session"]
 log = logging.getLogger("pyro_lift")
 
 KEEP = 2
+#: Signals that ask a run to stop.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RunStopped(SystemExit):
@@ -361,10 +363,7 @@ class Session:
     @contextmanager
     def signals(self) -> Iterator[None]:
         """Let SIGTERM and Ctrl-C wait for the end of the transition; the second one does not wait."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
 
         def note(number: int, frame: FrameType | None) -> None:
             del frame
@@ -372,12 +371,40 @@ class Session:
             log.warning("%s: finishing the transition and saving", signal.Signals(number).name)
             _restore(before)
 
-        for number in before:
-            signal.signal(number, note)
-        try:
+        with _handled(note):
             yield
-        finally:
-            _restore(before)
+
+    def signals_before_chain(self) -> AbstractContextManager[None]:
+        """Let SIGTERM and Ctrl-C end the work before the chain at once, of which finished pieces are kept.
+
+        Raises:
+            RunStopped: after a signal.
+        """
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            del frame
+            raise RunStopped(
+                f"stopped by {signal.Signals(number).name} before the chain began; what was finished is kept in "
+                f"{self.folder}. Go on with {self.resume_hint}.",
+                number,
+            )
+
+        return _handled(stop)
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Give both signals a handler; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        _restore(before)
 
 
 def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
