@@ -22,6 +22,8 @@ def chain_bar(
 ) -> Iterator[Callable[..., None]]:
     """A bar on stderr, moved by the hook it gives; hidden, as Pyro's, under CI and xdist, and where not process 0.
 
+    Its loss is a row's where ``on_step`` knows the rows of the tasks, else the sum over the visited rows.
+
     Args:
         total: transitions of the chain, warm-up included.
         description: before the bar.
@@ -44,8 +46,9 @@ def chain_bar(
         def hook(kernel: Any, samples: Any, stage: str, i: int) -> None:
             del samples, i
             log = kernel.logging()
-            if "loglik" in log:  # what is known everywhere as a loss
-                log = {"loss": f"{-float(log.pop('loglik')):.3e}", **log}
+            if "loglik" in log:  # what is known everywhere as a loss, a row where rows are known
+                rows = watchers.rows_of(getattr(kernel, "last_visit", None)) or 1
+                log = {"loss": f"{-float(log.pop('loglik')) / rows:.3e}", **log}
             bar.set_postfix(log, refresh=False)
             bar.update()
             watchers.see(kernel, stage)

@@ -47,7 +47,7 @@ from pyro_lift.support.options import check_choice, check_number, current_names
 from pyro_lift.tuning.candidates import lift_candidates, shortened
 from pyro_lift.tuning.cross_fit import PASSES, CrossFit, Judge, cross_fit, passes, predicted
 from pyro_lift.tuning.early_stopping import HeldOutLooks, mean_loss, with_held_out
-from pyro_lift.tuning.halves import Joint, joint_on_trial, log_probs_at, trial_steps
+from pyro_lift.tuning.halves import Joint, has_trial, joint_on_trial, log_probs_at
 from pyro_lift.tuning.held_out import has_unseen_rows
 from pyro_lift.tuning.joint_run import JointRun, Standing, moments_of, task_weights
 from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
@@ -352,13 +352,13 @@ class LiFT:
         return [prior(k, summary, moments, results) for k in components]
 
     def _joint(
-        self, tasks: Sequence[Task], session: Session | None, progress: bool, on_step: Callable[[], None] | None
+        self, tasks: Sequence[Task], session: Session | None, progress: bool, on_step: Watchers | None
     ) -> Joint | None:
         """Put the joint training on trial, where its rate was left open; None where there is none."""
         s = resolved(self.settings, self.adapter)
-        steps = trial_steps(s.sgd_steps, len(tasks))
         kept, saved_without = WorkBefore.of(session, "joint")
-        if self.settings.sgd_learning_rate is not None or not steps or s.ranks_block_size or saved_without:
+        given = self.settings.sgd_learning_rate is not None
+        if given or s.ranks_block_size or saved_without or not has_trial(s.sgd_steps, len(tasks)):
             return None
         head_scale = own_head_scale(self.adapter, tasks, s.head_scale, solve=s.head != "langevin")
         if head_scale is not None and s.head == "langevin":  # without steps of its own, such a head says nothing
@@ -368,8 +368,8 @@ class LiFT:
         assert s.sgd_learning_rate is not None
 
         def train(half: Sequence[Task], rate: float, steps: int) -> Tensor:
-            run = self._joint_run(half, rate, steps, progress=progress, on_step=on_step)
-            return run.to(steps).vector
+            title = f"joint training on trial, half of the tasks at {rate:.2g}"
+            return self._joint_run(half, rate, steps, title, progress=progress, on_step=on_step).to(steps).vector
 
         return joint_on_trial(tasks, self.adapter.initial, s.sgd_learning_rate, s.sgd_steps, train, score, kept)
 
@@ -383,7 +383,7 @@ class LiFT:
             return None
         classes = all(task.kind == "classification" for task in tasks) and not heads
         assert s.sgd_learning_rate is not None
-        begin = partial(self._joint_run, description="joint training of half of the tasks", **shown)
+        begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
         score = partial(log_probs_at, self.adapter, head_scale=program.head_scale, noise_scale=s.noise_scale)
 
         def adapt(standing: Standing, unseen: Sequence[Task]) -> Sequence[TaskPosterior]:
@@ -396,11 +396,11 @@ class LiFT:
         judge = Judge(score, partial(predicted, self.adapter), adapt) if classes else Judge(score)
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 
-    def _joint_run(self, tasks: Sequence[Task], rate: float, steps: int, **shown: Any) -> JointRun:
+    def _joint_run(self, tasks: Sequence[Task], rate: float, steps: int, title: str, **shown: Any) -> JointRun:
         """Make the first part of the chain, over some tasks, at a rate."""
         settings = replace(self.settings, sgd_steps=steps, sgd_learning_rate=rate, translation="none")
         lift = LiFT(self.adapter, settings=settings, seed=self.seed)
-        return JointRun(lift.kernel(lift.program(tasks)), steps, **shown)
+        return JointRun(lift.kernel(lift.program(tasks)), steps, tasks, title, **shown)
 
     def _after(self, joint: Joint) -> LiFT:
         """Make the run that follows the trial of joint training.

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.adaptation.predict import predict
-from pyro_lift.inference.adaptation.temperature import fit_temperature, tempered
+from pyro_lift.inference.adaptation.temperature import HIGHEST, fit_temperature, tempered
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
@@ -115,6 +115,8 @@ class CrossFit(NamedTuple):
         tried = ", ".join(f"{steps}: {gain:+.3f} ± {error:.3f}" for steps, gain, error in self.looks)
         length = f"joint training gets {self.steps} steps (nats a row over the first, on unseen tasks: {tried}); "
         sure = f"predictions are brought to the temperature {self.temperature:.2f}"
+        if self.temperature >= HIGHEST / EXAGGERATED:
+            sure += ", the highest there is: they were wrong and sure of it"
         if self.temperature == 1.0:
             sure = "predictions stay as they are: no other temperature is better by more than chance"
         return f"{length if self.looks else ''}{sure}."

@@ -47,6 +47,7 @@ __all__ = [
     "TASKS",
     "Joint",
     "Score",
+    "has_trial",
     "is_above_zero",
     "joint_on_trial",
     "log_probs_at",
@@ -117,6 +118,22 @@ def trial_steps(steps: int, tasks: int) -> int:
     """Return the steps of each half; 0 where there is no trial: too few tasks, or too little training."""
     each = _each(steps)
     return each if tasks >= FEWEST_TASKS and 2 * each <= MOST_COST * steps else 0
+
+
+def has_trial(steps: int, tasks: int) -> bool:
+    """Tell whether joint training can be put on trial, and say so in the log where it cannot.
+
+    Args:
+        steps: of joint training.
+        tasks: of meta-training.
+    """
+    if steps and not trial_steps(steps, tasks):
+        least = math.ceil(2 * FEWEST_STEPS / MOST_COST)
+        log.info(
+            "joint training is not tried on unseen tasks, which takes %d steps and %d tasks (there are %d and %d): it "
+            "begins, whether it helps or not.", least, FEWEST_TASKS, steps, tasks,
+        )  # fmt: skip
+    return trial_steps(steps, tasks) > 0
 
 
 def _each(steps: int) -> int:

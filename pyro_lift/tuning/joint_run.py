@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.progress import chain_bar
 from pyro_lift.models.task import Task
+from pyro_lift.watching.watch import Watchers
 
 __all__ = ["JointRun", "Standing", "moments_of", "task_weights"]
 
@@ -54,9 +55,10 @@ class JointRun:
     Args:
         kernel: whose first ``most`` visits are joint training.
         most: steps that it can take in all.
-        description: before the bar.
+        tasks: of it.
+        title: before the bar, and of the run that callbacks are told of.
         progress: whether there is a bar.
-        on_step: called after each step.
+        on_step: what watches each step.
 
     Attributes:
         kernel: as it stands, its preconditioner included.
@@ -67,13 +69,16 @@ class JointRun:
         self,
         kernel: SGLDGibbs,
         most: int,
+        tasks: Sequence[Task],
+        title: str,
         *,
-        description: str = "joint training on trial",
         progress: bool = False,
-        on_step: Callable[[], None] | None = None,
+        on_step: Watchers | None = None,
     ) -> None:
         self.kernel, self.most, self.steps = kernel, most, 0
-        self._bar = {"description": description, "show": progress, "on_step": on_step}
+        if on_step is not None:
+            on_step = on_step.of(on_step.run.kind, title, [len(t.train) for t in tasks], [t.name for t in tasks])
+        self._bar = {"description": title, "show": progress, "on_step": on_step}
 
     def to(self, steps: int) -> Standing:
         """Go on to so many steps in all.

@@ -54,9 +54,14 @@ class Watchers:
         self._callbacks = given if distributed.is_first() else []
         self._step, self._since = run.done, time.perf_counter()
 
-    def of(self, kind: str, name: str = "") -> Watchers:
-        """Make those of a run inside this one, which are the same: one that has failed is left out of both."""
-        inside = Watchers((), Run(kind, name), on_step=self.on_step)
+    def of(self, kind: str, name: str = "", rows: Sequence[int] = (), names: Sequence[str] = ()) -> Watchers:
+        """Make those of a run inside this one, which are the same: one that has failed is left out of both.
+
+        Args:
+            kind, name: of the run.
+            rows, names: of its tasks.
+        """
+        inside = Watchers((), Run(kind, name), rows, names, self.on_step)
         inside._callbacks = self._callbacks
         return inside
 
@@ -116,7 +121,7 @@ class Watchers:
             self.tell(phase=phase)
             return
         tasks = getattr(visit, "tasks", None)
-        rows = sum(self.rows) if tasks is None else sum(self.rows[k] for k in tasks) if self.rows else 0
+        rows = self.rows_of(visit)
         names = ("log_likelihood", "step_size", "grad_norm", "clipped", "acceptance", "phase")
         measures = {"phase": phase} | {name: getattr(visit, name) for name in names if hasattr(visit, name)}
         if rows:
@@ -124,6 +129,11 @@ class Watchers:
         if tasks is not None:
             measures["tasks"] = tuple(self.names[k] if self.names else str(k) for k in tasks)
         self.tell(**measures)
+
+    def rows_of(self, visit: Any) -> int:
+        """Return the training rows of a visit's tasks, of all where it does not name them; 0 where none are known."""
+        tasks = getattr(visit, "tasks", None)
+        return sum(self.rows) if tasks is None or not self.rows else sum(self.rows[k] for k in tasks)
 
     def _call(self, callbacks: Sequence[Callback], what: str, *arguments: Any) -> None:
         for each in list(callbacks):

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from pyro_lift import LiFT, Task
-from pyro_lift.inference.adaptation.temperature import fit_temperature
+from pyro_lift.inference.adaptation.temperature import HIGHEST, fit_temperature
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.tuning.cross_fit import EXAGGERATED, Judge, cross_fit, helpful_temperature, passes, split_rows
+from pyro_lift.tuning.cross_fit import EXAGGERATED, CrossFit, Judge, cross_fit, helpful_temperature, passes, split_rows
 from pyro_lift.tuning.halves import Joint
 from pyro_lift.tuning.joint_run import JointRun, Standing
 
@@ -142,11 +142,16 @@ def test_a_temperature_is_taken_where_it_lowers_the_loss_by_more_than_chance() -
     assert helpful_temperature([(logits.softmax(-1), y) for logits, y in pairs]) == 1.0
 
 
+def test_the_highest_temperature_is_said_to_be_that() -> None:
+    assert "3.85, the highest there is" in CrossFit(0, HIGHEST / EXAGGERATED, ()).sentence()
+    assert "highest" not in CrossFit(0, 3.0, ()).sentence()
+
+
 def test_a_run_that_is_gone_on_with_is_the_run_that_went_through() -> None:
     lift = LiFT(adapter(), seed=0)
-    apart = lift._joint_run(tasks(), 0.01, 40)
+    apart = lift._joint_run(tasks(), 0.01, 40, "half")
     apart.to(15)
-    whole = lift._joint_run(tasks(), 0.01, 40).to(40)
+    whole = lift._joint_run(tasks(), 0.01, 40, "half").to(40)
     ended = apart.to(40)
     assert torch.equal(ended.vector, whole.vector)
     assert all(torch.equal(ended.moments[name], x) for name, x in whole.moments.items())

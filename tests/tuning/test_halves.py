@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +16,11 @@ from torch import Tensor
 
 from pyro_lift import LiFT, Task
 from pyro_lift.inference.checkpoint.before import WorkBefore
+from pyro_lift.inference.checkpoint.session import RunStopped
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.tuning.halves import joint_on_trial, log_probs_at, steps_beside_trial, trial_steps
+from pyro_lift.watching.steps import Step
 
 
 def adapter() -> RandomAdapter:
@@ -189,3 +193,43 @@ def test_log_probs_are_means_over_rows_of_what_the_network_says() -> None:
             logits = network(*task.train.positional, theta=theta)
         mean = -torch.nn.functional.cross_entropy(logits, task.train.target)
         assert math.isclose(float(value), float(mean), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("stopped_at", [3, 30])
+def test_a_signal_in_the_trial_ends_the_run_at_once_and_says_how_to_go_on(stopped_at: int, tmp_path: Path) -> None:
+    made, told = tasks(shared=True), list[Step]()
+    plain = LiFT(adapter(), **OPTIONS).meta_train(made, progress=False)  # type: ignore[arg-type]
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop(step: Step) -> None:
+        told.append(step)
+        if len(told) == stopped_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RunStopped, match=r"stopped by SIGTERM before the chain began; .*meta_train\(tasks, resume='"):
+        LiFT(adapter(), **OPTIONS).meta_train(made, progress=False, checkpoint=tmp_path, callbacks=stop)  # type: ignore[arg-type]
+    assert signal.getsignal(signal.SIGTERM) is before
+    gone_on = LiFT(adapter(), **OPTIONS).meta_train(made, progress=False, resume=tmp_path)  # type: ignore[arg-type]
+    torch.testing.assert_close(gone_on.mixture.get().mean, plain.mixture.get().mean, rtol=0, atol=0)
+
+
+def test_steps_of_the_trial_have_their_loss_a_row_and_their_task() -> None:
+    told = list[Step]()
+    made = tasks(shared=True)
+    LiFT(adapter(), **OPTIONS).meta_train(made, progress=False, callbacks=told.append)  # type: ignore[arg-type]
+    trial = [step for step in told if step.run.kind == "joint-trial"]
+    halves = [{task.name for task in made[k::2]} for k in range(2)]
+    assert {step.tasks[0] for step in trial} == {name for half in halves for name in half}
+    assert all(step.loss is not None and 0.0 < step.loss < 3.0 for step in trial)
+    assert all("half of the tasks at" in step.run.name for step in trial)
+
+
+def test_a_run_without_a_trial_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    short = {**OPTIONS, "sgd_steps": 40}
+    with caplog.at_level("INFO", "pyro_lift"):
+        LiFT(adapter(), **short).meta_train(tasks(shared=True), progress=False)  # type: ignore[arg-type]
+    assert "takes 80 steps and 4 tasks (there are 40 and 8): it begins" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO", "pyro_lift"):
+        LiFT(adapter(), sgd_learning_rate=0.01, **short).meta_train(tasks(shared=True), progress=False)  # type: ignore[arg-type]
+    assert "not tried" not in caplog.text
