@@ -6,9 +6,10 @@ trained on each at the rate that the trial chose, and each task is judged by the
 
 **Length.** A half of the tasks in half of the steps visits each as often as all of them in all the steps. At an eighth,
 a quarter, a half and the whole of these steps every task is judged by the mean log probability of its rows, classes at
-the temperature that is best for all of them: how sure predictions are is the other question. Joint training gets the
-best length; or twice that, where it is not worse by the paired one-sided test at 5 %, since halves know their fewer
-tasks by heart sooner than all tasks are known. The halves end where a length is worse than a shorter one by the test.
+the temperature that is best for all of them: how sure predictions are is the other question. Joint training gets
+the best of those lengths above the best one that are not worse than it by the paired one-sided test at 5 %, since
+halves know their fewer tasks by heart sooner than all tasks are known; where there is none, the best length itself. The
+halves end where a length is worse than a shorter one by the test.
 
 **Temperature.** From a half's vector each task of the other is adapted to on three quarters of its rows, and one
 temperature is fitted to the predictions of the last quarter (:mod:`~pyro_lift.inference.adaptation.temperature`). Where
@@ -176,7 +177,8 @@ def _cross_fit(tasks: Sequence[Task], start: Tensor, joint: Joint, begin: Begin,
             best = len(told) - 1
         if is_above_zero(told[best] - told[-1]):
             break
-    place = best + 1 if best + 1 < len(told) and not is_above_zero(told[best] - told[best + 1]) else best
+    longer = [k for k in range(best + 1, len(told)) if not is_above_zero(told[best] - told[k])]
+    place = max(longer, key=lambda k: float(told[k].mean()), default=best)
     looks = tuple((2 * mark, *paired(values - told[0])) for mark, values in zip(marks, told, strict=False))
     length = joint.steps if marks[place] == marks[-1] else 2 * marks[place]
     return CrossFit(length, _temperature(standings[place], halves, judge.adapt), looks)

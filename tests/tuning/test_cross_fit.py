@@ -59,8 +59,8 @@ class Curve:
     def score(self, vector: Tensor, half: Sequence[Task]) -> Tensor:
         assert f"t{int(vector[1])}" not in [task.name for task in half]  # never trained on what it is judged by
         signs = torch.tensor([(-1.0) ** (int(task.name[1:]) // 2) for task in half], dtype=torch.float64)
-        last = int(vector[0]) == max(self.gains)
-        return self.gains[int(vector[0])] + (self.spread if last else 0.001) * signs
+        spread = {200: self.spread, 400: -self.spread}.get(int(vector[0]), 0.0)
+        return self.gains[int(vector[0])] + (spread or 0.001) * signs
 
 
 class Trained:
@@ -80,9 +80,12 @@ class Trained:
         ([0.0, 0.1, 0.3, 0.2], 0.0, 400),
         ([0.0, 0.1, 0.3, 0.29], 1.0, 800),  # the next length is not worse as far as can be told
         ([0.3, 0.2, 0.1, 0.0], 0.0, 100),
+        ([0.0, 0.3, 0.27, 0.28], 1.0, 800),  # nor one further on, which is better than the next
+        ([0.0, 0.3, 0.28, 0.27], 1.0, 400),
+        ([0.0, 0.3, 0.299, 0.298], 0.0005, 200),
     ],
 )
-def test_joint_training_gets_the_best_length_or_the_next_where_that_is_not_worse(
+def test_joint_training_gets_the_best_length_or_the_best_of_those_above_it_that_are_not_worse(
     gains: list[float], spread: float, steps: int
 ) -> None:
     curve = Curve(dict(zip([50, 100, 200, 400], gains, strict=True)), spread)
