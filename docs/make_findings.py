@@ -100,12 +100,12 @@ def _components(n: dict[str, Any]) -> Any:
         label = f"the {place} K of the table"
         for row, name in enumerate(names):
             of = n["families"][name][place]
-            if abs(of["difference"]) < SHOWN:
+            if abs(of["difference"]) + 2.0 * of["standard error"] < SHOWN:
                 at = (of["difference"], row + offset)
                 axis.errorbar(*at, xerr=2.0 * of["standard error"], fmt="o", color=COLOURS[colour], label=label)
-            else:  # a task that ran away would make points of all the others
+            else:  # its bar would leave the axis: a task that ran away would make points of all the others
                 words = f"{of['difference']:+.2f} ± {of['standard error']:.2f}"
-                axis.text(-0.95 * SHOWN, row + offset, words, color=COLOURS[colour], fontsize=8, va="center")
+                axis.text((0.5 * colour - 0.95) * SHOWN, row, words, color=COLOURS[colour], fontsize=8, va="center")
             label = ""
     axis.axvline(0.0, color="0.6", linewidth=1)
     axis.set_xlim(-SHOWN, SHOWN)
