@@ -91,7 +91,6 @@ def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values
     lr = settings.sgd_step_size(state.step)
     shared: Values = {task: _with_shared(structure, state, rows, task is None) for task, rows in values.items()}
     shared = solved(state, chain, shared, index, streams)
-    weights = None if settings.sgd_weights is None else torch.tensor(settings.sgd_weights)[list(tasks)]
     run = chain.program.run(state.phi, shared, index, streams.rows)
     drift = run.drift(run.locals, chain.cache.coupled, settings.n_inflate)
     norm = check_finite(drift, state.step, tasks, chain.cache.watch)
@@ -101,7 +100,7 @@ def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values
     for name, site in run.locals.items():
         gradient = drift.gradient[name]
         if site.family in structure.pair_of:
-            part = _summed(gradient, site, tasks, weights)
+            part = _summed(gradient, site, tasks, settings.sgd_weights)
             shared_site = structure.pair_of[site.family].global_site
             part = part.reshape(state.phi[shared_site].shape)
             total[shared_site] = total[shared_site] + part if shared_site in total else part
@@ -119,16 +118,16 @@ def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values
     return SGDGradient(total, others, rows, info)
 
 
-def _summed(gradient: Tensor, site: Latent, tasks: tuple[int, ...], weights: Tensor | None) -> Tensor:
+def _summed(gradient: Tensor, site: Latent, tasks: Sequence[int], weights: Sequence[float] | None) -> Tensor:
     """Sum a family's gradient over the block, each task's by its weight; a site of one task is returned by itself."""
     if site.task is not None:
-        return gradient if weights is None else gradient * float(weights[tasks.index(site.task)])
+        return gradient if weights is None else gradient * weights[site.task]
     if weights is None:
         return gradient.sum(site.plate_dim)
     assert site.plate_dim is not None
     shape = [1] * gradient.dim()
     shape[site.plate_dim] = -1
-    return (gradient * weights.to(gradient).reshape(shape)).sum(site.plate_dim)
+    return (gradient * gradient.new_tensor([weights[task] for task in tasks]).reshape(shape)).sum(site.plate_dim)
 
 
 def sgd_update(

@@ -233,3 +233,21 @@ def test_a_run_without_a_trial_says_so(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level("INFO", "pyro_lift"):
         LiFT(adapter(), sgd_learning_rate=0.01, **short).meta_train(tasks(shared=True), progress=False)  # type: ignore[arg-type]
     assert "not tried" not in caplog.text
+
+
+def test_a_run_over_tasks_of_two_sizes_goes_on_from_the_middle_of_joint_training(tmp_path: Path) -> None:
+    made, told = [*tasks(shared=True, number=4), *tasks(shared=True, rows=10)[4:]], list[Step]()
+    options = {**OPTIONS, "sgd_learning_rate": 0.01}
+    plain = LiFT(adapter(), **options).meta_train(made, progress=False)  # type: ignore[arg-type]
+
+    def stop(step: Step) -> None:
+        told.append(step)
+        if len(told) == 60:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RunStopped, match="after 60 transitions"):
+        LiFT(adapter(), **options).meta_train(made, progress=False, checkpoint=tmp_path, callbacks=stop)  # type: ignore[arg-type]
+    gone_on = LiFT(adapter(), **options).meta_train(made, progress=False, resume=tmp_path)  # type: ignore[arg-type]
+    torch.testing.assert_close(gone_on.mixture.get().mean, plain.mixture.get().mean, rtol=0, atol=0)
+    by_rows = LiFT(adapter(), sgd_weights="rows", **options).meta_train(made, progress=False)  # type: ignore[arg-type]
+    assert not torch.equal(by_rows.mixture.get().mean, plain.mixture.get().mean)
