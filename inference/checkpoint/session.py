@@ -21,7 +21,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +63,8 @@ log = logging.getLogger("pyro_lift")
 KEEP = 2
 #: Signals that ask a run to stop.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+#: What stood for each signal before, as :func:`signal.getsignal` gives it.
+Handlers = Mapping[signal.Signals, Any]
 
 
 class RunStopped(SystemExit):
@@ -363,10 +364,8 @@ class Session:
     @contextmanager
     def signals(self) -> Iterator[None]:
         """Let SIGTERM and Ctrl-C wait for the end of the transition; the second one does not wait."""
-        before = {number: signal.getsignal(number) for number in SIGNALS}
 
-        def note(number: int, frame: FrameType | None) -> None:
-            del frame
+        def note(number: int, before: Handlers) -> None:
             self._signal = number
             log.warning("%s: finishing the transition and saving", signal.Signals(number).name)
             _restore(before)
@@ -381,8 +380,8 @@ class Session:
             RunStopped: after a signal.
         """
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            del frame
+        def stop(number: int, before: Handlers) -> None:
+            del before
             raise RunStopped(
                 f"stopped by {signal.Signals(number).name} before the chain began; what was finished is kept in "
                 f"{self.folder}. Go on with {self.resume_hint}.",
@@ -393,21 +392,21 @@ class Session:
 
 
 @contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Give both signals a handler; only the main thread can."""
+def _handled(handler: Callable[[int, Handlers], None]) -> Iterator[None]:
+    """Give both signals a handler, which is told of those that stood before; only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in before:
-        signal.signal(number, handler)
+        signal.signal(number, lambda number, frame: handler(number, before))
     try:
         yield
     finally:
         _restore(before)
 
 
-def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
+def _restore(handlers: Handlers) -> None:
     for number, handler in handlers.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
