@@ -175,6 +175,21 @@ FAMILIES: dict[str, Family] = {
         },
         by_seed=True,
     ),
+    # The same roles with as many gradients and steps as LiFT has by default: what 183 and 16 leave open.
+    "roles": Family(
+        "shakespeare",
+        ("random-80/10/10",),
+        {
+            "small": Setting(
+                _NOVELS,
+                "seq2seq",
+                "next-token",
+                replace(_SMALL_TOKENS, warm_up=867, visits=433, steps=100, draws=10),
+                options={"context": 3},
+            )
+        },
+        orders=("lift",),
+    ),
     "novels": Family(
         "novels", ("authors", "books"), {"small": Setting(_NOVELS, "seq2seq", "next-token", _SMALL_TOKENS)}
     ),

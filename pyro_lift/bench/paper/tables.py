@@ -174,15 +174,15 @@ FIGURES: dict[int, Table] = {
 }
 
 #: Families of ours: where tasks share something, and where they do not.
-OURS = ("digits", "shifts", "novels", "regressions")
+OURS = ("digits", "shifts", "novels", "roles", "regressions")
 
 
 def family_table(name: str) -> Table:
     """Return the table of a family of ours: probe, tuned LoRA, joint training, two meta-learners, LiFT."""
     check_choice("family", name, OURS)
     family = family_of(name)
-    probe = () if name == "novels" else ("linear-probe",)
-    rows = (*probe, "lora-tuned", "no-meta-train", "union-train", "maml", "reptile", *_LIFT)
+    probe = () if name in ("novels", "roles") else ("linear-probe",)
+    rows = (*probe, "lora-tuned", "no-meta-train", "union-train", "maml", "reptile", *family.orders)
     return Table(name, "a family of ours", rows, tuple(Column(split, name, split) for split in family.splits))
 
 
