@@ -20,14 +20,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from pyro_lift.inference.gibbs.accumulator import langevin_limit
+from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.prior_loss import PriorLoss, prior_loss
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight, harmless_scales, typical_size
 from pyro_lift.settings import AdaptSettings, LiFTSettings
+from pyro_lift.tuning.noise import targets_scale
 
-__all__ = ["fitted", "one_width", "resolved", "resolved_adaptation"]
+__all__ = ["fitted", "for_targets", "langevin_step", "one_width", "resolved", "resolved_adaptation"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -77,7 +81,33 @@ def resolved(settings: LiFTSettings, adapter: RandomAdapter) -> LiFTSettings:
         learning_rate=rate if s.learning_rate is None else s.learning_rate,
         sgd_learning_rate=rate if s.sgd_learning_rate is None else s.sgd_learning_rate,
         sgd_weights=s.sgd_weights or "tasks",
+        noise_scale=s.noise_sd,
     )
+
+
+def for_targets(settings: LiFTSettings, tasks: Sequence[Task]) -> LiFTSettings:
+    """Fill in the noise of regressions where it was left open: the spread of targets within tasks, to begin with."""
+    if settings.noise_scale is not None or all(task.kind != "regression" for task in tasks):
+        return settings
+    scale = targets_scale(tasks)
+    log.info("targets vary within tasks with a standard deviation of %.3g: the noise is that to begin with.", scale)
+    return replace(settings, noise_scale=scale)
+
+
+def langevin_step(settings: LiFTSettings, beta: float | Tensor, sigma: float | Tensor, tasks: int) -> float | None:
+    """Return the step of phi, a share of the largest stable one; None where phi is drawn exactly and has no step.
+
+    Args:
+        settings: of meta-training.
+        beta: standard deviation of a task's weights around phi; one number, or ``[D]``.
+        sigma: of phi, likewise.
+        tasks: their number.
+    """
+    if settings.phi_update == "gibbs":
+        return None
+    narrowest = [torch.as_tensor(width).min().reshape(1) for width in (beta, sigma)]
+    pair = NormalPair("phi", "theta", torch.zeros(1), narrowest[1] ** -2, narrowest[0] ** 2)
+    return settings.phi_step_fraction * langevin_limit(settings.accumulator, pair, tasks)
 
 
 def resolved_adaptation(
@@ -137,7 +167,7 @@ def _prior_loss(s: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task]) 
     spread = (s.temperature * torch.as_tensor(square)).sqrt().to(adapter.initial)
     centre = adapter.initial  # where phi's prior is the paper's, around zero, its widths are meant to reach this far
     solve = s.head != "langevin"
-    return prior_loss(adapter, tasks, centre, spread, head_scale=s.head_scale, solve=solve, noise_scale=s.noise_scale)
+    return prior_loss(adapter, tasks, centre, spread, head_scale=s.head_scale, solve=solve, noise_scale=s.noise_sd)
 
 
 def _times(factor: float, width: float | Sequence[float] | None) -> float | list[float]:

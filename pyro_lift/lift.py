@@ -7,22 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from pyro.ops.streaming import StatsOfDict
 from torch import Tensor, nn
 
-from pyro_lift.defaults import fitted, one_width, resolved, resolved_adaptation
+from pyro_lift.defaults import fitted, for_targets, langevin_step, one_width, resolved, resolved_adaptation
 from pyro_lift.inference.chain_summary import ChainSummary
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.folder import saved_config
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import weights_moved
 from pyro_lift.inference.footprint import mixture_need
-from pyro_lift.inference.gibbs.accumulator import langevin_limit
-from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.lost import LossWatch
 from pyro_lift.inference.mcmc import StreamingMCMC
@@ -44,7 +42,7 @@ from pyro_lift.support import distributed
 from pyro_lift.support.durations import seconds_of
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_number, current_names
-from pyro_lift.tuning.candidates import lift_candidates, shortened
+from pyro_lift.tuning.candidates import LiFTContender, lift_candidates, shortened
 from pyro_lift.tuning.cross_fit import PASSES, CrossFit, Judge, cross_fit, passes, predicted
 from pyro_lift.tuning.early_stopping import HeldOutLooks, mean_loss, with_held_out
 from pyro_lift.tuning.halves import Joint, has_trial, joint_on_trial, log_probs_at
@@ -152,9 +150,9 @@ class LiFT:
         adapt = resolved_adaptation(self.adapt_settings, self.settings, known, heads)
         candidates = lift_candidates(known, adapt, trainings=trainings, heads=heads)
 
-        def make(candidate: Candidate, share: float) -> _Contender:
+        def make(candidate: Candidate, share: float) -> LiFTContender:
             settings = shortened(replace(self.settings, **candidate.meta), share)
-            return _Contender(
+            return LiFTContender(
                 LiFT(self.adapter, settings=settings, adapt=self.adapt_settings, seed=self.seed), candidate
             )
 
@@ -281,16 +279,19 @@ class LiFT:
         watchers = Watchers(
             callbacks, Run("meta-train"), [len(t.train) for t in tasks], [t.name for t in tasks], on_step
         )
-        joint = None if start is not None else self._joint(tasks, session, progress, watchers.of("joint-trial"))
-        run = self if joint is None else self._after(joint)
+        run = self._with(for_targets(self.settings, tasks))
+        joint = None if start is not None else run._joint(tasks, session, progress, watchers.of("joint-trial"))
+        run = run if joint is None else run._after(joint)
         program = run.program(tasks)
         s = run._fitted(program)
         shown: dict[str, Any] = {"progress": progress, "on_step": watchers.of("cross-fit")}
-        halves = run._cross_fitted(program, joint, s, session, **shown) if crossed and joint is not None else None
+        open_noise = run.settings.noise_scale if self.settings.noise_scale is None else None
+        halves = run._cross_fitted(program, joint, s, session, open_noise, **shown) if crossed else None
         if halves is not None:
-            run.settings, s = (replace(settings, sgd_steps=halves.steps) for settings in (run.settings, s))
+            run.settings, s = (replace(settings, **halves.settings()) for settings in (run.settings, s))
+            program.noise_scale = s.noise_sd
         kernel = run.kernel(program)
-        watch = LossWatch.of(program.tasks, s.noise_scale, ADVICE)
+        watch = LossWatch.of(program.tasks, s.noise_sd, ADVICE)
         make = partial(ChainSummary, tuple(components), s.covariance, self.adapter)
         kernel.memory_beside += [
             mixture_need(mixture, self.adapter.initial, s.samples) for mixture in make().mixtures.values()
@@ -364,7 +365,7 @@ class LiFT:
         if head_scale is not None and s.head == "langevin":  # without steps of its own, such a head says nothing
             return None
         tasks = [task.to(self.adapter.initial.device) for task in tasks]
-        score = partial(log_probs_at, self.adapter, head_scale=head_scale, noise_scale=s.noise_scale)
+        score = partial(log_probs_at, self.adapter, head_scale=head_scale, noise_scale=s.noise_sd)
         assert s.sgd_learning_rate is not None
 
         def train(half: Sequence[Task], rate: float, steps: int) -> Tensor:
@@ -374,26 +375,38 @@ class LiFT:
         return joint_on_trial(tasks, self.adapter.initial, s.sgd_learning_rate, s.sgd_steps, train, score, kept)
 
     def _cross_fitted(
-        self, program: AdapterHierarchy, joint: Joint, s: LiFTSettings, session: Session | None, **shown: Any
+        self,
+        program: AdapterHierarchy,
+        joint: Joint | None,
+        s: LiFTSettings,
+        session: Session | None,
+        noise: float | None,
+        **shown: Any,
     ) -> CrossFit | None:
-        """Find the length of joint training and the temperature of predictions; None where there is nothing to find."""
+        """Find the length of joint training and how sure predictions may be; None where there is nothing to find."""
         kept, saved_without = WorkBefore.of(session, "cross-fit")
         heads, tasks = program.solved is not None, program.tasks
-        if saved_without or (joint.helps and passes(joint.steps, s.batch_size, tasks) < PASSES):
+        if joint is not None and joint.helps and passes(joint.steps, s.batch_size, tasks) < PASSES:
+            joint = None
+        if saved_without or s.ranks_block_size or (joint is None and noise is None) or len(tasks) < 2:
             return None
-        classes = all(task.kind == "classification" for task in tasks) and not heads
+        sure = noise is not None or (all(task.kind == "classification" for task in tasks) and not heads)
         assert s.sgd_learning_rate is not None
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
-        score = partial(log_probs_at, self.adapter, head_scale=program.head_scale, noise_scale=s.noise_scale)
+        score = partial(log_probs_at, self.adapter, head_scale=program.head_scale, noise_scale=s.noise_sd)
 
-        def adapt(standing: Standing, unseen: Sequence[Task]) -> Sequence[TaskPosterior]:
+        def adapt(standing: Standing, unseen: Sequence[Task], noise: float | None) -> Sequence[TaskPosterior]:
             variance = one_width(s.beta) ** 2 / max(len(tasks) // 2, 1)
             at = Moments(torch.ones(1), standing.vector.unsqueeze(0), torch.full_like(standing.vector, variance)[None])
             options = resolved_adaptation(self.adapt_settings, self.settings, s, heads)
             mixture = OnlineGaussianMixture.from_moments(at, max(len(tasks) // 2, 1))
-            return LiFTPrior(self.adapter, mixture, s, options, standing.moments).adapt_many(unseen, seed=0)
+            at_noise = replace(s, noise_scale=noise or s.noise_scale)
+            power = (s.noise_sd / at_noise.noise_sd) ** 4  # of square gradients
+            moments = {name: power * moment for name, moment in standing.moments.items()}
+            return LiFTPrior(self.adapter, mixture, at_noise, options, moments).adapt_many(unseen, seed=0)
 
-        judge = Judge(score, partial(predicted, self.adapter), adapt) if classes else Judge(score)
+        predict = partial(predicted, self.adapter) if sure and noise is None else None
+        judge = Judge(score, predict, adapt if sure else None, noise)
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 
     def _joint_run(self, tasks: Sequence[Task], rate: float, steps: int, title: str, **shown: Any) -> JointRun:
@@ -408,12 +421,16 @@ class LiFT:
         Where joint training does not help, nor does a translation, which pulls phi in the same direction.
         """
         translation = self.settings.translation or (None if joint.helps else "none")
-        settings = replace(self.settings, sgd_steps=joint.steps, sgd_learning_rate=joint.rate, translation=translation)
+        return self._with(
+            replace(self.settings, sgd_steps=joint.steps, sgd_learning_rate=joint.rate, translation=translation)
+        )
+
+    def _with(self, settings: LiFTSettings) -> LiFT:
         return LiFT(self.adapter, settings=settings, adapt=self.adapt_settings, seed=self.seed)
 
     def program(self, tasks: Sequence[Task]) -> AdapterHierarchy:
         """Return the Pyro program that :meth:`meta_train` samples."""
-        s, device = resolved(self.settings, self.adapter), self.adapter.initial.device
+        s, device = resolved(for_targets(self.settings, tasks), self.adapter), self.adapter.initial.device
         return AdapterHierarchy(
             self.adapter,
             [task.to(device) for task in tasks],
@@ -422,7 +439,7 @@ class LiFT:
             batch_size=s.batch_size,
             prior_mean=self.adapter.initial if s.prior_mean == "adapter" else None,
             head_scale=own_head_scale(self.adapter, tasks, s.head_scale, solve=s.head != "langevin"),
-            noise_scale=s.noise_scale,
+            noise_scale=s.noise_sd,
             block_size=s.block_size,
             head="sample" if s.head == "langevin" else "solve",
         )
@@ -443,7 +460,7 @@ class LiFT:
             step_size=2.0 * s.learning_rate,
             phi_update=s.phi_update,
             accumulator=s.accumulator if s.phi_update == "langevin" else "exact",
-            phi_step_size=self._phi_step_size(program),
+            phi_step_size=langevin_step(s, program.beta, program.sigma, len(program.tasks)),
             temperature=s.temperature,
             n_inflate=s.n_inflate,
             preconditioner="rms" if s.preconditioner == "rms" else None,
@@ -462,28 +479,6 @@ class LiFT:
         )
         kernel.option_names = KERNEL_OPTIONS
         return kernel
-
-    def _phi_step_size(self, program: AdapterHierarchy) -> float | None:
-        """A share of the largest stable step of phi; None where phi has no step."""
-        s = self.settings
-        if s.phi_update == "gibbs":
-            return None
-        beta, sigma = (torch.as_tensor(width).min().reshape(1) for width in (program.beta, program.sigma))
-        pair = NormalPair("phi", "theta", torch.zeros(1), sigma**-2, beta**2)
-        return s.phi_step_fraction * langevin_limit(s.accumulator, pair, len(program.tasks))
-
-
-class _Contender(NamedTuple):
-    """LiFT with a candidate's settings, for the tuner."""
-
-    lift: LiFT
-    candidate: Candidate
-
-    def meta_train(self, tasks: Sequence[Task]) -> LiFTPrior:
-        return self.lift.meta_train(tasks, progress=False, calibrate=False)
-
-    def adapt(self, state: LiFTPrior, tasks: Sequence[Task]) -> Sequence[TaskPosterior]:
-        return state.adapt_many(tasks, **self.candidate.adapt)
 
 
 def _adapter(backbone: nn.Module, peft_config: peft.PeftConfig | None, seed: int | None) -> RandomAdapter:

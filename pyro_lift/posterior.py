@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from pyro_lift.data.encoding import TextEncoding
@@ -16,7 +17,7 @@ from pyro_lift.inference.adaptation.predict import predict, rows_of
 from pyro_lift.inference.adaptation.temperature import tempered
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Rows, Task
 from pyro_lift.saving.folders import export_posterior, load_posterior, save_posterior
 from pyro_lift.saving.hub import push
 from pyro_lift.saving.served import save_merged
@@ -39,7 +40,9 @@ class TaskPosterior:
             the untouched adapter.
         results: measures to be saved with it, by name.
         encoding: how the task's strings are encoded, for new ones; None where the task was given in tensors.
-        prediction_temperature: of predictions, fitted by :meth:`LiFTPrior.calibrate`; 1 where nobody has.
+        prediction_temperature: of predictions, fitted by :meth:`LiFTPrior.calibrate`; 1 where nobody has. Of a
+            regression the factor on their variance.
+        noise_scale: standard deviation of a regression's targets around the network's output.
     """
 
     def __init__(
@@ -54,12 +57,13 @@ class TaskPosterior:
         results: Mapping[str, Any] | None = None,
         encoding: TextEncoding | None = None,
         prediction_temperature: float = 1.0,
+        noise_scale: float = 1.0,
     ) -> None:
         self.adapter, self.task, self.thetas, self.heads = adapter, task, thetas, heads
         self.component, self.mcmc = component, mcmc
         self.results = dict(results or {})
         self.encoding: TextEncoding | None = task.encoding if encoding is None else encoding
-        self.prediction_temperature = prediction_temperature
+        self.prediction_temperature, self.noise_scale = prediction_temperature, noise_scale
 
     def __repr__(self) -> str:
         return f"TaskPosterior(task={self.task.name!r}, draws={len(self.thetas)}, dim={self.adapter.dim})"
@@ -71,22 +75,47 @@ class TaskPosterior:
             inputs: a list of strings, for a task that was encoded from strings; a tensor or an array; any mapping of
                 these by input name, such as what a tokenizer returns; or :class:`~pyro_lift.models.task.Rows`.
             calibrated: whether the averaged probabilities are brought to the temperature that the prior was calibrated
-                with; without one, and for a regression, it changes nothing.
+                with; without one, and for a regression, whose :meth:`predict_sd` it changes, it changes nothing.
 
         Raises:
             TypeError, ValueError: inputs that are no rows of numbers; names the input.
         """
+        rows = self._rows(inputs)
+        p = predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
+        if not calibrated or self.task.kind == "regression":
+            return p
+        return tempered(p, self.prediction_temperature)
+
+    def predict_sd(self, inputs: Any, *, calibrated: bool = True) -> Tensor:
+        r"""Return the standard deviation of new targets of a regression, of the shape of :meth:`predict`'s means.
+
+        .. math:: s^2(x) = T\,\big(\tau^2 + \operatorname{Var}_s f_{\theta^{(s)}}(x)\big)
+
+        with the noise :math:`\tau` (``noise_scale``) and the variance of the outputs over the draws.
+
+        Args:
+            inputs: as of :meth:`predict`.
+            calibrated: whether T is the temperature that the prior found, rather than 1.
+
+        Raises:
+            TypeError: a task that is no regression: its probabilities say how sure they are; inputs as of
+                :meth:`predict`.
+        """
+        if self.task.kind != "regression":
+            raise TypeError(f"the task {self.task.name!r} is no regression: the probabilities of predict() say it all.")
+        rows = self._rows(inputs)
+        means = torch.stack([predict(self.adapter, theta[None], rows, "regression") for theta in self.thetas])
+        variance = self.noise_scale**2 + means.var(0, correction=0)
+        return ((self.prediction_temperature if calibrated else 1.0) * variance).sqrt()
+
+    def _rows(self, inputs: Any) -> Rows:
         if are_strings(inputs):
             inputs = self._encoded(inputs)
         elif self.task.kind == "tokens" and isinstance(inputs, Mapping) and "decoder_input_ids" not in inputs:
             network = getattr(self.adapter.backbone, "config", None)
             if getattr(network, "is_encoder_decoder", False):
                 raise TypeError(f"inputs without 'decoder_input_ids': {_WRITES.format(self.task.name)}")
-        rows = rows_of(inputs, self.task).to(self.adapter.initial.device)
-        p = predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
-        if not calibrated or self.task.kind == "regression":
-            return p
-        return tempered(p, self.prediction_temperature)
+        return rows_of(inputs, self.task).to(self.adapter.initial.device)
 
     def _encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Encode strings whose classes are to be predicted.

@@ -211,7 +211,7 @@ class LiFTPrior:
             beta=self.beta,
             batch_size=a.batch_size,
             head_scale=self._head_scale([task]),
-            noise_scale=s.noise_scale,
+            noise_scale=s.noise_sd,
             solved=unmoved.solved,
         )
         start = starts[0] if starts else best_start(program, mixture, untouched)
@@ -219,7 +219,7 @@ class LiFTPrior:
             program.prior = broadened(untouched.prior(mixture), self.beta)
         shown = Shown(progress, callbacks, [task])
         solve = None if solved is None else partial(self._heads, solved, 0, seed=seed)
-        windows = windows_of(self.adapter, task, a, solve, s.noise_scale)
+        windows = windows_of(self.adapter, task, a, solve, s.noise_sd)
         chain = self._run(program, start.theta, a, Source(seed), shown, windows)
         draws = chain.get_samples()
         thetas = unmoved.put_back(0, start.theta, draws["theta"])
@@ -279,7 +279,7 @@ class LiFTPrior:
             broadened(mixture, self.beta),
             batch_size=a.batch_size,
             head_scale=self._head_scale(tasks),
-            noise_scale=s.noise_scale,
+            noise_scale=s.noise_sd,
             solved=unmoved.solved,
         )
         starts = starts or best_starts(program, mixture, untouched)
@@ -305,6 +305,7 @@ class LiFTPrior:
     ) -> TaskPosterior:
         mcmc, results = (None, chain.results) if isinstance(chain, DrawWindows) else (chain, None)
         options: dict[str, Any] = {"results": results, "prediction_temperature": self.prediction_temperature}
+        options["noise_scale"] = self.settings.noise_sd
         return TaskPosterior(self.adapter, task, thetas, heads, component, mcmc, **options)
 
     def _adapt_apart(

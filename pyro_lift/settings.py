@@ -158,7 +158,9 @@ class LiFTSettings:
     head_scale: float | None = field(
         default=None, metadata={"help": "sd of a task's own linear head; none for a head shared by all tasks"}
     )
-    noise_scale: float = field(default=1.0, metadata={"help": "sd of the noise in regression"})
+    noise_scale: float | None = field(
+        default=None, metadata={"help": "sd of the noise in regression; none: what the tasks' rows leave unexplained"}
+    )
     head: Literal["solve", "laplace", "langevin"] = field(
         default="solve",
         metadata={
@@ -181,10 +183,15 @@ class LiFTSettings:
         default=3, metadata={"help": "looks without a better one, after which it ends with the best"}
     )
 
+    @property
+    def noise_sd(self) -> float:
+        """The noise of regressions as a number; 1 where it was left open and no task has filled it in."""
+        return 1.0 if self.noise_scale is None else self.noise_scale
+
     def __post_init__(self) -> None:
         _check_numbers(
             self,
-            positive=("noise_scale", "head_lr_scale", "phi_step_fraction"),
+            positive=("head_lr_scale", "phi_step_fraction"),
             counts=("components", "samples", "thinning", "block_size", "stop_patience"),
         )
         if self.stop_every and self.ranks_block_size:
@@ -192,7 +199,7 @@ class LiFTSettings:
                 f"stop_every={self.stop_every} with ranks_block_size={self.ranks_block_size}: processes that share "
                 "visits would each judge by themselves. Leave one of the two at 0."
             )
-        for name in ("beta", "sigma", "learning_rate", "sgd_learning_rate", "n_inflate"):
+        for name in ("beta", "sigma", "learning_rate", "sgd_learning_rate", "n_inflate", "noise_scale"):
             value = getattr(self, name)
             for number in value if isinstance(value, (list, tuple)) else [value]:
                 if value is not None:

@@ -15,7 +15,7 @@ from pyro_lift.bench.records import Record
 from pyro_lift.comparison.plan import Plan
 from pyro_lift.comparison.problem import Fold, Problem, heads_of, measure_of, unexplained
 from pyro_lift.comparison.settings import REFERENCE, CompareSettings, entrant
-from pyro_lift.defaults import resolved
+from pyro_lift.defaults import for_targets, resolved
 from pyro_lift.inference.baselines.protocol import Baseline, Budget
 from pyro_lift.inference.lost import ChainLostError
 from pyro_lift.inference.sgld import DivergedError
@@ -102,7 +102,7 @@ def method_of(
         sizes: gradients and steps.
         options: further fields of the budget, such as the seed.
     """
-    s = resolved(problem.settings, adapter)
+    s = resolved(for_targets(problem.settings, problem.train), adapter)
     joint = s.sgd_steps / max(s.sgd_steps + s.burn_in + s.samples * s.thinning, 1) if name == REFERENCE else 0.5
     warm_up = min(round(joint * sizes.gradients), sizes.gradients - 1)
     visits = sizes.gradients - warm_up
@@ -118,7 +118,7 @@ def method_of(
         "batch_size": settings.batch_size,
         "draws": settings.draws,
         "heads": heads_of(problem),
-        "noise_scale": s.noise_scale,
+        "noise_scale": s.noise_sd,
     }
     own: dict[str, Any] = {}
     if name == REFERENCE:

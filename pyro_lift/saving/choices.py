@@ -10,7 +10,7 @@ from typing import Any
 from pyro_lift.saving.parts import SavablePrior
 from pyro_lift.support.archive import DamagedError
 
-__all__ = ["described_choices", "saved_choices", "saved_temperature"]
+__all__ = ["described_choices", "saved_choices", "saved_positive"]
 
 
 def described_choices(prior: SavablePrior) -> dict[str, Any]:
@@ -34,19 +34,19 @@ def saved_choices(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         raise DamagedError(f"{path}: matching_scale is {scale!r}; expected a positive number or none.")
     if tuning is not None and not isinstance(tuning, dict):
         raise DamagedError(f"{path}: key 'tuning' is a {type(tuning).__name__}, not a table.")
-    temperature = saved_temperature(path, config)
+    temperature = saved_positive(path, config, "prediction_temperature")
     # Before that was written, an adaptation with another power took the preconditioner as it was, and still does.
     rescales = config.get("moment_power") is not None
     return {"matching_scale": scale, "prediction_temperature": temperature, "tuning": tuning, "rescales": rescales}
 
 
-def saved_temperature(path: Path, config: Mapping[str, Any]) -> float:
-    """Read the temperature of predictions; 1 where none was written.
+def saved_positive(path: Path, config: Mapping[str, Any], name: str) -> float:
+    """Read a number above zero; 1 where none was written.
 
     Raises:
         DamagedError: not a number above zero.
     """
-    value = config.get("prediction_temperature", 1.0)
+    value = config.get(name, 1.0)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
-        raise DamagedError(f"{path}: key 'prediction_temperature' is {value!r}, not a number above 0.")
+        raise DamagedError(f"{path}: key {name!r} is {value!r}, not a number above 0.")
     return float(value)

@@ -23,7 +23,7 @@ from pyro_lift.models.networks import plain_network
 from pyro_lift.models.peft_layers import default_name, peft_layers
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.saving.base_model import check_base, describe_base
-from pyro_lift.saving.choices import described_choices, saved_choices, saved_temperature
+from pyro_lift.saving.choices import described_choices, saved_choices, saved_positive
 from pyro_lift.saving.hub import local_folder
 from pyro_lift.saving.model_card import posterior_card, prior_card
 from pyro_lift.saving.parts import PosteriorParts, PriorParts, SavablePosterior, SavablePrior
@@ -257,6 +257,7 @@ def save_posterior(posterior: SavablePosterior, folder: Path) -> Path:
             "results": dict(posterior.results),
             "encoding": save_encoding(posterior.encoding, new),
             "prediction_temperature": posterior.prediction_temperature,
+            "noise_scale": posterior.noise_scale,
             "files": {POSTERIOR: write_tensors(new / POSTERIOR, tensors)},
         }
         write_json(new / CONFIG, sealed(config))
@@ -300,8 +301,9 @@ def load_posterior(
     elif task.name != config["task"].get("name"):
         raise ValueError(f"{path}: draws for the task {config['task'].get('name')!r}, not {task.name!r}.")
     results = dict(config.get("results") or {})
-    encoding, T = load_encoding(config.get("encoding"), path), saved_temperature(path, config)
-    return PosteriorParts(adapter, task, tensors["theta"], heads, config["component"], results, encoding, T)
+    encoding = load_encoding(config.get("encoding"), path)
+    positive = {name: saved_positive(path, config, name) for name in ("prediction_temperature", "noise_scale")}
+    return PosteriorParts(adapter, task, tensors["theta"], heads, config["component"], results, encoding, **positive)
 
 
 def _task_without_rows(path: Path, about: dict[str, Any], texts: dict[str, Tensor]) -> Task:

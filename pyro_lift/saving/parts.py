@@ -63,6 +63,7 @@ class PosteriorParts(NamedTuple):
         results: measures saved with it.
         encoding: of the task's strings, or None.
         prediction_temperature: of predictions.
+        noise_scale: of a regression.
     """
 
     adapter: RandomAdapter
@@ -73,6 +74,7 @@ class PosteriorParts(NamedTuple):
     results: dict[str, Any]
     encoding: TextEncoding | None = None
     prediction_temperature: float = 1.0
+    noise_scale: float = 1.0
 
 
 class SavablePrior(Protocol):
@@ -109,6 +111,7 @@ class SavablePosterior(Protocol):
     results: dict[str, Any]
     encoding: TextEncoding | None
     prediction_temperature: float
+    noise_scale: float
 
 
 class Savable(Protocol):

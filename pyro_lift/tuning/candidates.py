@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from pyro_lift.models.task import Task
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_number
 from pyro_lift.tuning.drawn import drawn_points
 from pyro_lift.tuning.search import Candidate
 
-__all__ = ["ADAPTATION", "META", "lift_candidates", "shortened", "times"]
+__all__ = ["ADAPTATION", "META", "LiFTContender", "lift_candidates", "shortened", "times"]
 
 #: Of each setting of meta-training the multiples of its value that are tried, the first unchanged. ``joint`` is the
 #: fraction of the visits that joint training takes, ``length`` that of all of them: where half of the length is as
@@ -115,3 +116,19 @@ def _lengths(settings: LiFTSettings, share: float) -> dict[str, Any]:
 def times(value: Any, factor: float) -> Any:
     """Multiply a width, or each of a list of them."""
     return [factor * one for one in value] if isinstance(value, (list, tuple)) else factor * value
+
+
+class LiFTContender(NamedTuple):
+    """LiFT with a candidate's settings, for the tuner (:class:`~pyro_lift.tuning.search.Contender`)."""
+
+    lift: Any
+    candidate: Candidate
+
+    def meta_train(self, tasks: Sequence[Task]) -> Any:
+        """Return the prior that the tasks give."""
+        return self.lift.meta_train(tasks, progress=False, calibrate=False)
+
+    def adapt(self, state: Any, tasks: Sequence[Task]) -> Sequence[Any]:
+        """Return posteriors of new tasks under that prior."""
+        posteriors: Sequence[Any] = state.adapt_many(tasks, **self.candidate.adapt)
+        return posteriors

@@ -17,14 +17,17 @@ it does not lower the loss by the same test, it is 1. Half of the tasks and thre
 surer than all of them will: a temperature above 1 is divided by :data:`EXAGGERATED`, down to 1, so that 3.85 is the
 highest. Where joint training does not begin, tasks are adapted to from the untouched network.
 
+**Noise of regressions.** In place of a temperature, where it was left open: :mod:`~pyro_lift.tuning.noise`, by the same
+adaptations.
+
 It costs as many gradients again as joint training. Where that sees the rows fewer than :data:`PASSES` times, nothing
-can be known by heart, and there is none.
+can be known by heart, and there is none; noise is found from the untouched network then.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -40,6 +43,7 @@ from pyro_lift.models.task import Task
 from pyro_lift.tuning.halves import TASKS, Joint, Score, is_above_zero, paired
 from pyro_lift.tuning.held_out import dealt
 from pyro_lift.tuning.joint_run import JointRun, Standing
+from pyro_lift.tuning.noise import EXAGGERATED, Noise, fitted_noise
 
 __all__ = ["MARKS", "PASSES", "CrossFit", "cross_fit", "helpful_temperature", "passes", "predicted", "split_rows"]
 
@@ -53,15 +57,13 @@ PASSES = 5.0
 PARTS = 4
 #: Adaptations from each half, and rows that are predicted after each, at most.
 ADAPTED, ROWS = 12, 50
-#: Factor by which halves exaggerate the temperature: up to 1.4 on digits, where tasks are of ten rows.
-EXAGGERATED = 1.3
 
 #: Probabilities ``[n, C]`` and targets ``[n]`` of some rows.
 Predictions = tuple[Tensor, Tensor]
 #: Joint training of some tasks, at a rate, for so many steps at most.
 Begin = Callable[[Sequence[Task], float, int], JointRun]
-#: Posteriors of some tasks, adapted to from where joint training of others stands.
-Adapt = Callable[[Standing, Sequence[Task]], Sequence[Any]]
+#: Posteriors of some tasks, adapted to from where joint training of others stands, at a noise (of regressions).
+Adapt = Callable[[Standing, Sequence[Task], float | None], Sequence[Any]]
 
 
 class Judge(NamedTuple):
@@ -71,12 +73,14 @@ class Judge(NamedTuple):
         score: of one vector, as in the trial.
         predict: probabilities ``[n, C]`` of some rows of a task at one vector, and their targets; None where they are
             not of classes.
-        adapt: gives posteriors of tasks; None fits no temperature.
+        adapt: gives posteriors of tasks; None fits neither temperature nor noise.
+        noise: of regressions to begin with, where it is to be found; None otherwise.
     """
 
     score: Score
     predict: Callable[[Tensor, Task], Predictions] | None = None
     adapt: Adapt | None = None
+    noise: float | None = None
 
     def log_probs(self, vectors: Sequence[Tensor], halves: Sequence[Sequence[Task]]) -> Tensor:
         """Compute each task's mean log probability a row, classes at the best temperature for all.
@@ -97,24 +101,37 @@ class CrossFit(NamedTuple):
     """What unseen tasks say of joint training.
 
     Attributes:
-        steps: of all tasks' joint training.
-        temperature: of predictions; 1 where no other is better.
+        steps: of all tasks' joint training; None leaves them as they are.
+        temperature: of predictions; 1 where no other is better. Of regressions the factor on their variance.
         looks: the steps, the gain over the first look in nats a row and its standard error, for each length that was
             tried.
+        noise: of regressions, standard deviation; None where it was not to be found.
     """
 
-    steps: int
+    steps: int | None
     temperature: float
-    looks: tuple[tuple[int, float, float], ...]
+    looks: tuple[tuple[int, float, float], ...] = ()
+    noise: float | None = None
 
     def results(self) -> dict[str, float]:
         """Measures for the prior's folder and card."""
-        return {"steps of joint training": self.steps}
+        found = {"steps of joint training": self.steps, "noise of targets": self.noise}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def settings(self) -> dict[str, Any]:
+        """Return what was found as fields of :class:`~pyro_lift.settings.LiFTSettings`."""
+        found = {"sgd_steps": self.steps, "noise_scale": self.noise}
+        return {name: value for name, value in found.items() if value is not None}
 
     def sentence(self) -> str:
         """Say it in words."""
         tried = ", ".join(f"{steps}: {gain:+.3f} ± {error:.3f}" for steps, gain, error in self.looks)
         length = f"joint training gets {self.steps} steps (nats a row over the first, on unseen tasks: {tried}); "
+        if self.noise is not None:
+            return (
+                f"{length if self.looks else ''}targets are taken to lie around the network's output with a standard "
+                f"deviation of {self.noise:.3g}; the variance of predictions is multiplied by {self.temperature:.2f}."
+            )
         sure = f"predictions are brought to the temperature {self.temperature:.2f}"
         if self.temperature >= HIGHEST / EXAGGERATED:
             sure += ", the highest there is: they were wrong and sure of it"
@@ -138,33 +155,34 @@ def passes(steps: int, batch_size: int, tasks: Sequence[Task]) -> float:
 def cross_fit(
     tasks: Sequence[Task],
     start: Tensor,
-    joint: Joint,
+    joint: Joint | None,
     begin: Begin,
     judge: Judge,
     kept: WorkBefore | None = None,
 ) -> CrossFit:
-    """Find the length of joint training and the temperature of predictions.
+    """Find the length of joint training, and the temperature of predictions or the noise of regressions.
 
     Args:
         tasks: of meta-training, four or more.
         start: the untouched adapter, ``[D]``.
         joint: what the trial said; where joint training does not help, all tasks are adapted to from the untouched
-            network, and only the temperature is found.
+            network, and no length is found. None where its length is not in question: likewise.
         begin: begins it on some tasks.
         judge: of tasks that a vector has not seen.
         kept: where the answer is kept, for a run that goes on.
     """
     kept = kept or WorkBefore(None)
     data = kept.data("cross-fit", lambda: _cross_fit(tasks, start, joint, begin, judge)._asdict())
-    fit = CrossFit(data["steps"], data["temperature"], tuple(tuple(look) for look in data["looks"]))
+    fit = CrossFit(**{**data, "looks": tuple(tuple(look) for look in data["looks"])})
     log.info("%s", fit.sentence())
     return fit
 
 
-def _cross_fit(tasks: Sequence[Task], start: Tensor, joint: Joint, begin: Begin, judge: Judge) -> CrossFit:
+def _cross_fit(tasks: Sequence[Task], start: Tensor, joint: Joint | None, begin: Begin, judge: Judge) -> CrossFit:
     halves = dealt(tasks, 2)
-    if not joint.helps:
-        return CrossFit(0, _temperature([Standing(start, {})] * 2, halves, judge.adapt), ())
+    if joint is None or not joint.helps:
+        temperature, noise = _sureness([Standing(start, {})] * 2, halves, judge)
+        return CrossFit(None if joint is None else 0, temperature, noise=noise)
     marks = [max(round(share * joint.steps / 2), 1) for share in MARKS]
     runs = [begin(half, joint.rate, marks[-1]) for half in halves]
     told: list[Tensor] = []
@@ -181,20 +199,32 @@ def _cross_fit(tasks: Sequence[Task], start: Tensor, joint: Joint, begin: Begin,
     place = max(longer, key=lambda k: float(told[k].mean()), default=best)
     looks = tuple((2 * mark, *paired(values - told[0])) for mark, values in zip(marks, told, strict=False))
     length = joint.steps if marks[place] == marks[-1] else 2 * marks[place]
-    return CrossFit(length, _temperature(standings[place], halves, judge.adapt), looks)
+    temperature, noise = _sureness(standings[place], halves, judge)
+    return CrossFit(length, temperature, looks, noise)
 
 
-def _temperature(standings: Sequence[Standing], halves: Sequence[Sequence[Task]], adapt: Adapt | None) -> float:
-    """Fit the temperature to predictions of each half's tasks from where joint training has not seen them."""
+def _sureness(
+    standings: Sequence[Standing], halves: Sequence[Sequence[Task]], judge: Judge
+) -> tuple[float, float | None]:
+    """Find the temperature, or the noise, by predictions of each half's tasks, which joint training has not seen."""
+    adapt = judge.adapt
     if adapt is None:
-        return 1.0
-    predictions = []
-    for standing, half in zip(standings, halves, strict=True):
-        unseen = split_rows([task for task in half if len(task.train) >= PARTS], ADAPTED)
-        for posterior, task in zip(adapt(standing, unseen), unseen, strict=True):
-            assert task.test is not None
-            predictions.append((posterior.predict(task.test, calibrated=False), task.test.target))
-    return helpful_temperature(predictions) if predictions else 1.0
+        return 1.0, None
+    unseen = [split_rows([task for task in half if len(task.train) >= PARTS], ADAPTED) for half in halves]
+
+    def adapted(noise: float | None) -> Iterator[tuple[Any, Task]]:
+        for standing, some in zip(standings, unseen, strict=True):
+            yield from zip(adapt(standing, some, noise), some, strict=True)
+
+    if judge.noise is not None:
+        noise = fitted_noise(judge.noise, adapted) or Noise(judge.noise, 1.0)
+        return noise.temperature, noise.scale
+    predictions = [
+        (posterior.predict(task.test, calibrated=False), task.test.target)
+        for posterior, task in adapted(None)
+        if task.test is not None
+    ]
+    return (helpful_temperature(predictions) if predictions else 1.0), None
 
 
 def predicted(adapter: RandomAdapter, vector: Tensor, task: Task) -> Predictions:

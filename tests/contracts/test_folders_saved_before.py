@@ -226,7 +226,12 @@ def same(found: Any, wanted: Any) -> None:
 def test_a_prior_saved_before_predicts_what_it_did(heads: str, network: Any, expected: dict[str, Any]) -> None:
     prior = LiFTPrior.from_pretrained(SAVED / f"prior_{heads}", network())
     assert prior.tasks == ("t0", "t1", "t2", "t3") and prior.results == {"accuracy": 0.5}
-    as_then = {"head_scale": None if HEADS[heads] is None else 1.0, "head": "langevin", "sgd_weights": "rows"}
+    as_then = {
+        "head_scale": None if HEADS[heads] is None else 1.0,
+        "head": "langevin",
+        "sgd_weights": "rows",
+        "noise_scale": 1.0,
+    }
     assert (
         prior.settings
         == meta_training(**SETTINGS, sigma=0.3, temperature=1.0, batch_size=16, translation="none", **as_then).settings

@@ -17,9 +17,10 @@ from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.tuning.cross_fit import EXAGGERATED, CrossFit, Judge, cross_fit, helpful_temperature, passes, split_rows
+from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit, helpful_temperature, passes, split_rows
 from pyro_lift.tuning.halves import Joint
 from pyro_lift.tuning.joint_run import JointRun, Standing
+from pyro_lift.tuning.noise import EXAGGERATED
 
 JOINT = Joint(0.1, 800, 0.5, 0.1, True)
 
@@ -187,7 +188,8 @@ def test_where_the_rate_is_given_or_it_is_switched_off_nothing_is_looked_for(
 def test_where_joint_training_does_not_help_the_untouched_network_is_what_tasks_begin_at() -> None:
     at = []
 
-    def adapt(standing: Standing, unseen: Sequence[Task]) -> list[Sure]:
+    def adapt(standing: Standing, unseen: Sequence[Task], noise: float | None) -> list[Sure]:
+        assert noise is None
         at.append(standing)
         return [Sure() for _ in unseen]
 

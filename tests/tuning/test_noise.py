@@ -1,0 +1,157 @@
+"""The noise of regressions: found where nobody gave it, and in what predictions say of their width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_lift import LiFT, Task, TaskPosterior
+from pyro_lift.inference.sgld import DivergedError
+from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.task import Rows
+from pyro_lift.tuning.noise import EXAGGERATED, LEAST, Noise, fitted_noise, targets_scale
+
+NOISE = 0.2
+
+
+class Line(NamedTuple):
+    """A least-squares fit, whose variance is the noise's alone."""
+
+    weights: Tensor
+    scale: float
+
+    def predict(self, rows: Rows) -> Tensor:
+        return rows.inputs[""] @ self.weights
+
+    def predict_sd(self, rows: Rows, *, calibrated: bool) -> Tensor:
+        assert not calibrated
+        return torch.full((len(rows),), self.scale, dtype=torch.float64)
+
+
+def lines(number: int, rows: int, noise: float, width: int = 4) -> list[Task]:
+    generator = torch.Generator().manual_seed(2)
+    made = []
+    for k in range(number):
+        x = torch.randn(rows + 50, width, generator=generator, dtype=torch.float64)
+        weights = torch.randn(width, generator=generator, dtype=torch.float64)
+        y = x @ weights + noise * torch.randn(len(x), generator=generator, dtype=torch.float64)
+        made.append(Task(f"t{k}", (x[:rows], y[:rows]), "regression", test=(x[rows:], y[rows:])))
+    return made
+
+
+def least_squares(tasks: list[Task], scale: float) -> Iterator[tuple[Line, Task]]:
+    for task in tasks:
+        yield Line(torch.linalg.lstsq(task.train.inputs[""], task.train.target[:, None]).solution[:, 0], scale), task
+
+
+def mean_squares(tasks: list[Task], part: str) -> float:
+    """The mean square error of least squares on the tasks' own rows, or on those left out."""
+    pairs = [(line, getattr(task, part)) for line, task in least_squares(tasks, 1.0)]
+    return float(torch.stack([(line.predict(rows) - rows.target).square().mean() for line, rows in pairs]).mean())
+
+
+def test_the_spread_of_targets_is_within_tasks_and_has_their_unit() -> None:
+    far = [Task("a", (torch.zeros(2, 1), torch.tensor([99.0, 101.0])), "regression")]
+    near = [Task("b", (torch.zeros(2, 1), torch.tensor([-7.0, 7.0])), "regression")]
+    assert targets_scale(far) == pytest.approx(1.0)
+    assert targets_scale([*far, *near]) == pytest.approx(5.0)  # root of the mean of 1 and 49
+    classes = Task("c", (torch.zeros(2, 1), torch.tensor([0, 1])), num_classes=2)
+    assert targets_scale([*near, classes]) == pytest.approx(7.0)
+    alike = Task("d", (torch.zeros(2, 1), torch.ones(2)), "regression")
+    assert targets_scale([alike]) == targets_scale([classes]) == 1.0
+
+
+def test_the_noise_of_least_squares_is_found_though_their_own_rows_show_less_and_new_ones_more() -> None:
+    tasks = lines(300, 20, NOISE)
+    found = fitted_noise(targets_scale(tasks), lambda scale: least_squares(tasks, scale))
+    assert found is not None
+    own, new = mean_squares(tasks, "train"), mean_squares(tasks, "test")
+    assert own**0.5 < 0.92 * NOISE < NOISE < new**0.5 / 1.08  # four of twenty coordinates are fitted
+    # Of Gaussian inputs (1 - d/n)(1 + d/(n - d - 1)) = 1.013; the error of 300 tasks is below half a percent.
+    assert found.scale == pytest.approx(1.013**0.25 * NOISE, rel=0.02)
+    assert found.temperature == pytest.approx(max(new / found.scale**2 / EXAGGERATED, 1.0))
+
+
+def test_where_there_is_no_noise_some_is_left_and_a_chain_that_diverges_ends_the_search() -> None:
+    tasks = lines(5, 20, 0.0)
+    exact = fitted_noise(2.0, lambda scale: least_squares(tasks, scale))
+    assert exact is not None and exact.scale == pytest.approx(2.0 * LEAST)
+    asked: list[float] = []
+
+    def adapt(scale: float) -> Iterator[tuple[Line, Task]]:
+        asked.append(scale)
+        if len(asked) == 2:
+            raise DivergedError("too far", 0)
+        return least_squares(lines(5, 20, NOISE), scale)
+
+    once = fitted_noise(2.0, adapt)
+    assert isinstance(once, Noise) and len(asked) == 2 and once.scale == pytest.approx(asked[1])
+    assert fitted_noise(2.0, lambda scale: []) is None
+
+
+def curves(number: int, unit: float) -> tuple[torch.nn.Module, list[Task]]:
+    """Tasks that bend one curve each in its own way, and a network whose answers have their unit."""
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(0)
+    last = torch.nn.Linear(12, 1)
+    last.weight.data *= unit
+    net = torch.nn.Sequential(torch.nn.Linear(2, 12), torch.nn.Tanh(), last)
+    made = []
+    for k in range(number):
+        x = torch.randn(60, 2, generator=generator)
+        y = (x @ torch.tensor([1.0, -1.0]) + 0.3 * torch.randn(1, generator=generator) * x[:, 0])[:, None]
+        y = unit * (y + NOISE * torch.randn(60, 1, generator=generator))
+        made.append(Task(f"t{k}", (x[:20], y[:20]), "regression", test=(x[20:], y[20:])))
+    return net, made
+
+
+@pytest.mark.parametrize("unit", [1.0, 50.0])
+def test_nothing_set_the_noise_is_found_in_any_unit_and_predictions_say_how_wide_they_are(unit: float) -> None:
+    net, tasks = curves(10, unit)
+    lift = LiFT(net, peft.LoraConfig(r=2, target_modules=["0", "2"]), sgd_steps=300, burn_in=20, samples=40, seed=0)
+    prior = lift.meta_train(tasks[:8], progress=False)
+    found = prior.settings.noise_scale
+    assert found is not None and 0.5 * NOISE < found / unit < 3.0 * NOISE < 0.9 * targets_scale(tasks) / unit
+    assert prior.results["noise of targets"] == found
+    assert lift.settings.noise_scale is None
+    for task in tasks[8:]:
+        posterior = prior.adapt(task, seed=0)
+        assert task.test is not None
+        sd = posterior.predict_sd(task.test)
+        z = (posterior.predict(task.test) - task.test.target) / sd
+        assert sd.shape == task.test.target.shape
+        assert float((z.abs() < 1.645).float().mean()) > 0.7
+
+
+def test_a_noise_that_was_given_is_kept_and_without_looks_it_is_the_spread_of_targets() -> None:
+    net, tasks = curves(6, 1.0)
+    config = peft.LoraConfig(r=2, target_modules=["0", "2"])
+    lengths = {"sgd_steps": 100, "burn_in": 4, "samples": 8, "seed": 0}
+    adapter = adapt_backbone(net, config, seed=0)
+    given = LiFT(adapter, noise_scale=0.37, **lengths).meta_train(tasks, progress=False)  # type: ignore[arg-type]
+    assert given.settings.noise_scale == 0.37
+    plain = LiFT(adapter, **lengths).meta_train(tasks, progress=False, calibrate=False)  # type: ignore[arg-type]
+    assert plain.settings.noise_scale == pytest.approx(targets_scale(tasks))
+
+
+def test_the_width_of_predictions_is_noise_and_disagreement_and_is_saved(tmp_path: Path) -> None:
+    net, tasks = curves(1, 1.0)
+    adapter = adapt_backbone(net, peft.LoraConfig(r=2, target_modules=["0", "2"]), seed=0)
+    thetas = adapter.initial + 0.1 * torch.randn(5, adapter.dim, generator=torch.Generator().manual_seed(3))
+    posterior = TaskPosterior(adapter, tasks[0], thetas, noise_scale=0.3, prediction_temperature=1.5)
+    x = tasks[0].train.inputs[""]
+    means = torch.stack([adapter(x, theta=theta) for theta in thetas])
+    expected = (0.3**2 + means.var(0, correction=0)).sqrt()
+    torch.testing.assert_close(posterior.predict_sd(x, calibrated=False), expected)
+    torch.testing.assert_close(posterior.predict_sd(x), 1.5**0.5 * expected)
+    again = TaskPosterior.from_pretrained(posterior.save_pretrained(tmp_path / "p"), net)
+    torch.testing.assert_close(again.predict_sd(x), posterior.predict_sd(x))
+    classes = TaskPosterior(adapter, Task("c", (x, torch.zeros(len(x), dtype=torch.long)), num_classes=2), thetas)
+    with pytest.raises(TypeError, match="no regression"):
+        classes.predict_sd(x)
