@@ -15,6 +15,7 @@ from pyro.ops.streaming import StatsOfDict
 from torch import Tensor, nn
 
 from pyro_lift.defaults import fitted, for_targets, langevin_step, one_width, resolved, resolved_adaptation
+from pyro_lift.inference.adaptation.chain import root_mean_square_rows
 from pyro_lift.inference.chain_summary import ChainSummary
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.folder import saved_config
@@ -310,6 +311,7 @@ class LiFT:
                 mcmc,
                 self.seed,
                 tasks=[task.name for task in tasks],
+                rows=root_mean_square_rows(tasks),
                 results=results,
                 prediction_temperature=(self.tuning and self.tuning.temperature)
                 or (1.0 if halves is None else halves.temperature),
@@ -403,7 +405,8 @@ class LiFT:
             at_noise = replace(s, noise_scale=noise or s.noise_scale)
             power = (s.noise_sd / at_noise.noise_sd) ** 4  # of square gradients
             moments = {name: power * moment for name, moment in standing.moments.items()}
-            return LiFTPrior(self.adapter, mixture, at_noise, options, moments).adapt_many(unseen, seed=0)
+            prior = LiFTPrior(self.adapter, mixture, at_noise, options, moments, rows=root_mean_square_rows(tasks))
+            return prior.adapt_many(unseen, seed=0)
 
         predict = partial(predicted, self.adapter) if sure and noise is None else None
         judge = Judge(score, predict, adapt if sure else None, noise)

@@ -18,7 +18,7 @@ from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.defaults import one_width, resolved
 from pyro_lift.development import windows_of
 from pyro_lift.generation.decode import generate
-from pyro_lift.inference.adaptation.chain import Shown, Source, run_chain, run_watched
+from pyro_lift.inference.adaptation.chain import Shown, Source, moments_for, run_chain, run_watched
 from pyro_lift.inference.adaptation.early_stopping import DrawWindows
 from pyro_lift.inference.adaptation.meta_testing import (
     UNTOUCHED,
@@ -75,6 +75,7 @@ class LiFTPrior:
         tuning: how the settings were chosen, as :meth:`pyro_lift.tuning.search.Tuning.to_dict` tells; None where they
             were given.
         rescales: whether the preconditioner is brought to the power of an adaptation that has another.
+        rows: of its tasks, the root mean square: the preconditioner is brought to a new task's number; None leaves it.
     """
 
     def __init__(
@@ -94,9 +95,10 @@ class LiFTPrior:
         prediction_temperature: float = 1.0,
         tuning: dict[str, Any] | None = None,
         rescales: bool = True,
+        rows: float | None = None,
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
-        self.matching_scale, self.rescales = matching_scale, rescales
+        self.matching_scale, self.rescales, self.rows = matching_scale, rescales, rows
         self.tasks, self.results = tuple(tasks), dict(results or {})
         self.prediction_temperature, self.tuning = prediction_temperature, tuning
         self.adapt_settings = adapt_settings or AdaptSettings()
@@ -152,6 +154,7 @@ class LiFTPrior:
             prediction_temperature=math.exp(sum(math.log(p.prediction_temperature) for p in chains) / len(chains)),
             tuning=self.tuning,
             rescales=self.rescales,
+            rows=self.rows,
         )
 
     @at_top_level()
@@ -366,8 +369,9 @@ class LiFTPrior:
             "temperature": a.temperature,
             "n_inflate": a.n_inflate,
             "preconditioner": "rms" if self.settings.preconditioner == "rms" else None,
-            # Of forces with meta-training's power on the likelihood.
-            "second_moment": {k: v * (a.n_inflate / power) ** 2 for k, v in self.second_moment.items()},
+            "second_moment": moments_for(
+                self.second_moment, shown.tasks, power=a.n_inflate / power, rows=self.rows, block=start.dim() == 2
+            ),
             "site_step_scale": {"head": self.settings.head_lr_scale},
             "site_temperature": {"head": self.settings.head_temperature},
         }

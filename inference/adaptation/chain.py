@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import torch
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from pyro_lift.models.task import Task
 from pyro_lift.watching.steps import Run
 from pyro_lift.watching.watch import Watchers
 
-__all__ = ["Shown", "Source", "run_chain", "run_watched"]
+__all__ = ["Shown", "Source", "moments_for", "root_mean_square_rows", "run_chain", "run_watched"]
 
 
 class Source(NamedTuple):
@@ -50,6 +52,36 @@ class Shown(NamedTuple):
         """Make what tells the callbacks of the chain's steps."""
         run = Run("adapt", self.name, settings={"steps": steps})
         return Watchers(self.callbacks, run, [len(task.train) for task in self.tasks], [t.name for t in self.tasks])
+
+
+def root_mean_square_rows(tasks: Sequence[Task]) -> float:
+    """Return the root mean square of the tasks' numbers of training rows."""
+    return math.sqrt(sum(len(task.train) ** 2 for task in tasks) / len(tasks))
+
+
+def moments_for(
+    moments: Mapping[str, Tensor], tasks: Sequence[Task], *, power: float, rows: float | None, block: bool
+) -> dict[str, Tensor]:
+    r"""Bring the mean squares of a preconditioner, which meta-training left, to new tasks.
+
+    A gradient is of the power times the total loss of n rows, and n differs between tasks: after one task of many rows
+    the steps of a task of few would be short. With n rows and the root mean square N of those it was learned from,
+
+    .. math:: V_* = V \,(\kappa_* / \kappa)^2\,(n / N)^2
+
+    Args:
+        moments: by site, without a dimension of tasks.
+        tasks: the new ones.
+        power: theirs over meta-training's, :math:`\kappa_* / \kappa`.
+        rows: N; None leaves the number of rows out.
+        block: whether the tasks share a chain, whose positions have a leading dimension of tasks.
+    """
+    if rows is None:
+        return {name: moment * power**2 for name, moment in moments.items()}
+    factors = torch.tensor([power * len(task.train) / rows for task in tasks]).square()
+    if not block:
+        return {name: moment * float(factors[0]) for name, moment in moments.items()}
+    return {name: moment * factors.to(moment).view(-1, *(1,) * moment.dim()) for name, moment in moments.items()}
 
 
 def run_chain(

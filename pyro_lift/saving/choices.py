@@ -20,6 +20,7 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "prediction_temperature": prior.prediction_temperature,
         "tuning": prior.tuning,
         "moment_power": prior.settings.n_inflate if prior.rescales else None,
+        "moment_rows": prior.rows,
     }
 
 
@@ -37,7 +38,15 @@ def saved_choices(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     temperature = saved_positive(path, config, "prediction_temperature")
     # Before that was written, an adaptation with another power took the preconditioner as it was, and still does.
     rescales = config.get("moment_power") is not None
-    return {"matching_scale": scale, "prediction_temperature": temperature, "tuning": tuning, "rescales": rescales}
+    # Nor was it brought to the rows of a task.
+    rows = None if config.get("moment_rows") is None else saved_positive(path, config, "moment_rows")
+    return {
+        "matching_scale": scale,
+        "prediction_temperature": temperature,
+        "tuning": tuning,
+        "rescales": rescales,
+        "rows": rows,
+    }
 
 
 def saved_positive(path: Path, config: Mapping[str, Any], name: str) -> float:

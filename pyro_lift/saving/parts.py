@@ -34,6 +34,7 @@ class PriorParts(NamedTuple):
         prediction_temperature: of predictions.
         tuning: how settings were chosen, as plain values; None where they were not.
         rescales: whether the preconditioner is brought to the power of an adaptation that has another.
+        rows: of its tasks, the root mean square; None where the preconditioner is not brought to a task's number.
     """
 
     adapter: RandomAdapter
@@ -49,6 +50,7 @@ class PriorParts(NamedTuple):
     prediction_temperature: float = 1.0
     tuning: dict[str, Any] | None = None
     rescales: bool = True
+    rows: float | None = None
 
 
 class PosteriorParts(NamedTuple):
@@ -93,6 +95,7 @@ class SavablePrior(Protocol):
     prediction_temperature: float
     tuning: dict[str, Any] | None
     rescales: bool
+    rows: float | None
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:

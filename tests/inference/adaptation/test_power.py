@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from torch import Tensor
 
 from pyro_lift import LiFT, LiFTPrior, Task
+from pyro_lift.inference.adaptation.chain import root_mean_square_rows
 from pyro_lift.models.backbones import adapt_backbone
 
 
@@ -34,3 +37,45 @@ def test_without_noise_and_prior_the_power_changes_no_step() -> None:
     assert float((plain.thetas[-1] - plain.thetas[0]).abs().max()) > 1e-3
     for power in (0.25, 400.0):
         torch.testing.assert_close(prior.adapt(task, n_inflate=power, **how).thetas, plain.thetas, atol=1e-4, rtol=1e-3)
+
+
+def repeated(task: Task, times: int) -> Task:
+    """The same rows several times over."""
+    rows = task.train.take(torch.arange(len(task.train)).repeat(times))
+    return Task(f"{task.name} x {times}", rows, num_classes=task.num_classes)
+
+
+def test_a_task_whose_rows_are_there_twice_at_half_the_power_is_the_same_task() -> None:
+    prior, task = prior_and_task()
+    assert prior.rows == 24.0
+    power = prior.settings.n_inflate
+    assert power is not None
+    how: dict[str, Any] = {"steps": 20, "draws": 4, "learning_rate": 0.01, "batch_size": 0, "seed": 3}
+    plain = prior.adapt(task, **how).thetas
+    twice = prior.adapt(repeated(task, 2), n_inflate=power / 2.0, **how).thetas
+    torch.testing.assert_close(twice, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_steps_are_as_long_whatever_the_number_of_rows_alone_or_in_a_block() -> None:
+    """Without noise and prior a step is a gradient over its size, in a block of tasks of other sizes too."""
+    prior, task = prior_and_task()
+    how: dict[str, Any] = {"steps": 20, "draws": 4, "temperature": 0.0, "learning_rate": 0.01, "batch_size": 0}
+    plain = prior.adapt(task, **how).thetas
+    torch.testing.assert_close(prior.adapt(repeated(task, 9), **how).thetas, plain, atol=1e-4, rtol=1e-3)
+    moved = [move_of(each.thetas) for each in prior.adapt_many([task, repeated(task, 2), repeated(task, 9)], **how)]
+    # A block's chains share the mean that the damping is relative to, which the large tasks raise.
+    assert 0.5 < moved[0] / moved[2] < 1.0 and 0.5 < moved[0] / move_of(plain) < 1.5
+    prior.rows = None  # as a prior that was saved before
+    assert float((prior.adapt(repeated(task, 9), **how).thetas - plain).abs().max()) > 0.1
+
+
+def move_of(thetas: Tensor) -> float:
+    """The distance from the first draw that was kept to the last."""
+    return float((thetas[-1] - thetas[0]).norm())
+
+
+def test_a_prior_keeps_the_rows_of_its_tasks_in_its_folder(tmp_path: Path) -> None:
+    prior, task = prior_and_task()
+    assert root_mean_square_rows([task, repeated(task, 7)]) == 120.0
+    again = LiFTPrior.from_pretrained(prior.save_pretrained(tmp_path / "prior"), prior.adapter)
+    assert again.rows == 24.0 and prior.merge(prior).rows == 24.0
