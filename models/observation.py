@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pyro
 import torch
@@ -21,11 +22,13 @@ __all__ = [
     "check_width",
     "has_head",
     "head_inputs_of",
+    "naming_inputs",
     "network_output",
     "observe",
     "outputs",
     "own_head_scale",
     "sample_head",
+    "shapes_of",
 ]
 
 log = logging.getLogger("pyro_lift")
@@ -119,17 +122,19 @@ def observe(
 def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float | None) -> int:
     """Return the width of the network's output; the door of every run.
 
-    Matching tasks have as many logits as texts to match, whatever the network. A task of each kind and shape of target
-    is tried on its first row, so that what cannot be scored is refused before the chain.
+    Matching tasks have as many logits as texts to match, whatever the network. The network is called with the first row
+    of every task whose inputs have other names, shapes or types than those before, so that what it cannot read, or what
+    cannot be scored, is refused before the chain.
 
     Raises:
-        ValueError: a network that does not use the adapter, or is no longer what it was made on; features without a
-            head to stand on; a shared head that is too narrow for a task's labels; an output whose shape does not go
-            with the targets.
+        ValueError: a network that does not use the adapter, or is no longer what it was made on; rows that it cannot be
+            called with; features without a head to stand on; a shared head that is too narrow for a task's labels; an
+            output whose shape does not go with the targets.
     """
     adapter.check_use()
+    shapes = _output_shapes(adapter, tasks)
     tasks = [task for task in tasks if task.kind != "matching"] or tasks[:1]
-    width = int(_first_output(adapter, tasks[0]).shape[-1])
+    width = shapes[_signature(tasks[0])][-1]
     trial = tasks[0].train.take(slice(0, TRIAL_ROWS))
     adapter.check_reach(*trial.positional, **trial.named)
     for task in tasks:
@@ -152,7 +157,7 @@ def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float
             classes,
         )
     if head_scale is None:
-        _check_outputs(adapter, tasks)
+        _check_outputs(tasks, [shapes[_signature(task)] for task in tasks])
         for task in tasks:
             if task.num_classes is not None and task.num_classes > width:
                 raise ValueError(
@@ -162,16 +167,36 @@ def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float
     return width
 
 
-def _check_outputs(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
-    tried = set()
+#: Name, shape of a row (of shared inputs, of all of them) and type of each input.
+Signature = frozenset[tuple[str, torch.Size, torch.dtype]]
+
+
+def _signature(task: Task) -> Signature:
+    """What two tasks have alike whose rows the network reads in one way."""
+    of_rows = {(name, x.shape[1:], x.dtype) for name, x in task.train.inputs.items()}
+    return frozenset(of_rows | {(name, x.shape, x.dtype) for name, x in task.train.shared.items()})
+
+
+def _output_shapes(adapter: RandomAdapter, tasks: Sequence[Task]) -> dict[Signature, torch.Size]:
+    """Call the network with one row of each sort there is; the shape of its output by sort."""
+    shapes: dict[Signature, torch.Size] = {}
     for task in tasks:
-        shape = (task.kind, task.train.target.dim(), task.train.target.shape[-1] if task.kind == "regression" else 0)
-        if shape in tried or task.kind == "matching":
+        signature = _signature(task)
+        if signature not in shapes:
+            shapes[signature] = _first_output(adapter, task).shape
+    return shapes
+
+
+def _check_outputs(tasks: Sequence[Task], shapes: Sequence[torch.Size]) -> None:
+    tried = set()
+    for task, shape in zip(tasks, shapes, strict=True):
+        row = task.train.target[:1]
+        pair = (task.kind, shape, row.shape)
+        if pair in tried or task.kind == "matching":
             continue
-        tried.add(shape)
-        output = _first_output(adapter, task)
-        try:
-            log_likelihood(task.kind, output, task.train.target[:1])
+        tried.add(pair)
+        try:  # without numbers: only the shapes are in question, and labels are looked at elsewhere
+            log_likelihood(task.kind, torch.empty(shape, device="meta"), torch.empty_like(row, device="meta"))
         except ValueError as error:
             raise ValueError(f"task {task.name!r}: {error}") from error
 
@@ -179,11 +204,28 @@ def _check_outputs(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
 def _first_output(adapter: RandomAdapter, task: Task) -> Tensor:
     """Compute the output on the task's first row; the network's own errors then name the task and its inputs."""
     row = task.train.take(slice(0, 1)).to(adapter.initial.device)
-    try:
+    with naming_inputs(f"task {task.name!r}: the network cannot be called with its first row", row):
         return outputs(adapter, row, adapter.initial, None)
+
+
+@contextmanager
+def naming_inputs(saying: str, rows: Rows, hint: str = "") -> Iterator[None]:
+    """Turn what a network raises into a ValueError that says which inputs it was given.
+
+    Args:
+        saying: begins the message.
+        rows: that the network is called with.
+        hint: what was expected, if that is known.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:  # says nothing of the inputs, and callers look for it
+        raise
     except (RuntimeError, TypeError, IndexError, KeyError) as error:
-        shapes = ", ".join(f"{key or 'inputs'} {x.dtype} {list(x.shape)}" for key, x in row.inputs.items())
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"task {task.name!r}: the network cannot be called with its first row ({shapes}): {reason}"
-        ) from error
+        raise ValueError(f"{saying} ({shapes_of(rows)}): {reason}{hint}") from error
+
+
+def shapes_of(rows: Rows) -> str:
+    """Say the type and the shape of each input."""
+    return ", ".join(f"{key or 'inputs'} {x.dtype} {list(x.shape)}" for key, x in rows.inputs.items())

@@ -13,11 +13,11 @@ from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.generation.decode import generate
 from pyro_lift.generation.inputs import are_strings
 from pyro_lift.generation.scoring import TextScores, score_texts
-from pyro_lift.inference.adaptation.predict import predict, rows_of
+from pyro_lift.inference.adaptation.predict import predict_inputs
 from pyro_lift.inference.adaptation.temperature import tempered
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.task import Rows, Task
+from pyro_lift.models.task import Task
 from pyro_lift.saving.folders import export_posterior, load_posterior, save_posterior
 from pyro_lift.saving.hub import push
 from pyro_lift.saving.served import save_merged
@@ -80,8 +80,7 @@ class TaskPosterior:
         Raises:
             TypeError, ValueError: inputs that are no rows of numbers; names the input.
         """
-        rows = self._rows(inputs)
-        p = predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
+        p = predict_inputs(self.adapter, self.thetas, self._read(inputs), self.task, self.heads)
         if not calibrated or self.task.kind == "regression":
             return p
         return tempered(p, self.prediction_temperature)
@@ -103,19 +102,20 @@ class TaskPosterior:
         """
         if self.task.kind != "regression":
             raise TypeError(f"the task {self.task.name!r} is no regression: the probabilities of predict() say it all.")
-        rows = self._rows(inputs)
-        means = torch.stack([predict(self.adapter, theta[None], rows, "regression") for theta in self.thetas])
+        read = self._read(inputs)
+        means = torch.stack([predict_inputs(self.adapter, theta[None], read, self.task, None) for theta in self.thetas])
         variance = self.noise_scale**2 + means.var(0, correction=0)
         return ((self.prediction_temperature if calibrated else 1.0) * variance).sqrt()
 
-    def _rows(self, inputs: Any) -> Rows:
+    def _read(self, inputs: Any) -> Any:
+        """Encode strings; refuse what lacks the answers that a network which writes them reads."""
         if are_strings(inputs):
             inputs = self._encoded(inputs)
         elif self.task.kind == "tokens" and isinstance(inputs, Mapping) and "decoder_input_ids" not in inputs:
             network = getattr(self.adapter.backbone, "config", None)
             if getattr(network, "is_encoder_decoder", False):
                 raise TypeError(f"inputs without 'decoder_input_ids': {_WRITES.format(self.task.name)}")
-        return rows_of(inputs, self.task).to(self.adapter.initial.device)
+        return inputs
 
     def _encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Encode strings whose classes are to be predicted.

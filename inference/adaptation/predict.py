@@ -18,11 +18,11 @@ from torch import Tensor
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import LossKind, probabilities
-from pyro_lift.models.observation import head_inputs_of, outputs
+from pyro_lift.models.observation import head_inputs_of, naming_inputs, outputs, shapes_of
 from pyro_lift.models.readouts import LabelScoring
 from pyro_lift.models.task import Rows, Task, as_rows
 
-__all__ = ["Ensemble", "label_probabilities", "predict", "rows_of"]
+__all__ = ["Ensemble", "label_probabilities", "predict", "predict_inputs", "rows_of"]
 
 
 #: Rows of a pass up to which a CPU gains from taking several draws at once: past it, stacked products are no larger
@@ -136,8 +136,27 @@ class Ensemble:
 
     def predict(self, inputs: Any) -> Tensor:
         """Compute probabilities ``[n, C]``, averaged over the draws."""
-        rows = rows_of(inputs, self.task).to(self.thetas.device)
-        return predict(self.adapter, self.thetas, rows, self.task.kind, heads=self.heads)
+        return predict_inputs(self.adapter, self.thetas, inputs, self.task, self.heads)
+
+
+def predict_inputs(adapter: RandomAdapter, thetas: Tensor, inputs: Any, task: Task, heads: Tensor | None) -> Tensor:
+    """Average probabilities ``[n, C]`` (regression: means) over draws, for inputs in any form.
+
+    Args:
+        adapter: the network as a function of theta.
+        thetas: draws ``[S, D]``.
+        inputs: as of :func:`rows_of`.
+        task: that the draws are of.
+        heads: draws of its own head ``[S, C, width + 1]``, or None.
+
+    Raises:
+        TypeError, ValueError: as of :func:`rows_of`; rows that the network cannot be called with, whose shape then
+            stands beside that of the task's own rows.
+    """
+    rows = rows_of(inputs, task).to(thetas.device)
+    own = f" The rows of task {task.name!r} are {shapes_of(task.train.take(slice(0, 1)))}." if task.train.inputs else ""
+    with naming_inputs("the network cannot be called with these inputs", rows, own):
+        return predict(adapter, thetas, rows, task.kind, heads=heads)
 
 
 def rows_of(inputs: Any, task: Task) -> Rows:
@@ -150,9 +169,11 @@ def rows_of(inputs: Any, task: Task) -> Rows:
 
     Raises:
         TypeError: strings, a pair, or another form.
-        ValueError: no input, no row, inputs of different lengths, one that the task's rows have and these lack.
+        ValueError: no input, no row, inputs of different lengths, one that the task's rows have and these lack, rows of
+            more or fewer dimensions than the task's own.
     """
     if isinstance(inputs, Rows):
+        _check_dimensions(inputs, task)
         return inputs if inputs.shared or not task.train.shared else replace(inputs, shared=task.train.shared)
     if isinstance(inputs, tuple) and len(inputs) == 2 and all(hasattr(x, "shape") for x in inputs):
         raise TypeError("inputs: a pair given; predictions take the inputs without the targets.")
@@ -174,8 +195,22 @@ def rows_of(inputs: Any, task: Task) -> Rows:
     if missing := sorted(known - {"", *named}):
         raise ValueError(f"inputs: {missing[0]!r} is missing; task {task.name!r} was given {sorted(known)}.")
     rows = as_rows((named, torch.zeros(len(next(iter(named.values()))))), "inputs")
+    _check_dimensions(rows, task)
     cast = {name: _as_trained(name, x, task.train.inputs.get(name)) for name, x in rows.inputs.items()}
     return replace(rows, inputs=cast, shared=task.train.shared)
+
+
+def _check_dimensions(rows: Rows, task: Task) -> None:
+    """Refuse rows of more or fewer dimensions than the task's own; sizes may differ: of texts, and of pictures."""
+    for name, x in rows.inputs.items():
+        known = task.train.inputs.get(name)
+        if known is None or x.dim() == known.dim():
+            continue
+        single = f" Give a single row as {name or 'x'}.unsqueeze(0)." if x.dim() == known.dim() - 1 else ""
+        raise ValueError(
+            f"inputs: {name or 'they'!r} of shape {list(x.shape)}; expected n rows of {list(known.shape[1:])}, as "
+            f"those of task {task.name!r}.{single}"
+        )
 
 
 def _as_trained(name: str, x: Tensor, trained: Tensor | None) -> Tensor:

@@ -1,0 +1,87 @@
+"""Tasks whose rows differ in sort: the door says which one the network cannot read, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_lift import LiFT, LiFTPrior, Task
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.observation import check_width
+
+CONFIG = peft.LoraConfig(r=1, target_modules=["0"])
+
+
+def task_of(name: str, width: int = 4) -> Task:
+    return Task(name, (torch.randn(6, width, generator=torch.Generator().manual_seed(width)), torch.arange(6) % 3))
+
+
+def new_lift() -> LiFT:
+    return LiFT(nn.Sequential(nn.Linear(4, 3)), CONFIG, sgd_steps=4, burn_in=4, samples=8, seed=0)
+
+
+class Counting(nn.Module):
+    """Reads rows of any length or of two inputs, and notes every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(1, 3)
+        self.calls: list[Mapping[str, torch.Size]] = []
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.calls.append({"x": x.shape} if mask is None else {"x": x.shape, "mask": mask.shape})
+        result: Tensor = self.out(x.mean(-1, keepdim=True))
+        return result
+
+
+@pytest.fixture(scope="module")
+def prior() -> LiFTPrior:
+    return new_lift().meta_train([task_of(f"t{i}") for i in range(3)], progress=False)
+
+
+def test_the_one_task_of_another_width_is_named() -> None:
+    tasks = [*(task_of(f"t{i}") for i in range(3)), task_of("wide", 5)]
+    with pytest.raises(ValueError, match=r"task 'wide': .*its first row \(inputs torch.float32 \[1, 5\]\)"):
+        new_lift().meta_train(tasks, progress=False)
+
+
+@pytest.mark.parametrize("labels", [[4, 0, 1, 2], [0, 1, 2, 4]], ids=["first", "last"])
+def test_a_label_outside_the_head_is_refused_in_whichever_row_it_stands(labels: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"task 'high': labels up to 4 are outside"):
+        new_lift().meta_train([Task("high", (torch.randn(4, 4), torch.tensor(labels)))], progress=False)
+
+
+def test_the_network_is_called_once_for_each_sort_of_rows() -> None:
+    net = Counting()
+    adapter: RandomAdapter = adapt_backbone(
+        net, peft.LoraConfig(r=1, target_modules=["out"], init_lora_weights=False), frozen_prefix="off"
+    )
+    both = {"x": torch.ones(6, 4), "mask": torch.ones(6, 4)}
+    labels = torch.arange(6) % 3
+    tasks = [task_of("a"), task_of("b"), task_of("c", 7), Task("d", (both, labels)), Task("e", (both, labels))]
+    check_width(adapter, tasks, None)  # the first call looks for an effect of the weights too
+    (inside,) = (module for module in adapter.backbone.modules() if isinstance(module, Counting))
+    inside.calls.clear()
+    assert check_width(adapter, tasks, None) == 3
+    assert inside.calls == [{"x": (1, 4)}, {"x": (1, 7)}, {"x": (1, 4), "mask": (1, 4)}]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.ones(2, 5), r"\[2, 5\].*The rows of task 't0' are inputs torch.float32 \[1, 4\]"),
+        (torch.ones(4), r"shape \[4\]; expected n rows of \[4\], as those of task 't0'. Give a single row as"),
+        (torch.ones(2, 1, 4), r"shape \[2, 1, 4\]; expected n rows of \[4\]"),
+    ],
+    ids=["another width", "a single row", "a dimension too many"],
+)
+def test_predictions_say_which_rows_they_take(inputs: Tensor, message: str, prior: LiFTPrior) -> None:
+    posterior = prior.adapt(task_of("t0"), steps=4, draws=2)
+    with pytest.raises(ValueError, match=message):
+        posterior.predict(inputs)
+    assert posterior.predict(torch.ones(2, 4)).shape == (2, 3)
