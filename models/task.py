@@ -15,7 +15,7 @@ from pyro_lift.models.rows import Rows, as_rows, label_names
 from pyro_lift.models.targets import class_numbers, count_classes
 from pyro_lift.support.options import check_distinct, check_literal
 
-__all__ = ["Rows", "Task", "as_rows", "check_task_names"]
+__all__ = ["Rows", "Task", "as_rows", "check_kinds", "check_task_names"]
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,37 @@ def _check_same_inputs(train: Rows, rows: Rows, where: str) -> None:
     for name, (x, known) in pairs.items():
         if x.dim() != known.dim():
             raise ValueError(f"{where}: {name!r} has shape {list(x.shape)}, but {list(known.shape)} in the train data.")
+
+
+def check_kinds(tasks: Sequence[Task], learned: Sequence[str] | None = None) -> None:
+    """Refuse regressions beside tasks of classes or of tokens: one output cannot be both values and scores.
+
+    Classification, label matching and written answers may stand side by side: each row then has a log probability in
+    nats, of one class or text among others.
+
+    Args:
+        tasks: to learn from together, or to be adapted to, each by itself.
+        learned: the kinds of the tasks that the prior was learned from, to which the tasks are adapted; empty where
+            nobody says. None for tasks to learn from.
+
+    Raises:
+        ValueError: names a task of each sort.
+    """
+    values = [task for task in tasks if task.kind == "regression"]
+    scores = [task for task in tasks if task.kind != "regression"]
+    both = "the network's output would be values for one and scores for the other."
+    if learned is None:
+        if values and scores:
+            raise ValueError(
+                f"task {values[0].name!r} is one of regression and task {scores[0].name!r} one of {scores[0].kind}: "
+                f"{both} Train on each sort by itself."
+            )
+        return
+    if learned and (others := scores if "regression" in learned else values):
+        raise ValueError(
+            f"task {others[0].name!r} is one of {others[0].kind}, and the prior was learned from tasks of "
+            f"{', '.join(learned)}: {both} Give it a prior of its own sort."
+        )
 
 
 def check_task_names(tasks: Sequence[Any], where: str = "tasks") -> None:

@@ -258,6 +258,7 @@ def _untrained(prior: LiFTPrior) -> LiFTPrior:
         prior.adapt_settings,
         seed=prior.seed,
         encoding=prior.encoding,
+        kinds=prior.kinds,
     )
 
 

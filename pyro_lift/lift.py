@@ -34,7 +34,7 @@ from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.solved_heads import has_solved_head
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Task, check_kinds
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
 from pyro_lift.prior import LiFTPrior
@@ -274,6 +274,7 @@ class LiFT:
             check_number("components", k, least=1, open_below=False, whole=True)
         if start is not None and start.shape != self.adapter.initial.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}; the adapter has {self.adapter.dim} weights.")
+        check_kinds(tasks)
         tasks, held_out = with_held_out(tasks) if self.settings.stop_every else (tasks, [])
         if self.settings.ranks_block_size:
             distributed.join()
@@ -313,6 +314,7 @@ class LiFT:
                 tasks=[task.name for task in tasks],
                 rows=root_mean_square_rows(tasks),
                 results=results,
+                kinds=sorted({task.kind for task in tasks}),
                 prediction_temperature=(self.tuning and self.tuning.temperature)
                 or (1.0 if halves is None else halves.temperature),
                 tuning=None if self.tuning is None else self.tuning.to_dict(),

@@ -39,7 +39,7 @@ from pyro_lift.models.hierarchical import can_share_pass
 from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.priors import broadened
 from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Task, check_kinds
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.saving.folders import chosen_weights, export_library, export_prior, load_prior, save_prior
@@ -76,6 +76,7 @@ class LiFTPrior:
             were given.
         rescales: whether the preconditioner is brought to the power of an adaptation that has another.
         rows: of its tasks, the root mean square: the preconditioner is brought to a new task's number; None leaves it.
+        kinds: of the tasks it was learned from; empty where nobody says.
     """
 
     def __init__(
@@ -96,10 +97,11 @@ class LiFTPrior:
         tuning: dict[str, Any] | None = None,
         rescales: bool = True,
         rows: float | None = None,
+        kinds: Sequence[str] = (),
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
         self.matching_scale, self.rescales, self.rows = matching_scale, rescales, rows
-        self.tasks, self.results = tuple(tasks), dict(results or {})
+        self.tasks, self.kinds, self.results = tuple(tasks), tuple(kinds), dict(results or {})
         self.prediction_temperature, self.tuning = prediction_temperature, tuning
         self.adapt_settings = adapt_settings or AdaptSettings()
         self.second_moment = second_moment or {}
@@ -155,6 +157,7 @@ class LiFTPrior:
             tuning=self.tuning,
             rescales=self.rescales,
             rows=self.rows,
+            kinds=self.kinds,
         )
 
     @at_top_level()
@@ -197,9 +200,10 @@ class LiFTPrior:
                 are looked at on the way, and the best draws are kept.
 
         Raises:
-            ValueError: labels outside the head's range; before any training.
+            ValueError: labels outside the head's range, a regression under a prior of classes; before any training.
             DivergedError: a loss that is not finite.
         """
+        check_kinds([task], self.kinds)
         a = self._adapt_settings(options)
         seed = self.seed if seed is None else seed
         s, task = self.settings, task.to(self.adapter.initial.device)
@@ -255,6 +259,7 @@ class LiFTPrior:
             options: fields of :class:`AdaptSettings` to change.
         """
         check_number("block_size", block_size, least=1, open_below=False, whole=True)
+        check_kinds(tasks, self.kinds)
         a = self._adapt_settings(options)
         apart = block_size == 1 or (a.dev_every > 0 and any(task.dev is not None for task in tasks))
         if apart or not can_share_pass(tasks, self._head_scale(tasks), self.settings.head != "langevin"):

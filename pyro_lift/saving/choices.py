@@ -1,12 +1,13 @@
-"""What tasks chose, in a folder's config.json: the scale of matching, the predictions' temperature, the tuning."""
+"""What tasks chose, in a folder's config.json: matching's scale, the predictions' temperature, the tuning, kinds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from pyro_lift.models.likelihoods import LossKind
 from pyro_lift.saving.parts import SavablePrior
 from pyro_lift.support.archive import DamagedError
 
@@ -19,13 +20,14 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "matching_scale": prior.matching_scale,
         "prediction_temperature": prior.prediction_temperature,
         "tuning": prior.tuning,
+        "kinds": list(prior.kinds),
         "moment_power": prior.settings.n_inflate if prior.rescales else None,
         "moment_rows": prior.rows,
     }
 
 
 def saved_choices(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Read what was written of a prior; folders from before have a temperature of 1 and no tuning.
+    """Read what was written of a prior; folders from before have a temperature of 1, no tuning and no kinds.
 
     Raises:
         DamagedError: values that were never written; names the file and the key.
@@ -40,13 +42,11 @@ def saved_choices(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     rescales = config.get("moment_power") is not None
     # Nor was it brought to the rows of a task.
     rows = None if config.get("moment_rows") is None else saved_positive(path, config, "moment_rows")
-    return {
-        "matching_scale": scale,
-        "prediction_temperature": temperature,
-        "tuning": tuning,
-        "rescales": rescales,
-        "rows": rows,
-    }
+    kinds = config.get("kinds", [])
+    if not isinstance(kinds, list) or not set(kinds) <= set(get_args(LossKind)):
+        raise DamagedError(f"{path}: key 'kinds' is {kinds!r}; expected a list of {', '.join(get_args(LossKind))}.")
+    choices = {"matching_scale": scale, "prediction_temperature": temperature, "tuning": tuning, "rescales": rescales}
+    return {**choices, "rows": rows, "kinds": tuple(kinds)}
 
 
 def saved_positive(path: Path, config: Mapping[str, Any], name: str) -> float:

@@ -35,6 +35,7 @@ class PriorParts(NamedTuple):
         tuning: how settings were chosen, as plain values; None where they were not.
         rescales: whether the preconditioner is brought to the power of an adaptation that has another.
         rows: of its tasks, the root mean square; None where the preconditioner is not brought to a task's number.
+        kinds: of the tasks it was learned from.
     """
 
     adapter: RandomAdapter
@@ -51,6 +52,7 @@ class PriorParts(NamedTuple):
     tuning: dict[str, Any] | None = None
     rescales: bool = True
     rows: float | None = None
+    kinds: tuple[str, ...] = ()
 
 
 class PosteriorParts(NamedTuple):
@@ -96,6 +98,7 @@ class SavablePrior(Protocol):
     tuning: dict[str, Any] | None
     rescales: bool
     rows: float | None
+    kinds: tuple[str, ...]
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:

@@ -1,8 +1,9 @@
-"""Tasks whose rows differ in sort: the door says which one the network cannot read, before any training."""
+"""Tasks that differ in sort: the door says which one the network cannot read or answer, before any training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import peft
 import pytest
@@ -85,3 +86,29 @@ def test_predictions_say_which_rows_they_take(inputs: Tensor, message: str, prio
     with pytest.raises(ValueError, match=message):
         posterior.predict(inputs)
     assert posterior.predict(torch.ones(2, 4)).shape == (2, 3)
+
+
+def values(name: str) -> Task:
+    return Task(name, (torch.randn(6, 4), torch.randn(6, 3)), "regression")
+
+
+def test_regressions_beside_classes_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"task 'r' is one of regression and task 't0' one of classification"):
+        new_lift().meta_train([task_of("t0"), values("r"), task_of("t1")], progress=False)
+
+
+def test_a_prior_knows_the_kind_of_its_tasks_when_it_is_loaded_and_merged_too(prior: LiFTPrior, tmp_path: Path) -> None:
+    prior.save_pretrained(tmp_path)
+    loaded = LiFTPrior.from_pretrained(tmp_path, prior.adapter)
+    of_values = new_lift().meta_train([values(f"r{i}") for i in range(2)], progress=False)
+    refused = r"task '.*' is one of {}, and the prior was learned from tasks of {}"
+    for each in (prior, loaded, prior.merge(loaded)):
+        assert each.kinds == ("classification",)
+        with pytest.raises(ValueError, match=refused.format("regression", "classification")):
+            each.adapt(values("r"), steps=4, draws=2)
+        with pytest.raises(ValueError, match=refused.format("regression", "classification")):
+            each.adapt_many([task_of("t0"), values("r")], steps=4, draws=2)
+    with pytest.raises(ValueError, match=refused.format("classification", "regression")):
+        of_values.adapt(task_of("t0"), steps=4, draws=2)
+    unknown = LiFTPrior(prior.adapter, prior.mixture, prior.settings)  # nobody says what it was learned from
+    assert len(unknown.adapt_many([task_of("t0"), values("r")], steps=4, draws=2, seed=0)) == 2
