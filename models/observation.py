@@ -128,8 +128,8 @@ def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float
 
     Raises:
         ValueError: a network that does not use the adapter, or is no longer what it was made on; rows that it cannot be
-            called with; features without a head to stand on; a shared head that is too narrow for a task's labels; an
-            output whose shape does not go with the targets.
+            called with; features without a head to stand on; a head of a task's own for a single class; a shared head
+            that is too narrow for a task's labels; an output whose shape does not go with the targets.
     """
     adapter.check_use()
     shapes = _output_shapes(adapter, tasks)
@@ -139,6 +139,11 @@ def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float
     adapter.check_reach(*trial.positional, **trial.named)
     for task in tasks:
         own_head = head_scale is not None and task.num_classes is not None
+        if own_head and task.num_classes == 1 and task.kind == "classification":
+            raise ValueError(
+                f"task {task.name!r} has one class, of which a head of its own is certain whatever the input. Pass "
+                "num_classes=2 or more to the task if others may come; else leave it out."
+            )
         if adapter.gives_features and not own_head and task.kind != "matching":
             raise ValueError(
                 f"task {task.name!r}: the network's output is {width} features, not answers: it has no head. "

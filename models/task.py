@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from pyro_lift.models.targets import class_numbers, count_classes
 from pyro_lift.support.options import check_distinct, check_literal
 
 __all__ = ["Rows", "Task", "as_rows", "check_kinds", "check_task_names"]
+
+log = logging.getLogger("pyro_lift")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Task:
             has options of its own (multiple choice), the rows' inputs ``option_input_ids`` and
             ``option_attention_mask`` ``[n, C, L]``, an absent option having a mask of zeros.
         num_classes: width of the head; None takes the number of labels where these are given, else the largest label
-            plus one. Of matching, the number of label texts or of options.
+            plus one, with a warning where that is a single class. Of matching, the number of label texts or of options.
         test: what to be judged by, never trained on; in any form of ``train``.
         dev: what choices may be made on, never trained on; in any form of ``train``.
         metric: name of the score that the task is judged by, of :data:`pyro_lift.metrics.text.METRICS`.
@@ -171,7 +174,13 @@ def _classes(
     if said:
         return next(iter(said.values()))
     where = f"task {name!r}, train data"
-    return count_classes(class_numbers(train.target, where), where)
+    classes = count_classes(class_numbers(train.target, where), where)
+    if classes == 1:
+        log.warning(
+            "%s: every label is 0, and nothing says how many classes there are: the task is taken to have one. Pass "
+            "num_classes=, or the classes' names as labels=.", where,
+        )  # fmt: skip
+    return classes
 
 
 def _with_target(rows: Rows, kind: LossKind, num_classes: int | None, where: str) -> Rows:

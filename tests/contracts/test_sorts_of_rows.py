@@ -112,3 +112,22 @@ def test_a_prior_knows_the_kind_of_its_tasks_when_it_is_loaded_and_merged_too(pr
         of_values.adapt(task_of("t0"), steps=4, draws=2)
     unknown = LiFTPrior(prior.adapter, prior.mixture, prior.settings)  # nobody says what it was learned from
     assert len(unknown.adapt_many([task_of("t0"), values("r")], steps=4, draws=2, seed=0)) == 2
+
+
+def test_a_single_class_is_said_where_it_was_guessed(caplog: pytest.LogCaptureFixture) -> None:
+    rows = (torch.randn(6, 4), torch.zeros(6, dtype=torch.long))
+    said = Task("said", rows, num_classes=3)
+    named = Task("named", rows, labels=["no", "yes"])
+    task_of("several")
+    assert said.to("cpu").num_classes == 3 and named.num_classes == 2 and not caplog.messages
+    guessed = Task("guessed", rows)
+    assert guessed.to("cpu").num_classes == 1
+    (message,) = caplog.messages
+    assert message.startswith("task 'guessed', train data: every label is 0") and "num_classes=" in message
+
+
+def test_a_head_of_a_single_class_is_refused() -> None:
+    alone = Task("alone", (torch.randn(6, 4), torch.zeros(6, dtype=torch.long)), num_classes=1)
+    lift = LiFT(nn.Sequential(nn.Linear(4, 3)), CONFIG, head_scale=0.5, sgd_steps=4, burn_in=4, samples=8, seed=0)
+    with pytest.raises(ValueError, match=r"task 'alone' has one class, of which a head of its own is certain"):
+        lift.meta_train([task_of("t0"), alone], progress=False)
