@@ -240,10 +240,13 @@ class RandomAdapter(PyroModule):
         return Probe(self.backbone, call, [entry.name for entry in self.layout], self._tensors(self.initial))
 
     def _note_weights(self) -> None:
-        """What the frozen weights are, and the dtypes in which the network has the adapter's tensors."""
+        """What the frozen weights are and their one type; the types in which the network has the adapter's tensors."""
         tensors = [places[0].module._parameters[places[0].attribute] for places in self._slots]
         dtypes = [self.initial.dtype if x is None else x.dtype for x in tensors]
         self._dtypes = None if all(dtype == self.initial.dtype for dtype in dtypes) else dtypes
+        types = {p.dtype for p in self.backbone.parameters()}
+        # Half precision is left to the network: some of its layers may want an input as it is.
+        self._network_type = types.pop() if types in ({torch.float32}, {torch.float64}) else None
         names = frozenset(entry.name for entry in self.layout) | frozenset(adapter_tensors(self.backbone))
         self._weights = WeightProbe(self.backbone, names)
 
@@ -378,7 +381,13 @@ class RandomAdapter(PyroModule):
 
     def network(self, *inputs: Any, **named: Any) -> Any:
         """Run the bound network as a readout does: its own output, and layers below the adapter only once a row."""
-        return self.prefix.call(self.backbone, inputs, named)
+        named = {name: self.typed(x) for name, x in named.items()}
+        return self.prefix.call(self.backbone, [self.typed(x) for x in inputs], named)
+
+    def typed(self, x: Any) -> Any:
+        """Bring an input of floating-point numbers to the type of all of the network's weights, where that is one."""
+        floats = isinstance(x, Tensor) and x.is_floating_point() and self._network_type is not None
+        return x.to(self._network_type) if floats else x
 
     def norms(self, theta: Tensor) -> dict[str, Tensor]:
         """Compute the Euclidean norm of each adapted module's tensors, for ``theta`` of shape ``[..., D]``."""

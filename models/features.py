@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ def _plain(backbone: nn.Module) -> nn.Module:
 
 def _features(adapter: RandomAdapter, network: Any, rows: Rows) -> Tensor:
     call = adapter.prefix.call  # layers below the adapter, once a row
+    rows = replace(rows, inputs={name: adapter.typed(x) for name, x in rows.inputs.items()})
     if hasattr(network, "forward_head"):
         states = call(network.forward_features, rows.positional, {})
         return torch.as_tensor(network.forward_head(states, pre_logits=True))

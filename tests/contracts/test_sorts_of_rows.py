@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from pyro_lift import LiFT, LiFTPrior, Task
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.features import all_features
+from pyro_lift.models.likelihoods import LossKind
 from pyro_lift.models.observation import check_width
 
 CONFIG = peft.LoraConfig(r=1, target_modules=["0"])
@@ -38,6 +41,10 @@ class Counting(nn.Module):
         self.calls.append({"x": x.shape} if mask is None else {"x": x.shape, "mask": mask.shape})
         result: Tensor = self.out(x.mean(-1, keepdim=True))
         return result
+
+
+def values(name: str) -> Task:
+    return Task(name, (torch.randn(6, 4), torch.randn(6, 3)), "regression")
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +95,6 @@ def test_predictions_say_which_rows_they_take(inputs: Tensor, message: str, prio
     assert posterior.predict(torch.ones(2, 4)).shape == (2, 3)
 
 
-def values(name: str) -> Task:
-    return Task(name, (torch.randn(6, 4), torch.randn(6, 3)), "regression")
-
-
 def test_regressions_beside_classes_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"task 'r' is one of regression and task 't0' one of classification"):
         new_lift().meta_train([task_of("t0"), values("r"), task_of("t1")], progress=False)
@@ -131,3 +134,31 @@ def test_a_head_of_a_single_class_is_refused() -> None:
     lift = LiFT(nn.Sequential(nn.Linear(4, 3)), CONFIG, head_scale=0.5, sgd_steps=4, burn_in=4, samples=8, seed=0)
     with pytest.raises(ValueError, match=r"task 'alone' has one class, of which a head of its own is certain"):
         lift.meta_train([task_of("t0"), alone], progress=False)
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_inputs_of_every_precision_teach_the_same(kind: LossKind) -> None:
+    given = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)).half().float()  # exact in all of them
+    target = torch.arange(6) % 3 if kind == "classification" else given[0, :, :3]
+    adapter = adapt_backbone(nn.Sequential(nn.Linear(4, 3)), CONFIG, seed=0)
+    forms: dict[str, Callable[[Tensor], Any]] = {
+        "float32": lambda x: x,
+        "float64": Tensor.double,
+        "float16": Tensor.half,
+        "a float64 array": lambda x: x.double().numpy(),
+    }
+    told = {}
+    for name, convert in forms.items():
+        tasks = [Task(f"t{k}", (convert(x), target), kind) for k, x in enumerate(given)]
+        lift = LiFT(adapter, sgd_steps=4, burn_in=4, samples=8, seed=0)
+        posterior = lift.meta_train(tasks, progress=False).adapt(tasks[0], steps=4, draws=2)
+        told[name] = posterior.predict(convert(given[1]))
+        assert all_features(adapter, tasks[0].train, adapter.initial).dtype == torch.float32  # what probes stand on
+    for name, values_of in told.items():
+        torch.testing.assert_close(values_of, told["float32"], msg=name)
+
+
+def test_a_network_in_float64_reads_arrays() -> None:
+    adapter = adapt_backbone(nn.Sequential(nn.Linear(4, 3)).double(), CONFIG, seed=0)
+    task = Task("t", (torch.randn(6, 4).double().numpy(), torch.arange(6) % 3))
+    assert check_width(adapter, [task], None) == 3
