@@ -81,6 +81,26 @@ Train = Callable[[Sequence[Task], float, int], Tensor]
 Score = Callable[[Tensor, Sequence[Task]], Tensor]
 
 
+class Tried(NamedTuple):
+    """A rate on trial.
+
+    Attributes:
+        rate: of joint training.
+        gain: mean of d over tasks, in nats a row.
+        error: its standard error.
+        helps: whether the gain is above zero by the test.
+    """
+
+    rate: float
+    gain: float
+    error: float
+    helps: bool
+
+    def gained(self) -> str:
+        """Say how much."""
+        return f"{self.gain:+.3f} ± {self.error:.3f}"
+
+
 class Joint(NamedTuple):
     """What the trial of joint training has found.
 
@@ -90,6 +110,7 @@ class Joint(NamedTuple):
         gain: mean of d over tasks, in nats a row; of the rate that was taken, else of the last one.
         error: its standard error.
         helps: whether it begins.
+        tried: the rates, in the order in which they were tried; empty of a run that was saved before they were kept.
     """
 
     rate: float
@@ -97,21 +118,37 @@ class Joint(NamedTuple):
     gain: float
     error: float
     helps: bool
+    tried: tuple[Tried, ...] = ()
 
     def results(self) -> dict[str, float]:
         """Measures for the prior's folder and card."""
         return {"gain of joint training, nats a row": self.gain, "its standard error": self.error}
 
     def sentence(self) -> str:
-        """Say it in words."""
-        measured = f"{self.gain:+.3f} ± {self.error:.3f} nats a row on tasks that it has not seen"
-        if self.helps:
-            return f"joint training helps ({measured}): it begins, over all tasks."
-        return (
-            f"joint training does not help by more than chance ({measured}): phi stays at the untouched network. What "
-            "these tasks have in common, if anything, is little that adapters can learn; `pyro-lift compare` says what "
-            "else does."
-        )
+        """Say it in words: what was tried, and which rate was taken for what reason."""
+        tried = self.tried or (Tried(self.rate, self.gain, self.error, self.helps),)
+        if not self.helps:
+            return (
+                f"joint training was tried at the {_rates(tried)}, and does not help by more than chance: "
+                f"{' and '.join(each.gained() for each in tried)} nats a row on tasks that it has not seen. So phi "
+                "stays at the untouched network. Another rate may still help: give one as sgd_learning_rate=, which is "
+                "not put on trial. `pyro-lift compare` says what other methods make of these tasks."
+            )
+        first, why = tried[0], ""
+        if len(tried) > 1 and not first.helps:
+            why = f"; the larger rate, {first.rate:.2g}, does not by more than chance"
+        elif len(tried) > 1 and self.rate == tried[1].rate:
+            why = f"; of the rates that help it is the larger, and does not gain less than {first.rate:.2g} "
+            why += f"({first.gained()}) by more than chance"
+        elif len(tried) > 1:
+            less = "gains less by more than chance" if tried[1].helps else "does not help by more than chance"
+            why = f"; the larger rate, {tried[1].rate:.2g}, {less}"
+        gained = f"{self.gain:+.3f} ± {self.error:.3f} nats a row on tasks that it has not seen"
+        return f"joint training at {self.rate:.2g} helps ({gained}){why}. It begins, over all tasks."
+
+
+def _rates(tried: Sequence[Tried]) -> str:
+    return f"rate{'s' * (len(tried) > 1)} {' and '.join(f'{each.rate:.2g}' for each in tried)}"
 
 
 def trial_steps(steps: int, tasks: int) -> int:
@@ -180,7 +217,8 @@ def joint_on_trial(
         kept: where vectors and the verdict are kept, for a run that goes on.
     """
     kept = kept or WorkBefore(None)
-    joint = Joint(**kept.data("joint", lambda: _trial(tasks, start, rate, steps, train, score, kept)._asdict()))
+    data = kept.data("joint", lambda: _trial(tasks, start, rate, steps, train, score, kept)._asdict())
+    joint = Joint(**{**data, "tried": tuple(Tried(*each) for each in data.get("tried", ()))})
     log.info("%s", joint.sentence())
     return joint
 
@@ -190,6 +228,7 @@ def _trial(
 ) -> Joint:
     halves, each = dealt(tasks, 2), trial_steps(steps, len(tasks))
     judged = [half[: TASKS // 2] for half in halves]
+    tried: list[Tried] = []
     before = torch.cat([score(start, half) for half in judged])
 
     def at(factor: float) -> tuple[Joint, Tensor]:
@@ -201,15 +240,17 @@ def _trial(
         gain, error = paired(after - before)
         helps = is_above_zero(after - before)
         log.info("joint training at %.2g on trial: %+.3f ± %.3f nats a row", factor * rate, gain, error)
+        tried.append(Tried(factor * rate, gain, error, helps))
         return Joint(factor * rate, steps if helps else 0, gain, error, helps), after
 
     first, after = at(1.0)
-    if not _has_second(steps):
-        return first
-    if not first.helps:
-        return at(SMALLER)[0]
-    larger, after_larger = at(LARGER)
-    return larger if larger.helps and not is_above_zero(after - after_larger) else first
+    taken = first
+    if _has_second(steps) and not first.helps:
+        taken = at(SMALLER)[0]
+    elif _has_second(steps):
+        larger, after_larger = at(LARGER)
+        taken = larger if larger.helps and not is_above_zero(after - after_larger) else first
+    return taken._replace(tried=tuple(tried))
 
 
 def is_above_zero(difference: Tensor) -> bool:

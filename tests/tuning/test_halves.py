@@ -148,6 +148,35 @@ def test_a_larger_rate_that_gains_more_by_chance_alone_is_not_taken() -> None:
     assert joint.helps and joint.rate == 0.1 and joint.steps == 320
 
 
+def test_the_log_says_which_rates_were_tried_and_why_one_was_taken(caplog: pytest.LogCaptureFixture) -> None:
+    gains = {
+        "not seen). It begins": {0.1: 0.5},
+        "it is the larger, and does not gain less than 0.1 (+0.200 ± 0.001) by more than chance": {
+            0.1: 0.2,
+            0.1 * 3.0: 0.5,
+        },
+        "the larger rate, 0.3, gains less by more than chance": {0.1: 0.5, 0.1 * 3.0: 0.2},
+        "the larger rate, 0.3, does not help by more than chance": {0.1: 0.5, 0.1 * 3.0: -0.2},
+        "0.02 helps (+0.200 ± 0.001 nats a row on tasks that it has not seen); the larger rate, 0.1, does not by": {
+            0.1: -0.5,
+            0.1 * 0.2: 0.2,
+        },
+        "at the rates 0.1 and 0.02, and does not help by more than chance: -0.499 ± 0.001 and -0.200": {
+            0.1: -0.5,
+            0.1 * 0.2: -0.2,
+        },
+        "at the rate 0.1, and does not help by more than chance: -0.499": {0.1: -0.5},
+    }
+    for words, by_rate in gains.items():
+        caplog.clear()
+        stand_in, steps = Halves(by_rate), 120 if len(by_rate) == 1 else 320
+        with caplog.at_level("INFO", "pyro_lift"):
+            joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, steps, stand_in.train, stand_in.score)
+        assert words in caplog.messages[-1], words
+        assert joint.helps == ("It begins" in caplog.messages[-1])
+        assert joint.helps != ("sgd_learning_rate=" in caplog.messages[-1])
+
+
 def test_a_run_that_goes_on_has_the_verdict_and_the_vectors_of_before(tmp_path: Path) -> None:
     made, config = tasks(shared=True), {"seed": 0}
     first = Halves({0.1: 0.5, 0.1 * 3.0: 0.7})
