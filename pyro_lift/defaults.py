@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +30,10 @@ from pyro_lift.models.prior_loss import PriorLoss, prior_loss
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight, harmless_scales, typical_size
 from pyro_lift.settings import AdaptSettings, LiFTSettings
+from pyro_lift.support.options import check_choice
 from pyro_lift.tuning.noise import targets_scale
 
-__all__ = ["fitted", "for_targets", "langevin_step", "one_width", "resolved", "resolved_adaptation"]
+__all__ = ["fitted", "for_targets", "inherited", "langevin_step", "one_width", "resolved", "resolved_adaptation"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -128,6 +130,24 @@ def resolved_adaptation(
         return adapt
     assert filled.learning_rate is not None
     return replace(adapt, learning_rate=ADAPTATION_OVER_CHAIN * filled.learning_rate)
+
+
+def inherited(adapt: AdaptSettings, settings: LiFTSettings, options: Mapping[str, Any]) -> AdaptSettings:
+    """Change settings of adaptation, and take from meta-training what they leave open.
+
+    Args:
+        adapt: of all tasks.
+        settings: of meta-training, filled in.
+        options: fields of :class:`AdaptSettings` to change for one.
+
+    Raises:
+        ValueError: no such field.
+    """
+    for name in options:
+        check_choice("setting", name, [f.name for f in fields(AdaptSettings)])
+    a = replace(adapt, **options)
+    names = [name for name in ("temperature", "n_inflate", "learning_rate") if getattr(a, name) is None]
+    return replace(a, **{name: getattr(settings, name) for name in names})
 
 
 def fitted(settings: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task]) -> LiFTSettings:

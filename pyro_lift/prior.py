@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_lift.adapter_library import prior_from_adapters
 from pyro_lift.data.encoding import TextEncoding
-from pyro_lift.defaults import one_width, resolved
+from pyro_lift.defaults import inherited, one_width, resolved
 from pyro_lift.development import windows_of
 from pyro_lift.generation.decode import generate
 from pyro_lift.inference.adaptation.chain import Shown, Source, moments_for, run_chain, run_watched
@@ -204,7 +204,7 @@ class LiFTPrior:
             DivergedError: a loss that is not finite.
         """
         check_kinds([task], self.kinds)
-        a = self._adapt_settings(options)
+        a = inherited(self.adapt_settings, self.settings, options)
         seed = self.seed if seed is None else seed
         s, task = self.settings, task.to(self.adapter.initial.device)
         mixture = self.mixture.get()
@@ -260,7 +260,7 @@ class LiFTPrior:
         """
         check_number("block_size", block_size, least=1, open_below=False, whole=True)
         check_kinds(tasks, self.kinds)
-        a = self._adapt_settings(options)
+        a = inherited(self.adapt_settings, self.settings, options)
         apart = block_size == 1 or (a.dev_every > 0 and any(task.dev is not None for task in tasks))
         if apart or not can_share_pass(tasks, self._head_scale(tasks), self.settings.head != "langevin"):
             each: dict[str, Any] = {"progress": progress, "callbacks": callbacks, **options}
@@ -383,17 +383,6 @@ class LiFTPrior:
         if windows is not None:
             return run_watched(program, start, windows, source, shown, **options)
         return run_chain(program, start, a.steps, a.draws, source, shown, **options)
-
-    def _adapt_settings(self, options: Mapping[str, Any]) -> AdaptSettings:
-        for name in options:
-            check_choice("setting", name, [f.name for f in fields(AdaptSettings)])
-        a = replace(self.adapt_settings, **options)
-        inherited = {
-            name: getattr(self.settings, name)
-            for name in ("temperature", "n_inflate", "learning_rate")
-            if getattr(a, name) is None
-        }
-        return replace(a, **inherited)
 
     def theta(self, task: str) -> Tensor:
         """Return the latest weights ``[D]`` of a meta-training task; a saved prior has none."""
