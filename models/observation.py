@@ -22,6 +22,7 @@ __all__ = [
     "check_width",
     "has_head",
     "head_inputs_of",
+    "is_narrower",
     "naming_inputs",
     "network_output",
     "observe",
@@ -52,24 +53,59 @@ def has_head(task: Task, scale: float | None) -> bool:
 
 
 @torch.no_grad()
-def own_head_scale(adapter: RandomAdapter, tasks: Sequence[Task], scale: float | None, *, solve: bool) -> float | None:
-    """Return the scale of the tasks' own heads: the given one; without one, heads of their own on a features network.
+def own_head_scale(
+    adapter: RandomAdapter, tasks: Sequence[Task], scale: float | None, *, solve: bool, by_width: bool = True
+) -> float | None:
+    """Return the scale of the tasks' own heads: the given one; without one, what the network's output calls for.
+
+    Features call for heads of the tasks' own. So does an output that is wider than every task's classes: it is features
+    too, or another data set's classes. Where one task has as many classes as the output is wide, all share its head.
 
     Args:
         adapter: the network as a function of theta.
         tasks: of which a classification, if there is one, is looked at.
-        scale: None leaves it to the network: features call for heads of the tasks' own, answers for none.
+        scale: None leaves it to the network.
         solve: whether heads are solved; heads that take steps are given only where they are asked for.
+        by_width: whether the width counts. It does not for new tasks of a prior, whose meta-training has decided: they
+            may be fewer, or narrower, than those that it saw.
     """
     classes = [task for task in tasks if task.kind == "classification"]
     if scale is not None or not solve or not classes:
         return scale
     adapter.check_use()
-    width = _first_output(adapter, classes[0]).shape[-1]
-    if not adapter.gives_features:
+    output = _first_output(adapter, classes[0])
+    width = output.shape[-1]
+    if adapter.gives_features:
+        log.info(
+            "the network's output is %d features: every task has a linear head of its own, solved on its rows.", width
+        )
+        return AUTOMATIC_SCALE
+    widest = max(task.num_classes or 0 for task in classes)
+    if not by_width or output.dim() != 2 or len(classes) < len(tasks) or widest >= width:
         return None
-    log.info("the network's output is %d features: every task has a linear head of its own, solved on its rows.", width)
+    log.info(
+        "the network's output is %d wide, and no task has more than %d classes: it ends in features, or in another "
+        "data set's classes. Every task has a linear head of its own on that output, solved on its rows. "
+        'head="shared" keeps the output as the tasks\' classes, as does num_classes=%d of a task.',
+        width,
+        widest,
+        width,
+    )
     return AUTOMATIC_SCALE
+
+
+@torch.no_grad()
+def is_narrower(adapter: RandomAdapter, tasks: Sequence[Task]) -> bool:
+    """Whether some classification has fewer classes than the network's output is wide.
+
+    Where one is, a part of the tasks may call for other heads than all of them (:func:`own_head_scale`).
+    """
+    classes = [task for task in tasks if task.kind == "classification"]
+    if not classes:
+        return False
+    adapter.check_use()
+    width = _first_output(adapter, classes[0]).shape[-1]
+    return any((task.num_classes or 0) < width for task in classes)
 
 
 def sample_head(name: str, task: Task, width: int, scale: float | None, like: Tensor) -> Tensor | None:
@@ -155,8 +191,8 @@ def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float
             )
     classes = max((task.num_classes or 0 for task in tasks), default=0)
     if head_scale is None and tasks[0].kind == "classification" and classes < width:
-        log.warning(
-            "the network's head gives %d classes, and no task has more than %d: is it another data set's? head_scale= "
+        log.info(
+            "the network's head gives %d classes, and no task has more than %d: they share it; head_scale= "
             "gives the tasks heads of their own.",
             width,
             classes,

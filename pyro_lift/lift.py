@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,6 @@ from pyro_lift.defaults import fitted, for_targets, langevin_step, one_width, re
 from pyro_lift.inference.adaptation.chain import root_mean_square_rows
 from pyro_lift.inference.chain_summary import ChainSummary
 from pyro_lift.inference.checkpoint.before import WorkBefore
-from pyro_lift.inference.checkpoint.folder import saved_config
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import weights_moved
 from pyro_lift.inference.footprint import mixture_need
@@ -50,6 +50,7 @@ from pyro_lift.tuning.halves import Joint, has_trial, joint_on_trial, log_probs_
 from pyro_lift.tuning.held_out import has_unseen_rows
 from pyro_lift.tuning.joint_run import JointRun, Standing, moments_of, task_weights
 from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
+from pyro_lift.tuning.whose_heads import RULE, as_saved, counts_width, with_heads_settled
 from pyro_lift.watching.steps import Run
 from pyro_lift.watching.watch import Watchers
 
@@ -145,17 +146,17 @@ class LiFT:
             ValueError: fewer than three tasks, a budget that is no length of time.
         """
         seconds = seconds_of(budget)
-        known = resolved(self.settings, self.adapter)
-        scale = own_head_scale(self.adapter, tasks, known.head_scale, solve=known.head != "langevin")
+        settings = with_heads_settled(self.settings, self.adapter, tasks)
+        known = resolved(settings, self.adapter)
+        scale = self._head_scale(tasks, known)
         heads = known.head != "langevin" and any(has_solved_head(self.adapter, task, scale) for task in tasks)
         adapt = resolved_adaptation(self.adapt_settings, self.settings, known, heads)
         candidates = lift_candidates(known, adapt, trainings=trainings, heads=heads)
 
         def make(candidate: Candidate, share: float) -> LiFTContender:
-            settings = shortened(replace(self.settings, **candidate.meta), share)
-            return LiFTContender(
-                LiFT(self.adapter, settings=settings, adapt=self.adapt_settings, seed=self.seed), candidate
-            )
+            short = shortened(replace(settings, **candidate.meta), share)
+            lift = LiFT(self.adapter, settings=short, adapt=self.adapt_settings, seed=self.seed)
+            return LiFTContender(lift, candidate)
 
         with trial_bar(progress, callbacks) as on_trial:
             self.tuning = search(candidates, make, tasks, seconds=seconds, on_trial=on_trial)
@@ -234,27 +235,19 @@ class LiFT:
         if folder is None:
             return None
         options.setdefault("resume_hint", f"meta_train(tasks, resume={str(folder)!r})")
+        by_width = True
         if resume is not None:
-            self._leave_as_saved(Path(folder))
+            self.settings, by_width = as_saved(self.settings, Path(folder))
         config = {
             "settings": asdict(self.settings),
             "seed": self.seed,
             "adapter": [[entry.name, list(entry.shape)] for entry in self.adapter.layout],
             "tasks": [[task.name, task.kind, len(task.train)] for task in tasks],
+            **(RULE if by_width else {}),
         }
         return Session(
             folder, every=checkpoint_every, resume=resume is not None, config=config, upgrade=upgraded_run, **options
         )
-
-    def _leave_as_saved(self, folder: Path) -> None:
-        """Take from a saved run what these settings leave open: what was filled in then may not be today's choice."""
-        config = saved_config(folder)
-        if not config:  # nothing is saved yet: this run begins
-            return
-        saved = upgraded_run(config).get("settings", {})
-        left_open = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) is None]
-        then = {name: saved[name] for name in left_open if saved.get(name) is not None}
-        self.settings = replace(self.settings, **then)
 
     @at_top_level()
     def meta_train_many(
@@ -272,6 +265,12 @@ class LiFT:
         """Run one chain and make a prior for each number of components; ``crossed`` as ``calibrate=None`` above."""
         for k in components:
             check_number("components", k, least=1, open_below=False, whole=True)
+        settings = with_heads_settled(self.settings, self.adapter, tasks, by_width=counts_width(session))
+        if settings != self.settings:
+            lift = copy(self)
+            lift.settings = settings
+            shown: dict[str, Any] = {"progress": progress, "on_step": on_step, "callbacks": callbacks}
+            return lift.meta_train_many(tasks, components, session=session, start=start, crossed=crossed, **shown)
         if start is not None and start.shape != self.adapter.initial.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}; the adapter has {self.adapter.dim} weights.")
         check_kinds(tasks)
@@ -286,7 +285,7 @@ class LiFT:
         run = run if joint is None else run._after(joint)
         program = run.program(tasks)
         s = run._fitted(program)
-        shown: dict[str, Any] = {"progress": progress, "on_step": watchers.of("cross-fit")}
+        shown = {"progress": progress, "on_step": watchers.of("cross-fit")}
         open_noise = run.settings.noise_scale if self.settings.noise_scale is None else None
         halves = run._cross_fitted(program, joint, s, session, open_noise, **shown) if crossed else None
         if halves is not None:
@@ -365,7 +364,7 @@ class LiFT:
         given = self.settings.sgd_learning_rate is not None
         if given or s.ranks_block_size or saved_without or not has_trial(s.sgd_steps, len(tasks)):
             return None
-        head_scale = own_head_scale(self.adapter, tasks, s.head_scale, solve=s.head != "langevin")
+        head_scale = self._head_scale(tasks, s)
         if head_scale is not None and s.head == "langevin":  # without steps of its own, such a head says nothing
             return None
         tasks = [task.to(self.adapter.initial.device) for task in tasks]
@@ -443,11 +442,14 @@ class LiFT:
             sigma=by_weight(self.adapter, s.sigma),
             batch_size=s.batch_size,
             prior_mean=self.adapter.initial if s.prior_mean == "adapter" else None,
-            head_scale=own_head_scale(self.adapter, tasks, s.head_scale, solve=s.head != "langevin"),
+            head_scale=self._head_scale(tasks, s),
             noise_scale=s.noise_sd,
             block_size=s.block_size,
             head="sample" if s.head == "langevin" else "solve",
         )
+
+    def _head_scale(self, tasks: Sequence[Task], s: LiFTSettings) -> float | None:
+        return own_head_scale(self.adapter, tasks, s.head_scale, solve=s.head not in ("langevin", "shared"))
 
     def _fitted(self, program: AdapterHierarchy) -> LiFTSettings:
         """Look at what the prior does to the tasks' loss, and give the program the widths that come of it."""

@@ -342,8 +342,9 @@ class LiFTPrior:
         return heads_at_best_start(self.adapter, tasks, mixture, untouched, scale=self.matching_scale)
 
     def _head_scale(self, tasks: Sequence[Task]) -> float | None:
-        """The scale of new tasks' own heads: that of meta-training, or what the network calls for."""
-        return own_head_scale(self.adapter, tasks, self.settings.head_scale, solve=self.settings.head != "langevin")
+        """The scale of new tasks' own heads: that of meta-training; one without a head has features to say so."""
+        scale, solve = self.settings.head_scale, self.settings.head not in ("langevin", "shared")
+        return own_head_scale(self.adapter, tasks, scale, solve=solve, by_width=False)
 
     def _unmoved(self, a: AdaptSettings, tasks: Sequence[Task], solved: SolvedHeads | None) -> Unmoved:
         looks = a.dev_every > 0
@@ -351,7 +352,7 @@ class LiFTPrior:
 
     def _heads(self, solved: SolvedHeads, task: int, thetas: Tensor, seed: int | None) -> Tensor:
         """Solve a task's head at each draw ``[S, D]``, or draw it there: ``[S, C, E + 1]``."""
-        if self.settings.head == "solve":
+        if self.settings.head in ("solve", "shared"):
             return solved.solve_each(task, thetas)
         chosen = int(torch.randint(2**62, ())) if seed is None else seed
         generator = torch.Generator().manual_seed(chosen + task)

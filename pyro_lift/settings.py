@@ -156,15 +156,17 @@ class LiFTSettings:
     )
     preconditioner: Literal["rms", "none"] = field(default="rms", metadata={"help": "scale of each weight's step"})
     head_scale: float | None = field(
-        default=None, metadata={"help": "sd of a task's own linear head; none for a head shared by all tasks"}
+        default=None,
+        metadata={"help": "sd of a task's own linear head; none: shared, unless the network ends in features"},
     )
     noise_scale: float | None = field(
         default=None, metadata={"help": "sd of the noise in regression; none: what the tasks' rows leave unexplained"}
     )
-    head: Literal["solve", "laplace", "langevin"] = field(
+    head: Literal["solve", "laplace", "langevin", "shared"] = field(
         default="solve",
         metadata={
-            "help": "a task's own head: solved on its rows, in adaptation drawn around that, or moved step by step"
+            "help": "a task's own head: solved on its rows, in adaptation drawn around that, or moved step by step; or "
+            "shared: the network's classes are all tasks', even where they have fewer"
         },
     )
     head_lr_scale: float = field(default=10.0, metadata={"help": "a head's step size over the adapter's"})
@@ -220,7 +222,9 @@ class LiFTSettings:
         check_choice("accumulator", self.accumulator, ["exact", "table", "single"])
         check_choice("prior_mean", self.prior_mean, ["adapter", "zero"])
         check_choice("preconditioner", self.preconditioner, ["rms", "none"])
-        check_choice("head", self.head, ["solve", "laplace", "langevin"])
+        check_choice("head", self.head, ["solve", "laplace", "langevin", "shared"])
+        if self.head_scale is not None and self.head == "shared":
+            raise ValueError(f"head='shared' with head_scale={self.head_scale:g}: a head is shared or the task's own.")
         if self.head_scale is not None:
             check_number("head_scale", self.head_scale)
 

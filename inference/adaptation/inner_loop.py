@@ -45,7 +45,7 @@ from pyro_lift.inference.adaptation.update_rules import Terms, UpdateRule
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import log_likelihood
-from pyro_lift.models.observation import has_head, outputs, own_head_scale
+from pyro_lift.models.observation import has_head, is_narrower, outputs, own_head_scale
 from pyro_lift.models.priors import LocalGaussian, gaussian_at
 from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.task import Rows, Task
@@ -87,27 +87,36 @@ class HeadPolicy:
     """Settings for per-task linear heads on the network's output.
 
     Args:
-        scale: standard deviation of a head's Gaussian prior; None for a network whose head all tasks share, or whose
-            output is features, on which every task then has a solved one.
+        scale: standard deviation of a head's Gaussian prior; None leaves it to the network, whose head all tasks share
+            unless its output is features or wider than all tasks' classes: then every task has a solved one on it.
         lr_scale: a head's learning rate over the adapter's.
         update: whether a head takes steps beside the adapter, or is solved on the task's rows
             (:mod:`~pyro_lift.models.solved_heads`): in fine-tuning, joint training and LiFT; the inner loops of the
-            other meta-learners take steps. Solved, label matching has heads too.
+            other meta-learners take steps. Solved, label matching has heads too. ``"shared"`` is solved, but the
+            network's classes are the tasks', however many they are.
     """
 
     scale: float | None = None
     lr_scale: float = 10.0
-    update: Literal["step", "solve"] = "solve"
+    update: Literal["step", "solve", "shared"] = "solve"
 
     def __post_init__(self) -> None:
         if self.scale is not None:
             check_number("head scale", self.scale)
         check_number("head lr_scale", self.lr_scale)
-        check_choice("head update", self.update, ["step", "solve"])
+        check_choice("head update", self.update, ["step", "solve", "shared"])
+        if self.scale is not None and self.update == "shared":
+            raise ValueError(f"head scale {self.scale:g}, and update 'shared': a head is shared or the task's own.")
 
     def fitted(self, adapter: RandomAdapter, tasks: Sequence[Task]) -> HeadPolicy:
-        """Fill in what was left to the network: features call for heads of the tasks' own."""
+        """Fill in what was left to the network (:func:`~pyro_lift.models.observation.own_head_scale`).
+
+        Fitted to all the tasks of a problem, it says the same of a part of them.
+        """
         scale = own_head_scale(adapter, tasks, self.scale, solve=self.update == "solve")
+        varied = len({task.num_classes for task in tasks}) > 1
+        if varied and scale is None and self.update == "solve" and is_narrower(adapter, tasks):
+            return replace(self, update="shared")
         return self if scale == self.scale else replace(self, scale=scale)
 
     def fresh(self, task: Task, width: int, like: Tensor) -> Tensor | None:

@@ -121,7 +121,7 @@ def finetune_each(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor, 
     """
     budget = with_heads(budget, adapter, [task.to(start.device) for task in tasks])
     apart = budget.stopping is not None and any(task.dev is not None for task in tasks)
-    if apart or not can_share_pass(tasks, budget.heads.scale, budget.heads.update == "solve"):
+    if apart or not can_share_pass(tasks, budget.heads.scale, budget.heads.update != "step"):
         return [finetune(adapter, task, start, budget) for task in tasks]
     return _finetune_block(adapter, tasks, start, budget)
 

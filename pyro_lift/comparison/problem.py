@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,7 +123,10 @@ def unexplained(prediction: Tensor, task: Task) -> float:
 def heads_of(problem: Problem) -> HeadPolicy:
     """Give all methods the heads that the settings give LiFT; what these leave open, the network decides."""
     s = problem.settings
-    return HeadPolicy(scale=s.head_scale, lr_scale=s.head_lr_scale, update="step" if s.head == "langevin" else "solve")
+    update: Literal["step", "solve", "shared"] = "solve"
+    if s.head in ("langevin", "shared"):
+        update = "step" if s.head == "langevin" else "shared"
+    return HeadPolicy(scale=s.head_scale, lr_scale=s.head_lr_scale, update=update)
 
 
 def probe_missing(problem: Problem) -> str | None:

@@ -38,6 +38,7 @@ from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.archive import write_file, write_json
 from pyro_lift.support.durations import format_duration
 from pyro_lift.support.options import check_choice
+from pyro_lift.tuning.whose_heads import with_heads_settled
 
 if TYPE_CHECKING:
     import peft
@@ -154,6 +155,8 @@ def run(
         folds = folds_of(problem, settings.folds)
         names, notes = _names(problem, settings)
         problem = problem._replace(adapter=functools.cache(problem.adapter))  # what it keeps of rows is for all methods
+        tasks = [*problem.train, *problem.dev, *problem.test]
+        problem = problem._replace(settings=with_heads_settled(problem.settings, problem.adapter(0), tasks))
         agenda = _agenda(problem, folds, settings, names, folder, start, overwrite)
         done = _run_turns(problem, folds, settings, names, agenda, start)
         chance: dict[str, float | None] = {}

@@ -37,6 +37,10 @@ __all__ = ["LiFTMethod", "LiFTState"]
 Ablation = Literal["none", "reg", "noise"]
 
 
+#: LiFT's name for heads that the budget does not have solved.
+_HEAD: dict[Literal["step", "shared"], Literal["langevin", "shared"]] = {"step": "langevin", "shared": "shared"}
+
+
 class LiFTState(NamedTuple):
     """The prior, and visits made."""
 
@@ -94,7 +98,7 @@ class LiFTMethod:
             meta["joint rate"] = joint
         if s.phi_update == "gibbs":
             meta["translation"] = values("settings.translation", s.translation, ("falling", "saga", "none"))
-        if b.heads.update != "step":
+        if b.heads.update == "solve":
             meta["head"] = values("settings.head", s.head, ("solve", "laplace"))
         return SearchSpace(meta, adaptation(b))
 
@@ -120,7 +124,7 @@ class LiFTMethod:
             learning_rate=b.meta_learning_rate,
             batch_size=b.batch_size,
             head_scale=b.heads.scale,
-            head="langevin" if b.heads.update == "step" else self.settings.head,
+            head=self.settings.head if b.heads.update == "solve" else _HEAD[b.heads.update],
             head_lr_scale=b.heads.lr_scale,
             noise_scale=b.noise_scale,
         )

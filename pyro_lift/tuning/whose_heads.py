@@ -1,0 +1,69 @@
+"""Whose the heads are, settled for a whole run: on all its tasks, before any part of it looks at a part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from pyro_lift.inference.checkpoint.folder import saved_config
+from pyro_lift.inference.checkpoint.session import Session
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.observation import is_narrower, own_head_scale
+from pyro_lift.models.task import Task
+from pyro_lift.settings import LiFTSettings, upgraded_run
+
+__all__ = ["RULE", "as_saved", "counts_width", "with_heads_settled"]
+
+#: Key and value in the configuration of a saved run that say whether an output wider than all tasks' classes called for
+#: heads of their own; a run without them was begun when it did not.
+RULE = {"heads": "by width"}
+
+
+def with_heads_settled(
+    settings: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task], *, by_width: bool = True
+) -> LiFTSettings:
+    """Write down in the settings whose the heads are, where some of the tasks alone might call for others.
+
+    Trials, halves and turns that hold tasks out then all have the same heads. Where the network's output is features,
+    or just as wide as every task has classes, any part of the tasks says the same, and the settings are left alone.
+
+    Args:
+        settings: of meta-training; what is given in them stays.
+        adapter: the network as a function of theta.
+        tasks: all of the run.
+        by_width: see :func:`~pyro_lift.models.observation.own_head_scale`.
+    """
+    if settings.head_scale is not None or settings.head in ("langevin", "shared"):
+        return settings
+    scale = own_head_scale(adapter, tasks, None, solve=True, by_width=by_width)
+    if adapter.gives_features:
+        return settings
+    if scale is not None:
+        return replace(settings, head_scale=scale)
+    varied = len({task.num_classes for task in tasks}) > 1 or not by_width
+    return replace(settings, head="shared") if varied and is_narrower(adapter, tasks) else settings
+
+
+def counts_width(session: Session | None) -> bool:
+    """Whether the width of the output counts in whose the heads are: in a run that an earlier version began it did not.
+
+    What a caller's own session says nothing of is a run of today.
+    """
+    return session is None or not session.config or RULE.items() <= session.config.items()
+
+
+def as_saved(settings: LiFTSettings, folder: Path) -> tuple[LiFTSettings, bool]:
+    """Take from a saved run what settings leave open: what was filled in then may not be today's choice.
+
+    Returns:
+        The settings, and whether the width of the output counts (:func:`counts_width`). Where nothing is saved, the run
+        begins, and the settings are as they were.
+    """
+    config = saved_config(folder)
+    if not config:
+        return settings, True
+    saved = upgraded_run(config).get("settings", {})
+    left_open = [f.name for f in fields(LiFTSettings) if getattr(settings, f.name) is None]
+    then = {name: saved[name] for name in left_open if saved.get(name) is not None}
+    return replace(settings, **then), RULE.items() <= config.items()
