@@ -88,7 +88,7 @@ class SGLDInfo(NamedTuple):
     log_likelihood: Tensor
     grad_norm: Tensor
     step_size: float
-    clipped: bool
+    clipped: bool | Tensor
 
 
 def euler(
@@ -218,6 +218,8 @@ class SGLDSettings:
         damping: epsilon of :func:`precondition`.
         site_step_scale: factor on eta by site.
         site_temperature: factor on T by site.
+        max_move: with the preconditioner, the most that the gradient moves a coordinate in a step, over eta / 2; None
+            sets no limit. Where it binds it changes the target.
     """
 
     step_size: Schedule
@@ -227,6 +229,7 @@ class SGLDSettings:
     damping: float = 0.1
     site_step_scale: Mapping[str, float] = field(default_factory=dict)
     site_temperature: Mapping[str, float] = field(default_factory=dict)
+    max_move: float | None = None
 
 
 def step(
@@ -257,6 +260,7 @@ def step(
     norm = check_finite(drift, state.step, watch=watch)
     moments = dict(state.second_moment)
     position = {}
+    clipped: Tensor = torch.zeros((), dtype=torch.bool, device=norm.device)
     for name, x in state.position.items():
         gradient = drift.gradient[name]
         preconditioner: Tensor | float = 1.0
@@ -264,6 +268,11 @@ def step(
             if adapt or name not in moments:
                 moments[name] = update_second_moment(moments.get(name), gradient, s.decay)
             preconditioner = precondition(moments[name], s.damping)
+            if s.max_move is not None:
+                most = s.max_move / preconditioner
+                limited = torch.maximum(torch.minimum(gradient, most), -most)
+                clipped = clipped | (limited != gradient).any()
+                gradient = limited
         position[name] = INTEGRATORS[s.integrator](
             x,
             gradient,
@@ -276,7 +285,7 @@ def step(
     if watch is not None:
         position = watch.kept_all(position, state.position)
         moments = watch.kept_all(moments, state.second_moment)
-    info = SGLDInfo(drift.log_likelihood, norm, eta, clipped=False)
+    info = SGLDInfo(drift.log_likelihood, norm, eta, clipped if s.max_move is not None else False)
     return SGLDState(state.step + 1, position, moments), info
 
 

@@ -34,7 +34,7 @@ from pyro_lift.inference.stability import (
     measured_curvature,
 )
 from pyro_lift.inference.top_level import at_top_level
-from pyro_lift.support.options import named_options
+from pyro_lift.support.options import check_number, named_options
 
 __all__ = ["SGLD"]
 
@@ -59,6 +59,8 @@ class SGLD(Kernel):
         decay: of the preconditioner's moving average.
         damping: of the preconditioner, relative to its mean.
         second_moment: a moving average to begin with, by site.
+        max_move: with the preconditioner, the most that the gradient moves a coordinate in a step, over step_size / 2;
+            None sets no limit. A step that it shortens is counted as clipped.
         thinning: transitions per draw, after the warm-up.
         site_step_scale: factor on the step size by site, e.g. ``{"head": 10.0}``.
         site_temperature: factor on the temperature by site; ``{"head": 0.0}`` moves the head to its mode while
@@ -90,6 +92,7 @@ class SGLD(Kernel):
         decay: float = 0.99,
         damping: float = 0.1,
         second_moment: Mapping[str, Tensor] | None = None,
+        max_move: float | None = None,
         thinning: int = 1,
         site_step_scale: Mapping[str, float] | None = None,
         site_temperature: Mapping[str, float] | None = None,
@@ -107,6 +110,9 @@ class SGLD(Kernel):
         self.decay = decay if preconditioner == "rms" else None
         self.damping = damping
         self.second_moment = dict(second_moment or {})
+        if max_move is not None:
+            check_number("max_move", max_move)
+        self.max_move = max_move
         self.check_stability = check_stability
         self.state = sgld.SGLDState(0, {}, {})
         self._info: sgld.SGLDInfo | None = None
@@ -144,6 +150,7 @@ class SGLD(Kernel):
             self.damping,
             self.site_step_scale,
             self.site_temperature,
+            self.max_move,
         )
         self._start_log_likelihood = float(run.log_likelihood.detach())
         self.state = sgld.SGLDState(0, position, dict(self.second_moment))
@@ -218,6 +225,7 @@ class SGLD(Kernel):
                 "site_step_scale": self.site_step_scale,
                 "site_temperature": self.site_temperature,
                 "warmup_steps": self._warmup_steps,
+                **({} if self.max_move is None else {"max_move": self.max_move}),
             },
             "sites": {name: list(value.shape) for name, value in self.state.position.items()},
             "start_log_likelihood": self._start_log_likelihood,

@@ -55,6 +55,8 @@ __all__ = ["LiFTPrior"]
 
 #: What is added to the number of a block whose tasks are none of the kind, so that its chains have noise of their own.
 APART = 1_000_000
+#: Learning rates that the data move a weight by in a step of adaptation, at most.
+MOST = 3.0
 
 
 class LiFTPrior:
@@ -75,7 +77,8 @@ class LiFTPrior:
         tuning: how the settings were chosen, as :meth:`pyro_lift.tuning.search.Tuning.to_dict` tells; None where they
             were given.
         rescales: whether the preconditioner is brought to the power of an adaptation that has another.
-        rows: of its tasks, the root mean square: the preconditioner is brought to a new task's number; None leaves it.
+        rows: of its tasks, the root mean square: the preconditioner is brought to a new task's number, and no step is
+            longer than :data:`MOST` rates; None, as of a prior saved before, does neither.
         kinds: of the tasks it was learned from; empty where nobody says.
     """
 
@@ -378,6 +381,8 @@ class LiFTPrior:
             "second_moment": moments_for(
                 self.second_moment, shown.tasks, power=a.n_inflate / power, rows=self.rows, block=start.dim() == 2
             ),
+            # A new task's gradients may be many times those that the preconditioner knows.
+            "max_move": MOST if self.rows is not None and self.settings.preconditioner == "rms" else None,
             "site_step_scale": {"head": self.settings.head_lr_scale},
             "site_temperature": {"head": self.settings.head_temperature},
         }

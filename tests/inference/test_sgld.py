@@ -255,6 +255,35 @@ def test_the_preconditioner_adapts_in_the_warm_up_and_is_frozen_after() -> None:
 # --------------------------------------------------------------------------------------------- priors and schedules
 
 
+def test_no_coordinate_moves_further_than_the_limit_and_short_moves_are_left_alone() -> None:
+    gradient = torch.tensor([0.5, -2.0, 400.0, -1e6])
+    density = lambda position: Drift(torch.zeros(()), {"x": gradient}, {"x": None})  # noqa: E731
+    state = sgld.SGLDState(0, {"x": torch.zeros(4)}, {"x": torch.ones(4)})
+    eta, damping = 0.02, 0.1
+    options: dict[str, Any] = {"step_size": constant(eta), "temperature": 0.0, "decay": 0.99, "damping": damping}
+    after, info = sgld.step(state, density, sgld.SGLDSettings(**options, max_move=3.0))
+    unlimited = gradient / (1.0 + damping)
+    torch.testing.assert_close(after.position["x"], 0.5 * eta * unlimited.clamp(-3.0, 3.0))
+    assert bool(info.clipped)
+    after, info = sgld.step(state, density, sgld.SGLDSettings(**options, max_move=1e7))
+    torch.testing.assert_close(after.position["x"], 0.5 * eta * unlimited)
+    assert not bool(info.clipped)
+
+
+def test_steps_that_the_limit_shortened_are_counted() -> None:
+    def model() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.factor("far", 50.0 * pyro.sample("y", dist.Normal(0.0, 1.0)))
+
+    options: dict[str, Any] = {"step_size": 0.02, "preconditioner": "rms", "seed": 0}
+    small = {"x": torch.full((3,), 1e-2), "y": torch.tensor(1e-2)}
+    kernel = SGLD(model, **options, second_moment=small, max_move=3.0)
+    MCMC(kernel, num_samples=4, warmup_steps=0, disable_progbar=True).run()
+    assert kernel.diagnostics()["clipped"] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="max_move"):
+        SGLD(model, **options, max_move=0.0)
+
+
 def test_the_gaussian_that_touches_a_mixture_has_its_gradient() -> None:
     loc = torch.tensor([[0.0, 1.0], [2.0, -1.0], [4.0, 0.5]], dtype=torch.float64)
     scale = torch.tensor([[1.0, 0.5], [0.3, 2.0], [1.0, 1.0]], dtype=torch.float64)
