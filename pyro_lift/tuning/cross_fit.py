@@ -123,21 +123,23 @@ class CrossFit(NamedTuple):
         found = {"sgd_steps": self.steps, "noise_scale": self.noise}
         return {name: value for name, value in found.items() if value is not None}
 
-    def sentence(self) -> str:
-        """Say it in words."""
+    def sentence(self, tempered: bool = True) -> str:
+        """Say it in words; of the temperature only where one was looked for (``tempered``)."""
         tried = ", ".join(f"{steps}: {gain:+.3f} ± {error:.3f}" for steps, gain, error in self.looks)
-        length = f"joint training gets {self.steps} steps (nats a row over the first, on unseen tasks: {tried}); "
+        length = f"joint training gets {self.steps} steps (nats a row over the first, on unseen tasks: {tried})"
         if self.noise is not None:
             return (
-                f"{length if self.looks else ''}targets are taken to lie around the network's output with a standard "
-                f"deviation of {self.noise:.3g}; the variance of predictions is multiplied by {self.temperature:.2f}."
+                f"{length + '; ' if self.looks else ''}targets are taken to lie around the network's output with a "
+                f"standard deviation of {self.noise:.3g}; the variance of predictions is multiplied by "
+                f"{self.temperature:.2f}."
             )
         sure = f"predictions are brought to the temperature {self.temperature:.2f}"
         if self.temperature >= HIGHEST / EXAGGERATED:
             sure += ", the highest there is: they were wrong and sure of it"
         if self.temperature == 1.0:
             sure = "predictions stay as they are: no other temperature is better by more than chance"
-        return f"{length if self.looks else ''}{sure}."
+        parts = [*([length] if self.looks else []), *([sure] if tempered else [])]
+        return f"{'; '.join(parts)}." if parts else ""
 
 
 def passes(steps: int, batch_size: int, tasks: Sequence[Task]) -> float:
@@ -174,7 +176,8 @@ def cross_fit(
     kept = kept or WorkBefore(None)
     data = kept.data("cross-fit", lambda: _cross_fit(tasks, start, joint, begin, judge)._asdict())
     fit = CrossFit(**{**data, "looks": tuple(tuple(look) for look in data["looks"])})
-    log.info("%s", fit.sentence())
+    if said := fit.sentence(judge.adapt is not None):
+        log.info("%s", said)
     return fit
 
 

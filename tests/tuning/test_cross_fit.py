@@ -209,3 +209,12 @@ class Sure:
     def predict(self, rows: object, *, calibrated: bool) -> Tensor:
         assert not calibrated
         return torch.tensor([0.98, 0.01, 0.01]).expand(len(rows), 3)  # type: ignore[arg-type]
+
+
+def test_nothing_is_said_of_a_temperature_that_nobody_looked_for(caplog: pytest.LogCaptureFixture) -> None:
+    curve = Curve({50: 0.0, 100: 0.3, 200: 0.2, 400: 0.9})
+    with caplog.at_level("INFO", "pyro_lift"):
+        cross_fit(tasks(), torch.zeros(2), JOINT, curve.begin, Judge(curve.score))
+    assert "joint training gets" in caplog.text and "temperature" not in caplog.text
+    assert CrossFit(0, 1.0, ()).sentence(tempered=False) == ""
+    assert CrossFit(0, 1.0, ()).sentence().startswith("predictions stay as they are")
