@@ -132,8 +132,12 @@ class Tuning:
         lines = [f"{'rung':>4}  {'share':>5}  {self.measure:>8}  settings"]
         for trial in sorted(self.trials, key=lambda trial: (-trial.rung, trial.loss)):
             mark = "*" if trial.settings == self.chosen and trial.rung == self.trials[-1].rung else " "
-            lines.append(f"{trial.rung:>4}  {trial.share:>5.2f}  {trial.loss:>8.4f} {mark}{trial.settings}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+            loss = f"{trial.loss:.4f}" if math.isfinite(trial.loss) else "failed"
+            lines.append(f"{trial.rung:>4}  {trial.share:>5.2f}  {loss:>8} {mark}{trial.settings}")
+        failed = sum(not math.isfinite(trial.loss) for trial in self.trials)
+        why = "failed: the loss stopped being finite or climbed back to chance"
+        notes = [*([f"{why} ({failed} of {len(self.trials)})"] if failed else []), *self.notes]
+        return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
 
 def search(
@@ -176,7 +180,8 @@ def trial_bar(show: bool = True, callbacks: Any = ()) -> Iterator[Callable[[Tria
     hidden = not show or "CI" in os.environ or "PYTEST_XDIST_WORKER" in os.environ
     with (
         watch(callbacks, "tune") as watchers,
-        tqdm(unit="trial", desc="tune", disable=hidden, dynamic_ncols=True) as bar,
+        # Not before there has been time to refuse the tasks.
+        tqdm(unit="trial", desc="tune", disable=hidden, dynamic_ncols=True, delay=0.5) as bar,
     ):
 
         def told(trial: Trial) -> None:

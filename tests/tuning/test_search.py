@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_lift import DivergedError, Task
 from pyro_lift.tuning.held_out import dealt, has_unseen_rows
-from pyro_lift.tuning.search import Candidate, Trial, search
+from pyro_lift.tuning.search import Candidate, Trial, Tuning, search, trial_bar
 
 
 class Guess(NamedTuple):
@@ -143,3 +143,21 @@ def test_rows_of_other_parts_than_train_are_unseen() -> None:
     rows = (torch.zeros(2, 1), torch.zeros(2).long())
     assert not has_unseen_rows(Task("t", rows, num_classes=2))
     assert has_unseen_rows(Task("t", rows, num_classes=2, dev=rows))
+
+
+def test_a_trial_that_failed_is_told_with_its_reason() -> None:
+    trials = (Trial("good", 0, 0.5, 0.25, 1.0), Trial("bad", 0, 0.5, float("inf"), 1.0))
+    lines = Tuning("good", {}, {}, trials, ("t",)).table().splitlines()
+    assert lines[2].split() == ["0", "0.50", "failed", "bad"] and "inf" not in lines[2]
+    assert lines[3].startswith("note: failed: the loss stopped being finite") and lines[3].endswith("(1 of 2)")
+    assert len(Tuning("good", {}, {}, trials[:1], ("t",)).table().splitlines()) == 2
+
+
+def test_no_bar_is_begun_over_tasks_that_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CI", "PYTEST_XDIST_WORKER"):  # which hide every bar
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="refused"), trial_bar():
+        raise ValueError("refused")
+    assert "tune" not in capsys.readouterr().err
