@@ -77,12 +77,12 @@ def weights_moved(
             "predicts it. %s",
             dim,
             number,
-            _way_out(rows, power, temperature, given),
+            _way_out(rows, power, temperature, given, values=any(task.kind == "regression" for task in tasks)),
         )
     return {"weights that a task's data move": number}
 
 
-def _way_out(rows: float, power: float, temperature: float, given: Collection[str]) -> str:
+def _way_out(rows: float, power: float, temperature: float, given: Collection[str], *, values: bool) -> str:
     """Say what to do about tasks whose data move nothing; of settings only what the user chose can be left open."""
     ways = []
     if "beta" in given:
@@ -90,8 +90,10 @@ def _way_out(rows: float, power: float, temperature: float, given: Collection[st
     if "temperature" in given:
         ways.append(f"lower the temperature ({temperature:g}), so that the prior's noise drowns less")
     # Where n_inflate is given, a temperature that is left open is another.
-    kept = "" if "temperature" in given else f", and temperature={temperature:g}, as it was,"
-    ways.append(f"give n_inflate a value above {power:g}{kept} so that every row counts that often")
+    kept = "" if "temperature" in given else f", together with temperature={temperature:g}, the one of this run"
+    ways.append(f"let every row count more often: n_inflate={10.0 * power:g}, say, in place of {power:g}{kept}")
+    if values:
+        ways.append("give noise_scale a smaller value, if predictions are closer to the targets than it says")
     ways.append(f"give tasks more rows ({rows:.0f} on average here)")
     return (
         f"What helps: {'; '.join(ways)}. Where none does, the network says little of these tasks: `pyro-lift compare` "

@@ -48,10 +48,14 @@ def said(caplog: pytest.LogCaptureFixture, given: list[str]) -> str:
 @pytest.mark.parametrize(
     ("given", "advised", "not_advised"),
     [
-        ([], ["n_inflate a value above 1, and temperature=0.1", "more rows (7 on average", "probe"], ["beta", "lower"]),
+        (
+            [],
+            ["n_inflate=10, say, in place of 1, together with temperature=0.1", "more rows (7 on average", "probe"],
+            ["beta", "lower", "noise_scale"],
+        ),
         (["beta"], ["leave beta open", "more rows"], ["lower the temperature"]),
-        (["temperature"], ["lower the temperature (0.1)", "n_inflate a value above 1 so"], ["beta"]),
-        (["beta", "temperature", "n_inflate"], ["leave beta open", "lower the temperature"], ["as it was"]),
+        (["temperature"], ["lower the temperature (0.1)", "n_inflate=10, say, in place of 1;"], ["beta"]),
+        (["beta", "temperature", "n_inflate"], ["leave beta open", "lower the temperature"], ["together with"]),
     ],
 )
 def test_of_settings_only_what_was_chosen_is_advised_to_be_left_open(
@@ -59,3 +63,10 @@ def test_of_settings_only_what_was_chosen_is_advised_to_be_left_open(
 ) -> None:
     words = said(caplog, given)
     assert all(word in words for word in advised) and not any(word in words for word in not_advised), words
+
+
+def test_regressions_are_advised_of_their_noise_too(caplog: pytest.LogCaptureFixture) -> None:
+    task = Task("r", (torch.zeros(7, 2), torch.zeros(7)), "regression")
+    with caplog.at_level(logging.WARNING, logger="pyro_lift"):
+        weights_moved({"theta": torch.full((5,), 1e-4)}, 0.1, [task], batch_size=0, power=1.0)
+    assert "give noise_scale a smaller value" in caplog.text
