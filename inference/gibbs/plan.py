@@ -185,7 +185,8 @@ def plan(
         settings = replace(settings, translation="none")
     settings, translation, moves = plan_translation(program, phi, structure, settings, wanted)
     report |= moves
-    log.info("dimensionless steps at the start: %s", report)
+    known = {name: x for name, x in report.items() if not (isinstance(x, float) and math.isnan(x))}
+    log.info("dimensionless steps at the start: %s", known)
     row_bytes = row_bytes_of(run, structure)
     store = store_for(request, run, structure, row_bytes)
     chain = Chain(program, structure, store, settings, cache, translation, gaussian)

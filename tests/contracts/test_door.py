@@ -405,3 +405,17 @@ def test_a_clipped_gradient_is_counted() -> None:
 def test_a_chain_without_draws_is_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pyro_lift.MCMC(SGLDGibbs(program(theta_around)), disable_progbar=True, **options)  # type: ignore[arg-type]
+
+
+def test_steps_that_are_told_are_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    def whole() -> None:
+        phi = pyro.sample("phi", dist.Normal(D0, 1.0))
+        with pyro.plate("tasks", 6):
+            theta = pyro.sample("theta", dist.Normal(phi, 0.5))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.ones(6).double())
+
+    kernel = SGLDGibbs(whole, theta_update="exact")  # which has no step
+    with caplog.at_level("INFO", "pyro_lift"):
+        MCMC(kernel, num_samples=1, warmup_steps=0, disable_progbar=True).run()
+    (told,) = (words for words in caplog.messages if words.startswith("dimensionless steps"))
+    assert "'phi_update': 'gibbs'" in told and "step_size" not in told and "nan" not in told
