@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.readouts import pool
+from pyro_lift.models.penultimate import watched_linear
+from pyro_lift.models.readouts import pool, read
 from pyro_lift.models.task import Rows
 
-__all__ = ["Reader", "all_features", "features"]
+__all__ = ["Reader", "all_features", "features", "head_features"]
 
 #: From the network, some rows and its weights ``[D]`` to one vector a row ``[n, E]``.
 Reader = Callable[[RandomAdapter, Rows, Tensor], Tensor]
@@ -28,6 +29,22 @@ def features(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
     """
     with adapter.bound(theta):
         return _features(adapter, _plain(adapter.backbone), rows)
+
+
+@torch.no_grad()
+def head_features(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
+    """Embed each row as what the network's own head sees, ``[n, E]``, without a graph.
+
+    As :func:`features`, except for a network of the user's own that ends in a linear layer: that is its head, and its
+    input the features (:mod:`~pyro_lift.models.penultimate`). Where it ends in another layer, they are its output.
+    """
+    network: Any = _plain(adapter.backbone)
+    if hasattr(network, "forward_head") or hasattr(network, "config"):
+        return features(adapter, rows, theta)
+    with adapter.bound(theta), watched_linear(network) as last:
+        output = torch.as_tensor(read(adapter.prefix.call(network, rows.positional, rows.named)))
+    seen = last.features_of(output, len(rows))
+    return output if seen is None else seen
 
 
 @torch.no_grad()

@@ -5,13 +5,13 @@ r"""Linear probe: logistic or ridge regression on the frozen network's features,
 
 Cost: one forward pass of a task's rows, then a regression by scikit-learn; nothing is meta-trained.
 
-Our choices: features are what the task's own head would see where tasks have heads (``Budget.heads``), else those of
-:func:`pyro_lift.models.features.features` (for label matching of length one, as matching compares them); each is
-standardised by the task's training rows. s is chosen by cross-validation on these rows, stratified as far as classes
-have rows: by the mean log probability of left-out rows, ten folds, or each row in turn where there are ten or fewer;
-for regression by the closed-form leave-one-out error. With one row nothing can be left out: the middle of the grid is
-taken, and regression predicts that row's value. The bias has a prior too (sd 3), so that a class without a row keeps a
-finite probability.
+Our choices: features are what the task's own head would see where tasks have heads (``Budget.heads``), else what the
+network's own head sees (:func:`pyro_lift.models.features.head_features`; for label matching the pooled text of length
+one, as matching compares them); each is standardised by the task's training rows. s is chosen by cross-validation on
+these rows, stratified as far as classes have rows: by the mean log probability of left-out rows, ten folds, or each row
+in turn where there are ten or fewer; for regression by the closed-form leave-one-out error, where the mean of the other
+rows, s = 0, is a candidate too. With one row nothing can be left out: the middle of the grid is taken, and regression
+predicts that row's value. The bias has a prior too (sd 3), so that a class without a row keeps a finite probability.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from pyro_lift.inference.adaptation.predict import rows_of
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.search_space import SearchSpace
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.features import Reader, all_features, features
+from pyro_lift.models.features import Reader, all_features, features, head_features
 from pyro_lift.models.heads import BIAS_SD, folds, scaling_of, standard_widths
-from pyro_lift.models.observation import network_output
+from pyro_lift.models.observation import has_head, network_output
 from pyro_lift.models.task import Rows, Task
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class LinearProbe:
         del seed
         check_probed(task)
         task = task.to(state.theta.device)
-        reader = reader_of(task, self.budget.heads)
+        reader = reader_of(task, self.budget.heads.fitted(self.adapter, [task]))
         found = all_features(self.adapter, task.train, state.theta, reader)
         x = found.double().cpu().numpy()
         y = task.train.target.cpu().numpy()
@@ -176,18 +176,23 @@ def fit_ridge(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[Tensor, f
 
     Returns:
         The head ``[C, E + 1]`` on the features as they come, bias last, and s in units of the targets' own noise: the
-        ridge penalty is 1 / s^2.
+        ridge penalty is 1 / s^2. Where no s leaves a smaller error of the rows left out than their mean does, it is 0,
+        and the head is the mean.
     """
     from sklearn.linear_model import RidgeCV
 
     values = y.reshape(len(y), -1)
     scaling = scaling_of(torch.from_numpy(x))
     tried = standard_widths(x.shape[1])
+    mean = torch.zeros(values.shape[1], x.shape[1] + 1, dtype=torch.float64)
+    mean[:, -1] = torch.from_numpy(values.mean(0))
     if len(y) < 2:
-        head = torch.zeros(values.shape[1], x.shape[1] + 1, dtype=torch.float64)
-        head[:, -1] = torch.from_numpy(values[0])
-        return head, tried[len(tried) // 2]
+        return mean, tried[len(tried) // 2]
     model = RidgeCV(alphas=[width**-2 for width in tried]).fit(scaling.apply(torch.from_numpy(x)).numpy(), values)
+    # The mean of the other rows is off by n / (n - 1) times what the mean of all is.
+    of_mean = float(((values - values.mean(0)) ** 2).mean()) * (len(y) / (len(y) - 1)) ** 2
+    if -model.best_score_ >= of_mean:
+        return mean, 0.0
     slope = torch.from_numpy(model.coef_).reshape(values.shape[1], -1)
     bias = torch.as_tensor(model.intercept_, dtype=torch.float64).reshape(-1)
     return scaling.folded(torch.cat([slope, bias.unsqueeze(-1)], -1)), float(model.alpha_) ** -0.5
@@ -222,7 +227,7 @@ def reader_of(task: Task, heads: HeadPolicy) -> Reader:
     """Choose the features of a task: what its own head or its label texts meet, else what the network's head sees."""
     if task.kind == "matching":
         return _unit_features
-    return features if heads.scale is None else network_output
+    return network_output if has_head(task, heads.scale) else head_features
 
 
 def _unit_features(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
