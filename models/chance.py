@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Task
 
-__all__ = ["chance_loss"]
+__all__ = ["chance_loss", "targets_scale"]
 
 
 def chance_loss(task: Task, noise_scale: float = 1.0) -> float:
@@ -39,6 +40,18 @@ def chance_loss(task: Task, noise_scale: float = 1.0) -> float:
         options = task.train.inputs["option_attention_mask"].any(-1).sum(-1)
         return float(options.double().log().mean())
     return _entropy(target)
+
+
+def targets_scale(tasks: Sequence[Task]) -> float:
+    """Return the standard deviation of training targets around their task's mean, the root mean square over tasks.
+
+    Args:
+        tasks: those that are no regressions do not count; of none, and of targets that are all alike, it is 1.
+    """
+    targets = [task.train.target.double() for task in tasks if task.kind == "regression"]
+    variances = [(y.reshape(len(y), -1) - y.reshape(len(y), -1).mean(0)).square().mean() for y in targets]
+    scale = float(torch.stack(variances).mean().sqrt()) if variances else 1.0
+    return scale if scale > 0.0 else 1.0
 
 
 def _entropy(numbers: Tensor) -> float:

@@ -21,19 +21,16 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pyro_lift.inference.gibbs.accumulator import langevin_limit
-from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.chance import targets_scale
 from pyro_lift.models.prior_loss import PriorLoss, prior_loss
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight, harmless_scales, typical_size
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_choice
-from pyro_lift.tuning.noise import targets_scale
 
-__all__ = ["fitted", "for_targets", "inherited", "langevin_step", "one_width", "resolved", "resolved_adaptation"]
+__all__ = ["fitted", "for_targets", "inherited", "one_width", "resolved", "resolved_adaptation"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -94,22 +91,6 @@ def for_targets(settings: LiFTSettings, tasks: Sequence[Task]) -> LiFTSettings:
     scale = targets_scale(tasks)
     log.info("targets vary within tasks with a standard deviation of %.3g: the noise is that to begin with.", scale)
     return replace(settings, noise_scale=scale)
-
-
-def langevin_step(settings: LiFTSettings, beta: float | Tensor, sigma: float | Tensor, tasks: int) -> float | None:
-    """Return the step of phi, a share of the largest stable one; None where phi is drawn exactly and has no step.
-
-    Args:
-        settings: of meta-training.
-        beta: standard deviation of a task's weights around phi; one number, or ``[D]``.
-        sigma: of phi, likewise.
-        tasks: their number.
-    """
-    if settings.phi_update == "gibbs":
-        return None
-    narrowest = [torch.as_tensor(width).min().reshape(1) for width in (beta, sigma)]
-    pair = NormalPair("phi", "theta", torch.zeros(1), narrowest[1] ** -2, narrowest[0] ** 2)
-    return settings.phi_step_fraction * langevin_limit(settings.accumulator, pair, tasks)
 
 
 def resolved_adaptation(

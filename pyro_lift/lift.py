@@ -15,13 +15,14 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from pyro.ops.streaming import StatsOfDict
 from torch import Tensor, nn
 
-from pyro_lift.defaults import fitted, for_targets, langevin_step, one_width, resolved, resolved_adaptation
+from pyro_lift.defaults import fitted, for_targets, one_width, resolved, resolved_adaptation
 from pyro_lift.inference.adaptation.chain import root_mean_square_rows
 from pyro_lift.inference.chain_summary import ChainSummary
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import weights_moved
 from pyro_lift.inference.footprint import mixture_need
+from pyro_lift.inference.gibbs.accumulator import langevin_step
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.lost import LossWatch
 from pyro_lift.inference.mcmc import StreamingMCMC
@@ -298,7 +299,6 @@ class LiFT:
             mixture_need(mixture, self.adapter.initial, s.samples) for mixture in make().mixtures.values()
         ]
         warmup_steps = s.sgd_steps + s.burn_in
-        done = 0 if session is None else session.transitions
         watchers.run = replace(watchers.run, settings=asdict(s))
 
         def prior(k: int, summary: ChainSummary, moments: dict[str, Tensor], results: dict[str, float]) -> LiFTPrior:
@@ -321,7 +321,9 @@ class LiFT:
                 encoding=next((task.encoding for task in tasks if task.encoding is not None), None),
             )
 
-        with chain_bar(warmup_steps + s.samples, "meta-train", progress, done, watchers) as bar:
+        with chain_bar(
+            warmup_steps + s.samples, "meta-train", progress, session.transitions if session else 0, watchers
+        ) as bar:
 
             def hook(kernel: SGLDGibbs, *where: Any) -> None:
                 bar(kernel, *where)
@@ -410,8 +412,9 @@ class LiFT:
             return prior.adapt_many(unseen, seed=0)
 
         predict = partial(predicted, self.adapter) if sure and noise is None else None
-        judge = Judge(score, predict, adapt if sure else None, noise)
-        return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
+        return cross_fit(
+            tasks, self.adapter.initial, joint, begin, Judge(score, predict, adapt if sure else None, noise), kept
+        )
 
     def _joint_run(self, tasks: Sequence[Task], rate: float, steps: int, title: str, **shown: Any) -> JointRun:
         """Make the first part of the chain, over some tasks, at a rate."""
@@ -462,12 +465,13 @@ class LiFT:
         s = resolved(self.settings, self.adapter)
         assert s.learning_rate is not None and s.sgd_learning_rate is not None
         assert s.temperature is not None and s.n_inflate is not None
+        wide = (program.beta, program.sigma, len(program.tasks))
         kernel = SGLDGibbs(
             program,
             step_size=2.0 * s.learning_rate,
             phi_update=s.phi_update,
             accumulator=s.accumulator if s.phi_update == "langevin" else "exact",
-            phi_step_size=langevin_step(s, program.beta, program.sigma, len(program.tasks)),
+            phi_step_size=None if s.phi_update == "gibbs" else langevin_step(s.phi_step_fraction, s.accumulator, *wide),
             temperature=s.temperature,
             n_inflate=s.n_inflate,
             preconditioner="rms" if s.preconditioner == "rms" else None,

@@ -27,7 +27,7 @@ from torch import Tensor
 from pyro_lift.inference.gibbs.conjugate import NormalPair
 from pyro_lift.inference.watch import Watch
 
-__all__ = ["Accumulator", "GradientTable", "exact", "langevin_limit", "literal_update"]
+__all__ = ["Accumulator", "GradientTable", "exact", "langevin_limit", "langevin_step", "literal_update"]
 
 Accumulator = Literal["exact", "table", "single"]
 
@@ -97,3 +97,20 @@ def langevin_limit(accumulator: Accumulator, pair: NormalPair, num_tasks: int, b
     if accumulator == "exact":
         return fresh
     return min(torch.pi**2 * variance * block_size / num_tasks**2, fresh)
+
+
+def langevin_step(
+    share: float, accumulator: Accumulator, beta: float | Tensor, sigma: float | Tensor, tasks: int
+) -> float:
+    """Return a share of the largest stable step of phi, by the narrowest of its coordinates.
+
+    Args:
+        share: of :func:`langevin_limit`.
+        accumulator: how the pull of the tasks is gathered.
+        beta: standard deviation of a task's weights around phi; one number, or ``[D]``.
+        sigma: of phi, likewise.
+        tasks: their number.
+    """
+    narrowest = [torch.as_tensor(width).min().reshape(1) for width in (beta, sigma)]
+    pair = NormalPair("phi", "theta", torch.zeros(1), narrowest[1] ** -2, narrowest[0] ** 2)
+    return share * langevin_limit(accumulator, pair, tasks)

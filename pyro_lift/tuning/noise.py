@@ -1,7 +1,7 @@
 r"""The noise of regressions where nobody gave it: how far targets are from what a task's rows can say of them.
 
-It begins with the spread of targets within tasks (:func:`targets_scale`), which no unit changes. Then tasks are adapted
-to on some of their rows, and the mean square error is measured on these, :math:`e`, and on the rows left out,
+It begins with the spread of targets within tasks (:func:`~pyro_lift.models.chance.targets_scale`), which no unit
+changes. Then tasks are adapted to on some of their rows, and the mean square error is measured on these, :math:`e`, and on the rows left out,
 :math:`e'`. A fit of d coordinates to n rows has
 
 .. math:: \operatorname E e \approx \tau^2 (1 - d/n), \qquad \operatorname E e' \approx \tau^2 (1 + d/n),
@@ -17,7 +17,7 @@ like that it is divided by :data:`EXAGGERATED` where it is above 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.task import Rows, Task
 
-__all__ = ["EXAGGERATED", "Noise", "fitted_noise", "targets_scale"]
+__all__ = ["EXAGGERATED", "Noise", "fitted_noise"]
 
 #: Factor by which tasks that are adapted to from half of the others, on a part of their rows, exaggerate a temperature:
 #: up to 1.4 on digits, where tasks are of ten rows.
@@ -52,23 +52,11 @@ class Noise(NamedTuple):
     temperature: float
 
 
-def targets_scale(tasks: Sequence[Task]) -> float:
-    """Return the standard deviation of training targets around their task's mean, the root mean square over tasks.
-
-    Args:
-        tasks: those that are no regressions do not count; of none, and of targets that are all alike, it is 1.
-    """
-    targets = [task.train.target.double() for task in tasks if task.kind == "regression"]
-    variances = [(y.reshape(len(y), -1) - y.reshape(len(y), -1).mean(0)).square().mean() for y in targets]
-    scale = float(torch.stack(variances).mean().sqrt()) if variances else 1.0
-    return scale if scale > 0.0 else 1.0
-
-
 def fitted_noise(first: float, adapt: Adapt) -> Noise | None:
     """Find the noise, and the temperature of predictions.
 
     Args:
-        first: the noise to begin with, :func:`targets_scale`.
+        first: the noise to begin with, :func:`~pyro_lift.models.chance.targets_scale`.
         adapt: to tasks at a noise; it is called once a round.
 
     Returns:

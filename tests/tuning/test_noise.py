@@ -14,8 +14,9 @@ from torch import Tensor
 from pyro_lift import LiFT, Task, TaskPosterior
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.chance import targets_scale
 from pyro_lift.models.task import Rows
-from pyro_lift.tuning.noise import EXAGGERATED, LEAST, Noise, fitted_noise, targets_scale
+from pyro_lift.tuning.noise import EXAGGERATED, LEAST, Noise, fitted_noise
 
 NOISE = 0.2
 

@@ -10,7 +10,7 @@ import torch
 from tiny_methods import SMALL, tiny_adapter, tiny_tasks
 from torch import Tensor, nn
 
-from pyro_lift.defaults import langevin_step, one_width, resolved
+from pyro_lift.defaults import one_width, resolved
 from pyro_lift.inference.baselines.library import nearest, task_key, train_library
 from pyro_lift.inference.baselines.mbc import MBC, MBCState, cluster
 from pyro_lift.inference.baselines.retriever import LoRARetriever
@@ -218,6 +218,6 @@ def test_lift_moves_phi_by_any_accumulator(accumulator: str) -> None:
     N, beta, sigma = 3, one_width(s.beta), one_width(s.sigma)
     limit = 4.0 / (N / beta**2 + sigma**-2) if accumulator == "exact" else torch.pi**2 * beta**2 / N**2
     assert kernel.settings.accumulator == accumulator
-    assert langevin_step(s, program.beta, program.sigma, N) == pytest.approx(0.2 * limit)
+    assert kernel.settings.phi_eta(0) == pytest.approx(0.2 * limit)
     phi = lift.meta_train(tasks, progress=False).mixture.get().mean
     assert torch.isfinite(phi).all()
