@@ -156,8 +156,7 @@ class LiFT:
 
         def make(candidate: Candidate, share: float) -> LiFTContender:
             short = shortened(replace(settings, **candidate.meta), share)
-            lift = LiFT(self.adapter, settings=short, adapt=self.adapt_settings, seed=self.seed)
-            return LiFTContender(lift, candidate)
+            return LiFTContender(self._with(short), candidate)
 
         with trial_bar(progress, callbacks) as on_trial:
             self.tuning = search(candidates, make, tasks, seconds=seconds, on_trial=on_trial)
@@ -396,7 +395,6 @@ class LiFT:
         if saved_without or s.ranks_block_size or (joint is None and noise is None) or len(tasks) < 2:
             return None
         sure = noise is not None or (all(task.kind == "classification" for task in tasks) and not heads)
-        assert s.sgd_learning_rate is not None
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
         score = partial(log_probs_at, self.adapter, head_scale=program.head_scale, noise_scale=s.noise_sd)
 
@@ -412,14 +410,12 @@ class LiFT:
             return prior.adapt_many(unseen, seed=0)
 
         predict = partial(predicted, self.adapter) if sure and noise is None else None
-        return cross_fit(
-            tasks, self.adapter.initial, joint, begin, Judge(score, predict, adapt if sure else None, noise), kept
-        )
+        judge = Judge(score, predict, adapt if sure else None, noise)
+        return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 
     def _joint_run(self, tasks: Sequence[Task], rate: float, steps: int, title: str, **shown: Any) -> JointRun:
         """Make the first part of the chain, over some tasks, at a rate."""
-        settings = replace(self.settings, sgd_steps=steps, sgd_learning_rate=rate, translation="none")
-        lift = LiFT(self.adapter, settings=settings, seed=self.seed)
+        lift = self._with(replace(self.settings, sgd_steps=steps, sgd_learning_rate=rate, translation="none"))
         return JointRun(lift.kernel(lift.program(tasks)), steps, tasks, title, **shown)
 
     def _after(self, joint: Joint) -> LiFT:

@@ -1,8 +1,8 @@
 r"""The noise of regressions where nobody gave it: how far targets are from what a task's rows can say of them.
 
 It begins with the spread of targets within tasks (:func:`~pyro_lift.models.chance.targets_scale`), which no unit
-changes. Then tasks are adapted to on some of their rows, and the mean square error is measured on these, :math:`e`, and on the rows left out,
-:math:`e'`. A fit of d coordinates to n rows has
+changes. Then tasks are adapted to on some of their rows, and the mean square error is measured on these, :math:`e`, and
+on the rows left out, :math:`e'`. A fit of d coordinates to n rows has
 
 .. math:: \operatorname E e \approx \tau^2 (1 - d/n), \qquad \operatorname E e' \approx \tau^2 (1 + d/n),
           \qquad\text{so that}\quad \tau^4 \approx e\,e'
