@@ -33,10 +33,16 @@ class LastLinear:
         if self._seen is None:
             return None
         features, output, version = self._seen
-        same = output.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
-        if not same or output.numel() != result.numel() or _version(output) != version:
+        if not _share_memory(output, result) or output.numel() != result.numel() or _version(output) != version:
             return None
         return features if features.dim() == 2 and len(features) == rows else None
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    try:
+        return one is other or one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    except RuntimeError:  # a tensor that stands for another has no memory of its own
+        return False
 
 
 def _version(x: Tensor) -> int:

@@ -109,6 +109,7 @@ def test_a_narrow_task_shares_the_head_that_meta_training_shared() -> None:
 def test_a_prior_of_before_that_says_nothing_shares_the_head() -> None:
     adapter = eight_wide()
     saved = lift(adapter, head="shared").meta_train([of_classes(3, "a"), of_classes(3, "b")], progress=False)
+    saved.rows = None  # nor was an adaptation brought to a task's rows then
     before = LiFTPrior(adapter, saved.mixture, SHORT, saved.adapt_settings, saved.second_moment, seed=0)
     assert before.settings.head == "solve"
     posterior = before.adapt(of_classes(3, "new"))
