@@ -39,7 +39,16 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["LinearProbe", "LinearProbeState", "ProbePosterior", "fit_logistic", "fit_ridge", "has_probe"]
+__all__ = [
+    "LinearProbe",
+    "LinearProbeState",
+    "ProbePosterior",
+    "RidgeFit",
+    "fit_logistic",
+    "fit_ridge",
+    "has_probe",
+    "ridge_fit",
+]
 
 #: Folds of the cross-validation, at most.
 FOLDS = 10
@@ -108,15 +117,24 @@ class LinearProbe:
         check_probed(task)
         task = task.to(state.theta.device)
         reader = reader_of(task, self.budget.heads.fitted(self.adapter, [task]))
-        found = all_features(self.adapter, task.train, state.theta, reader)
-        x = found.double().cpu().numpy()
         y = task.train.target.cpu().numpy()
         if task.kind == "regression":
-            head, sd = fit_ridge(x, y.astype("float64"))
+            targets = y.astype("float64")
+            fit = ridge_fit(self._features(task, state, reader), targets)
+            answers = ridge_fit(self._features(task, state, _answers), targets)
+            # A network that predicts such targets already is the best feature that few rows can fit.
+            if not _is_better(fit, answers):
+                fit, reader = answers, _answers
+            head, sd = fit.head, fit.prior_sd
         else:
             assert task.num_classes is not None
-            head, sd = fit_logistic(x, y, task.num_classes)
-        return ProbePosterior(self.adapter, task, state.theta, head.to(found), sd, reader)
+            head, sd = fit_logistic(self._features(task, state, reader), y, task.num_classes)
+        return ProbePosterior(self.adapter, task, state.theta, head.to(state.theta), sd, reader)
+
+    def _features(self, task: Task, state: LinearProbeState, reader: Reader) -> NDArray[np.float64]:
+        found = all_features(self.adapter, task.train, state.theta, reader)
+        values: NDArray[np.float64] = found.double().cpu().numpy()
+        return values
 
 
 def has_probe(task: Task) -> bool:
@@ -167,17 +185,32 @@ def fit_logistic(x: NDArray[np.float64], y: NDArray[np.int64], num_classes: int)
     return scaling.folded(_softmax_head(z, y, num_classes, sd)), sd
 
 
+class RidgeFit(NamedTuple):
+    """A head on features, and how it was chosen.
+
+    Attributes:
+        head: ``[C, E + 1]`` on the features as they come, bias last.
+        prior_sd: s in units of the targets' own noise: the ridge penalty is 1 / s^2. Where no s leaves a smaller error
+            of the rows left out than their mean does, it is 0, and the head is the mean.
+        errors: square error of each row, left out, ``[n]``.
+    """
+
+    head: Tensor
+    prior_sd: float
+    errors: Tensor
+
+
 def fit_ridge(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[Tensor, float]:
+    """Return head and strength of :func:`ridge_fit`."""
+    return ridge_fit(x, y)[:2]
+
+
+def ridge_fit(x: NDArray[np.float64], y: NDArray[np.float64]) -> RidgeFit:
     """Ridge regression on standardised features, its strength by closed-form leave-one-out.
 
     Args:
         x: ``[n, E]``, as they come.
         y: ``[n]`` or ``[n, C]``.
-
-    Returns:
-        The head ``[C, E + 1]`` on the features as they come, bias last, and s in units of the targets' own noise: the
-        ridge penalty is 1 / s^2. Where no s leaves a smaller error of the rows left out than their mean does, it is 0,
-        and the head is the mean.
     """
     from sklearn.linear_model import RidgeCV
 
@@ -187,15 +220,26 @@ def fit_ridge(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[Tensor, f
     mean = torch.zeros(values.shape[1], x.shape[1] + 1, dtype=torch.float64)
     mean[:, -1] = torch.from_numpy(values.mean(0))
     if len(y) < 2:
-        return mean, tried[len(tried) // 2]
-    model = RidgeCV(alphas=[width**-2 for width in tried]).fit(scaling.apply(torch.from_numpy(x)).numpy(), values)
+        return RidgeFit(mean, tried[len(tried) // 2], torch.zeros(len(y), dtype=torch.float64))
+    alphas = [width**-2 for width in tried]
+    model = RidgeCV(alphas, store_cv_results=True).fit(scaling.apply(torch.from_numpy(x)).numpy(), values)
     # The mean of the other rows is off by n / (n - 1) times what the mean of all is.
-    of_mean = float(((values - values.mean(0)) ** 2).mean()) * (len(y) / (len(y) - 1)) ** 2
-    if -model.best_score_ >= of_mean:
-        return mean, 0.0
+    of_mean = torch.from_numpy(((values - values.mean(0)) ** 2).mean(1)) * (len(y) / (len(y) - 1)) ** 2
+    if -model.best_score_ >= float(of_mean.mean()):
+        return RidgeFit(mean, 0.0, of_mean)
+    errors = torch.from_numpy(
+        model.cv_results_.reshape(len(y), -1, len(alphas))[:, :, alphas.index(model.alpha_)].mean(1)
+    )
     slope = torch.from_numpy(model.coef_).reshape(values.shape[1], -1)
     bias = torch.as_tensor(model.intercept_, dtype=torch.float64).reshape(-1)
-    return scaling.folded(torch.cat([slope, bias.unsqueeze(-1)], -1)), float(model.alpha_) ** -0.5
+    head = scaling.folded(torch.cat([slope, bias.unsqueeze(-1)], -1))
+    return RidgeFit(head, float(model.alpha_) ** -0.5, errors)
+
+
+def _is_better(fit: RidgeFit, simple: RidgeFit) -> bool:
+    """Whether a fit is better than a simpler one by more than the standard error of their difference over rows."""
+    gains = simple.errors - fit.errors
+    return len(gains) > 1 and float(gains.mean()) > float(gains.std()) / math.sqrt(len(gains))
 
 
 def _softmax_head(z: NDArray[np.float64], y: NDArray[np.int64], num_classes: int, sd: float) -> Tensor:
@@ -228,6 +272,10 @@ def reader_of(task: Task, heads: HeadPolicy) -> Reader:
     if task.kind == "matching":
         return _unit_features
     return network_output if has_head(task, heads.scale) else head_features
+
+
+def _answers(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
+    return network_output(adapter, rows, theta).reshape(len(rows), -1)
 
 
 def _unit_features(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:

@@ -132,3 +132,16 @@ def test_the_strength_is_what_leaving_out_each_row_by_hand_says(signal: float) -
             fits = [Ridge(width**-2).fit(z[kept], y[kept]) for kept in others]
             losses[width] = np.mean([(y[k] - fit.predict(z[k : k + 1])[0]) ** 2 for k, fit in enumerate(fits)])
         assert fit_ridge(x, y)[1] == pytest.approx(min(losses, key=lambda width: losses[width]))
+
+
+def test_a_network_that_answers_already_is_the_feature_that_few_rows_fit() -> None:
+    torch.manual_seed(4)
+    net = network(1)
+    adapter = adapted(net, "0")
+    x = torch.randn(60, 4)
+    with torch.no_grad():
+        y = 2.0 * net(x) + 0.5 + 0.02 * torch.randn(60, 1)
+    method = LinearProbe(adapter)
+    posterior = method.adapt(method.meta_train([]), Task("few", (x[:8], y[:8]), "regression"))
+    assert posterior.head.shape == (1, 2)  # a slope on the answer, and a bias
+    assert float((posterior.predict(x[8:]) - y[8:]).square().mean()) < 0.01 * float(y.var())
