@@ -67,7 +67,9 @@ def moments_for(
     A gradient is of the power times the total loss of n rows, and n differs between tasks: after one task of many rows
     the steps of a task of few would be short. With n rows and the root mean square N of those it was learned from,
 
-    .. math:: V_* = V \,(\kappa_* / \kappa)^2\,(n / N)^2
+    .. math:: V_* = V \,(\kappa_* / \kappa)^2\,\min(1, n / N)^2
+
+    A task of more rows keeps its longer steps: shorter ones predicted a little worse.
 
     Args:
         moments: by site, without a dimension of tasks.
@@ -78,7 +80,7 @@ def moments_for(
     """
     if rows is None:
         return {name: moment * power**2 for name, moment in moments.items()}
-    factors = torch.tensor([power * len(task.train) / rows for task in tasks]).square()
+    factors = torch.tensor([power * min(len(task.train) / rows, 1.0) for task in tasks]).square()
     if not block:
         return {name: moment * float(factors[0]) for name, moment in moments.items()}
     return {name: moment * factors.to(moment).view(-1, *(1,) * moment.dim()) for name, moment in moments.items()}
