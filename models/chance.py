@@ -30,9 +30,9 @@ def chance_loss(task: Task, noise_scale: float = 1.0) -> float:
     """
     target = task.train.target
     if task.kind == "regression":
-        y = target.double().reshape(len(target), -1)
-        square = (y - y.mean(0)).square().sum(-1).mean() / (2.0 * noise_scale**2)
-        return float(square) + y.shape[-1] * (math.log(noise_scale) + 0.5 * math.log(2.0 * math.pi))
+        squares = _squares_around_mean(target)
+        square = squares.sum(-1).mean() / (2.0 * noise_scale**2)
+        return float(square) + squares.shape[-1] * (math.log(noise_scale) + 0.5 * math.log(2.0 * math.pi))
     if task.kind == "tokens":
         tokens = target[target != IGNORED]
         return _entropy(tokens) * len(tokens) / len(target)
@@ -48,10 +48,14 @@ def targets_scale(tasks: Sequence[Task]) -> float:
     Args:
         tasks: those that are no regressions do not count; of none, and of targets that are all alike, it is 1.
     """
-    targets = [task.train.target.double() for task in tasks if task.kind == "regression"]
-    variances = [(y.reshape(len(y), -1) - y.reshape(len(y), -1).mean(0)).square().mean() for y in targets]
+    variances = [_squares_around_mean(task.train.target).mean() for task in tasks if task.kind == "regression"]
     scale = float(torch.stack(variances).mean().sqrt()) if variances else 1.0
     return scale if scale > 0.0 else 1.0
+
+
+def _squares_around_mean(target: Tensor) -> Tensor:
+    y = target.double().reshape(len(target), -1)
+    return (y - y.mean(0)).square()
 
 
 def _entropy(numbers: Tensor) -> float:

@@ -13,7 +13,7 @@ from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.generation.decode import generate
 from pyro_lift.generation.inputs import are_strings
 from pyro_lift.generation.scoring import TextScores, score_texts
-from pyro_lift.inference.adaptation.predict import predict_inputs
+from pyro_lift.inference.adaptation.predict import predict_inputs, rows_of
 from pyro_lift.inference.adaptation.temperature import tempered
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
@@ -102,8 +102,8 @@ class TaskPosterior:
         """
         if self.task.kind != "regression":
             raise TypeError(f"the task {self.task.name!r} is no regression: the probabilities of predict() say it all.")
-        read = self._read(inputs)
-        means = torch.stack([predict_inputs(self.adapter, theta[None], read, self.task, None) for theta in self.thetas])
+        rows = rows_of(self._read(inputs), self.task)
+        means = torch.stack([predict_inputs(self.adapter, theta[None], rows, self.task, None) for theta in self.thetas])
         variance = self.noise_scale**2 + means.var(0, correction=0)
         return ((self.prediction_temperature if calibrated else 1.0) * variance).sqrt()
 
