@@ -47,7 +47,6 @@ __all__ = [
     "fit_logistic",
     "fit_ridge",
     "has_probe",
-    "ridge_fit",
 ]
 
 #: Folds of the cross-validation, at most.
@@ -120,8 +119,8 @@ class LinearProbe:
         y = task.train.target.cpu().numpy()
         if task.kind == "regression":
             targets = y.astype("float64")
-            fit = ridge_fit(self._features(task, state, reader), targets)
-            answers = ridge_fit(self._features(task, state, _answers), targets)
+            fit = fit_ridge(self._features(task, state, reader), targets)
+            answers = fit_ridge(self._features(task, state, _answers), targets)
             # A network that predicts such targets already is the best feature that few rows can fit.
             if not _is_better(fit, answers):
                 fit, reader = answers, _answers
@@ -200,12 +199,7 @@ class RidgeFit(NamedTuple):
     errors: Tensor
 
 
-def fit_ridge(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[Tensor, float]:
-    """Return head and strength of :func:`ridge_fit`."""
-    return ridge_fit(x, y)[:2]
-
-
-def ridge_fit(x: NDArray[np.float64], y: NDArray[np.float64]) -> RidgeFit:
+def fit_ridge(x: NDArray[np.float64], y: NDArray[np.float64]) -> RidgeFit:
     """Ridge regression on standardised features, its strength by closed-form leave-one-out.
 
     Args:

@@ -115,7 +115,7 @@ def test_features_that_say_nothing_leave_the_mean() -> None:
     generator = np.random.default_rng(3)
     x, y = generator.normal(size=(12, 1)), generator.normal(size=12)
     y = y - x[:, 0] * (x[:, 0] - x.mean()) @ y / ((x[:, 0] - x.mean()) @ x[:, 0])  # uncorrelated with x
-    head, sd = fit_ridge(x, y)
+    head, sd, _ = fit_ridge(x, y)
     assert sd == 0.0 and torch.allclose(head, torch.tensor([[0.0, y.mean()]], dtype=torch.float64))
 
 

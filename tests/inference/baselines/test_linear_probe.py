@@ -84,7 +84,7 @@ def test_regression_is_ridge_with_the_strength_that_leaving_each_row_out_chooses
         for kept, left in LeaveOneOut().split(z):
             error += np.square(Ridge(alpha=width**-2).fit(z[kept], y[kept]).predict(z[left]) - y[left]).sum()
         errors.append(error)
-    head, sd = fit_ridge(x, y)
+    head, sd, _ = fit_ridge(x, y)
     assert sd == pytest.approx(standard_widths(8)[int(np.argmin(errors))])
     expected = Ridge(alpha=sd**-2).fit(z, y).predict(z)
     ours = (torch.from_numpy(x) @ head[:, :-1].T + head[:, -1]).reshape(expected.shape)
@@ -100,7 +100,7 @@ def test_absent_classes_a_single_class_and_a_single_row_have_probabilities() -> 
     assert (probabilities(x, fit_logistic(x, np.zeros(12, dtype=np.int64), 1)[0]) == 1.0).all()
     row = probabilities(x[:1], fit_logistic(x[:1], y[:1], 3)[0])
     assert int(row.argmax()) == y[0] and float(row.min()) > 0.01
-    head, _ = fit_ridge(x[:1], np.array([2.5]))
+    head, _, _ = fit_ridge(x[:1], np.array([2.5]))
     torch.testing.assert_close(torch.from_numpy(x[:1]) @ head[:, :-1].T + head[:, -1], torch.tensor([[2.5]]).double())
 
 
