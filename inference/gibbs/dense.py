@@ -152,7 +152,7 @@ def draw_mean(
     return drawn.squeeze(-1).to(noise.dtype)
 
 
-def move_theta(site: Latent, gradient: Tensor, step_size: float, temperature: float, noise: Tensor) -> Tensor:
+def move_theta(site: Latent, gradient: Tensor, step_size: float | Tensor, temperature: float, noise: Tensor) -> Tensor:
     r"""A step that moves exactly under the site's own multivariate normal prior, and by Euler under all else.
 
     It is :func:`~pyro_lift.inference.sgld.exponential` in the coordinates in which the prior is diagonal.

@@ -36,8 +36,9 @@ from pyro_lift.inference.gibbs.state import (
     ThetaUpdate,
     TranslationKind,
 )
+from pyro_lift.inference.gibbs.task_factors import checked_factors
 from pyro_lift.inference.gibbs.together_plan import chosen_plan
-from pyro_lift.inference.gibbs.warmup import checked_weights, end_of_sgd, sgd_step
+from pyro_lift.inference.gibbs.warmup import end_of_sgd, sgd_step
 from pyro_lift.inference.kernel import Kernel, Model
 from pyro_lift.inference.program import Program
 from pyro_lift.inference.schedules import Schedule, as_schedule
@@ -107,6 +108,7 @@ class SGLDGibbs(Kernel):
             grow with a task's data.
         max_grad_norm: to which the likelihood's gradients are scaled down, counted as clipped; it changes the target.
         site_step_scale: factor on the step size by local family, e.g. ``{"head": 10.0}``.
+        task_step_scale: factor on the step size by task; the preconditioner sees gradients times it.
         site_temperature: factor on the temperature by local family; ``{"head": 0.0}`` moves heads to their mode
             while everything else is sampled.
         site_update: by local family that is convex given the rest, ``"mode"`` or ``"laplace"``: a Gibbs block that
@@ -162,6 +164,7 @@ class SGLDGibbs(Kernel):
         sgd_weights: Sequence[float] | None = None,
         max_grad_norm: float | None = None,
         site_step_scale: Mapping[str, float] | None = None,
+        task_step_scale: Sequence[float] | None = None,
         site_temperature: Mapping[str, float] | None = None,
         site_update: Mapping[str, SiteUpdate] | None = None,
         store: str | ThetaStore = "auto",
@@ -212,7 +215,8 @@ class SGLDGibbs(Kernel):
             theta_steps_per_visit=theta_steps_per_visit,
             max_grad_norm=max_grad_norm,
             sgd_step_size=as_schedule(sgd_step_size),
-            sgd_weights=checked_weights(sgd_weights),
+            sgd_weights=checked_factors("sgd_weights", sgd_weights),
+            task_step_scale=checked_factors("task_step_scale", task_step_scale),
             site_step_scale=step_scale,
             site_temperature=temperatures,
             site_update=checked_updates(site_update),

@@ -25,7 +25,7 @@ class Move(NamedTuple):
         site: where it stands.
         gradient: of everything but its own Gaussian prior.
         prior: that Gaussian, or None where the gradient has it.
-        step_size: eta of this site.
+        step_size: eta of this site; a tensor where the tasks of a block have steps of their own.
         temperature: T of this site.
         second_moment: of the preconditioner, or None.
     """
@@ -33,7 +33,7 @@ class Move(NamedTuple):
     site: Latent
     gradient: Tensor
     prior: LocalGaussian | None
-    step_size: float
+    step_size: float | Tensor
     temperature: float
     second_moment: Tensor | None
 
@@ -73,7 +73,7 @@ def long(
     workspace = chain.cache.workspace(pair.global_site, move.site.leaf.detach())
     step = LongStep(
         workspace.precisions(pair)[1],
-        move.step_size,
+        float(move.step_size),  # of the one task that a long vector belongs to
         move.temperature,
         moment,
         0.0 if moment is None else _damping(chain.settings, moment, workspace),

@@ -12,6 +12,7 @@ from pyro_lift.inference.gibbs.conjugate import adopt, family_fault, pair_fault
 from pyro_lift.inference.gibbs.normal_sites import listed
 from pyro_lift.inference.gibbs.regression import regression_fault
 from pyro_lift.inference.gibbs.state import Chain
+from pyro_lift.inference.gibbs.task_factors import largest_factor
 from pyro_lift.inference.gibbs.whole_likelihood import check_solved_rows, check_whole
 from pyro_lift.inference.program import Evaluation
 from pyro_lift.inference.stability import LATER_ITERATIONS, check_curvature, clears, measured_curvature
@@ -86,7 +87,8 @@ def _check_step(chain: Chain, run: Evaluation, tasks: str) -> None:
     subsampled = any(size.taken < size.size for name, size in plates if name != chain.program.plate)
     if not chain.structure.checks_steps or subsampled:
         return
-    eta, power, scale = settings.eta(0), settings.n_inflate, settings.site_step_scale
+    eta = settings.eta(0) * largest_factor(run.tasks, settings.task_step_scale)
+    power, scale = settings.n_inflate, settings.site_step_scale
     run = run.without(settings.site_update)
     if clears(run, power, eta, scale):
         return

@@ -35,6 +35,7 @@ from pyro_lift.inference.gibbs.scaling import can_scale
 from pyro_lift.inference.gibbs.state import Cache, Chain, Settings, SGLDGibbsState, Structure, init
 from pyro_lift.inference.gibbs.stores_beside import with_stores_beside
 from pyro_lift.inference.gibbs.table_step import TABLE_SHARE, measured_table_limit
+from pyro_lift.inference.gibbs.task_factors import check_factors, largest_factor
 from pyro_lift.inference.gibbs.translation_plan import TranslationRequest, check_translation, plan_translation
 from pyro_lift.inference.gibbs.underdamped import check_underdamped
 from pyro_lift.inference.gibbs.whole_likelihood import check_metropolis, check_solved
@@ -240,9 +241,7 @@ def _check_phi_update(
             f'accumulator="table" stores one gradient per block, and {num_tasks} tasks are no whole number of '
             f"blocks of {block}. Use a block_size that divides {num_tasks}."
         )
-    weights = settings.sgd_weights
-    if weights is not None and len(weights) != structure.num_tasks:
-        raise ValueError(f"sgd_weights has {len(weights)} factors for {structure.num_tasks} tasks; give one a task.")
+    check_factors(settings, structure.num_tasks)
     if request.sgd_steps and not pairs and not structure.regressions:
         site, reason = next(iter(reasons.items()))
         raise ValueError(
@@ -378,7 +377,7 @@ def _phi_limits(structure: Structure, settings: Settings) -> list[float]:
 
 
 def _check_steps(run: Evaluation, structure: Structure, settings: Settings, curvature: float | None) -> None:
-    eta = settings.eta(0)
+    eta = settings.eta(0) * largest_factor(run.tasks, settings.task_step_scale)
     if settings.decay is None and settings.is_untested:  # a tested step has no limit: it is not taken
         if settings.integrator == "euler":
             check_prior_steps(run, eta, settings.site_step_scale)

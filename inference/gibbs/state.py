@@ -128,6 +128,7 @@ class Settings:
     max_grad_norm: float | None = None
     sgd_step_size: Schedule = field(default_factory=lambda: constant(1e-3))
     sgd_weights: tuple[float, ...] | None = None
+    task_step_scale: tuple[float, ...] | None = None
     site_step_scale: Mapping[str, float] = field(default_factory=dict)
     site_temperature: Mapping[str, float] = field(default_factory=dict)
     translation: TranslationKind = "none"

@@ -125,6 +125,7 @@ def _options_fault(request: Request, settings: Settings) -> str | None:
         "theta_update": settings.theta_update != "auto" and "it moves theta itself; leave it out",
         "control_variates": settings.control_variates > 0 and "it takes all rows; leave them out",
         "translation": settings.translation in ("saga", "falling") and "it moves them already; leave it out",
+        "task_step_scale": settings.task_step_scale is not None and "it moves all tasks at once; leave it out",
         "preconditioner": settings.decay is not None and "it has a metric of its own; leave it out",
         "max_grad_norm": settings.max_grad_norm is not None and "a test holds any gradient; leave it out",
         "phi_step_size": settings.phi_step_size is not None and "its step tunes itself; leave it out",

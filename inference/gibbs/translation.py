@@ -17,6 +17,8 @@ Estimates of the sum over tasks, from the block's gradients g_i:
 
 ``falling``
     :math:`(N/B) \sum_i g_i`, with a step that falls with the visits, since the noise of this estimate stays in phi.
+    Where tasks have factors w_i on their steps it is :math:`(N/B) \sum_i w_i\,g_i`: one task of many rows would carry
+    phi away with each of its visits. The law is that of the limit, where the step has fallen.
 ``saga``
     A control variate for each task: its gradient at its last visit (Defazio, Bach and Lacoste-Julien 2014), moved on by
     a curvature h that all tasks share (Gower, Le Roux and Bach 2018). With :math:`r_i = g_i + h\,\theta_i`, stored,
@@ -51,7 +53,8 @@ class Pull(NamedTuple):
     """What a block's gradients say of the sum over all tasks; pulls of several passes add up.
 
     Attributes:
-        gradient: by global site, sum of g_i over the block, in float64; empty where ``change`` is used in its place.
+        gradient: by global site, sum of g_i over the block, each times its task's factor, in float64; empty where
+            ``change`` is used in its place.
         change: by global site, sum of the new r_i minus the stored ones, in float64; empty without a table.
         size: tasks of the block.
         rows: the new r_i, one a task.
@@ -78,7 +81,9 @@ def pull_of(
     translation = _translation(chain)
     found = pair_rows(chain, run.tasks, regrouped(run, gradient))
     plain = not translation.corrects(state.step)
-    total = _by_site(chain, _total(found)) if plain else {}
+    factors = chain.settings.task_step_scale
+    alike = found if factors is None else [factors[task] * g for task, g in zip(run.tasks, found, strict=True)]
+    total = _by_site(chain, _total(alike)) if plain else {}
     table = translation.table
     if table is None:
         return Pull(total, {}, len(found), [])

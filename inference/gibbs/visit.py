@@ -48,6 +48,7 @@ from pyro_lift.inference.gibbs.state import (
 )
 from pyro_lift.inference.gibbs.step_adaptation import eta_of
 from pyro_lift.inference.gibbs.stores_beside import write_beside
+from pyro_lift.inference.gibbs.task_factors import factor_of
 from pyro_lift.inference.program import Evaluation, Latent, Rows
 from pyro_lift.inference.sgld import Drift, check_finite, check_moved, gaussian_noise, running_mean
 from pyro_lift.inference.stores.store import ThetaStore
@@ -219,7 +220,12 @@ class _Moments:
         self._structure, self._decay, self._adapts = chain.structure, chain.settings.decay, phase == "burn-in"
 
     def of(self, site: Latent, gradient: Tensor) -> Tensor | None:
-        """Return the mean square for a site, its own gradient seen; None without a preconditioner."""
+        """Return the mean square for a site, its own gradient seen; None without a preconditioner.
+
+        Args:
+            site: of a task, or of a block of them.
+            gradient: times the factor on its steps, so that one task's size does not rule those of the others.
+        """
         if self._decay is None:
             return None
         if self._adapts or site.family not in self.values:
@@ -244,13 +250,16 @@ def _moved_sites(
         if site.family in settings.site_update:  # solved before the others step
             moved[name] = site.leaf.detach()
             continue
+        own, gradient = factor_of(site, run.tasks, settings.task_step_scale), drift.gradient[name]
         move = Move(
             site,
-            drift.gradient[name],
+            gradient,
             drift.gaussian[name],
-            eta_of(state.tuned, settings, state.step, site.family) * settings.site_step_scale.get(site.family, 1.0),
+            own
+            * eta_of(state.tuned, settings, state.step, site.family)
+            * settings.site_step_scale.get(site.family, 1.0),
             settings.temperature * settings.site_temperature.get(site.family, 1.0),
-            moments.of(site, drift.gradient[name]),
+            moments.of(site, gradient if settings.task_step_scale is None else own * gradient),
         )
         moved[name], S = mover_of(structure, site.family)(move, state, chain, noise)
         if S is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,22 +19,11 @@ from pyro_lift.inference.gibbs.state import (
     init,
     kept_state,
 )
-from pyro_lift.inference.program import Latent, Rows
+from pyro_lift.inference.gibbs.task_factors import factor_of
+from pyro_lift.inference.program import Rows
 from pyro_lift.inference.sgld import check_finite, check_moved, precondition, update_second_moment
-from pyro_lift.support.options import check_number
 
-__all__ = ["SGDGradient", "checked_weights", "end_of_sgd", "sgd_gradient", "sgd_step", "sgd_update"]
-
-
-def checked_weights(weights: Sequence[float] | None) -> tuple[float, ...] | None:
-    """Return the tasks' weights in joint training.
-
-    Raises:
-        ValueError: one that is not above zero.
-    """
-    for task, weight in enumerate(() if weights is None else weights):
-        check_number(f"sgd_weights[{task}]", weight)
-    return None if weights is None else tuple(float(weight) for weight in weights)
+__all__ = ["SGDGradient", "end_of_sgd", "sgd_gradient", "sgd_step", "sgd_update"]
 
 
 def sgd_step(
@@ -100,7 +89,8 @@ def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values
     for name, site in run.locals.items():
         gradient = drift.gradient[name]
         if site.family in structure.pair_of:
-            part = _summed(gradient, site, tasks, settings.sgd_weights)
+            part = gradient if settings.sgd_weights is None else gradient * factor_of(site, tasks, settings.sgd_weights)
+            part = part if site.task is not None else part.sum(site.plate_dim)
             shared_site = structure.pair_of[site.family].global_site
             part = part.reshape(state.phi[shared_site].shape)
             total[shared_site] = total[shared_site] + part if shared_site in total else part
@@ -116,18 +106,6 @@ def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values
     info = SGLDGibbsInfo(tasks, drift.log_likelihood, norm, lr, False, "sgd")
     others = {family: v for family, v in moments.items() if family not in structure.pair_of}
     return SGDGradient(total, others, rows, info)
-
-
-def _summed(gradient: Tensor, site: Latent, tasks: Sequence[int], weights: Sequence[float] | None) -> Tensor:
-    """Sum a family's gradient over the block, each task's by its weight; a site of one task is returned by itself."""
-    if site.task is not None:
-        return gradient if weights is None else gradient * weights[site.task]
-    if weights is None:
-        return gradient.sum(site.plate_dim)
-    assert site.plate_dim is not None
-    shape = [1] * gradient.dim()
-    shape[site.plate_dim] = -1
-    return (gradient * gradient.new_tensor([weights[task] for task in tasks]).reshape(shape)).sum(site.plate_dim)
 
 
 def sgd_update(

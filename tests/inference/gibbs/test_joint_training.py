@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pyro_lift import LiFTSettings, SGLDGibbs, Task
-from pyro_lift.inference.gibbs.warmup import checked_weights
+from pyro_lift.inference.gibbs.task_factors import checked_factors
 from pyro_lift.settings import complete_settings
-from pyro_lift.tuning.joint_run import task_weights
+from pyro_lift.tuning.chain_kernel import task_weights
 
 WEIGHTS = (2.0, 0.5, 1.0, 0.25)
 SIZES = (2, 7, 4, 12)
@@ -78,7 +78,7 @@ def test_there_is_one_weight_a_task_and_it_is_above_zero() -> None:
     with pytest.raises(ValueError, match="sgd_weights has 3 factors for 4 tasks"):
         trained(iterated, rows(SIZES), 2, sgd_weights=[1.0, 2.0, 1.0])
     with pytest.raises(ValueError, match=r"sgd_weights\[1\]=0.0"):
-        checked_weights([1.0, 0.0])
+        checked_factors("sgd_weights", [1.0, 0.0])
 
 
 def test_with_lifts_weights_all_tasks_count_alike_at_the_mean_size() -> None:
