@@ -80,6 +80,7 @@ def resolved(settings: LiFTSettings, adapter: RandomAdapter) -> LiFTSettings:
         learning_rate=rate if s.learning_rate is None else s.learning_rate,
         sgd_learning_rate=rate if s.sgd_learning_rate is None else s.sgd_learning_rate,
         sgd_weights=s.sgd_weights or "tasks",
+        task_steps=s.task_steps or "tasks",
         noise_scale=s.noise_sd,
     )
 

@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from pyro.ops.streaming import StatsOfDict
 from torch import Tensor, nn
 
 from pyro_lift.defaults import fitted, for_targets, one_width, resolved, resolved_adaptation
-from pyro_lift.inference.adaptation.chain import root_mean_square_rows
+from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.chain_summary import ChainSummary
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import weights_moved
 from pyro_lift.inference.footprint import mixture_need
-from pyro_lift.inference.gibbs.accumulator import langevin_step
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.lost import LossWatch
 from pyro_lift.inference.mcmc import StreamingMCMC
@@ -39,17 +37,18 @@ from pyro_lift.models.task import Task, check_kinds
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
 from pyro_lift.prior import LiFTPrior
-from pyro_lift.settings import KERNEL_OPTIONS, AdaptSettings, LiFTSettings, upgraded_run
+from pyro_lift.settings import AdaptSettings, LiFTSettings, upgraded_run
 from pyro_lift.support import distributed
 from pyro_lift.support.durations import seconds_of
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_number, current_names
 from pyro_lift.tuning.candidates import LiFTContender, lift_candidates, shortened
+from pyro_lift.tuning.chain_kernel import chain_kernel
 from pyro_lift.tuning.cross_fit import PASSES, CrossFit, Judge, cross_fit, passes, predicted
 from pyro_lift.tuning.early_stopping import HeldOutLooks, mean_loss, with_held_out
 from pyro_lift.tuning.halves import Joint, has_trial, joint_on_trial, log_probs_at
 from pyro_lift.tuning.held_out import has_unseen_rows
-from pyro_lift.tuning.joint_run import JointRun, Standing, moments_of, task_weights
+from pyro_lift.tuning.joint_run import JointRun, Standing, moments_of
 from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
 from pyro_lift.tuning.whose_heads import RULE, as_saved, counts_width, with_heads_settled
 from pyro_lift.watching.steps import Run
@@ -310,7 +309,7 @@ class LiFT:
                 mcmc,
                 self.seed,
                 tasks=[task.name for task in tasks],
-                rows=root_mean_square_rows(tasks),
+                rows=rows_of_moments(tasks, alike=s.task_steps == "tasks"),
                 results=results,
                 kinds=sorted({task.kind for task in tasks}),
                 prediction_temperature=(self.tuning and self.tuning.temperature)
@@ -406,7 +405,14 @@ class LiFT:
             at_noise = replace(s, noise_scale=noise or s.noise_scale)
             power = (s.noise_sd / at_noise.noise_sd) ** 4  # of square gradients
             moments = {name: power * moment for name, moment in standing.moments.items()}
-            prior = LiFTPrior(self.adapter, mixture, at_noise, options, moments, rows=root_mean_square_rows(tasks))
+            prior = LiFTPrior(
+                self.adapter,
+                mixture,
+                at_noise,
+                options,
+                moments,
+                rows=rows_of_moments(tasks, alike=s.task_steps == "tasks"),
+            )
             return prior.adapt_many(unseen, seed=0)
 
         predict = partial(predicted, self.adapter) if sure and noise is None else None
@@ -458,34 +464,7 @@ class LiFT:
 
     def kernel(self, program: AdapterHierarchy) -> SGLDGibbs:
         """Return the kernel that :meth:`meta_train` runs."""
-        s = resolved(self.settings, self.adapter)
-        assert s.learning_rate is not None and s.sgd_learning_rate is not None
-        assert s.temperature is not None and s.n_inflate is not None
-        wide = (program.beta, program.sigma, len(program.tasks))
-        kernel = SGLDGibbs(
-            program,
-            step_size=2.0 * s.learning_rate,
-            phi_update=s.phi_update,
-            accumulator=s.accumulator if s.phi_update == "langevin" else "exact",
-            phi_step_size=None if s.phi_update == "gibbs" else langevin_step(s.phi_step_fraction, s.accumulator, *wide),
-            temperature=s.temperature,
-            n_inflate=s.n_inflate,
-            preconditioner="rms" if s.preconditioner == "rms" else None,
-            sgd_steps=s.sgd_steps,
-            translation=s.translation or "none",
-            translation_step_size=s.translation_step_size,
-            sgd_step_size=s.sgd_learning_rate,
-            sgd_weights=task_weights(program.tasks) if s.sgd_weights == "tasks" else None,
-            thinning=s.thinning,
-            distributed=s.ranks_block_size > 0,
-            block_size=s.ranks_block_size or None,
-            site_step_scale={"head": s.head_lr_scale},
-            site_temperature={"head": s.head_temperature},
-            init_strategy=init_to_value(values={"phi": self.adapter.initial}, fallback=init_to_mean),
-            seed=self.seed,
-        )
-        kernel.option_names = KERNEL_OPTIONS
-        return kernel
+        return chain_kernel(program, resolved(self.settings, self.adapter), self.adapter.initial, self.seed)
 
 
 def _adapter(backbone: nn.Module, peft_config: peft.PeftConfig | None, seed: int | None) -> RandomAdapter:

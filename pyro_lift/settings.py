@@ -122,6 +122,10 @@ class LiFTSettings:
         default=None,
         metadata={"help": "move per visit and weight; eta = 2 x this; none: 0.05 of the size of the adapter's weights"},
     )
+    task_steps: Literal["tasks", "rows"] | None = field(
+        default=None,
+        metadata={"help": "whether a visit moves all tasks alike, or those of more rows further; none: tasks"},
+    )
     phi_update: Literal["gibbs", "langevin"] = field(
         default="gibbs", metadata={"help": "of phi: an exact draw, or the paper's Langevin step"}
     )
@@ -209,8 +213,9 @@ class LiFTSettings:
         if self.temperature is not None:
             check_number("temperature", self.temperature, open_below=False)
         check_number("head_temperature", self.head_temperature, open_below=False)
-        if self.sgd_weights is not None:
-            check_choice("sgd_weights", self.sgd_weights, ["tasks", "rows"])
+        for name in ("sgd_weights", "task_steps"):
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), ["tasks", "rows"])
         for name in ("sgd_steps", "burn_in", "batch_size", "ranks_block_size", "stop_every"):
             check_number(name, getattr(self, name), open_below=False, whole=True)
         check_choice("covariance", self.covariance, ["diag", "spherical"])
@@ -233,10 +238,11 @@ def complete_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Add the fields that older saved settings lack, with the values that reproduce what was done then.
 
     Heads of tasks' own took steps before they could be solved, and label matching had none. Nothing was shifted before
-    there was a translation, no run stopped before its end, and joint training counted all rows alike.
+    there was a translation, no run stopped before its end, joint training counted all rows alike, and one step size was
+    that of all tasks.
     """
     then = {"head": "langevin", "translation": "none", "stop_every": 0, "stop_patience": 3, "sgd_weights": "rows"}
-    return {**then, **saved}
+    return {**then, "task_steps": "rows", **saved}
 
 
 def complete_adapt_settings(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pyro_lift.models.task import Task
 from pyro_lift.watching.steps import Run
 from pyro_lift.watching.watch import Watchers
 
-__all__ = ["Shown", "Source", "moments_for", "root_mean_square_rows", "run_chain", "run_watched"]
+__all__ = ["Shown", "Source", "moments_for", "rows_of_moments", "run_chain", "run_watched"]
 
 
 class Source(NamedTuple):
@@ -54,9 +54,16 @@ class Shown(NamedTuple):
         return Watchers(self.callbacks, run, [len(task.train) for task in self.tasks], [t.name for t in self.tasks])
 
 
-def root_mean_square_rows(tasks: Sequence[Task]) -> float:
-    """Return the root mean square of the tasks' numbers of training rows."""
-    return math.sqrt(sum(len(task.train) ** 2 for task in tasks) / len(tasks))
+def rows_of_moments(tasks: Sequence[Task], *, alike: bool) -> float:
+    """Return the rows of the task that a preconditioner's mean squares are of, after meta-training.
+
+    Args:
+        tasks: of meta-training.
+        alike: whether each task's gradients were brought to those of the mean number of rows: then it is that number,
+            else the root mean square of their numbers of rows.
+    """
+    rows = [len(task.train) for task in tasks]
+    return sum(rows) / len(rows) if alike else math.sqrt(sum(n**2 for n in rows) / len(rows))
 
 
 def moments_for(

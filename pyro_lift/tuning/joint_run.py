@@ -12,7 +12,7 @@ from pyro_lift.inference.progress import chain_bar
 from pyro_lift.models.task import Task
 from pyro_lift.watching.watch import Watchers
 
-__all__ = ["JointRun", "Standing", "moments_of", "task_weights"]
+__all__ = ["JointRun", "Standing", "moments_of"]
 
 
 class Standing(NamedTuple):
@@ -30,23 +30,6 @@ class Standing(NamedTuple):
 def moments_of(kernel: SGLDGibbs) -> dict[str, Tensor]:
     """Return the preconditioner that adaptation begins with."""
     return {name: x.reshape(-1) for name, x in kernel.state.second_moment.items() if name == "theta"}
-
-
-def task_weights(tasks: Sequence[Task]) -> list[float] | None:
-    r"""Return factors on the tasks' gradients with which all count alike, however many rows they have.
-
-    A gradient is of a task's whole data, so it grows with its rows: those of a few large tasks would lead. With
-    :math:`\bar n / n_i` it is that of the mean over rows, times the mean number of rows, which keeps the size that the
-    chain's gradients have.
-
-    Args:
-        tasks: of meta-training.
-
-    Returns:
-        One factor a task; None where all have as many rows.
-    """
-    rows = [len(task.train) for task in tasks]
-    return None if len(set(rows)) == 1 else [sum(rows) / len(rows) / n for n in rows]
 
 
 class JointRun:

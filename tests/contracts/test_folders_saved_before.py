@@ -230,6 +230,7 @@ def test_a_prior_saved_before_predicts_what_it_did(heads: str, network: Any, exp
         "head_scale": None if HEADS[heads] is None else 1.0,
         "head": "langevin",
         "sgd_weights": "rows",
+        "task_steps": "rows",
         "noise_scale": 1.0,
     }
     assert (

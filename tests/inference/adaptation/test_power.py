@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift import LiFT, LiFTPrior, Task
-from pyro_lift.inference.adaptation.chain import root_mean_square_rows
+from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.models.backbones import adapt_backbone
 
 
@@ -77,6 +77,7 @@ def move_of(thetas: Tensor) -> float:
 
 def test_a_prior_keeps_the_rows_of_its_tasks_in_its_folder(tmp_path: Path) -> None:
     prior, task = prior_and_task()
-    assert root_mean_square_rows([task, repeated(task, 7)]) == 120.0
+    assert rows_of_moments([task, repeated(task, 7)], alike=False) == 120.0
+    assert rows_of_moments([task, repeated(task, 7)], alike=True) == 96.0
     again = LiFTPrior.from_pretrained(prior.save_pretrained(tmp_path / "prior"), prior.adapter)
     assert again.rows == 24.0 and prior.merge(prior).rows == 24.0
