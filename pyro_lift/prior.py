@@ -77,8 +77,8 @@ class LiFTPrior:
         tuning: how the settings were chosen, as :meth:`pyro_lift.tuning.search.Tuning.to_dict` tells; None where they
             were given.
         rescales: whether the preconditioner is brought to the power of an adaptation that has another.
-        rows: of the task that the preconditioner is of (:func:`.rows_of_moments`): the preconditioner is brought to a new task's fewer, and no step is
-            longer than :data:`MOST` rates; None, as of a prior saved before, does neither.
+        rows: that the preconditioner is of (:func:`.rows_of_moments`): it is brought to a new task's fewer, and no step
+            is longer than :data:`MOST` rates; None, as of a prior saved before, does neither.
         kinds: of the tasks it was learned from; empty where nobody says.
     """
 
