@@ -173,16 +173,16 @@ class LiFTPrior:
         did not see: its test or dev rows, else a third of its rows.
 
         Args:
-            tasks: of classes or tokens; best are some that the prior was not learned from.
+            tasks: of the prior's kind; best are some that it was not learned from.
             seed: of the chains; None takes the prior's.
             most_rows: of a task, that the fit looks at.
             options: fields of :class:`AdaptSettings` to change.
 
         Returns:
-            The temperature: above 1 where predictions were too sure.
+            The temperature: above 1 where predictions were too sure. Of regressions it multiplies the variance.
 
         Raises:
-            ValueError: no task, or a regression, whose predictions have no temperature.
+            ValueError: no task, or regressions beside others.
         """
         adapt = partial(self.adapt_many, seed=seed, **options)
         self.prediction_temperature = fitted_on_held_out(tasks, adapt, most_rows)

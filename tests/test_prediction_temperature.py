@@ -82,10 +82,10 @@ def test_meta_training_calibrates_where_tasks_have_rows_for_it_and_refuses_where
         lift.meta_train(bare, progress=False, calibrate=True)
 
 
-def test_a_regression_has_no_temperature(prior: LiFTPrior) -> None:
+def test_regressions_beside_classes_and_no_task_at_all_are_refused(prior: LiFTPrior) -> None:
     task = Task("r", (torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)), "regression")
-    with pytest.raises(ValueError, match="'r' is a regression"):
-        prior.calibrate([task])
+    with pytest.raises(ValueError, match="'r' is a regression and 't0' is not"):
+        prior.calibrate([task, *tiny_tasks(1)])
     with pytest.raises(ValueError, match="empty"):
         prior.calibrate([])
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.task import Rows, Task
 
-__all__ = ["EXAGGERATED", "Noise", "fitted_noise"]
+__all__ = ["EXAGGERATED", "Noise", "fitted_noise", "variance_factor"]
 
 #: Factor by which tasks that are adapted to from half of the others, on a part of their rows, exaggerate a temperature:
 #: up to 1.4 on digits, where tasks are of ten rows.
@@ -80,6 +80,16 @@ def fitted_noise(first: float, adapt: Adapt) -> Noise | None:
         temperature = float(torch.stack(ratios).mean())
         noise = Noise(scale, max(temperature / EXAGGERATED, 1.0) if temperature > 1.0 else temperature)
     return noise
+
+
+def variance_factor(judged: Iterable[tuple[Any, Task]]) -> float:
+    """Return the mean over tasks of the mean of square errors over variances: by it predictions are as wide as wrong.
+
+    Args:
+        judged: posteriors of regressions, each beside its task, whose test rows it has not seen.
+    """
+    found = [_Judged.of(posterior, task) for posterior, task in judged]
+    return float(torch.stack([(each.miss / each.variance).mean() for each in found]).mean())
 
 
 class _Judged(NamedTuple):

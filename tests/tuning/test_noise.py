@@ -141,6 +141,22 @@ def test_a_noise_that_was_given_is_kept_and_without_looks_it_is_the_spread_of_ta
     assert plain.settings.noise_scale == pytest.approx(targets_scale(tasks))
 
 
+def test_regressions_are_calibrated_on_rows_that_nothing_was_learned_from() -> None:
+    """With its temperature a prior's squared errors are as large as its variances, on average over the tasks."""
+    net, tasks = curves(6, 1.0)
+    lift = LiFT(net, peft.LoraConfig(r=2, target_modules=["0", "2"]), sgd_steps=40, burn_in=4, samples=8, seed=0)
+    prior = lift.meta_train(tasks[:4], progress=False, calibrate=False)
+    assert prior.prediction_temperature == 1.0
+    found = prior.calibrate(tasks[4:], seed=3)
+    assert found == prior.prediction_temperature != 1.0
+    ratios = []
+    for posterior, task in zip(prior.adapt_many(tasks[4:], seed=3), tasks[4:], strict=True):
+        assert task.test is not None
+        z = (posterior.predict(task.test) - task.test.target) / posterior.predict_sd(task.test)
+        ratios.append(float(z.square().mean()))
+    assert sum(ratios) / 2 == pytest.approx(1.0, rel=1e-4)
+
+
 def test_the_width_of_predictions_is_noise_and_disagreement_and_is_saved(tmp_path: Path) -> None:
     net, tasks = curves(1, 1.0)
     adapter = adapt_backbone(net, peft.LoraConfig(r=2, target_modules=["0", "2"]), seed=0)
