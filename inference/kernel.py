@@ -33,7 +33,7 @@ __all__ = ["Draw", "Kernel", "Model"]
 log = logging.getLogger("pyro_lift")
 
 Model = Callable[..., Any]
-#: How often the log's numbers are brought to the host: on CUDA each time costs a synchronisation.
+#: How often the log's numbers are brought to the host from a device: each time costs a synchronisation.
 LOG_EVERY = 50
 
 
@@ -248,8 +248,13 @@ class Kernel(MCMCKernel):
             del columns["diverged"]
         return columns
 
+    @property
+    def logged_at(self) -> int:
+        """The step that what the bar shows was read at."""
+        return self._last_log[0]
+
     def _log(self, step: int, info: StepInfo | None, phase: str) -> dict[str, str]:
-        if info is not None and step - self._last_log[0] >= LOG_EVERY:
+        if info is not None and step - self._last_log[0] >= (1 if _is_at_hand(info.log_likelihood) else LOG_EVERY):
             text = {
                 "phase": phase,
                 "loglik": f"{float(info.log_likelihood):.3e}",
@@ -358,3 +363,8 @@ def to_device(device: torch.device, value: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------ checks at the door
+
+
+def _is_at_hand(value: float | Tensor) -> bool:
+    """Whether a number can be read without waiting for a device."""
+    return not isinstance(value, Tensor) or value.device.type == "cpu"

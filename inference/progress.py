@@ -42,14 +42,19 @@ def chain_bar(
         watchers.running(total, done),
         tqdm(total=total, initial=done, desc=description, disable=hidden, dynamic_ncols=True) as bar,
     ):
+        looked: int | None = None
 
         def hook(kernel: Any, samples: Any, stage: str, i: int) -> None:
+            nonlocal looked
             del samples, i
             log = kernel.logging()
-            if "loglik" in log:  # what is known everywhere as a loss, a row where rows are known
-                rows = watchers.rows_of(getattr(kernel, "last_visit", None)) or 1
-                log = {"loss": f"{-float(log.pop('loglik')) / rows:.3e}", **log}
-            bar.set_postfix(log, refresh=False)
+            at = getattr(kernel, "logged_at", None)
+            if at is None or at != looked:  # a sum over the rows of this visit; later visits have other rows
+                looked = at
+                if "loglik" in log:  # what is known everywhere as a loss, a row where rows are known
+                    rows = watchers.rows_of(getattr(kernel, "last_visit", None)) or 1
+                    log = {"loss": f"{-float(log.pop('loglik')) / rows:.3e}", **log}
+                bar.set_postfix(log, refresh=False)
             bar.update()
             watchers.see(kernel, stage)
 

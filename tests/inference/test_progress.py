@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from tiny_methods import tiny_adapter, tiny_tasks
 
+from pyro_lift import MCMC, LiFT, SGLDGibbs
 from pyro_lift.inference.progress import chain_bar
+from pyro_lift.watching.steps import Run
+from pyro_lift.watching.watch import Watchers
 
 
 class Kernel:
@@ -32,3 +36,42 @@ def test_the_bar_shows_loss_step_size_and_time_left(monkeypatch: pytest.MonkeyPa
 def test_a_hidden_bar_prints_nothing(capsys: Any) -> None:
     run(show=False)
     assert capsys.readouterr().err == ""
+
+
+class Visit(NamedTuple):
+    tasks: tuple[int, ...]
+
+
+class RareKernel(Kernel):
+    """Reads its numbers at the first step alone, while visits go on to tasks of other sizes."""
+
+    logged_at = 0
+    last_visit = Visit((0,))
+
+
+def test_a_loss_that_was_read_before_is_not_divided_by_the_rows_of_another_visit(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    kernel = RareKernel()
+    watchers = Watchers((), Run("chain"), [10, 1000], ["a", "b"])
+    with chain_bar(2, "chain", on_step=watchers) as hook:
+        hook(kernel, None, "sample", 0)
+        kernel.last_visit = Visit((1,))
+        hook(kernel, None, "sample", 1)
+    shown = capsys.readouterr().err
+    assert "loss=2.500e+00" in shown and "2.500e-02" not in shown
+
+
+def test_on_the_host_the_loss_is_that_of_the_last_visit() -> None:
+    lift = LiFT(tiny_adapter(), sgd_steps=0, burn_in=4, samples=8, seed=0)
+    seen: list[tuple[float, float]] = []
+
+    def look(kernel: SGLDGibbs) -> None:
+        seen.append((float(kernel.logging()["loglik"]), float(kernel.last_visit.log_likelihood)))  # type: ignore[union-attr]
+
+    kernel = lift.kernel(lift.program(tiny_tasks(3)))
+    MCMC(kernel, num_samples=6, disable_progbar=True, hook_fn=lambda kernel, *_: look(kernel)).run()
+    assert len({shown for shown, _ in seen}) > 2
+    assert all(shown == pytest.approx(true, rel=1e-3) for shown, true in seen)
