@@ -47,7 +47,8 @@ def class_numbers(
         )
     if target.is_complex() or (target.is_floating_point() and not whole_floats):
         raise ValueError(
-            f"{where}: {what}s are {target.dtype}; expected whole-number targets. Use .long() if they are classes."
+            f"{where}: {what}s are {target.dtype}; expected whole-number targets. Use .long() if they are classes, "
+            'and kind="regression" if they are values.'
         )
     if target.is_floating_point():
         wrong = target[~(torch.isfinite(target) & (target == target.round()))]
@@ -78,7 +79,8 @@ def class_numbers(
 
 def _way_out(target: Tensor) -> str:
     if target.dim() == 2 and target.shape[1] == 1:
-        return " Drop the last dimension: y.squeeze(1)."
+        values = ' Or say kind="regression", if they are values.' if target.is_floating_point() else ""
+        return f" Drop the last dimension: y.squeeze(1).{values}"
     if target.dim() == 2:
         return " If the rows are one-hot, give their argmax(-1)."
     return ""

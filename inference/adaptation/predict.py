@@ -208,9 +208,13 @@ def _check_dimensions(rows: Rows, task: Task) -> None:
             continue
         single = f" Give a single row as {name or 'x'}.unsqueeze(0)." if x.dim() == known.dim() - 1 else ""
         raise ValueError(
-            f"inputs: {name or 'they'!r} of shape {list(x.shape)}; expected n rows of {list(known.shape[1:])}, as "
+            f"{_called(name)} of shape {list(x.shape)}; expected n rows of {list(known.shape[1:])}, as "
             f"those of task {task.name!r}.{single}"
         )
+
+
+def _called(name: str) -> str:
+    return f"inputs: {name!r}" if name else "inputs"
 
 
 def _as_trained(name: str, x: Tensor, trained: Tensor | None) -> Tensor:
@@ -218,7 +222,7 @@ def _as_trained(name: str, x: Tensor, trained: Tensor | None) -> Tensor:
     if trained is None or x.dtype == trained.dtype:
         return x
     if x.is_floating_point() and not trained.is_floating_point():
-        raise TypeError(f"inputs: {name or 'they'!r} of {x.dtype}, but the task's own rows are {trained.dtype}.")
+        raise TypeError(f"{_called(name)} of {x.dtype}, but the task's own rows are {trained.dtype}.")
     return x.to(trained.dtype)
 
 
@@ -236,6 +240,6 @@ def _check_lengths(lengths: Mapping[str, int], where: str) -> None:
     first, *_ = lengths.items()
     for name, length in lengths.items():
         if length == 0:
-            raise ValueError(f"{where}: {name!r} has no rows.")
+            raise ValueError(f"{where}: {name!r} has no rows." if name else f"{where}: no rows.")
         if length != first[1]:
             raise ValueError(f"{where}: {name!r} has {length} rows, {first[0]!r} {first[1]}.")

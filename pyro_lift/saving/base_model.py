@@ -40,11 +40,12 @@ def check_base(adapter: RandomAdapter, saved: Mapping[str, Any], where: Path) ->
         ValueError: names the file, both models and the first weight that is missing, misshapen or different.
     """
     given = describe_base(adapter)
-    who = f"made for {saved.get('name') or saved.get('class')}, not this {given['name'] or given['class']}"
+    then, this = (base.get("name") or base.get("class") for base in (saved, given))
+    who = f"made for another {this}" if then == this else f"made for {then}, not this {this}"
     loaded, loads = saved.get("quantisation"), given["quantisation"]
     if (was := as_saved(loaded)) != (now := as_saved(loads)):
         raise ValueError(
-            f"{where}: made for {saved.get('name') or saved.get('class')} {was}, not {now}. Load the base model in the "
+            f"{where}: made for {then} {was}, not {now}. Load the base model in the "
             "same way (quantization= of load_backbone, quantization_config= of transformers), or pass check_base=False "
             "to use the adapter on it as it is."
         )
