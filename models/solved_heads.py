@@ -193,6 +193,12 @@ class SolvedHeads:
             modes.append(modes[-1] if again else self.solve(task, theta))
         return torch.stack(modes)
 
+    def draw_each(self, task: int, thetas: Tensor, seed: int | None) -> Tensor:
+        """Draw a task's head at each of some weights ``[S, D]``: ``[S, C, E + 1]``; seed None takes torch's stream."""
+        chosen = int(torch.randint(2**62, ())) if seed is None else seed
+        generator = torch.Generator().manual_seed(chosen + task)
+        return torch.stack([self.draw(task, theta, generator) for theta in thetas])
+
     def draw(self, task: int, theta: Tensor, generator: torch.Generator) -> Tensor:
         """Draw a task's head ``[C, E + 1]`` at theta ``[D]`` from its Gaussian approximation."""
         rows, (model, sd, _) = self.tasks[task].train, self.choice(task)

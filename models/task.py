@@ -16,7 +16,7 @@ from pyro_lift.models.rows import Rows, as_rows, label_names
 from pyro_lift.models.targets import class_numbers, count_classes
 from pyro_lift.support.options import check_distinct, check_literal
 
-__all__ = ["Rows", "Task", "as_rows", "check_kinds", "check_task_names"]
+__all__ = ["Rows", "Task", "as_rows", "check_kinds", "check_task_names", "check_tasks"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -212,6 +212,25 @@ def _check_same_inputs(train: Rows, rows: Rows, where: str) -> None:
             raise ValueError(f"{where}: {name!r} has shape {list(x.shape)}, but {list(known.shape)} in the train data.")
 
 
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Refuse what are no tasks.
+
+    Raises:
+        TypeError: one task where a list of them is expected, or something else in their place; says what and where.
+    """
+    if isinstance(tasks, Task):
+        raise TypeError(f"tasks is the one task {tasks.name!r}; expected a list of them: [task].")
+    for place, task in enumerate(tasks):
+        if isinstance(task, Task):
+            continue
+        where = "task" if len(tasks) == 1 else f"tasks[{place}]"
+        if isinstance(task, (list, tuple)) and all(isinstance(each, Task) for each in task):
+            raise TypeError(
+                f"{where} is a {type(task).__name__} of tasks; expected one Task. Several: adapt_many(tasks)."
+            )
+        raise TypeError(f"{where} is a {type(task).__name__}; expected a Task: Task(name, (inputs, targets)).")
+
+
 def check_kinds(tasks: Sequence[Task], learned: Sequence[str] | None = None) -> None:
     """Refuse regressions beside tasks of classes or of tokens: one output cannot be both values and scores.
 
@@ -224,8 +243,10 @@ def check_kinds(tasks: Sequence[Task], learned: Sequence[str] | None = None) -> 
             nobody says. None for tasks to learn from.
 
     Raises:
+        TypeError: what is no task.
         ValueError: names a task of each sort.
     """
+    check_tasks(tasks)
     values = [task for task in tasks if task.kind == "regression"]
     scores = [task for task in tasks if task.kind != "regression"]
     both = "the network's output would be values for one and scores for the other."

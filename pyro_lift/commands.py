@@ -259,6 +259,7 @@ def _untrained(prior: LiFTPrior) -> LiFTPrior:
         seed=prior.seed,
         encoding=prior.encoding,
         kinds=prior.kinds,
+        classes=prior.classes,
     )
 
 

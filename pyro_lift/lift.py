@@ -30,10 +30,11 @@ from pyro_lift.inference.progress import chain_bar
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.class_names import class_numbers_by_name
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.solved_heads import has_solved_head
-from pyro_lift.models.task import Task, check_kinds
+from pyro_lift.models.task import Task, check_kinds, check_tasks
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
 from pyro_lift.prior import LiFTPrior
@@ -108,6 +109,8 @@ class LiFT:
         known = [f.name for f in fields(LiFTSettings)]
         for name in options:
             check_choice("setting", name, known)
+        if seed is not None:
+            check_number("seed", seed, open_below=False, whole=True)
         self.settings = replace(settings or LiFTSettings(), **options)
         self.adapt_settings = adapt or AdaptSettings()
         self.adapter = _adapter(backbone, peft_config, seed)
@@ -205,6 +208,7 @@ class LiFT:
         on_step = hooks.pop("on_step", None)
         for name in hooks:
             raise TypeError(f"meta_train has no argument {name!r}; hooks are callbacks=[...] and on_step.")
+        check_tasks(tasks)
         unseen = [task for task in tasks if has_unseen_rows(task)] if calibrate else []
         if calibrate and not unseen:
             raise ValueError(
@@ -273,6 +277,8 @@ class LiFT:
         if start is not None and start.shape != self.adapter.initial.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}; the adapter has {self.adapter.dim} weights.")
         check_kinds(tasks)
+        shared = self._head_scale(tasks, resolved(self.settings, self.adapter)) is None
+        classes = class_numbers_by_name(tasks) if shared else {}
         tasks, held_out = with_held_out(tasks) if self.settings.stop_every else (tasks, [])
         if self.settings.ranks_block_size:
             distributed.join()
@@ -312,6 +318,7 @@ class LiFT:
                 rows=rows_of_moments(tasks, alike=s.task_steps == "tasks"),
                 results=results,
                 kinds=sorted({task.kind for task in tasks}),
+                classes=classes,
                 prediction_temperature=(self.tuning and self.tuning.temperature)
                 or (1.0 if halves is None else halves.temperature),
                 tuning=None if self.tuning is None else self.tuning.to_dict(),

@@ -34,6 +34,7 @@ from pyro_lift.inference.mcmc import MCMC
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.class_names import check_class_numbers
 from pyro_lift.models.flat import FlatBlock
 from pyro_lift.models.hierarchical import can_share_pass
 from pyro_lift.models.observation import own_head_scale
@@ -59,6 +60,10 @@ APART = 1_000_000
 MOST = 3.0
 
 
+#: What a merged prior has of its first chain's, beside the settings.
+_OF_THE_TASKS = ("tasks", "matching_scale", "encoding", "tuning", "rescales", "rows", "kinds", "classes")
+
+
 class LiFTPrior:
     """The learned prior: a Gaussian mixture over what the tasks share, ready to adapt to a new task.
 
@@ -80,6 +85,7 @@ class LiFTPrior:
         rows: that the preconditioner is of (:func:`.rows_of_moments`): it is brought to a new task's fewer, and no step
             is longer than :data:`MOST` rates; None, as of a prior saved before, does neither.
         kinds: of the tasks it was learned from; empty where nobody says.
+        classes: the output of each class name, where they shared the network's outputs.
     """
 
     def __init__(
@@ -101,11 +107,12 @@ class LiFTPrior:
         rescales: bool = True,
         rows: float | None = None,
         kinds: Sequence[str] = (),
+        classes: Mapping[str, int] | None = None,
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
         self.matching_scale, self.rescales, self.rows = matching_scale, rescales, rows
         self.tasks, self.kinds, self.results = tuple(tasks), tuple(kinds), dict(results or {})
-        self.prediction_temperature, self.tuning = prediction_temperature, tuning
+        self.prediction_temperature, self.tuning, self.classes = prediction_temperature, tuning, dict(classes or {})
         self.adapt_settings = adapt_settings or AdaptSettings()
         self.second_moment = second_moment or {}
         self.mcmc, self.seed, self.encoding = mcmc, seed, encoding
@@ -153,14 +160,8 @@ class LiFTPrior:
             self.adapt_settings,
             moments,
             seed=self.seed,
-            tasks=self.tasks,
-            matching_scale=self.matching_scale,
-            encoding=self.encoding,
             prediction_temperature=math.exp(sum(math.log(p.prediction_temperature) for p in chains) / len(chains)),
-            tuning=self.tuning,
-            rescales=self.rescales,
-            rows=self.rows,
-            kinds=self.kinds,
+            **{name: getattr(self, name) for name in _OF_THE_TASKS},
         )
 
     @at_top_level()
@@ -206,7 +207,7 @@ class LiFTPrior:
             ValueError: labels outside the head's range, a regression under a prior of classes; before any training.
             DivergedError: a loss that is not finite.
         """
-        check_kinds([task], self.kinds)
+        self._check([task])
         a = inherited(self.adapt_settings, self.settings, options)
         seed = self.seed if seed is None else seed
         s, task = self.settings, task.to(self.adapter.initial.device)
@@ -262,7 +263,7 @@ class LiFTPrior:
             options: fields of :class:`AdaptSettings` to change.
         """
         check_number("block_size", block_size, least=1, open_below=False, whole=True)
-        check_kinds(tasks, self.kinds)
+        self._check(tasks)
         a = inherited(self.adapt_settings, self.settings, options)
         apart = block_size == 1 or (a.dev_every > 0 and any(task.dev is not None for task in tasks))
         if apart or not can_share_pass(tasks, self._head_scale(tasks), self.settings.head != "langevin"):
@@ -311,6 +312,10 @@ class LiFTPrior:
             posteriors.append(self._posterior(task, theta, head, start.component, mcmc))
         return posteriors
 
+    def _check(self, tasks: Sequence[Task]) -> None:
+        check_kinds(tasks, self.kinds)
+        check_class_numbers([task for task in tasks if self._head_scale([task]) is None], self.classes)
+
     def _posterior(
         self, task: Task, thetas: Tensor, heads: Tensor | None, component: int, chain: MCMC | DrawWindows
     ) -> TaskPosterior:
@@ -355,11 +360,8 @@ class LiFTPrior:
 
     def _heads(self, solved: SolvedHeads, task: int, thetas: Tensor, seed: int | None) -> Tensor:
         """Solve a task's head at each draw ``[S, D]``, or draw it there: ``[S, C, E + 1]``."""
-        if self.settings.head in ("solve", "shared"):
-            return solved.solve_each(task, thetas)
-        chosen = int(torch.randint(2**62, ())) if seed is None else seed
-        generator = torch.Generator().manual_seed(chosen + task)
-        return torch.stack([solved.draw(task, theta, generator) for theta in thetas])
+        mode = self.settings.head in ("solve", "shared")
+        return solved.solve_each(task, thetas) if mode else solved.draw_each(task, thetas, seed)
 
     def _run(
         self,
@@ -482,10 +484,7 @@ class LiFTPrior:
         """Write the folders of :meth:`to_peft_library` for a server of many LoRAs, such as vLLM or LoRAX.
 
         Names are made of letters, digits, dots, dashes and underscores; all have one rank and one set of target
-        modules, which ``adapters.json`` beside them tells.
-
-        Returns:
-            Each adapter's folder by its name.
+        modules, which ``adapters.json`` beside them tells. Returns each adapter's folder by its name.
 
         Raises:
             ValueError: an adapter that such servers do not load, or two tasks of one name in the end; before any is

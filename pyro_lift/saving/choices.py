@@ -21,6 +21,7 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "prediction_temperature": prior.prediction_temperature,
         "tuning": prior.tuning,
         "kinds": list(prior.kinds),
+        "classes": dict(prior.classes),
         "moment_power": prior.settings.n_inflate if prior.rescales else None,
         "moment_rows": prior.rows,
     }
@@ -45,8 +46,11 @@ def saved_choices(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     kinds = config.get("kinds", [])
     if not isinstance(kinds, list) or not set(kinds) <= set(get_args(LossKind)):
         raise DamagedError(f"{path}: key 'kinds' is {kinds!r}; expected a list of {', '.join(get_args(LossKind))}.")
+    classes = config.get("classes", {})
+    if not isinstance(classes, dict) or not all(type(number) is int and number >= 0 for number in classes.values()):
+        raise DamagedError(f"{path}: key 'classes' is {classes!r}; expected the number of each class by its name.")
     choices = {"matching_scale": scale, "prediction_temperature": temperature, "tuning": tuning, "rescales": rescales}
-    return {**choices, "rows": rows, "kinds": tuple(kinds)}
+    return {**choices, "rows": rows, "kinds": tuple(kinds), "classes": classes}
 
 
 def saved_positive(path: Path, config: Mapping[str, Any], name: str) -> float:

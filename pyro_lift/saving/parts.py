@@ -36,6 +36,7 @@ class PriorParts(NamedTuple):
         rescales: whether the preconditioner is brought to the power of an adaptation that has another.
         rows: of its tasks, the root mean square; None where the preconditioner is not brought to a task's number.
         kinds: of the tasks it was learned from.
+        classes: the output of each class name, where they shared the network's outputs.
     """
 
     adapter: RandomAdapter
@@ -53,6 +54,7 @@ class PriorParts(NamedTuple):
     rescales: bool = True
     rows: float | None = None
     kinds: tuple[str, ...] = ()
+    classes: dict[str, int] | None = None
 
 
 class PosteriorParts(NamedTuple):
@@ -99,6 +101,7 @@ class SavablePrior(Protocol):
     rescales: bool
     rows: float | None
     kinds: tuple[str, ...]
+    classes: dict[str, int]
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:

@@ -1,0 +1,67 @@
+"""Names of classes at outputs that tasks share: one name stands at one output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pyro_lift.models.task import Task
+
+__all__ = ["check_class_numbers", "class_numbers_by_name"]
+
+
+def class_numbers_by_name(tasks: Sequence[Task]) -> dict[str, int]:
+    """Return which output each class name stands at, over all tasks that share the network's outputs.
+
+    Args:
+        tasks: those of classes with names count; others are passed over.
+
+    Raises:
+        ValueError: a name that two tasks number differently; one output would be two classes.
+    """
+    numbers: dict[str, int] = {}
+    by: dict[str, Task] = {}
+    for task in _named(tasks):
+        assert task.labels is not None
+        for number, name in enumerate(task.labels):
+            if numbers.setdefault(name, number) != number:
+                other = by[name]
+                raise ValueError(
+                    f"class {name!r} is number {number} in task {task.name!r} ({_listed(task)}) and number "
+                    f"{numbers[name]} in task {other.name!r} ({_listed(other)}), and all tasks share the network's "
+                    "outputs: one output would be two classes. Number the classes alike in all tasks, with the same "
+                    "labels= for each, or give every task a head of its own with head_scale=1.0."
+                )
+            by.setdefault(name, task)
+    return numbers
+
+
+def check_class_numbers(tasks: Sequence[Task], learned: Mapping[str, int]) -> None:
+    """Refuse new tasks that number the classes of a prior otherwise than the tasks it was learned from.
+
+    Args:
+        tasks: to be adapted to, at the outputs that they share with those.
+        learned: :func:`class_numbers_by_name` of these.
+
+    Raises:
+        ValueError: names the task and the class.
+    """
+    for task in _named(tasks):
+        assert task.labels is not None
+        for number, name in enumerate(task.labels):
+            if learned.get(name, number) != number:
+                order = sorted(learned, key=lambda each: learned[each])
+                raise ValueError(
+                    f"class {name!r} is number {number} in task {task.name!r} ({_listed(task)}) and number "
+                    f"{learned[name]} in the tasks that the prior was learned from ({', '.join(order)}): the network's "
+                    f"output {number} is another class. Give it labels={order!r}, and targets that count in it."
+                )
+
+
+def _named(tasks: Sequence[Task]) -> list[Task]:
+    return [task for task in tasks if task.kind == "classification" and task.labels is not None]
+
+
+def _listed(task: Task) -> str:
+    assert task.labels is not None
+    shown = list(task.labels[:6])
+    return ", ".join([*shown, "..."] if len(task.labels) > 6 else shown)
