@@ -135,7 +135,7 @@ class TaskPosterior:
                 f"inputs: strings, but every row of task {self.task.name!r} has options of its own. Encode rows with "
                 "their options: posterior.encoding.encoder(TextTask(...))."
             )
-        return self.encoding.prompts(texts)
+        return self.encoding.new_prompts(texts)
 
     def generate(self, inputs: Any, which: Literal["mean", "draws"] | int = "mean", **options: Any) -> Any:
         """Write a text for each input, through transformers' ``generate``; for encoder-decoders and causal models.

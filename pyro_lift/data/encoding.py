@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -14,6 +16,8 @@ from pyro_lift.models.likelihoods import IGNORED
 
 __all__ = ["Given", "TextEncoder", "TextEncoding"]
 
+log = logging.getLogger("pyro_lift")
+
 #: An input: a string, or the messages of a conversation.
 Given = str | Sequence[Any]
 
@@ -23,6 +27,8 @@ class TextEncoder(Protocol):
 
     tokenizer: Any
     max_length: int
+    #: Texts that were cut, by task.
+    cut: dict[str, int]
 
     def prompts(self, texts: Sequence[Given], encoding: TextEncoding) -> dict[str, Tensor]:
         """Encode inputs without their answers."""
@@ -69,6 +75,33 @@ class TextEncoding:
             ValueError: messages for a task that is no chat, or that are no conversation.
         """
         return self.encoder.prompts(texts, self)
+
+    def new_prompts(self, texts: Sequence[Given]) -> dict[str, Tensor]:
+        """Encode inputs that are not the task's own, as :meth:`prompts`; the log says how many were cut."""
+        with self._said("inputs", len(texts)):
+            return self.prompts(texts)
+
+    def new_answers(self, texts: Sequence[str]) -> Tensor:
+        """Encode answers that are not the task's own, as :meth:`answers`; the log says how many were cut."""
+        with self._said("outputs", len(texts)):
+            return self.answers(texts)
+
+    @contextmanager
+    def _said(self, what: str, number: int) -> Iterator[None]:
+        """Say how many texts were cut inside the context, and leave the count of the task's own as it was."""
+        encoder, known = self.encoder, dict(self.encoder.cut)
+        try:
+            yield
+        finally:
+            cut = sum(encoder.cut.values()) - sum(known.values())
+            encoder.cut.clear()
+            encoder.cut.update(known)
+        if cut:
+            log.warning(
+                "%d of %d %s are longer than %d tokens, the limit of the encoder, and were cut: what is beyond it is "
+                "not read. Give shorter texts, or encode the task with a larger max_length.",
+                cut, number, what, encoder.max_length,
+            )  # fmt: skip
 
     def text(self, given: Given, tokenizer: Any) -> str:
         """Write an input as the task's own were: the system prompt, then the text; a chat by the template.

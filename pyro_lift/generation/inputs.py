@@ -167,7 +167,7 @@ def read_prompts(inputs: Any, network: Any, encoding: TextEncoding | None) -> Pr
                 "inputs: strings, but nothing says how to encode them: the task was given in tensors. Pass "
                 "tokenizer(texts, padding=True, return_tensors='pt'), or encode the task with pyro_lift.data.encode."
             )
-        return Prompts(encoding.prompts(inputs), strings=True, causal=causal)
+        return Prompts(encoding.new_prompts(inputs), strings=True, causal=causal)
     if isinstance(inputs, Rows):
         named = _without_answers(inputs, causal)
     elif isinstance(inputs, Mapping):

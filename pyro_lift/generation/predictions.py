@@ -56,7 +56,7 @@ def text_predictions(
     """
     encoding = posterior.encoding
     assert encoding is not None
-    prompts = encoding.prompts([row.input for row in rows])
+    prompts = encoding.new_prompts([row.input for row in rows])
     tokens = posterior.generate(prompts, which, **dict(options or {}))
     tokens = tokens[:: len(tokens) // len(rows)]  # of several texts an input the first
     texts = encoding.decode(tokens)

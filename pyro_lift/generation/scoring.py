@@ -101,7 +101,7 @@ def _targets(outputs: Any, network: Any, encoding: TextEncoding | None) -> Tenso
     if are_strings(outputs):
         if encoding is None:
             raise TypeError("outputs: strings, but nothing says how to encode them: the task was given in tensors.")
-        return encoding.answers(outputs)
+        return encoding.new_answers(outputs)
     try:
         target = torch.as_tensor(outputs).clone()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -50,6 +50,25 @@ def test_a_saved_posterior_reads_and_writes_strings(name: str, tmp_path: Path) -
         TaskPosterior.from_pretrained(tmp_path / "posterior", written(name).backbone).generate(TEXTS)
 
 
+@pytest.mark.parametrize("name", ["bart", "gpt2"])
+def test_texts_that_are_cut_are_counted_in_the_log(
+    name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    posterior = posterior_of(name)
+    encoder: Any = posterior.encoding.encoder  # type: ignore[union-attr]
+    monkeypatch.setattr(encoder, "max_length", 16)
+    before = dict(encoder.cut)
+    long = " ".join(["red"] * (2 * encoder.max_length))
+    posterior.generate(TEXTS, max_new_tokens=2)
+    assert not caplog.records
+    posterior.generate([*TEXTS, long], max_new_tokens=2)
+    assert f"1 of {len(TEXTS) + 1} inputs are longer than {encoder.max_length} tokens" in caplog.text
+    caplog.clear()
+    posterior.score([long, long], ["red", "blue"])
+    assert "2 of 2 inputs are longer" in caplog.text
+    assert encoder.cut == before  # which counts the task's own rows
+
+
 def test_an_encoding_that_is_not_known_is_refused_by_the_file(tmp_path: Path) -> None:
     posterior_of("bart").save_pretrained(tmp_path)
     about = json.loads((tmp_path / "config.json").read_text())
