@@ -34,6 +34,7 @@ from pyro_lift.models.class_names import class_numbers_by_name
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.solved_heads import has_solved_head
+from pyro_lift.models.target_units import warn_of_units
 from pyro_lift.models.task import Task, check_kinds, check_tasks
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
@@ -279,6 +280,8 @@ class LiFT:
         check_kinds(tasks)
         shared = self._head_scale(tasks, resolved(self.settings, self.adapter)) is None
         classes = class_numbers_by_name(tasks) if shared else {}
+        if shared and any(task.kind == "regression" for task in tasks):
+            warn_of_units(self.adapter, tasks)
         tasks, held_out = with_held_out(tasks) if self.settings.stop_every else (tasks, [])
         if self.settings.ranks_block_size:
             distributed.join()

@@ -41,9 +41,7 @@ def test_names_are_collected_over_tasks_that_name_some_or_none() -> None:
 
 def test_tasks_that_number_a_class_differently_are_not_learned_from() -> None:
     tasks = [task("a", NAMES), task("bb", NAMES), task("turned", ("yes", "maybe", "no"))]
-    with pytest.raises(
-        ValueError, match=r"'yes' is number 0 in task 'turned' .* 1 in task 'a' .*head_scale=1.0"
-    ):
+    with pytest.raises(ValueError, match=r"'yes' is number 0 in task 'turned' .* 1 in task 'a' .*head_scale=1.0"):
         lift(network()).meta_train(tasks, progress=False)
     # A head of each task's own knows its own order.
     prior = lift(network(), head_scale=1.0).meta_train(tasks, progress=False)

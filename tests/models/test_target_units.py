@@ -1,0 +1,68 @@
+"""The unit of a regression's targets beside that of the network's outputs."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+
+from pyro_lift import LiFT, Task
+from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.target_units import units_of
+
+X = torch.randn(6, 40, 3, generator=torch.Generator().manual_seed(0))
+
+
+def network(outputs: int = 1) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, outputs))
+
+
+def tasks(offset: float, unit: float) -> list[Task]:
+    y = X.sum(-1, keepdim=True) / 3**0.5
+    return [
+        Task(f"t{i}", (x, offset + unit * each), "regression") for i, (x, each) in enumerate(zip(X, y, strict=True))
+    ]
+
+
+def lift(net: torch.nn.Module) -> LiFT:
+    return LiFT(net, peft.LoraConfig(r=1, target_modules=["0", "2"]), sgd_steps=4, burn_in=2, samples=4, seed=0)
+
+
+def test_units_are_read_off_targets_and_outputs() -> None:
+    adapter = adapt_backbone(network(), peft.LoraConfig(r=1, target_modules=["0", "2"]), seed=0)
+    found = units_of(adapter, tasks(50.0, 2.0))
+    y = torch.stack([task.train.target for task in tasks(50.0, 2.0)]).double()
+    assert found.target == pytest.approx(float(y[:, torch.arange(16) * 40 // 16].mean()))
+    assert found.spread == pytest.approx(float((y - y.mean(1, keepdim=True)).square().mean().sqrt()))
+    with torch.no_grad():
+        f = network()(X[:, torch.arange(16) * 40 // 16]).double()
+    assert found.output == pytest.approx(float(f.mean()), rel=1e-4)
+    assert found.varies == pytest.approx(float(f.std(correction=0)), rel=1e-4)
+
+
+def test_of_several_outputs_the_furthest_is_told() -> None:
+    adapter = adapt_backbone(network(2), peft.LoraConfig(r=1, target_modules=["0", "2"]), seed=0)
+    two = [
+        Task(
+            task.name,
+            (task.train.inputs[""], torch.cat([task.train.target, task.train.target + 300.0], 1)),
+            "regression",
+        )
+        for task in tasks(0.0, 1.0)
+    ]
+    assert units_of(adapter, two).target > 200.0
+
+
+@pytest.mark.parametrize(
+    ("offset", "unit", "differ"),
+    [(0.0, 1.0, False), (4.0, 1.0, False), (0.0, 100.0, False), (50.0, 1.0, True), (2.5e5, 5e4, True)],
+)
+def test_targets_of_another_unit_are_warned_of(
+    offset: float, unit: float, differ: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    lift(network()).meta_train(tasks(offset, unit), progress=False)
+    said = [record.getMessage() for record in caplog.records if "the targets lie around" in record.getMessage()]
+    assert len(said) == differ
+    if differ:
+        assert "undo that in predictions" in said[0] and "(target - " in said[0]
