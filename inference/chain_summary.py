@@ -1,9 +1,10 @@
-"""What is kept of LiFT's chain over phi: a mixture for each number of components, and a trace of a few coordinates."""
+"""What is kept of LiFT's chain: of phi mixtures and a trace of a few coordinates, of unknown variances their mean."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pyro.ops.streaming import StreamingStats
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.projections import ProjectedTrace
 from pyro_lift.models.adapters import RandomAdapter
 
-__all__ = ["ChainSummary"]
+__all__ = ["ChainSummary", "LogMean"]
 
 
 class ChainSummary(StreamingStats):
@@ -52,3 +53,33 @@ class ChainSummary(StreamingStats):
     def get(self) -> dict[str, Any]:
         """The mixtures by K, and the trace."""
         return {**{f"K={k}": m.get() for k, m in self.mixtures.items()}, "trace": self.trace.get()}
+
+
+class LogMean(StreamingStats):
+    """The mean logarithm of a positive site's draws, in float64; ``get`` gives the geometric mean."""
+
+    def __init__(self) -> None:
+        self.count, self.total = 0, torch.zeros((), dtype=torch.float64)
+
+    def update(self, sample: Tensor) -> None:
+        """Take one draw."""
+        self.count += 1
+        self.total = self.total.to(sample.device) + sample.detach().double().log()
+
+    def merge(self, other: LogMean) -> LogMean:
+        """Take both as one chain's."""
+        merged = LogMean()
+        merged.count, merged.total = self.count + other.count, self.total + other.total.to(self.total.device)
+        return merged
+
+    def state_dict(self) -> dict[str, Any]:
+        """Count and sum."""
+        return {"count": self.count, "total": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with these."""
+        self.count, self.total = state["count"], state["total"]
+
+    def get(self) -> Tensor:
+        """The geometric mean of all draws; ones before the first."""
+        return (self.total / max(self.count, 1)).exp()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -21,14 +22,23 @@ from pyro_lift.models.solved_heads import has_solved_head, solved_heads
 from pyro_lift.models.task import Task, check_task_names
 from pyro_lift.support.options import check_number
 
-__all__ = ["AdapterHierarchy", "can_share_pass"]
+__all__ = ["VARIANCE", "AdapterHierarchy", "can_share_pass"]
+
+#: Site of the unknown variances, over the square of the given beta; a and b of their inverse gamma prior.
+VARIANCE, VARIANCE_SHAPE = "beta_variance", 2.0
 
 
 class AdapterHierarchy:
     """The program of a family of tasks, which may differ in size and in the width of their heads.
 
-    Sites: ``phi`` ``[D]``; for each task i, inside the plate ``tasks``: ``theta_i`` ``[D]``, ``head_i`` where the task
-    has a head of its own, ``obs_i`` in the minibatch plate ``data_i``.
+    With ``learned`` beta is one number for each group of weights, times what is given, and unknown:
+
+    .. math:: v_g \\sim \\mathrm{InverseGamma}(2, 2), \\qquad \theta_i \\mid \\phi, v \\sim
+              \\mathcal N\big(\\phi, \beta^2\\,\\mathrm{diag}(v_{g(d)})\big)
+
+    Sites: ``phi`` ``[D]``; ``beta_variance`` ``[G]`` where beta is learned; for each task i, inside the plate
+    ``tasks``: ``theta_i`` ``[D]``, ``head_i`` where the task has a head of its own, ``obs_i`` in the minibatch plate
+    ``data_i``.
 
     In blocks of B tasks that agree in kind, and with heads of their own in their number of classes, the plate is
     vectorised: ``theta`` ``[B, D]``, ``head`` ``[B, C, width + 1]``, and one pass of the network for all of them. It is
@@ -45,6 +55,7 @@ class AdapterHierarchy:
             ends in a head shared by all tasks.
         noise_scale: standard deviation of the noise in regression.
         block_size: B, tasks that one run of the program takes.
+        learned: g, ``[D]``, the group of each weight, whose variance is unknown; None takes beta as it is given.
         head: whether a task's own head is a site, ``"sample"``, or solved on the way, ``"solve"``
             (:mod:`~pyro_lift.models.solved_heads`), which gives one to tasks of label matching too.
 
@@ -71,6 +82,7 @@ class AdapterHierarchy:
         head_scale: float | None = None,
         noise_scale: float = 1.0,
         block_size: int = 1,
+        learned: Tensor | None = None,
         head: Literal["sample", "solve"] = "sample",
     ) -> None:
         check_width_of_prior("beta", beta, adapter.dim)
@@ -80,7 +92,7 @@ class AdapterHierarchy:
         check_task_names(tasks)
         self.adapter = adapter
         self.tasks = list(tasks)
-        self.beta, self.sigma = beta, sigma
+        self.beta, self.sigma, self.learned = beta, sigma, learned
         self.batch_size = batch_size
         self.prior_mean = torch.zeros_like(adapter.initial) if prior_mean is None else prior_mean
         self.head_scale = head_scale
@@ -96,10 +108,11 @@ class AdapterHierarchy:
     def __call__(self) -> None:
         """Run the program."""
         phi = pyro.sample("phi", normal(self.prior_mean, self.sigma).to_event(1))
+        beta = self.beta if self.learned is None else self._learned_beta(self.learned)
         if self.one_pass:
-            return self._block(phi)
+            return self._block(phi, beta)
         for i in pyro.plate("tasks", len(self.tasks), subsample_size=self.block_size):
-            theta = pyro.sample(f"theta_{i}", normal(phi, self.beta).to_event(1))
+            theta = pyro.sample(f"theta_{i}", normal(phi, beta).to_event(1))
             task = self.tasks[i]
             if self.solved is not None and has_solved_head(self.adapter, task, self.head_scale):
                 with pyro.plate(
@@ -112,9 +125,14 @@ class AdapterHierarchy:
                 observe(f"obs_{i}", self.adapter, task, task.train.take(rows), theta, head, self.noise_scale)
         return None
 
-    def _block(self, phi: Tensor) -> None:
+    def _learned_beta(self, groups: Tensor) -> Tensor:
+        shape = self.adapter.initial.new_full((int(groups.max()) + 1,), VARIANCE_SHAPE)
+        variance: Tensor = pyro.sample(VARIANCE, dist.InverseGamma(shape, shape).to_event(1))
+        return self.beta * variance.sqrt()[groups]
+
+    def _block(self, phi: Tensor, beta: float | Tensor) -> None:
         with pyro.plate("tasks", len(self.tasks), subsample_size=self.block_size) as index:
-            theta = pyro.sample("theta", normal(phi, self.beta).to_event(1))
+            theta = pyro.sample("theta", normal(phi, beta).to_event(1))
             tasks = [self.tasks[i] for i in index.tolist()]
             solved = self.solved if has_solved_head(self.adapter, tasks[0], self.head_scale) else None
             head = None

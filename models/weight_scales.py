@@ -23,7 +23,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.peft_layers import peft_layers
 from pyro_lift.models.quantised import plain_weight
 
-__all__ = ["by_weight", "harmless_scales", "typical_size"]
+__all__ = ["by_weight", "groups_of_weights", "harmless_scales", "typical_size"]
 
 #: Root mean square of a draw's change of a layer, over that of the layer.
 OF_LAYER = 0.2
@@ -75,13 +75,13 @@ def typical_size(adapter: RandomAdapter) -> float:
     return _rms(start) if len(start) else OTHERWISE
 
 
-def by_weight(adapter: RandomAdapter, scales: float | Sequence[float] | None) -> float | Tensor:
+def by_weight(adapter: RandomAdapter, scales: float | Sequence[float] | str | None) -> float | Tensor:
     """Spread one number a tensor over the tensor's weights: ``[D]``; one number for all stays one number.
 
     Raises:
         ValueError: not as many numbers as the adapter has tensors; nothing given.
     """
-    if scales is None:
+    if scales is None or isinstance(scales, str):
         raise ValueError("the widths of the prior are not filled in: call pyro_lift.settings.resolved first.")
     if isinstance(scales, (int, float)):
         return float(scales)
@@ -92,6 +92,12 @@ def by_weight(adapter: RandomAdapter, scales: float | Sequence[float] | None) ->
         )
     sizes = torch.tensor([entry.part.stop - entry.part.start for entry in adapter.layout])
     return torch.tensor(list(scales)).repeat_interleave(sizes).to(adapter.initial)
+
+
+def groups_of_weights(adapter: RandomAdapter) -> Tensor:
+    """Return the number of the adapter tensor that each weight belongs to, ``[D]``."""
+    sizes = torch.tensor([entry.part.stop - entry.part.start for entry in adapter.layout])
+    return torch.arange(len(sizes)).repeat_interleave(sizes).to(adapter.initial.device)
 
 
 def _rms(x: Tensor) -> float:

@@ -42,7 +42,7 @@ log = logging.getLogger("pyro_lift")
 
 #: Names of the files inside the folders that the commands write.
 CONFIG, PRIOR = "run.toml", "prior.safetensors"
-RECORD, PREDICTIONS = "adapt.json", "predictions.jsonl"
+RECORD, PREDICTIONS, EARLIER = "adapt.json", "predictions.jsonl", "predictions.earlier.jsonl"
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ def adapt(
 ) -> TaskPosterior:
     """Adapt a prior to the task of a folder; write the posterior's folder and a record.
 
-    The draws are written before they are scored, so that scores which cannot be computed cost nothing.
+    The draws are written before they are scored, so that scores which cannot be computed cost nothing. A posterior that
+    is in the folder already is replaced; its predictions there are put aside, for they are not the new one's.
 
     Args:
         prior_folder: what :func:`train` wrote.
@@ -224,6 +225,7 @@ def adapt(
         **({"untrained": True} if untrained else {}),
         **posterior.results,
     }
+    _put_aside(out)
     posterior.save_pretrained(out)
     write_json(out / RECORD, record)
     if task.test is not None:
@@ -236,6 +238,13 @@ def adapt(
         write_json(out / RECORD, record)
     print(json.dumps(record))
     return posterior
+
+
+def _put_aside(folder: Path) -> None:
+    """Give predictions of the posterior that was in a folder another name."""
+    if (predictions := folder / PREDICTIONS).exists():
+        predictions.replace(folder / EARLIER)
+        log.warning("%s holds predictions of the posterior that is replaced: they are now %s.", folder, EARLIER)
 
 
 class _AtStart:

@@ -54,13 +54,15 @@ def resolved(settings: LiFTSettings, adapter: RandomAdapter) -> LiFTSettings:
     Widths are one number an adapter tensor where phi is drawn exactly, else one for all: the geometric mean.
     """
     s = settings
-    power = 1.0 if s.n_inflate is None else s.n_inflate
+    learned = s.learns_beta
+    # A beta that is learned asks for temperature 1: the law of the default is stated in its own widths and power.
+    power = s.n_inflate if s.n_inflate is not None else 1.0 / TEMPERATURE if learned else 1.0
     # A model that is stated is sampled as it is stated; only one that is left to the network is cold.
     stated = any(value is not None for value in (s.n_inflate, s.beta, s.sigma))
     temperature = s.temperature if s.temperature is not None else 1.0 if stated else TEMPERATURE
     # Without a preconditioner a rate has another unit: it multiplies the gradient, and no size of weights tells it.
     rate = RELATIVE_STEP * typical_size(adapter) if s.preconditioner == "rms" else PLAIN_RATE
-    beta = s.beta
+    beta = None if isinstance(s.beta, str) else s.beta
     if beta is None:
         # At temperature zero, where nothing varies, the widths of the default remain.
         warmth = math.sqrt(temperature or TEMPERATURE)
@@ -146,9 +148,10 @@ def fitted(settings: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task]
         measured = _prior_loss(s, adapter, tasks)
         if measured.harmless:
             return s
-        if settings.beta is not None and settings.sigma is not None:
+        open_beta = settings.beta is None or settings.learns_beta
+        if not open_beta and settings.sigma is not None:
             break
-        beta = s.beta if settings.beta is not None else _times(0.5, s.beta)
+        beta = _times(0.5, s.beta) if open_beta else s.beta
         s = replace(s, beta=beta, sigma=s.sigma if settings.sigma is not None else _times(0.5, s.sigma))
         log.info("draws from the prior raise the mean loss from %.3f to %.3f: its widths are halved", *measured[:2])
     log.warning(
@@ -172,14 +175,14 @@ def _prior_loss(s: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task]) 
     return prior_loss(adapter, tasks, centre, spread, head_scale=s.head_scale, solve=solve, noise_scale=s.noise_sd)
 
 
-def _times(factor: float, width: float | Sequence[float] | None) -> float | list[float]:
-    assert width is not None
+def _times(factor: float, width: float | Sequence[float] | str | None) -> float | list[float]:
+    assert width is not None and not isinstance(width, str)
     return [factor * x for x in width] if isinstance(width, (list, tuple)) else factor * float(width)  # type: ignore[arg-type]
 
 
-def one_width(width: float | Sequence[float] | None) -> float:
+def one_width(width: float | Sequence[float] | str | None) -> float:
     """Return a width as one number: itself, or the geometric mean of one for each adapter tensor."""
-    assert width is not None, "resolve the settings first"
+    assert width is not None and not isinstance(width, str), "resolve the settings first"
     if not isinstance(width, (list, tuple)):
         return float(width)  # type: ignore[arg-type]
     return math.exp(sum(map(math.log, width)) / len(width))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_lift.defaults import fitted, for_targets, one_width, resolved, resolved_adaptation
 from pyro_lift.inference.adaptation.chain import rows_of_moments
-from pyro_lift.inference.chain_summary import ChainSummary
+from pyro_lift.inference.chain_summary import ChainSummary, LogMean
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import weights_moved
@@ -31,12 +31,12 @@ from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_names import class_numbers_by_name
-from pyro_lift.models.hierarchical import AdapterHierarchy
+from pyro_lift.models.hierarchical import VARIANCE, AdapterHierarchy
 from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.solved_heads import has_solved_head
 from pyro_lift.models.target_units import warn_of_units
 from pyro_lift.models.task import Task, check_kinds, check_tasks
-from pyro_lift.models.weight_scales import by_weight
+from pyro_lift.models.weight_scales import by_weight, groups_of_weights
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings, upgraded_run
@@ -51,6 +51,7 @@ from pyro_lift.tuning.early_stopping import HeldOutLooks, mean_loss, with_held_o
 from pyro_lift.tuning.halves import Joint, has_trial, joint_on_trial, log_probs_at
 from pyro_lift.tuning.held_out import has_unseen_rows
 from pyro_lift.tuning.joint_run import JointRun, Standing, moments_of
+from pyro_lift.tuning.learned_beta import learned_beta, with_rounds_to_learn
 from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
 from pyro_lift.tuning.whose_heads import RULE, as_saved, counts_width, with_heads_settled
 from pyro_lift.watching.steps import Run
@@ -299,6 +300,7 @@ class LiFT:
         if halves is not None:
             run.settings, s = (replace(settings, **halves.settings()) for settings in (run.settings, s))
             program.noise_scale = s.noise_sd
+        s = with_rounds_to_learn(s, len(tasks)) if program.learned is not None else s
         kernel = run.kernel(program)
         watch = LossWatch.of(program.tasks, s.noise_sd, ADVICE)
         make = partial(ChainSummary, tuple(components), s.covariance, self.adapter)
@@ -308,11 +310,15 @@ class LiFT:
         warmup_steps = s.sgd_steps + s.burn_in
         watchers.run = replace(watchers.run, settings=asdict(s))
 
+        def beta_now() -> Any:
+            """Return beta, or what the draws say of it so far."""
+            return s.beta if program.learned is None else learned_beta(s.beta, mcmc._statistics.stats[(0, VARIANCE)])
+
         def prior(k: int, summary: ChainSummary, moments: dict[str, Tensor], results: dict[str, float]) -> LiFTPrior:
             return LiFTPrior(
                 self.adapter,
                 summary.mixtures[k],
-                replace(s, components=k, sgd_steps=self.settings.sgd_steps),
+                replace(s, components=k, sgd_steps=self.settings.sgd_steps, beta=beta_now()),
                 resolved_adaptation(self.adapt_settings, self.settings, s, program.solved is not None),
                 moments,
                 mcmc,
@@ -343,7 +349,7 @@ class LiFT:
                 num_samples=s.samples,
                 warmup_steps=warmup_steps,
                 initial_params=None if start is None else {"phi": start.to(self.adapter.initial)},
-                statistics=StatsOfDict(default=make),
+                statistics=StatsOfDict({(0, VARIANCE): LogMean} if program.learned is not None else {}, default=make),
                 disable_progbar=True,
                 hook_fn=hook,
             )
@@ -360,7 +366,9 @@ class LiFT:
         summary, moments = looks.kept() or (mcmc._statistics.stats[(0, "phi")], moments_of(kernel))
         given = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) is not None]
         told: dict[str, Any] = {"power": s.n_inflate or 1.0, "temperature": s.temperature or 0.0, "given": given}
-        moved = weights_moved(moments, program.beta, program.tasks, batch_size=s.batch_size, **told)
+        moved = weights_moved(
+            moments, by_weight(self.adapter, beta_now()), program.tasks, batch_size=s.batch_size, **told
+        )
         before = [work.results() for work in (joint, halves) if work is not None]
         results = {**moved, **{name: x for part in before for name, x in part.items()}, **looks.results()}
         return [prior(k, summary, moments, results) for k in components]
@@ -460,6 +468,7 @@ class LiFT:
             head_scale=self._head_scale(tasks, s),
             noise_scale=s.noise_sd,
             block_size=s.block_size,
+            learned=groups_of_weights(self.adapter) if self.settings.learns_beta else None,
             head="sample" if s.head == "langevin" else "solve",
         )
 

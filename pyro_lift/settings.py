@@ -17,6 +17,9 @@ __all__ = [
     "upgraded_run",
 ]
 
+#: The word for a beta that is unknown, and drawn.
+LEARN = "learn"
+
 #: What options of the kernel and of its run are called in :class:`LiFTSettings`; empty: there is no such setting.
 KERNEL_OPTIONS = {
     "num_samples": "samples",
@@ -95,11 +98,11 @@ class LiFTSettings:
 
     components: int = field(default=1, metadata={"help": "K, components of the mixture over phi"})
     covariance: Literal["diag", "spherical"] = field(default="diag", metadata={"help": "of each component"})
-    beta: float | list[float] | None = field(
+    beta: float | list[float] | str | None = field(
         default=None,
         metadata={
             "help": "standard deviation of a task's weights around phi, or one for each adapter tensor; none: by "
-            "module, as wide as leaves the network working"
+            'module, as wide as leaves the network working; "learn": drawn by tensor, beginning there'
         },
     )
     sigma: float | list[float] | None = field(
@@ -194,6 +197,23 @@ class LiFTSettings:
         """The noise of regressions as a number; 1 where it was left open and no task has filled it in."""
         return 1.0 if self.noise_scale is None else self.noise_scale
 
+    @property
+    def learns_beta(self) -> bool:
+        """Whether beta is unknown, and drawn with all else."""
+        return self.beta == LEARN
+
+    def _check_learned(self) -> None:
+        if self.beta != LEARN:
+            raise ValueError(f'beta={self.beta!r}: expected a number, one for each adapter tensor, or "{LEARN}".')
+        if self.temperature not in (None, 1.0):
+            raise ValueError(
+                f'temperature={self.temperature:g} with beta="{LEARN}": a cold law of an unknown width has no width '
+                "but zero. Leave the temperature open; n_inflate=1/T is the same law at temperature 1."
+            )
+        if self.phi_update != "gibbs" or self.ranks_block_size:
+            way = "ranks_block_size" if self.ranks_block_size else f'phi_update="{self.phi_update}"'
+            raise ValueError(f'{way} with beta="{LEARN}": an unknown width is drawn with an exact phi, by one process.')
+
     def __post_init__(self) -> None:
         _check_numbers(
             self,
@@ -205,10 +225,12 @@ class LiFTSettings:
                 f"stop_every={self.stop_every} with ranks_block_size={self.ranks_block_size}: processes that share "
                 "visits would each judge by themselves. Leave one of the two at 0."
             )
+        if isinstance(self.beta, str):
+            self._check_learned()
         for name in ("beta", "sigma", "learning_rate", "sgd_learning_rate", "n_inflate", "noise_scale"):
             value = getattr(self, name)
             for number in value if isinstance(value, (list, tuple)) else [value]:
-                if value is not None:
+                if value is not None and not isinstance(self.beta if name == "beta" else None, str):
                     check_number(name, number)
         if self.temperature is not None:
             check_number("temperature", self.temperature, open_below=False)

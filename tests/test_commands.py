@@ -52,6 +52,20 @@ def test_train_adapt_predict_and_export_from_files(family: str, tmp_path: Path) 
             torch.testing.assert_close(getattr(theirs, name), getattr(ours, name))
 
 
+def test_predictions_of_a_posterior_that_is_replaced_are_put_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    commands.train(prepare("bert", tmp_path), progress=False)
+    folder = tmp_path / "adapted"
+    commands.adapt(tmp_path / "prior", tmp_path / "new", folder, progress=False)
+    old = commands.predict(folder).read_text()
+    assert "put aside" not in caplog.text and "earlier" not in caplog.text
+    commands.adapt(tmp_path / "prior", tmp_path / "new", folder, seed=1, progress=False)
+    assert not (folder / "predictions.jsonl").exists()
+    assert (folder / "predictions.earlier.jsonl").read_text() == old
+    assert "they are now predictions.earlier.jsonl" in caplog.text
+
+
 def test_the_prior_read_back_is_the_prior_written(tmp_path: Path) -> None:
     config = prepare("bert", tmp_path)
     prior = commands.train(config, progress=False)

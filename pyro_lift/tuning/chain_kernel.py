@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_lift.inference.gibbs.accumulator import langevin_step
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
-from pyro_lift.models.hierarchical import AdapterHierarchy
+from pyro_lift.models.hierarchical import VARIANCE, AdapterHierarchy
 from pyro_lift.models.task import Task
 from pyro_lift.settings import KERNEL_OPTIONS, LiFTSettings
 
@@ -46,6 +46,9 @@ def chain_kernel(program: AdapterHierarchy, settings: LiFTSettings, start: Tenso
     assert s.learning_rate is not None and s.sgd_learning_rate is not None
     assert s.temperature is not None and s.n_inflate is not None
     wide, weights = (program.beta, program.sigma, len(program.tasks)), task_weights(program.tasks)
+    begin = {"phi": start}
+    if program.learned is not None:
+        begin[VARIANCE] = start.new_ones(int(program.learned.max()) + 1)
     kernel = SGLDGibbs(
         program,
         step_size=2.0 * s.learning_rate,
@@ -66,7 +69,7 @@ def chain_kernel(program: AdapterHierarchy, settings: LiFTSettings, start: Tenso
         block_size=s.ranks_block_size or None,
         site_step_scale={"head": s.head_lr_scale},
         site_temperature={"head": s.head_temperature},
-        init_strategy=init_to_value(values={"phi": start}, fallback=init_to_mean),
+        init_strategy=init_to_value(values=begin, fallback=init_to_mean),
         seed=seed,
     )
     kernel.option_names = KERNEL_OPTIONS
