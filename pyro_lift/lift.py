@@ -279,7 +279,7 @@ class LiFT:
         if start is not None and start.shape != self.adapter.initial.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}; the adapter has {self.adapter.dim} weights.")
         check_kinds(tasks)
-        shared = self._head_scale(tasks, resolved(self.settings, self.adapter)) is None
+        shared = self._head_scale(tasks, self.settings) is None
         classes = class_numbers_by_name(tasks) if shared else {}
         if shared and any(task.kind == "regression" for task in tasks):
             warn_of_units(self.adapter, tasks)

@@ -314,7 +314,7 @@ class LiFTPrior:
 
     def _check(self, tasks: Sequence[Task]) -> None:
         check_kinds(tasks, self.kinds)
-        check_class_numbers([task for task in tasks if self._head_scale([task]) is None], self.classes)
+        check_class_numbers(tasks, self.classes)  # none where they had heads of their own
 
     def _posterior(
         self, task: Task, thetas: Tensor, heads: Tensor | None, component: int, chain: MCMC | DrawWindows
