@@ -29,7 +29,8 @@ def class_numbers_by_name(tasks: Sequence[Task]) -> dict[str, int]:
                     f"class {name!r} is number {number} in task {task.name!r} ({_listed(task)}) and number "
                     f"{numbers[name]} in task {other.name!r} ({_listed(other)}), and all tasks share the network's "
                     "outputs: one output would be two classes. Number the classes alike in all tasks, with the same "
-                    "labels= for each, or give every task a head of its own with head_scale=1.0."
+                    "labels= for each (labels in a folder's task.json), or give every task a head of its own with "
+                    "head_scale=1.0."
                 )
             by.setdefault(name, task)
     return numbers
@@ -49,12 +50,22 @@ def check_class_numbers(tasks: Sequence[Task], learned: Mapping[str, int]) -> No
         assert task.labels is not None
         for number, name in enumerate(task.labels):
             if learned.get(name, number) != number:
-                order = sorted(learned, key=lambda each: learned[each])
+                order = _order(learned, task)
                 raise ValueError(
                     f"class {name!r} is number {number} in task {task.name!r} ({_listed(task)}) and number "
-                    f"{learned[name]} in the tasks that the prior was learned from ({', '.join(order)}): the network's "
-                    f"output {number} is another class. Give it labels={order!r}, and targets that count in it."
+                    f"{learned[name]} in the tasks that the prior was learned from: the network's output {number} is "
+                    f"another class. Give it labels={order!r}, and targets that count in it."
                 )
+
+
+def _order(learned: Mapping[str, int], task: Task) -> list[str]:
+    """Return a name for each output, the task's own where several stand at one."""
+    own = task.labels or ()
+    names: dict[int, str] = {}
+    for name, number in learned.items():
+        if number not in names or (name in own and names[number] not in own):
+            names[number] = name
+    return [names[number] for number in sorted(names)]
 
 
 def _named(tasks: Sequence[Task]) -> list[Task]:

@@ -22,8 +22,8 @@ log = logging.getLogger("pyro_lift")
 #: The network is off by more than so many spreads of the targets. At 5 a small network still got there in 1,000 steps;
 #: at 50 it had half of what ridge regression on the inputs had, without a word.
 FAR = 8.0
-#: Targets vary so many times as much as the outputs. At 100 the network still got there; at 50,000 it did not move.
-WIDE = 1000.0
+#: Targets vary so many times as much as the outputs, or as little. At 100 some networks got there, others did not.
+WIDE = 30.0
 
 
 class Units(NamedTuple):
@@ -45,7 +45,8 @@ class Units(NamedTuple):
     def differ(self) -> bool:
         """Whether they are so far apart that an adapter is not what is missing."""
         far = abs(self.target - self.output) > FAR * self.spread > 0.0
-        return far or 0.0 < WIDE * self.varies < self.spread
+        wide = 0.0 < WIDE * self.varies < self.spread
+        return far or wide or 0.0 < WIDE * self.spread < self.varies
 
 
 @torch.no_grad()
@@ -75,10 +76,10 @@ def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
 
     Args:
         adapter: the network as a function of theta.
-        tasks: regressions without heads of their own.
+        tasks: that share the network's outputs; others than regressions have no unit.
     """
-    units = units_of(adapter, tasks)
-    if not units.differ:
+    tasks = [task for task in tasks if task.kind == "regression"]
+    if not tasks or not (units := units_of(adapter, tasks)).differ:
         return
     log.warning(
         "the targets lie around %.3g and vary within a task by %.3g; the untouched network's outputs lie around %.3g "

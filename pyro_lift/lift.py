@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import asdict, fields, replace
@@ -52,8 +53,9 @@ from pyro_lift.tuning.halves import Joint, has_trial, joint_on_trial, log_probs_
 from pyro_lift.tuning.held_out import has_unseen_rows
 from pyro_lift.tuning.joint_run import JointRun, Standing, moments_of
 from pyro_lift.tuning.learned_beta import learned_beta, with_rounds_to_learn
+from pyro_lift.tuning.noise import Noise
 from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
-from pyro_lift.tuning.whose_heads import RULE, as_saved, counts_width, with_heads_settled
+from pyro_lift.tuning.whose_heads import as_saved, counts_width, run_config, with_heads_settled
 from pyro_lift.watching.steps import Run
 from pyro_lift.watching.watch import Watchers
 
@@ -150,8 +152,11 @@ class LiFT:
         Raises:
             ValueError: fewer than three tasks, a budget that is no length of time.
         """
-        seconds = seconds_of(budget)
-        settings = with_heads_settled(self.settings, self.adapter, tasks)
+        begun, seconds = time.monotonic(), seconds_of(budget)
+        noise = self._noise_of(tasks)
+        found: dict[str, Any] = {} if noise is None else {"noise_scale": noise.scale}
+        settings = replace(with_heads_settled(self.settings, self.adapter, tasks), **found)
+        seconds = max(seconds - (time.monotonic() - begun), 1e-3)
         known = resolved(settings, self.adapter)
         scale = self._head_scale(tasks, known)
         heads = known.head != "langevin" and any(has_solved_head(self.adapter, task, scale) for task in tasks)
@@ -164,9 +169,23 @@ class LiFT:
 
         with trial_bar(progress, callbacks) as on_trial:
             self.tuning = search(candidates, make, tasks, seconds=seconds, on_trial=on_trial)
+        if noise is not None:
+            self.tuning = replace(self.tuning, meta={**self.tuning.meta, **found}, temperature=noise.temperature)
         self.settings = replace(self.settings, **self.tuning.meta)
         self.adapt_settings = replace(self.adapt_settings, **self.tuning.adapt)
         return self.tuning
+
+    def _noise_of(self, tasks: Sequence[Task]) -> Noise | None:
+        """Find the noise of regressions as :meth:`meta_train` does; None where it is given, or there is none."""
+        check_kinds(tasks)
+        if self.settings.noise_scale is not None or any(task.kind != "regression" for task in tasks):
+            return None
+        run = self._with(for_targets(self.settings, tasks))
+        run = run if (joint := run._joint(tasks, None, False, None)) is None else run._after(joint)
+        program = run.program(tasks)
+        s, first = run._fitted(program), run.settings.noise_scale
+        halves = run._cross_fitted(program, joint, s, None, first, progress=False, on_step=None)
+        return None if halves is None or halves.noise is None else Noise(halves.noise, halves.temperature)
 
     def meta_train(
         self,
@@ -243,13 +262,7 @@ class LiFT:
         by_width = True
         if resume is not None:
             self.settings, by_width = as_saved(self.settings, Path(folder))
-        config = {
-            "settings": asdict(self.settings),
-            "seed": self.seed,
-            "adapter": [[entry.name, list(entry.shape)] for entry in self.adapter.layout],
-            "tasks": [[task.name, task.kind, len(task.train)] for task in tasks],
-            **(RULE if by_width else {}),
-        }
+        config = run_config(self.settings, self.seed, self.adapter, tasks, by_width=by_width)
         return Session(
             folder, every=checkpoint_every, resume=resume is not None, config=config, upgrade=upgraded_run, **options
         )
@@ -272,23 +285,21 @@ class LiFT:
             check_number("components", k, least=1, open_below=False, whole=True)
         settings = with_heads_settled(self.settings, self.adapter, tasks, by_width=counts_width(session))
         if settings != self.settings:
-            lift = copy(self)
+            lift, shown = copy(self), {"progress": progress, "on_step": on_step, "callbacks": callbacks}
             lift.settings = settings
-            shown: dict[str, Any] = {"progress": progress, "on_step": on_step, "callbacks": callbacks}
             return lift.meta_train_many(tasks, components, session=session, start=start, crossed=crossed, **shown)
+        check_kinds(tasks)
         if start is not None and start.shape != self.adapter.initial.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}; the adapter has {self.adapter.dim} weights.")
-        check_kinds(tasks)
-        shared = self._head_scale(tasks, self.settings) is None
-        classes = class_numbers_by_name(tasks) if shared else {}
-        if shared and any(task.kind == "regression" for task in tasks):
+        classes = {}
+        if self._head_scale(tasks, self.settings) is None:  # all share the network's outputs
+            classes = class_numbers_by_name(tasks)
             warn_of_units(self.adapter, tasks)
         tasks, held_out = with_held_out(tasks) if self.settings.stop_every else (tasks, [])
         if self.settings.ranks_block_size:
             distributed.join()
-        watchers = Watchers(
-            callbacks, Run("meta-train"), [len(t.train) for t in tasks], [t.name for t in tasks], on_step
-        )
+        rows, names = [len(task.train) for task in tasks], [task.name for task in tasks]
+        watchers = Watchers(callbacks, Run("meta-train"), rows, names, on_step)
         run = self._with(for_targets(self.settings, tasks))
         joint = None if start is not None else run._joint(tasks, session, progress, watchers.of("joint-trial"))
         run = run if joint is None else run._after(joint)
@@ -300,30 +311,28 @@ class LiFT:
         if halves is not None:
             run.settings, s = (replace(settings, **halves.settings()) for settings in (run.settings, s))
             program.noise_scale = s.noise_sd
-        s = with_rounds_to_learn(s, len(tasks)) if program.learned is not None else s
+        s = with_rounds_to_learn(s, len(tasks)) if run.settings.learns_beta else s
         kernel = run.kernel(program)
         watch = LossWatch.of(program.tasks, s.noise_sd, ADVICE)
         make = partial(ChainSummary, tuple(components), s.covariance, self.adapter)
-        kernel.memory_beside += [
-            mixture_need(mixture, self.adapter.initial, s.samples) for mixture in make().mixtures.values()
-        ]
+        kernel.memory_beside += [mixture_need(x, self.adapter.initial, s.samples) for x in make().mixtures.values()]
         warmup_steps = s.sgd_steps + s.burn_in
         watchers.run = replace(watchers.run, settings=asdict(s))
+        kept = StatsOfDict({(0, VARIANCE): LogMean} if program.learned is not None else {}, default=make)
 
-        def beta_now() -> Any:
-            """Return beta, or what the draws say of it so far."""
-            return s.beta if program.learned is None else learned_beta(s.beta, mcmc._statistics.stats[(0, VARIANCE)])
+        def beta_of() -> Any:
+            return learned_beta(s.beta, kept.stats.get((0, VARIANCE)))
 
         def prior(k: int, summary: ChainSummary, moments: dict[str, Tensor], results: dict[str, float]) -> LiFTPrior:
             return LiFTPrior(
                 self.adapter,
                 summary.mixtures[k],
-                replace(s, components=k, sgd_steps=self.settings.sgd_steps, beta=beta_now()),
+                replace(s, components=k, sgd_steps=self.settings.sgd_steps, beta=beta_of()),
                 resolved_adaptation(self.adapt_settings, self.settings, s, program.solved is not None),
                 moments,
                 mcmc,
                 self.seed,
-                tasks=[task.name for task in tasks],
+                tasks=names,
                 rows=rows_of_moments(tasks, alike=s.task_steps == "tasks"),
                 results=results,
                 kinds=sorted({task.kind for task in tasks}),
@@ -349,12 +358,12 @@ class LiFT:
                 num_samples=s.samples,
                 warmup_steps=warmup_steps,
                 initial_params=None if start is None else {"phi": start.to(self.adapter.initial)},
-                statistics=StatsOfDict({(0, VARIANCE): LogMean} if program.learned is not None else {}, default=make),
+                statistics=kept,
                 disable_progbar=True,
                 hook_fn=hook,
             )
             looks = HeldOutLooks(
-                lambda: (mcmc._statistics.stats[(0, "phi")], moments_of(kernel)),
+                lambda: (kept.stats[(0, "phi")], moments_of(kernel)),
                 lambda summary, moments: mean_loss(
                     prior(components[0], summary, moments, {}).adapt_many(held_out, seed=0), held_out
                 ),
@@ -363,12 +372,11 @@ class LiFT:
                 session=session,
             )
             mcmc.run(checkpoint=session, until=looks.ends if held_out else None)
-        summary, moments = looks.kept() or (mcmc._statistics.stats[(0, "phi")], moments_of(kernel))
+        summary, moments = looks.kept() or (kept.stats[(0, "phi")], moments_of(kernel))
         given = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) is not None]
         told: dict[str, Any] = {"power": s.n_inflate or 1.0, "temperature": s.temperature or 0.0, "given": given}
-        moved = weights_moved(
-            moments, by_weight(self.adapter, beta_now()), program.tasks, batch_size=s.batch_size, **told
-        )
+        widths = by_weight(self.adapter, beta_of())
+        moved = weights_moved(moments, widths, program.tasks, batch_size=s.batch_size, **told)
         before = [work.results() for work in (joint, halves) if work is not None]
         results = {**moved, **{name: x for part in before for name, x in part.items()}, **looks.results()}
         return [prior(k, summary, moments, results) for k in components]
@@ -423,14 +431,8 @@ class LiFT:
             at_noise = replace(s, noise_scale=noise or s.noise_scale)
             power = (s.noise_sd / at_noise.noise_sd) ** 4  # of square gradients
             moments = {name: power * moment for name, moment in standing.moments.items()}
-            prior = LiFTPrior(
-                self.adapter,
-                mixture,
-                at_noise,
-                options,
-                moments,
-                rows=rows_of_moments(tasks, alike=s.task_steps == "tasks"),
-            )
+            rows = rows_of_moments(tasks, alike=s.task_steps == "tasks")
+            prior = LiFTPrior(self.adapter, mixture, at_noise, options, moments, rows=rows)
             return prior.adapt_many(unseen, seed=0)
 
         predict = partial(predicted, self.adapter) if sure and noise is None else None

@@ -19,6 +19,7 @@ from pyro_lift.defaults import for_targets, resolved
 from pyro_lift.inference.baselines.protocol import Baseline, Budget
 from pyro_lift.inference.lost import ChainLostError
 from pyro_lift.inference.sgld import DivergedError
+from pyro_lift.methods.lift import regress
 from pyro_lift.methods.registry import BASELINES
 from pyro_lift.metrics.probabilities import class_scores
 from pyro_lift.models.adapters import RandomAdapter
@@ -109,6 +110,8 @@ def method_of(
     on_trial = name == REFERENCE and problem.settings.sgd_learning_rate is None
     if on_trial:  # what the trial takes is taken from what it is about
         warm_up = steps_beside_trial(warm_up, len(problem.train))
+        if s.noise_scale is not None and problem.settings.noise_scale is None and regress(problem.train):
+            warm_up = max(warm_up // 2, 1)  # the rest goes to halves of the tasks, which say how large the noise is
     values: dict[str, Any] = {
         "warm_up": warm_up,
         "visits": visits,

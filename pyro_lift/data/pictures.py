@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ from pyro_lift.models.targets import class_numbers, count_classes
 from pyro_lift.support.options import check_choice, check_distinct
 
 __all__ = ["PARTS", "is_picture_task", "npz_pictures", "read_npz", "read_pictures"]
+
+log = logging.getLogger("pyro_lift")
 
 #: What may lie beside pictures and is no example: notes, lists, annotations.
 _BESIDE = (
@@ -77,8 +80,8 @@ def read_pictures(path: Path) -> ImageTask:
     ``.jsonl`` with ``file_name`` and ``label``, as ``datasets`` has them, in place of folders
     (:mod:`~pyro_lift.data.picture_lists`). The pictures of a folder are read when they are encoded, in every format of
     :data:`~pyro_lift.data.pixels.PICTURE_FILES`, those of folders inside a class too; hidden folders are passed over.
-    ``task.json`` may say ``group``, and ``labels``, the folders' names in the order of their numbers; without it they
-    are in alphabetical order.
+    ``task.json`` may say ``group``, and ``labels``, the folders' names in the order of their numbers, classes of other
+    tasks without a folder here among them; without it they are in alphabetical order.
 
     Raises:
         ValueError: no picture, a class that train does not have, or has no picture of, a file that cannot be read, a
@@ -100,9 +103,9 @@ def _read_folder(folder: Path) -> ImageTask:
         if not files:
             raise ValueError(f"{homes['train'] / name}: a class without a picture; expected {name}/*.png.")
     labels = tuple(about.get("labels") or sorted(pictures["train"]))
-    lacking = sorted(set(labels) - set(pictures["train"]))
-    if lacking:
-        raise ValueError(f"{folder / 'task.json'}: labels names {lacking[0]!r}, which is no folder of train.")
+    if lacking := sorted(set(labels) - set(pictures["train"])):
+        # Tasks that share a head number all its classes, whether they have pictures of each or not.
+        log.info("%s: no picture of %s in train, which task.json names.", folder, ", ".join(lacking))
     parts: dict[str, Images] = {}
     for part, by_class in pictures.items():
         strange = sorted(name for name in by_class if name not in labels)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pyro_lift.defaults import resolved
 from pyro_lift.inference.adaptation.meta_testing import best_start, meta_test_program
@@ -32,7 +32,7 @@ from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_literal
 from pyro_lift.tuning.candidates import META, times
 
-__all__ = ["LiFTMethod", "LiFTState"]
+__all__ = ["LiFTMethod", "LiFTState", "regress"]
 
 Ablation = Literal["none", "reg", "noise"]
 
@@ -46,6 +46,11 @@ class LiFTState(NamedTuple):
 
     prior: LiFTPrior
     meta_steps: int
+
+
+def regress(tasks: Sequence[Task]) -> bool:
+    """Whether all tasks are regressions."""
+    return all(task.kind == "regression" for task in tasks)
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,10 @@ class LiFTMethod:
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LiFTState:
         """Run the chain; ``on_step`` is called after each transition."""
         lift = LiFT(self.adapter, settings=self.chain_settings(), adapt=self.adapt_settings(), seed=self.budget.seed)
-        prior = lift.meta_train_many(
-            tasks, [lift.settings.components], progress=False, start=self.budget.warm_start, on_step=on_step
-        )[0]
+        # Where LiFT chooses for itself it finds the noise of regressions, as it does by default.
+        crossed = lift.settings.noise_scale is None and regress(tasks)
+        shown: dict[str, Any] = {"progress": False, "on_step": on_step, "crossed": crossed}
+        prior = lift.meta_train_many(tasks, [lift.settings.components], start=self.budget.warm_start, **shown)[0]
         return LiFTState(prior, self.budget.warm_up + self.budget.visits)
 
     def chain_settings(self) -> LiFTSettings:
@@ -126,7 +132,7 @@ class LiFTMethod:
             head_scale=b.heads.scale,
             head=self.settings.head if b.heads.update == "solve" else _HEAD[b.heads.update],
             head_lr_scale=b.heads.lr_scale,
-            noise_scale=b.noise_scale,
+            noise_scale=self.settings.noise_scale if self.on_trial else b.noise_scale,
         )
 
     def adapt_settings(self) -> AdaptSettings:

@@ -18,7 +18,6 @@ they move. Of what it has come to, the geometric mean of the draws is kept, and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 
 from pyro_lift.inference.chain_summary import LogMean
@@ -45,13 +44,15 @@ def with_rounds_to_learn(settings: LiFTSettings, tasks: int) -> LiFTSettings:
     return replace(settings, burn_in=least)
 
 
-def learned_beta(beta: float | Sequence[float] | str | None, variances: LogMean) -> list[float]:
+def learned_beta(beta: float | list[float] | str | None, variances: LogMean | None) -> float | list[float] | str | None:
     """Return beta by adapter tensor: the one that the run began with times the root of the variances' geometric mean.
 
     Args:
         beta: filled in; one number, or one a tensor.
-        variances: of the draws so far.
+        variances: of the draws so far; None where beta is not learned, and stays.
     """
+    if variances is None:
+        return beta
     assert beta is not None and not isinstance(beta, str)
     factors = variances.get().sqrt().reshape(-1).tolist()
     widths = beta if isinstance(beta, (list, tuple)) else [float(beta)] * len(factors)  # type: ignore[arg-type]

@@ -107,7 +107,8 @@ class Tuning:
         trials: every candidate in every rung.
         held_out: names of the tasks that the last rung was judged by.
         measure: ``"nll"`` in nats, or ``"mse"``.
-        temperature: of predictions, fitted on the same rows; None for a regression.
+        temperature: of predictions, fitted on the same rows; of regressions the factor on their variance that was
+            found with their noise, None where that was given.
         notes: what time did not allow.
     """
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 from pyro_lift.inference.checkpoint.folder import saved_config
 from pyro_lift.inference.checkpoint.session import Session
@@ -13,7 +14,7 @@ from pyro_lift.models.observation import is_narrower, own_head_scale
 from pyro_lift.models.task import Task
 from pyro_lift.settings import LiFTSettings, upgraded_run
 
-__all__ = ["RULE", "as_saved", "counts_width", "with_heads_settled"]
+__all__ = ["RULE", "as_saved", "counts_width", "run_config", "with_heads_settled"]
 
 #: Key and value in the configuration of a saved run that say whether an output wider than all tasks' classes called for
 #: heads of their own; a run without them was begun when it did not.
@@ -51,6 +52,27 @@ def counts_width(session: Session | None) -> bool:
     What a caller's own session says nothing of is a run of today.
     """
     return session is None or not session.config or RULE.items() <= session.config.items()
+
+
+def run_config(
+    settings: LiFTSettings, seed: int | None, adapter: RandomAdapter, tasks: Sequence[Task], *, by_width: bool
+) -> dict[str, Any]:
+    """Return what names a run in its folder: a run that goes on with it must agree.
+
+    Args:
+        settings: of meta-training.
+        seed: of everything random.
+        adapter: the network as a function of theta.
+        tasks: all of the run.
+        by_width: see :func:`with_heads_settled`.
+    """
+    return {
+        "settings": asdict(settings),
+        "seed": seed,
+        "adapter": [[entry.name, list(entry.shape)] for entry in adapter.layout],
+        "tasks": [[task.name, task.kind, len(task.train)] for task in tasks],
+        **(RULE if by_width else {}),
+    }
 
 
 def as_saved(settings: LiFTSettings, folder: Path) -> tuple[LiFTSettings, bool]:

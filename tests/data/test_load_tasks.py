@@ -321,13 +321,18 @@ def test_vtab_reads_folders_of_pictures_beside_npz_files(tmp_path: Path) -> None
     assert rows.inputs["pixel_values"].shape == (6, 3, 6, 6)
 
 
+def test_task_json_may_name_classes_that_other_tasks_have_pictures_of(tmp_path: Path) -> None:
+    task = read_task(_pictures(tmp_path / "a", ["x", "z"], labels=["x", "y", "z"]))
+    assert task.labels == ("x", "y", "z") and sorted(set(task.train.target.tolist())) == [0, 2]  # type: ignore[union-attr]
+
+
 def test_bad_folders_of_pictures_are_named(tmp_path: Path) -> None:
     folder = _pictures(tmp_path / "a", ["x", "y"])
     (folder / "test" / "z").mkdir()
     with pytest.raises(ValueError, match=r"test/z: class 'z' is not one of train's x, y"):
         read_task(folder)
-    with pytest.raises(ValueError, match=r"task.json: labels names 'w', which is no folder of train"):
-        read_task(_pictures(tmp_path / "b", ["x"], labels=["x", "w"]))
+    with pytest.raises(ValueError, match=r"class 'x' is not one of train's y, w"):
+        read_task(_pictures(tmp_path / "b", ["x", "y"], labels=["y", "w"]))
     with pytest.raises(ValueError, match=r"key='grp' is not known; did you mean 'group'"):
         read_task(_pictures(tmp_path / "c", ["x"], grp="natural"))
     _pictures(tmp_path / "root" / "mine", ["x"])

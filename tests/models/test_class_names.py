@@ -65,6 +65,15 @@ def test_a_new_task_that_numbers_a_class_differently_is_refused_by_a_saved_prior
     )
 
 
+def test_the_way_out_names_one_class_an_output() -> None:
+    several = [task("a", NAMES), task("bb", ("red", "green", "blue"))]
+    prior = lift(network()).meta_train(several, progress=False)
+    with pytest.raises(ValueError, match=r"labels=\['no', 'yes', 'maybe'\], and targets"):
+        prior.adapt(task("new", ("maybe", "no", "yes")))
+    with pytest.raises(ValueError, match=r"labels=\['red', 'green', 'blue'\], and targets"):
+        prior.adapt(task("new", ("blue", "red", "green")))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

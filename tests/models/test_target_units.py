@@ -56,7 +56,15 @@ def test_of_several_outputs_the_furthest_is_told() -> None:
 
 @pytest.mark.parametrize(
     ("offset", "unit", "differ"),
-    [(0.0, 1.0, False), (4.0, 1.0, False), (0.0, 100.0, False), (50.0, 1.0, True), (2.5e5, 5e4, True)],
+    [
+        (0.0, 1.0, False),
+        (4.0, 1.0, False),
+        (0.0, 10.0, False),
+        (0.0, 100.0, True),
+        (0.0, 1e-3, True),
+        (50.0, 1.0, True),
+        (2.5e5, 5e4, True),
+    ],
 )
 def test_targets_of_another_unit_are_warned_of(
     offset: float, unit: float, differ: bool, caplog: pytest.LogCaptureFixture

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from pyro_lift import LiFT, Task, TaskPosterior
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.sgld import DivergedError
+from pyro_lift.methods.lift import LiFTMethod
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.chance import targets_scale
 from pyro_lift.models.task import Rows
@@ -155,6 +157,23 @@ def test_regressions_are_calibrated_on_rows_that_nothing_was_learned_from() -> N
         z = (posterior.predict(task.test) - task.test.target) / posterior.predict_sd(task.test)
         ratios.append(float(z.square().mean()))
     assert sum(ratios) / 2 == pytest.approx(1.0, rel=1e-4)
+
+
+def test_the_tuner_and_the_comparison_find_it_as_well() -> None:
+    """Both judge what is trained by default, whose noise is not the spread of targets."""
+    net, tasks = curves(8, 1.0)
+    config = peft.LoraConfig(r=2, target_modules=["0", "2"])
+    lift = LiFT(net, config, sgd_steps=200, burn_in=10, samples=20, seed=0)
+    tuning = lift.tune(tasks, budget=1.0, progress=False)
+    found = tuning.meta["noise_scale"]
+    assert found < 0.9 * targets_scale(tasks) and tuning.temperature not in (None, 1.0)
+    prior = lift.meta_train(tasks, progress=False)
+    assert prior.settings.noise_scale == found and prior.prediction_temperature == tuning.temperature
+    budget = Budget(warm_up=200, visits=30, noise_scale=targets_scale(tasks), seed=0)
+    adapter = adapt_backbone(net, config, seed=0)
+    chosen = LiFTMethod(adapter, budget, on_trial=True).meta_train(tasks).prior.settings.noise_scale
+    given = LiFTMethod(adapter, budget).meta_train(tasks).prior.settings.noise_scale
+    assert chosen is not None and chosen < 0.9 * targets_scale(tasks) and given == targets_scale(tasks)
 
 
 def test_the_width_of_predictions_is_noise_and_disagreement_and_is_saved(tmp_path: Path) -> None:
