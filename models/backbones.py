@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -212,6 +214,9 @@ def recipe(backbone: nn.Module, rank: int = 4, **options: Any) -> peft.LoraConfi
         )
     if family == "gpt2":
         options = {"fan_in_fan_out": True, **options}
+    chosen = options.get("layers_to_transform")
+    if chosen is not None and (names := _at_top(backbone, targets, [chosen] if isinstance(chosen, int) else chosen)):
+        targets, options = names, {name: x for name, x in options.items() if name != "layers_to_transform"}
     return LoraConfig(**{"r": rank, "lora_alpha": 2 * rank, "target_modules": targets, **options})
 
 
@@ -219,6 +224,22 @@ def _family(backbone: nn.Module) -> str:
     if hasattr(backbone, "config") and hasattr(backbone.config, "model_type"):
         return str(backbone.config.model_type)
     return "timm" if type(backbone).__module__.startswith("timm.") else type(backbone).__name__
+
+
+def _at_top(backbone: nn.Module, targets: str | list[str], layers: Sequence[int]) -> list[str]:
+    """Name the targets inside some layers by their full names, where PEFT does not find them; none where it does.
+
+    It reads a layer's number only behind a name in front of its list, of ``encoder.layer.3`` but not of ``blocks.3``,
+    and not at all where the targets are a pattern.
+    """
+    found = []
+    for name, _ in backbone.named_modules():
+        number = re.match(r"[^.]+\.(\d+)\." if isinstance(targets, list) else r"(?:[^.]+\.)*?(\d+)\.", name)
+        if number is None or int(number[1]) not in layers:
+            continue
+        if re.fullmatch(targets, name) if isinstance(targets, str) else name.endswith(tuple(f".{x}" for x in targets)):
+            found.append(name)
+    return found
 
 
 def _vit_layers(backbone: nn.Module) -> list[str]:

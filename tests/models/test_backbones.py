@@ -15,6 +15,7 @@ from tiny_backbones import FAMILIES, D, Family, N, bart, bert, causal_task, gpt2
 from torch import Tensor, nn
 
 from pyro_lift import LiFT, Task
+from pyro_lift.data.digits import digit_backbone
 from pyro_lift.models.backbones import adapt_backbone, load_backbone, recipe
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.observation import outputs
@@ -122,6 +123,18 @@ def test_kinds_that_do_not_fit_a_sampler_are_refused_by_name(config: Any, messag
 def test_a_family_without_a_recipe_names_its_linear_layers() -> None:
     with pytest.raises(ValueError, match=r"no recipe for a 'Sequential' backbone.*of its linear layers: 0"):
         recipe(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_some_layers_of_a_network_whose_layers_are_its_own_children() -> None:
+    """PEFT finds a layer's number only behind a name in front of its list."""
+    digits = digit_backbone(pretrained=False)
+    last = adapt_backbone(digits, recipe(digits, layers_to_transform=[2]), seed=0)
+    assert {entry.name.split(".blocks.")[1][0] for entry in last.layout} == {"2"}
+    whole = adapt_backbone(digits, recipe(digits), seed=0)
+    assert whole.dim == 3 * last.dim
+    encoder = bert()  # whose layers PEFT finds
+    some = adapt_backbone(encoder, recipe(encoder, layers_to_transform=[1]), seed=0)
+    assert all(".layer.1." in entry.name for entry in some.layout)
 
 
 def test_any_module_with_linear_layers_works_with_its_own_targets() -> None:
