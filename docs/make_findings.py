@@ -187,7 +187,7 @@ def components_numbers(evidence: Evidence) -> dict[str, Any]:
         for split in family.splits:
             column = Column(split, name, split)
             losses = [cases(evidence, column, row, "nll") for row in family.orders]
-            if len(losses[0]) < 4 or not all(losses):
+            if len(losses) < 3 or len(losses[0]) < 4 or not all(losses):  # run with one number of components alone
                 continue
             tests = [paired_test(list(of.values()), [losses[0][case] for case in of]) for of in losses[1:]]
             places = dict(zip(("smaller", "larger"), tests, strict=True))
