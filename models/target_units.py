@@ -65,6 +65,8 @@ def units_of(adapter: RandomAdapter, tasks: Sequence[Task]) -> Units:
         targets.append(y.mean(0))
         within.append((_columns(task.train.target) - _columns(task.train.target).mean(0)).square().mean(0))
         means.append(_columns(outputs(adapter, rows.to(adapter.initial.device), adapter.initial, None)))
+        if means[-1].shape[-1] != targets[-1].shape[-1]:  # what is made of these is not the output as it stands
+            return Units(0.0, 1.0, 0.0, 1.0)
     target, spread = torch.stack(targets).mean(0), torch.stack(within).mean(0).sqrt()
     output, varies = torch.cat(means).mean(0), torch.cat(means).std(0, correction=0)
     worst = int(((target - output).abs() / spread.clamp_min(1e-300)).argmax())

@@ -427,7 +427,7 @@ class LiFT:
             variance = one_width(s.beta) ** 2 / max(len(tasks) // 2, 1)
             at = Moments(torch.ones(1), standing.vector.unsqueeze(0), torch.full_like(standing.vector, variance)[None])
             options = resolved_adaptation(self.adapt_settings, self.settings, s, heads)
-            mixture = OnlineGaussianMixture.from_moments(at, max(len(tasks) // 2, 1))
+            mixture = OnlineGaussianMixture.from_moments(at, max(len(tasks) // 2, 1), dtype=standing.vector.dtype)
             at_noise = replace(s, noise_scale=noise or s.noise_scale)
             power = (s.noise_sd / at_noise.noise_sd) ** 4  # of square gradients
             moments = {name: power * moment for name, moment in standing.moments.items()}

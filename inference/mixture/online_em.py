@@ -189,7 +189,13 @@ class OnlineGaussianMixture(StreamingStats):
 
     @classmethod
     def from_moments(
-        cls, moments: Moments, seen: int, covariance: Covariance = "diag", **options: Any
+        cls,
+        moments: Moments,
+        seen: int,
+        covariance: Covariance = "diag",
+        *,
+        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> OnlineGaussianMixture:
         """Make a mixture that streams on from given moments.
 
@@ -197,6 +203,7 @@ class OnlineGaussianMixture(StreamingStats):
             moments: weights, means and variances of the components; their number is K.
             seen: draws that they count as.
             covariance: of the components.
+            dtype: of the distribution that :meth:`get` gives; None is torch's default.
             options: further ones of the class.
 
         Raises:
@@ -216,6 +223,7 @@ class OnlineGaussianMixture(StreamingStats):
         if not bool((spread > 0.0).all()):
             raise ValueError(f"the least variance is {float(spread.min())}; expected variances above 0.")
         mixture = cls(len(weight), covariance, **options)
+        mixture._dtype = dtype or mixture._dtype
         mixture._floor = mixture.variance_floor * spread.min()
         mixture._resume(MixtureState(moments, moments, float(seen), seen, 0.0))
         return mixture

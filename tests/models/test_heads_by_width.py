@@ -20,7 +20,7 @@ from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.observation import own_head_scale
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
-from pyro_lift.tuning.whose_heads import with_heads_settled
+from pyro_lift.tuning.whose_heads import run_config, with_heads_settled
 
 WIDTH = 8
 SHORT = LiFTSettings(sgd_steps=3, burn_in=2, samples=4)
@@ -121,7 +121,8 @@ def test_a_run_that_was_begun_with_shared_heads_goes_on_with_them(
 ) -> None:
     adapter, tasks = eight_wide(), [of_classes(3, "a"), of_classes(3, "b")]
     with monkeypatch.context() as earlier:
-        earlier.setattr("pyro_lift.lift.RULE", {})  # its folder says nothing of how wide an output counts
+        # Its folder says nothing of how wide an output counts.
+        earlier.setattr("pyro_lift.lift.run_config", lambda *run, by_width: run_config(*run, by_width=False))
         first = lift(adapter).meta_train(tasks, progress=False, checkpoint=tmp_path / "before")
     again = lift(adapter).meta_train(tasks, progress=False, resume=tmp_path / "before")
     assert first.settings == again.settings and again.settings.head == "shared"

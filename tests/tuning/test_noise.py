@@ -132,6 +132,16 @@ def test_nothing_set_the_noise_is_found_in_any_unit_and_predictions_say_how_wide
         assert float((z.abs() < 1.645).float().mean()) > 0.7
 
 
+def test_a_network_of_doubles_finds_it_too() -> None:
+    net, tasks = curves(4, 1.0)
+    wide = [
+        Task(task.name, (task.train.inputs[""].double(), task.train.target.double()), "regression") for task in tasks
+    ]
+    lift = LiFT(net.double(), peft.LoraConfig(r=1, target_modules=["2"]), sgd_steps=60, burn_in=4, samples=8, seed=0)
+    prior = lift.meta_train(wide, progress=False)
+    assert prior.adapter.initial.dtype == torch.float64 and prior.results["noise of targets"] > 0.0
+
+
 def test_a_noise_that_was_given_is_kept_and_without_looks_it_is_the_spread_of_targets() -> None:
     net, tasks = curves(6, 1.0)
     config = peft.LoraConfig(r=2, target_modules=["0", "2"])
