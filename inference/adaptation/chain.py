@@ -72,7 +72,7 @@ def moments_for(
     r"""Bring the mean squares of a preconditioner, which meta-training left, to new tasks.
 
     A gradient is of the power times the total loss of n rows, and n differs between tasks: after one task of many rows
-    the steps of a task of few would be short. With n rows and the root mean square N of those it was learned from,
+    the steps of a task of few would be short. With n rows and N, those of the moments (:func:`rows_of_moments`),
 
     .. math:: V_* = V \,(\kappa_* / \kappa)^2\,\min(1, n / N)^2
 

@@ -110,7 +110,7 @@ def method_of(
     on_trial = name == REFERENCE and problem.settings.sgd_learning_rate is None
     if on_trial:  # what the trial takes is taken from what it is about
         warm_up = steps_beside_trial(warm_up, len(problem.train))
-        if s.noise_scale is not None and problem.settings.noise_scale is None and regress(problem.train):
+        if problem.settings.noise_scale is None and regress(problem.train):
             warm_up = max(warm_up // 2, 1)  # the rest goes to halves of the tasks, which say how large the noise is
     values: dict[str, Any] = {
         "warm_up": warm_up,

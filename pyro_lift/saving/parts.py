@@ -34,7 +34,7 @@ class PriorParts(NamedTuple):
         prediction_temperature: of predictions.
         tuning: how settings were chosen, as plain values; None where they were not.
         rescales: whether the preconditioner is brought to the power of an adaptation that has another.
-        rows: of its tasks, the root mean square; None where the preconditioner is not brought to a task's number.
+        rows: that the preconditioner is of; None where the preconditioner is not brought to a task's number.
         kinds: of the tasks it was learned from.
         classes: the output of each class name, where they shared the network's outputs.
     """
