@@ -15,29 +15,26 @@ import torch
 from pyro.ops.streaming import StatsOfDict
 from torch import Tensor, nn
 
-from pyro_lift.defaults import fitted, for_targets, one_width, resolved, resolved_adaptation
+from pyro_lift.before_chain import ChainSetup
+from pyro_lift.defaults import resolved, resolved_adaptation
 from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.chain_summary import ChainSummary, LogMean
-from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import weights_moved
 from pyro_lift.inference.footprint import mixture_need
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.lost import LossWatch
 from pyro_lift.inference.mcmc import StreamingMCMC
-from pyro_lift.inference.mixture.batch_em import Moments
-from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.progress import chain_bar
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_names import class_numbers_by_name
-from pyro_lift.models.hierarchical import VARIANCE, AdapterHierarchy
-from pyro_lift.models.observation import own_head_scale
+from pyro_lift.models.hierarchical import VARIANCE
 from pyro_lift.models.solved_heads import has_solved_head
 from pyro_lift.models.target_units import warn_of_units
 from pyro_lift.models.task import Task, check_kinds, check_tasks
-from pyro_lift.models.weight_scales import by_weight, groups_of_weights
+from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings, upgraded_run
@@ -46,12 +43,9 @@ from pyro_lift.support.durations import seconds_of
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_number, current_names
 from pyro_lift.tuning.candidates import LiFTContender, lift_candidates, shortened
-from pyro_lift.tuning.chain_kernel import chain_kernel
-from pyro_lift.tuning.cross_fit import PASSES, CrossFit, Judge, cross_fit, passes, predicted
 from pyro_lift.tuning.early_stopping import HeldOutLooks, mean_loss, with_held_out
-from pyro_lift.tuning.halves import Joint, has_trial, joint_on_trial, log_probs_at
 from pyro_lift.tuning.held_out import has_unseen_rows
-from pyro_lift.tuning.joint_run import JointRun, Standing, moments_of
+from pyro_lift.tuning.joint_run import moments_of
 from pyro_lift.tuning.learned_beta import learned_beta, with_rounds_to_learn
 from pyro_lift.tuning.noise import Noise
 from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
@@ -70,7 +64,7 @@ log = logging.getLogger("pyro_lift")
 ADVICE = "Leave beta, sigma and temperature open, or lower the temperature (or raise n_inflate, which is the same)."
 
 
-class LiFT:
+class LiFT(ChainSetup):
     """Learn a prior over LoRA weights from many tasks.
 
     Args:
@@ -115,14 +109,12 @@ class LiFT:
             check_choice("setting", name, known)
         if seed is not None:
             check_number("seed", seed, open_below=False, whole=True)
-        self.settings = replace(settings or LiFTSettings(), **options)
-        self.adapt_settings = adapt or AdaptSettings()
-        self.adapter = _adapter(backbone, peft_config, seed)
+        adapter = _adapter(backbone, peft_config, seed)
         if device is not None:
-            if self.adapter is backbone:  # the caller's stays where it is
-                self.adapter = self.adapter.beginning_at(self.adapter.initial)
-            self.adapter.to(device)
-        self.seed = seed
+            if adapter is backbone:  # the caller's stays where it is
+                adapter = adapter.beginning_at(adapter.initial)
+            adapter.to(device)
+        super().__init__(adapter, replace(settings or LiFTSettings(), **options), adapt or AdaptSettings(), seed)
         #: How :meth:`tune` chose the settings; None where they are as they were given.
         self.tuning: Tuning | None = None
 
@@ -165,7 +157,9 @@ class LiFT:
 
         def make(candidate: Candidate, share: float) -> LiFTContender:
             short = shortened(replace(settings, **candidate.meta), share)
-            return LiFTContender(self._with(short), candidate)
+            return LiFTContender(
+                LiFT(self.adapter, settings=short, adapt=self.adapt_settings, seed=self.seed), candidate
+            )
 
         with trial_bar(progress, callbacks) as on_trial:
             self.tuning = search(candidates, make, tasks, seconds=seconds, on_trial=on_trial)
@@ -180,11 +174,7 @@ class LiFT:
         check_kinds(tasks)
         if self.settings.noise_scale is not None or any(task.kind != "regression" for task in tasks):
             return None
-        run = self._with(for_targets(self.settings, tasks))
-        run = run if (joint := run._joint(tasks, None, False, None)) is None else run._after(joint)
-        program = run.program(tasks)
-        s, first = run._fitted(program), run.settings.noise_scale
-        halves = run._cross_fitted(program, joint, s, None, first, progress=False, on_step=None)
+        halves = self.before_chain(tasks).halves
         return None if halves is None or halves.noise is None else Noise(halves.noise, halves.temperature)
 
     def meta_train(
@@ -300,17 +290,8 @@ class LiFT:
             distributed.join()
         rows, names = [len(task.train) for task in tasks], [task.name for task in tasks]
         watchers = Watchers(callbacks, Run("meta-train"), rows, names, on_step)
-        run = self._with(for_targets(self.settings, tasks))
-        joint = None if start is not None else run._joint(tasks, session, progress, watchers.of("joint-trial"))
-        run = run if joint is None else run._after(joint)
-        program = run.program(tasks)
-        s = run._fitted(program)
-        shown = {"progress": progress, "on_step": watchers.of("cross-fit")}
-        open_noise = run.settings.noise_scale if self.settings.noise_scale is None else None
-        halves = run._cross_fitted(program, joint, s, session, open_noise, **shown) if crossed else None
-        if halves is not None:
-            run.settings, s = (replace(settings, **halves.settings()) for settings in (run.settings, s))
-            program.noise_scale = s.noise_sd
+        shown = {"progress": progress, "watchers": watchers}
+        run, program, s, joint, halves = self.before_chain(tasks, session, start, crossed=crossed, **shown)
         s = with_rounds_to_learn(s, len(tasks)) if run.settings.learns_beta else s
         kernel = run.kernel(program)
         watch = LossWatch.of(program.tasks, s.noise_sd, ADVICE)
@@ -380,112 +361,6 @@ class LiFT:
         before = [work.results() for work in (joint, halves) if work is not None]
         results = {**moved, **{name: x for part in before for name, x in part.items()}, **looks.results()}
         return [prior(k, summary, moments, results) for k in components]
-
-    def _joint(
-        self, tasks: Sequence[Task], session: Session | None, progress: bool, on_step: Watchers | None
-    ) -> Joint | None:
-        """Put the joint training on trial, where its rate was left open; None where there is none."""
-        s = resolved(self.settings, self.adapter)
-        kept, saved_without = WorkBefore.of(session, "joint")
-        given = self.settings.sgd_learning_rate is not None
-        if given or s.ranks_block_size or saved_without or not has_trial(s.sgd_steps, len(tasks)):
-            return None
-        head_scale = self._head_scale(tasks, s)
-        if head_scale is not None and s.head == "langevin":  # without steps of its own, such a head says nothing
-            return None
-        tasks = [task.to(self.adapter.initial.device) for task in tasks]
-        score = partial(log_probs_at, self.adapter, head_scale=head_scale, noise_scale=s.noise_sd)
-        assert s.sgd_learning_rate is not None
-
-        def train(half: Sequence[Task], rate: float, steps: int) -> Tensor:
-            title = f"joint training on trial, half of the tasks at {rate:.2g}"
-            return self._joint_run(half, rate, steps, title, progress=progress, on_step=on_step).to(steps).vector
-
-        return joint_on_trial(tasks, self.adapter.initial, s.sgd_learning_rate, s.sgd_steps, train, score, kept)
-
-    def _cross_fitted(
-        self,
-        program: AdapterHierarchy,
-        joint: Joint | None,
-        s: LiFTSettings,
-        session: Session | None,
-        noise: float | None,
-        **shown: Any,
-    ) -> CrossFit | None:
-        """Find the length of joint training and how sure predictions may be; None where there is nothing to find."""
-        kept, saved_without = WorkBefore.of(session, "cross-fit")
-        heads, tasks = program.solved is not None, program.tasks
-        if joint is not None and joint.helps and passes(joint.steps, s.batch_size, tasks) < PASSES:
-            joint = None
-        if saved_without or s.ranks_block_size or (joint is None and noise is None) or len(tasks) < 2:
-            return None
-        sure = noise is not None or (all(task.kind == "classification" for task in tasks) and not heads)
-        begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
-        score = partial(log_probs_at, self.adapter, head_scale=program.head_scale, noise_scale=s.noise_sd)
-
-        def adapt(standing: Standing, unseen: Sequence[Task], noise: float | None) -> Sequence[TaskPosterior]:
-            variance = one_width(s.beta) ** 2 / max(len(tasks) // 2, 1)
-            at = Moments(torch.ones(1), standing.vector.unsqueeze(0), torch.full_like(standing.vector, variance)[None])
-            options = resolved_adaptation(self.adapt_settings, self.settings, s, heads)
-            mixture = OnlineGaussianMixture.from_moments(at, max(len(tasks) // 2, 1), dtype=standing.vector.dtype)
-            at_noise = replace(s, noise_scale=noise or s.noise_scale)
-            power = (s.noise_sd / at_noise.noise_sd) ** 4  # of square gradients
-            moments = {name: power * moment for name, moment in standing.moments.items()}
-            rows = rows_of_moments(tasks, alike=s.task_steps == "tasks")
-            prior = LiFTPrior(self.adapter, mixture, at_noise, options, moments, rows=rows)
-            return prior.adapt_many(unseen, seed=0)
-
-        predict = partial(predicted, self.adapter) if sure and noise is None else None
-        judge = Judge(score, predict, adapt if sure else None, noise)
-        return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
-
-    def _joint_run(self, tasks: Sequence[Task], rate: float, steps: int, title: str, **shown: Any) -> JointRun:
-        """Make the first part of the chain, over some tasks, at a rate."""
-        lift = self._with(replace(self.settings, sgd_steps=steps, sgd_learning_rate=rate, translation="none"))
-        return JointRun(lift.kernel(lift.program(tasks)), steps, tasks, title, **shown)
-
-    def _after(self, joint: Joint) -> LiFT:
-        """Make the run that follows the trial of joint training.
-
-        Where joint training does not help, nor does a translation, which pulls phi in the same direction.
-        """
-        translation = self.settings.translation or (None if joint.helps else "none")
-        return self._with(
-            replace(self.settings, sgd_steps=joint.steps, sgd_learning_rate=joint.rate, translation=translation)
-        )
-
-    def _with(self, settings: LiFTSettings) -> LiFT:
-        return LiFT(self.adapter, settings=settings, adapt=self.adapt_settings, seed=self.seed)
-
-    def program(self, tasks: Sequence[Task]) -> AdapterHierarchy:
-        """Return the Pyro program that :meth:`meta_train` samples."""
-        s, device = resolved(for_targets(self.settings, tasks), self.adapter), self.adapter.initial.device
-        return AdapterHierarchy(
-            self.adapter,
-            [task.to(device) for task in tasks],
-            beta=by_weight(self.adapter, s.beta),
-            sigma=by_weight(self.adapter, s.sigma),
-            batch_size=s.batch_size,
-            prior_mean=self.adapter.initial if s.prior_mean == "adapter" else None,
-            head_scale=self._head_scale(tasks, s),
-            noise_scale=s.noise_sd,
-            block_size=s.block_size,
-            learned=groups_of_weights(self.adapter) if self.settings.learns_beta else None,
-            head="sample" if s.head == "langevin" else "solve",
-        )
-
-    def _head_scale(self, tasks: Sequence[Task], s: LiFTSettings) -> float | None:
-        return own_head_scale(self.adapter, tasks, s.head_scale, solve=s.head not in ("langevin", "shared"))
-
-    def _fitted(self, program: AdapterHierarchy) -> LiFTSettings:
-        """Look at what the prior does to the tasks' loss, and give the program the widths that come of it."""
-        s = fitted(replace(self.settings, head_scale=program.head_scale), self.adapter, program.tasks)
-        program.beta, program.sigma = by_weight(self.adapter, s.beta), by_weight(self.adapter, s.sigma)
-        return s
-
-    def kernel(self, program: AdapterHierarchy) -> SGLDGibbs:
-        """Return the kernel that :meth:`meta_train` runs."""
-        return chain_kernel(program, resolved(self.settings, self.adapter), self.adapter.initial, self.seed)
 
 
 def _adapter(backbone: nn.Module, peft_config: peft.PeftConfig | None, seed: int | None) -> RandomAdapter:

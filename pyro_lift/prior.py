@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from pyro_lift.adapter_library import prior_from_adapters
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.defaults import inherited, one_width, resolved
-from pyro_lift.development import windows_of
 from pyro_lift.generation.decode import generate
 from pyro_lift.inference.adaptation.chain import Shown, Source, moments_for, run_chain, run_watched
 from pyro_lift.inference.adaptation.early_stopping import DrawWindows
@@ -48,6 +47,7 @@ from pyro_lift.saving.hub import push
 from pyro_lift.saving.served import export_served
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.tuning.development import windows_of
 from pyro_lift.tuning.figure import plot_tuning
 from pyro_lift.tuning.predictions import fitted_on_held_out
 

@@ -118,6 +118,9 @@ class LiFTSettings:
     sgd_weights: Literal["tasks", "rows"] | None = field(
         default=None, metadata={"help": "whether all tasks count alike in joint training, or all rows; none: tasks"}
     )
+    sgd_includes_trial: bool = field(
+        default=False, metadata={"help": "whether the steps of joint training's trial are among sgd_steps"}
+    )
     burn_in: int = field(default=100, metadata={"help": "visits before the first draw"})
     samples: int = field(default=200, metadata={"help": "draws of phi"})
     thinning: int = field(default=1, metadata={"help": "visits per draw"})
@@ -261,7 +264,7 @@ def complete_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
 
     Heads of tasks' own took steps before they could be solved, and label matching had none. Nothing was shifted before
     there was a translation, no run stopped before its end, joint training counted all rows alike, and one step size was
-    that of all tasks.
+    that of all tasks. The trial of joint training came on top of it.
     """
     then = {"head": "langevin", "translation": "none", "stop_every": 0, "stop_patience": 3, "sgd_weights": "rows"}
     return {**then, "task_steps": "rows", **saved}

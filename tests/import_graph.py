@@ -27,14 +27,24 @@ LAW: dict[str, set[str]] = {
     "metrics": {"data", "models", "support"},
     "generation": {"data", "metrics", "models", "support"},
     "posterior": {"watching", "generation", "data", "metrics", "saving", "inference", "models", "settings", "support"},
-    "tuning": {"watching", "inference", "inference.baselines", "metrics", "data", "models", "settings", "support"},
+    "tuning": {
+        "watching",
+        "generation",
+        "inference",
+        "inference.baselines",
+        "metrics",
+        "data",
+        "models",
+        "settings",
+        "support",
+    },
     "config": {"watching", "data", "models", "settings", "support"},
     "wiring": {"watching", "config", "data", "models", "settings", "support"},
 }
 LAW["adapter_library"] = LAW["posterior"] | {"defaults", "posterior"}
-LAW["development"] = {"generation", "data", "metrics", "inference", "models", "settings", "support"}
-LAW["prior"] = LAW["adapter_library"] | LAW["tuning"] | {"adapter_library", "tuning", "development"}
-LAW["lift"] = LAW["prior"] | {"prior"}
+LAW["prior"] = LAW["adapter_library"] | LAW["tuning"] | {"adapter_library", "tuning"}
+LAW["before_chain"] = LAW["prior"] | {"prior"}
+LAW["lift"] = LAW["before_chain"] | {"before_chain"}
 LAW["methods"] = LAW["lift"] | {"lift", "inference.baselines"}
 LAW["commands"] = LAW["lift"] | LAW["wiring"] | LAW["metrics"] | {"lift", "wiring", "metrics"}
 LAW["bench"] = set(LAW) - {"commands"}

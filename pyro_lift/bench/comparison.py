@@ -28,7 +28,6 @@ from pyro_lift.bench.text_to_text import WritingSettings, written_scores
 from pyro_lift.config import AdapterConfig, BackboneConfig, OutputConfig, RunConfig, TasksConfig
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.text import TextRow, TextTask
-from pyro_lift.development import development_verdict
 from pyro_lift.inference.adaptation.early_stopping import EarlyStopping
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.adaptation.predict import predict
@@ -43,6 +42,7 @@ from pyro_lift.models.task import Rows, Task
 from pyro_lift.settings import LiFTSettings
 from pyro_lift.support.options import check_number
 from pyro_lift.tuning.choosing import FAILED, tune
+from pyro_lift.tuning.development import development_verdict
 from pyro_lift.tuning.methods import tune_method
 from pyro_lift.wiring import adapter_of, encode_tasks
 

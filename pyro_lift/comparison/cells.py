@@ -26,7 +26,6 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.archive import read_tensors, write_tensors
-from pyro_lift.tuning.halves import steps_beside_trial
 from pyro_lift.tuning.held_out import judged
 from pyro_lift.tuning.methods import tune_method
 
@@ -108,10 +107,8 @@ def method_of(
     warm_up = min(round(joint * sizes.gradients), sizes.gradients - 1)
     visits = sizes.gradients - warm_up
     on_trial = name == REFERENCE and problem.settings.sgd_learning_rate is None
-    if on_trial:  # what the trial takes is taken from what it is about
-        warm_up = steps_beside_trial(warm_up, len(problem.train))
-        if problem.settings.noise_scale is None and regress(problem.train):
-            warm_up = max(warm_up // 2, 1)  # the rest goes to halves of the tasks, which say how large the noise is
+    if on_trial and problem.settings.noise_scale is None and regress(problem.train):
+        warm_up = max(warm_up // 2, 1)  # the rest goes to halves of the tasks, which say how large the noise is
     values: dict[str, Any] = {
         "warm_up": warm_up,
         "visits": visits,

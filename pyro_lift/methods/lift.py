@@ -66,7 +66,7 @@ class LiFTMethod:
         ablation: ``"reg"``, Reg(X): adaptation keeps the start and the noise and drops the mixture; ``"noise"``,
             Noise(X): it keeps start and mixture and drops the noise.
         on_trial: whether joint training is put on trial (:mod:`pyro_lift.tuning.halves`), at LiFT's own rates in place
-            of the budget's; its gradients come on top.
+            of the budget's; its gradients are among the warm-up's.
 
     References:
         LiFT, section 2.3; its Tables 5, 8 and 9 for the ablations.
@@ -125,6 +125,7 @@ class LiFTMethod:
             self.settings,
             sgd_steps=b.warm_up,
             sgd_learning_rate=None if self.on_trial else b.warm_up_learning_rate,
+            sgd_includes_trial=self.on_trial,
             burn_in=burn_in,
             samples=max((b.visits - burn_in) // self.settings.thinning, 1),
             learning_rate=b.meta_learning_rate,

@@ -20,8 +20,9 @@ highest. Where joint training does not begin, tasks are adapted to from the unto
 **Noise of regressions.** In place of a temperature, where it was left open: :mod:`~pyro_lift.tuning.noise`, by the same
 adaptations.
 
-It costs as many gradients again as joint training. Where that sees the rows fewer than :data:`PASSES` times, nothing
-can be known by heart, and there is none; noise is found from the untouched network then.
+It costs as many gradients again as joint training. Where that makes few passes over the rows
+(:func:`~pyro_lift.tuning.joint_run.few_passes`), nothing can be known by heart, and there is none; noise is found from
+the untouched network then.
 """
 
 from __future__ import annotations
@@ -40,19 +41,17 @@ from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
-from pyro_lift.tuning.halves import TASKS, Joint, Score, is_above_zero, paired
+from pyro_lift.tuning.halves import TASKS, Begin, Joint, Score, is_above_zero, paired
 from pyro_lift.tuning.held_out import dealt
-from pyro_lift.tuning.joint_run import JointRun, Standing
+from pyro_lift.tuning.joint_run import Standing
 from pyro_lift.tuning.noise import EXAGGERATED, Noise, fitted_noise
 
-__all__ = ["MARKS", "PASSES", "CrossFit", "cross_fit", "helpful_temperature", "passes", "predicted", "split_rows"]
+__all__ = ["MARKS", "CrossFit", "cross_fit", "helpful_temperature", "predicted", "split_rows"]
 
 log = logging.getLogger("pyro_lift")
 
 #: Shares of the steps at which the halves are judged.
 MARKS = (0.125, 0.25, 0.5, 1.0)
-#: Passes of joint training over the tasks' rows from which on they may be known by heart.
-PASSES = 5.0
 #: Parts of a task's rows, of which one is predicted from the others.
 PARTS = 4
 #: Adaptations from each half, and rows that are predicted after each, at most.
@@ -60,8 +59,6 @@ ADAPTED, ROWS = 12, 50
 
 #: Probabilities ``[n, C]`` and targets ``[n]`` of some rows.
 Predictions = tuple[Tensor, Tensor]
-#: Joint training of some tasks, at a rate, for so many steps at most.
-Begin = Callable[[Sequence[Task], float, int], JointRun]
 #: Posteriors of some tasks, adapted to from where joint training of others stands, at a noise (of regressions).
 Adapt = Callable[[Standing, Sequence[Task], float | None], Sequence[Any]]
 
@@ -140,18 +137,6 @@ class CrossFit(NamedTuple):
             sure = "predictions stay as they are: no other temperature is better by more than chance"
         parts = [*([length] if self.looks else []), *([sure] if tempered else [])]
         return f"{'; '.join(parts)}." if parts else ""
-
-
-def passes(steps: int, batch_size: int, tasks: Sequence[Task]) -> float:
-    """Return how many times joint training sees the tasks' rows: steps times the mean of batch over rows, over tasks.
-
-    Args:
-        steps: visits of one task each.
-        batch_size: rows of a visit; 0 for all.
-        tasks: of meta-training.
-    """
-    shares = [min(batch_size or len(task.train), len(task.train)) / len(task.train) for task in tasks]
-    return steps * sum(shares) / len(tasks) ** 2
 
 
 def cross_fit(

@@ -21,6 +21,11 @@ of joint training, which begin anew after it. Where a twelfth would say nothing,
 :data:`FEWEST_STEPS`, and where that leaves no room for a second rate, one is tried alone. To go on from the mean of the
 halves' vectors would save steps, and costs more than it saves: 0.17 nats on digits, where the halves are twelve tasks
 of ten rows.
+
+**Few passes.** Where joint training sees the rows but a few times (:func:`~pyro_lift.tuning.joint_run.few_passes`),
+nothing can be known by heart. There the halves are looked at after :data:`EARLY` steps already, and where the gain is
+significant at :data:`PLAIN`, the trial ends with the first rate. What the rest would cost is better spent on joint
+training, and no family of that kind (of fourteen) took the larger rate.
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ from pyro_lift.models.flat import FlatAdapter
 from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.task import Task
 from pyro_lift.tuning.held_out import dealt
+from pyro_lift.tuning.joint_run import JointRun
 
 __all__ = [
     "FEWEST_TASKS",
@@ -62,8 +68,8 @@ log = logging.getLogger("pyro_lift")
 FEWEST_TASKS = 4
 #: Rates that are tried, over the one that the weights call for, where that one helps and where it does not.
 LARGER, SMALLER = 3.0, 0.2
-#: Level of the one-sided test.
-LEVEL = 0.05
+#: Level of the one-sided test, and that at which a gain is plain.
+LEVEL, PLAIN = 0.05, 0.0005
 #: Of the joint training's steps, those that each half gets.
 SHARE = 1.0 / 12.0
 #: Times as many for the larger rate.
@@ -74,9 +80,11 @@ FEWEST_STEPS = 20
 MOST_COST = 0.5
 #: Tasks and rows that are judged at most: more would cost as much as the training.
 TASKS, ROWS = 64, 48
+#: Steps of each half after which the first rate is looked at where nothing can be known by heart.
+EARLY = (5, FEWEST_STEPS)
 
-#: Joint training of one vector: of some tasks, at a rate, for some steps.
-Train = Callable[[Sequence[Task], float, int], Tensor]
+#: Joint training of some tasks, at a rate, for so many steps at most.
+Begin = Callable[[Sequence[Task], float, int], JointRun]
 #: Mean log probability a row, for each of some tasks, at one vector ``[D]``.
 Score = Callable[[Tensor, Sequence[Task]], Tensor]
 
@@ -111,6 +119,7 @@ class Joint(NamedTuple):
         error: its standard error.
         helps: whether it begins.
         tried: the rates, in the order in which they were tried; empty of a run that was saved before they were kept.
+        spent: gradients that the trial took; zero of a run that was saved before they were counted.
     """
 
     rate: float
@@ -119,6 +128,7 @@ class Joint(NamedTuple):
     error: float
     helps: bool
     tried: tuple[Tried, ...] = ()
+    spent: int = 0
 
     def results(self) -> dict[str, float]:
         """Measures for the prior's folder and card."""
@@ -201,9 +211,11 @@ def joint_on_trial(
     start: Tensor,
     rate: float,
     steps: int,
-    train: Train,
+    begin: Begin,
     score: Score,
     kept: WorkBefore | None = None,
+    *,
+    few: bool = False,
 ) -> Joint:
     """Find whether joint training helps tasks that it has not seen, and at which rate.
 
@@ -212,55 +224,79 @@ def joint_on_trial(
         start: where phi begins, ``[D]``.
         rate: that the size of the weights calls for.
         steps: of joint training, if it is to be; those of the trial come before them.
-        train: trains one vector.
+        begin: begins the training of one vector.
         score: judges one.
         kept: where vectors and the verdict are kept, for a run that goes on.
+        few: whether joint training makes few passes over the rows.
     """
     kept = kept or WorkBefore(None)
-    data = kept.data("joint", lambda: _trial(tasks, start, rate, steps, train, score, kept)._asdict())
+    trial = _Trial(tasks, start, rate, steps, begin, score, kept)
+    data = kept.data("joint", lambda: trial.joint(few)._asdict())
     joint = Joint(**{**data, "tried": tuple(Tried(*each) for each in data.get("tried", ()))})
     log.info("%s", joint.sentence())
     return joint
 
 
-def _trial(
-    tasks: Sequence[Task], start: Tensor, rate: float, steps: int, train: Train, score: Score, kept: WorkBefore
-) -> Joint:
-    halves, each = dealt(tasks, 2), trial_steps(steps, len(tasks))
-    judged = [half[: TASKS // 2] for half in halves]
-    tried: list[Tried] = []
-    before = torch.cat([score(start, half) for half in judged])
+class _Trial:
+    """The halves of the tasks, and what was tried on them so far."""
 
-    def at(factor: float) -> tuple[Joint, Tensor]:
-        vectors = []
-        for k, half in enumerate(halves):
-            work = partial(_work, train, half, factor * rate, (LONGER if factor > 1.0 else 1) * each)
-            vectors.append(kept.result(f"half-{k}-{factor:g}", work)[0].to(start))
-        after = torch.cat([score(vectors[1 - k], half) for k, half in enumerate(judged)])
-        gain, error = paired(after - before)
-        helps = is_above_zero(after - before)
-        log.info("joint training at %.2g on trial: %+.3f ± %.3f nats a row", factor * rate, gain, error)
-        tried.append(Tried(factor * rate, gain, error, helps))
-        return Joint(factor * rate, steps if helps else 0, gain, error, helps), after
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        start: Tensor,
+        rate: float,
+        steps: int,
+        begin: Begin,
+        score: Score,
+        kept: WorkBefore,
+    ) -> None:
+        self.start, self.rate, self.steps, self.score, self.kept = start, rate, steps, score, kept
+        self.begin, self.each = begin, trial_steps(steps, len(tasks))
+        self.halves = dealt(tasks, 2)
+        self.judged = [half[: TASKS // 2] for half in self.halves]
+        self.before = torch.zeros(0)
+        self.tried: list[Tried] = []
+        self.spent = 0
 
-    first, after = at(1.0)
-    taken = first
-    if _has_second(steps) and not first.helps:
-        taken = at(SMALLER)[0]
-    elif _has_second(steps):
-        larger, after_larger = at(LARGER)
-        taken = larger if larger.helps and not is_above_zero(after - after_larger) else first
-    return taken._replace(tried=tuple(tried))
+    def joint(self, few: bool) -> Joint:
+        """Try rates and return the verdict."""
+        self.before = torch.cat([self.score(self.start, half) for half in self.judged])
+        first, after = self._at(1.0, [look for look in EARLY if look < self.each] if few else [])
+        taken = first
+        if _has_second(self.steps) and not first.helps:
+            taken = self._at(SMALLER)[0]
+        elif _has_second(self.steps) and self.spent == 2 * self.each:
+            larger, after_larger = self._at(LARGER)
+            taken = larger if larger.helps and not is_above_zero(after - after_larger) else first
+        return taken._replace(tried=tuple(self.tried), spent=self.spent)
+
+    def _at(self, factor: float, looks: Sequence[int] = ()) -> tuple[Joint, Tensor]:
+        """Try a rate for all its steps, or up to the first of some looks at which it gains plainly."""
+        most = (LONGER if factor > 1.0 else 1) * self.each
+        runs: list[JointRun | None] = [None for _ in self.halves]
+
+        def vector(k: int, steps: int) -> Work:
+            run = runs[k] = runs[k] or self.begin(self.halves[k], factor * self.rate, most)
+            return run.to(steps).vector, {}
+
+        for steps in [*looks, most]:
+            name = f"{factor:g}" if steps == most else f"{factor:g}-{steps}"
+            vectors = [self.kept.result(f"half-{k}-{name}", partial(vector, k, steps))[0] for k in range(2)]
+            after = torch.cat([self.score(vectors[1 - k].to(self.start), half) for k, half in enumerate(self.judged)])
+            if steps == most or is_above_zero(after - self.before, PLAIN):
+                break
+        self.spent += 2 * steps
+        gain, error = paired(after - self.before)
+        helps = is_above_zero(after - self.before)
+        log.info("joint training at %.2g on trial: %+.3f ± %.3f nats a row", factor * self.rate, gain, error)
+        self.tried.append(Tried(factor * self.rate, gain, error, helps))
+        return Joint(factor * self.rate, self.steps if helps else 0, gain, error, helps), after
 
 
-def is_above_zero(difference: Tensor) -> bool:
+def is_above_zero(difference: Tensor, level: float = LEVEL) -> bool:
     """Whether a mean over tasks is above zero, by the one-sided test; ``[N]``."""
     mean, error = paired(difference)
-    return mean > error * float(student_t.isf(LEVEL, len(difference) - 1))
-
-
-def _work(train: Train, half: Sequence[Task], rate: float, steps: int) -> Work:
-    return train(half, rate, steps), {}
+    return mean > error * float(student_t.isf(level, len(difference) - 1))
 
 
 def paired(difference: Tensor) -> tuple[float, float]:

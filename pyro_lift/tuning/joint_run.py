@@ -12,7 +12,10 @@ from pyro_lift.inference.progress import chain_bar
 from pyro_lift.models.task import Task
 from pyro_lift.watching.watch import Watchers
 
-__all__ = ["JointRun", "Standing", "moments_of"]
+__all__ = ["JointRun", "Standing", "few_passes", "moments_of", "passes"]
+
+#: Passes over the tasks' rows from which on they may be known by heart.
+PASSES = 5.0
 
 
 class Standing(NamedTuple):
@@ -80,3 +83,20 @@ class JointRun:
         self.steps = steps
         moments = {name: x.clone() for name, x in moments_of(self.kernel).items()}
         return Standing(weights["phi"].detach().clone().reshape(-1), moments)
+
+
+def passes(steps: int, batch_size: int, tasks: Sequence[Task]) -> float:
+    """Return how many times joint training sees the tasks' rows: steps times the mean of batch over rows, over tasks.
+
+    Args:
+        steps: visits of one task each.
+        batch_size: rows of a visit; 0 for all.
+        tasks: of meta-training.
+    """
+    shares = [min(batch_size or len(task.train), len(task.train)) / len(task.train) for task in tasks]
+    return steps * sum(shares) / len(tasks) ** 2
+
+
+def few_passes(steps: int, batch_size: int, tasks: Sequence[Task]) -> bool:
+    """Whether joint training sees rows too seldom to know them by heart: fewer than :data:`PASSES` times."""
+    return passes(steps, batch_size, tasks) < PASSES

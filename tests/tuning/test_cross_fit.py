@@ -17,9 +17,9 @@ from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit, helpful_temperature, passes, split_rows
+from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit, helpful_temperature, split_rows
 from pyro_lift.tuning.halves import Joint
-from pyro_lift.tuning.joint_run import JointRun, Standing
+from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
 from pyro_lift.tuning.noise import EXAGGERATED
 
 JOINT = Joint(0.1, 800, 0.5, 0.1, True)
@@ -115,6 +115,7 @@ def test_passes_count_how_often_a_row_is_seen() -> None:
     # Each task has a third of 300 visits: of 4, 8 and 8 rows.
     assert passes(300, 8, made) == pytest.approx((100 * 1 + 100 * 1 + 100 * 8 / 12) / 3)
     assert passes(300, 0, made) == pytest.approx(100)
+    assert few_passes(14, 0, made) and not few_passes(15, 0, made)
 
 
 @pytest.mark.parametrize(("number", "most", "units"), [(3, 20, 12), (3, 7, 7), (8, 5, 5)])
@@ -180,7 +181,7 @@ def test_predictions_that_are_too_sure_are_brought_to_what_they_are_worth() -> N
 def test_where_the_rate_is_given_or_it_is_switched_off_nothing_is_looked_for(
     given: dict[str, float], calibrate: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyro_lift.lift.cross_fit", None)
+    monkeypatch.setattr("pyro_lift.before_chain.cross_fit", None)
     lift = LiFT(adapter(), sgd_steps=80, burn_in=5, samples=10, seed=0, **given)  # type: ignore[arg-type]
     assert lift.meta_train(tasks(), progress=False, calibrate=calibrate).prediction_temperature == 1.0
 

@@ -7,6 +7,8 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
@@ -19,7 +21,15 @@ from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import RunStopped
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.tuning.halves import joint_on_trial, log_probs_at, steps_beside_trial, trial_steps
+from pyro_lift.tuning.halves import (
+    PLAIN,
+    is_above_zero,
+    joint_on_trial,
+    log_probs_at,
+    steps_beside_trial,
+    trial_steps,
+)
+from pyro_lift.tuning.joint_run import Standing
 from pyro_lift.watching.steps import Step
 
 
@@ -83,7 +93,7 @@ def test_a_trial_and_what_it_is_about_fit_into_given_gradients(gradients: int, n
 @pytest.mark.parametrize(("gain", "helps"), [(0.5, True), (-0.5, False)])
 def test_a_short_training_is_tried_at_one_rate(gain: float, helps: bool) -> None:
     stand_in = Halves({0.1: gain})
-    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 120, stand_in.train, stand_in.score)
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 120, stand_in.begin, stand_in.score)
     assert joint.helps == helps and joint.steps == (120 if helps else 0)
     assert [steps for *_, steps in stand_in.trained] == [20, 20]
 
@@ -94,9 +104,13 @@ class Halves:
     def __init__(self, gains: dict[float, float]) -> None:
         self.gains, self.trained = gains, list[tuple[tuple[str, ...], float, int]]()
 
-    def train(self, half: Sequence[Task], rate: float, steps: int) -> Tensor:
-        self.trained.append((tuple(task.name for task in half), rate, steps))
-        return torch.tensor([self.gains[rate], float(half[0].name[1:]) + 1.0])
+    def begin(self, half: Sequence[Task], rate: float, most: int) -> Any:
+        def to(steps: int) -> Standing:
+            assert steps <= most
+            self.trained.append((tuple(task.name for task in half), rate, steps))
+            return Standing(torch.tensor([self.gains[rate], float(half[0].name[1:]) + 1.0]), {})
+
+        return SimpleNamespace(to=to)
 
     def score(self, vector: Tensor, half: Sequence[Task]) -> Tensor:
         if vector[1]:  # trained: on the other half, never on this one
@@ -107,7 +121,7 @@ class Halves:
 
 def test_each_task_is_judged_by_the_half_that_it_is_not_in_and_the_test_is_the_paired_one() -> None:
     stand_in, made = Halves({0.1: 0.5, 0.1 * 3.0: 0.4}), tasks(shared=True)
-    joint = joint_on_trial(made, torch.zeros(2), 0.1, 300, stand_in.train, stand_in.score)
+    joint = joint_on_trial(made, torch.zeros(2), 0.1, 300, stand_in.begin, stand_in.score)
     names = [f"t{k}" for k in range(8)]
     assert stand_in.trained[:2] == [(tuple(names[0::2]), 0.1, 25), (tuple(names[1::2]), 0.1, 25)]
     assert [(rate, steps) for _, rate, steps in stand_in.trained[2:]] == [(0.1 * 3.0, 50)] * 2
@@ -119,10 +133,10 @@ def test_each_task_is_judged_by_the_half_that_it_is_not_in_and_the_test_is_the_p
 
 def test_a_smaller_rate_is_tried_before_joint_training_is_given_up() -> None:
     stand_in = Halves({0.1: -0.5, 0.1 * 0.2: 0.2})
-    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.train, stand_in.score)
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.begin, stand_in.score)
     assert joint.helps and joint.rate == pytest.approx(0.02) and joint.steps == 320
     stand_in = Halves({0.1: 0.2, 0.1 * 3.0: 0.5})  # and a larger one where it helps
-    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.train, stand_in.score)
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.begin, stand_in.score)
     assert joint.helps and joint.rate == pytest.approx(0.3) and joint.gain == pytest.approx(0.5, rel=0.02)
     stand_in = Halves({0.1: 0.5, 0.1 * 3.0: 0.498})  # and where it gains as much as can be told
     spread = 0.1 * torch.tensor([1.0, -1.0] * 2, dtype=torch.float64)
@@ -130,10 +144,10 @@ def test_a_smaller_rate_is_tried_before_joint_training_is_given_up() -> None:
     def unsteady(vector: Tensor, half: Sequence[Task]) -> Tensor:
         return stand_in.score(vector, half) + (spread if 0.49 < vector[0] < 0.499 else 0.0)
 
-    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.train, unsteady)
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.begin, unsteady)
     assert joint.helps and joint.rate == pytest.approx(0.3)
     stand_in = Halves({0.1: -0.5, 0.1 * 0.2: -0.2})
-    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.train, stand_in.score)
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.begin, stand_in.score)
     assert not joint.helps and joint.steps == 0
 
 
@@ -144,8 +158,41 @@ def test_a_larger_rate_that_gains_more_by_chance_alone_is_not_taken() -> None:
         spread = 5.0 * torch.tensor([(-1.0) ** k for k in range(len(half))], dtype=torch.float64)
         return stand_in.score(vector, half) + (spread if vector[0] > 0.4 else 0.0)
 
-    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.train, score)
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.begin, score)
     assert joint.helps and joint.rate == 0.1 and joint.steps == 320
+
+
+def test_where_rows_are_seen_seldom_a_plain_gain_ends_the_trial_at_its_first_look() -> None:
+    stand_in, made = Halves({0.1: 0.5}), tasks(shared=True)
+    joint = joint_on_trial(made, torch.zeros(2), 0.1, 600, stand_in.begin, stand_in.score, few=True)
+    assert [steps for *_, steps in stand_in.trained] == [5, 5] and joint.spent == 10
+    assert joint.helps and joint.rate == 0.1 and joint.steps == 600 and len(joint.tried) == 1
+
+
+@pytest.mark.parametrize(("few", "lengths", "spent"), [(True, [5, 20, 50, 100], 300), (False, [50, 100], 300)])
+def test_a_gain_that_is_not_plain_is_looked_at_after_all_steps(few: bool, lengths: list[int], spent: int) -> None:
+    stand_in = Halves({0.1: 0.5, 0.1 * 3.0: 0.2})
+    spread = 0.4 * torch.tensor([1.0, -1.0] * 2, dtype=torch.float64)  # significant at 5 %, not at half of a per mille
+
+    def unsteady(vector: Tensor, half: Sequence[Task]) -> Tensor:
+        return stand_in.score(vector, half) + (spread if vector[1] else 0.0)
+
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 600, stand_in.begin, unsteady, few=few)
+    assert joint.helps and not is_above_zero(0.5 + torch.cat([spread, spread]), PLAIN)
+    assert [steps for *_, steps in stand_in.trained] == [x for x in lengths for _ in range(2)]
+    assert joint.spent == spent
+
+
+@pytest.mark.parametrize(("rows", "spent"), [(24, 2 * (1 + 2) * 20), (150, 10)])
+def test_the_trial_may_be_among_the_steps_of_joint_training(rows: int, spent: int) -> None:
+    options = {**OPTIONS, "sgd_steps": 360, "sgd_includes_trial": True}
+    lift, told = LiFT(adapter(), **options), list[Step]()  # type: ignore[arg-type]
+    made = tasks(shared=True, rows=rows)
+    joint = lift._joint(made, None, False, None)
+    assert joint is not None and joint.helps and joint.spent == spent and joint.steps == 360 - spent
+    lift.meta_train(made, progress=False, callbacks=told.append)
+    trial, chain = ([step for step in told if step.run.kind == kind] for kind in ("joint-trial", "meta-train"))
+    assert len(trial) == spent and len(chain) <= 360 - spent + 15
 
 
 def test_the_log_says_which_rates_were_tried_and_why_one_was_taken(caplog: pytest.LogCaptureFixture) -> None:
@@ -171,7 +218,7 @@ def test_the_log_says_which_rates_were_tried_and_why_one_was_taken(caplog: pytes
         caplog.clear()
         stand_in, steps = Halves(by_rate), 120 if len(by_rate) == 1 else 320
         with caplog.at_level("INFO", "pyro_lift"):
-            joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, steps, stand_in.train, stand_in.score)
+            joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, steps, stand_in.begin, stand_in.score)
         assert words in caplog.messages[-1], words
         assert joint.helps == ("It begins" in caplog.messages[-1])
         assert joint.helps != ("sgd_learning_rate=" in caplog.messages[-1])
@@ -180,19 +227,23 @@ def test_the_log_says_which_rates_were_tried_and_why_one_was_taken(caplog: pytes
 def test_a_run_that_goes_on_has_the_verdict_and_the_vectors_of_before(tmp_path: Path) -> None:
     made, config = tasks(shared=True), {"seed": 0}
     first = Halves({0.1: 0.5, 0.1 * 3.0: 0.7})
-    begun = joint_on_trial(made, torch.zeros(2), 0.1, 300, first.train, first.score, WorkBefore(tmp_path, config))
+    begun = joint_on_trial(made, torch.zeros(2), 0.1, 300, first.begin, first.score, WorkBefore(tmp_path, config))
     (tmp_path / "joint" / "work.json").unlink()  # killed before the verdict: the vectors are there
     again = Halves({})
-    gone_on = joint_on_trial(made, torch.zeros(2), 0.1, 300, again.train, again.score, WorkBefore(tmp_path, config))
+    gone_on = joint_on_trial(made, torch.zeros(2), 0.1, 300, again.begin, again.score, WorkBefore(tmp_path, config))
     assert again.trained == [] and gone_on == begun
     other = Halves({0.1: 0.5, 0.1 * 3.0: 0.7})  # another run in the same folder computes anew
-    joint_on_trial(made, torch.zeros(2), 0.1, 300, other.train, other.score, WorkBefore(tmp_path, {"seed": 1}))
+    joint_on_trial(made, torch.zeros(2), 0.1, 300, other.begin, other.score, WorkBefore(tmp_path, {"seed": 1}))
     assert len(other.trained) == 4
 
 
-@pytest.mark.parametrize("visits", [20, 140, 250, 400], ids=["trial", "cross-fit", "before a checkpoint", "after one"])
-def test_a_resumed_run_ends_where_the_whole_one_ends(tmp_path: Path, visits: int) -> None:
-    made = tasks(shared=True)
+@pytest.mark.parametrize(
+    ("visits", "rows"),
+    [(20, 24), (140, 24), (250, 24), (400, 24), (3, 150), (8, 150)],
+    ids=["trial", "cross-fit", "before a checkpoint", "after one", "first look, first half", "first look, second half"],
+)
+def test_a_resumed_run_ends_where_the_whole_one_ends(tmp_path: Path, visits: int, rows: int) -> None:
+    made = tasks(shared=True, rows=rows)
     whole = LiFT(adapter(), **OPTIONS).meta_train(made, progress=False)  # type: ignore[arg-type]
 
     count = 0

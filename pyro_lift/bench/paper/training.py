@@ -20,7 +20,6 @@ from pyro_lift.methods.registry import BASELINES
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.settings import LiFTSettings
-from pyro_lift.tuning.halves import steps_beside_trial
 
 __all__ = ["CHOOSE_THEMSELVES", "Trained", "budget_of", "method_of", "step_of", "trained"]
 
@@ -96,8 +95,7 @@ def method_of(contestant: Contestant, problem: PaperProblem, seed: int, **option
         if sizes.meta_rate is None:  # left to the method: joint training is put on trial, within its gradients
             given["on_trial"] = True
             visits = min(sizes.visits, max(round(CHAIN_SHARE * (sizes.warm_up + sizes.visits)), FEWEST_VISITS))
-            joint = steps_beside_trial(sizes.warm_up + sizes.visits - visits, len(problem.tasks.train))
-            budget = replace(budget, warm_up=joint, visits=visits)
+            budget = replace(budget, warm_up=sizes.warm_up + sizes.visits - visits, visits=visits)
     if "tasks_per_step" in {f.name for f in fields(target)}:
         given["tasks_per_step"] = TASKS_PER_STEP
     if contestant.method == "lora-tuned":

@@ -16,13 +16,13 @@ from torch import Tensor
 from pyro_lift import AdaptSettings, LiFT, Task, TaskPosterior
 from pyro_lift.data.encode import NextToken
 from pyro_lift.data.text import TextRow, TextTask
-from pyro_lift.development import development_verdict
 from pyro_lift.inference.adaptation.early_stopping import DrawWindows, EarlyStopping, Verdict
 from pyro_lift.inference.baselines.finetune import finetune, finetune_each
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.methods.lift import LiFTMethod
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.tuning.development import development_verdict
 
 
 def seen(windows: DrawWindows, most: int = 100) -> int:

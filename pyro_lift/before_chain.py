@@ -1,0 +1,206 @@
+"""What LiFT finds out before its chain: whether joint training helps, how long, the prior's widths, the noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_lift.defaults import fitted, for_targets, one_width, resolved, resolved_adaptation
+from pyro_lift.inference.adaptation.chain import rows_of_moments
+from pyro_lift.inference.checkpoint.before import WorkBefore
+from pyro_lift.inference.checkpoint.session import Session
+from pyro_lift.inference.gibbs.kernel import SGLDGibbs
+from pyro_lift.inference.mixture.batch_em import Moments
+from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.hierarchical import AdapterHierarchy
+from pyro_lift.models.observation import own_head_scale
+from pyro_lift.models.task import Task
+from pyro_lift.models.weight_scales import by_weight, groups_of_weights
+from pyro_lift.posterior import TaskPosterior
+from pyro_lift.prior import LiFTPrior
+from pyro_lift.settings import AdaptSettings, LiFTSettings
+from pyro_lift.tuning.chain_kernel import chain_kernel
+from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit, predicted
+from pyro_lift.tuning.halves import Joint, has_trial, joint_on_trial, log_probs_at, steps_beside_trial
+from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes
+from pyro_lift.watching.watch import Watchers
+
+__all__ = ["BeforeChain", "ChainSetup"]
+
+
+class BeforeChain(NamedTuple):
+    """What is known before a chain begins.
+
+    Attributes:
+        run: what the chain is of, with the settings that were found.
+        program: that it samples.
+        settings: the same, filled in.
+        joint: what the trial of joint training said; None where there was none.
+        halves: what unseen tasks said; None where they were not asked.
+    """
+
+    run: ChainSetup
+    program: AdapterHierarchy
+    settings: LiFTSettings
+    joint: Joint | None
+    halves: CrossFit | None
+
+
+class ChainSetup:
+    """A network with settings: the program and the kernel of its chain, and what is found before that begins.
+
+    Args:
+        adapter: the network as a function of theta.
+        settings: of meta-training.
+        adapt_settings: of adaptation.
+        seed: of everything random.
+    """
+
+    def __init__(
+        self, adapter: RandomAdapter, settings: LiFTSettings, adapt_settings: AdaptSettings, seed: int | None
+    ) -> None:
+        self.adapter, self.settings, self.adapt_settings, self.seed = adapter, settings, adapt_settings, seed
+
+    def before_chain(
+        self,
+        tasks: Sequence[Task],
+        session: Session | None = None,
+        start: Tensor | None = None,
+        *,
+        crossed: bool = True,
+        progress: bool = False,
+        watchers: Watchers | None = None,
+    ) -> BeforeChain:
+        """Find what is left to the tasks: whether joint training helps, the prior's widths, what unseen tasks say."""
+        on_step = {part: None if watchers is None else watchers.of(part) for part in ("joint-trial", "cross-fit")}
+        run = self._with(for_targets(self.settings, tasks))
+        joint = None if start is not None else run._joint(tasks, session, progress, on_step["joint-trial"])
+        run = run if joint is None else run._after(joint)
+        program = run.program(tasks)
+        s = run._fitted(program)
+        if not crossed:
+            return BeforeChain(run, program, s, joint, None)
+        noise = run.settings.noise_scale if self.settings.noise_scale is None else None
+        shown = {"progress": progress, "on_step": on_step["cross-fit"]}
+        halves = run._cross_fitted(program, joint, s, session, noise, **shown)
+        if halves is not None:
+            run.settings, s = (replace(settings, **halves.settings()) for settings in (run.settings, s))
+            program.noise_scale = s.noise_sd
+        return BeforeChain(run, program, s, joint, halves)
+
+    def _joint(
+        self, tasks: Sequence[Task], session: Session | None, progress: bool, on_step: Watchers | None
+    ) -> Joint | None:
+        """Put the joint training on trial, where its rate was left open; None where there is none."""
+        s = resolved(self.settings, self.adapter)
+        kept, saved_without = WorkBefore.of(session, "joint")
+        given = self.settings.sgd_learning_rate is not None
+        if given or s.ranks_block_size or saved_without or not has_trial(s.sgd_steps, len(tasks)):
+            return None
+        head_scale = self._head_scale(tasks, s)
+        if head_scale is not None and s.head == "langevin":  # without steps of its own, such a head says nothing
+            return None
+        tasks = [task.to(self.adapter.initial.device) for task in tasks]
+        score = partial(log_probs_at, self.adapter, head_scale=head_scale, noise_scale=s.noise_sd)
+        assert s.sgd_learning_rate is not None
+        steps = steps_beside_trial(s.sgd_steps, len(tasks)) if s.sgd_includes_trial else s.sgd_steps
+        few = few_passes(steps, s.batch_size, tasks)
+
+        def begin(half: Sequence[Task], rate: float, most: int) -> JointRun:
+            title = f"joint training on trial, half of the tasks at {rate:.2g}"
+            return self._joint_run(half, rate, most, title, progress=progress, on_step=on_step)
+
+        start, rate = self.adapter.initial, s.sgd_learning_rate
+        joint = joint_on_trial(tasks, start, rate, steps, begin, score, kept, few=few)
+        within = joint.helps and s.sgd_includes_trial
+        return joint._replace(steps=max(s.sgd_steps - joint.spent, steps)) if within else joint
+
+    def _cross_fitted(
+        self,
+        program: AdapterHierarchy,
+        joint: Joint | None,
+        s: LiFTSettings,
+        session: Session | None,
+        noise: float | None,
+        **shown: Any,
+    ) -> CrossFit | None:
+        """Find the length of joint training and how sure predictions may be; None where there is nothing to find."""
+        kept, saved_without = WorkBefore.of(session, "cross-fit")
+        heads, tasks = program.solved is not None, program.tasks
+        if joint is not None and joint.helps and few_passes(joint.steps, s.batch_size, tasks):
+            joint = None
+        if saved_without or s.ranks_block_size or (joint is None and noise is None) or len(tasks) < 2:
+            return None
+        sure = noise is not None or (all(task.kind == "classification" for task in tasks) and not heads)
+        begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
+        score = partial(log_probs_at, self.adapter, head_scale=program.head_scale, noise_scale=s.noise_sd)
+
+        def adapt(standing: Standing, unseen: Sequence[Task], noise: float | None) -> Sequence[TaskPosterior]:
+            variance = one_width(s.beta) ** 2 / max(len(tasks) // 2, 1)
+            at = Moments(torch.ones(1), standing.vector.unsqueeze(0), torch.full_like(standing.vector, variance)[None])
+            options = resolved_adaptation(self.adapt_settings, self.settings, s, heads)
+            mixture = OnlineGaussianMixture.from_moments(at, max(len(tasks) // 2, 1), dtype=standing.vector.dtype)
+            at_noise = replace(s, noise_scale=noise or s.noise_scale)
+            power = (s.noise_sd / at_noise.noise_sd) ** 4  # of square gradients
+            moments = {name: power * moment for name, moment in standing.moments.items()}
+            rows = rows_of_moments(tasks, alike=s.task_steps == "tasks")
+            prior = LiFTPrior(self.adapter, mixture, at_noise, options, moments, rows=rows)
+            return prior.adapt_many(unseen, seed=0)
+
+        predict = partial(predicted, self.adapter) if sure and noise is None else None
+        judge = Judge(score, predict, adapt if sure else None, noise)
+        return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
+
+    def _joint_run(self, tasks: Sequence[Task], rate: float, steps: int, title: str, **shown: Any) -> JointRun:
+        """Make the first part of the chain, over some tasks, at a rate."""
+        run = self._with(replace(self.settings, sgd_steps=steps, sgd_learning_rate=rate, translation="none"))
+        return JointRun(run.kernel(run.program(tasks)), steps, tasks, title, **shown)
+
+    def _after(self, joint: Joint) -> ChainSetup:
+        """Make the run that follows the trial of joint training.
+
+        Where joint training does not help, nor does a translation, which pulls phi in the same direction.
+        """
+        translation = self.settings.translation or (None if joint.helps else "none")
+        return self._with(
+            replace(self.settings, sgd_steps=joint.steps, sgd_learning_rate=joint.rate, translation=translation)
+        )
+
+    def _with(self, settings: LiFTSettings) -> ChainSetup:
+        return ChainSetup(self.adapter, settings, self.adapt_settings, self.seed)
+
+    def program(self, tasks: Sequence[Task]) -> AdapterHierarchy:
+        """Return the Pyro program that :meth:`meta_train` samples."""
+        s, device = resolved(for_targets(self.settings, tasks), self.adapter), self.adapter.initial.device
+        return AdapterHierarchy(
+            self.adapter,
+            [task.to(device) for task in tasks],
+            beta=by_weight(self.adapter, s.beta),
+            sigma=by_weight(self.adapter, s.sigma),
+            batch_size=s.batch_size,
+            prior_mean=self.adapter.initial if s.prior_mean == "adapter" else None,
+            head_scale=self._head_scale(tasks, s),
+            noise_scale=s.noise_sd,
+            block_size=s.block_size,
+            learned=groups_of_weights(self.adapter) if self.settings.learns_beta else None,
+            head="sample" if s.head == "langevin" else "solve",
+        )
+
+    def _head_scale(self, tasks: Sequence[Task], s: LiFTSettings) -> float | None:
+        return own_head_scale(self.adapter, tasks, s.head_scale, solve=s.head not in ("langevin", "shared"))
+
+    def _fitted(self, program: AdapterHierarchy) -> LiFTSettings:
+        """Look at what the prior does to the tasks' loss, and give the program the widths that come of it."""
+        s = fitted(replace(self.settings, head_scale=program.head_scale), self.adapter, program.tasks)
+        program.beta, program.sigma = by_weight(self.adapter, s.beta), by_weight(self.adapter, s.sigma)
+        return s
+
+    def kernel(self, program: AdapterHierarchy) -> SGLDGibbs:
+        """Return the kernel that :meth:`meta_train` runs."""
+        return chain_kernel(program, resolved(self.settings, self.adapter), self.adapter.initial, self.seed)
