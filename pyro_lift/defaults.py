@@ -30,7 +30,7 @@ from pyro_lift.models.weight_scales import by_weight, harmless_scales, typical_s
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_choice
 
-__all__ = ["fitted", "for_targets", "inherited", "one_width", "resolved", "resolved_adaptation"]
+__all__ = ["MOST", "fitted", "for_targets", "inherited", "one_width", "resolved", "resolved_adaptation"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -44,6 +44,8 @@ RELATIVE_STEP = 0.05
 ADAPTATION_OVER_CHAIN = 2.0
 #: A step without a preconditioner.
 PLAIN_RATE = 2e-3
+#: Learning rates that data move a weight by in a visit, or in a step of adaptation, at most.
+MOST = 3.0
 #: Times that widths are halved at most.
 HALVINGS = 5
 
@@ -83,6 +85,7 @@ def resolved(settings: LiFTSettings, adapter: RandomAdapter) -> LiFTSettings:
         sgd_learning_rate=rate if s.sgd_learning_rate is None else s.sgd_learning_rate,
         sgd_weights=s.sgd_weights or "tasks",
         task_steps=s.task_steps or "tasks",
+        max_move=MOST if s.max_move is None else s.max_move,
         noise_scale=s.noise_sd,
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_lift.adapter_library import prior_from_adapters
 from pyro_lift.data.encoding import TextEncoding
-from pyro_lift.defaults import inherited, one_width, resolved
+from pyro_lift.defaults import MOST, inherited, one_width, resolved
 from pyro_lift.generation.decode import generate
 from pyro_lift.inference.adaptation.chain import Shown, Source, moments_for, run_chain, run_watched
 from pyro_lift.inference.adaptation.early_stopping import DrawWindows
@@ -56,8 +56,6 @@ __all__ = ["LiFTPrior"]
 
 #: What is added to the number of a block whose tasks are none of the kind, so that its chains have noise of their own.
 APART = 1_000_000
-#: Learning rates that the data move a weight by in a step of adaptation, at most.
-MOST = 3.0
 
 
 #: What a merged prior has of its first chain's, beside the settings.

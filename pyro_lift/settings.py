@@ -165,6 +165,10 @@ class LiFTSettings:
         default=0, metadata={"help": "tasks of a visit that torchrun's processes share, in passes of block_size; 0: no"}
     )
     preconditioner: Literal["rms", "none"] = field(default="rms", metadata={"help": "scale of each weight's step"})
+    max_move: float | None = field(
+        default=None,
+        metadata={"help": "learning rates that data move a weight by in a visit, at most; 0: no limit; none: 3"},
+    )
     head_scale: float | None = field(
         default=None,
         metadata={"help": "sd of a task's own linear head; none: shared, unless the network ends in features"},
@@ -238,6 +242,8 @@ class LiFTSettings:
         if self.temperature is not None:
             check_number("temperature", self.temperature, open_below=False)
         check_number("head_temperature", self.head_temperature, open_below=False)
+        if self.max_move is not None:
+            check_number("max_move", self.max_move, open_below=False)
         for name in ("sgd_weights", "task_steps"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), ["tasks", "rows"])
@@ -264,10 +270,10 @@ def complete_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
 
     Heads of tasks' own took steps before they could be solved, and label matching had none. Nothing was shifted before
     there was a translation, no run stopped before its end, joint training counted all rows alike, and one step size was
-    that of all tasks. The trial of joint training came on top of it.
+    that of all tasks. The trial of joint training came on top of it, and no visit had a limit.
     """
     then = {"head": "langevin", "translation": "none", "stop_every": 0, "stop_patience": 3, "sgd_weights": "rows"}
-    return {**then, "task_steps": "rows", **saved}
+    return {**then, "task_steps": "rows", "max_move": 0.0, "sgd_includes_trial": False, **saved}
 
 
 def complete_adapt_settings(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pyro_lift.inference.gibbs.accumulator import Accumulator
 from pyro_lift.inference.gibbs.blocks import Request, Scan
 from pyro_lift.inference.gibbs.flat_facts import flat_facts
 from pyro_lift.inference.gibbs.kept_theta import KeptTheta, draws_need
+from pyro_lift.inference.gibbs.longest_move import check_limits
 from pyro_lift.inference.gibbs.plan import Plan
 from pyro_lift.inference.gibbs.rows import task_values
 from pyro_lift.inference.gibbs.saved_chain import learned_of, options_of, probed, put_learned
@@ -106,7 +107,8 @@ class SGLDGibbs(Kernel):
             They need a normal pair; the chain starts where they end. ``sgd_step_size`` is their learning rate.
         sgd_weights: factors on the tasks' gradients in joint training, one a task; None takes them as they are, which
             grow with a task's data.
-        max_grad_norm: to which the likelihood's gradients are scaled down, counted as clipped; it changes the target.
+        max_grad_norm, max_move: norm to which the likelihood's gradients are scaled down; the most that they move a
+            coordinate, over step_size / 2 (:mod:`~.longest_move`). Both count as clipped, and change the target.
         site_step_scale: factor on the step size by local family, e.g. ``{"head": 10.0}``.
         task_step_scale: factor on the step size by task; the preconditioner sees gradients times it.
         site_temperature: factor on the temperature by local family; ``{"head": 0.0}`` moves heads to their mode
@@ -163,6 +165,7 @@ class SGLDGibbs(Kernel):
         sgd_step_size: float | Schedule = 1e-3,
         sgd_weights: Sequence[float] | None = None,
         max_grad_norm: float | None = None,
+        max_move: float | None = None,
         site_step_scale: Mapping[str, float] | None = None,
         task_step_scale: Sequence[float] | None = None,
         site_temperature: Mapping[str, float] | None = None,
@@ -185,14 +188,13 @@ class SGLDGibbs(Kernel):
             check_choice("store", store, ["auto", "device", "host", "disk"])
         check_number("theta_steps_per_visit", theta_steps_per_visit, least=1, open_below=False, whole=True)
         check_number("leapfrog_steps", leapfrog_steps, least=1, open_below=False, whole=True)
-        check_number("sgd_steps", sgd_steps, open_below=False, whole=True)
-        check_number("control_variates", control_variates, open_below=False, whole=True)
+        for name, count in (("sgd_steps", sgd_steps), ("control_variates", control_variates)):
+            check_number(name, count, open_below=False, whole=True)
         if not 0.0 <= momentum < 1.0:
             raise ValueError(f"momentum={momentum!r}: expected at least 0 and below 1.")
         if block_size is not None:
             check_number("block_size", block_size, least=1, open_below=False, whole=True)
-        if max_grad_norm is not None:
-            check_number("max_grad_norm", max_grad_norm)
+        check_limits(max_grad_norm, max_move, preconditioner)
         step_scale, temperatures = site_factors(site_step_scale, site_temperature)
         self.plate_named = plate is not None
         asked = (plate or "tasks", block_size, scan, distributed, sgd_steps, store, check_stability)
@@ -214,6 +216,7 @@ class SGLDGibbs(Kernel):
             damping=damping,
             theta_steps_per_visit=theta_steps_per_visit,
             max_grad_norm=max_grad_norm,
+            max_move=max_move,
             sgd_step_size=as_schedule(sgd_step_size),
             sgd_weights=checked_factors("sgd_weights", sgd_weights),
             task_step_scale=checked_factors("task_step_scale", task_step_scale),

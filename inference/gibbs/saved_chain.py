@@ -75,7 +75,7 @@ def options_of(settings: Settings) -> dict[str, Any]:
         options = {name: value for name, value in options.items() if not name.startswith("translation")}
     del options["adapts"]  # said by the step and the warm-up
     unused = {"site_update"} if not settings.site_update else set()
-    unused |= {name for name in ("sgd_weights", "task_step_scale") if getattr(settings, name) is None}
+    unused |= {name for name in ("sgd_weights", "task_step_scale", "max_move") if getattr(settings, name) is None}
     unused |= {"control_variates"} if not settings.control_variates else set()
     unused |= {"momentum"} if settings.theta_update != "underdamped" else set()
     unused |= {"theta_update", "leapfrog_steps"} if settings.theta_update == "sgld" else set()

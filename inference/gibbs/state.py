@@ -91,7 +91,7 @@ class SGLDGibbsInfo(NamedTuple):
         log_likelihood: of the block's minibatches, scaled to their tasks' rows; summed.
         grad_norm: Euclidean norm of the gradient in all local sites of the block.
         step_size: eta.
-        clipped: whether the gradient was scaled down to ``max_grad_norm``.
+        clipped: whether the gradient was scaled down to ``max_grad_norm``, or shortened by ``max_move``.
         phase: of the visit.
         acceptance: mean probability with which the block's proposals were taken; NaN where they are not tested.
         diverged: whether a trajectory left the region in which its step is stable.
@@ -126,6 +126,7 @@ class Settings:
     damping: float = 0.1
     theta_steps_per_visit: int = 1
     max_grad_norm: float | None = None
+    max_move: float | None = None
     sgd_step_size: Schedule = field(default_factory=lambda: constant(1e-3))
     sgd_weights: tuple[float, ...] | None = None
     task_step_scale: tuple[float, ...] | None = None

@@ -26,6 +26,7 @@ from pyro_lift.inference.gibbs import (
 )
 from pyro_lift.inference.gibbs.accumulator import exact
 from pyro_lift.inference.gibbs.control_variates import corrected
+from pyro_lift.inference.gibbs.longest_move import limited
 from pyro_lift.inference.gibbs.movers import Move, mover_of
 from pyro_lift.inference.gibbs.rows import (
     Values,
@@ -49,7 +50,7 @@ from pyro_lift.inference.gibbs.state import (
 from pyro_lift.inference.gibbs.step_adaptation import eta_of
 from pyro_lift.inference.gibbs.stores_beside import write_beside
 from pyro_lift.inference.gibbs.task_factors import factor_of
-from pyro_lift.inference.program import Evaluation, Latent, Rows
+from pyro_lift.inference.program import Evaluation, Rows
 from pyro_lift.inference.sgld import Drift, check_finite, check_moved, gaussian_noise, running_mean
 from pyro_lift.inference.stores.store import ThetaStore
 from pyro_lift.support.spans import span
@@ -191,12 +192,16 @@ def _move_theta(
             drift, kept = corrected(state, chain, run, drift, streams, before, kept)
         norm = check_finite(drift, state.step, tasks, cache.watch)
         drift, clipped = _clipped(drift, norm, settings.max_grad_norm, wait=cache.watch is None)
+        squares = {} if moving is not None else moments.of(run, drift.gradient)
+        if settings.max_move is not None:
+            drift, shortened = limited(run, drift, squares, settings)
+            clipped = clipped | (shortened if cache.watch is not None else bool(shortened))
         first = first or (run, drift.gradient)
         sums: dict[str, Tensor] = {}
         if moving is not None:
             sites, moving = underdamped.end_step(state, chain, run, drift, moving, streams.noise)
         else:
-            sites, sums = _moved_sites(state, chain, run, drift, moments, streams.noise)
+            sites, sums = _moved_sites(state, chain, run, drift, squares, streams.noise)
         # A long vector with a finite gradient stays finite; looking at it would cost another pass over it.
         short = {name: value for name, value in sites.items() if run.locals[name].family not in structure.long}
         check_moved(short, state.step, tasks, cache.watch)
@@ -217,21 +222,31 @@ class _Moments:
 
     def __init__(self, state: SGLDGibbsState, chain: Chain, phase: Phase) -> None:
         self.values = dict(state.second_moment)
-        self._structure, self._decay, self._adapts = chain.structure, chain.settings.decay, phase == "burn-in"
+        self._structure, self._settings, self._adapts = chain.structure, chain.settings, phase == "burn-in"
 
-    def of(self, site: Latent, gradient: Tensor) -> Tensor | None:
-        """Return the mean square for a site, its own gradient seen; None without a preconditioner.
+    def of(self, run: Evaluation, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the mean square for each site that steps, its own gradient seen; none without a preconditioner.
 
         Args:
-            site: of a task, or of a block of them.
-            gradient: times the factor on its steps, so that one task's size does not rule those of the others.
+            run: of the block.
+            gradients: by site. They count times the factor on the task's steps, so that one task's size does not rule
+                the steps of the others.
         """
-        if self._decay is None:
-            return None
-        if self._adapts or site.family not in self.values:
-            square = mean_square(gradient, site.family, site.plate_dim, self._structure)
-            self.values[site.family] = running_mean(self.values.get(site.family), square, self._decay)
-        return self.values[site.family]
+        decay, factors, found = self._settings.decay, self._settings.task_step_scale, {}
+        if decay is None:
+            return {}
+        for name, site in run.locals.items():
+            family = site.family
+            if family in self._settings.site_update:  # solved before the others step
+                continue
+            if self._adapts or family not in self.values:
+                gradient = gradients[name]
+                if factors is not None:
+                    gradient = factor_of(site, run.tasks, factors) * gradient
+                square = mean_square(gradient, family, site.plate_dim, self._structure)
+                self.values[family] = running_mean(self.values.get(family), square, decay)
+            found[name] = self.values[family]
+        return found
 
 
 @span("pyro_lift.theta")
@@ -240,7 +255,7 @@ def _moved_sites(
     chain: Chain,
     run: Evaluation,
     drift: Drift,
-    moments: _Moments,
+    squares: Mapping[str, Tensor],
     noise: torch.Generator | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Move every local site by its mover; return the values by site, and S by global site where it came along."""
@@ -250,16 +265,15 @@ def _moved_sites(
         if site.family in settings.site_update:  # solved before the others step
             moved[name] = site.leaf.detach()
             continue
-        own, gradient = factor_of(site, run.tasks, settings.task_step_scale), drift.gradient[name]
         move = Move(
             site,
-            gradient,
+            drift.gradient[name],
             drift.gaussian[name],
-            own
+            factor_of(site, run.tasks, settings.task_step_scale)
             * eta_of(state.tuned, settings, state.step, site.family)
             * settings.site_step_scale.get(site.family, 1.0),
             settings.temperature * settings.site_temperature.get(site.family, 1.0),
-            moments.of(site, gradient if settings.task_step_scale is None else own * gradient),
+            squares.get(name),
         )
         moved[name], S = mover_of(structure, site.family)(move, state, chain, noise)
         if S is not None:

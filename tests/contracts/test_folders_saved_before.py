@@ -231,6 +231,8 @@ def test_a_prior_saved_before_predicts_what_it_did(heads: str, network: Any, exp
         "head": "langevin",
         "sgd_weights": "rows",
         "task_steps": "rows",
+        "max_move": 0.0,
+        "sgd_includes_trial": False,
         "noise_scale": 1.0,
     }
     assert (
