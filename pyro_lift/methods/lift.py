@@ -29,8 +29,8 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
-from pyro_lift.support.options import check_literal
-from pyro_lift.tuning.candidates import META, times
+from pyro_lift.support.options import check_literal, check_number
+from pyro_lift.tuning.candidates import ADAPTATION, META, times, told
 
 __all__ = ["LiFTMethod", "LiFTState", "regress"]
 
@@ -67,6 +67,7 @@ class LiFTMethod:
             Noise(X): it keeps start and mixture and drops the noise.
         on_trial: whether joint training is put on trial (:mod:`pyro_lift.tuning.halves`), at LiFT's own rates in place
             of the budget's; its gradients are among the warm-up's.
+        power: on the likelihood in adaptation, over that of meta-training.
 
     References:
         LiFT, section 2.3; its Tables 5, 8 and 9 for the ablations.
@@ -78,9 +79,11 @@ class LiFTMethod:
     ablation: Ablation = "none"
     burn_in: int | None = None
     on_trial: bool = False
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         check_literal("ablation", self.ablation, Ablation)
+        check_number("power", self.power)
 
     @property
     def space(self) -> SearchSpace:
@@ -105,7 +108,11 @@ class LiFTMethod:
             meta["translation"] = values("settings.translation", s.translation, ("falling", "saga", "none"))
         if b.heads.update == "solve":
             meta["head"] = values("settings.head", s.head, ("solve", "laplace"))
-        return SearchSpace(meta, adaptation(b))
+        rates = {
+            told({"rate": rate, "power": power}): {"learning_rate": rate * b.learning_rate, "power": power}
+            for rate, power in ADAPTATION[1:]
+        }
+        return SearchSpace(meta, {**adaptation(b), "rate": rates})
 
     @at_top_level()
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LiFTState:
@@ -143,6 +150,7 @@ class LiFTMethod:
             steps=self.budget.steps,
             learning_rate=self.budget.learning_rate,
             temperature=0.0 if self.ablation == "noise" else None,
+            n_inflate=None if self.power == 1.0 else self.power * (self.settings.n_inflate or 1.0),
             batch_size=self.budget.batch_size,
             draws=self.budget.draws,
             **{} if stopping is None else {"dev_every": stopping.every, "patience": stopping.patience},
@@ -176,4 +184,6 @@ class LiFTMethod:
             adapt_steps=self.budget.steps // 2,
         )
         start = best_start(program, mixture).theta
-        return finetune(self.adapter, task, start, self.budget, rule=rule, n_inflate=s.n_inflate or 1.0, seed=seed)
+        return finetune(
+            self.adapter, task, start, self.budget, rule=rule, n_inflate=self.power * (s.n_inflate or 1.0), seed=seed
+        )

@@ -13,7 +13,7 @@ from pyro_lift.support.options import check_number
 from pyro_lift.tuning.drawn import drawn_points
 from pyro_lift.tuning.search import Candidate
 
-__all__ = ["ADAPTATION", "META", "LiFTContender", "lift_candidates", "shortened", "times"]
+__all__ = ["ADAPTATION", "META", "LiFTContender", "lift_candidates", "shortened", "times", "told"]
 
 #: Of each setting of meta-training the multiples of its value that are tried, the first unchanged. ``joint`` is the
 #: fraction of the visits that joint training takes, ``length`` that of all of them: where half of the length is as
@@ -26,8 +26,11 @@ META: Mapping[str, Sequence[float]] = {
     "temperature": (1.0, 0.1, 10.0),
     "beta": (1.0, 0.5, 2.0),
 }
-#: Likewise of adaptation.
-ADAPTATION: Mapping[str, Sequence[float]] = {"learning_rate": (1.0, 0.25, 4.0), "steps": (1.0, 2.0)}
+#: Of adaptation, multiples of the rate and of the power on the likelihood that are tried, the first unchanged. With a
+#: larger rate alone the prior pulls back as much faster: where a new task is far away, steps that get there need both.
+ADAPTATION: Sequence[tuple[float, float]] = ((1.0, 1.0), (0.25, 1.0), (2.0, 10.0))
+#: Multiples of its steps.
+STEPS: Sequence[float] = (1.0, 2.0)
 
 
 def lift_candidates(
@@ -55,16 +58,17 @@ def lift_candidates(
     candidates = []
     for multiples in drawn:
         meta = _meta(settings, multiples)
-        steps = chosen.choice(ADAPTATION["steps"]) if multiples else 1.0
-        for rate in ADAPTATION["learning_rate"]:
-            told = {**multiples, "adapt rate": rate, "adapt steps": steps}
-            name = ", ".join(_told(key, value) for key, value in told.items() if value != 1.0)
-            candidates.append(Candidate(name or "as given", meta, _adapt(settings, adapt, rate, steps)))
+        steps = chosen.choice(STEPS) if multiples else 1.0
+        for rate, power in ADAPTATION:
+            name = told({**multiples, "adapt rate": rate, "adapt power": power, "adapt steps": steps})
+            candidates.append(Candidate(name or "as given", meta, _adapt(settings, adapt, rate, power, steps)))
     return candidates
 
 
-def _told(key: str, value: Any) -> str:
-    return f"{key} {value}" if isinstance(value, str) else f"{key} x {value:g}"
+def told(multiples: Mapping[str, Any]) -> str:
+    """Say what is not as given, such as ``"rate x 2, power x 10"``."""
+    changed = {key: value for key, value in multiples.items() if value != 1.0}
+    return ", ".join(f"{k} {v}" if isinstance(v, str) else f"{k} x {v:g}" for k, v in changed.items())
 
 
 def _meta(settings: LiFTSettings, multiples: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,10 +94,12 @@ def _meta(settings: LiFTSettings, multiples: Mapping[str, Any]) -> dict[str, Any
     return values
 
 
-def _adapt(settings: LiFTSettings, adapt: AdaptSettings, rate: float, steps: float) -> dict[str, Any]:
+def _adapt(settings: LiFTSettings, adapt: AdaptSettings, rate: float, power: float, steps: float) -> dict[str, Any]:
     base = adapt.learning_rate if adapt.learning_rate is not None else settings.learning_rate
     assert base is not None
     values: dict[str, Any] = {"learning_rate": rate * base}
+    if power != 1.0:
+        values["n_inflate"] = power * (adapt.n_inflate or settings.n_inflate or 1.0)
     if steps != 1.0:
         values["steps"] = round(steps * adapt.steps)
     return values

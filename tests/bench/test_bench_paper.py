@@ -28,7 +28,7 @@ from pyro_lift.bench.paper.published import published
 from pyro_lift.bench.paper.scoring import _gaps, brier, calibration, intervals
 from pyro_lift.bench.paper.sizes import Sizes
 from pyro_lift.bench.paper.tables import FIGURES, OURS, TABLES, cells_of, family_table, table_named
-from pyro_lift.bench.paper.training import method_of, rates_of
+from pyro_lift.bench.paper.training import adaptations_of, method_of, rates_of
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.methods.registry import BASELINES
 from pyro_lift.metrics.probabilities import expected_calibration_error, nll
@@ -252,9 +252,14 @@ def test_the_rates_of_a_cell_are_the_first_trials_of_the_one_tuner() -> None:
     problem = _tiny_problem()
     for name in ("union-train", "maml", "reptile", "abml", "lift"):
         method = method_of(CONTESTANTS[name], problem, 0)
-        tried = [with_changes(method, c.adapt).budget.learning_rate for c in method_candidates(method, 3)]
-        assert tried == list(rates_of(problem.sizes, problem.adapter))
-        assert all(not c.meta and set(c.adapt) <= {"learning_rate"} for c in method_candidates(method, 3))
+        tried = [with_changes(method, c.adapt) for c in method_candidates(method, 3)]
+        asked = [with_changes(method, changes) for changes in adaptations_of(method, problem.sizes, problem.adapter)]
+        assert tried == asked
+        rates = rates_of(problem.sizes, problem.adapter)
+        expected = [rates[0], rates[1], 2 * rates[0]] if name == "lift" else list(rates)
+        assert [each.budget.learning_rate for each in tried] == expected
+        assert [getattr(each, "power", 1.0) for each in tried] == [1.0, 1.0, 10.0 if name == "lift" else 1.0]
+        assert all(not c.meta for c in method_candidates(method, 3))
 
 
 @pytest.mark.parametrize(("losses", "expected"), [((1.0, 1.2, 0.995), 0), ((1.0, 1.2, 0.9), 2), ((1.0, 0.905, 0.9), 1)])
@@ -269,8 +274,8 @@ def test_a_rate_is_changed_only_for_more_than_a_hundredth_of_a_nat(
     class Fixed:
         name, state = "maml", None
 
-        def at(self, rate: float) -> Any:
-            now.append(rate)
+        def at(self, changes: dict[str, float]) -> Any:
+            now.append(changes["learning_rate"])
             return self
 
         def adapt(self, *_: Any, **__: Any) -> None:
@@ -281,7 +286,8 @@ def test_a_rate_is_changed_only_for_more_than_a_hundredth_of_a_nat(
 
     monkeypatch.setattr(cells_module, "predicted", fixed)
     monkeypatch.setattr(cells_module, "nll", lambda *_: at[now[-1]])
-    assert cells_module._chosen(problem, Fixed(), 0, rates)["rate"] == rates[expected]  # type: ignore[arg-type]
+    adaptations = [{"learning_rate": rate} for rate in rates]
+    assert cells_module._chosen(problem, Fixed(), 0, adaptations)["rate"] == rates[expected]  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ scores

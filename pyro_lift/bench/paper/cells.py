@@ -26,10 +26,11 @@ from pyro_lift.bench.paper.families import family_of
 from pyro_lift.bench.paper.problems import PaperProblem, problem_of
 from pyro_lift.bench.paper.scoring import at_temperature, counted, intervals, judged_rows, predicted, scored
 from pyro_lift.bench.paper.sizes import Scale
-from pyro_lift.bench.paper.training import CHOOSE_THEMSELVES, Trained, rates_of, trained
+from pyro_lift.bench.paper.training import CHOOSE_THEMSELVES, Trained, adaptations_of, trained
 from pyro_lift.bench.sweep import Cell
 from pyro_lift.bench.text_to_text import WritingSettings, written_scores
 from pyro_lift.inference.adaptation.temperature import fit_temperature
+from pyro_lift.inference.baselines.search_space import Changes
 from pyro_lift.inference.lost import ChainLostError
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.metrics.probabilities import nll
@@ -136,21 +137,22 @@ def judge(problem: PaperProblem, group: str, seed: int, wanted: Sequence[str] | 
         "contestants": {},
     }
     start = time.perf_counter()
-    rates = rates_of(problem.sizes, problem.adapter)
+    adaptations: Sequence[Changes] = []
     for number, contestant in enumerate(trained(group, problem, seed, wanted)):
+        adaptations = adaptations or adaptations_of(contestant.method, problem.sizes, problem.adapter)
         # The first pays for the meta-training that all of the group share.
         meta_seconds = time.perf_counter() - start if number == 0 else 0.0
         contents["contestants"][contestant.name] = {
             "meta_seconds": round(meta_seconds, 3),
-            **_judged(problem, contestant, seed, rates),
+            **_judged(problem, contestant, seed, adaptations),
         }
-        rates = (contents["contestants"][contestant.name]["rate"],)
+        adaptations = [contents["contestants"][contestant.name]["adaptation"]]
     return contents
 
 
-def _judged(problem: PaperProblem, contestant: Trained, seed: int, rates: Sequence[float]) -> dict[str, Any]:
-    chosen = _chosen(problem, contestant, seed, rates)
-    method = contestant.at(chosen["rate"])
+def _judged(problem: PaperProblem, contestant: Trained, seed: int, adaptations: Sequence[Changes]) -> dict[str, Any]:
+    chosen = _chosen(problem, contestant, seed, adaptations)
+    method = contestant.at(chosen["adaptation"])
     by_task: dict[str, Any] = {}
     for task in problem.tasks.test:
         start = time.perf_counter()
@@ -179,22 +181,22 @@ def _judged(problem: PaperProblem, contestant: Trained, seed: int, rates: Sequen
     return {**chosen, "settings": _settings(contestant), "tasks": by_task}
 
 
-def _chosen(problem: PaperProblem, contestant: Trained, seed: int, rates: Sequence[float]) -> dict[str, Any]:
+def _chosen(problem: PaperProblem, contestant: Trained, seed: int, adaptations: Sequence[Changes]) -> dict[str, Any]:
     """Choose the rate of adaptation by mean loss on the tasks to choose on, then the temperature at that rate.
 
-    Of rates that are as good as the best, within :data:`TIE`, the first is taken: the given one, then the smaller.
+    Of those that are as good as the best, within :data:`TIE`, the first is taken: the given one, then the smaller.
     """
     dev = problem.tasks.dev
     if contestant.name in CHOOSE_THEMSELVES or not dev:
-        rates = rates[:1]
-    tried: list[tuple[float, float, list[tuple[Tensor, Tensor]]]] = []
-    for rate in rates:
+        adaptations = adaptations[:1]
+    tried: list[tuple[float, Changes, list[tuple[Tensor, Tensor]]]] = []
+    for changes in adaptations:
         losses, kept = [], []
         for task in dev:
             strings = None if problem.texts is None else problem.texts[task.name].test
             rows, _ = judged_rows(task, strings, problem.sizes.test_rows)
             try:
-                p = predicted(contestant.at(rate).adapt(contestant.state, task, seed=seed), task, rows)
+                p = predicted(contestant.at(changes).adapt(contestant.state, task, seed=seed), task, rows)
             except DivergedError:
                 losses.append(float("inf"))
                 continue
@@ -204,16 +206,23 @@ def _chosen(problem: PaperProblem, contestant: Trained, seed: int, rates: Sequen
                 q, y = counted(p, rows.target)
                 losses.append(nll(q, y))
                 kept.append((q, y))
-        tried.append((sum(losses) / max(len(losses), 1), rate, kept))
+        tried.append((sum(losses) / max(len(losses), 1), changes, kept))
     least = min(loss for loss, _, _ in tried)
-    loss, rate, kept = next(entry for entry in tried if entry[0] <= least + TIE)
+    loss, changes, kept = next(entry for entry in tried if entry[0] <= least + TIE)
     finite = loss != float("inf")
     return {
-        "rate": rate,
-        "rates": {f"{r:.3g}": round(value, 5) if value != float("inf") else None for value, r, _ in tried},
+        "rate": changes["learning_rate"],
+        "adaptation": dict(changes),
+        "rates": {_said(of): round(value, 5) if value != float("inf") else None for value, of, _ in tried},
         "dev_loss": loss if dev and finite else None,
         "temperature": fit_temperature(kept) if kept else None,
     }
+
+
+def _said(changes: Changes) -> str:
+    """Say a rate, and the power that goes with it where it is another one."""
+    power = changes.get("power", 1.0)
+    return f"{changes['learning_rate']:.3g}" + ("" if power == 1.0 else f" at {power:g} times the power")
 
 
 def _settings(contestant: Trained) -> dict[str, Any]:

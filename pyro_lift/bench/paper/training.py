@@ -13,6 +13,7 @@ from pyro_lift.defaults import TEMPERATURE, resolved
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.baselines.library import train_library
 from pyro_lift.inference.baselines.protocol import Baseline, Budget
+from pyro_lift.inference.baselines.search_space import Changes
 from pyro_lift.lift import LiFT
 from pyro_lift.methods.fixed_theta import FixedTheta
 from pyro_lift.methods.lift import LiFTMethod, LiFTState
@@ -20,8 +21,9 @@ from pyro_lift.methods.registry import BASELINES
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task
 from pyro_lift.settings import LiFTSettings
+from pyro_lift.tuning.methods import method_candidates, with_changes
 
-__all__ = ["CHOOSE_THEMSELVES", "Trained", "budget_of", "method_of", "step_of", "trained"]
+__all__ = ["CHOOSE_THEMSELVES", "Trained", "adaptations_of", "budget_of", "method_of", "step_of", "trained"]
 
 #: They choose on each task's own rows, so that no rate is chosen for them.
 CHOOSE_THEMSELVES = ("linear-probe", "lora-tuned")
@@ -40,9 +42,9 @@ class Trained(NamedTuple):
     method: Baseline[Any]
     state: Any
 
-    def at(self, rate: float) -> Baseline[Any]:
-        """Return the method with a rate of adaptation."""
-        return replace(self.method, budget=replace(self.method.budget, learning_rate=rate))  # type: ignore[type-var]
+    def at(self, changes: Changes) -> Baseline[Any]:
+        """Return the method with other settings of adaptation."""
+        return with_changes(self.method, changes)
 
 
 def step_of(adapter: RandomAdapter) -> float:
@@ -74,6 +76,17 @@ def rates_of(sizes: Sizes, adapter: RandomAdapter) -> tuple[float, ...]:
     """Return the rates of adaptation that a contestant chooses from."""
     unit = step_of(adapter) if sizes.relative else 1.0
     return tuple(unit * rate for rate in sizes.rates)
+
+
+def adaptations_of(method: Baseline[Any], sizes: Sizes, adapter: RandomAdapter) -> list[Changes]:
+    """Return the settings of adaptation that a method chooses from: the first trials of the one tuner.
+
+    They are rates. LiFT's largest comes with another power on the likelihood, where the rates are the network's own.
+    """
+    rates = rates_of(sizes, adapter)
+    if isinstance(method, LiFTMethod) and sizes.relative:
+        return [{"learning_rate": rates[0], **c.adapt} for c in method_candidates(method, len(rates))]
+    return [{"learning_rate": rate} for rate in rates]
 
 
 def method_of(contestant: Contestant, problem: PaperProblem, seed: int, **options: Any) -> Baseline[Any]:
