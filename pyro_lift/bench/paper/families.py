@@ -184,11 +184,12 @@ FAMILIES: dict[str, Family] = {
                 _NOVELS,
                 "seq2seq",
                 "next-token",
-                replace(_SMALL_TOKENS, seeds=1, warm_up=867, visits=433, steps=100, draws=10),
+                replace(_SMALL_TOKENS, warm_up=867, visits=433, steps=100, draws=10),
                 options={"context": 3},
             )
         },
         orders=("lift",),
+        by_seed=True,
     ),
     "novels": Family(
         "novels", ("authors", "books"), {"small": Setting(_NOVELS, "seq2seq", "next-token", _SMALL_TOKENS)}

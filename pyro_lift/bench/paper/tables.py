@@ -178,11 +178,17 @@ OURS = ("digits", "shifts", "novels", "roles", "regressions")
 
 
 def family_table(name: str) -> Table:
-    """Return the table of a family of ours: probe, tuned LoRA, joint training, two meta-learners, LiFT."""
+    """Return the table of a family of ours: probe, tuned LoRA, joint training, two meta-learners, LiFT.
+
+    *roles*, whose cells are the dearest, asks one question, LiFT beside joint training of as many gradients, and has
+    the rows that answer it.
+    """
     check_choice("family", name, OURS)
     family = family_of(name)
-    probe = () if name in ("novels", "roles") else ("linear-probe",)
+    probe = () if name == "novels" else ("linear-probe",)
     rows = (*probe, "lora-tuned", "no-meta-train", "union-train", "maml", "reptile", *family.orders)
+    if name == "roles":
+        rows = ("union-train", "reptile", *family.orders)
     return Table(name, "a family of ours", rows, tuple(Column(split, name, split) for split in family.splits))
 
 
