@@ -41,6 +41,7 @@ class BeforeChain(NamedTuple):
         run: what the chain is of, with the settings that were found.
         program: that it samples.
         settings: the same, filled in.
+        adapt: settings of adaptation, likewise.
         joint: what the trial of joint training said; None where there was none.
         halves: what unseen tasks said; None where they were not asked.
     """
@@ -48,6 +49,7 @@ class BeforeChain(NamedTuple):
     run: ChainSetup
     program: AdapterHierarchy
     settings: LiFTSettings
+    adapt: AdaptSettings
     joint: Joint | None
     halves: CrossFit | None
 
@@ -84,15 +86,18 @@ class ChainSetup:
         run = run if joint is None else run._after(joint)
         program = run.program(tasks)
         s = run._fitted(program)
+        adapt = resolved_adaptation(self.adapt_settings, self.settings, s, program.solved is not None)
         if not crossed:
-            return BeforeChain(run, program, s, joint, None)
+            return BeforeChain(run, program, s, adapt, joint, None)
         noise = run.settings.noise_scale if self.settings.noise_scale is None else None
         shown = {"progress": progress, "on_step": on_step["cross-fit"]}
         halves = run._cross_fitted(program, joint, s, session, noise, **shown)
         if halves is not None:
             run.settings, s = (replace(settings, **halves.settings()) for settings in (run.settings, s))
             program.noise_scale = s.noise_sd
-        return BeforeChain(run, program, s, joint, halves)
+            if halves.power != 1.0:
+                adapt = replace(adapt, n_inflate=halves.power * (s.n_inflate or 1.0))
+        return BeforeChain(run, program, s, adapt, joint, halves)
 
     def _joint(
         self, tasks: Sequence[Task], session: Session | None, progress: bool, on_step: Watchers | None
@@ -138,23 +143,28 @@ class ChainSetup:
         if saved_without or s.ranks_block_size or (joint is None and noise is None) or len(tasks) < 2:
             return None
         sure = noise is not None or (all(task.kind == "classification" for task in tasks) and not heads)
+        open_power = self.adapt_settings.n_inflate is None and self.settings.n_inflate is None
+        strength = open_power and all(task.kind == "tokens" for task in tasks)
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
         score = partial(log_probs_at, self.adapter, head_scale=program.head_scale, noise_scale=s.noise_sd)
 
-        def adapt(standing: Standing, unseen: Sequence[Task], noise: float | None) -> Sequence[TaskPosterior]:
+        def adapt(
+            standing: Standing, unseen: Sequence[Task], noise: float | None, power: float
+        ) -> Sequence[TaskPosterior]:
             variance = one_width(s.beta) ** 2 / max(len(tasks) // 2, 1)
             at = Moments(torch.ones(1), standing.vector.unsqueeze(0), torch.full_like(standing.vector, variance)[None])
-            options = resolved_adaptation(self.adapt_settings, self.settings, s, heads)
+            how = resolved_adaptation(self.adapt_settings, self.settings, s, heads)
             mixture = OnlineGaussianMixture.from_moments(at, max(len(tasks) // 2, 1), dtype=standing.vector.dtype)
             at_noise = replace(s, noise_scale=noise or s.noise_scale)
-            power = (s.noise_sd / at_noise.noise_sd) ** 4  # of square gradients
-            moments = {name: power * moment for name, moment in standing.moments.items()}
+            rescaled = (s.noise_sd / at_noise.noise_sd) ** 4  # of square gradients
+            moments = {name: rescaled * moment for name, moment in standing.moments.items()}
             rows = rows_of_moments(tasks, alike=s.task_steps == "tasks")
-            prior = LiFTPrior(self.adapter, mixture, at_noise, options, moments, rows=rows)
-            return prior.adapt_many(unseen, seed=0)
+            prior = LiFTPrior(self.adapter, mixture, at_noise, how, moments, rows=rows)
+            options: dict[str, Any] = {} if power == 1.0 else {"n_inflate": power * (s.n_inflate or 1.0)}
+            return prior.adapt_many(unseen, seed=0, **options)
 
         predict = partial(predicted, self.adapter) if sure and noise is None else None
-        judge = Judge(score, predict, adapt if sure else None, noise)
+        judge = Judge(score, predict, adapt if sure or strength else None, noise, strength)
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 
     def _joint_run(self, tasks: Sequence[Task], rate: float, steps: int, title: str, **shown: Any) -> JointRun:

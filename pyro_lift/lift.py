@@ -291,7 +291,7 @@ class LiFT(ChainSetup):
         rows, names = [len(task.train) for task in tasks], [task.name for task in tasks]
         watchers = Watchers(callbacks, Run("meta-train"), rows, names, on_step)
         shown = {"progress": progress, "watchers": watchers}
-        run, program, s, joint, halves = self.before_chain(tasks, session, start, crossed=crossed, **shown)
+        run, program, s, adapt, joint, halves = self.before_chain(tasks, session, start, crossed=crossed, **shown)
         s = with_rounds_to_learn(s, len(tasks)) if run.settings.learns_beta else s
         kernel = run.kernel(program)
         watch = LossWatch.of(program.tasks, s.noise_sd, ADVICE)
@@ -309,7 +309,7 @@ class LiFT(ChainSetup):
                 self.adapter,
                 summary.mixtures[k],
                 replace(s, components=k, sgd_steps=self.settings.sgd_steps, beta=beta_of()),
-                resolved_adaptation(self.adapt_settings, self.settings, s, program.solved is not None),
+                adapt,
                 moments,
                 mcmc,
                 self.seed,

@@ -20,6 +20,8 @@ highest. Where joint training does not begin, tasks are adapted to from the unto
 **Noise of regressions.** In place of a temperature, where it was left open: :mod:`~pyro_lift.tuning.noise`, by the same
 adaptations.
 
+**Power in adaptation.** In place of a temperature where tasks are of tokens: :mod:`~pyro_lift.tuning.strength`.
+
 It costs as many gradients again as joint training. Where that makes few passes over the rows
 (:func:`~pyro_lift.tuning.joint_run.few_passes`), nothing can be known by heart, and there is none; noise is found from
 the untouched network then.
@@ -45,6 +47,8 @@ from pyro_lift.tuning.halves import TASKS, Begin, Joint, Score, is_above_zero, p
 from pyro_lift.tuning.held_out import dealt
 from pyro_lift.tuning.joint_run import Standing
 from pyro_lift.tuning.noise import EXAGGERATED, Noise, fitted_noise
+from pyro_lift.tuning.strength import TASKS as STRENGTH_TASKS
+from pyro_lift.tuning.strength import stronger_where_better
 
 __all__ = ["MARKS", "CrossFit", "cross_fit", "helpful_temperature", "predicted", "split_rows"]
 
@@ -59,8 +63,9 @@ ADAPTED, ROWS = 12, 50
 
 #: Probabilities ``[n, C]`` and targets ``[n]`` of some rows.
 Predictions = tuple[Tensor, Tensor]
-#: Posteriors of some tasks, adapted to from where joint training of others stands, at a noise (of regressions).
-Adapt = Callable[[Standing, Sequence[Task], float | None], Sequence[Any]]
+#: Posteriors of some tasks, adapted to from where joint training of others stands, at a noise (of regressions; None
+#: elsewhere) and with a power on the likelihood over meta-training's.
+Adapt = Callable[[Standing, Sequence[Task], float | None, float], Sequence[Any]]
 
 
 class Judge(NamedTuple):
@@ -70,14 +75,16 @@ class Judge(NamedTuple):
         score: of one vector, as in the trial.
         predict: probabilities ``[n, C]`` of some rows of a task at one vector, and their targets; None where they are
             not of classes.
-        adapt: gives posteriors of tasks; None fits neither temperature nor noise.
+        adapt: gives posteriors of tasks; None fits neither temperature, noise nor power.
         noise: of regressions to begin with, where it is to be found; None otherwise.
+        strength: whether the power in adaptation is to be found, in place of a temperature.
     """
 
     score: Score
     predict: Callable[[Tensor, Task], Predictions] | None = None
     adapt: Adapt | None = None
     noise: float | None = None
+    strength: bool = False
 
     def log_probs(self, vectors: Sequence[Tensor], halves: Sequence[Sequence[Task]]) -> Tensor:
         """Compute each task's mean log probability a row, classes at the best temperature for all.
@@ -103,16 +110,20 @@ class CrossFit(NamedTuple):
         looks: the steps, the gain over the first look in nats a row and its standard error, for each length that was
             tried.
         noise: of regressions, standard deviation; None where it was not to be found.
+        power: on the likelihood in adaptation, over meta-training's.
     """
 
     steps: int | None
     temperature: float
     looks: tuple[tuple[int, float, float], ...] = ()
     noise: float | None = None
+    power: float = 1.0
 
     def results(self) -> dict[str, float]:
         """Measures for the prior's folder and card."""
         found = {"steps of joint training": self.steps, "noise of targets": self.noise}
+        if self.power != 1.0:
+            found["power in adaptation, over meta-training's"] = self.power
         return {name: value for name, value in found.items() if value is not None}
 
     def settings(self) -> dict[str, Any]:
@@ -161,7 +172,7 @@ def cross_fit(
     kept = kept or WorkBefore(None)
     data = kept.data("cross-fit", lambda: _cross_fit(tasks, start, joint, begin, judge)._asdict())
     fit = CrossFit(**{**data, "looks": tuple(tuple(look) for look in data["looks"])})
-    if said := fit.sentence(judge.adapt is not None):
+    if said := fit.sentence(judge.adapt is not None and not judge.strength):
         log.info("%s", said)
     return fit
 
@@ -169,8 +180,7 @@ def cross_fit(
 def _cross_fit(tasks: Sequence[Task], start: Tensor, joint: Joint | None, begin: Begin, judge: Judge) -> CrossFit:
     halves = dealt(tasks, 2)
     if joint is None or not joint.helps:
-        temperature, noise = _sureness([Standing(start, {})] * 2, halves, judge)
-        return CrossFit(None if joint is None else 0, temperature, noise=noise)
+        return _sureness(CrossFit(None if joint is None else 0, 1.0), [Standing(start, {})] * 2, halves, judge)
     marks = [max(round(share * joint.steps / 2), 1) for share in MARKS]
     runs = [begin(half, joint.rate, marks[-1]) for half in halves]
     told: list[Tensor] = []
@@ -187,32 +197,34 @@ def _cross_fit(tasks: Sequence[Task], start: Tensor, joint: Joint | None, begin:
     place = max(longer, key=lambda k: float(told[k].mean()), default=best)
     looks = tuple((2 * mark, *paired(values - told[0])) for mark, values in zip(marks, told, strict=False))
     length = joint.steps if marks[place] == marks[-1] else 2 * marks[place]
-    temperature, noise = _sureness(standings[place], halves, judge)
-    return CrossFit(length, temperature, looks, noise)
+    return _sureness(CrossFit(length, 1.0, looks), standings[place], halves, judge)
 
 
 def _sureness(
-    standings: Sequence[Standing], halves: Sequence[Sequence[Task]], judge: Judge
-) -> tuple[float, float | None]:
-    """Find the temperature, or the noise, by predictions of each half's tasks, which joint training has not seen."""
+    found: CrossFit, standings: Sequence[Standing], halves: Sequence[Sequence[Task]], judge: Judge
+) -> CrossFit:
+    """Find the temperature, the noise or the power by predictions of each half's tasks, unseen by joint training."""
     adapt = judge.adapt
     if adapt is None:
-        return 1.0, None
-    unseen = [split_rows([task for task in half if len(task.train) >= PARTS], ADAPTED) for half in halves]
+        return found
+    some = STRENGTH_TASKS if judge.strength else ADAPTED
+    unseen = [split_rows([task for task in half if len(task.train) >= PARTS], some) for half in halves]
 
-    def adapted(noise: float | None) -> Iterator[tuple[Any, Task]]:
+    def adapted(noise: float | None, power: float = 1.0) -> Iterator[tuple[Any, Task]]:
         for standing, some in zip(standings, unseen, strict=True):
-            yield from zip(adapt(standing, some, noise), some, strict=True)
+            yield from zip(adapt(standing, some, noise, power), some, strict=True)
 
+    if judge.strength:
+        return found._replace(power=stronger_where_better(lambda power: list(adapted(None, power)), judge.score))
     if judge.noise is not None:
         noise = fitted_noise(judge.noise, adapted) or Noise(judge.noise, 1.0)
-        return noise.temperature, noise.scale
+        return found._replace(temperature=noise.temperature, noise=noise.scale)
     predictions = [
         (posterior.predict(task.test, calibrated=False), task.test.target)
         for posterior, task in adapted(None)
         if task.test is not None
     ]
-    return (helpful_temperature(predictions) if predictions else 1.0), None
+    return found._replace(temperature=helpful_temperature(predictions)) if predictions else found
 
 
 def predicted(adapter: RandomAdapter, vector: Tensor, task: Task) -> Predictions:

@@ -189,8 +189,8 @@ def test_where_the_rate_is_given_or_it_is_switched_off_nothing_is_looked_for(
 def test_where_joint_training_does_not_help_the_untouched_network_is_what_tasks_begin_at() -> None:
     at = []
 
-    def adapt(standing: Standing, unseen: Sequence[Task], noise: float | None) -> list[Sure]:
-        assert noise is None
+    def adapt(standing: Standing, unseen: Sequence[Task], noise: float | None, power: float) -> list[Sure]:
+        assert noise is None and power == 1.0
         at.append(standing)
         return [Sure() for _ in unseen]
 

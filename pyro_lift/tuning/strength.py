@@ -1,0 +1,63 @@
+r"""The power on the likelihood in adaptation to tasks of tokens, found on tasks that joint training has not seen.
+
+The default's prior holds a task close to phi. For classes and for texts that go on that is right, or as good as
+anything else: of powers from 0.3 to 30 none predicted better by more than 0.003 nats a row on five families of classes
+and regressions, and 10 was 0.006 nats a token behind 1 on Shakespeare's roles. Where short answers are written, and the
+network writes other words before adaptation, a task is ten nats a row away from phi, and the prior pulls it back on its
+way: with ten times the power answers had 0.44 nats a token in place of 0.54. So each half's vector is adapted to tasks
+of the other on three quarters of their rows, at both powers, and the larger is taken where it predicts the last quarter
+better by the paired one-sided test at 5 %.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pyro_lift.models.task import Task
+from pyro_lift.tuning.halves import Score, is_above_zero, paired
+
+__all__ = ["STRONGER", "TASKS", "stronger_where_better"]
+
+log = logging.getLogger("pyro_lift")
+
+#: The power that is tried beside 1.
+STRONGER = 10.0
+#: Tasks of each half that are adapted to: each costs an adaptation at both powers.
+TASKS = 3
+
+
+def stronger_where_better(
+    adapt: Callable[[float], Sequence[tuple[Any, Task]]], score: Score, least: int = 2 * TASKS
+) -> float:
+    """Return the power over that of meta-training: :data:`STRONGER` where it predicts better, else 1.
+
+    Args:
+        adapt: gives posteriors at a power, each beside its task, whose test rows it has not seen.
+        score: mean log probability a row of tasks' training rows at one vector.
+        least: tasks, without which nothing can be told.
+    """
+    by_power = []
+    for power in (1.0, STRONGER):
+        judged = [(posterior.thetas, task) for posterior, task in adapt(power)]
+        if len(judged) < least:
+            return 1.0
+        by_power.append(torch.stack([_log_prob(thetas, task, score) for thetas, task in judged]))
+    gain, error = paired(by_power[1] - by_power[0])
+    taken = is_above_zero(by_power[1] - by_power[0])
+    log.info(
+        "adaptation with %g times the power on the likelihood: %+.3f ± %.3f nats a row on unseen tasks; it is %s",
+        STRONGER, gain, error, "taken" if taken else "not taken",
+    )  # fmt: skip
+    return STRONGER if taken else 1.0
+
+
+def _log_prob(thetas: torch.Tensor, task: Task, score: Score) -> torch.Tensor:
+    """Compute the mean over draws ``[S, D]`` of the mean log probability a row of the task's test rows."""
+    assert task.test is not None
+    left_out = replace(task, train=task.test, test=None)
+    return torch.stack([score(theta, [left_out])[0] for theta in thetas]).mean()
