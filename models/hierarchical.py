@@ -29,7 +29,7 @@ VARIANCE, VARIANCE_SHAPE = "beta_variance", 2.0
 
 
 class AdapterHierarchy:
-    """The program of a family of tasks, which may differ in size and in the width of their heads.
+    r"""The program of a family of tasks, which may differ in size and in the width of their heads.
 
     With ``learned`` beta is one number for each group of weights, times what is given, and unknown:
 

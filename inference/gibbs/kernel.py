@@ -105,8 +105,7 @@ class SGLDGibbs(Kernel):
         decay, damping: of the preconditioner's moving average; added to its root, relative to its mean.
         sgd_steps: of the warm-up's visits, how many are joint training by Adam of one vector shared by all tasks.
             They need a normal pair; the chain starts where they end. ``sgd_step_size`` is their learning rate.
-        sgd_weights: factors on the tasks' gradients in joint training, one a task; None takes them as they are, which
-            grow with a task's data.
+        sgd_weights: factors on the tasks' gradients in joint training, one a task; None: they grow with a task's data.
         max_grad_norm, max_move: norm to which the likelihood's gradients are scaled down; the most that they move a
             coordinate, over step_size / 2 (:mod:`~.longest_move`). Both count as clipped, and change the target.
         site_step_scale: factor on the step size by local family, e.g. ``{"head": 10.0}``.
