@@ -33,8 +33,8 @@ class AdapterHierarchy:
 
     With ``learned`` beta is one number for each group of weights, times what is given, and unknown:
 
-    .. math:: v_g \\sim \\mathrm{InverseGamma}(2, 2), \\qquad \theta_i \\mid \\phi, v \\sim
-              \\mathcal N\big(\\phi, \beta^2\\,\\mathrm{diag}(v_{g(d)})\big)
+    .. math:: v_g \sim \mathrm{InverseGamma}(2, 2), \qquad \theta_i \mid \phi, v \sim
+              \mathcal N\big(\phi, \beta^2\,\mathrm{diag}(v_{g(d)})\big)
 
     Sites: ``phi`` ``[D]``; ``beta_variance`` ``[G]`` where beta is learned; for each task i, inside the plate
     ``tasks``: ``theta_i`` ``[D]``, ``head_i`` where the task has a head of its own, ``obs_i`` in the minibatch plate
