@@ -236,9 +236,10 @@ class LiFTSettings:
             self._check_learned()
         for name in ("beta", "sigma", "learning_rate", "sgd_learning_rate", "n_inflate", "noise_scale"):
             value = getattr(self, name)
+            if value is None or (name == "beta" and isinstance(value, str)):
+                continue
             for number in value if isinstance(value, (list, tuple)) else [value]:
-                if value is not None and not isinstance(self.beta if name == "beta" else None, str):
-                    check_number(name, number)
+                check_number(name, number)
         if self.temperature is not None:
             check_number("temperature", self.temperature, open_below=False)
         check_number("head_temperature", self.head_temperature, open_below=False)
