@@ -6,7 +6,11 @@ and regressions, and 10 was 0.006 nats a token behind 1 on Shakespeare's roles. 
 network writes other words before adaptation, a task is ten nats a row away from phi, and the prior pulls it back on its
 way: with ten times the power answers had 0.44 nats a token in place of 0.54. So each half's vector is adapted to tasks
 of the other on three quarters of their rows, at both powers, and the larger is taken where it predicts the last quarter
-better by the paired one-sided test at 5 %.
+better on average.
+
+No test decides, as it does elsewhere (:mod:`~pyro_lift.tuning.halves`). Six tasks of a few written answers tell little
+(0.57 ± 0.58 nats a row where the gain on unseen tasks was plain), and the two mistakes do not cost the same: a larger
+power where there is nothing to gain costs thousandths of a nat, a smaller one where there is costs tenths.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Any
 import torch
 
 from pyro_lift.models.task import Task
-from pyro_lift.tuning.halves import Score, is_above_zero, paired
+from pyro_lift.tuning.halves import Score, paired
 
 __all__ = ["STRONGER", "TASKS", "stronger_where_better"]
 
@@ -34,7 +38,7 @@ TASKS = 3
 def stronger_where_better(
     adapt: Callable[[float], Sequence[tuple[Any, Task]]], score: Score, least: int = 2 * TASKS
 ) -> float:
-    """Return the power over that of meta-training: :data:`STRONGER` where it predicts better, else 1.
+    """Return the power over that of meta-training: :data:`STRONGER` where it predicts better on average, else 1.
 
     Args:
         adapt: gives posteriors at a power, each beside its task, whose test rows it has not seen.
@@ -48,7 +52,7 @@ def stronger_where_better(
             return 1.0
         by_power.append(torch.stack([_log_prob(thetas, task, score) for thetas, task in judged]))
     gain, error = paired(by_power[1] - by_power[0])
-    taken = is_above_zero(by_power[1] - by_power[0])
+    taken = gain > 0.0
     log.info(
         "adaptation with %g times the power on the likelihood: %+.3f ± %.3f nats a row on unseen tasks; it is %s",
         STRONGER, gain, error, "taken" if taken else "not taken",

@@ -45,11 +45,12 @@ def score(theta: Tensor, tasks: Sequence[Task]) -> Tensor:
     [
         ([0.1, 0.2, 0.15, 0.1, 0.2, 0.12], STRONGER),
         ([-0.1, -0.2, -0.15, -0.1, -0.2, -0.1], 1.0),
-        ([1.0, -0.9, 1.0, -0.9, 1.0, -0.9], 1.0),  # better on average, not by more than chance
+        ([1.0, -0.9, 1.0, -0.9, 1.0, -0.9], STRONGER),  # better on average, not by more than chance
+        ([0.9, -1.0, 0.9, -1.0, 0.9, -1.0], 1.0),
         ([0.1, 0.2, 0.15, 0.1, 0.2], 1.0),  # too few tasks to tell
     ],
 )
-def test_the_larger_power_is_taken_where_it_predicts_better_by_the_test(gains: list[float], power: float) -> None:
+def test_the_larger_power_is_taken_where_it_predicts_better_on_average(gains: list[float], power: float) -> None:
     assert stronger_where_better(judged(gains), score) == power
 
 
