@@ -20,6 +20,7 @@ from pyro_lift.inference.admission import (
 )
 from pyro_lift.inference.data_support import check_values
 from pyro_lift.inference.dependence import coupled_families, links_of
+from pyro_lift.inference.gibbs.longest_move import check_limits
 from pyro_lift.inference.gibbs.saved_chain import probed
 from pyro_lift.inference.ignored_index import check_index_used
 from pyro_lift.inference.kernel import Kernel, Model
@@ -34,7 +35,7 @@ from pyro_lift.inference.stability import (
     measured_curvature,
 )
 from pyro_lift.inference.top_level import at_top_level
-from pyro_lift.support.options import check_number, named_options
+from pyro_lift.support.options import named_options
 
 __all__ = ["SGLD"]
 
@@ -110,8 +111,7 @@ class SGLD(Kernel):
         self.decay = decay if preconditioner == "rms" else None
         self.damping = damping
         self.second_moment = dict(second_moment or {})
-        if max_move is not None:
-            check_number("max_move", max_move)
+        check_limits(None, max_move, preconditioner)
         self.max_move = max_move
         self.check_stability = check_stability
         self.state = sgld.SGLDState(0, {}, {})

@@ -18,6 +18,7 @@ from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.mixture.batch_em import Moments
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.digest import digest
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.task import Task
@@ -95,18 +96,24 @@ class ChainSetup:
         if halves is not None:
             run.settings, s = (replace(settings, **halves.settings()) for settings in (run.settings, s))
             program.noise_scale = s.noise_sd
-            if halves.power != 1.0:
+            if halves.power != 1.0 and self.leaves_power_open:  # a run that goes on may have been given one since
                 adapt = replace(adapt, n_inflate=halves.power * (s.n_inflate or 1.0))
         return BeforeChain(run, program, s, adapt, joint, halves)
+
+    @property
+    def leaves_power_open(self) -> bool:
+        """Whether the power on the likelihood in adaptation may be found."""
+        return self.adapt_settings.n_inflate is None and self.settings.n_inflate is None
 
     def _joint(
         self, tasks: Sequence[Task], session: Session | None, progress: bool, on_step: Watchers | None
     ) -> Joint | None:
         """Put the joint training on trial, where its rate was left open; None where there is none."""
         s = resolved(self.settings, self.adapter)
-        kept, saved_without = WorkBefore.of(session, "joint")
+        kept, saved_without = WorkBefore.of(session, "joint", partial(digest, self.adapter, tasks))
         given = self.settings.sgd_learning_rate is not None
-        if given or s.ranks_block_size or saved_without or not has_trial(s.sgd_steps, len(tasks)):
+        steps = steps_beside_trial(s.sgd_steps, len(tasks)) if s.sgd_includes_trial else s.sgd_steps
+        if given or s.ranks_block_size or saved_without or not has_trial(steps, len(tasks)):
             return None
         head_scale = self._head_scale(tasks, s)
         if head_scale is not None and s.head == "langevin":  # without steps of its own, such a head says nothing
@@ -114,7 +121,6 @@ class ChainSetup:
         tasks = [task.to(self.adapter.initial.device) for task in tasks]
         score = partial(log_probs_at, self.adapter, head_scale=head_scale, noise_scale=s.noise_sd)
         assert s.sgd_learning_rate is not None
-        steps = steps_beside_trial(s.sgd_steps, len(tasks)) if s.sgd_includes_trial else s.sgd_steps
         few = few_passes(steps, s.batch_size, tasks)
 
         def begin(half: Sequence[Task], rate: float, most: int) -> JointRun:
@@ -136,15 +142,14 @@ class ChainSetup:
         **shown: Any,
     ) -> CrossFit | None:
         """Find the length of joint training and how sure predictions may be; None where there is nothing to find."""
-        kept, saved_without = WorkBefore.of(session, "cross-fit")
+        kept, saved_without = WorkBefore.of(session, "cross-fit", partial(digest, self.adapter, program.tasks))
         heads, tasks = program.solved is not None, program.tasks
         if joint is not None and joint.helps and few_passes(joint.steps, s.batch_size, tasks):
             joint = None
         if saved_without or s.ranks_block_size or (joint is None and noise is None) or len(tasks) < 2:
             return None
         sure = noise is not None or (all(task.kind == "classification" for task in tasks) and not heads)
-        open_power = self.adapt_settings.n_inflate is None and self.settings.n_inflate is None
-        strength = open_power and all(task.kind == "tokens" for task in tasks)
+        strength = self.leaves_power_open and all(task.kind == "tokens" for task in tasks)
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
         score = partial(log_probs_at, self.adapter, head_scale=program.head_scale, noise_scale=s.noise_sd)
 

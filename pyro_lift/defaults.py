@@ -85,7 +85,7 @@ def resolved(settings: LiFTSettings, adapter: RandomAdapter) -> LiFTSettings:
         sgd_learning_rate=rate if s.sgd_learning_rate is None else s.sgd_learning_rate,
         sgd_weights=s.sgd_weights or "tasks",
         task_steps=s.task_steps or "tasks",
-        max_move=MOST if s.max_move is None else s.max_move,
+        max_move=s.max_move if s.max_move is not None else MOST if s.preconditioner == "rms" else 0.0,
         noise_scale=s.noise_sd,
     )
 

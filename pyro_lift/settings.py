@@ -245,6 +245,10 @@ class LiFTSettings:
         check_number("head_temperature", self.head_temperature, open_below=False)
         if self.max_move is not None:
             check_number("max_move", self.max_move, open_below=False)
+        if self.max_move and self.preconditioner == "none":
+            raise ValueError(f'max_move={self.max_move:g} counts in steps of a preconditioner: leave it at "rms".')
+        if not isinstance(self.sgd_includes_trial, bool):
+            raise ValueError(f"sgd_includes_trial={self.sgd_includes_trial!r}: expected true or false.")
         for name in ("sgd_weights", "task_steps"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), ["tasks", "rows"])

@@ -38,7 +38,8 @@ class WorkBefore:
 
     Args:
         folder: of the run; None keeps nothing.
-        config: plain data of the run; what was kept by a run of another is computed anew.
+        config: plain data of the run; what was kept by a run of another is computed anew. Its ``"digest"`` of data and
+            network is left out of account where an earlier version kept none.
         signals: handled while something is computed (:meth:`Session.signals_before_chain`).
     """
 
@@ -51,11 +52,18 @@ class WorkBefore:
         self.folder, self.config, self._signals = folder, jsonable(dict(config or {})), signals
 
     @classmethod
-    def of(cls, session: Session | None, name: str) -> tuple[WorkBefore, bool]:
-        """Return what a run did before its chain, and whether its chain began without the work of that name."""
+    def of(cls, session: Session | None, name: str, digest: Callable[[], str] | None = None) -> tuple[WorkBefore, bool]:
+        """Return what a run did before its chain, and whether its chain began without the work of that name.
+
+        Args:
+            session: of the run; without one nothing is kept.
+            name: of the work.
+            digest: of data and network, asked for where something is kept.
+        """
         if session is None:
             return cls(None), False
-        kept = cls(session.folder, session.config, session.signals_before_chain)
+        config = {**(session.config or {}), **({} if digest is None else {"digest": digest()})}
+        kept = cls(session.folder, config, session.signals_before_chain)
         return kept, session.transitions > 0 and not kept.has(name)
 
     def has(self, name: str) -> bool:
@@ -93,4 +101,5 @@ class WorkBefore:
         except DamagedError as error:
             log.warning("%s; it is computed anew", error)
             return None
-        return (vector, work["data"]) if work["config"] == self.config else None
+        now = {name: value for name, value in self.config.items() if name != "digest" or name in work["config"]}
+        return (vector, work["data"]) if work["config"] == now else None

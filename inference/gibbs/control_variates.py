@@ -54,6 +54,7 @@ def check_control_variates(settings: Settings, structure: Structure, run: Evalua
         "site_update": bool(settings.site_update) and "a site that is solved sees all rows",
         "distributed=True": distributed and "a pass is shared by processes",
         "max_grad_norm": settings.max_grad_norm is not None and "a gradient that is scaled down is no difference",
+        "max_move": settings.max_move is not None and "a gradient that is shortened is no difference",
     }
     for option, reason in faults.items():
         if reason:

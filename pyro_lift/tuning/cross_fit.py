@@ -42,6 +42,7 @@ from pyro_lift.inference.adaptation.temperature import HIGHEST, fit_temperature,
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Task
 from pyro_lift.tuning.halves import TASKS, Begin, Joint, Score, is_above_zero, paired
 from pyro_lift.tuning.held_out import dealt
@@ -207,8 +208,8 @@ def _sureness(
     adapt = judge.adapt
     if adapt is None:
         return found
-    some = STRENGTH_TASKS if judge.strength else ADAPTED
-    unseen = [split_rows([task for task in half if len(task.train) >= PARTS], some) for half in halves]
+    splittable = [[task for task in half if len(task.train) >= PARTS] for half in halves]
+    unseen = [split_rows(half, min(STRENGTH_TASKS, len(half)) if judge.strength else ADAPTED) for half in splittable]
 
     def adapted(noise: float | None, power: float = 1.0) -> Iterator[tuple[Any, Task]]:
         for standing, some in zip(standings, unseen, strict=True):
@@ -246,6 +247,8 @@ def split_rows(tasks: Sequence[Task], most: int) -> list[Task]:
             order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))
             left_out = torch.arange(len(order)) % PARTS == part
             rows, others = (task.train.take(order[where].sort().values) for where in (left_out, ~left_out))
+            if task.kind == "tokens" and not all((part.target != IGNORED).any() for part in (rows, others)):
+                continue  # tokens that count are all on one side
             split.append(replace(task, train=others, test=rows.take(slice(0, ROWS)), dev=None))
     return split
 

@@ -120,6 +120,7 @@ class Joint(NamedTuple):
         helps: whether it begins.
         tried: the rates, in the order in which they were tried; empty of a run that was saved before they were kept.
         spent: gradients that the trial took; zero of a run that was saved before they were counted.
+        against: the one task without which joint training would have helped; empty where there is none.
     """
 
     rate: float
@@ -129,6 +130,7 @@ class Joint(NamedTuple):
     helps: bool
     tried: tuple[Tried, ...] = ()
     spent: int = 0
+    against: str = ""
 
     def results(self) -> dict[str, float]:
         """Measures for the prior's folder and card."""
@@ -141,7 +143,8 @@ class Joint(NamedTuple):
             return (
                 f"joint training was tried at the {_rates(tried)}, and does not help by more than chance: "
                 f"{' and '.join(each.gained() for each in tried)} nats a row on tasks that it has not seen. So phi "
-                "stays at the untouched network. Another rate may still help: give one as sgd_learning_rate=, which is "
+                f"stays at the untouched network. {self._against()}Another rate may still help: give one as "
+                "sgd_learning_rate=, which is "
                 "not put on trial. `pyro-lift compare` says what other methods make of these tasks."
             )
         first, why = tried[0], ""
@@ -155,6 +158,11 @@ class Joint(NamedTuple):
             why = f"; the larger rate, {tried[1].rate:.2g}, {less}"
         gained = f"{self.gain:+.3f} ± {self.error:.3f} nats a row on tasks that it has not seen"
         return f"joint training at {self.rate:.2g} helps ({gained}){why}. It begins, over all tasks."
+
+    def _against(self) -> str:
+        if not self.against:
+            return ""
+        return f"One task decides that: without {self.against!r} it would help. Look at its rows, or leave it out. "
 
 
 def _rates(tried: Sequence[Tried]) -> str:
@@ -255,12 +263,17 @@ class _Trial:
         self.halves = dealt(tasks, 2)
         self.judged = [half[: TASKS // 2] for half in self.halves]
         self.before = torch.zeros(0)
+        self.told = torch.zeros(0, dtype=torch.bool)
+        self.names = [task.name for half in self.judged for task in half]
+        self.against = ""
         self.tried: list[Tried] = []
         self.spent = 0
 
     def joint(self, few: bool) -> Joint:
         """Try rates and return the verdict."""
-        self.before = torch.cat([self.score(self.start, half) for half in self.judged])
+        before = torch.cat([self.score(self.start, half) for half in self.judged])
+        self.told = before.isfinite()  # a task of one row has none to judge its head by
+        self.before, self.names = before[self.told], [n for n, told in zip(self.names, self.told, strict=True) if told]
         first, after = self._at(1.0, [look for look in EARLY if look < self.each] if few else [])
         taken = first
         if _has_second(self.steps) and not first.helps:
@@ -268,7 +281,8 @@ class _Trial:
         elif _has_second(self.steps) and self.spent == 2 * self.each:
             larger, after_larger = self._at(LARGER)
             taken = larger if larger.helps and not is_above_zero(after - after_larger) else first
-        return taken._replace(tried=tuple(self.tried), spent=self.spent)
+        against = "" if taken.helps else self.against
+        return taken._replace(tried=tuple(self.tried), spent=self.spent, against=against)
 
     def _at(self, factor: float, looks: Sequence[int] = ()) -> tuple[Joint, Tensor]:
         """Try a rate for all its steps, or up to the first of some looks at which it gains plainly."""
@@ -283,11 +297,16 @@ class _Trial:
             name = f"{factor:g}" if steps == most else f"{factor:g}-{steps}"
             vectors = [self.kept.result(f"half-{k}-{name}", partial(vector, k, steps))[0] for k in range(2)]
             after = torch.cat([self.score(vectors[1 - k].to(self.start), half) for k, half in enumerate(self.judged)])
+            after = after[self.told]
             if steps == most or is_above_zero(after - self.before, PLAIN):
                 break
         self.spent += 2 * steps
         gain, error = paired(after - self.before)
         helps = is_above_zero(after - self.before)
+        worst = int((after - self.before).argmin())
+        rest = torch.cat([(after - self.before)[:worst], (after - self.before)[worst + 1 :]])
+        if not helps and len(rest) > FEWEST_TASKS and is_above_zero(rest):
+            self.against = self.names[worst]
         log.info("joint training at %.2g on trial: %+.3f ± %.3f nats a row", factor * self.rate, gain, error)
         self.tried.append(Tried(factor * self.rate, gain, error, helps))
         return Joint(factor * self.rate, self.steps if helps else 0, gain, error, helps), after

@@ -195,6 +195,39 @@ def test_the_trial_may_be_among_the_steps_of_joint_training(rows: int, spent: in
     assert len(trial) == spent and len(chain) <= 360 - spent + 15
 
 
+@pytest.mark.parametrize("gradients", [80, 100, 119])
+def test_gradients_that_leave_no_room_for_a_trial_are_all_of_joint_training(gradients: int) -> None:
+    options = {**OPTIONS, "sgd_steps": gradients, "sgd_includes_trial": True}
+    lift, told = LiFT(adapter(), **options), list[Step]()  # type: ignore[arg-type]
+    assert lift._joint(tasks(shared=True), None, False, None) is None
+    lift.meta_train(tasks(shared=True), progress=False, callbacks=told.append)
+    assert sum(step.phase == "sgd" for step in told) == gradients
+
+
+def test_the_one_task_that_decides_against_joint_training_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    stand_in = Halves({0.1: 0.5, 0.1 * 0.2: 0.5})
+
+    def odd(vector: Tensor, half: Sequence[Task]) -> Tensor:
+        far = torch.tensor([-30.0 * (task.name == "t5") for task in half], dtype=torch.float64)
+        return stand_in.score(vector, half) + (far if vector[1] else 0.0)
+
+    with caplog.at_level("INFO", "pyro_lift"):
+        joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.begin, odd)
+    assert not joint.helps and joint.against == "t5"
+    assert "without 't5' it would help" in caplog.text
+
+
+def test_a_task_that_cannot_be_judged_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    stand_in = Halves({0.1: 0.5, 0.1 * 3.0: 0.2})
+
+    def untold(vector: Tensor, half: Sequence[Task]) -> Tensor:
+        values = stand_in.score(vector, half)
+        return torch.where(torch.tensor([task.name == "t2" for task in half]), math.nan, values)
+
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.begin, untold)
+    assert joint.helps and joint.rate == 0.1 and math.isfinite(joint.gain)
+
+
 def test_the_log_says_which_rates_were_tried_and_why_one_was_taken(caplog: pytest.LogCaptureFixture) -> None:
     gains = {
         "not seen). It begins": {0.1: 0.5},

@@ -47,7 +47,8 @@ def score(theta: Tensor, tasks: Sequence[Task]) -> Tensor:
         ([-0.1, -0.2, -0.15, -0.1, -0.2, -0.1], 1.0),
         ([1.0, -0.9, 1.0, -0.9, 1.0, -0.9], STRONGER),  # better on average, not by more than chance
         ([0.9, -1.0, 0.9, -1.0, 0.9, -1.0], 1.0),
-        ([0.1, 0.2, 0.15, 0.1, 0.2], 1.0),  # too few tasks to tell
+        ([0.1, 0.2, 0.15], 1.0),  # too few tasks to tell
+        ([0.005] * 6, 1.0),  # nothing to speak of
     ],
 )
 def test_the_larger_power_is_taken_where_it_predicts_better_on_average(gains: list[float], power: float) -> None:
@@ -99,6 +100,15 @@ def test_what_is_found_is_what_tasks_are_adapted_with(found: float, monkeypatch:
     told = prior.adapt(new, seed=1, n_inflate=found).thetas
     torch.testing.assert_close(prior.adapt(new, seed=1).thetas, told, rtol=0, atol=0)
     assert torch.equal(prior.adapt(new, seed=1, n_inflate=1.0).thetas, told) == (found == 1.0)
+
+
+def test_rows_without_a_token_that_counts_are_no_reason_to_stop() -> None:
+    made = []
+    for task in texts():
+        target = task.train.target.clone()
+        target[1:] = -100
+        made.append(Task(task.name, (task.train.positional[0], target), kind="tokens"))
+    assert LiFT(adapter(), **OPTIONS).meta_train(made, progress=False).adapt_settings.n_inflate is None
 
 
 def test_a_power_that_is_given_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

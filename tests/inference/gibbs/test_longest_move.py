@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_lift import LiFTSettings, SGLDGibbs
+from pyro_lift import SGLD, LiFTSettings, SGLDGibbs
 from pyro_lift.settings import complete_settings
 
 #: The third task pulls a thousand times as hard as the others.
@@ -99,6 +99,12 @@ def test_what_makes_no_sense_is_refused() -> None:
         SGLDGibbs(iterated, max_move=3.0)
     with pytest.raises(ValueError, match=r"max_move=0"):
         SGLDGibbs(iterated, max_move=0.0, preconditioner="rms")
+    with pytest.raises(ValueError, match="max_move=3 counts in steps of a preconditioner"):
+        SGLD(iterated, max_move=3.0)
+    with pytest.raises(ValueError, match="max_move=3 counts in steps of a preconditioner"):
+        LiFTSettings(max_move=3.0, preconditioner="none")
+    with pytest.raises(ValueError, match="a gradient that is shortened is no difference"):
+        visited(iterated, max_move=3.0, control_variates=5)
     with pytest.raises(ValueError, match=r"max_move=-1"):
         LiFTSettings(max_move=-1.0)
 
