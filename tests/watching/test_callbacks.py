@@ -81,7 +81,8 @@ def test_meta_training_tells_every_visit_its_phase_its_loss_and_its_task() -> No
     rows = {task.name: len(task.train) for task in TASKS}
     for step in kept.steps:
         assert sum(rows[name] for name in step.tasks) * step.loss == pytest.approx(-step.log_likelihood)
-        assert step.loss > 0.0 and step.step_size > 0.0 and step.grad_norm > 0.0 and not step.clipped
+        assert step.loss > 0.0 and step.step_size > 0.0 and step.grad_norm > 0.0
+        assert not step.clipped or step.phase != "sgd"  # Adam needs no limit
         assert np.isnan(step.acceptance) and "acceptance" not in step.measures()
     assert {name for step in kept.steps for name in step.tasks} == set(rows)
     seconds = [step.seconds for step in kept.steps]
