@@ -186,6 +186,12 @@ def precondition(second_moment: Tensor, damping: float) -> Tensor:
     return torch.where(root.mean() > 0.0, 1.0 / (scale + torch.finfo(root.dtype).tiny), torch.ones_like(scale))
 
 
+def shortened(gradient: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Clamp a gradient to at most so much by coordinate, and tell whether any was clamped, as one boolean."""
+    limited = torch.maximum(torch.minimum(gradient, most), -most)
+    return limited, (limited != gradient).any()
+
+
 def update_second_moment(second_moment: Tensor | None, gradient: Tensor, decay: float) -> Tensor:
     """Exponential moving average of the squared gradient; it starts at the first square."""
     return running_mean(second_moment, gradient.square(), decay)
@@ -269,10 +275,8 @@ def step(
                 moments[name] = update_second_moment(moments.get(name), gradient, s.decay)
             preconditioner = precondition(moments[name], s.damping)
             if s.max_move is not None:
-                most = s.max_move / preconditioner
-                limited = torch.maximum(torch.minimum(gradient, most), -most)
-                clipped = clipped | (limited != gradient).any()
-                gradient = limited
+                gradient, shorter = shortened(gradient, s.max_move / preconditioner)
+                clipped = clipped | shorter
         position[name] = INTEGRATORS[s.integrator](
             x,
             gradient,

@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_lift.inference.gibbs.state import Settings
 from pyro_lift.inference.gibbs.task_factors import factor_of
 from pyro_lift.inference.program import Evaluation
-from pyro_lift.inference.sgld import Drift, precondition
+from pyro_lift.inference.sgld import Drift, precondition, shortened
 from pyro_lift.support.options import check_number
 
 __all__ = ["check_limits", "limited"]
@@ -58,10 +58,10 @@ def limited(run: Evaluation, drift: Drift, squares: Mapping[str, Tensor], settin
         The drift, and one boolean on the device.
     """
     assert settings.max_move is not None
-    gradients, shortened = dict(drift.gradient), torch.zeros((), dtype=torch.bool, device=drift.log_likelihood.device)
+    gradients, clipped = dict(drift.gradient), torch.zeros((), dtype=torch.bool, device=drift.log_likelihood.device)
     for name, square in squares.items():
         own = factor_of(run.locals[name], run.tasks, settings.task_step_scale)
         most = settings.max_move / (own * precondition(square, settings.damping))
-        gradients[name] = torch.maximum(torch.minimum(drift.gradient[name], most), -most)
-        shortened = shortened | (gradients[name] != drift.gradient[name]).any()
-    return drift._replace(gradient=gradients), shortened
+        gradients[name], shorter = shortened(drift.gradient[name], most)
+        clipped = clipped | shorter
+    return drift._replace(gradient=gradients), clipped

@@ -64,7 +64,7 @@ def chain_kernel(program: AdapterHierarchy, settings: LiFTSettings, start: Tenso
         sgd_step_size=s.sgd_learning_rate,
         sgd_weights=weights if s.sgd_weights == "tasks" else None,
         task_step_scale=weights if s.task_steps == "tasks" else None,
-        max_move=s.max_move if s.max_move and s.preconditioner == "rms" else None,
+        max_move=s.max_move or None,
         thinning=s.thinning,
         distributed=s.ranks_block_size > 0,
         block_size=s.ranks_block_size or None,

@@ -144,8 +144,8 @@ class Joint(NamedTuple):
                 f"joint training was tried at the {_rates(tried)}, and does not help by more than chance: "
                 f"{' and '.join(each.gained() for each in tried)} nats a row on tasks that it has not seen. So phi "
                 f"stays at the untouched network. {self._against()}Another rate may still help: give one as "
-                "sgd_learning_rate=, which is "
-                "not put on trial. `pyro-lift compare` says what other methods make of these tasks."
+                "sgd_learning_rate=, which is not put on trial. `pyro-lift compare` says what other methods make of these "
+                "tasks."
             )
         first, why = tried[0], ""
         if len(tried) > 1 and not first.helps:
@@ -238,8 +238,7 @@ def joint_on_trial(
         few: whether joint training makes few passes over the rows.
     """
     kept = kept or WorkBefore(None)
-    trial = _Trial(tasks, start, rate, steps, begin, score, kept)
-    data = kept.data("joint", lambda: trial.joint(few)._asdict())
+    data = kept.data("joint", lambda: _Trial(tasks, start, rate, steps, begin, score, kept).joint(few)._asdict())
     joint = Joint(**{**data, "tried": tuple(Tried(*each) for each in data.get("tried", ()))})
     log.info("%s", joint.sentence())
     return joint
@@ -262,18 +261,14 @@ class _Trial:
         self.begin, self.each = begin, trial_steps(steps, len(tasks))
         self.halves = dealt(tasks, 2)
         self.judged = [half[: TASKS // 2] for half in self.halves]
-        self.before = torch.zeros(0)
-        self.told = torch.zeros(0, dtype=torch.bool)
-        self.names = [task.name for half in self.judged for task in half]
-        self.against = ""
+        before = torch.cat([score(start, half) for half in self.judged])
+        self.told = before.isfinite()  # a task of one row has none to judge its head by
+        self.before, self.against = before[self.told], ""
         self.tried: list[Tried] = []
         self.spent = 0
 
     def joint(self, few: bool) -> Joint:
         """Try rates and return the verdict."""
-        before = torch.cat([self.score(self.start, half) for half in self.judged])
-        self.told = before.isfinite()  # a task of one row has none to judge its head by
-        self.before, self.names = before[self.told], [n for n, told in zip(self.names, self.told, strict=True) if told]
         first, after = self._at(1.0, [look for look in EARLY if look < self.each] if few else [])
         taken = first
         if _has_second(self.steps) and not first.helps:
@@ -298,15 +293,16 @@ class _Trial:
             vectors = [self.kept.result(f"half-{k}-{name}", partial(vector, k, steps))[0] for k in range(2)]
             after = torch.cat([self.score(vectors[1 - k].to(self.start), half) for k, half in enumerate(self.judged)])
             after = after[self.told]
-            if steps == most or is_above_zero(after - self.before, PLAIN):
+            gains = after - self.before
+            if steps == most or is_above_zero(gains, PLAIN):
                 break
         self.spent += 2 * steps
-        gain, error = paired(after - self.before)
-        helps = is_above_zero(after - self.before)
-        worst = int((after - self.before).argmin())
-        rest = torch.cat([(after - self.before)[:worst], (after - self.before)[worst + 1 :]])
+        (gain, error), helps = paired(gains), is_above_zero(gains)
+        worst = int(gains.argmin())
+        rest = torch.cat([gains[:worst], gains[worst + 1 :]])
         if not helps and len(rest) > FEWEST_TASKS and is_above_zero(rest):
-            self.against = self.names[worst]
+            names = [task.name for half in self.judged for task in half]
+            self.against = names[int(self.told.nonzero()[worst])]
         log.info("joint training at %.2g on trial: %+.3f ± %.3f nats a row", factor * self.rate, gain, error)
         self.tried.append(Tried(factor * self.rate, gain, error, helps))
         return Joint(factor * self.rate, self.steps if helps else 0, gain, error, helps), after

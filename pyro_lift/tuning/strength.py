@@ -37,20 +37,17 @@ TASKS, LEAST = 3, 4
 TIE = 0.01
 
 
-def stronger_where_better(
-    adapt: Callable[[float], Sequence[tuple[Any, Task]]], score: Score, least: int = LEAST
-) -> float:
+def stronger_where_better(adapt: Callable[[float], Sequence[tuple[Any, Task]]], score: Score) -> float:
     """Return the power over that of meta-training: :data:`STRONGER` where it predicts better on average, else 1.
 
     Args:
         adapt: gives posteriors at a power, each beside its task, whose test rows it has not seen.
         score: mean log probability a row of tasks' training rows at one vector.
-        least: tasks, without which nothing can be told.
     """
     by_power = []
     for power in (1.0, STRONGER):
         judged = [(posterior.thetas, task) for posterior, task in adapt(power)]
-        if len(judged) < least:
+        if len(judged) < LEAST:
             return 1.0
         by_power.append(torch.stack([_log_prob(thetas, task, score) for thetas, task in judged]))
     gain, error = paired(by_power[1] - by_power[0])
