@@ -144,8 +144,8 @@ class Joint(NamedTuple):
                 f"joint training was tried at the {_rates(tried)}, and does not help by more than chance: "
                 f"{' and '.join(each.gained() for each in tried)} nats a row on tasks that it has not seen. So phi "
                 f"stays at the untouched network. {self._against()}Another rate may still help: give one as "
-                "sgd_learning_rate=, which is not put on trial. `pyro-lift compare` says what other methods make of these "
-                "tasks."
+                "sgd_learning_rate=, which is not put on trial. `pyro-lift compare` says what other methods make of "
+                "these tasks."
             )
         first, why = tried[0], ""
         if len(tried) > 1 and not first.helps:
