@@ -15,6 +15,7 @@ from pyro_lift.models.factors import factor, normal
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.task import Rows, Task
+from pyro_lift.models.vocabulary import check_targets_known, check_tokens_known
 
 __all__ = [
     "WHOLE",
@@ -163,11 +164,13 @@ def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float
     cannot be scored, is refused before the chain.
 
     Raises:
-        ValueError: a network that does not use the adapter, or is no longer what it was made on; rows that it cannot be
-            called with; features without a head to stand on; a head of a task's own for a single class; a shared head
-            that is too narrow for a task's labels; an output whose shape does not go with the targets.
+        ValueError: a network that does not use the adapter, or is no longer what it was made on; tokens that it does
+            not know; rows that it cannot be called with; features without a head to stand on; a head of a task's own
+            for a single class; a shared head that is too narrow for a task's labels; an output whose shape does not go
+            with the targets.
     """
     adapter.check_use()
+    check_tokens_known(adapter.backbone, tasks)
     shapes = _output_shapes(adapter, tasks)
     tasks = [task for task in tasks if task.kind != "matching"] or tasks[:1]
     width = shapes[_signature(tasks[0])][-1]
@@ -231,6 +234,8 @@ def _output_shapes(adapter: RandomAdapter, tasks: Sequence[Task]) -> dict[Signat
 def _check_outputs(tasks: Sequence[Task], shapes: Sequence[torch.Size]) -> None:
     tried = set()
     for task, shape in zip(tasks, shapes, strict=True):
+        if task.kind == "tokens":
+            check_targets_known(task, shape[-1])
         row = task.train.target[:1]
         pair = (task.kind, shape, row.shape)
         if pair in tried or task.kind == "matching":

@@ -70,6 +70,8 @@ def class_numbers(
         value = low if low < 0 else high
         if what == "target":
             raise ValueError(f"{where}: target {value} is outside the {classes} classes.")
+        if ignored is not None:
+            raise ValueError(f"{where}: {what} {value} is below 0. Targets that do not count are {ignored}.")
         limit = f"0 .. {classes - 1}" if classes is not None else "0 and above"
         raise ValueError(
             f"{where}: {what} {value} is outside the head's range {limit}. Raise num_classes or mend the {what}s."
