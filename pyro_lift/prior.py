@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_lift.adapter_library import prior_from_adapters
 from pyro_lift.data.encoding import TextEncoding
-from pyro_lift.defaults import MOST, inherited, one_width, resolved
+from pyro_lift.defaults import inherited, longest_move, one_width, resolved
 from pyro_lift.generation.decode import generate
 from pyro_lift.inference.adaptation.chain import Shown, Source, moments_for, run_chain, run_watched
 from pyro_lift.inference.adaptation.early_stopping import DrawWindows
@@ -81,7 +81,7 @@ class LiFTPrior:
             were given.
         rescales: whether the preconditioner is brought to the power of an adaptation that has another.
         rows: that the preconditioner is of (:func:`.rows_of_moments`): it is brought to a new task's fewer, and no step
-            is longer than :data:`MOST` rates; None, as of a prior saved before, does neither.
+            is longer than :func:`longest_move` says; None, as of a prior saved before, does neither.
         kinds: of the tasks it was learned from; empty where nobody says.
         classes: the output of each class name, where they shared the network's outputs.
     """
@@ -373,6 +373,7 @@ class LiFTPrior:
         """Run the chain of Eq. 18 from a start, through windows if there are any."""
         assert a.learning_rate is not None and a.temperature is not None and a.n_inflate is not None
         power = (self.settings.n_inflate or 1.0) if self.rescales else a.n_inflate
+        limited = self.rows is not None and self.settings.preconditioner == "rms"
         options: dict[str, Any] = {
             "step_size": 2.0 * a.learning_rate,
             "temperature": a.temperature,
@@ -381,8 +382,7 @@ class LiFTPrior:
             "second_moment": moments_for(
                 self.second_moment, shown.tasks, power=a.n_inflate / power, rows=self.rows, block=start.dim() == 2
             ),
-            # A new task's gradients may be many times those that the preconditioner knows.
-            "max_move": MOST if self.rows is not None and self.settings.preconditioner == "rms" else None,
+            "max_move": longest_move(a.learning_rate, self.adapter) if limited else None,
             "site_step_scale": {"head": self.settings.head_lr_scale},
             "site_temperature": {"head": self.settings.head_temperature},
         }

@@ -28,7 +28,7 @@ META: Mapping[str, Sequence[float]] = {
 }
 #: Of adaptation, multiples of the rate and of the power on the likelihood that are tried, the first unchanged. With a
 #: larger rate alone the prior pulls back as much faster: where a new task is far away, steps that get there need both.
-ADAPTATION: Sequence[tuple[float, float]] = ((1.0, 1.0), (0.25, 1.0), (2.0, 10.0))
+ADAPTATION: Sequence[tuple[float, float]] = ((1.0, 1.0), (0.25, 1.0), (4.0, 100.0))
 #: Multiples of its steps.
 STEPS: Sequence[float] = (1.0, 2.0)
 

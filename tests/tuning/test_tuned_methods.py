@@ -50,9 +50,9 @@ def test_candidates_of_one_meta_training_differ_in_adaptation_alone(name: str) -
     assert len(trainings) == 8
     for adapt in trainings.values():
         rates = {a.get("learning_rate", FEW.learning_rate) / FEW.learning_rate for a in adapt}
-        assert rates == {1.0, 0.25, 2.0 if name == "lift" else 4.0}
+        assert rates == {1.0, 0.25, 4.0}
         if name == "lift":  # whose prior pulls back by the rate: the larger one comes with a larger power
-            assert {a["power"] for a in adapt if a.get("learning_rate", 0.0) > FEW.learning_rate} == {10.0}
+            assert {a["power"] for a in adapt if a.get("learning_rate", 0.0) > FEW.learning_rate} == {100.0}
 
 
 def test_a_shorter_method_has_both_parts_in_proportion_and_no_warm_start() -> None:
