@@ -9,6 +9,7 @@ import pytest
 from programs import vectorised
 
 from pyro_lift import MCMC, SGLDGibbs
+from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import Session
 
 
@@ -77,3 +78,12 @@ def test_a_checkpoint_and_a_file_are_no_folder_of_a_run(resume: bool, tmp_path: 
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file, and a run is saved in a folder"):
         Session(tmp_path / "file", resume=resume)
+
+
+def test_what_a_run_did_before_its_chain_is_no_misspelt_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path / "near")
+    WorkBefore(tmp_path / "new").data("joint", lambda: {"rate": 0.1})
+    level, words = said(tmp_path / "new", caplog)
+    assert level == logging.INFO and "had not come to its chain" in words and "no run is saved" not in words
