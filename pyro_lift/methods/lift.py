@@ -30,7 +30,7 @@ from pyro_lift.models.task import Task
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_literal, check_number
-from pyro_lift.tuning.candidates import ADAPTATION, META, times, told
+from pyro_lift.tuning.candidates import META, adaptations, times, told
 
 __all__ = ["LiFTMethod", "LiFTState", "regress"]
 
@@ -110,7 +110,7 @@ class LiFTMethod:
             meta["head"] = values("settings.head", s.head, ("solve", "laplace"))
         rates = {
             told({"rate": rate, "power": power}): {"learning_rate": rate * b.learning_rate, "power": power}
-            for rate, power in ADAPTATION[1:]
+            for rate, power in adaptations(b.steps)[1:]
         }
         return SearchSpace(meta, {**adaptation(b), "rate": rates})
 

@@ -33,6 +33,14 @@ def test_the_given_settings_are_the_first_candidate_and_no_two_have_one_name() -
         AdaptSettings(**candidate.adapt)
 
 
+def test_the_fewer_steps_a_task_gets_the_longer_they_are_tried() -> None:
+    known = resolved(LiFTSettings(), tiny_adapter())
+    for steps, times, power in ((16, 4.0, 100.0), (49, 4.0, 100.0), (50, 2.0, 10.0), (100, 2.0, 10.0)):
+        adapt = [c.adapt for c in lift_candidates(known, AdaptSettings(steps=steps, draws=5), trainings=1)]
+        assert [a["learning_rate"] / known.learning_rate for a in adapt] == [1.0, 0.25, times]
+        assert [a.get("n_inflate", 1.0) for a in adapt] == [1.0, 1.0, power]
+
+
 def test_a_shorter_chain_has_its_parts_in_proportion_and_never_none() -> None:
     short = shortened(LiFTSettings(), 0.1)
     assert (short.sgd_steps, short.burn_in, short.samples) == (100, 10, 20)
