@@ -11,9 +11,12 @@ from torch import Tensor
 from pyro_lift.models.observation import WHOLE
 from pyro_lift.models.task import Task
 
-__all__ = ["effective_weights", "weights_moved"]
+__all__ = ["effective_weights", "warn_of_few", "weights_moved"]
 
 log = logging.getLogger("pyro_lift")
+
+#: The name of the number among a run's results.
+MOVED = "weights that a task's data move"
 
 
 def effective_weights(
@@ -50,10 +53,8 @@ def weights_moved(
     *,
     batch_size: int,
     power: float,
-    temperature: float = 1.0,
-    given: Collection[str] = (),
 ) -> dict[str, float]:
-    """Report how many weights a task's data move, and warn of less than one.
+    """Report how many weights a task's data move.
 
     Args:
         moments: mean squares of the preconditioner by local family; without theta's the curvature is not known, and
@@ -62,8 +63,6 @@ def weights_moved(
         tasks: of the run.
         batch_size: rows of a minibatch; 0 for whole tasks.
         power: on the likelihood.
-        temperature: of the run.
-        given: names of settings that the user chose, which advice may turn to.
     """
     if "theta" not in moments:
         return {}
@@ -71,15 +70,38 @@ def weights_moved(
     batch = float(batch_size) if batch_size else min(rows, float(WHOLE))
     number = effective_weights(moments["theta"], beta, rows=rows, batch_size=batch, power=power)
     log.info("the data of a task move about %.3g of the adapter's %d weights", number, dim)
-    if number < 1.0:
-        log.warning(
-            "the data of a task move less than one of the adapter's %d weights (%.2g): a new task is predicted as phi "
-            "predicts it. %s",
-            dim,
-            number,
-            _way_out(rows, power, temperature, given, values=any(task.kind == "regression" for task in tasks)),
-        )
-    return {"weights that a task's data move": number}
+    return {MOVED: number}
+
+
+def warn_of_few(
+    moved: Mapping[str, float],
+    dim: int,
+    tasks: Sequence[Task],
+    *,
+    power: float,
+    temperature: float = 1.0,
+    given: Collection[str] = (),
+) -> None:
+    """Warn where a task's data move less than one weight, with what helps.
+
+    Args:
+        moved: what :func:`weights_moved` reports.
+        dim: weights of the adapter.
+        tasks: of the run.
+        power: on the likelihood.
+        temperature: of the run.
+        given: names of settings that the user chose, which advice may turn to.
+    """
+    if moved.get(MOVED, 1.0) >= 1.0:
+        return
+    rows, values = sum(len(task.train) for task in tasks) / len(tasks), any(task.kind == "regression" for task in tasks)
+    log.warning(
+        "the data of a task move less than one of the adapter's %d weights (%.2g): a new task is predicted as phi "
+        "predicts it. %s",
+        dim,
+        moved[MOVED],
+        _way_out(rows, power, temperature, given, values=values),
+    )
 
 
 def _way_out(rows: float, power: float, temperature: float, given: Collection[str], *, values: bool) -> str:

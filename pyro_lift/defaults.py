@@ -30,7 +30,17 @@ from pyro_lift.models.weight_scales import by_weight, harmless_scales, typical_s
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_choice
 
-__all__ = ["MOST", "fitted", "for_targets", "inherited", "longest_move", "one_width", "resolved", "resolved_adaptation"]
+__all__ = [
+    "MOST",
+    "fitted",
+    "for_targets",
+    "inherited",
+    "longest_move",
+    "loosened",
+    "one_width",
+    "resolved",
+    "resolved_adaptation",
+]
 
 log = logging.getLogger("pyro_lift")
 
@@ -42,6 +52,9 @@ SIGMA_OVER_BETA = 2.0
 RELATIVE_STEP = 0.05
 #: A step of adaptation over one of the chain: a new task is given a hundred steps, phi a thousand.
 ADAPTATION_OVER_CHAIN = 2.0
+#: Of adaptation where the prior lets a task's rows move less than one weight: its rate over the chain's, the power on
+#: the likelihood, and the rows that a task has to have.
+LOOSE_RATE, LOOSE_POWER, LOOSE_ROWS = 0.2, 100.0, 64
 #: A step without a preconditioner.
 PLAIN_RATE = 2e-3
 #: Learning rates that data move a weight by in a visit, or in a step of adaptation, at most (:func:`longest_move`).
@@ -117,6 +130,39 @@ def resolved_adaptation(
         return adapt
     assert filled.learning_rate is not None
     return replace(adapt, learning_rate=ADAPTATION_OVER_CHAIN * filled.learning_rate)
+
+
+def loosened(
+    adapt: AdaptSettings, settings: LiFTSettings, filled: LiFTSettings, moved: float, rows: float
+) -> AdaptSettings:
+    """Give adaptation a larger power and a smaller rate where heads are solved and the prior holds all else.
+
+    The prior's widths are what leaves the network working, over all layers at once; in a network of many layers that
+    may hold every weight, so that a new task is its head's and nothing more. Where a task's rows move less than one
+    weight and are many enough to learn features from, each counts :data:`LOOSE_POWER` times, and the path is short: a
+    hundred steps of a fifth of the chain's rate. Of fewer rows the same was a little worse. Where they would move less
+    than one weight at that power too, the network says nothing of these tasks.
+
+    Args:
+        adapt: as it stands.
+        settings: of meta-training as given; what the user chose stays.
+        filled: the same, filled in.
+        moved: weights that a task's data move.
+        rows: of a task, on average.
+    """
+    names = ("learning_rate", "n_inflate", "beta", "sigma", "temperature")
+    given = any(getattr(settings, name) is not None for name in names)
+    given = given or any(getattr(adapt, name) is not None for name in ("learning_rate", "n_inflate", "temperature"))
+    if given or not 1.0 <= LOOSE_POWER * moved < LOOSE_POWER or rows < LOOSE_ROWS or settings.preconditioner != "rms":
+        return adapt
+    assert filled.learning_rate is not None
+    log.info(
+        "the prior holds the weights: the data of a task of %.0f rows move %.2g of them. In adaptation each row counts "
+        "%g times, at %g of the chain's rate, so that a new task has features of its own.",
+        rows, moved, LOOSE_POWER, LOOSE_RATE,
+    )  # fmt: skip
+    power = LOOSE_POWER * (filled.n_inflate or 1.0)
+    return replace(adapt, learning_rate=LOOSE_RATE * filled.learning_rate, n_inflate=power)
 
 
 def longest_move(rate: float, adapter: RandomAdapter) -> float:

@@ -16,11 +16,11 @@ from pyro.ops.streaming import StatsOfDict
 from torch import Tensor, nn
 
 from pyro_lift.before_chain import ChainSetup
-from pyro_lift.defaults import resolved, resolved_adaptation
+from pyro_lift.defaults import loosened, resolved, resolved_adaptation
 from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.chain_summary import ChainSummary, LogMean
 from pyro_lift.inference.checkpoint.session import Session
-from pyro_lift.inference.effective_weights import weights_moved
+from pyro_lift.inference.effective_weights import MOVED, warn_of_few, weights_moved
 from pyro_lift.inference.footprint import mixture_need
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.lost import LossWatch
@@ -355,9 +355,14 @@ class LiFT(ChainSetup):
             mcmc.run(checkpoint=session, until=looks.ends if held_out else None)
         summary, moments = looks.kept() or (kept.stats[(0, "phi")], moments_of(kernel))
         given = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) is not None]
-        told: dict[str, Any] = {"power": s.n_inflate or 1.0, "temperature": s.temperature or 0.0, "given": given}
-        widths = by_weight(self.adapter, beta_of())
-        moved = weights_moved(moments, widths, program.tasks, batch_size=s.batch_size, **told)
+        power, widths = s.n_inflate or 1.0, by_weight(self.adapter, beta_of())
+        moved = weights_moved(moments, widths, program.tasks, batch_size=s.batch_size, power=power)
+        held = adapt
+        if program.solved is not None and MOVED in moved:
+            adapt = loosened(held, self.settings, s, moved[MOVED], sum(rows) / len(rows))
+        if adapt is held:
+            told: dict[str, Any] = {"power": power, "temperature": s.temperature or 0.0, "given": given}
+            warn_of_few(moved, self.adapter.dim, program.tasks, **told)
         before = [work.results() for work in (joint, halves) if work is not None]
         results = {**moved, **{name: x for part in before for name, x in part.items()}, **looks.results()}
         return [prior(k, summary, moments, results) for k in components]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import pytest
 import torch
 
 from pyro_lift import Task
-from pyro_lift.inference.effective_weights import effective_weights, weights_moved
+from pyro_lift.inference.effective_weights import effective_weights, warn_of_few, weights_moved
 
 
 @pytest.mark.parametrize("power", [1.0, 7.0])
@@ -39,9 +38,9 @@ def test_wide_priors_leave_all_weights_to_the_data_and_narrow_ones_none() -> Non
 
 def said(caplog: pytest.LogCaptureFixture, given: list[str]) -> str:
     task = Task("t", (torch.zeros(7, 2), torch.zeros(7).long()), num_classes=2)
-    told: dict[str, Any] = {"batch_size": 0, "power": 1.0, "temperature": 0.1, "given": given}
+    moved = weights_moved({"theta": torch.full((5,), 1e-4)}, 0.1, [task, task], batch_size=0, power=1.0)
     with caplog.at_level(logging.WARNING, logger="pyro_lift"):
-        weights_moved({"theta": torch.full((5,), 1e-4)}, 0.1, [task, task], **told)
+        warn_of_few(moved, 5, [task, task], power=1.0, temperature=0.1, given=given)
     return caplog.text
 
 
@@ -67,6 +66,7 @@ def test_of_settings_only_what_was_chosen_is_advised_to_be_left_open(
 
 def test_regressions_are_advised_of_their_noise_too(caplog: pytest.LogCaptureFixture) -> None:
     task = Task("r", (torch.zeros(7, 2), torch.zeros(7)), "regression")
+    moved = weights_moved({"theta": torch.full((5,), 1e-4)}, 0.1, [task], batch_size=0, power=1.0)
     with caplog.at_level(logging.WARNING, logger="pyro_lift"):
-        weights_moved({"theta": torch.full((5,), 1e-4)}, 0.1, [task], batch_size=0, power=1.0)
+        warn_of_few(moved, 5, [task], power=1.0)
     assert "give noise_scale a smaller value" in caplog.text
