@@ -47,7 +47,10 @@ class AdaptSettings:
         default=None, metadata={"help": "variance of the noise; 0 switches it off; none: that of meta-training"}
     )
     n_inflate: float | None = field(
-        default=None, metadata={"help": "power on the likelihood; none: that of meta-training"}
+        default=None,
+        metadata={
+            "help": "power on the likelihood; none: that of meta-training, or what a default run finds to be better"
+        },
     )
     batch_size: int = field(default=16, metadata={"help": "rows of a minibatch; 0: all of a task's, up to 256"})
     draws: int = field(default=10, metadata={"help": "draws kept, evenly spaced over the last half of the steps"})
