@@ -54,7 +54,7 @@ RELATIVE_STEP = 0.05
 ADAPTATION_OVER_CHAIN = 2.0
 #: Of adaptation where the prior lets a task's rows move less than one weight: its rate over the chain's, the power on
 #: the likelihood, and the rows that a task has to have.
-LOOSE_RATE, LOOSE_POWER, LOOSE_ROWS = 0.2, 100.0, 64
+LOOSE_RATE, LOOSE_POWER, LOOSE_ROWS = 0.2, 100.0, 48
 #: A step without a preconditioner.
 PLAIN_RATE = 2e-3
 #: Learning rates that data move a weight by in a visit, or in a step of adaptation, at most (:func:`longest_move`).
