@@ -59,6 +59,8 @@ LOOSE_RATE, LOOSE_POWER, LOOSE_ROWS = 0.2, 100.0, 48
 PLAIN_RATE = 2e-3
 #: Learning rates that data move a weight by in a visit, or in a step of adaptation, at most (:func:`longest_move`).
 MOST = 3.0
+#: Of :data:`MOST`, what is left of it at rates that are far too large.
+LEAST_SHARE = 1.0 / 8.0
 #: Times that widths are halved at most.
 HALVINGS = 5
 
@@ -168,17 +170,19 @@ def loosened(
 def longest_move(rate: float, adapter: RandomAdapter) -> float:
     r"""Return the most that data move a weight in a step of adaptation, over its rate.
 
-    .. math:: 3 \min(1, 2\,\ell_0 / \ell)
+    .. math:: 3 \max(\tfrac18, \min(1, 2\,\ell_0 / \ell))
 
     with :math:`\ell_0` the network's own rate, which the chain has by default. A new task's gradients may be many times
     those that the preconditioner knows. Adam's steps are about one rate long. With three rates of four times
     :math:`\ell_0` one task in eight of written answers was lost, with one and a half none of twenty-four.
+    A rate that is out of all proportion is not made good: it diverges, and says so.
 
     Args:
         rate: :math:`\ell`, of adaptation.
         adapter: the network.
     """
-    return MOST * min(1.0, ADAPTATION_OVER_CHAIN * RELATIVE_STEP * typical_size(adapter) / rate)
+    own = ADAPTATION_OVER_CHAIN * RELATIVE_STEP * typical_size(adapter)
+    return MOST * max(min(1.0, own / rate), LEAST_SHARE)
 
 
 def inherited(adapt: AdaptSettings, settings: LiFTSettings, options: Mapping[str, Any]) -> AdaptSettings:

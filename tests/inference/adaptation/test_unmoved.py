@@ -145,8 +145,10 @@ def test_a_chain_that_runs_away_under_solved_heads_says_so() -> None:
     net = adapt_backbone(backbone, peft.LoraConfig(r=2, target_modules=["0"]), seed=0)
     tasks = [task(300, seed=k) for k in range(2)]
     lift = LiFT(net, head_scale=1.0, sgd_steps=0, burn_in=5, samples=10, learning_rate=1e-5, seed=0)
+    prior = lift.meta_train(tasks, progress=False)
+    prior.rows = None  # as of a prior of before steps had a limit, which may save this one
     with pytest.raises(DivergedError, match="smaller"):
-        lift.meta_train(tasks, progress=False).adapt(task(300, seed=9), steps=20, learning_rate=1e3, seed=0)
+        prior.adapt(task(300, seed=9), steps=20, learning_rate=1e3, seed=0)
 
 
 def test_the_baselines_stack_as_lift_does() -> None:
