@@ -5,6 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from tiny_backbones import bert, matching_task
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pyro_lift import LiFT, Task
@@ -65,3 +66,14 @@ def test_the_front_door_refuses_them_too(adapter: RandomAdapter) -> None:
     lift = LiFT(adapter, seed=0, samples=8, burn_in=0, sgd_steps=0)
     with pytest.raises(ValueError, match="task 'odd', train data, targets: token 99"):
         lift.meta_train([tokens(), tokens("odd", target=99)], progress=False)
+
+
+def test_a_prior_refuses_a_matching_task_before_its_head_is_solved() -> None:
+    torch.manual_seed(0)
+    lift = LiFT(bert(), peft.LoraConfig(r=2, target_modules=["query"]), seed=0, samples=8, burn_in=0, sgd_steps=0)
+    prior = lift.meta_train([matching_task("a"), matching_task("b")], progress=False, calibrate=False)
+    odd = matching_task("odd")
+    odd.train.inputs["input_ids"][3, 2] = 99
+    for adapt in (lambda: prior.adapt(odd), lambda: prior.adapt_many([matching_task("c"), odd])):
+        with pytest.raises(ValueError, match="task 'odd', train data, 'input_ids': token 99 in row 3"):
+            adapt()
