@@ -175,7 +175,7 @@ def longest_move(rate: float, adapter: RandomAdapter) -> float:
     with :math:`\ell_0` the network's own rate, which the chain has by default. A new task's gradients may be many times
     those that the preconditioner knows. Adam's steps are about one rate long. With three rates of four times
     :math:`\ell_0` one task in eight of written answers was lost, with one and a half none of twenty-four.
-    A rate that is out of all proportion is not made good: it diverges, and says so.
+    A rate that is out of all proportion keeps an eighth of the limit, so that most chains diverge there and say so.
 
     Args:
         rate: :math:`\ell`, of adaptation.

@@ -31,10 +31,10 @@ def say_beginning(folder: Path) -> None:
     Args:
         folder: without checkpoints. What else it holds is of a run that had not come to its first one.
     """
-    begins = f"{folder}: no run is saved in it; one begins, and is saved there"
     if any(folder.glob("*/work.json")):
         log.info("%s: the run in it had not come to its chain; what it did before is taken where it holds.", folder)
         return
+    begins = f"{folder}: no run is saved in it; one begins, and is saved there"
     inner = folder / "checkpoints"  # where a command keeps a run, inside the folder of its prior
     begun = folder.is_dir() and any(folder.iterdir())
     near = [inner] if checkpoints_in(inner) else [] if begun else _near(folder)
