@@ -6,6 +6,7 @@ The device is pretended (:mod:`pretended_cuda`); the last tests, marked ``gpu``,
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -560,9 +561,15 @@ def test_a_checkpoint_is_not_written_of_a_chain_that_has_diverged(tmp_path: Path
 @pytest.fixture
 def strict() -> Iterator[None]:
     """Let CUDA itself refuse to be waited for."""
-    torch.cuda.set_sync_debug_mode("default")
+    refuse_waiting(False)
     yield
-    torch.cuda.set_sync_debug_mode("default")
+    refuse_waiting(False)
+
+
+def refuse_waiting(refuse: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error" if refuse else "default")
 
 
 @pytest.mark.gpu
@@ -571,7 +578,7 @@ def test_a_visit_waits_for_nothing_on_cuda(name: str, strict: None) -> None:
     kernel = after_first_visits(kernel_on(name, torch.device("cuda")))
     visits(kernel, 8)
     kernel.look()
-    torch.cuda.set_sync_debug_mode("error")
+    refuse_waiting(True)
     visits(kernel, 20)
 
 
@@ -587,7 +594,7 @@ def test_a_visit_of_lift_waits_for_nothing_on_cuda(strict: None) -> None:
     kernel.setup(12)
     visits(kernel, 6)
     kernel.look()
-    torch.cuda.set_sync_debug_mode("error")
+    refuse_waiting(True)
     visits(kernel, 20)
 
 
