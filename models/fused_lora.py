@@ -11,7 +11,8 @@ with a bar for gradients, which saves a tenth of a step (MiniLM with LoRA on its
 B of its own for each (:mod:`~pyro_lift.models.blocks`). Gradients can be differentiated again.
 
 Only layers that do exactly this are taken: PEFT's plain ``lora.Linear``, one adapter, a frozen ``nn.Linear`` below, no
-dropout at work, no hook inside. All else, and all that is not on a CPU, runs as PEFT wrote it.
+dropout at work, no hook inside. All else, and all that is not on a CPU, runs as PEFT wrote it: on an H100 a step of
+BART with one operation a layer took 1.18 of a plain one, as PEFT wrote it 1.08, since the host is slower to start it.
 """
 
 from __future__ import annotations
