@@ -190,6 +190,7 @@ def compare(options: CompareOptions) -> None:
 def tune(
     config: Annotated[Path, typer.Argument(help="TOML file, as `train` takes it")],
     budget: Annotated[str, typer.Option(help="time of the choice; meta-training comes on top")] = "10 min",
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped or killed")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a finished prior")] = False,
     device: OtherDevice = None,
     log: Log = None,
@@ -197,7 +198,7 @@ def tune(
     """Choose settings on tasks held out in turn, then learn the prior with them, and write its folder."""
     from pyro_lift import commands
 
-    commands.tune(config, budget, overwrite=overwrite, device=device, log_to=log or ())
+    commands.tune(config, budget, resume=resume, overwrite=overwrite, device=device, log_to=log or ())
 
 
 @app.command()

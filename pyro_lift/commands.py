@@ -5,6 +5,7 @@ A task is a folder or a file that :func:`pyro_lift.data.folder.read_task` reads:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shlex
@@ -26,6 +27,7 @@ from pyro_lift.inference.adaptation.meta_testing import Untouched
 from pyro_lift.lift import LiFT
 from pyro_lift.metrics.task import scores
 from pyro_lift.metrics.text import METRICS
+from pyro_lift.models.digest import digest
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
@@ -33,6 +35,7 @@ from pyro_lift.support import distributed
 from pyro_lift.support.archive import read_json, write_file, write_json
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_number
+from pyro_lift.tuning.search import Tuning
 from pyro_lift.watching.named import named_callbacks
 from pyro_lift.wiring import adapter_of, device_of, encoder_of, task_of, tasks_of
 
@@ -41,7 +44,7 @@ __all__ = ["Writing", "adapt", "adapter_of", "encoder_of", "predict", "task_of",
 log = logging.getLogger("pyro_lift")
 
 #: Names of the files inside the folders that the commands write.
-CONFIG, PRIOR = "run.toml", "prior.safetensors"
+CONFIG, PRIOR, CHOICE = "run.toml", "prior.safetensors", "choice.json"
 RECORD, PREDICTIONS, EARLIER = "adapt.json", "predictions.jsonl", "predictions.earlier.jsonl"
 
 
@@ -127,10 +130,7 @@ def train(
         (prior,) = lift.meta_train_many(tasks.train, components, session=session, crossed=True, **shown)
     if not distributed.is_first():
         return prior
-    write_file(folder / CONFIG, text)
-    prior.save_pretrained(folder)
-    shutil.rmtree(saved, ignore_errors=True)
-    print(f"prior written: {folder}")
+    _write_prior(prior, folder, text)
     return prior
 
 
@@ -139,40 +139,90 @@ def tune(
     budget: str | float = "10 min",
     *,
     progress: bool = True,
+    resume: bool = False,
     overwrite: bool = False,
     device: str | None = None,
     log_to: Sequence[str] = (),
 ) -> LiFTPrior:
     """Choose settings on the tasks of a TOML file, held out in turn; then meta-train on all, and save the prior.
 
+    The choice is kept in ``choice.json`` inside the prior's folder as soon as it is made. The meta-training after it
+    saves itself beside it as :func:`train` does. Both go when the prior is written.
+
     Args:
         path: the TOML file; its sampler's settings are the first candidate.
         budget: of the choice; the meta-training after it takes its own time.
         progress: whether to show bars.
-        overwrite: replace a finished prior.
+        resume: go on with a run that was stopped or killed: with its choice, where that was made, else from the start.
+        overwrite: replace a finished prior, and drop a run that was stopped.
         device: in place of the file's.
         log_to: as of :func:`train`.
 
     Raises:
-        ValueError: see :func:`train`; fewer than three tasks.
+        ValueError: see :func:`train`; fewer than three tasks; a run that was stopped in the way; a choice of another
+            file, other tasks or another network.
     """
     config, text = read_config(path), path.read_bytes()
     folder = Path(config.output.folder)
-    if (folder / PRIOR).exists() and not overwrite:
+    saved, choice, every = folder / "checkpoints", folder / CHOICE, config.output.checkpoint_every
+    begun = saved.is_dir() or choice.exists()
+    if (folder / PRIOR).exists() and not overwrite and not (resume and begun):
         raise ValueError(f"{folder} holds a finished prior. Give another output.folder, or --overwrite to replace it.")
+    if begun and not (resume or overwrite):
+        raise ValueError(
+            f"{folder} holds a run that was stopped. --resume to go on with it, --overwrite to begin anew."
+        )
     _check_writable(folder)
+    if overwrite and not resume:
+        shutil.rmtree(saved, ignore_errors=True)
+        choice.unlink(missing_ok=True)
+    if saved.is_dir() and not choice.exists():
+        raise ValueError(f"{folder} holds a run of `train`, not of `tune`: there is no choice of settings in it.")
     tasks = tasks_of(config)
     print(tasks.summary())
     place, seed = device_of(device or config.output.device), config.output.seed
     lift = LiFT(adapter_of(config), settings=config.sampler, adapt=config.adapt, device=place, seed=seed)
+    known = [*tasks.train, *tasks.dev]
+    of = {"config": hashlib.sha256(text).hexdigest(), "digest": digest(lift.adapter, known)}
     with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
-        tuning = lift.tune([*tasks.train, *tasks.dev], budget, progress=progress, callbacks=callbacks)
+        if choice.exists():
+            tuning = _choice_of(choice, of)
+            lift.follow(tuning)
+        else:
+            if resume:
+                log.warning("no choice of settings was made yet in %s: it begins.", folder)
+            tuning = lift.tune(known, budget, progress=progress, callbacks=callbacks)
+            write_json(choice, {**of, "tuning": tuning.to_dict()})
         print(f"{tuning.table()}\nchosen: {tuning.chosen}")
-        prior = lift.meta_train(tasks.train, progress=progress, callbacks=callbacks)
+        where: dict[str, Any] = {"resume": saved} if saved.is_dir() else {"checkpoint": saved}
+        hint = f"pyro-lift tune {shlex.quote(str(path))} --resume"
+        session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, resume_hint=hint)
+        shown: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
+        (prior,) = lift.meta_train_many(tasks.train, [lift.settings.components], session=session, **shown)
+    _write_prior(prior, folder, text)
+    return prior
+
+
+def _choice_of(path: Path, of: dict[str, str]) -> Tuning:
+    """Read the settings that a stopped run chose, and refuse them where they are of something else."""
+    kept = read_json(path)
+    changed = {"config": "file", "digest": "tasks or the network"}
+    for name, what in changed.items():
+        if kept[name] != of[name]:
+            raise ValueError(
+                f"the settings in {path} were chosen before the {what} changed. --overwrite to choose anew, or give "
+                "what they were chosen on."
+            )
+    return Tuning.from_dict(kept["tuning"])
+
+
+def _write_prior(prior: LiFTPrior, folder: Path, text: bytes) -> None:
+    """Write a finished prior with its file, and take away what a stopped run would have gone on with."""
     write_file(folder / CONFIG, text)
     prior.save_pretrained(folder)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    (folder / CHOICE).unlink(missing_ok=True)
     print(f"prior written: {folder}")
-    return prior
 
 
 def adapt(

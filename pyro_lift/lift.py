@@ -162,12 +162,17 @@ class LiFT(ChainSetup):
             )
 
         with trial_bar(progress, callbacks) as on_trial:
-            self.tuning = search(candidates, make, tasks, seconds=seconds, on_trial=on_trial)
+            tuning = search(candidates, make, tasks, seconds=seconds, on_trial=on_trial)
         if noise is not None:
-            self.tuning = replace(self.tuning, meta={**self.tuning.meta, **found}, temperature=noise.temperature)
-        self.settings = replace(self.settings, **self.tuning.meta)
-        self.adapt_settings = replace(self.adapt_settings, **self.tuning.adapt)
-        return self.tuning
+            tuning = replace(tuning, meta={**tuning.meta, **found}, temperature=noise.temperature)
+        self.follow(tuning)
+        return tuning
+
+    def follow(self, tuning: Tuning) -> None:
+        """Take over settings that :meth:`tune` chose, here or in an earlier process; what is meta-trained has them."""
+        self.tuning = tuning
+        self.settings = replace(self.settings, **tuning.meta)
+        self.adapt_settings = replace(self.adapt_settings, **tuning.adapt)
 
     def _noise_of(self, tasks: Sequence[Task]) -> Noise | None:
         """Find the noise of regressions as :meth:`meta_train` does; None where it is given, or there is none."""

@@ -128,6 +128,19 @@ class Tuning:
             trial["loss"] = trial["loss"] if math.isfinite(trial["loss"]) else 1e9
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Tuning:
+        """Make a choice of what :meth:`to_dict` returned; a trial that failed has the large loss.
+
+        Example:
+            >>> tuning = Tuning("as given", {}, {"rate": 1e-4}, (Trial("as given", 0, 1.0, 0.5, 2.0),), ("a", "b"))
+            >>> Tuning.from_dict(tuning.to_dict()) == tuning
+            True
+        """
+        trials = tuple(Trial(**trial) for trial in plain["trials"])
+        held_out, notes = tuple(plain["held_out"]), tuple(plain["notes"])
+        return cls(**{**plain, "trials": trials, "held_out": held_out, "notes": notes})
+
     def table(self) -> str:
         """Format the trials, the last rung on top, best first."""
         lines = [f"{'rung':>4}  {'share':>5}  {self.measure:>8}  settings"]
