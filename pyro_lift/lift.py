@@ -42,6 +42,7 @@ from pyro_lift.support import distributed
 from pyro_lift.support.durations import seconds_of
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_number, current_names
+from pyro_lift.support.said_once import said_once
 from pyro_lift.tuning.candidates import LiFTContender, lift_candidates, shortened
 from pyro_lift.tuning.early_stopping import HeldOutLooks, mean_loss, with_held_out
 from pyro_lift.tuning.held_out import has_unseen_rows
@@ -119,6 +120,7 @@ class LiFT(ChainSetup):
         self.tuning: Tuning | None = None
 
     @at_top_level()
+    @said_once()
     def tune(
         self,
         tasks: Sequence[Task],
@@ -263,6 +265,7 @@ class LiFT(ChainSetup):
         )
 
     @at_top_level()
+    @said_once()
     def meta_train_many(
         self,
         tasks: Sequence[Task],

@@ -38,6 +38,7 @@ from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.archive import write_file, write_json
 from pyro_lift.support.durations import format_duration
 from pyro_lift.support.options import check_choice
+from pyro_lift.support.said_once import said_once
 from pyro_lift.tuning.whose_heads import with_heads_settled
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Comparison:
 
 
 @at_top_level()
+@said_once()
 def compare(
     tasks: Sequence[Task] | TaskCollection[Task],
     backbone: nn.Module,
