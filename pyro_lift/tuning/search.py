@@ -233,6 +233,16 @@ class _Split:
         return [task for task in self.tasks if task.name not in names], held_out
 
 
+def _rungs(candidates: int) -> int:
+    """Return how many rungs so many candidates climb until one or two are left."""
+    return max(math.ceil(math.log2(candidates)), 1)
+
+
+def _climb(candidates: int) -> int:
+    """Return what so many candidates cost from rung to rung, in trials of the first: half of them, twice as long."""
+    return sum(math.ceil(candidates / 2**rung) * 2**rung for rung in range(_rungs(candidates)))
+
+
 class _Search:
     """The state of a search: what is known of costs, and when it has to end."""
 
@@ -283,20 +293,22 @@ class _Search:
     def _begin(self) -> tuple[list[Candidate], float, int]:
         """Time the first candidate, and return the candidates, the share of the first rung, and the number of rungs."""
         going = self.candidates
-        rungs = max(math.ceil(math.log2(len(going))), 1)
         if len(going) == 1:
             return going, 1.0, 1
+        rungs = _rungs(len(going))
         if self.seconds is None:
             return going, 0.5 ** (rungs - 1), rungs
         learned, held_out = self.split.of(0)
         self._judge(self.make(going[0], LEAST_SHARE), {}, "", learned, held_out)
         trainings = len({repr(sorted(c.meta.items())) for c in going})
-        each = self.adapting + self.whole * trainings / len(going)
-        room = max(int(self._left() / rungs / max(each, 1e-9)), 1)
+        each = max(self.adapting + self.whole * trainings / len(going), 1e-9)
+        # Fewer candidates climb fewer rungs, each of which has the more time.
+        room = max((n for n in range(2, len(going) + 1) if _climb(n) * each <= self._left()), default=1)
         if room < len(going):
             self.notes.append(f"{room} of {len(going)} candidates were tried: there was no time for more")
             going = going[:room]
-        return going, min(1.0, max(LEAST_SHARE, self._share(going, rungs))), max(math.ceil(math.log2(len(going))), 1)
+        rungs = _rungs(room)
+        return going, min(1.0, max(LEAST_SHARE, self._share(going, rungs))), rungs
 
     def _rung(self, going: Sequence[Candidate], rung: int, share: float) -> dict[str, _Judged]:
         """Judge the candidates of a rung; none are returned where time ran out, but for those of the first rung."""

@@ -111,6 +111,24 @@ def test_it_ends_in_time_and_says_what_there_was_no_time_for() -> None:
     assert search(candidates(0.9, 0.8), slow, tasks(), seconds=1e-3).chosen == "q0.9"
 
 
+@pytest.mark.parametrize(("budget", "tried"), [(25.0, 2), (60.0, 4), (90.0, 4), (500.0, 16), (1_500.0, 24)])
+def test_a_budget_that_is_too_short_for_all_is_used_up_by_as_many_as_it_has_room_for(
+    budget: float, tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock of its own: a meta-training of the whole length takes 100 s, and nothing else takes any time."""
+    now = [0.0]
+
+    class Timed(MadeUp):
+        def meta_train(self, tasks: Sequence[Task]) -> float:
+            now[0] += 100.0 * self.share
+            return super().meta_train(tasks)
+
+    monkeypatch.setattr("pyro_lift.tuning.search.time.monotonic", lambda: now[0])
+    tuning = search(candidates(*(0.5 + 0.01 * k for k in range(24))), Timed, tasks(), seconds=budget)
+    assert sum(trial.rung == 0 for trial in tuning.trials) == tried
+    assert 0.6 * budget <= now[0] <= 1.2 * budget
+
+
 def test_without_a_time_the_ladder_is_climbed_to_the_whole_length_and_the_choice_is_no_matter_of_speed() -> None:
     tuning = search(candidates(0.6, 0.7, 1.0, 0.5, 0.8), MadeUp, tasks(), seconds=None)
     assert tuning.chosen == "q1" and tuning.notes == ()
