@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_literal
 
-__all__ = ["IGNORED", "LossKind", "log_likelihood", "next_tokens", "probabilities", "shift_right"]
+__all__ = ["IGNORED", "LossKind", "log_likelihood", "next_tokens", "probabilities", "shift_left", "shift_right"]
 
 LossKind = Literal["classification", "matching", "regression", "tokens"]
 #: Target of tokens that count for nothing, as transformers pads labels.
@@ -88,6 +88,15 @@ def shift_right(target: Tensor, start_token: int) -> Tensor:
     start = torch.full_like(target[..., :1], start_token)
     shifted = torch.cat([start, target[..., :-1]], -1)
     return shifted.masked_fill(shifted == IGNORED, start_token)
+
+
+def shift_left(labels: Tensor) -> Tensor:
+    """Make the targets of a causal model from transformers' labels ``[..., L]``: each goes to the place before it.
+
+    Args:
+        labels: the tokens of a text, each at its own place, and -100 over prompts and padding.
+    """
+    return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], IGNORED)], -1)
 
 
 def next_tokens(input_ids: Tensor, attention_mask: Tensor, prompt: Tensor | None = None) -> Tensor:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.door import check_rows
 from pyro_lift.models.factors import factor, normal
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.task import Rows, Task
-from pyro_lift.models.vocabulary import check_targets_known, check_tokens_known
+from pyro_lift.models.vocabulary import check_targets_known
 
 __all__ = [
     "WHOLE",
@@ -164,13 +165,13 @@ def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float
     cannot be scored, is refused before the chain.
 
     Raises:
-        ValueError: a network that does not use the adapter, or is no longer what it was made on; tokens that it does
-            not know; rows that it cannot be called with; features without a head to stand on; a head of a task's own
-            for a single class; a shared head that is too narrow for a task's labels; an output whose shape does not go
-            with the targets.
+        ValueError: a network that does not use the adapter, or is no longer what it was made on; rows that it would
+            misread (:func:`~pyro_lift.models.door.check_rows`), or cannot be called with; features without a head to
+            stand on; a head of a task's own for a single class; a shared head that is too narrow for a task's labels;
+            an output whose shape does not go with the targets.
     """
     adapter.check_use()
-    check_tokens_known(adapter.backbone, tasks)
+    check_rows(adapter, tasks)
     shapes = _output_shapes(adapter, tasks)
     tasks = [task for task in tasks if task.kind != "matching"] or tasks[:1]
     width = shapes[_signature(tasks[0])][-1]

@@ -6,41 +6,39 @@ that has no logit, without the task or the row; on an accelerator both end the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from pyro_lift.models.doubts import Doubt, parts_of, refuse_doubtful
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows, Task
 
-__all__ = ["check_targets_known", "check_tokens_known"]
+__all__ = ["check_targets_known", "doubts_of_inputs", "words_of"]
 
 #: Ends of the names of inputs that a transformer looks up in its word embeddings.
 TOKENS = "input_ids"
 
 
-def check_tokens_known(backbone: nn.Module, tasks: Sequence[Task]) -> None:
-    """Refuse input tokens that the network has no embedding for.
+def doubts_of_inputs(backbone: nn.Module, rows: Rows, where: str) -> Iterator[Doubt]:
+    """Ask whether input tokens have an embedding.
 
-    Networks that do not say which their word embeddings are (as those of transformers do) are not looked at.
+    Networks that do not say which their word embeddings are (as those of transformers do) are not asked.
 
     Args:
         backbone: may have ``get_input_embeddings()``.
-        tasks: all of their parts are looked at.
-
-    Raises:
-        ValueError: names the task, its part, the row and the token.
+        rows: that it is to read.
+        where: begins the messages, which name the input, the row and the token.
     """
-    words = _words(backbone)
+    words = words_of(backbone)
     if words is None:
         return
-    for task in tasks:
-        for part, rows in _parts(task):
-            for name, x in {**rows.inputs, **rows.shared}.items():
-                if name.endswith(TOKENS) and not x.is_floating_point():
-                    where = f"task {task.name!r}, {part} data, {name!r}"
-                    _refuse((x < 0) | (x >= words), x, where, f"the network has {words} word embeddings, from 0")
+    for name, x in {**rows.inputs, **rows.shared}.items():
+        if name.endswith(TOKENS) and not x.is_floating_point():
+            limit = f"the network has {words} word embeddings, from 0"
+            yield _doubt((x < 0) | (x >= words), x, f"{where}, {name!r}", limit)
 
 
 def check_targets_known(task: Task, logits: int) -> None:
@@ -53,12 +51,13 @@ def check_targets_known(task: Task, logits: int) -> None:
     Raises:
         ValueError: names the task, its part, the row and the token.
     """
-    for part, rows in _parts(task):
-        x, where = rows.target, f"task {task.name!r}, {part} data, targets"
-        _refuse((x >= logits) & (x != IGNORED), x, where, f"the network has logits for {logits} tokens, from 0")
+    limit = f"the network has logits for {logits} tokens, from 0"
+    targets = [(f"{where}, targets", rows.target) for where, rows in parts_of(task)]
+    refuse_doubtful([_doubt((x >= logits) & (x != IGNORED), x, where, limit) for where, x in targets])
 
 
-def _words(backbone: nn.Module) -> int | None:
+def words_of(backbone: nn.Module) -> int | None:
+    """Return how many word embeddings a network has; None where it does not say."""
     find = getattr(backbone, "get_input_embeddings", None)
     if find is None:
         return None
@@ -70,16 +69,13 @@ def _words(backbone: nn.Module) -> int | None:
     return words if isinstance(words, int) else None
 
 
-def _parts(task: Task) -> list[tuple[str, Rows]]:
-    parts = (("train", task.train), ("dev", task.dev), ("test", task.test))
-    return [(part, rows) for part, rows in parts if rows is not None]
+def _doubt(wrong: Tensor, x: Tensor, where: str, limit: str) -> Doubt:
+    return Doubt(wrong.any(), partial(_unknown, wrong, x, where, limit))
 
 
-def _refuse(wrong: Tensor, x: Tensor, where: str, limit: str) -> None:
-    if not bool(wrong.any()):
-        return
+def _unknown(wrong: Tensor, x: Tensor, where: str, limit: str) -> str:
     place = torch.nonzero(wrong)[0].tolist()
-    raise ValueError(
+    return (
         f"{where}: token {int(x[tuple(place)])} in row {place[0]}; {limit}. Is the tokenizer this network's own? Rows "
         f"are padded with a token of its own, and targets that do not count are {IGNORED}."
     )

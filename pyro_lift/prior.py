@@ -34,13 +34,13 @@ from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_names import check_class_numbers
+from pyro_lift.models.door import check_rows
 from pyro_lift.models.flat import FlatBlock
 from pyro_lift.models.hierarchical import can_share_pass
 from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.priors import broadened
 from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.task import Task, check_kinds
-from pyro_lift.models.vocabulary import check_tokens_known
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.saving.folders import chosen_weights, export_library, export_prior, load_prior, save_prior
@@ -314,7 +314,7 @@ class LiFTPrior:
     def _check(self, tasks: Sequence[Task]) -> None:
         check_kinds(tasks, self.kinds)
         check_class_numbers(tasks, self.classes)  # none where they had heads of their own
-        check_tokens_known(self.adapter.backbone, tasks)
+        check_rows(self.adapter, tasks)
 
     def _posterior(
         self, task: Task, thetas: Tensor, heads: Tensor | None, component: int, chain: MCMC | DrawWindows

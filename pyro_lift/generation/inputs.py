@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pyro_lift.data.chats import Message
 from pyro_lift.data.encoding import TextEncoding
-from pyro_lift.models.likelihoods import IGNORED
+from pyro_lift.models.conventions import are_labels
+from pyro_lift.models.likelihoods import IGNORED, shift_left
 from pyro_lift.models.rows import Rows
 
 __all__ = ["Prompts", "are_strings", "generating_network", "places_in_sight", "read_prompts", "with_rows_of"]
@@ -222,7 +223,10 @@ def _without_answers(rows: Rows, causal: bool) -> dict[str, Any]:
     named = {name: x for name, x in rows.named.items() if not name.startswith("decoder_")}
     if not causal or rows.target.dim() != 2 or "input_ids" not in named:
         return named
-    counts = rows.target != IGNORED  # the target at a place is the token after it
+    target = rows.target
+    if (labels := are_labels(rows)) is not None and bool(labels):  # rows to predict may come as transformers has them
+        target = shift_left(target)
+    counts = target != IGNORED  # the target at a place is the token after it
     first = torch.where(counts.any(-1), counts.long().argmax(-1), counts.shape[-1])
     given = torch.arange(counts.shape[-1], device=first.device) <= first.unsqueeze(-1)
     mask = named.get("attention_mask", torch.ones_like(named["input_ids"]))

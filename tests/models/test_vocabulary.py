@@ -29,7 +29,7 @@ def tokens(name: str = "known", *, token: int | None = None, target: int | None 
     parts = {}
     for each in ("train", "dev", "test"):
         ids = torch.arange(30).view(6, 5) % WORDS
-        targets = ids.clone()
+        targets = (ids + 1) % WORDS
         if each == part and token is not None:
             ids[3, 2] = token
         if each == part and target is not None:

@@ -1,0 +1,33 @@
+"""The door of every run: a task's rows held against what the network can read, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.conventions import doubts_of_targets
+from pyro_lift.models.doubts import Doubt, parts_of, refuse_doubtful
+from pyro_lift.models.task import Task
+from pyro_lift.models.vocabulary import doubts_of_inputs
+
+__all__ = ["check_rows"]
+
+
+def check_rows(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
+    """Refuse rows that the network cannot read, or would read as something else than they are.
+
+    Training, development and test rows are looked at, each task's at one look.
+
+    Args:
+        adapter: the network as a function of theta.
+        tasks: of any kind.
+
+    Raises:
+        ValueError: input tokens without an embedding; a causal network's targets that are its inputs. Names the task,
+            its part, the row and the token.
+    """
+    for task in tasks:
+        doubts: list[Doubt] = []
+        for where, rows in parts_of(task):
+            doubts += doubts_of_inputs(adapter.backbone, rows, where)
+        refuse_doubtful([*doubts, *doubts_of_targets(adapter, task)])
