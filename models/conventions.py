@@ -9,7 +9,7 @@ the caller holds predictions against.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,12 @@ from pyro_lift.models.doubts import Doubt, parts_of
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows, Task
 
-__all__ = ["are_labels", "base_of", "doubts_of_targets"]
+__all__ = ["DECODER", "are_labels", "base_of", "check_decoder_given", "doubts_of_targets", "writes_answers"]
 
 #: Networks that write one token after the other, and whose training has targets at the place of their inputs.
 AT_THEIR_PLACE = ("flaubert", "xlm", "xlnet")
+#: What a decoder reads.
+DECODER = {"decoder_input_ids", "decoder_inputs_embeds"}
 
 
 def doubts_of_targets(adapter: RandomAdapter, task: Task) -> Iterator[Doubt]:
@@ -42,6 +44,34 @@ def doubts_of_targets(adapter: RandomAdapter, task: Task) -> Iterator[Doubt]:
         wrong = are_labels(rows)
         if wrong is not None:
             yield Doubt(wrong, partial(_repeats, network, rows, where))
+
+
+def check_decoder_given(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
+    """Refuse tasks of tokens that leave out what an encoder-decoder's decoder reads.
+
+    BART makes it of the question, and others refuse without the task's name.
+
+    Args:
+        adapter: one with a readout of its own, which may give the decoder something, is not asked.
+        tasks: of any kind.
+
+    Raises:
+        ValueError: names the task, its inputs, and what makes the missing one.
+    """
+    network = base_of(adapter.backbone)
+    if adapter.readout is not None or not writes_answers(network):
+        return
+    for task in tasks:
+        if task.kind == "tokens" and not DECODER & task.train.inputs.keys():
+            start = getattr(network.config, "decoder_start_token_id", None)
+            given = ", ".join(sorted(name or "one by position" for name in task.train.inputs))
+            raise ValueError(
+                f"task {task.name!r}: no 'decoder_input_ids' among the inputs ({given}), so the decoder of "
+                f"{type(network).__name__} would read no answer, or the question in its place. Make them of the "
+                f"targets by shift_right(targets, {'start' if start is None else start}) of "
+                "pyro_lift.models.likelihoods, whose second argument is the token that answers begin with "
+                "(decoder_start_token_id)."
+            )
 
 
 def are_labels(rows: Rows) -> Tensor | None:
@@ -73,6 +103,11 @@ def are_labels(rows: Rows) -> Tensor | None:
 def base_of(backbone: Any) -> Any:
     """Return the network inside a PEFT model; any other as it is."""
     return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+
+
+def writes_answers(network: Any) -> bool:
+    """Tell whether a network is an encoder-decoder of transformers that writes text."""
+    return _writes(network) and bool(getattr(network.config, "is_encoder_decoder", False))
 
 
 def _is_causal(network: Any) -> bool:

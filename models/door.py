@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.conventions import doubts_of_targets
+from pyro_lift.models.conventions import check_decoder_given, doubts_of_targets
 from pyro_lift.models.doubts import Doubt, parts_of, refuse_doubtful
 from pyro_lift.models.task import Task
 from pyro_lift.models.vocabulary import doubts_of_inputs
@@ -23,9 +23,10 @@ def check_rows(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
         tasks: of any kind.
 
     Raises:
-        ValueError: input tokens without an embedding; a causal network's targets that are its inputs. Names the task,
-            its part, the row and the token.
+        ValueError: input tokens without an embedding; a causal network's targets that are its inputs; an
+            encoder-decoder whose decoder is given nothing. Names the task, its part, the row and the token.
     """
+    check_decoder_given(adapter, tasks)
     for task in tasks:
         doubts: list[Doubt] = []
         for where, rows in parts_of(task):

@@ -17,7 +17,8 @@ from pyro_lift.inference.adaptation.predict import predict_inputs, rows_of
 from pyro_lift.inference.adaptation.temperature import tempered
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.task import Task
+from pyro_lift.models.conventions import DECODER, base_of, writes_answers
+from pyro_lift.models.task import Rows, Task
 from pyro_lift.saving.folders import export_posterior, load_posterior, save_posterior
 from pyro_lift.saving.hub import push
 from pyro_lift.saving.served import save_merged
@@ -111,9 +112,9 @@ class TaskPosterior:
         """Encode strings; refuse what lacks the answers that a network which writes them reads."""
         if are_strings(inputs):
             inputs = self._encoded(inputs)
-        elif self.task.kind == "tokens" and isinstance(inputs, Mapping) and "decoder_input_ids" not in inputs:
-            network = getattr(self.adapter.backbone, "config", None)
-            if getattr(network, "is_encoder_decoder", False):
+        elif self.task.kind == "tokens" and self.adapter.readout is None:
+            given = inputs.inputs if isinstance(inputs, Rows) else inputs if isinstance(inputs, Mapping) else {}
+            if not DECODER & given.keys() and writes_answers(base_of(self.adapter.backbone)):
                 raise TypeError(f"inputs without 'decoder_input_ids': {_WRITES.format(self.task.name)}")
         return inputs
 
