@@ -17,8 +17,11 @@ from pyro_lift.models.task import Rows
 __all__ = ["Block", "block_log_likelihood", "block_outputs", "stack_rows"]
 
 #: Inputs that may be longer in one task than in another, as long as a mask says where they end.
-MASKED = ("input_ids", "attention_mask", "token_type_ids", "option_input_ids", "option_attention_mask")
-SHARED_MASKED = ("label_input_ids", "label_attention_mask")
+MASKED = (
+    *("input_ids", "attention_mask", "token_type_ids"),
+    *("option_input_ids", "option_attention_mask", "option_token_type_ids"),
+)
+SHARED_MASKED = ("label_input_ids", "label_attention_mask", "label_token_type_ids")
 DECODER = ("decoder_input_ids", "decoder_attention_mask")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.conventions import check_decoder_given, doubts_of_targets
+from pyro_lift.models.conventions import base_of, check_decoder_given, doubts_of_targets
 from pyro_lift.models.doubts import Doubt, parts_of, refuse_doubtful
+from pyro_lift.models.readouts import LabelMatching, readout_for
 from pyro_lift.models.task import Task
 from pyro_lift.models.vocabulary import doubts_of_inputs
 
@@ -24,11 +26,28 @@ def check_rows(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
 
     Raises:
         ValueError: input tokens without an embedding; a causal network's targets that are its inputs; an
-            encoder-decoder whose decoder is given nothing. Names the task, its part, the row and the token.
+            encoder-decoder whose decoder is given nothing; inputs of label matching that the encoder does not take.
+            Names the task, its part, the row and the token.
     """
+    _check_taken(adapter, tasks)
     check_decoder_given(adapter, tasks)
     for task in tasks:
         doubts: list[Doubt] = []
         for where, rows in parts_of(task):
             doubts += doubts_of_inputs(adapter.backbone, rows, where)
         refuse_doubtful([*doubts, *doubts_of_targets(adapter, task)])
+
+
+def _check_taken(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
+    """Refuse inputs of label matching that the encoder does not take; those of transformers pass over them."""
+    taken = inspect.signature(base_of(adapter.backbone).forward).parameters
+    for task in tasks:
+        named = task.train.named
+        readout = None if adapter.postprocess else readout_for(named, adapter.readout)
+        if not isinstance(readout, LabelMatching) or "input_ids" not in taken:
+            continue
+        if unknown := sorted(readout.names_read(named) - taken.keys()):
+            raise ValueError(
+                f"task {task.name!r}: the encoder, {type(base_of(adapter.backbone)).__name__}, takes no "
+                f"{unknown[0]!r}. Leave it out of the rows and label texts, or load an encoder that reads it."
+            )

@@ -18,6 +18,8 @@ __all__ = ["Reader", "all_features", "features", "head_features"]
 
 #: From the network, some rows and its weights ``[D]`` to one vector a row ``[n, E]``.
 Reader = Callable[[RandomAdapter, Rows, Tensor], Tensor]
+#: Beginnings of the names of what is no input of the encoder: tasks are compared by their inputs.
+NOT_INPUTS = ("label_", "option_", "decoder_")
 
 
 def features(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
@@ -71,9 +73,11 @@ def _features(adapter: RandomAdapter, network: Any, rows: Rows) -> Tensor:
         return torch.as_tensor(network.forward_head(states, pre_logits=True))
     if not hasattr(network, "config"):
         return torch.as_tensor(call(network, rows.positional, rows.named))
-    if "pixel_values" in rows.inputs:
-        return pool(call(network, (), {"pixel_values": rows.inputs["pixel_values"]}).last_hidden_state, how="first")
+    # Whatever the rows have beside their texts or pictures belongs to them: token types, positions, masks.
+    named: dict[str, Any] = {name: x for name, x in rows.inputs.items() if name and not name.startswith(NOT_INPUTS)}
+    if "pixel_values" in named:
+        return pool(call(network, (), named).last_hidden_state, how="first")
     body = network.get_encoder() if getattr(network.config, "is_encoder_decoder", False) else network.base_model
-    mask = rows.inputs.get("attention_mask")
-    states = call(body, (), {"input_ids": rows.inputs["input_ids"], "attention_mask": mask}).last_hidden_state
-    return pool(states, mask)
+    named.setdefault("attention_mask", None)
+    states = call(body, (), named).last_hidden_state
+    return pool(states, named["attention_mask"])

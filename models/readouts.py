@@ -19,6 +19,9 @@ __all__ = ["ABSENT", "LabelMatching", "LabelScoring", "Pooling", "Readout", "poo
 Pooling = Literal["mean", "first", "last"]
 #: The similarity of a text that is absent: times any scale above 0.01 it leaves no probability.
 ABSENT = -1e4
+#: Inputs of a text that may be filled up: where there is no token, and where only one lot of texts has the input, whose
+#: other texts are a first segment each.
+FILLED = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0}
 
 
 #: From the network, as a function of its inputs, and a batch's named inputs to the output of a likelihood.
@@ -59,6 +62,9 @@ class LabelMatching:
     are ``label_attention_mask`` and ``option_attention_mask``. An option whose mask is all zeros is absent: its logit
     is the most negative number.
 
+    Whatever else the rows have by name (``token_type_ids`` of pairs, ``position_ids``) goes to the encoder with them,
+    and ``label_token_type_ids`` with the label texts.
+
     Args:
         scale: s; with it a logit ranges over ``[-s, s]``.
         pooling: of the encoder's states; see :func:`pool`.
@@ -93,42 +99,64 @@ class LabelMatching:
 
     def _compared(self, network: Callable[..., Any], named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Encoded inputs ``[..., b, E]``, similarities ``[..., b, C]``, and which texts there are."""
-        ids, mask = named["input_ids"], named["attention_mask"]
         texts, text_mask, of_row = _texts(named)
-        b, C = ids.shape[-2], texts.shape[-2]
+        first, second = _besides(named), _besides(named, "option_" if of_row else "label_")
+        first |= _trimmed(named["input_ids"], named["attention_mask"], first)
+        b, C = first["input_ids"].shape[-2], texts.shape[-2]
         present = text_mask.any(-1)
         # A text without any token would have softmax over nothing: let it have one, it is left out below.
         text_mask = torch.cat([torch.ones_like(text_mask[..., :1]), text_mask[..., 1:]], -1)
+        second |= {"input_ids": texts, "attention_mask": text_mask}
         if of_row:
-            texts, text_mask = texts.flatten(-3, -2), text_mask.flatten(-3, -2)
-        ids, mask = _trimmed(ids, mask)
-        inputs, labels = self._encoded(network, (ids, mask), (texts, text_mask))
+            place = texts.dim() - 3
+            second = {name: x.flatten(place, place + 1) for name, x in second.items()}
+        inputs, labels = self._encoded(network, first, second)
         if of_row:
             return inputs, (inputs.unsqueeze(-2) * labels.unflatten(-2, (b, C))).sum(-1), present
         return inputs, inputs @ labels.mT, present.unsqueeze(-2)
 
-    def _encoded(
-        self, network: Callable[..., Any], first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Encode two lots of texts as vectors ``[..., n, d]``.
+    def names_read(self, named: Mapping[str, Tensor]) -> set[str]:
+        """Return the names under which the encoder is given the rows' inputs, and the label texts'."""
+        texts = "option_" if "option_input_ids" in named else "label_"
+        return {"input_ids", "attention_mask", *_besides(named), *_besides(named, texts)}
 
-        In one pass, or in two where the padding of the shorter texts would be more than a quarter of it.
+    def _encoded(
+        self, network: Callable[..., Any], first: dict[str, Tensor], second: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Encode two lots of texts, each with all its inputs, as vectors ``[..., n, d]``.
+
+        In one pass, or in two where the padding of the shorter texts would be more than a quarter of it, or where one
+        lot has an input for which the other knows no value.
         """
-        lengths = [ids.shape[-1] for ids, _ in (first, second)]
-        rows = [ids.shape[-2] for ids, _ in (first, second)]
+        shapes = [lot["input_ids"].shape for lot in (first, second)]
+        lengths, rows = [shape[-1] for shape in shapes], [shape[-2] for shape in shapes]
         length = max(lengths)
         padding = sum(n * (length - filled) for n, filled in zip(rows, lengths, strict=True))
-        if 4 * padding > sum(rows) * length:
-            return self._vectors(network, *first), self._vectors(network, *second)
-        ids = torch.cat([_fill(ids, length, self.pad_token) for ids, _ in (first, second)], -2)
-        mask = torch.cat([_fill(mask, length, 0) for _, mask in (first, second)], -2)
-        vectors = self._vectors(network, ids, mask)
+        names = dict.fromkeys(("input_ids", "attention_mask", *first, *second))
+        if 4 * padding > sum(rows) * length or not names.keys() <= FILLED.keys():
+            return self._vectors(network, first), self._vectors(network, second)
+        fills = {**FILLED, "input_ids": self.pad_token}
+        lots = [
+            {n: _fill(lot[n] if n in lot else torch.zeros_like(lot["input_ids"]), length, fills[n]) for n in names}
+            for lot in (first, second)
+        ]
+        vectors = self._vectors(network, {name: torch.cat([lot[name] for lot in lots], -2) for name in names})
         return vectors[..., : rows[0], :], vectors[..., rows[0] :, :]
 
-    def _vectors(self, network: Callable[..., Any], ids: Tensor, mask: Tensor) -> Tensor:
-        flat_ids, flat_mask = ids.flatten(0, -2), mask.flatten(0, -2)
-        states = _states(network(input_ids=flat_ids, attention_mask=flat_mask))
-        return normalize(pool(states, flat_mask, self.pooling), dim=-1).view(*ids.shape[:-1], -1)
+    def _vectors(self, network: Callable[..., Any], texts: Mapping[str, Tensor]) -> Tensor:
+        ids = texts["input_ids"]
+        flat = {name: x.flatten(0, ids.dim() - 2) for name, x in texts.items()}
+        states = _states(network(**flat))
+        return normalize(pool(states, flat["attention_mask"], self.pooling), dim=-1).view(*ids.shape[:-1], -1)
+
+
+def _besides(named: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Return the further inputs of the rows (or of their label texts, without the prefix), such as token types."""
+    if prefix:
+        named = {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
+    else:
+        named = {name: x for name, x in named.items() if not name.startswith(("label_", "option_"))}
+    return {name: x for name, x in named.items() if name not in ("input_ids", "attention_mask")}
 
 
 def _texts(named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, bool]:
@@ -142,14 +170,17 @@ def _texts(named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, bool]:
     return named[f"{whose}_input_ids"], named[f"{whose}_attention_mask"], of_row
 
 
-def _trimmed(ids: Tensor, mask: Tensor, step: int = 8) -> tuple[Tensor, Tensor]:
+def _trimmed(ids: Tensor, mask: Tensor, besides: Mapping[str, Tensor], step: int = 8) -> dict[str, Tensor]:
     """Cut the columns on the right that no row of the minibatch fills; lengths are few, for ``torch.compile``.
 
     A task is padded to its longest text, most minibatches are shorter, and the label texts are as long as the inputs.
+    What stands beside the tokens is cut where it has a place for each of them.
     """
     filled = mask.flatten(0, -2).any(0).nonzero()
     length = -(-(int(filled[-1]) + 1 if len(filled) else 1) // step) * step
-    return ids[..., :length], mask[..., :length]
+    at_tokens = {name: x for name, x in besides.items() if x.shape[: ids.dim()] == ids.shape}
+    cut = {"input_ids": ids, "attention_mask": mask, **at_tokens}
+    return {name: x.narrow(ids.dim() - 1, 0, min(length, ids.shape[-1])) for name, x in cut.items()}
 
 
 def _fill(x: Tensor, length: int, value: int) -> Tensor:

@@ -169,8 +169,8 @@ def rows_of(inputs: Any, task: Task) -> Rows:
 
     Raises:
         TypeError: strings, a pair, or another form.
-        ValueError: no input, no row, inputs of different lengths, one that the task's rows have and these lack, rows of
-            more or fewer dimensions than the task's own.
+        ValueError: no input, no row, inputs of different lengths, one that the task's rows have and these lack, token
+            types of pairs that the task's rows have not, rows of more or fewer dimensions than the task's own.
     """
     if isinstance(inputs, Rows):
         _check_dimensions(inputs, task)
@@ -191,7 +191,12 @@ def rows_of(inputs: Any, task: Task) -> Rows:
     _check_lengths({name: len(value) for name, value in named.items()}, "inputs")
     known = set(task.train.inputs)
     if known and "token_type_ids" not in known:  # tokenizers of BERT's kind bring them for a single text too
-        named.pop("token_type_ids", None)
+        types = named.pop("token_type_ids", None)
+        if types is not None and bool(torch.as_tensor(types).any()):
+            raise ValueError(
+                f"inputs: 'token_type_ids' of pairs of texts, but the rows of task {task.name!r} have {sorted(known)}. "
+                "Give them in training too, or leave them out."
+            )
     if missing := sorted(known - {"", *named}):
         raise ValueError(f"inputs: {missing[0]!r} is missing; task {task.name!r} was given {sorted(known)}.")
     rows = as_rows((named, torch.zeros(len(next(iter(named.values()))))), "inputs")
