@@ -1,4 +1,4 @@
-"""A digest of tasks and network: whether what was found of them before is of the same."""
+"""Digests of tasks and network: whether what was found of them before, or a chain over them, is of the same."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Rows, Task
 
-__all__ = ["digest"]
+__all__ = ["digest", "digest_of_rows", "digests_of_tasks"]
 
 #: Values of each parameter of the network that count.
 VALUES = 1024
@@ -24,19 +24,46 @@ def digest(adapter: RandomAdapter, tasks: Sequence[Task]) -> str:
         tasks: of a run.
     """
     seen = hashlib.blake2b(digest_size=16)
-
-    def take(tensor: Tensor) -> None:
-        values = tensor.detach().cpu()
-        values = values.double() if values.dtype.is_floating_point else values
-        seen.update(repr((tuple(values.shape), str(values.dtype))).encode())
-        seen.update(values.contiguous().numpy().tobytes())
-
     for task in tasks:
-        rows = task.train
-        for tensor in (*(rows.inputs[name] for name in sorted(rows.inputs)), rows.target):
-            take(tensor)
-    take(adapter.initial)
+        for tensor in _read(task.train):
+            _take(seen, tensor)
+    _take(seen, adapter.initial)
     for _, parameter in adapter.backbone.named_parameters():
         if type(parameter.data) is Tensor:  # others are quantised, and cannot be cut
-            take(parameter.reshape(-1)[:VALUES])
+            _take(seen, parameter.reshape(-1)[:VALUES])
     return seen.hexdigest()
+
+
+def digests_of_tasks(tasks: Sequence[Task]) -> dict[str, str]:
+    """Return a hash of each task's training rows, and of the texts that all of them share, by the task's name.
+
+    Args:
+        tasks: of a run.
+    """
+    return {task.name: digest_of_rows(task.train) for task in tasks}
+
+
+def digest_of_rows(*parts: Rows | None) -> str:
+    """Return a short hash of some rows, and of what all of them share: one task's.
+
+    Args:
+        parts: of the task, in one order; None for a part that it does not have.
+    """
+    seen = hashlib.blake2b(digest_size=8)
+    for rows in parts:
+        for tensor in () if rows is None else (*_read(rows), *(rows.shared[name] for name in sorted(rows.shared))):
+            _take(seen, tensor)
+    return seen.hexdigest()
+
+
+def _read(rows: Rows) -> tuple[Tensor, ...]:
+    """Return the tensors of rows in one order."""
+    return (*(rows.inputs[name] for name in sorted(rows.inputs)), rows.target)
+
+
+def _take(seen: hashlib.blake2b, tensor: Tensor) -> None:
+    """Let a hash see a tensor's shape, type and values; those of real numbers in double precision."""
+    values = tensor.detach().cpu()
+    values = values.double() if values.dtype.is_floating_point else values
+    seen.update(repr((tuple(values.shape), str(values.dtype))).encode())
+    seen.update(values.contiguous().numpy().tobytes())

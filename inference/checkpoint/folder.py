@@ -18,6 +18,7 @@ __all__ = [
     "FORMAT",
     "MANY",
     "SHARD",
+    "TASK_DATA",
     "SavableRows",
     "check_config",
     "checkpoints_in",
@@ -35,6 +36,14 @@ FORMAT = 1
 
 #: Bytes of a file of rows; what a checkpoint needs in memory beside the run itself.
 SHARD = 128 * 2**20
+
+
+#: In a run's configuration: a digest of each task's training rows, by its name.
+TASK_DATA = "task_data"
+
+
+#: Tasks that an error names; of more it says how many.
+NAMED = 5
 
 
 #: Past this many files of draws they are written as one.
@@ -93,12 +102,25 @@ def saved_config(folder: Path) -> dict[str, Any]:
 
 
 def check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> None:
-    """Refuse to go on with another run, naming the first difference."""
+    """Refuse to go on with another run, naming the first difference.
+
+    Args:
+        path: of the file that holds what was saved.
+        saved: plain data of the saved run. Where it has no digests of tasks, as in runs saved before there were any,
+            those of now are not compared.
+        now: the same of the run that goes on.
+        at: name of what both are a part of, with a dot at its end; empty for the whole.
+
+    Raises:
+        ValueError: a difference.
+    """
     for name in [*saved, *(name for name in now if name not in saved)]:
         was: Any = saved.get(name)
         today: Any = now.get(name)
         where = f"{at}{name}"
-        if isinstance(was, dict) and isinstance(today, dict):
+        if name == TASK_DATA and not at:
+            _check_task_data(path, was, today)
+        elif isinstance(was, dict) and isinstance(today, dict):
             check_config(path, was, today, f"{where}.")
         elif name == "start_log_likelihood":
             if not np.isclose(was, today, rtol=1e-3, atol=1e-3, equal_nan=True):
@@ -111,6 +133,20 @@ def check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], a
                 f"{path}: the run was saved with {where} = {shortened(was)} and is now {shortened(today)}. "
                 "Go on with the same settings and tasks, or begin anew in another folder."
             )
+
+
+def _check_task_data(path: Path, saved: Mapping[str, str] | None, now: Mapping[str, str] | None) -> None:
+    """Refuse other training rows than those of the saved run, naming the tasks; other tasks are told of elsewhere."""
+    if saved is None or now is None:
+        return
+    others = [repr(name) for name, digest in saved.items() if name in now and now[name] != digest]
+    if others:
+        named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
+        raise ValueError(
+            f"{path}: the training rows of task{'s' if len(others) > 1 else ''} {named} (inputs, labels or label "
+            "texts) are others than those that the run was saved with. Go on with the same data, or begin anew in "
+            "another folder."
+        )
 
 
 def shortened(value: Any) -> str:

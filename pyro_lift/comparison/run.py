@@ -33,6 +33,7 @@ from pyro_lift.data.collection import TaskCollection
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.digest import digest_of_rows
 from pyro_lift.models.task import Task
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.archive import write_file, write_json
@@ -51,6 +52,8 @@ __all__ = ["Comparison", "compare", "run"]
 MEASURING = 0.1
 #: Fraction of the time that is left for the comparison itself where methods are tuned before it.
 TUNING = 0.5
+#: What stands between the two parts of a comparison's mark.
+DATA = " data "
 #: Names of the files in the folder of a comparison.
 PLAN, CELLS, TABLE, FIGURE, RECORDS = "plan.json", "cells", "table.txt", "comparison.png", "records.json"
 
@@ -213,7 +216,7 @@ def _agenda(
     entries = Entries(sum(entrant(name).meta for name in names), sum(entrant(name).rank == 1 for name in names))
     if path.is_file() and not overwrite:
         agenda = Agenda.read(path, settings, held_out, entries)
-        if agenda.mark != mark:
+        if agenda.mark not in (mark, mark.partition(DATA)[0]):  # one of before says nothing of inputs
             raise ValueError(
                 f"{folder} holds another comparison (other tasks, network or settings). Give another folder, or "
                 "overwrite it."
@@ -232,7 +235,10 @@ def _agenda(
 
 
 def _mark(problem: Problem, folds: Sequence[Fold], settings: CompareSettings, names: Sequence[str]) -> str:
-    """Digest what a comparison is of, so that another is not taken for it; the budget may differ."""
+    """Digest what a comparison is of, so that another is not taken for it; the budget may differ.
+
+    Behind :data:`DATA` stands a digest of all rows, which comparisons of before lack.
+    """
     wanted = asdict(replace(settings, budget=1, progress=False, methods=None))
     if not settings.trials:  # as in comparisons of before there was a choice
         del wanted["trials"]
@@ -245,7 +251,9 @@ def _mark(problem: Problem, folds: Sequence[Fold], settings: CompareSettings, na
     ]
     layout = [[entry.name, list(entry.shape)] for entry in adapter.layout]
     told = [wanted, list(names), tasks, layout, asdict(problem.settings), asdict(problem.adapt)]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    rows = [digest_of_rows(task.train, task.test) for task in (*problem.train, *problem.dev, *problem.test)]
+    marks = [hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for part in (told, rows)]
+    return DATA.join(marks)
 
 
 def _run_turns(

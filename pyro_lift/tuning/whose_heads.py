@@ -7,9 +7,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pyro_lift.inference.checkpoint.folder import saved_config
+from pyro_lift.inference.checkpoint.folder import TASK_DATA, saved_config
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.digest import digests_of_tasks
 from pyro_lift.models.observation import is_narrower, own_head_scale
 from pyro_lift.models.task import Task
 from pyro_lift.settings import LiFTSettings, upgraded_run
@@ -71,6 +72,7 @@ def run_config(
         "seed": seed,
         "adapter": [[entry.name, list(entry.shape)] for entry in adapter.layout],
         "tasks": [[task.name, task.kind, len(task.train)] for task in tasks],
+        TASK_DATA: digests_of_tasks(tasks),
         **(RULE if by_width else {}),
     }
 

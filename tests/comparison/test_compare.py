@@ -89,6 +89,15 @@ def test_one_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
     assert gone_on.summary.losses == whole.summary.losses
     with pytest.raises(ValueError, match="holds another comparison"):
         pyro_lift.compare(tiny_tasks(4), adapter, out=tmp_path / "whole", **options)
+    others = [pyro_lift.Task(t.name, (-t.train.inputs[""], t.train.target), num_classes=t.num_classes) for t in tasks]
+    with pytest.raises(ValueError, match="holds another comparison"):  # of other inputs under the same labels
+        pyro_lift.compare(others, adapter, out=tmp_path / "whole", **options)
+    plan = tmp_path / "whole" / "plan.json"
+    stored = json.loads(plan.read_text())
+    stored["mark"], _, digest = stored["mark"].partition(" ")
+    assert digest
+    plan.write_text(json.dumps(stored))  # of a version that knew no digest of the rows
+    assert pyro_lift.compare(tasks, adapter, out=tmp_path / "whole", **options).summary.losses == whole.summary.losses
 
 
 def test_when_time_is_up_it_ends_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

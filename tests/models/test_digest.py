@@ -1,7 +1,9 @@
-"""The digest of tasks and network: another where a row, a label or a weight is."""
+"""Digests of tasks and network: others where a row, a label or a weight is; runs of other data are refused."""
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 
 import peft
@@ -11,7 +13,7 @@ import torch
 from pyro_lift import LiFT, Task
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.models.digest import digest
+from pyro_lift.models.digest import digest, digests_of_tasks
 
 
 def adapter(seed: int = 0) -> RandomAdapter:
@@ -59,3 +61,68 @@ def test_what_was_found_before_the_chain_is_not_taken_for_other_data_or_another_
     mended = LiFT(adapter(), **options).meta_train(tasks(), resume=tmp_path, progress=False)  # type: ignore[arg-type]
     assert mended.results == whole.results
     torch.testing.assert_close(mended.mixture.get().mean, whole.mixture.get().mean, rtol=0, atol=0)
+
+
+OPTIONS = {"sgd_steps": 4, "burn_in": 3, "samples": 6, "sgd_learning_rate": 1e-3, "seed": 0}
+
+
+def stopped(folder: Path) -> None:
+    """Save a run that has come to the middle of its chain."""
+    count = 0
+
+    def stop() -> None:
+        nonlocal count
+        count += 1
+        if count == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        LiFT(adapter(), **OPTIONS).meta_train(  # type: ignore[arg-type]
+            tasks(), checkpoint=folder, checkpoint_every=1, on_step=stop, progress=False
+        )
+
+
+def relabelled(*which: int) -> list[Task]:
+    """The tasks, with the labels of some moved by one class: their rows and the first block are as they were."""
+    moved = set(which)
+    return [
+        Task(t.name, (t.train.inputs[""], (t.train.target + (k in moved)) % 3), num_classes=3)
+        for k, t in enumerate(tasks())
+    ]
+
+
+def test_a_chain_goes_on_with_the_same_data_alone_and_names_the_tasks_that_differ(tmp_path: Path) -> None:
+    stopped(tmp_path)
+    for which, named in (((5,), "rows of task 't5' "), ((2, 7), "rows of tasks 't2', 't7' ")):
+        with pytest.raises(ValueError, match=named + ".*labels.*Go on with the same data"):
+            LiFT(adapter(), **OPTIONS).meta_train(relabelled(*which), resume=tmp_path, progress=False)  # type: ignore[arg-type]
+    whole = LiFT(adapter(), **OPTIONS).meta_train(tasks(), progress=False)  # type: ignore[arg-type]
+    again = LiFT(adapter(), **OPTIONS).meta_train(tasks(), resume=tmp_path, progress=False)  # type: ignore[arg-type]
+    torch.testing.assert_close(again.mixture.get().mean, whole.mixture.get().mean, rtol=0, atol=0)
+
+
+def test_a_chain_saved_without_digests_goes_on_as_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr("pyro_lift.tuning.whose_heads.digests_of_tasks", lambda tasks: None)
+        stopped(tmp_path)
+    for path in tmp_path.glob("step-*/state.json"):
+        assert json.loads(path.read_text())["config"]["task_data"] is None
+    LiFT(adapter(), **OPTIONS).meta_train(relabelled(5), resume=tmp_path, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rows of task 't5' "):  # what is saved since has them
+        LiFT(adapter(), **OPTIONS).meta_train(tasks(), resume=tmp_path, progress=False)  # type: ignore[arg-type]
+
+
+def test_label_texts_and_the_order_of_rows_count_and_many_tasks_cost_little() -> None:
+    x, y, texts = torch.arange(8).view(4, 2), torch.tensor([0, 1, 0, 1]), {"input_ids": torch.tensor([[1], [2]])}
+    other = {"input_ids": torch.tensor([[2], [1]])}
+    made = [
+        Task("m", (x, y), "matching", label_texts=texts),
+        Task("m", (x, y), "matching", label_texts=other),
+        Task("m", (x.flip(0), y), "matching", label_texts=texts),
+        Task("m", (x, 1 - y), "matching", label_texts=texts),
+    ]
+    assert len({digests_of_tasks([task])["m"] for task in made}) == 4
+    many = [Task(f"t{k}", (x, y), num_classes=2) for k in range(10_000)]
+    began = time.process_time()
+    assert len(digests_of_tasks(many)) == 10_000
+    assert time.process_time() - began < 2.0  # 0.3 s on one core
