@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,21 +40,25 @@ __all__ = [
 Integrator = Literal["exponential", "euler"]
 Preconditioner = Literal["rms"]
 
+#: What an error of a chain that diverged says before its advice.
+STOPPED = "The chain has stopped at its last good state."
+
 
 class DivergedError(RuntimeError):
     """A chain met a loss or a gradient that is not finite; its last good state is kept.
 
     Attributes:
         step: the number of transitions completed before.
-        tasks: the tasks being visited; empty for a program without a task plate.
+        tasks: the tasks being visited, by number, or by name where they are adapted to; empty for a program without a
+            task plate.
     """
 
-    def __init__(self, message: str, step: int, tasks: tuple[int, ...] = ()) -> None:
+    def __init__(self, message: str, step: int, tasks: tuple[int | str, ...] = ()) -> None:
         super().__init__(message)
         self.step = step
         self.tasks = tasks
 
-    def __reduce__(self) -> tuple[type[DivergedError], tuple[str, int, tuple[int, ...]]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # A chain in a process of its own sends it to the first one.
         return type(self), (str(self), self.step, self.tasks)
 
@@ -327,13 +331,10 @@ def diverged(failure: Failure) -> DivergedError:
     step, tasks, log_likelihood, norm, sites = failure
     where = f"step {step}" + (f", task {', '.join(map(str, tasks))}" if tasks else "")
     if sites and math.isfinite(log_likelihood + norm):
-        text = (
-            f"{where}: the site {sites[0]!r} left the finite numbers. The chain has stopped at its last good state. "
-            "Use a smaller step_size."
-        )
+        text = f"{where}: the site {sites[0]!r} left the finite numbers. {STOPPED} Use a smaller step_size."
     else:
         text = (
-            f"{where}: log likelihood {log_likelihood}, gradient norm {norm}. The chain has stopped at its last good "
-            "state. Use a smaller step_size, or look at this task's data."
+            f"{where}: log likelihood {log_likelihood}, gradient norm {norm}. {STOPPED} Use a smaller step_size, or "
+            "look at this task's data."
         )
     return DivergedError(text, step, tasks)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_lift.inference.program import Evaluation, Latent
 from pyro_lift.inference.schedules import Schedule, constant
-from pyro_lift.inference.sgld import Integrator
+from pyro_lift.inference.sgld import DivergedError, Integrator
 
 __all__ = [
     "CURVATURE_DIMENSIONS",
     "DEFAULT_SHARE",
     "LATER_ITERATIONS",
+    "UnstableStepError",
     "check_curvature",
     "check_prior_steps",
     "clears",
@@ -39,6 +41,24 @@ CERTAINTY = 0.999
 LATER_ITERATIONS = 10
 #: A default step is this share of the largest stable one: the stiffest direction's variance is then 5 % too wide.
 DEFAULT_SHARE = 0.05
+
+
+class UnstableStepError(DivergedError, ValueError):
+    """A step size that is past its stability limit, found before any step was taken.
+
+    It is an error of the chain, too, so that who tries rates passes such a one over as those under which it diverges.
+
+    Attributes:
+        value: the step size, eta.
+        limit: that it is past.
+    """
+
+    def __init__(self, message: str, value: float, limit: float, tasks: tuple[int | str, ...] = ()) -> None:
+        super().__init__(message, 0, tasks)
+        self.value, self.limit = value, limit
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.value, self.limit, self.tasks)
 
 
 def largest_curvature(
@@ -292,7 +312,7 @@ def check_curvature(
     formula = "4 / (largest curvature at the start)"
     if integrator == "exponential":
         formula = "where (1 - exp(-eta p / 2)) / p, p the prior's precision, times the curvature at the start is 2"
-    raise ValueError(say + step_too_large("step_size", eta, low, formula))
+    raise UnstableStepError(say + step_too_large("step_size", eta, low, formula), eta, low, run.tasks)
 
 
 def _gain(site: Latent, eta: float, integrator: Integrator) -> Tensor:
@@ -316,7 +336,8 @@ def check_prior_steps(run: Evaluation, eta: float, scale: Mapping[str, float]) -
             limit = 4.0 / float(prior.precision.detach().max())
             own = eta * scale.get(site.family, 1.0)
             if own >= limit:
-                raise ValueError(step_too_large(f"step_size (site {site.name!r})", own, limit, "4 β²"))
+                words = step_too_large(f"step_size (site {site.name!r})", own, limit, "4 β²")
+                raise UnstableStepError(words, own, limit, run.tasks)
 
 
 def step_too_large(name: str, value: float, limit: float, formula: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pyro_lift.before_chain import ChainSetup
 from pyro_lift.defaults import loosened, resolved, resolved_adaptation
 from pyro_lift.inference.adaptation.chain import rows_of_moments
+from pyro_lift.inference.adaptation.failures import named_chain, those_kept
 from pyro_lift.inference.chain_summary import ChainSummary, LogMean
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import MOVED, warn_of_few, weights_moved
@@ -26,6 +27,7 @@ from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.lost import LossWatch
 from pyro_lift.inference.mcmc import StreamingMCMC
 from pyro_lift.inference.progress import chain_bar
+from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
@@ -63,6 +65,8 @@ log = logging.getLogger("pyro_lift")
 
 #: What to do where a chain has lost what it knew.
 ADVICE = "Leave beta, sigma and temperature open, or lower the temperature (or raise n_inflate, which is the same)."
+#: What held-out tasks are adapted to for.
+LOOK = "a look at held-out tasks"
 
 
 class LiFT(ChainSetup):
@@ -237,8 +241,11 @@ class LiFT(ChainSetup):
         shown: dict[str, Any] = {"progress": progress, "on_step": on_step, "callbacks": callbacks}
         shown |= {"session": session, "start": start, "crossed": calibrate is None and self.tuning is None}
         priors = self.meta_train_many(tasks, [self.settings.components], **shown)
-        if calibrate:
-            priors[0].calibrate(unseen)
+        try:
+            if calibrate:
+                priors[0].calibrate(unseen)
+        except DivergedError as error:  # the prior is there, and took long
+            log.warning("the temperature of predictions was not fitted; give prior.calibrate other tasks. %s", error)
         return priors[0]
 
     def session(
@@ -354,13 +361,14 @@ class LiFT(ChainSetup):
             looks = HeldOutLooks(
                 lambda: (kept.stats[(0, "phi")], moments_of(kernel)),
                 lambda summary, moments: mean_loss(
-                    prior(components[0], summary, moments, {}).adapt_many(held_out, seed=0), held_out
+                    *those_kept(held_out, partial(prior(components[0], summary, moments, {}).adapt_many, seed=0), LOOK)
                 ),
                 every=s.stop_every,
                 patience=s.stop_patience,
                 session=session,
             )
-            mcmc.run(checkpoint=session, until=looks.ends if held_out else None)
+            with named_chain(names, s.learning_rate or 0.0, s.sgd_learning_rate or 0.0, s.sgd_steps):
+                mcmc.run(checkpoint=session, until=looks.ends if held_out else None)
         summary, moments = looks.kept() or (kept.stats[(0, "phi")], moments_of(kernel))
         given = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) is not None]
         power, widths = s.n_inflate or 1.0, by_weight(self.adapter, beta_of())

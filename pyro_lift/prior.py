@@ -19,6 +19,7 @@ from pyro_lift.defaults import inherited, longest_move, one_width, resolved
 from pyro_lift.generation.decode import generate
 from pyro_lift.inference.adaptation.chain import Shown, Source, moments_for, run_chain, run_watched
 from pyro_lift.inference.adaptation.early_stopping import DrawWindows
+from pyro_lift.inference.adaptation.failures import all_kept
 from pyro_lift.inference.adaptation.meta_testing import (
     UNTOUCHED,
     Start,
@@ -204,7 +205,7 @@ class LiFTPrior:
 
         Raises:
             ValueError: labels outside the head's range, a regression under a prior of classes; before any training.
-            DivergedError: a loss that is not finite.
+            DivergedError: a loss that is not finite, or a rate past its limit; names the task, and a rate to try.
         """
         self._check([task])
         a = inherited(self.adapt_settings, self.settings, options)
@@ -260,21 +261,20 @@ class LiFTPrior:
             progress: whether to show bars.
             callbacks: of the chains.
             options: fields of :class:`AdaptSettings` to change.
+
+        Raises:
+            LostTasksError: chains of some tasks diverged; it names them and has the others' ``posteriors``. There is
+                no list with gaps, which would fail later and elsewhere.
         """
         check_number("block_size", block_size, least=1, open_below=False, whole=True)
         self._check(tasks)
         a = inherited(self.adapt_settings, self.settings, options)
         apart = block_size == 1 or (a.dev_every > 0 and any(task.dev is not None for task in tasks))
         if apart or not can_share_pass(tasks, self._head_scale(tasks), self.settings.head != "langevin"):
-            each: dict[str, Any] = {"progress": progress, "callbacks": callbacks, **options}
-            return [self.adapt(task, seed=seed, **each) for task in tasks]
-        seed = self.seed if seed is None else seed
-        blocks = [tasks[first : first + block_size] for first in range(0, len(tasks), block_size)]
-        return [
-            posterior
-            for number, block in enumerate(blocks)
-            for posterior in self._adapt_block(block, a, Source(seed, number), Shown(progress, callbacks))
-        ]
+            each: dict[str, Any] = {"seed": seed, "progress": progress, "callbacks": callbacks, **options}
+            return all_kept(tasks, 1, lambda _, alone: [self.adapt(alone[0], **each)])
+        shown, seed = Shown(progress, callbacks), self.seed if seed is None else seed
+        return all_kept(tasks, block_size, lambda k, block: self._adapt_block(block, a, Source(seed, k), shown))
 
     def _adapt_block(
         self, tasks: Sequence[Task], a: AdaptSettings, source: Source, shown: Shown

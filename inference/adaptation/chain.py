@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value
 from torch import Tensor
 
 from pyro_lift.inference.adaptation.early_stopping import DrawWindows
+from pyro_lift.inference.adaptation.failures import named_adaptation
 from pyro_lift.inference.mcmc import MCMC
 from pyro_lift.inference.progress import chain_bar
 from pyro_lift.inference.sgld_kernel import SGLD
@@ -108,7 +109,7 @@ def run_chain(
         options: of :class:`~pyro_lift.inference.sgld_kernel.SGLD`.
 
     Raises:
-        DivergedError: a loss that is not finite.
+        DivergedError: a loss that is not finite, or a step past its limit; names the tasks.
     """
     thinning = max(steps // 2 // draws, 1)
     kernel = SGLD(
@@ -121,7 +122,7 @@ def run_chain(
     )
     kernel.chain_number = source.number
     warmup_steps = steps - thinning * draws
-    with _bar(warmup_steps + draws, steps, shown) as hook:
+    with _named(shown, options), _bar(warmup_steps + draws, steps, shown) as hook:
         mcmc = MCMC(kernel, num_samples=draws, warmup_steps=warmup_steps, disable_progbar=True, hook_fn=hook)
         mcmc.run()
     return mcmc
@@ -143,7 +144,7 @@ def run_watched(
         options: of :class:`~pyro_lift.inference.sgld_kernel.SGLD`.
 
     Raises:
-        DivergedError: a loss that is not finite.
+        DivergedError: a loss that is not finite, or a step past its limit; names the tasks.
     """
     kernel = SGLD(
         program,
@@ -153,9 +154,10 @@ def run_watched(
         **options,
     )
     kernel.chain_number = source.number
-    kernel.setup(windows.steps)
+    with _named(shown, options):
+        kernel.setup(windows.steps)
     weights = kernel.initial_params
-    with _bar(windows.steps, windows.steps, shown) as hook:
+    with _named(shown, options), _bar(windows.steps, windows.steps, shown) as hook:
         for step in range(1, windows.steps + 1):
             weights = kernel.sample(weights)
             hook(kernel, weights, "Warmup", step - 1)
@@ -163,6 +165,13 @@ def run_watched(
                 break
     kernel.cleanup()
     return windows
+
+
+def _named(shown: Shown | None, options: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Let an error of the chain name its tasks, where it is known whose it is."""
+    if shown is None or not shown.tasks:
+        return nullcontext()
+    return named_adaptation(shown.tasks, 0.5 * options["step_size"], options.get("n_inflate", 1.0))
 
 
 def _bar(total: int, steps: int, shown: Shown | None) -> AbstractContextManager[Callable[..., None]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pyro_lift.inference.adaptation.failures import those_kept
 from pyro_lift.inference.adaptation.temperature import fit_temperature
 from pyro_lift.models.task import Task
 from pyro_lift.tuning.held_out import judged
@@ -28,6 +29,7 @@ def fitted_on_held_out(
 
     Raises:
         ValueError: no task, or regressions beside others.
+        LostTasksError: none could be adapted to; where some could, the others are warned of and left out.
     """
     if not tasks:
         raise ValueError("tasks is empty: there is nothing to calibrate on.")
@@ -38,10 +40,11 @@ def fitted_on_held_out(
             "prediction. Calibrate on tasks of the kind that the prior is for."
         )
     split = [judged(task, most_rows) for task in tasks]
+    posteriors, split = those_kept(split, adapt, "the temperature of predictions")
     if True in kinds:
-        return variance_factor(zip(adapt(split), split, strict=True))
+        return variance_factor(zip(posteriors, split, strict=True))
     pairs = []
-    for task, posterior in zip(split, adapt(split), strict=True):
+    for task, posterior in zip(split, posteriors, strict=True):
         assert task.test is not None
         pairs.append((posterior.predict(task.test, calibrated=False), task.test.target))
     return fit_temperature(pairs)
