@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.conventions import base_of, check_decoder_given, doubts_of_targets
 from pyro_lift.models.doubts import Doubt, parts_of, refuse_doubtful
 from pyro_lift.models.readouts import LabelMatching, readout_for
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Rows, Task
 from pyro_lift.models.vocabulary import doubts_of_inputs
 
-__all__ = ["check_rows"]
+__all__ = ["check_rows", "doubts_of_rows"]
 
 
 def check_rows(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
@@ -25,7 +25,7 @@ def check_rows(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
         tasks: of any kind.
 
     Raises:
-        ValueError: input tokens without an embedding; a causal network's targets that are its inputs; an
+        ValueError: tokens that the network does not know; a causal network's targets that are its inputs; an
             encoder-decoder whose decoder is given nothing; inputs of label matching that the encoder does not take.
             Names the task, its part, the row and the token.
     """
@@ -34,8 +34,19 @@ def check_rows(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
     for task in tasks:
         doubts: list[Doubt] = []
         for where, rows in parts_of(task):
-            doubts += doubts_of_inputs(adapter.backbone, rows, where)
+            doubts += doubts_of_rows(adapter, rows, where)
         refuse_doubtful([*doubts, *doubts_of_targets(adapter, task)])
+
+
+def doubts_of_rows(adapter: RandomAdapter, rows: Rows, where: str) -> Iterator[Doubt]:
+    """Ask whether the network can read the inputs of some rows.
+
+    Args:
+        adapter: the network as a function of theta.
+        rows: of a task, or to predict.
+        where: begins the messages.
+    """
+    yield from doubts_of_inputs(adapter.backbone, rows, where)
 
 
 def _check_taken(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:

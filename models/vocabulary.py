@@ -16,7 +16,7 @@ from pyro_lift.models.doubts import Doubt, parts_of, refuse_doubtful
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows, Task
 
-__all__ = ["check_targets_known", "doubts_of_inputs", "words_of"]
+__all__ = ["check_targets_known", "doubt_of_tokens", "doubts_of_inputs", "words_of"]
 
 #: Ends of the names of inputs that a transformer looks up in its word embeddings.
 TOKENS = "input_ids"
@@ -37,8 +37,12 @@ def doubts_of_inputs(backbone: nn.Module, rows: Rows, where: str) -> Iterator[Do
         return
     for name, x in {**rows.inputs, **rows.shared}.items():
         if name.endswith(TOKENS) and not x.is_floating_point():
-            limit = f"the network has {words} word embeddings, from 0"
-            yield _doubt((x < 0) | (x >= words), x, f"{where}, {name!r}", limit)
+            yield doubt_of_tokens(x, words, f"{where}, {name!r}")
+
+
+def doubt_of_tokens(x: Tensor, words: int, where: str) -> Doubt:
+    """Ask whether tokens of any shape are among the words that a network has embeddings for."""
+    return _doubt((x < 0) | (x >= words), x, where, f"the network has {words} word embeddings, from 0")
 
 
 def check_targets_known(task: Task, logits: int) -> None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.door import doubts_of_rows
+from pyro_lift.models.doubts import refuse_doubtful
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import LossKind, probabilities
 from pyro_lift.models.observation import head_inputs_of, naming_inputs, outputs, shapes_of
@@ -150,10 +152,12 @@ def predict_inputs(adapter: RandomAdapter, thetas: Tensor, inputs: Any, task: Ta
         heads: draws of its own head ``[S, C, width + 1]``, or None.
 
     Raises:
-        TypeError, ValueError: as of :func:`rows_of`; rows that the network cannot be called with, whose shape then
-            stands beside that of the task's own rows.
+        TypeError, ValueError: as of :func:`rows_of`; rows that the network would misread (:mod:`~pyro_lift.models.door`);
+            rows that it cannot be called with, whose shape then stands beside that of the task's own rows.
     """
-    rows = rows_of(inputs, task).to(thetas.device)
+    rows = rows_of(inputs, task)
+    refuse_doubtful([*doubts_of_rows(adapter, rows, "inputs")])
+    rows = rows.to(thetas.device)
     own = f" The rows of task {task.name!r} are {shapes_of(task.train.take(slice(0, 1)))}." if task.train.inputs else ""
     with naming_inputs("the network cannot be called with these inputs", rows, own):
         return predict(adapter, thetas, rows, task.kind, heads=heads)

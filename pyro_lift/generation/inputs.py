@@ -13,10 +13,19 @@ from torch import Tensor
 from pyro_lift.data.chats import Message
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.models.conventions import are_labels
+from pyro_lift.models.doubts import refuse_doubtful
 from pyro_lift.models.likelihoods import IGNORED, shift_left
 from pyro_lift.models.rows import Rows
+from pyro_lift.models.vocabulary import doubts_of_inputs
 
-__all__ = ["Prompts", "are_strings", "generating_network", "places_in_sight", "read_prompts", "with_rows_of"]
+__all__ = [
+    "Prompts",
+    "are_strings",
+    "generating_network",
+    "places_in_sight",
+    "read_prompts",
+    "with_rows_of",
+]
 
 #: Columns that tokenizers and data sets bring and that text is not generated from.
 LEFT_OUT = ("labels", "label", "token_type_ids", "special_tokens_mask", "offset_mapping", "length")
@@ -159,7 +168,7 @@ def read_prompts(inputs: Any, network: Any, encoding: TextEncoding | None) -> Pr
 
     Raises:
         TypeError: strings without an encoding, or another form.
-        ValueError: no rows, tensors of another shape, rows of unequal number.
+        ValueError: no rows, tensors of another shape, rows of unequal number, tokens that the network does not know.
     """
     causal = not network.config.is_encoder_decoder
     if are_strings(inputs):
@@ -168,7 +177,9 @@ def read_prompts(inputs: Any, network: Any, encoding: TextEncoding | None) -> Pr
                 "inputs: strings, but nothing says how to encode them: the task was given in tensors. Pass "
                 "tokenizer(texts, padding=True, return_tensors='pt'), or encode the task with pyro_lift.data.encode."
             )
-        return Prompts(encoding.new_prompts(inputs), strings=True, causal=causal)
+        prompts = Prompts(encoding.new_prompts(inputs), strings=True, causal=causal)
+        _check_known(network, prompts.named)
+        return prompts
     if isinstance(inputs, Rows):
         named = _without_answers(inputs, causal)
     elif isinstance(inputs, Mapping):
@@ -188,8 +199,14 @@ def read_prompts(inputs: Any, network: Any, encoding: TextEncoding | None) -> Pr
         named["attention_mask"] = _mask(ids, network)
     if (empty := ~named["attention_mask"].any(-1)).any():
         raise ValueError(f"inputs, row {int(empty.nonzero()[0])}: the attention mask is all zeros: nothing to read.")
+    _check_known(network, named)
     prompts = Prompts(named, strings=False, causal=causal)
     return replace(prompts, named=_padded_left(named)) if causal else prompts
+
+
+def _check_known(network: Any, named: Mapping[str, Tensor]) -> None:
+    """Refuse tokens that a network does not know."""
+    refuse_doubtful([*doubts_of_inputs(network, Rows(named, named["input_ids"]), "inputs")])
 
 
 def _tensor(name: str, value: Any) -> Tensor:

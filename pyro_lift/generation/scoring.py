@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 
 from pyro_lift.data.encoding import TextEncoding
-from pyro_lift.generation.inputs import Prompts, are_strings, generating_network, places_in_sight, read_prompts
+from pyro_lift.generation.inputs import (
+    Prompts,
+    are_strings,
+    generating_network,
+    places_in_sight,
+    read_prompts,
+)
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.doubts import refuse_doubtful
 from pyro_lift.models.likelihoods import IGNORED, shift_right
 from pyro_lift.models.networks import without_compilation
+from pyro_lift.models.vocabulary import doubt_of_tokens, words_of
 from pyro_lift.support.options import check_number
 
 __all__ = ["TextScores", "score_texts"]
@@ -75,7 +83,8 @@ def score_texts(
 
     Raises:
         TypeError: a network that writes no text; inputs or outputs of another form.
-        ValueError: another number of outputs than of inputs, or one without a token.
+        ValueError: another number of outputs than of inputs, or one without a token; tokens that the network does not
+            know.
     """
     check_number("batch_size", batch_size, least=1, open_below=False, whole=True)
     network = generating_network(adapter.backbone)
@@ -85,6 +94,8 @@ def score_texts(
         raise ValueError(f"{len(target)} outputs for {len(prompts)} inputs; give one an input.")
     if (empty := (target == IGNORED).all(-1)).any():
         raise ValueError(f"outputs, row {int(empty.nonzero()[0])}: no token to score.")
+    if (words := words_of(network)) is not None:
+        refuse_doubtful([doubt_of_tokens(target.masked_fill(target == IGNORED, 0), words, "outputs")])
     adapter.check_use()
     parts = []
     with without_compilation(network):
