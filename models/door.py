@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.conventions import base_of, check_decoder_given, doubts_of_targets
 from pyro_lift.models.doubts import Doubt, parts_of, refuse_doubtful
+from pyro_lift.models.places import doubts_of_lengths
 from pyro_lift.models.readouts import LabelMatching, readout_for
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.models.vocabulary import doubts_of_inputs
@@ -25,9 +26,9 @@ def check_rows(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
         tasks: of any kind.
 
     Raises:
-        ValueError: tokens that the network does not know; a causal network's targets that are its inputs; an
-            encoder-decoder whose decoder is given nothing; inputs of label matching that the encoder does not take.
-            Names the task, its part, the row and the token.
+        ValueError: tokens that the network does not know; texts of more tokens than it has places for; a causal
+            network's targets that are its inputs; an encoder-decoder whose decoder is given nothing; inputs of label
+            matching that the encoder does not take. Names the task, its part, the row and the token.
     """
     _check_taken(adapter, tasks)
     check_decoder_given(adapter, tasks)
@@ -46,7 +47,9 @@ def doubts_of_rows(adapter: RandomAdapter, rows: Rows, where: str) -> Iterator[D
         rows: of a task, or to predict.
         where: begins the messages.
     """
+    matching = adapter.matches(rows.named)
     yield from doubts_of_inputs(adapter.backbone, rows, where)
+    yield from doubts_of_lengths(adapter.backbone, rows, where, matching=matching)
 
 
 def _check_taken(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
