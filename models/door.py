@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.conventions import base_of, check_decoder_given, doubts_of_targets
 from pyro_lift.models.doubts import Doubt, parts_of, refuse_doubtful
+from pyro_lift.models.lookups import doubts_of_lookups
 from pyro_lift.models.places import doubts_of_lengths
 from pyro_lift.models.readouts import LabelMatching, readout_for
 from pyro_lift.models.task import Rows, Task
@@ -50,6 +51,8 @@ def doubts_of_rows(adapter: RandomAdapter, rows: Rows, where: str) -> Iterator[D
     matching = adapter.matches(rows.named)
     yield from doubts_of_inputs(adapter.backbone, rows, where)
     yield from doubts_of_lengths(adapter.backbone, rows, where, matching=matching)
+    if not matching:  # where texts to match go through the network too, and not as they stand
+        yield from doubts_of_lookups(adapter, rows, where)
 
 
 def _check_taken(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:

@@ -152,8 +152,9 @@ def predict_inputs(adapter: RandomAdapter, thetas: Tensor, inputs: Any, task: Ta
         heads: draws of its own head ``[S, C, width + 1]``, or None.
 
     Raises:
-        TypeError, ValueError: as of :func:`rows_of`; rows that the network would misread (:mod:`~pyro_lift.models.door`);
-            rows that it cannot be called with, whose shape then stands beside that of the task's own rows.
+        TypeError, ValueError: as of :func:`rows_of`; rows that the network would misread
+            (:mod:`~pyro_lift.models.door`); rows that it cannot be called with, whose shape then stands beside that of
+            the task's own rows.
     """
     rows = rows_of(inputs, task)
     refuse_doubtful([*doubts_of_rows(adapter, rows, "inputs")])

@@ -30,6 +30,8 @@ from pyro_lift.inference.adaptation.predict import rows_of
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.search_space import SearchSpace
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.door import check_rows, doubts_of_rows
+from pyro_lift.models.doubts import refuse_doubtful
 from pyro_lift.models.features import Reader, all_features, features, head_features
 from pyro_lift.models.heads import BIAS_SD, folds, scaling_of, standard_widths
 from pyro_lift.models.observation import has_head, network_output
@@ -80,7 +82,9 @@ class ProbePosterior:
     @torch.no_grad()
     def predict(self, inputs: Any) -> Tensor:
         """Probabilities ``[n, C]``; for regression values of the targets' shape."""
-        rows = rows_of(inputs, self.task).to(self.theta.device)
+        rows = rows_of(inputs, self.task)
+        refuse_doubtful([*doubts_of_rows(self.adapter, rows, "inputs")])
+        rows = rows.to(self.theta.device)
         output = all_features(self.adapter, rows, self.theta, self.reader) @ self.head[:, :-1].T + self.head[:, -1]
         if self.task.kind != "regression":
             return output.softmax(-1)
@@ -108,12 +112,14 @@ class LinearProbe:
         del on_step
         for task in tasks:
             check_probed(task)
+        check_rows(self.adapter, tasks)
         return LinearProbeState(self.adapter.initial.clone())
 
     def adapt(self, state: LinearProbeState, task: Task, *, seed: int | None = None) -> ProbePosterior:
         """Fit the regression; nothing is random."""
         del seed
         check_probed(task)
+        check_rows(self.adapter, [task])
         task = task.to(state.theta.device)
         reader = reader_of(task, self.budget.heads.fitted(self.adapter, [task]))
         y = task.train.target.cpu().numpy()

@@ -32,6 +32,8 @@ from pyro_lift.inference.baselines.peak_memory import PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.door import check_rows, doubts_of_rows
+from pyro_lift.models.doubts import refuse_doubtful
 from pyro_lift.models.features import all_features, features
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.options import check_number
@@ -117,7 +119,9 @@ class PrototypePosterior:
     @torch.no_grad()
     def predict(self, inputs: Any) -> Tensor:
         """Compute probabilities ``[n, C]``, averaged over the iterates."""
-        rows = rows_of(inputs, self.task).to(self.thetas.device)
+        rows = rows_of(inputs, self.task)
+        refuse_doubtful([*doubts_of_rows(self.adapter, rows, "inputs")])
+        rows = rows.to(self.thetas.device)
         total = []
         for theta in self.thetas:
             means, _ = prototypes(all_features(self.adapter, self.task.train, theta), self.task)
@@ -229,6 +233,7 @@ def prototypical_loss(
 def adapt_prototypes(method: Prototypical, start: Tensor, task: Task, seed: int | None) -> PrototypePosterior:
     """Adapt the features to a task: each minibatch is the query, the task's other rows are the support."""
     check_classes(task)
+    check_rows(method.adapter, [task])
     budget: Budget = method.budget
     task = task.to(start.device)
     generator = torch.Generator().manual_seed(budget.seed if seed is None else seed)
