@@ -35,6 +35,7 @@ class FlatAdapter:
         head_scale: as in :class:`~pyro_lift.models.hierarchical.AdapterHierarchy`.
         noise_scale: likewise.
         solved: the task's head, where it is solved on the way and no site.
+        admitted: whether the rows have come through :func:`~pyro_lift.models.door.check_rows` already.
     """
 
     uses_index = True  # see AdapterHierarchy
@@ -49,6 +50,7 @@ class FlatAdapter:
         head_scale: float | None = None,
         noise_scale: float = 1.0,
         solved: SolvedHeads | None = None,
+        admitted: bool = False,
     ) -> None:
         if prior.event_shape != torch.Size([adapter.dim]):
             raise ValueError(
@@ -58,7 +60,7 @@ class FlatAdapter:
         self.adapter, self.task, self.prior = adapter, task, prior
         self.batch_size = batch_size
         self.head_scale, self.noise_scale = head_scale, noise_scale
-        self.width = check_width(adapter, [task], head_scale)
+        self.width = check_width(adapter, [task], head_scale, admitted=admitted)
         self.solved = solved
 
     def __call__(self) -> None:
@@ -95,6 +97,7 @@ class FlatBlock:
         head_scale: as in :class:`~pyro_lift.models.hierarchical.AdapterHierarchy`.
         noise_scale: likewise.
         solved: the tasks' heads in their order, where they are solved on the way and no site.
+        admitted: likewise.
     """
 
     uses_index = True  # see AdapterHierarchy
@@ -109,11 +112,12 @@ class FlatBlock:
         head_scale: float | None = None,
         noise_scale: float = 1.0,
         solved: SolvedHeads | None = None,
+        admitted: bool = False,
     ) -> None:
         self.adapter, self.tasks, self.prior = adapter, list(tasks), prior
         self.batch_size = batch_size
         self.head_scale, self.noise_scale = head_scale, noise_scale
-        self.width = check_width(adapter, self.tasks, head_scale)
+        self.width = check_width(adapter, self.tasks, head_scale, admitted=admitted)
         self.solved = solved
 
     def __call__(self) -> None:

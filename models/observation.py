@@ -157,12 +157,20 @@ def observe(
 
 
 @torch.no_grad()
-def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float | None) -> int:
+def check_width(
+    adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float | None, *, admitted: bool = False
+) -> int:
     """Return the width of the network's output; the door of every run.
 
     Matching tasks have as many logits as texts to match, whatever the network. The network is called with the first row
     of every task whose inputs have other names, shapes or types than those before, so that what it cannot read, or what
     cannot be scored, is refused before the chain.
+
+    Args:
+        adapter: the network as a function of theta.
+        tasks: at least one.
+        head_scale: standard deviation of the tasks' own heads; None where they share the network's.
+        admitted: whether the rows have come through :func:`~pyro_lift.models.door.check_rows` already.
 
     Raises:
         ValueError: a network that does not use the adapter, or is no longer what it was made on; rows that it would
@@ -171,7 +179,8 @@ def check_width(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float
             an output whose shape does not go with the targets.
     """
     adapter.check_use()
-    check_rows(adapter, tasks)
+    if not admitted:
+        check_rows(adapter, tasks)
     shapes = _output_shapes(adapter, tasks)
     tasks = [task for task in tasks if task.kind != "matching"] or tasks[:1]
     width = shapes[_signature(tasks[0])][-1]

@@ -27,7 +27,6 @@ from pyro_lift.inference.adaptation.meta_testing import (
     best_start,
     best_starts,
     heads_at_best_start,
-    meta_test_program,
 )
 from pyro_lift.inference.adaptation.unmoved import Unmoved
 from pyro_lift.inference.mcmc import MCMC
@@ -36,7 +35,7 @@ from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_names import check_class_numbers
 from pyro_lift.models.door import check_rows
-from pyro_lift.models.flat import FlatBlock
+from pyro_lift.models.flat import FlatAdapter, FlatBlock
 from pyro_lift.models.hierarchical import can_share_pass
 from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.priors import broadened
@@ -215,15 +214,15 @@ class LiFTPrior:
         untouched = self._untouched(a)
         solved, starts = self._solved([task], mixture, untouched)
         unmoved = self._unmoved(a, [task], solved)
-        program = meta_test_program(
+        program = FlatAdapter(
             self.adapter,
             unmoved.tasks[0],
-            mixture,
-            beta=self.beta,
+            broadened(mixture, self.beta),
             batch_size=a.batch_size,
             head_scale=self._head_scale([task]),
             noise_scale=s.noise_sd,
             solved=unmoved.solved,
+            admitted=True,
         )
         start = starts[0] if starts else best_start(program, mixture, untouched)
         if untouched is not None and start.component == UNTOUCHED:
@@ -292,6 +291,7 @@ class LiFTPrior:
             head_scale=self._head_scale(tasks),
             noise_scale=s.noise_sd,
             solved=unmoved.solved,
+            admitted=True,
         )
         starts = starts or best_starts(program, mixture, untouched)
         none_of_the_kind = [start.component == UNTOUCHED for start in starts]
@@ -312,9 +312,10 @@ class LiFTPrior:
         return posteriors
 
     def _check(self, tasks: Sequence[Task]) -> None:
+        """Refuse tasks that are no new ones of this prior: the one door, before their heads are solved or they move."""
         check_kinds(tasks, self.kinds)
         check_class_numbers(tasks, self.classes)  # none where they had heads of their own
-        check_rows(self.adapter, tasks)
+        check_rows(self.adapter, tasks)  # what comes after takes them as admitted
 
     def _posterior(
         self, task: Task, thetas: Tensor, heads: Tensor | None, component: int, chain: MCMC | DrawWindows

@@ -11,6 +11,7 @@ from pyro_lift.inference.checkpoint.folder import TASK_DATA, saved_config
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.digest import digests_of_tasks
+from pyro_lift.models.door import check_rows
 from pyro_lift.models.observation import is_narrower, own_head_scale
 from pyro_lift.models.task import Task
 from pyro_lift.settings import LiFTSettings, upgraded_run
@@ -35,9 +36,13 @@ def with_heads_settled(
         adapter: the network as a function of theta.
         tasks: all of the run.
         by_width: see :func:`~pyro_lift.models.observation.own_head_scale`.
+
+    Raises:
+        ValueError: rows that the network would misread.
     """
     if settings.head_scale is not None or settings.head in ("langevin", "shared"):
         return settings
+    check_rows(adapter, tasks)  # the network is called with some of them
     scale = own_head_scale(adapter, tasks, None, solve=True, by_width=by_width)
     if adapter.gives_features:
         return settings

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -37,6 +38,7 @@ from pyro_lift.methods.registry import BASELINES
 from pyro_lift.metrics.task import scores
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone, recipe
+from pyro_lift.models.door import check_rows
 from pyro_lift.models.heads import HeadModel
 from pyro_lift.models.solved_heads import held_out_log_prob
 
@@ -423,6 +425,22 @@ def test_heads_are_solved_on_the_device_to_the_same_numbers(cuda: PretendedCUDA)
         log_prob = held_out_log_prob(x, target.to(device), HeadModel(3), 0.5)
         heads.append((log_prob.detach().cpu(), torch.autograd.grad(log_prob.sum(), x)[0].cpu()))
     torch.testing.assert_close(heads[1], heads[0], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["bart", "gpt2", "bert"])
+def test_the_door_looks_once_at_the_rows_of_a_task(name: str, cuda: PretendedCUDA) -> None:
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    backbone: Any = family.make()
+    config = peft.LoraConfig(r=2, target_modules=["query"]) if name == "bert" else recipe(backbone, rank=2)
+    adapter = adapt_backbone(backbone, config).to("cuda")
+    tasks = []
+    for key in "abc":
+        train = family.task(key)
+        tasks.append(replace(train, test=train.train, dev=train.train).to("cuda"))
+    with cuda.counting() as waits:
+        check_rows(adapter, tasks)
+    assert len(waits) == len(tasks)
 
 
 @pytest.mark.parametrize("which", [0, "mean", "draws"])

@@ -108,6 +108,8 @@ def test_every_door_says_so() -> None:
         lambda: prior.adapt(odd),
         lambda: prior.adapt_many([tags("a"), odd]),
         lambda: tables.adapt(category),
+        lambda: rows.meta_train([table("odd", 3, 2), table("b")], progress=False),
+        lambda: rows.tune([table("odd", 3, 2), table("b"), table("c")], budget="1 s", progress=False),
         lambda: LinearProbe(rows.adapter).meta_train([table("a"), category]),
         lambda: LinearProbe(rows.adapter).adapt(LinearProbe(rows.adapter).meta_train([table("a")]), category),
     ]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import pytest
 import torch
-from tiny_backbones import bert, matching_task
+from tiny_backbones import bert, gpt2, matching_task
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pyro_lift import LiFT, Task
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.backbones import recipe
 from pyro_lift.models.observation import check_width
+from pyro_lift.models.vocabulary import doubts_of_inputs
 
 WORDS = 20
 
@@ -77,3 +81,29 @@ def test_a_prior_refuses_a_matching_task_before_its_head_is_solved() -> None:
     for adapt in (lambda: prior.adapt(odd), lambda: prior.adapt_many([matching_task("c"), odd])):
         with pytest.raises(ValueError, match="task 'odd', train data, 'input_ids': token 99 in row 3"):
             adapt()
+
+
+@pytest.mark.parametrize("kind", ["tokens", "matching"])
+def test_adaptation_looks_at_the_rows_of_a_new_task_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    make: Any = tokens if kind == "tokens" else matching_task
+    if kind == "tokens":
+        network: Any = gpt2()
+        config = recipe(network, rank=2)
+    else:
+        network, config = bert(), peft.LoraConfig(r=2, target_modules=["query"])
+    lift = LiFT(network, config, seed=0, samples=8, burn_in=0, sgd_steps=0)
+    prior = lift.meta_train([make("a"), make("b")], progress=False, calibrate=False)
+    seen: list[str] = []
+
+    def counted(network: Any, rows: Any, where: str) -> Any:
+        seen.append(where)
+        return doubts_of_inputs(network, rows, where)
+
+    monkeypatch.setattr("pyro_lift.models.door.doubts_of_inputs", counted)
+    prior.adapt(make("c"), steps=4, draws=2)
+    once = [f"task 'c', {part} data" for part in (("train", "dev", "test") if kind == "tokens" else ("train",))]
+    assert sorted(seen) == sorted(once)
+    seen.clear()
+    prior.adapt_many([make("c"), make("d")], steps=4, draws=2)
+    assert sorted(seen) == sorted([*once, *(where.replace("'c'", "'d'") for where in once)])
