@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -13,9 +14,20 @@ from pyro_lift.inference.baselines.linear_probe import has_probe
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task, check_task_names
 from pyro_lift.settings import AdaptSettings, LiFTSettings
-from pyro_lift.tuning.held_out import dealt
+from pyro_lift.tuning.held_out import can_be_judged, dealt, told_unjudged
 
-__all__ = ["Fold", "Problem", "chance_loss", "folds_of", "heads_of", "measure_of", "probe_missing"]
+__all__ = [
+    "Fold",
+    "Problem",
+    "chance_loss",
+    "folds_of",
+    "heads_of",
+    "measure_of",
+    "probe_missing",
+    "without_unjudged",
+]
+
+log = logging.getLogger("pyro_lift")
 
 #: Fraction of the tasks to learn from that choices are made on, where the tasks to be judged by are given.
 CHOSEN_SHARE = 0.2
@@ -52,6 +64,27 @@ class Fold(NamedTuple):
     dev: list[Task]
 
 
+def without_unjudged(problem: Problem) -> tuple[Problem, list[str]]:
+    """Leave out tasks of one row that would be judged, or chosen on: there is no row left for it; return notes on them.
+
+    Where tasks to be judged by are given, those of one row are still learned from.
+    """
+    in_turn, told = not problem.test, "left out"
+    kept = {
+        part: [task for task in getattr(problem, part) if can_be_judged(task) or (part == "train" and not in_turn)]
+        for part in ("train", "test", "dev")
+    }
+    names = {task.name for part in kept.values() for task in part}
+    left_out = [t.name for t in (*problem.train, *problem.dev, *problem.test) if t.name not in names]
+    if not left_out:
+        return problem, []
+    if problem.test and not kept["test"]:
+        raise ValueError(told_unjudged(left_out, "all that there is to be judged by"))
+    log.warning("%s", told_unjudged(left_out, told))
+    fit = problem._replace(train=kept["train"], test=kept["test"], dev=kept["dev"])
+    return fit, [told_unjudged(left_out, told)]
+
+
 def folds_of(problem: Problem, count: int) -> list[Fold]:
     """Hold tasks out: the given test tasks once, or else every task in one of ``count`` parts, dealt in turn.
 
@@ -70,9 +103,10 @@ def folds_of(problem: Problem, count: int) -> list[Fold]:
         train, dev = list(problem.train), list(problem.dev)
         if not train:
             raise ValueError("no task to learn from beside those to be judged by.")
-        if not dev and len(train) >= 3:
-            kept = max(round(CHOSEN_SHARE * len(train)), 1)
-            dev = [train[(k * len(train)) // kept] for k in range(kept)]
+        fit = [task for task in train if can_be_judged(task)]
+        if not dev and len(fit) >= 3:
+            kept = max(round(CHOSEN_SHARE * len(fit)), 1)
+            dev = [fit[(k * len(fit)) // kept] for k in range(kept)]
             train = _without(train, dev)
         return [Fold(0, train, list(problem.test), dev)]
     tasks = [*problem.train, *problem.dev]

@@ -25,7 +25,7 @@ from pyro_lift.comparison.cells import OutOfTimeError, Work, rates_of, run_cell
 from pyro_lift.comparison.costs import load_all, measured
 from pyro_lift.comparison.figure import plot
 from pyro_lift.comparison.plan import Plan, solve, whole_budget
-from pyro_lift.comparison.problem import Fold, Problem, chance_loss, folds_of, probe_missing
+from pyro_lift.comparison.problem import Fold, Problem, chance_loss, folds_of, probe_missing, without_unjudged
 from pyro_lift.comparison.settings import CompareSettings, entrant
 from pyro_lift.comparison.summary import Summary, summarise
 from pyro_lift.comparison.turns import Agenda, Entries, Turn, told_sizes
@@ -102,7 +102,7 @@ def compare(
 
     Args:
         tasks: three or more, or a collection with tasks to be judged by. Tasks without test rows are judged on a third
-            of their rows.
+            of their rows; those of a single row cannot be, and are left out with a warning and a note.
         backbone: as :class:`~pyro_lift.lift.LiFT` takes it.
         peft_config: the adapter to attach to a plain module.
         budget: ``"10 min"``, or seconds.
@@ -157,8 +157,10 @@ def run(
     start = time.monotonic() if started is None else started
     with contextlib.ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        problem, left_out = without_unjudged(problem)
         folds = folds_of(problem, settings.folds)
         names, notes = _names(problem, settings)
+        notes = [*left_out, *notes]
         problem = problem._replace(adapter=functools.cache(problem.adapter))  # what it keeps of rows is for all methods
         tasks = [*problem.train, *problem.dev, *problem.test]
         problem = problem._replace(settings=with_heads_settled(problem.settings, problem.adapter(0), tasks))

@@ -35,7 +35,7 @@ from pyro_lift.support.archive import (
     write_json,
     write_tensors,
 )
-from pyro_lift.tuning.held_out import dealt, judged
+from pyro_lift.tuning.held_out import dealt, judged, that_can_be_judged
 from pyro_lift.tuning.search import MOST_ROWS, PARTS, scored
 
 __all__ = ["HeldOutLooks", "Look", "Summary", "mean_loss", "with_held_out"]
@@ -71,12 +71,12 @@ def with_held_out(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
     Raises:
         ValueError: fewer than three tasks.
     """
-    if len(tasks) < 3:
+    fit = that_can_be_judged(tasks, "learned from, and not held out")
+    if len(fit) < 3:
         raise ValueError(
-            f"{len(tasks)} tasks: to stop where held-out tasks no longer gain takes three or more. Leave stop_every at "
-            "0."
+            f"{len(fit)} tasks: to stop where held-out tasks no longer gain takes three or more. Leave stop_every at 0."
         )
-    held_out = dealt(list(tasks), min(PARTS, len(tasks)))[0]
+    held_out = dealt(fit, min(PARTS, len(fit)))[0]
     names = {task.name for task in held_out}
     return [task for task in tasks if task.name not in names], [judged(task, MOST_ROWS) for task in held_out]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from pyro_lift.models.task import Rows, Task
 
-__all__ = ["dealt", "has_unseen_rows", "judged"]
+__all__ = ["can_be_judged", "dealt", "has_unseen_rows", "judged", "that_can_be_judged"]
+
+log = logging.getLogger("pyro_lift")
 
 T = TypeVar("T")
 
@@ -19,6 +22,8 @@ T = TypeVar("T")
 TOKEN_ROWS = 16
 #: Fraction of a task's rows that it is judged by where it has no test rows.
 JUDGED_SHARE = 1 / 3
+#: Tasks that a message names; of more it says how many.
+NAMED = 5
 
 
 def dealt(items: Sequence[T], parts: int) -> list[list[T]]:
@@ -34,6 +39,34 @@ def dealt(items: Sequence[T], parts: int) -> list[list[T]]:
 def has_unseen_rows(task: Task) -> bool:
     """Whether a task has test or dev rows, which nothing is ever trained on."""
     return task.test is not None or task.dev is not None
+
+
+def can_be_judged(task: Task) -> bool:
+    """Whether a task has test or dev rows, or rows enough that some can be kept from adaptation."""
+    return has_unseen_rows(task) or len(task.train) > 1
+
+
+def that_can_be_judged(tasks: Sequence[Task], instead: str) -> list[Task]:
+    """Return the tasks that can be judged; the others, each of a single row, are warned of by name.
+
+    Args:
+        tasks: that are to be judged.
+        instead: what becomes of the others, for the warning.
+    """
+    left_out = [task.name for task in tasks if not can_be_judged(task)]
+    if left_out:
+        log.warning("%s", told_unjudged(left_out, instead))
+    return [task for task in tasks if can_be_judged(task)]
+
+
+def told_unjudged(names: Sequence[str], instead: str) -> str:
+    """Say that tasks have one row each, and what becomes of them."""
+    shown = ", ".join(map(repr, names[:NAMED])) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    one = len(names) == 1
+    return (
+        f"task{'' if one else 's'} {shown} {'has' if one else 'have'} one row, and no test rows: there is none left to "
+        f"be judged by. {'It is' if one else 'They are'} {instead}. Give more rows, or test=."
+    )
 
 
 def judged(task: Task, most: int) -> Task:

@@ -8,7 +8,7 @@ from typing import Any
 from pyro_lift.inference.adaptation.failures import those_kept
 from pyro_lift.inference.adaptation.temperature import fit_temperature
 from pyro_lift.models.task import Task
-from pyro_lift.tuning.held_out import judged
+from pyro_lift.tuning.held_out import judged, that_can_be_judged
 from pyro_lift.tuning.noise import variance_factor
 
 __all__ = ["fitted_on_held_out"]
@@ -28,7 +28,7 @@ def fitted_on_held_out(
         most_rows: of a task, that the fit looks at.
 
     Raises:
-        ValueError: no task, or regressions beside others.
+        ValueError: no task, none with two rows, or regressions beside others.
         LostTasksError: none could be adapted to; where some could, the others are warned of and left out.
     """
     if not tasks:
@@ -39,7 +39,8 @@ def fitted_on_held_out(
             f"task {kinds[True]!r} is a regression and {kinds[False]!r} is not: a temperature is of one kind of "
             "prediction. Calibrate on tasks of the kind that the prior is for."
         )
-    split = [judged(task, most_rows) for task in tasks]
+    fit = that_can_be_judged(tasks, "left out of the calibration") or tasks
+    split = [judged(task, most_rows) for task in fit]
     posteriors, split = those_kept(split, adapt, "the temperature of predictions")
     if True in kinds:
         return variance_factor(zip(posteriors, split, strict=True))

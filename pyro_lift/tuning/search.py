@@ -38,7 +38,7 @@ from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.metrics.task import scores
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.tuning.choosing import FAILED, choose
-from pyro_lift.tuning.held_out import dealt, judged
+from pyro_lift.tuning.held_out import dealt, judged, that_can_be_judged
 from pyro_lift.watching.watch import watch
 
 __all__ = ["MOST_ROWS", "PARTS", "Candidate", "Contender", "Trial", "Tuning", "scored", "search", "trial_bar"]
@@ -182,8 +182,6 @@ def search(
     """
     if not candidates:
         raise ValueError("candidates is empty: there is nothing to choose from.")
-    if len(tasks) < 3 and not held_out:
-        raise ValueError(f"{len(tasks)} tasks: tuning holds some out and learns from two or more. Give three or more.")
     told = on_trial or (lambda trial: None)
     return _Search(list(candidates), make, _Split(tasks, held_out), seconds, tie, told).run()
 
@@ -218,8 +216,12 @@ class _Split:
     """Tasks to learn from and tasks to be judged by, rung by rung."""
 
     def __init__(self, tasks: Sequence[Task], held_out: Sequence[Task] = ()) -> None:
-        self.tasks, self.given = list(tasks), list(held_out)
-        self.parts = dealt(self.tasks, min(PARTS, len(self.tasks)))
+        self.tasks, self.given = list(tasks), that_can_be_judged(held_out, "left out")
+        fit = [] if self.given else that_can_be_judged(self.tasks, "learned from, and not held out")
+        if not self.given and (len(tasks) < 3 or not fit):
+            few = f"{len(tasks)} tasks" + (", none with two rows" if len(tasks) >= 3 else "")
+            raise ValueError(f"{few}: tuning holds some out and learns from two or more. Give three or more.")
+        self.parts = dealt(fit, min(PARTS, len(fit))) if fit else []
         self.kind = (self.tasks or self.given)[0].kind
 
     def held_out(self, rung: int) -> list[Task]:

@@ -26,7 +26,7 @@ from pyro_lift.comparison import run as comparing
 from pyro_lift.comparison import turns
 from pyro_lift.comparison.cells import OutOfTimeError, Work, run_cell
 from pyro_lift.comparison.plan import Costs, Plan
-from pyro_lift.comparison.problem import Problem, chance_loss, folds_of, unexplained
+from pyro_lift.comparison.problem import Problem, chance_loss, folds_of, unexplained, without_unjudged
 from pyro_lift.comparison.settings import CompareSettings, entrant
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.models.task import Rows
@@ -264,3 +264,30 @@ def test_a_method_that_diverges_is_named_and_the_others_are_compared(monkeypatch
     result = pyro_lift.compare(tiny_tasks(4), tiny_adapter(), **options)
     assert "Union Train: no finite NLL" in result.advice
     assert any("meta-training: step 3" in note for note in result.notes)
+
+
+def one_row(name: str) -> Task:
+    return Task(name, (torch.ones(1, 4, dtype=torch.float64), torch.zeros(1).long()), num_classes=3)
+
+
+def test_a_task_of_one_row_is_left_out_before_anything_is_run_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, Any] = {**SMALL, "folds": 2, "methods": ("no-meta-train", "union-train"), "budget": "1 h"}
+    tasks = [Task(t.name, t.train, num_classes=3) for t in tiny_tasks(4)]
+    result = pyro_lift.compare([*tasks[:2], one_row("short"), *tasks[2:]], tiny_adapter(), **options)
+    said = "task 'short' has one row, and no test rows: there is none left to be judged by. It is left out."
+    assert said in caplog.text and any(note.startswith(said) for note in result.notes)
+    assert [r.task for r in result.summary.results["union-train"]] == ["t0", "t1", "t2", "t3"]
+    with pytest.raises(ValueError, match=r"'a', 'b' have one row.*all that there is to be judged by"):
+        pyro_lift.compare(
+            TaskCollection("f", tuple(tasks), (), (one_row("a"), one_row("b"))), tiny_adapter(), **options
+        )
+
+
+def test_tasks_of_one_row_are_learned_from_where_others_are_judged() -> None:
+    tasks = [one_row("short"), *(Task(t.name, t.train, num_classes=3) for t in tiny_tasks(5))]
+    problem = Problem(
+        tasks, tiny_tasks(1), [], lambda seed: tiny_adapter(), pyro_lift.LiFTSettings(), pyro_lift.AdaptSettings()
+    )
+    problem, notes = without_unjudged(problem)
+    (fold,) = folds_of(problem._replace(test=[replace(tiny_tasks(1)[0], name="new")]), 3)
+    assert not notes and "short" in [t.name for t in fold.train] and [t.name for t in fold.dev] == ["t0"]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pyro_lift import DivergedError, Task
+from pyro_lift.tuning.early_stopping import with_held_out
 from pyro_lift.tuning.held_out import dealt, has_unseen_rows
-from pyro_lift.tuning.search import Candidate, Trial, Tuning, search, trial_bar
+from pyro_lift.tuning.search import Candidate, Trial, Tuning, _Split, search, trial_bar
 
 
 class Guess(NamedTuple):
@@ -179,3 +180,21 @@ def test_no_bar_is_begun_over_tasks_that_are_refused(
     with pytest.raises(ValueError, match="refused"), trial_bar():
         raise ValueError("refused")
     assert "tune" not in capsys.readouterr().err
+
+
+def test_tasks_of_one_row_are_learned_from_and_never_held_out(caplog: pytest.LogCaptureFixture) -> None:
+    short = Task("short", (torch.ones(1, 4), torch.zeros(1).long()), num_classes=3)
+    tasks = [Task(f"t{k}", (torch.ones(3, 4), torch.arange(3)), num_classes=3) for k in range(4)]
+    split = _Split([tasks[0], short, *tasks[1:]])
+    assert "task 'short' has one row" in caplog.text and "learned from, and not held out" in caplog.text
+    held_out = [task.name for rung in range(5) for task in split.of(rung)[1]]
+    assert "short" not in held_out and {"t0", "t1", "t2", "t3"} == set(held_out)
+    assert all("short" in [task.name for task in split.of(rung)[0]] for rung in range(5))
+    learned, looked = with_held_out([short, *tasks])
+    assert "short" in [t.name for t in learned] and looked and all(t.test is not None for t in looked)
+    with pytest.raises(ValueError, match="3 tasks, none with two rows"):
+        _Split([replace_name(short, f"s{k}") for k in range(3)])
+
+
+def replace_name(task: Task, name: str) -> Task:
+    return Task(name, task.train, num_classes=task.num_classes)
