@@ -324,5 +324,7 @@ def _finite(value: Tensor, step: int, name: str) -> float:
     number = float(value)
     if not torch.isfinite(value):
         place = f"step {step}" + (f", task {name!r}" if name else "")
-        raise DivergedError(f"{place}: the loss is {number}. Use a smaller learning rate.", step)
+        raise DivergedError(
+            f"{place}: the loss is {number}. Use a smaller learning rate.", step, (name,) if name else ()
+        )
     return number

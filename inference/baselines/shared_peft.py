@@ -110,7 +110,8 @@ class SharedPEFT:
             weights = heads.weights(i, theta).leaves()
             loss = mean_loss(self.adapter, tasks[i], batches[i](), weights, noise_scale=b.noise_scale)
             if not torch.isfinite(loss):
-                raise DivergedError(f"step {step}, task {tasks[i].name!r}: the loss is {float(loss)}.", step)
+                name = tasks[i].name
+                raise DivergedError(f"step {step}, task {name!r}: the loss is {float(loss)}.", step, (name,))
             g = differentiate(loss, weights)
             theta, state = rule.update(theta, g.theta, state, terms)
             heads.update(i, g.head)

@@ -139,7 +139,8 @@ def union_train(
         else:
             loss = -solved.log_prob_at(index, rows, weights.theta).mean()
         if not torch.isfinite(loss):
-            raise DivergedError(f"step {step}, task {tasks[index].name!r}: the loss is {float(loss)}.", step)
+            name = tasks[index].name
+            raise DivergedError(f"step {step}, task {name!r}: the loss is {float(loss)}.", step, (name,))
         gradient = differentiate(loss, weights)
         theta, state = rule.update(theta, gradient.theta, state)
         heads.update(index, gradient.head)

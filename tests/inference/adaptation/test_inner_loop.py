@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_names_step_and_task() -> None:
         DivergedError, match=r"step \d, task 'the task': the loss is (inf|nan). Use a smaller"
     ) as caught:
         follow(steps, 9)
-    assert caught.value.step > 0
+    assert caught.value.step > 0 and caught.value.tasks == ("the task",)
 
 
 def test_minibatches_are_without_replacement_and_never_more_than_the_rows() -> None:
