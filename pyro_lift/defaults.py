@@ -40,6 +40,8 @@ __all__ = [
     "one_width",
     "resolved",
     "resolved_adaptation",
+    "warn_of_adaptation",
+    "warn_of_rates",
 ]
 
 log = logging.getLogger("pyro_lift")
@@ -61,6 +63,10 @@ PLAIN_RATE = 2e-3
 MOST = 3.0
 #: Of :data:`MOST`, what is left of it at rates that are far too large.
 LEAST_SHARE = 1.0 / 8.0
+#: Of the size of the adapter's weights, what an adaptation has to be able to move one by in all.
+LEAST_MOVE = 1e-3
+#: Tasks that a warning names; of more it says how many.
+NAMED = 5
 #: Times that widths are halved at most.
 HALVINGS = 5
 
@@ -201,6 +207,80 @@ def inherited(adapt: AdaptSettings, settings: LiFTSettings, options: Mapping[str
     a = replace(adapt, **options)
     names = [name for name in ("temperature", "n_inflate", "learning_rate") if getattr(a, name) is None]
     return replace(a, **{name: getattr(settings, name) for name in names})
+
+
+def warn_of_adaptation(a: AdaptSettings, settings: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
+    """Warn of settings of an adaptation that do nothing, or nothing of use, with the tasks and the way out.
+
+    With the preconditioner a rate is about what a step moves a weight by. At one above the size of the weights the
+    prior's pull is complete in every step and the data's is cut off (:func:`longest_move`): what is left is the prior.
+    At one far below, no draw leaves its start.
+
+    Args:
+        a: filled in.
+        settings: of meta-training, filled in.
+        adapter: the network.
+        tasks: that are adapted to.
+    """
+    names = [task.name for task in tasks]
+    if a.dev_every:
+        names_without = [task.name for task in tasks if task.dev is None]
+        if names_without:
+            log.warning(
+                "%s: dev_every=%d, and no development rows to look at: all steps are taken, and the last draws kept. "
+                "Give the task dev=(inputs, targets), or leave dev_every out.",
+                _listed(names_without), a.dev_every,
+            )  # fmt: skip
+    elif a.patience != AdaptSettings.patience:
+        log.warning(
+            "%s: patience=%d does nothing without dev_every: no development rows are looked at. Give dev_every=10, "
+            "say, beside it.", _listed(names), a.patience,
+        )  # fmt: skip
+    if settings.preconditioner != "rms" or a.learning_rate is None:
+        return
+    rate, size, wide = a.learning_rate, typical_size(adapter), _widest(settings, adapter)
+    advice = f"Leave learning_rate open, or give about {0.1 * size:.2g}."
+    if rate > wide:
+        log.warning(
+            "%s: learning_rate=%g moves a weight %.3g times as far as it is large (%.2g) in every step. What the data "
+            "say is cut off at such a rate, and the draws are little more than the prior's. %s",
+            _listed(names), rate, rate / size, size, advice,
+        )  # fmt: skip
+    elif rate * a.steps < LEAST_MOVE * size:
+        log.warning(
+            "%s: learning_rate=%g moves no weight by a thousandth of its size (%.2g) in %d steps: the draws stay at "
+            "their start, as the prior left it. %s",
+            _listed(names), rate, size, a.steps, advice,
+        )  # fmt: skip
+
+
+def warn_of_rates(s: LiFTSettings, adapter: RandomAdapter) -> None:
+    """Warn of rates of meta-training with which no chain learns anything: above the size of the weights themselves.
+
+    Args:
+        s: settings of meta-training, filled in.
+        adapter: the network.
+    """
+    size, wide = typical_size(adapter), _widest(s, adapter)
+    rates = {"learning_rate": s.learning_rate if s.preconditioner == "rms" else None}
+    rates |= {"sgd_learning_rate": s.sgd_learning_rate if s.sgd_steps else None}
+    for name, rate in rates.items():
+        if rate is not None and rate > wide:
+            log.warning(
+                "%s=%g moves a weight %.3g times as far as it is large (%.2g) in every visit: at such a rate the tasks "
+                "teach next to nothing. Leave %s open, or give about %.2g.",
+                name, rate, rate / size, size, name, RELATIVE_STEP * size,
+            )  # fmt: skip
+
+
+def _widest(s: LiFTSettings, adapter: RandomAdapter) -> float:
+    """Return how far a weight may sensibly move at once: its size, or what the prior lets it vary by."""
+    return max(typical_size(adapter), one_width(s.beta) * math.sqrt(s.temperature or 0.0))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:NAMED])) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return f"task {shown}" if len(names) == 1 else f"tasks {shown}"
 
 
 def fitted(settings: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task]) -> LiFTSettings:

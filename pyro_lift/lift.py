@@ -16,7 +16,7 @@ from pyro.ops.streaming import StatsOfDict
 from torch import Tensor, nn
 
 from pyro_lift.before_chain import ChainSetup
-from pyro_lift.defaults import loosened, resolved, resolved_adaptation
+from pyro_lift.defaults import loosened, resolved, resolved_adaptation, warn_of_rates
 from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.adaptation.failures import named_chain, those_kept
 from pyro_lift.inference.chain_summary import ChainSummary, LogMean
@@ -120,6 +120,11 @@ class LiFT(ChainSetup):
                 adapter = adapter.beginning_at(adapter.initial)
             adapter.to(device)
         super().__init__(adapter, replace(settings or LiFTSettings(), **options), adapt or AdaptSettings(), seed)
+        if self.settings.stop_patience != LiFTSettings.stop_patience and not self.settings.stop_every:
+            log.warning(
+                "stop_patience=%d does nothing without stop_every: no held-out tasks are looked at. Give "
+                "stop_every=20, say, beside it.", self.settings.stop_patience,
+            )  # fmt: skip
         #: How :meth:`tune` chose the settings; None where they are as they were given.
         self.tuning: Tuning | None = None
 
@@ -308,6 +313,7 @@ class LiFT(ChainSetup):
         shown = {"progress": progress, "watchers": watchers}
         run, program, s, adapt, joint, halves = self.before_chain(tasks, session, start, crossed=crossed, **shown)
         s = with_rounds_to_learn(s, len(tasks)) if run.settings.learns_beta else s
+        warn_of_rates(s, self.adapter)
         kernel = run.kernel(program)
         watch = LossWatch.of(program.tasks, s.noise_sd, ADVICE)
         make = partial(ChainSummary, tuple(components), s.covariance, self.adapter)

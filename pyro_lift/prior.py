@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_lift.adapter_library import prior_from_adapters
 from pyro_lift.data.encoding import TextEncoding
-from pyro_lift.defaults import inherited, longest_move, one_width, resolved
+from pyro_lift.defaults import inherited, longest_move, one_width, resolved, warn_of_adaptation
 from pyro_lift.generation.decode import generate
 from pyro_lift.inference.adaptation.chain import Shown, Source, moments_for, run_chain, run_watched
 from pyro_lift.inference.adaptation.early_stopping import DrawWindows
@@ -208,6 +208,7 @@ class LiFTPrior:
         """
         self._check([task])
         a = inherited(self.adapt_settings, self.settings, options)
+        warn_of_adaptation(a, self.settings, self.adapter, [task])
         seed = self.seed if seed is None else seed
         s, task = self.settings, task.to(self.adapter.initial.device)
         mixture = self.mixture.get()
@@ -272,6 +273,7 @@ class LiFTPrior:
         if apart or not can_share_pass(tasks, self._head_scale(tasks), self.settings.head != "langevin"):
             each: dict[str, Any] = {"seed": seed, "progress": progress, "callbacks": callbacks, **options}
             return all_kept(tasks, 1, lambda _, alone: [self.adapt(alone[0], **each)])
+        warn_of_adaptation(a, self.settings, self.adapter, tasks)
         shown, seed = Shown(progress, callbacks), self.seed if seed is None else seed
         return all_kept(tasks, block_size, lambda k, block: self._adapt_block(block, a, Source(seed, k), shown))
 

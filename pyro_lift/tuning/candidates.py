@@ -120,7 +120,8 @@ def _adapt(settings: LiFTSettings, adapt: AdaptSettings, rate: float, power: flo
 
 def shortened(settings: LiFTSettings, share: float) -> LiFTSettings:
     """Return the settings of a chain of a fraction of the length, which is not stopped before it."""
-    return replace(settings, stop_every=0, **_lengths(settings, share))
+    patience = LiFTSettings.stop_patience  # of no use without looks, which is warned of
+    return replace(settings, stop_every=0, stop_patience=patience, **_lengths(settings, share))
 
 
 def _lengths(settings: LiFTSettings, share: float) -> dict[str, Any]:
