@@ -209,10 +209,8 @@ class LiFTPrior:
         self._check([task])
         a = inherited(self.adapt_settings, self.settings, options)
         warn_of_adaptation(a, self.settings, self.adapter, [task])
-        seed = self.seed if seed is None else seed
-        s, task = self.settings, task.to(self.adapter.initial.device)
-        mixture = self.mixture.get()
-        untouched = self._untouched(a)
+        s, mixture, seed = self.settings, self.mixture.get(), self.seed if seed is None else seed
+        task, untouched = task.to(self.adapter.initial.device), self._untouched(a)
         solved, starts = self._solved([task], mixture, untouched)
         unmoved = self._unmoved(a, [task], solved)
         program = FlatAdapter(
