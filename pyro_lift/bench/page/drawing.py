@@ -124,17 +124,18 @@ def reliability_diagram(bins: Sequence[Mapping[str, Sequence[float]]], title: st
 def dots(
     rows: Sequence[tuple[str, float, float | None, bool]], label: str, marks: Mapping[str, float] | None = None
 ) -> str:
-    """Draw a dot a method, with a bar of one standard deviation over seeds where there is one.
+    """Draw a dot a method, with a bar around it where there is one.
 
     Args:
-        rows: title, mean, standard deviation, and whether the method is ours; from the top down.
+        rows: title, value, half the length of its bar, and whether the method is ours; from the top down.
         label: of the axis.
         marks: values that stand as vertical lines, by name.
     """
-    left, right, top, step = 235.0, 735.0, 16.0, 19.0
+    left, right, top, step = 265.0, 735.0, 22.0, 19.0
     bottom = top + step * len(rows)
     drawing = Svg(760.0, bottom + 40, label)
-    ends = [mean + side * (sd or 0.0) for _, mean, sd, _ in rows for side in (-1, 1)] + list((marks or {}).values())
+    ends = [value + side * (half or 0.0) for _, value, half, _ in rows for side in (-1, 1)]
+    ends += list((marks or {}).values())
     low, high = min(ends), max(ends)
     pad = 0.05 * (high - low or abs(high) or 1.0)
     low, high = low - pad, high + pad
@@ -148,12 +149,12 @@ def dots(
     for name, value in (marks or {}).items():
         drawing.line(at(value), top - 6, at(value), bottom - 4, "dashed")
         drawing.text(at(value), top - 8, name, "middle", "small")
-    for place, (title, mean, sd, ours) in enumerate(rows):
+    for place, (title, value, half, ours) in enumerate(rows):
         y = top + step * place + 4
         kind = "c0" if ours else "c7"
-        if sd is not None:
-            drawing.line(at(mean - sd), y, at(mean + sd), y, f"bar {kind}")
-        drawing.dot(at(mean), y, 4.5, kind, f"{mean:.3f}")
+        if half is not None:
+            drawing.line(at(value - half), y, at(value + half), y, f"bar {kind}")
+        drawing.dot(at(value), y, 4.5, kind, f"{value:.3f}" if half is None else f"{value:.3f} ± {half:.3f}")
         drawing.text(left - 10, y + 4, title, "end", "ours" if ours else "")
     drawing.text((left + right) / 2, bottom + 30, label, "middle", "small")
     return str(drawing)

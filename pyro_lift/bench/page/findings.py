@@ -146,7 +146,8 @@ def verdict_of(evidence: Evidence, family: str) -> FamilyVerdict:
     most = max((len(found) for found in compared.values()), default=0)
     full = {row: found for row, found in compared.items() if len(found) == most}
     ranking = ranked(full) if REFERENCE in full else None
-    against = {row: test for row in others if (test := _paired(losses.get(REFERENCE, {}), losses[row]))}
+    rows = [row for row in losses if row != REFERENCE]
+    against = {row: test for row in rows if (test := _paired(losses.get(REFERENCE, {}), losses[row]))}
     runner_up = min(
         (row for row in others if row in full),
         key=lambda row: statistics.fmean(losses[row].values()),

@@ -9,7 +9,16 @@ from typing import Any
 
 from pyro_lift.bench.page.drawing import critical_difference_diagram, curves, dots, reliability_diagram
 from pyro_lift.bench.page.evidence import Evidence
-from pyro_lift.bench.page.findings import NAMED, OURS, FamilyVerdict, TableTests, family_names, shortfalls, verdict_of
+from pyro_lift.bench.page.findings import (
+    NAMED,
+    OURS,
+    REFERENCE,
+    FamilyVerdict,
+    TableTests,
+    family_names,
+    shortfalls,
+    verdict_of,
+)
 from pyro_lift.bench.page.statements import Place, TableStatement, statement_of, titles
 from pyro_lift.bench.page.style import STYLE
 from pyro_lift.bench.paper.contestants import CONTESTANTS, title_of
@@ -72,7 +81,10 @@ def _head(evidence: Evidence, source: str) -> str:
 def _summary(verdicts: Sequence[FamilyVerdict]) -> str:
     """Say what falls short first, then what leads, then all in one table."""
     leads = [v.sentence() for v in verdicts if v.leads]
-    parts = ["<h2 id='short'>Where LiFT falls short</h2>", _list(shortfalls(verdicts), "Nowhere in what was run.")]
+    parts = [
+        "<h2 id='short'>Where LiFT falls short, or is not told apart</h2>",
+        _list(shortfalls(verdicts), "Nowhere in what was run."),
+    ]
     parts += ["<h2 id='leads'>Where LiFT leads</h2>", _list(leads, "Nowhere yet by more than chance (p &lt; 0.05).")]
     header = [
         "family",
@@ -162,7 +174,7 @@ def _family(evidence: Evidence, verdict: FamilyVerdict) -> str:
         parts.append(
             f"<figcaption>Methods under one bar cannot be told apart (Nemenyi, 0.05).{test}</figcaption></figure>"
         )
-    parts.append(_dots(evidence, verdict, names))
+    parts.append(_dots(verdict, names))
     parts.append(_reliability(evidence, verdict))
     if notes:
         parts.append(f"<details><summary>Tasks, and what is missing of them</summary>{_list(notes, '')}</details>")
@@ -185,27 +197,21 @@ def _notes(evidence: Evidence, family: str) -> list[str]:
     return list(notes)
 
 
-def _dots(evidence: Evidence, verdict: FamilyVerdict, names: dict[str, str]) -> str:
+def _dots(verdict: FamilyVerdict, names: dict[str, str]) -> str:
+    """Draw every method's loss beside LiFT's: on the tasks that both have, since means over others say nothing."""
     rows = []
-    most = max((len(losses) for losses in verdict.losses.values()), default=0)
-    for row, losses in verdict.losses.items():
-        by_seed: dict[int, list[float]] = {}
-        for (family, split, contestant), records in evidence.scores.items():
-            if family == verdict.family and contestant == row:
-                del split
-                for (seed, _), record in records.items():
-                    if isinstance(record.get(verdict.measure), (int, float)):
-                        by_seed.setdefault(seed, []).append(float(record[verdict.measure]))
-        means = [statistics.fmean(values) for values in by_seed.values()]
-        sd = statistics.stdev(means) if len(means) > 1 else None
-        some = "" if len(losses) == most else f" ({len(losses)} of {most} tasks)"
-        rows.append((names[row] + some, statistics.fmean(losses.values()), sd, row in OURS))
-    rows.sort(key=lambda entry: entry[1])
-    if len(rows) < 2:
+    for row, test in verdict.against.items():
+        shared = sum(case in verdict.losses[row] for case in verdict.losses[REFERENCE])
+        some = "" if shared == verdict.cases else f" ({shared} of {verdict.cases} tasks)"
+        rows.append((names[row] + some, -test.difference, test.standard_error, row in OURS))
+    if not rows:
         return ""
+    rows.sort(key=lambda entry: entry[1])
+    ours = names[REFERENCE]
     loss = NAMED.get(verdict.measure, verdict.measure)
-    label = f"{loss}, mean over tasks, ± one standard deviation over seeds; less is better"
-    return f"<h3>Loss by method</h3><figure>{dots(rows, label)}</figure>"
+    drawing = dots(rows, f"{loss}, minus that of {ours}", {ours: 0.0})
+    note = f"Means over the tasks that both have, ± their standard error; right of the line {escape(ours)} is better."
+    return f"<h3>Loss beside LiFT's</h3><figure>{drawing}<figcaption>{note}</figcaption></figure>"
 
 
 def _reliability(evidence: Evidence, verdict: FamilyVerdict) -> str:

@@ -23,7 +23,7 @@ def markdown(evidence: Evidence, source: str) -> str:
         "# LiFT: the evidence",
         f"{len(evidence.cells)} cells of {evidence.scale} scale from `{source}`, commit {commits}; "
         f"{len(evidence.waiting)} not run yet.",
-        "## Where LiFT falls short",
+        "## Where LiFT falls short, or is not told apart",
         _list(shortfalls(verdicts), "Nowhere in what was run."),
         "## Where LiFT leads",
         _list([v.sentence() for v in verdicts if v.leads], "Nowhere yet by more than chance (p < 0.05)."),

@@ -13,7 +13,7 @@ STYLE = """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--ground);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:1060px;margin:0 auto;padding:24px 20px 80px}
+main{max-width:1180px;margin:0 auto;padding:24px 20px 80px}
 h1{font-size:2rem;line-height:1.2;margin:.4em 0 .2em}
 h2{font-size:1.35rem;margin:2.2em 0 .5em;padding-top:.5em;border-top:1px solid var(--faint)}
 h3{font-size:1.05rem;margin:1.8em 0 .4em}
