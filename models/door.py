@@ -57,14 +57,16 @@ def doubts_of_rows(adapter: RandomAdapter, rows: Rows, where: str) -> Iterator[D
 
 def _check_taken(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
     """Refuse inputs of label matching that the encoder does not take; those of transformers pass over them."""
-    taken = inspect.signature(base_of(adapter.backbone).forward).parameters
     for task in tasks:
         named = task.train.named
         readout = None if adapter.postprocess else readout_for(named, adapter.readout)
-        if not isinstance(readout, LabelMatching) or "input_ids" not in taken:
+        if not isinstance(readout, LabelMatching):
             continue
-        if unknown := sorted(readout.names_read(named) - taken.keys()):
+        network = base_of(adapter.backbone)
+        taken = inspect.signature(network.forward).parameters
+        unknown = sorted(readout.names_read(named) - taken.keys()) if "input_ids" in taken else []
+        if unknown:
             raise ValueError(
-                f"task {task.name!r}: the encoder, {type(base_of(adapter.backbone)).__name__}, takes no "
-                f"{unknown[0]!r}. Leave it out of the rows and label texts, or load an encoder that reads it."
+                f"task {task.name!r}: the encoder, {type(network).__name__}, takes no {unknown[0]!r}. Leave it out of "
+                "the rows and label texts, or load an encoder that reads it."
             )
