@@ -106,8 +106,7 @@ def check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], a
 
     Args:
         path: of the file that holds what was saved.
-        saved: plain data of the saved run. Where it has no digests of tasks, as in runs saved before there were any,
-            those of now are not compared.
+        saved: plain data of the saved run.
         now: the same of the run that goes on.
         at: name of what both are a part of, with a dot at its end; empty for the whole.
 
@@ -118,7 +117,7 @@ def check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], a
         was: Any = saved.get(name)
         today: Any = now.get(name)
         where = f"{at}{name}"
-        if name == TASK_DATA and not at:
+        if name == TASK_DATA and was and today:
             _check_task_data(path, was, today)
         elif isinstance(was, dict) and isinstance(today, dict):
             check_config(path, was, today, f"{where}.")
@@ -135,10 +134,8 @@ def check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], a
             )
 
 
-def _check_task_data(path: Path, saved: Mapping[str, str] | None, now: Mapping[str, str] | None) -> None:
+def _check_task_data(path: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Refuse other training rows than those of the saved run, naming the tasks; other tasks are told of elsewhere."""
-    if saved is None or now is None:
-        return
     others = [repr(name) for name, digest in saved.items() if name in now and now[name] != digest]
     if others:
         named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")

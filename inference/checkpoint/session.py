@@ -30,6 +30,7 @@ from pyro_lift.inference.checkpoint.beginning import check_folder, say_beginning
 from pyro_lift.inference.checkpoint.folder import (
     FORMAT,
     MANY,
+    TASK_DATA,
     SavableRows,
     check_config,
     checkpoints_in,
@@ -163,6 +164,8 @@ class Session:
             self._found, self._previous = (path, state), path
             self.transitions, self.draws = state["transitions"], state["draws"]
             saved = state["config"] if self._upgrade is None else self._upgrade(state["config"])
+            if TASK_DATA not in saved:  # nor is it in what was kept of the run beside its chain
+                self.config.pop(TASK_DATA, None)
             check_config(path / "state.json", saved, self.config)
             log.info("going on with %s", path)
             return
