@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.chance import chance_loss
 from pyro_lift.models.likelihoods import log_likelihood
 from pyro_lift.models.observation import has_head, outputs
+from pyro_lift.models.out_of_proportion import LEAST_LOSS, far_above
 from pyro_lift.models.rows import some_rows
 from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.task import Task
@@ -32,11 +35,14 @@ class PriorLoss(NamedTuple):
         at_centre: of the centre itself.
         drawn: of draws around it.
         chance: of a prediction that ignores its input.
+        outliers: tasks whose loss at the centre is far above the others' (:func:`.far_above`) and not in the means: by
+            name, how many times the median of all it is.
     """
 
     at_centre: float
     drawn: float
     chance: float
+    outliers: Mapping[str, float] = MappingProxyType({})
 
     @property
     def harmless(self) -> bool:
@@ -56,21 +62,21 @@ def prior_loss(
     head_scale: float | None = None,
     solve: bool = True,
     noise_scale: float = 1.0,
-    seed: int = 0,
+    leave_out: bool = True,
 ) -> PriorLoss:
     r"""Measure what weights :math:`\mathcal N(c, s^2)` do to a few tasks of a family, the draws being the same for all.
 
     Args:
         adapter: the network as a function of theta.
-        tasks: of the family; eight of them are looked at.
+        tasks: of the family; eight of them are looked at, and those out of all proportion to the others left out.
         centre: c, ``[D]``.
         spread: s, standard deviation; one number or ``[D]``.
         head_scale: None for a network whose head all tasks share; else each task's own head is solved.
         solve: whether label matching has solved heads too.
         noise_scale: standard deviation of the noise in regression.
-        seed: of the draws; no other stream is touched.
+        leave_out: whether tasks out of all proportion are left out of the means.
     """
-    generator = torch.Generator(device=centre.device).manual_seed(seed)
+    generator = torch.Generator(device=centre.device).manual_seed(0)
     noise = torch.randn(DRAWS, len(centre), generator=generator, dtype=centre.dtype, device=centre.device)
     some = [tasks[k * len(tasks) // min(TASKS, len(tasks))] for k in range(min(TASKS, len(tasks)))]
     at_centre, drawn, chance = [], [], []
@@ -79,8 +85,16 @@ def prior_loss(
         loss = _loss_of(adapter, task, centre, own, noise_scale)
         chance.append(chance_loss(task, noise_scale))
         at_centre.append(loss(centre))
-        drawn += [loss(centre + spread * xi) for xi in noise]
-    return PriorLoss(*(sum(values) / len(values) for values in (at_centre, drawn, chance)))
+        drawn.append([loss(centre + spread * xi) for xi in noise])
+    far = far_above(at_centre, chance) if leave_out else []  # not under draws, whose harm is what is asked for
+    kept = [k for k in range(len(some)) if k not in far]
+    middle = max(statistics.median(map(abs, at_centre)), LEAST_LOSS)
+    return PriorLoss(
+        sum(at_centre[k] for k in kept) / len(kept),
+        sum(value for k in kept for value in drawn[k]) / (DRAWS * len(kept)),
+        sum(chance[k] for k in kept) / len(kept),
+        {some[k].name: at_centre[k] / middle for k in far},
+    )
 
 
 def _loss_of(

@@ -30,6 +30,7 @@ from pyro_lift.tuning.chain_kernel import chain_kernel
 from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit, predicted
 from pyro_lift.tuning.halves import Joint, has_trial, joint_on_trial, log_probs_at, steps_beside_trial
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes
+from pyro_lift.tuning.whose_heads import leaves_outliers_out
 from pyro_lift.watching.watch import Watchers
 
 __all__ = ["BeforeChain", "ChainSetup"]
@@ -86,7 +87,7 @@ class ChainSetup:
         joint = None if start is not None else run._joint(tasks, session, progress, on_step["joint-trial"])
         run = run if joint is None else run._after(joint)
         program = run.program(tasks)
-        s = run._fitted(program)
+        s = run._fitted(program, leave_out=leaves_outliers_out(session))
         adapt = resolved_adaptation(self.adapt_settings, self.settings, s, program.solved is not None)
         if not crossed:
             return BeforeChain(run, program, s, adapt, joint, None)
@@ -210,9 +211,9 @@ class ChainSetup:
     def _head_scale(self, tasks: Sequence[Task], s: LiFTSettings) -> float | None:
         return own_head_scale(self.adapter, tasks, s.head_scale, solve=s.head not in ("langevin", "shared"))
 
-    def _fitted(self, program: AdapterHierarchy) -> LiFTSettings:
+    def _fitted(self, program: AdapterHierarchy, *, leave_out: bool = True) -> LiFTSettings:
         """Look at what the prior does to the tasks' loss, and give the program the widths that come of it."""
-        s = fitted(replace(self.settings, head_scale=program.head_scale), self.adapter, program.tasks)
+        s = fitted(replace(self.settings, head_scale=program.head_scale), self.adapter, program.tasks, leave_out)
         program.beta, program.sigma = by_weight(self.adapter, s.beta), by_weight(self.adapter, s.sigma)
         return s
 

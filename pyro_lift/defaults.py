@@ -24,6 +24,7 @@ import torch
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.chance import targets_scale
+from pyro_lift.models.out_of_proportion import tasks_of_large_inputs
 from pyro_lift.models.prior_loss import PriorLoss, prior_loss
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight, harmless_scales, typical_size
@@ -283,18 +284,42 @@ def _listed(names: Sequence[str]) -> str:
     return f"task {shown}" if len(names) == 1 else f"tasks {shown}"
 
 
-def fitted(settings: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task]) -> LiFTSettings:
+def fitted(
+    settings: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task], leave_out: bool = True
+) -> LiFTSettings:
     """Fill in what was left open (:func:`resolved`) and look at what the prior does to the tasks' loss.
 
     Widths that were left open are halved while draws from the prior cost more than a tenth of the way to chance;
     widths that were given are kept, with a warning. Heads that take steps say nothing before training: then nothing is
-    looked at.
+    looked at. A task out of all proportion to the others is warned of by name, and counts in no width.
+
+    Args:
+        settings: of meta-training, as given.
+        adapter: the network.
+        tasks: all of the run.
+        leave_out: False for a run of a version that left none out, which goes on.
     """
     s = resolved(settings, adapter)
+    large = tasks_of_large_inputs(tasks)
+    if large:
+        log.warning(
+            "%s: inputs %.3g times as large as those of most tasks (the median), out of all proportion: such a task "
+            "drowns the others in what all share. Scale its inputs as theirs, or leave it out.",
+            _listed(list(large)), max(large.values()),
+        )  # fmt: skip
     if s.temperature == 0.0 or (s.head_scale is not None and s.head == "langevin"):
         return s
+    said = set(large)
     for _ in range(HALVINGS):
-        measured = _prior_loss(s, adapter, tasks)
+        measured = _prior_loss(s, adapter, tasks, leave_out)
+        if new := {name: factor for name, factor in measured.outliers.items() if name not in said}:
+            said |= set(new)
+            log.warning(
+                "%s: before training the loss is %.3g times that of most tasks (the median), out of all proportion: "
+                "the prior's widths are found without it, but what all tasks share is not. Look at its data: scale its "
+                "inputs or targets as theirs, or leave it out.",
+                _listed(list(new)), max(new.values()),
+            )  # fmt: skip
         if measured.harmless:
             return s
         open_beta = settings.beta is None or settings.learns_beta
@@ -310,18 +335,19 @@ def fitted(settings: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task]
         one_width(s.beta),
         one_width(s.sigma),
         s.temperature,
-        *measured,
+        *measured[:3],
     )
     return s
 
 
-def _prior_loss(s: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task]) -> PriorLoss:
+def _prior_loss(s: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task], leave_out: bool) -> PriorLoss:
     assert s.temperature is not None
     square = sum(torch.as_tensor(by_weight(adapter, width)).square() for width in (s.beta, s.sigma))
     spread = (s.temperature * torch.as_tensor(square)).sqrt().to(adapter.initial)
     centre = adapter.initial  # where phi's prior is the paper's, around zero, its widths are meant to reach this far
     solve = s.head != "langevin"
-    return prior_loss(adapter, tasks, centre, spread, head_scale=s.head_scale, solve=solve, noise_scale=s.noise_sd)
+    options: dict[str, Any] = {"head_scale": s.head_scale, "solve": solve, "noise_scale": s.noise_sd}
+    return prior_loss(adapter, tasks, centre, spread, leave_out=leave_out, **options)
 
 
 def _times(factor: float, width: float | Sequence[float] | str | None) -> float | list[float]:

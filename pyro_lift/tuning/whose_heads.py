@@ -16,7 +16,7 @@ from pyro_lift.models.observation import is_narrower, own_head_scale
 from pyro_lift.models.task import Task
 from pyro_lift.settings import LiFTSettings, upgraded_run
 
-__all__ = ["RULE", "as_saved", "counts_width", "run_config", "with_heads_settled"]
+__all__ = ["RULE", "as_saved", "counts_width", "leaves_outliers_out", "run_config", "with_heads_settled"]
 
 #: Key and value in the configuration of a saved run that say whether an output wider than all tasks' classes called for
 #: heads of their own; a run without them was begun when it did not.
@@ -58,6 +58,14 @@ def counts_width(session: Session | None) -> bool:
     What a caller's own session says nothing of is a run of today.
     """
     return session is None or not session.config or RULE.items() <= session.config.items()
+
+
+def leaves_outliers_out(session: Session | None) -> bool:
+    """Whether the prior's widths are found without tasks out of all proportion: earlier versions found them with all.
+
+    Their runs are told by what names them in their folder, where there are no digests of the tasks' rows.
+    """
+    return session is None or not session.config or TASK_DATA in session.config
 
 
 def run_config(

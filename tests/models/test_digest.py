@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -14,6 +15,7 @@ from pyro_lift import LiFT, Task
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.digest import digest, digests_of_tasks
+from pyro_lift.tuning.whose_heads import run_config
 
 
 def adapter(seed: int = 0) -> RandomAdapter:
@@ -101,15 +103,54 @@ def test_a_chain_goes_on_with_the_same_data_alone_and_names_the_tasks_that_diffe
     torch.testing.assert_close(again.mixture.get().mean, whole.mixture.get().mean, rtol=0, atol=0)
 
 
+def of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs be saved as by a version that kept no digests of tasks."""
+
+    def config(*run: Any, **options: Any) -> dict[str, Any]:
+        told = run_config(*run, **options)
+        del told["task_data"]
+        return told
+
+    monkeypatch.setattr("pyro_lift.lift.run_config", config)
+
+
 def test_a_chain_saved_without_digests_goes_on_as_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as earlier:
-        earlier.setattr("pyro_lift.tuning.whose_heads.digests_of_tasks", lambda tasks: None)
+        of_before(earlier)
         stopped(tmp_path)
-    for path in tmp_path.glob("step-*/state.json"):
-        assert json.loads(path.read_text())["config"]["task_data"] is None
     LiFT(adapter(), **OPTIONS).meta_train(relabelled(5), resume=tmp_path, progress=False)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="rows of task 't5' "):  # what is saved since has them
-        LiFT(adapter(), **OPTIONS).meta_train(tasks(), resume=tmp_path, progress=False)  # type: ignore[arg-type]
+    for path in tmp_path.glob("step-*/state.json"):
+        assert "task_data" not in json.loads(path.read_text())["config"]
+
+
+def test_a_run_saved_without_digests_keeps_what_it_found_before_its_chain_and_its_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"sgd_steps": 150, "burn_in": 5, "samples": 12, "stop_every": 4, "seed": 0}
+    far = Task("t0", (1e3 * tasks()[0].train.inputs[""], tasks()[0].train.target), num_classes=3)
+    given, count = [*tasks()[1:5], far, *tasks()[5:]], 0
+    with monkeypatch.context() as earlier:
+        of_before(earlier)
+        earlier.setattr("pyro_lift.before_chain.leaves_outliers_out", lambda session: False)
+        whole = LiFT(adapter(), **options).meta_train(given, progress=False)  # type: ignore[arg-type]
+
+        def stop() -> None:
+            nonlocal count
+            looked = list(tmp_path.glob("looks"))
+            count += bool(looked)
+            if count == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            LiFT(adapter(), **options).meta_train(  # type: ignore[arg-type]
+                given, checkpoint=tmp_path, checkpoint_every=1, on_step=stop, progress=False
+            )
+    looks = (tmp_path / "looks" / "looks.json").read_text()
+    monkeypatch.setattr("pyro_lift.before_chain.JointRun", None)  # nothing is trained anew
+    again = LiFT(adapter(), **options).meta_train(given, resume=tmp_path, progress=False)  # type: ignore[arg-type]
+    assert again.settings == whole.settings and again.results == whole.results
+    torch.testing.assert_close(again.mixture.get().mean, whole.mixture.get().mean, rtol=0, atol=0)
+    assert json.loads(looks)["looks"][0] == json.loads((tmp_path / "looks" / "looks.json").read_text())["looks"][0]
 
 
 def test_label_texts_and_the_order_of_rows_count_and_many_tasks_cost_little() -> None:
