@@ -376,8 +376,13 @@ class Session:
         with _handled(note):
             yield
 
+    @property
+    def _holds_something(self) -> bool:
+        """Whether the folder has a checkpoint, or a finished piece of what a run does before its chain."""
+        return bool(checkpoints_in(self.folder)) or any(self.folder.glob("*/work.json"))
+
     def signals_before_chain(self) -> AbstractContextManager[None]:
-        """Let SIGTERM and Ctrl-C end the work before the chain at once, of which finished pieces are kept.
+        """Let SIGTERM and Ctrl-C end the work before the chain at once; pieces of it that were finished are kept.
 
         Raises:
             RunStopped: after a signal.
@@ -385,11 +390,10 @@ class Session:
 
         def stop(number: int, before: Handlers) -> None:
             del before
-            raise RunStopped(
-                f"stopped by {signal.Signals(number).name} before the chain began; what was finished is kept in "
-                f"{self.folder}. Go on with {self.resume_hint}.",
-                number,
-            )
+            kept = f"what was finished is kept in {self.folder}. Go on with {self.resume_hint}."
+            if not self._holds_something:
+                kept = f"nothing was finished, and nothing is kept. Begin anew, with {self.resume_hint} if you like."
+            raise RunStopped(f"stopped by {signal.Signals(number).name} before the chain began; {kept}", number)
 
         return _handled(stop)
 

@@ -319,10 +319,15 @@ def test_a_signal_in_the_trial_ends_the_run_at_once_and_says_how_to_go_on(stoppe
         if len(told) == stopped_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(RunStopped, match=r"stopped by SIGTERM before the chain began; .*meta_train\(tasks, resume='"):
-        LiFT(adapter(), **OPTIONS).meta_train(made, progress=False, checkpoint=tmp_path, callbacks=stop)  # type: ignore[arg-type]
+    folder = tmp_path / "run"
+    with pytest.raises(
+        RunStopped, match=r"stopped by SIGTERM before the chain began; .*meta_train\(tasks, resume='"
+    ) as end:
+        LiFT(adapter(), **OPTIONS).meta_train(made, progress=False, checkpoint=folder, callbacks=stop)  # type: ignore[arg-type]
+    assert ("nothing is kept. Begin anew" in str(end.value)) == (not folder.exists())
+    assert (f"is kept in {folder}. Go on" in str(end.value)) == any(folder.glob("*/work.json"))
     assert signal.getsignal(signal.SIGTERM) is before
-    gone_on = LiFT(adapter(), **OPTIONS).meta_train(made, progress=False, resume=tmp_path)  # type: ignore[arg-type]
+    gone_on = LiFT(adapter(), **OPTIONS).meta_train(made, progress=False, resume=folder)  # type: ignore[arg-type]
     torch.testing.assert_close(gone_on.mixture.get().mean, plain.mixture.get().mean, rtol=0, atol=0)
 
 
