@@ -16,6 +16,9 @@ from pyro_lift.wiring import adapter_of, device_of, tasks_of
 
 __all__ = ["command"]
 
+#: What is kept of a comparison that was stopped before its first run was done.
+NOTHING = "no run was finished, and none is kept: the same command begins anew"
+
 
 def command(
     path: Path, out: Path, settings: CompareSettings, *, overwrite: bool = False, device: str | None = None
@@ -47,7 +50,8 @@ def command(
         comparison = run(problem, settings, out, overwrite=overwrite, started=started)
     except KeyboardInterrupt:
         done = len(results(out / CELLS)) if (out / CELLS / "manifest.json").is_file() else 0
-        print(f"\nstopped; {done} runs are kept in {out}: the same command goes on from there.", flush=True)
+        kept = f"{done} runs are kept in {out}: the same command goes on from there" if done else NOTHING
+        print(f"\nstopped; {kept}.", flush=True)
         raise
     print(f"\n{comparison}\n\nwritten: {out}")
     return comparison

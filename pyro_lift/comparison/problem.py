@@ -14,7 +14,7 @@ from pyro_lift.inference.baselines.linear_probe import has_probe
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task, check_task_names
 from pyro_lift.settings import AdaptSettings, LiFTSettings
-from pyro_lift.tuning.held_out import can_be_judged, dealt, told_unjudged
+from pyro_lift.tuning.held_out import NAMED, can_be_judged, dealt, told_unjudged
 
 __all__ = [
     "Fold",
@@ -24,6 +24,7 @@ __all__ = [
     "heads_of",
     "measure_of",
     "probe_missing",
+    "told_of_one_class",
     "without_unjudged",
 ]
 
@@ -144,6 +145,44 @@ def chance_loss(task: Task) -> float | None:
     by_row = "option_input_ids" in task.train.inputs
     counts = torch.ones(classes) if by_row else torch.bincount(train, minlength=classes) + 1.0
     return float(-(counts / counts.sum()).log()[test].mean())
+
+
+def told_of_one_class(tasks: Sequence[Task]) -> tuple[str | None, str | None]:
+    """Say where labels are such that no method can be told from another: one class is repeated by any of them.
+
+    Args:
+        tasks: with the test rows that they are judged by. Rows with options of their own have no classes.
+
+    Returns:
+        Advice in the place of one that follows from the losses, where no task can tell; and else a note on the tasks
+        that cannot. Both None where all can.
+    """
+    with_classes = [
+        task
+        for task in tasks
+        if task.kind in ("classification", "matching") and "option_input_ids" not in task.train.inputs
+    ]
+    if not with_classes or len(with_classes) < len(tasks):
+        return None, None
+    judged_by = {label for task in tasks if task.test is not None for label in task.test.target.unique().tolist()}
+    one = [task.name for task in tasks if len(_labels(task)) == 1]
+    if len(one) == len(tasks) or len(judged_by) == 1:
+        whose = "each task that is judged has" if len(judged_by) > 1 else "the rows that tasks are judged by have"
+        return (
+            f"These tasks cannot tell which method is better: {whose} one class only, which any method that has seen "
+            "it repeats, and one that has learned it from other tasks the most surely. Give tasks to be judged by "
+            "whose test rows are of several classes.",
+            None,
+        )
+    if not one:
+        return None, None
+    shown = ", ".join(map(repr, one[:NAMED])) + (f" and {len(one) - NAMED} more" if len(one) > NAMED else "")
+    return None, f"{len(one)} of {len(tasks)} judged tasks have one class only, and tell little of any method: {shown}."
+
+
+def _labels(task: Task) -> set[int]:
+    parts = [task.train.target] if task.test is None else [task.train.target, task.test.target]
+    return {int(label) for target in parts for label in target.unique().tolist()}
 
 
 def unexplained(prediction: Tensor, task: Task) -> float:

@@ -25,7 +25,15 @@ from pyro_lift.comparison.cells import OutOfTimeError, Work, rates_of, run_cell
 from pyro_lift.comparison.costs import load_all, measured
 from pyro_lift.comparison.figure import plot
 from pyro_lift.comparison.plan import Plan, solve, whole_budget
-from pyro_lift.comparison.problem import Fold, Problem, chance_loss, folds_of, probe_missing, without_unjudged
+from pyro_lift.comparison.problem import (
+    Fold,
+    Problem,
+    chance_loss,
+    folds_of,
+    probe_missing,
+    told_of_one_class,
+    without_unjudged,
+)
 from pyro_lift.comparison.settings import CompareSettings, entrant
 from pyro_lift.comparison.summary import Summary, summarise
 from pyro_lift.comparison.turns import Agenda, Entries, Turn, told_sizes
@@ -166,14 +174,16 @@ def run(
         problem = problem._replace(settings=with_heads_settled(problem.settings, problem.adapter(0), tasks))
         agenda = _agenda(problem, folds, settings, names, folder, start, overwrite)
         done = _run_turns(problem, folds, settings, names, agenda, start)
-        chance: dict[str, float | None] = {}
-        for fold in folds:
-            chance |= {task.name: chance_loss(judged(task, settings.test_rows)) for task in fold.judged}
+        by_name = {task.name: judged(task, settings.test_rows) for fold in folds for task in fold.judged}
+        chance = {name: chance_loss(task) for name, task in by_name.items()}
         summary = summarise(done, folder / CELLS, names, chance)
         notes += _notes(agenda, summary, done, names)
         records = [record for cell in done.values() for record in cell["records"]]
         table = summary.table() if summary.results else "no turn was finished by every method"
         advice = summary.advice if summary.results else _nothing_done(agenda.plan, settings)
+        finished = [by_name[result.task] for result in next(iter(summary.results.values()), ())]
+        instead, note = told_of_one_class(finished)
+        advice, notes = instead or advice, notes + ([note] if note else [])
         comparison = Comparison(advice, table, summary, records, tuple(notes), out)
         if out is not None:
             write_file(out / TABLE, f"{comparison}\n".encode())

@@ -26,7 +26,14 @@ from pyro_lift.comparison import run as comparing
 from pyro_lift.comparison import turns
 from pyro_lift.comparison.cells import OutOfTimeError, Work, run_cell
 from pyro_lift.comparison.plan import Costs, Plan
-from pyro_lift.comparison.problem import Problem, chance_loss, folds_of, unexplained, without_unjudged
+from pyro_lift.comparison.problem import (
+    Problem,
+    chance_loss,
+    folds_of,
+    told_of_one_class,
+    unexplained,
+    without_unjudged,
+)
 from pyro_lift.comparison.settings import CompareSettings, entrant
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.models.task import Rows
@@ -291,3 +298,29 @@ def test_tasks_of_one_row_are_learned_from_where_others_are_judged() -> None:
     problem, notes = without_unjudged(problem)
     (fold,) = folds_of(problem._replace(test=[replace(tiny_tasks(1)[0], name="new")]), 3)
     assert not notes and "short" in [t.name for t in fold.train] and [t.name for t in fold.dev] == ["t0"]
+
+
+def labelled(name: str, labels: list[int], test: list[int] | None = None) -> Task:
+    x = torch.zeros(len(labels), 4, dtype=torch.float64)
+    rows = None if test is None else (torch.zeros(len(test), 4, dtype=torch.float64), torch.tensor(test))
+    return Task(name, (x, torch.tensor(labels)), num_classes=3, test=rows)
+
+
+def test_tasks_of_one_class_cannot_tell() -> None:
+    options: dict[str, Any] = {**SMALL, "folds": 2, "methods": ("no-meta-train", "union-train"), "budget": "1 h"}
+    result = pyro_lift.compare([labelled(f"c{k}", [1] * 6) for k in range(4)], tiny_adapter(), **options)
+    assert result.advice.startswith("These tasks cannot tell which method is better: the rows that tasks are judged by")
+    assert "pays" not in str(result)
+    each = [labelled("a", [0, 0], [0]), labelled("b", [1, 1], [1])]
+    advice, note = told_of_one_class(each)
+    assert advice is not None and "each task that is judged has one class only" in advice and note is None
+    same = [labelled("a", [0, 1], [2]), labelled("b", [1, 0], [2])]
+    assert "the rows that tasks are judged by have one class only" in (told_of_one_class(same)[0] or "")
+    several = [labelled("a", [0, 1], [2]), labelled("b", [1, 0], [0]), labelled("c", [1, 1], [1])]
+    assert told_of_one_class(several) == (
+        None,
+        "1 of 3 judged tasks have one class only, and tell little of any method: 'c'.",
+    )
+    assert told_of_one_class(several[:2]) == (None, None) == told_of_one_class([])
+    values = Task("v", (torch.zeros(2, 1), torch.ones(2)), "regression", test=(torch.zeros(2, 1), torch.ones(2)))
+    assert told_of_one_class([values, values]) == (None, None)
