@@ -416,12 +416,3 @@ def _handled(handler: Callable[[int, Handlers], None]) -> Iterator[None]:
 def _restore(handlers: Handlers) -> None:
     for number, handler in handlers.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-# --------------------------------------------------------------------------------------------------------- the folder
-
-
-# ------------------------------------------------------------------------------------------------------ random streams
-
-
-# ---------------------------------------------------------------------------------------------------------- statistics
