@@ -14,7 +14,7 @@ from pyro_lift.models.readouts import LabelMatching, readout_for
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.models.vocabulary import doubts_of_inputs
 
-__all__ = ["check_rows", "doubts_of_rows"]
+__all__ = ["check_inputs", "check_rows"]
 
 
 def check_rows(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
@@ -36,18 +36,25 @@ def check_rows(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
     for task in tasks:
         doubts: list[Doubt] = []
         for where, rows in parts_of(task):
-            doubts += doubts_of_rows(adapter, rows, where)
+            doubts += _doubts_of_rows(adapter, rows, where)
         refuse_doubtful([*doubts, *doubts_of_targets(adapter, task)])
 
 
-def doubts_of_rows(adapter: RandomAdapter, rows: Rows, where: str) -> Iterator[Doubt]:
-    """Ask whether the network can read the inputs of some rows.
+def check_inputs(adapter: RandomAdapter, rows: Rows) -> None:
+    """Refuse rows to predict that the network cannot read, with one look at them.
 
     Args:
         adapter: the network as a function of theta.
-        rows: of a task, or to predict.
-        where: begins the messages.
+        rows: whose targets, if any, are not looked at.
+
+    Raises:
+        ValueError: tokens that the network does not know; texts of more tokens than it has places for. Names the row.
     """
+    refuse_doubtful([*_doubts_of_rows(adapter, rows, "inputs")])
+
+
+def _doubts_of_rows(adapter: RandomAdapter, rows: Rows, where: str) -> Iterator[Doubt]:
+    """Ask whether the network can read the inputs of some rows, of a task or to predict."""
     matching = adapter.matches(rows.named)
     yield from doubts_of_inputs(adapter.backbone, rows, where)
     yield from doubts_of_lengths(adapter.backbone, rows, where, matching=matching)

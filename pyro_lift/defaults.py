@@ -45,6 +45,8 @@ __all__ = [
     "warn_of_rates",
 ]
 
+from pyro_lift.support.wording import some_names
+
 log = logging.getLogger("pyro_lift")
 
 #: Temperature where neither it nor the power is given.
@@ -66,8 +68,6 @@ MOST = 3.0
 LEAST_SHARE = 1.0 / 8.0
 #: Of the size of the adapter's weights, what an adaptation has to be able to move one by in all.
 LEAST_MOVE = 1e-3
-#: Tasks that a warning names; of more it says how many.
-NAMED = 5
 #: Times that widths are halved at most.
 HALVINGS = 5
 
@@ -280,8 +280,7 @@ def _widest(s: LiFTSettings, adapter: RandomAdapter) -> float:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:NAMED])) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-    return f"task {shown}" if len(names) == 1 else f"tasks {shown}"
+    return f"task{'' if len(names) == 1 else 's'} {some_names(names)}"
 
 
 def fitted(

@@ -12,6 +12,8 @@ from pyro_lift.inference.stability import DEFAULT_SHARE, UnstableStepError
 
 __all__ = ["LostTasksError", "all_kept", "named_adaptation", "named_chain", "those_kept"]
 
+from pyro_lift.support.wording import some_names
+
 log = logging.getLogger("pyro_lift")
 
 P = TypeVar("P")
@@ -19,8 +21,6 @@ T = TypeVar("T")
 
 #: Added to a task's place for the number of its block where it is adapted to once more, by itself.
 AGAIN = 2_000_000
-#: Tasks that an error names; of more it says how many.
-NAMED = 5
 
 
 class LostTasksError(DivergedError):
@@ -77,10 +77,10 @@ def all_kept(tasks: Sequence[Any], block_size: int, adapt: Callable[[int, Sequen
     if not failed:
         return kept
     lost, errors = tuple(failed), list(failed.values())
-    shown = ", ".join(map(repr, lost[:NAMED])) + (f" and {len(lost) - NAMED} more" if len(lost) > NAMED else "")
     raise LostTasksError(
-        f"{len(found) - len(kept)} of {len(found)} tasks could not be adapted to ({shown}). The {len(kept)} others are "
-        f"kept in this error's posteriors, which are in the order of the tasks, None for a lost one. {errors[0]}",
+        f"{len(found) - len(kept)} of {len(found)} tasks could not be adapted to ({some_names(lost)}). The {len(kept)} "
+        "others are kept in this error's posteriors, which are in the order of the tasks, None for a lost one. "
+        f"{errors[0]}",
         errors[0].step,
         lost,
         found,

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.door import doubts_of_rows
-from pyro_lift.models.doubts import refuse_doubtful
+from pyro_lift.models.door import check_inputs
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import LossKind, probabilities
 from pyro_lift.models.observation import head_inputs_of, naming_inputs, outputs, shapes_of
@@ -157,7 +156,7 @@ def predict_inputs(adapter: RandomAdapter, thetas: Tensor, inputs: Any, task: Ta
             the task's own rows.
     """
     rows = rows_of(inputs, task)
-    refuse_doubtful([*doubts_of_rows(adapter, rows, "inputs")])
+    check_inputs(adapter, rows)
     rows = rows.to(thetas.device)
     own = f" The rows of task {task.name!r} are {shapes_of(task.train.take(slice(0, 1)))}." if task.train.inputs else ""
     with naming_inputs("the network cannot be called with these inputs", rows, own):

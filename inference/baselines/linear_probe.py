@@ -30,8 +30,7 @@ from pyro_lift.inference.adaptation.predict import rows_of
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.baselines.search_space import SearchSpace
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.door import check_rows, doubts_of_rows
-from pyro_lift.models.doubts import refuse_doubtful
+from pyro_lift.models.door import check_inputs, check_rows
 from pyro_lift.models.features import Reader, all_features, features, head_features
 from pyro_lift.models.heads import BIAS_SD, folds, scaling_of, standard_widths
 from pyro_lift.models.observation import has_head, network_output
@@ -83,7 +82,7 @@ class ProbePosterior:
     def predict(self, inputs: Any) -> Tensor:
         """Probabilities ``[n, C]``; for regression values of the targets' shape."""
         rows = rows_of(inputs, self.task)
-        refuse_doubtful([*doubts_of_rows(self.adapter, rows, "inputs")])
+        check_inputs(self.adapter, rows)
         rows = rows.to(self.theta.device)
         output = all_features(self.adapter, rows, self.theta, self.reader) @ self.head[:, :-1].T + self.head[:, -1]
         if self.task.kind != "regression":

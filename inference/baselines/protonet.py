@@ -32,8 +32,7 @@ from pyro_lift.inference.baselines.peak_memory import PeakMemory
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.door import check_rows, doubts_of_rows
-from pyro_lift.models.doubts import refuse_doubtful
+from pyro_lift.models.door import check_inputs, check_rows
 from pyro_lift.models.features import all_features, features
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.options import check_number
@@ -120,7 +119,7 @@ class PrototypePosterior:
     def predict(self, inputs: Any) -> Tensor:
         """Compute probabilities ``[n, C]``, averaged over the iterates."""
         rows = rows_of(inputs, self.task)
-        refuse_doubtful([*doubts_of_rows(self.adapter, rows, "inputs")])
+        check_inputs(self.adapter, rows)
         rows = rows.to(self.thetas.device)
         total = []
         for theta in self.thetas:

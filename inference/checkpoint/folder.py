@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_lift.support.archive import DamagedError, check_format, check_sealed, read_json, write_tensors
+from pyro_lift.support.wording import some_names
 
 __all__ = [
     "FORMAT",
@@ -40,10 +41,6 @@ SHARD = 128 * 2**20
 
 #: In a run's configuration: a digest of each task's training rows, by its name.
 TASK_DATA = "task_data"
-
-
-#: Tasks that an error names; of more it says how many.
-NAMED = 5
 
 
 #: Past this many files of draws they are written as one.
@@ -136,13 +133,12 @@ def check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], a
 
 def _check_task_data(path: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Refuse other training rows than those of the saved run, naming the tasks; other tasks are told of elsewhere."""
-    others = [repr(name) for name, digest in saved.items() if name in now and now[name] != digest]
+    others = [name for name, digest in saved.items() if name in now and now[name] != digest]
     if others:
-        named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
         raise ValueError(
-            f"{path}: the training rows of task{'s' if len(others) > 1 else ''} {named} (inputs, labels or label "
-            "texts) are others than those that the run was saved with. Go on with the same data, or begin anew in "
-            "another folder."
+            f"{path}: the training rows of task{'s' if len(others) > 1 else ''} {some_names(others)} (inputs, labels "
+            "or label texts) are others than those that the run was saved with. Go on with the same data, or begin "
+            "anew in another folder."
         )
 
 

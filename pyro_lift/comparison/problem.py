@@ -14,7 +14,7 @@ from pyro_lift.inference.baselines.linear_probe import has_probe
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task, check_task_names
 from pyro_lift.settings import AdaptSettings, LiFTSettings
-from pyro_lift.tuning.held_out import NAMED, can_be_judged, dealt, told_unjudged
+from pyro_lift.tuning.held_out import can_be_judged, dealt, told_unjudged
 
 __all__ = [
     "Fold",
@@ -27,6 +27,8 @@ __all__ = [
     "told_of_one_class",
     "without_unjudged",
 ]
+
+from pyro_lift.support.wording import some_names
 
 log = logging.getLogger("pyro_lift")
 
@@ -176,8 +178,8 @@ def told_of_one_class(tasks: Sequence[Task]) -> tuple[str | None, str | None]:
         )
     if not one:
         return None, None
-    shown = ", ".join(map(repr, one[:NAMED])) + (f" and {len(one) - NAMED} more" if len(one) > NAMED else "")
-    return None, f"{len(one)} of {len(tasks)} judged tasks have one class only, and tell little of any method: {shown}."
+    few = f"{len(one)} of {len(tasks)} judged tasks have one class only, and tell little of any method"
+    return None, f"{few}: {some_names(one)}."
 
 
 def _labels(task: Task) -> set[int]:

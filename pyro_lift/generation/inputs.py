@@ -12,20 +12,13 @@ from torch import Tensor
 
 from pyro_lift.data.chats import Message
 from pyro_lift.data.encoding import TextEncoding
-from pyro_lift.models.conventions import are_labels
+from pyro_lift.models.conventions import are_labels, base_of
 from pyro_lift.models.doubts import refuse_doubtful
 from pyro_lift.models.likelihoods import IGNORED, shift_left
 from pyro_lift.models.rows import Rows
 from pyro_lift.models.vocabulary import doubts_of_inputs
 
-__all__ = [
-    "Prompts",
-    "are_strings",
-    "generating_network",
-    "places_in_sight",
-    "read_prompts",
-    "with_rows_of",
-]
+__all__ = ["Prompts", "are_strings", "generating_network", "places_in_sight", "read_prompts", "with_rows_of"]
 
 #: Columns that tokenizers and data sets bring and that text is not generated from.
 LEFT_OUT = ("labels", "label", "token_type_ids", "special_tokens_mask", "offset_mapping", "length")
@@ -68,7 +61,7 @@ def generating_network(backbone: Any) -> Any:
     Raises:
         TypeError: one that cannot.
     """
-    network = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+    network = base_of(backbone)
     can = getattr(network, "can_generate", None)
     if can is None or not can():
         raise TypeError(

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.data.encoding import TextEncoding
-from pyro_lift.generation.inputs import (
-    Prompts,
-    are_strings,
-    generating_network,
-    places_in_sight,
-    read_prompts,
-)
+from pyro_lift.generation.inputs import Prompts, are_strings, generating_network, places_in_sight, read_prompts
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.doubts import refuse_doubtful
 from pyro_lift.models.likelihoods import IGNORED, shift_right

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.conventions import base_of
 from pyro_lift.models.peft_layers import adapter_tensors
 from pyro_lift.models.quantised import as_saved, codes_of, quantisation_of, size_of
 
@@ -22,7 +23,7 @@ PROBES = 256
 
 def describe_base(adapter: RandomAdapter) -> dict[str, Any]:
     """Describe a base model by name, class, quantisation and digests, under names without PEFT's wrappers."""
-    network = _plain(adapter.backbone)
+    network = base_of(adapter.backbone)
     weights = _weights(adapter)
     return {
         "name": _name(network),
@@ -64,10 +65,6 @@ def check_base(adapter: RandomAdapter, saved: Mapping[str, Any], where: Path) ->
             f"{where}: {who}: the weight {other[0]!r} has other values ({len(other)} of {len(new)} differ). "
             "Load the base model it was trained on, or pass check_base=False if a difference is meant."
         )
-
-
-def _plain(network: Any) -> Any:
-    return network.get_base_model() if hasattr(network, "get_base_model") else network
 
 
 def _name(network: Any) -> str | None:

@@ -14,6 +14,8 @@ from pyro_lift.models.task import Rows, Task
 
 __all__ = ["can_be_judged", "dealt", "has_unseen_rows", "judged", "that_can_be_judged"]
 
+from pyro_lift.support.wording import some_names
+
 log = logging.getLogger("pyro_lift")
 
 T = TypeVar("T")
@@ -22,8 +24,6 @@ T = TypeVar("T")
 TOKEN_ROWS = 16
 #: Fraction of a task's rows that it is judged by where it has no test rows.
 JUDGED_SHARE = 1 / 3
-#: Tasks that a message names; of more it says how many.
-NAMED = 5
 
 
 def dealt(items: Sequence[T], parts: int) -> list[list[T]]:
@@ -61,11 +61,10 @@ def that_can_be_judged(tasks: Sequence[Task], instead: str) -> list[Task]:
 
 def told_unjudged(names: Sequence[str], instead: str) -> str:
     """Say that tasks have one row each, and what becomes of them."""
-    shown = ", ".join(map(repr, names[:NAMED])) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     one = len(names) == 1
     return (
-        f"task{'' if one else 's'} {shown} {'has' if one else 'have'} one row, and no test rows: there is none left to "
-        f"be judged by. {'It is' if one else 'They are'} {instead}. Give more rows, or test=."
+        f"task{'' if one else 's'} {some_names(names)} {'has' if one else 'have'} one row, and no test rows: there is "
+        f"none left to be judged by. {'It is' if one else 'They are'} {instead}. Give more rows, or test=."
     )
 
 

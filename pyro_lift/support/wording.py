@@ -1,0 +1,23 @@
+"""Pieces of messages that many of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["some_names"]
+
+#: Names that a message gives.
+MOST = 5
+
+
+def some_names(names: Sequence[str]) -> str:
+    """List the first names in quotes, and say how many there are beside them.
+
+    Example:
+        >>> some_names(["a", "b"])
+        "'a', 'b'"
+        >>> some_names("abcdefg")
+        "'a', 'b', 'c', 'd', 'e' and 2 more"
+    """
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return ", ".join(map(repr, names[:MOST])) + more
