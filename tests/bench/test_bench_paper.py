@@ -22,8 +22,8 @@ from pyro_lift.bench.paper.command import PaperOptions, command, plan
 from pyro_lift.bench.paper.contestants import ALONE, CONTESTANTS
 from pyro_lift.bench.paper.costs import RANKS
 from pyro_lift.bench.paper.dry_run import dry_run, shapes_of
-from pyro_lift.bench.paper.families import FAMILIES, Setting
-from pyro_lift.bench.paper.problems import PaperProblem
+from pyro_lift.bench.paper.families import FAMILIES, Setting, setting_of
+from pyro_lift.bench.paper.problems import PaperProblem, load_collection
 from pyro_lift.bench.paper.published import published
 from pyro_lift.bench.paper.scoring import _gaps, brier, calibration, intervals
 from pyro_lift.bench.paper.sizes import Sizes
@@ -94,6 +94,18 @@ def test_every_table_and_figure_runs_and_is_reported(name: str, tmp_path: Path) 
     assert escape(f"{table.name.capitalize()}: {table.title}") in page
     for row in (row for row in table.rows if row in CONTESTANTS):
         assert escape(CONTESTANTS[row].title) in page
+
+
+def test_development_tasks_are_judged_by_and_none_of_them_is_chosen_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = tiny_tasks(8)
+    loaded = TaskCollection("tiny", tuple(tasks[4:]), tuple(tasks[2:4]), tuple(tasks[:2]))
+    monkeypatch.setattr("pyro_lift.bench.paper.problems.load_tasks", lambda *_, **__: loaded)
+    monkeypatch.setattr("pyro_lift.bench.paper.problems._with_labels", lambda tasks: tasks)
+    setting = setting_of("small", "development", "CLS-45")
+    found = load_collection(setting, "development", "CLS-45", None, 0)
+    assert [task.name for task in found.test] == [task.name for task in loaded.dev]
+    assert len(found.dev) == 2 and len(found.train) == 2
+    assert {task.name for task in (*found.dev, *found.train)} == {task.name for task in loaded.train}
 
 
 @pytest.mark.usefixtures("tiny")

@@ -62,6 +62,8 @@ class Family:
         same_tests: splits whose tasks to be judged by are those of another split.
         orders: LiFT's contestants, by their K: those of the paper's table.
         by_seed: whether a seed makes tasks of its own, so that tasks of one name in two seeds are two tasks.
+        judged_by: the part of a split that contestants are judged by; where it is ``"dev"``, the tasks that rate and
+            temperature are chosen on are held out of those to learn from.
     """
 
     benchmark: str
@@ -72,6 +74,7 @@ class Family:
     same_tests: Mapping[str, str] = field(default_factory=dict)
     orders: tuple[str, ...] = ("lift", "lift-k3", "lift-k5")
     by_seed: bool = False
+    judged_by: Literal["test", "dev"] = "test"
 
 
 def _minilm() -> str:
@@ -190,6 +193,23 @@ FAMILIES: dict[str, Family] = {
         },
         orders=("lift",),
         by_seed=True,
+    ),
+    # The tasks that CLS-45 keeps to choose on, to be judged by too: with its test tasks they are 17, not eight.
+    "development": Family(
+        "crossfit",
+        ("CLS-45",),
+        {
+            "small": Setting(
+                "minilm",
+                "encoder",
+                "matching",
+                Sizes(steps=16, dev_tasks=2),
+                layers=(4, 5),
+                options={"dedupe": True},
+            )
+        },
+        orders=("lift",),
+        judged_by="dev",
     ),
     "novels": Family(
         "novels", ("authors", "books"), {"small": Setting(_NOVELS, "seq2seq", "next-token", _SMALL_TOKENS)}

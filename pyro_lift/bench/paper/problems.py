@@ -80,6 +80,8 @@ def load_collection(setting: Setting, family: str, split: str, root: Path | None
         raise DataAbsentError(f"{family} {split}: {error}") from error
     if setting.form == "matching":
         tasks = _with_labels(tasks)
+    if source.judged_by == "dev":
+        tasks = replace(tasks, dev=(), test=tasks.dev)
     if not tasks.dev:
         tasks = hold_out(tasks, [task.name for task in spread(tasks.train, setting.sizes.dev_tasks)])
     return tasks

@@ -174,7 +174,7 @@ FIGURES: dict[int, Table] = {
 }
 
 #: Families of ours: where tasks share something, and where they do not.
-OURS = ("digits", "shifts", "novels", "roles", "regressions")
+OURS = ("development", "digits", "shifts", "novels", "roles", "regressions")
 
 
 def family_table(name: str) -> Table:
