@@ -17,7 +17,7 @@ from pyro_lift.adapter_library import prior_from_adapters
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.defaults import inherited, longest_move, one_width, resolved, warn_of_adaptation
 from pyro_lift.generation.decode import generate
-from pyro_lift.inference.adaptation.chain import Shown, Source, moments_for, run_chain, run_watched
+from pyro_lift.inference.adaptation.chain import Shown, Source, moments_for, run_chain, run_watched, times_before
 from pyro_lift.inference.adaptation.early_stopping import DrawWindows
 from pyro_lift.inference.adaptation.failures import all_kept
 from pyro_lift.inference.adaptation.meta_testing import (
@@ -207,9 +207,12 @@ class LiFTPrior:
             DivergedError: a loss that is not finite, or a rate past its limit; names the task, and a rate to try.
         """
         self._check([task])
-        a = inherited(self.adapt_settings, self.settings, options)
+        a, seed = inherited(self.adapt_settings, self.settings, options), self.seed if seed is None else seed
         warn_of_adaptation(a, self.settings, self.adapter, [task])
-        s, mixture, seed = self.settings, self.mixture.get(), self.seed if seed is None else seed
+        return self._adapt_alone(task, a, Source(seed), Shown(progress, callbacks, [task]))
+
+    def _adapt_alone(self, task: Task, a: AdaptSettings, source: Source, shown: Shown) -> TaskPosterior:
+        s, mixture = self.settings, self.mixture.get()
         task, untouched = task.to(self.adapter.initial.device), self._untouched(a)
         solved, starts = self._solved([task], mixture, untouched)
         unmoved = self._unmoved(a, [task], solved)
@@ -226,10 +229,9 @@ class LiFTPrior:
         start = starts[0] if starts else best_start(program, mixture, untouched)
         if untouched is not None and start.component == UNTOUCHED:
             program.prior = broadened(untouched.prior(mixture), self.beta)
-        shown = Shown(progress, callbacks, [task])
-        solve = None if solved is None else partial(self._heads, solved, 0, seed=seed)
+        solve = None if solved is None else partial(self._heads, solved, 0, seed=source.seed)
         windows = windows_of(self.adapter, task, a, solve, s.noise_sd)
-        chain = self._run(program, start.theta, a, Source(seed), shown, windows)
+        chain = self._run(program, start.theta, a, source, shown, windows)
         draws = chain.get_samples()
         thetas = unmoved.put_back(0, start.theta, draws["theta"])
         heads = draws.get("head") if solve is None else solve(thetas)
@@ -268,11 +270,12 @@ class LiFTPrior:
         self._check(tasks)
         a = inherited(self.adapt_settings, self.settings, options)
         apart = block_size == 1 or (a.dev_every > 0 and any(task.dev is not None for task in tasks))
-        if apart or not can_share_pass(tasks, self._head_scale(tasks), self.settings.head != "langevin"):
-            each: dict[str, Any] = {"seed": seed, "progress": progress, "callbacks": callbacks, **options}
-            return all_kept(tasks, 1, lambda _, alone: [self.adapt(alone[0], **each)])
         warn_of_adaptation(a, self.settings, self.adapter, tasks)
-        shown, seed = Shown(progress, callbacks), self.seed if seed is None else seed
+        shown, seed = Shown(progress, callbacks, tasks), self.seed if seed is None else seed
+        if apart or not can_share_pass(tasks, self._head_scale(tasks), self.settings.head != "langevin"):
+            sources = [Source(seed, count) for count in times_before(tasks)]  # a task's first chain is that of `adapt`
+            of = [shown._replace(tasks=[task]) for task in tasks]
+            return all_kept(tasks, 1, lambda k, alone: [self._adapt_alone(alone[0], a, sources[k], of[k])])
         return all_kept(tasks, block_size, lambda k, block: self._adapt_block(block, a, Source(seed, k), shown))
 
     def _adapt_block(
@@ -300,7 +303,7 @@ class LiFTPrior:
         if untouched is not None and all(none_of_the_kind):
             program.prior = broadened(untouched.prior(mixture), self.beta)
         at = torch.stack([start.theta for start in starts])
-        mcmc = self._run(program, at, a, source, shown._replace(tasks=tasks))
+        mcmc = self._run(program, at, a, source, shown._replace(tasks=tasks), None)
         draws, heads = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
         posteriors = []
         for k, (task, start) in enumerate(zip(tasks, starts, strict=True)):
@@ -321,9 +324,10 @@ class LiFTPrior:
         self, task: Task, thetas: Tensor, heads: Tensor | None, component: int, chain: MCMC | DrawWindows
     ) -> TaskPosterior:
         mcmc, results = (None, chain.results) if isinstance(chain, DrawWindows) else (chain, None)
-        options: dict[str, Any] = {"results": results, "prediction_temperature": self.prediction_temperature}
-        options["noise_scale"] = self.settings.noise_sd
-        return TaskPosterior(self.adapter, task, thetas, heads, component, mcmc, **options)
+        told: dict[str, Any] = {"prediction_temperature": self.prediction_temperature, "results": results}
+        return TaskPosterior(
+            self.adapter, task, thetas, heads, component, mcmc, noise_scale=self.settings.noise_sd, **told
+        )
 
     def _adapt_apart(
         self, tasks: Sequence[Task], apart: Sequence[bool], a: AdaptSettings, source: Source, shown: Shown
@@ -356,8 +360,8 @@ class LiFTPrior:
         return own_head_scale(self.adapter, tasks, scale, solve=solve, by_width=False)
 
     def _unmoved(self, a: AdaptSettings, tasks: Sequence[Task], solved: SolvedHeads | None) -> Unmoved:
-        looks = a.dev_every > 0
-        return Unmoved(tasks, solved, share=a.unmoved, looks=looks, head_scale=self.settings.head_scale)
+        scale = self.settings.head_scale
+        return Unmoved(tasks, solved, share=a.unmoved, looks=a.dev_every > 0, head_scale=scale)
 
     def _heads(self, solved: SolvedHeads, task: int, thetas: Tensor, seed: int | None) -> Tensor:
         """Solve a task's head at each draw ``[S, D]``, or draw it there: ``[S, C, E + 1]``."""
@@ -365,16 +369,10 @@ class LiFTPrior:
         return solved.solve_each(task, thetas) if mode else solved.draw_each(task, thetas, seed)
 
     def _run(
-        self,
-        program: Any,
-        start: Tensor,
-        a: AdaptSettings,
-        source: Source,
-        shown: Shown,
-        windows: DrawWindows | None = None,
+        self, program: Any, start: Tensor, a: AdaptSettings, source: Source, shown: Shown, windows: DrawWindows | None
     ) -> MCMC | DrawWindows:
         """Run the chain of Eq. 18 from a start, through windows if there are any."""
-        assert a.learning_rate is not None and a.temperature is not None and a.n_inflate is not None
+        assert a.learning_rate is not None and a.n_inflate is not None
         power = (self.settings.n_inflate or 1.0) if self.rescales else a.n_inflate
         limited = self.rows is not None and self.settings.preconditioner == "rms"
         options: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from pyro_lift.models.task import Task
 from pyro_lift.watching.steps import Run
 from pyro_lift.watching.watch import Watchers
 
-__all__ = ["Shown", "Source", "moments_for", "rows_of_moments", "run_chain", "run_watched"]
+__all__ = ["Shown", "Source", "moments_for", "rows_of_moments", "run_chain", "run_watched", "times_before"]
 
 
 class Source(NamedTuple):
@@ -53,6 +54,16 @@ class Shown(NamedTuple):
         """Make what tells the callbacks of the chain's steps."""
         run = Run("adapt", self.name, settings={"steps": steps})
         return Watchers(self.callbacks, run, [len(task.train) for task in self.tasks], [t.name for t in self.tasks])
+
+
+def times_before(tasks: Sequence[Task]) -> list[int]:
+    """Return for each task how often one of its name came before it: the number of the stream that sets it apart."""
+    seen: Counter[str] = Counter()
+    numbers = []
+    for task in tasks:
+        numbers.append(seen[task.name])
+        seen[task.name] += 1
+    return numbers
 
 
 def rows_of_moments(tasks: Sequence[Task], *, alike: bool) -> float:

@@ -227,6 +227,15 @@ def test_one_task_several_times_gives_independent_chains() -> None:
     assert (first.thetas - second.thetas).norm() > 1e-3
 
 
+def test_one_task_several_times_gives_independent_chains_one_by_one_too() -> None:
+    prior, tasks = _prior(None)
+    options = {"steps": 6, "draws": 3, "seed": 3}
+    first, other, second = prior.adapt_many([tasks[0], tasks[1], tasks[0]], block_size=1, **options)
+    assert (first.thetas - second.thetas).norm() > 1e-3
+    for found, task in ((first, tasks[0]), (other, tasks[1])):
+        assert torch.equal(found.thetas, prior.adapt(task, **options).thetas)
+
+
 @pytest.mark.parametrize("with_heads", [False, True])
 @pytest.mark.parametrize("batch_size", [3, 14, 1000])
 def test_predicting_over_draws_in_one_pass_is_predicting_over_each(batch_size: int, with_heads: bool) -> None:
