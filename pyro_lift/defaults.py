@@ -68,6 +68,10 @@ MOST = 3.0
 LEAST_SHARE = 1.0 / 8.0
 #: Of the size of the adapter's weights, what an adaptation has to be able to move one by in all.
 LEAST_MOVE = 1e-3
+#: Times the size of the adapter's weights that a temperature lets them vary by before it is warned of.
+HOTTEST = 10.0
+#: Power on the likelihood, over the temperature, above which it is warned of.
+STRONGEST = 1e5
 #: Times that widths are halved at most.
 HALVINGS = 5
 
@@ -237,9 +241,11 @@ def warn_of_adaptation(a: AdaptSettings, settings: LiFTSettings, adapter: Random
             "%s: patience=%d does nothing without dev_every: no development rows are looked at. Give dev_every=10, "
             "say, beside it.", _listed(names), a.patience,
         )  # fmt: skip
+    size, width = typical_size(adapter), one_width(settings.beta)
+    _warn_of_strengths(_listed(names), a, width * math.sqrt(a.temperature or 0.0), size)
     if settings.preconditioner != "rms" or a.learning_rate is None:
         return
-    rate, size, wide = a.learning_rate, typical_size(adapter), _widest(settings, adapter)
+    rate, wide = a.learning_rate, _widest(settings, adapter)
     advice = f"Leave learning_rate open, or give about {0.1 * size:.2g}."
     if rate > wide:
         log.warning(
@@ -252,6 +258,29 @@ def warn_of_adaptation(a: AdaptSettings, settings: LiFTSettings, adapter: Random
             "%s: learning_rate=%g moves no weight by a thousandth of its size (%.2g) in %d steps: the draws stay at "
             "their start, as the prior left it. %s",
             _listed(names), rate, size, a.steps, advice,
+        )  # fmt: skip
+
+
+def _warn_of_strengths(whose: str, a: AdaptSettings, spread: float, size: float) -> None:
+    """Warn of a temperature or a power that leaves nothing of the posterior: noise, or rows learned by heart.
+
+    Args:
+        whose: the tasks.
+        a: filled in.
+        spread: what the prior and the temperature let a weight vary by.
+        size: of the weights.
+    """
+    heat, power = a.temperature or 0.0, a.n_inflate or 1.0
+    if spread > HOTTEST * size:
+        log.warning(
+            "%s: temperature=%g lets a weight vary by %.3g times its size (%.2g) where the data do not hold it: "
+            "predictions are those of noise. Leave temperature open, or give 1 or less.",
+            whose, heat, spread / size, size,
+        )  # fmt: skip
+    if power > STRONGEST * max(heat, 1.0):
+        log.warning(
+            "%s: n_inflate=%g counts each row so many times: nothing is left of the prior, and predictions of rows "
+            "that were not seen will be far too sure. Leave n_inflate open, or give 1 to 1000.", whose, power,
         )  # fmt: skip
 
 

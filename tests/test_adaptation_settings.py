@@ -50,6 +50,25 @@ def test_a_rate_out_of_all_proportion_is_warned_of(prior: LiFTPrior, caplog: pyt
     assert record.message.startswith("tasks 't0', 't1', 't2', 't3': learning_rate=1000")
 
 
+def test_a_temperature_and_a_power_out_of_all_proportion_are_warned_of(
+    prior: LiFTPrior, caplog: pytest.LogCaptureFixture
+) -> None:
+    absurd: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"temperature": 1e9}, "task 't0': temperature=1e+09 lets a weight vary by"),
+        ({"n_inflate": 1e6}, "task 't0': n_inflate=1e+06 counts each row so many times"),
+    )
+    for options, said in absurd:
+        caplog.clear()
+        prior.adapt(TASKS[0], **options, **FEW)
+        (record,) = caplog.records
+        assert record.levelname == "WARNING" and record.message.startswith(said)
+    caplog.clear()
+    sensible: tuple[dict[str, Any], ...] = ({"temperature": 1.0}, {"temperature": 0.0}, {"n_inflate": 1e4})
+    for options in sensible:
+        prior.adapt(TASKS[0], **options, **FEW)
+    assert not caplog.records
+
+
 def test_rates_of_meta_training_are_looked_at_too(caplog: pytest.LogCaptureFixture) -> None:
     for name in ("learning_rate", "sgd_learning_rate"):
         caplog.clear()
