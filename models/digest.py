@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.peft_layers import adapter_tensors
 from pyro_lift.models.task import Rows, Task
 
-__all__ = ["digest", "digest_of_rows", "digests_of_tasks"]
+__all__ = ["digest", "digest_of_network", "digest_of_rows", "digests_of_tasks"]
 
 #: Values of each parameter of the network that count.
 VALUES = 1024
@@ -28,9 +29,20 @@ def digest(adapter: RandomAdapter, tasks: Sequence[Task]) -> str:
         for tensor in _read(task.train):
             _take(seen, tensor)
     _take(seen, adapter.initial)
-    for _, parameter in adapter.backbone.named_parameters():
-        if type(parameter.data) is Tensor:  # others are quantised, and cannot be cut
-            _take(seen, parameter.reshape(-1)[:VALUES])
+    _take_network(seen, adapter, without=())
+    return seen.hexdigest()
+
+
+def digest_of_network(adapter: RandomAdapter) -> str:
+    """Return a short hash of the first values of each of the network's frozen parameters.
+
+    Args:
+        adapter: the network and the start of its adapter, which does not count.
+    """
+    seen = hashlib.blake2b(digest_size=8)
+    _take_network(
+        seen, adapter, without=frozenset(e.name for e in adapter.layout) | set(adapter_tensors(adapter.backbone))
+    )
     return seen.hexdigest()
 
 
@@ -59,6 +71,12 @@ def digest_of_rows(*parts: Rows | None) -> str:
 def _read(rows: Rows) -> tuple[Tensor, ...]:
     """Return the tensors of rows in one order."""
     return (*(rows.inputs[name] for name in sorted(rows.inputs)), rows.target)
+
+
+def _take_network(seen: hashlib.blake2b, adapter: RandomAdapter, without: Container[str]) -> None:
+    for name, parameter in adapter.backbone.named_parameters():
+        if name not in without and type(parameter.data) is Tensor:  # others are quantised, and cannot be cut
+            _take(seen, parameter.reshape(-1)[:VALUES])
 
 
 def _take(seen: hashlib.blake2b, tensor: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.checkpoint.folder import TASK_DATA, jsonable
+from pyro_lift.inference.checkpoint.folder import DIGESTS, jsonable
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.support.archive import (
     DamagedError,
@@ -62,7 +62,7 @@ class WorkBefore:
         """
         if session is None:
             return cls(None), False
-        config = {name: value for name, value in (session.config or {}).items() if name != TASK_DATA}
+        config = {name: value for name, value in (session.config or {}).items() if name not in DIGESTS}
         config |= {} if digest is None else {"digest": digest()}  # which says as much
         kept = cls(session.folder, config, session.signals_before_chain)
         return kept, session.transitions > 0 and not kept.has(name)

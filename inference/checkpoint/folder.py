@@ -16,8 +16,10 @@ from pyro_lift.support.archive import DamagedError, check_format, check_sealed, 
 from pyro_lift.support.wording import some_names
 
 __all__ = [
+    "DIGESTS",
     "FORMAT",
     "MANY",
+    "NETWORK",
     "SHARD",
     "TASK_DATA",
     "SavableRows",
@@ -41,6 +43,10 @@ SHARD = 128 * 2**20
 
 #: In a run's configuration: a digest of each task's training rows, by its name.
 TASK_DATA = "task_data"
+#: Likewise: a digest of the frozen network.
+NETWORK = "network"
+#: What earlier versions did not keep: a run that has none goes on without.
+DIGESTS = (TASK_DATA, NETWORK)
 
 
 #: Past this many files of draws they are written as one.
@@ -116,6 +122,11 @@ def check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], a
         where = f"{at}{name}"
         if name == TASK_DATA and was and today:
             _check_task_data(path, was, today)
+        elif name == NETWORK and was != today:
+            raise ValueError(
+                f"{path}: the weights of the backbone are others than those that the run was saved with. Go on with "
+                "the same network, or begin anew in another folder."
+            )
         elif isinstance(was, dict) and isinstance(today, dict):
             check_config(path, was, today, f"{where}.")
         elif name == "start_log_likelihood":

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from pyro_lift.inference.checkpoint.beginning import check_folder, say_beginning
 from pyro_lift.inference.checkpoint.folder import (
+    DIGESTS,
     FORMAT,
     MANY,
-    TASK_DATA,
     SavableRows,
     check_config,
     checkpoints_in,
@@ -164,8 +164,9 @@ class Session:
             self._found, self._previous = (path, state), path
             self.transitions, self.draws = state["transitions"], state["draws"]
             saved = state["config"] if self._upgrade is None else self._upgrade(state["config"])
-            if TASK_DATA not in saved:  # nor is it in what was kept of the run beside its chain
-                self.config.pop(TASK_DATA, None)
+            for name in DIGESTS:
+                if name not in saved:  # nor is it in what was kept of the run beside its chain
+                    self.config.pop(name, None)
             check_config(path / "state.json", saved, self.config)
             log.info("going on with %s", path)
             return

@@ -7,10 +7,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pyro_lift.inference.checkpoint.folder import TASK_DATA, saved_config
+from pyro_lift.inference.checkpoint.folder import NETWORK, TASK_DATA, saved_config
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.digest import digests_of_tasks
+from pyro_lift.models.digest import digest_of_network, digests_of_tasks
 from pyro_lift.models.door import check_rows
 from pyro_lift.models.observation import is_narrower, own_head_scale
 from pyro_lift.models.task import Task
@@ -86,6 +86,7 @@ def run_config(
         "adapter": [[entry.name, list(entry.shape)] for entry in adapter.layout],
         "tasks": [[task.name, task.kind, len(task.train)] for task in tasks],
         TASK_DATA: digests_of_tasks(tasks),
+        NETWORK: digest_of_network(adapter),
         **(RULE if by_width else {}),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from pyro_lift import LiFT, Task
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.models.digest import digest, digests_of_tasks
+from pyro_lift.models.digest import digest, digest_of_network, digests_of_tasks
 from pyro_lift.tuning.whose_heads import run_config
 
 
@@ -102,12 +103,31 @@ def test_a_chain_goes_on_with_the_same_data_alone_and_names_the_tasks_that_diffe
     torch.testing.assert_close(again.mixture.get().mean, whole.mixture.get().mean, rtol=0, atol=0)
 
 
+def test_a_chain_does_not_go_on_with_another_network_however_near(tmp_path: Path) -> None:
+    stopped(tmp_path)
+    near = adapter()
+    with torch.no_grad():
+        near.backbone.get_parameter("base_model.model.2.base_layer.bias").mul_(1.0 + 1e-5)
+    with pytest.raises(ValueError, match=r"weights of the backbone are others .*Go on with the same network"):
+        LiFT(near, **OPTIONS).meta_train(tasks(), resume=tmp_path, progress=False)  # type: ignore[arg-type]
+    assert digest_of_network(adapter()) == digest_of_network(adapter()) != digest_of_network(near)
+
+
+def test_the_start_of_an_adapter_is_no_part_of_the_network() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    config = peft.LoraConfig(r=2, target_modules=["0", "2"])
+    first, second = (adapt_backbone(copy.deepcopy(net), config, seed=seed) for seed in (0, 1))
+    assert not torch.equal(first.initial, second.initial)
+    assert digest_of_network(first) == digest_of_network(second)
+
+
 def of_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs be saved as by a version that kept no digests of tasks."""
 
     def config(*run: Any, **options: Any) -> dict[str, Any]:
         told = run_config(*run, **options)
-        del told["task_data"]
+        del told["task_data"], told["network"]
         return told
 
     monkeypatch.setattr("pyro_lift.lift.run_config", config)
@@ -119,7 +139,7 @@ def test_a_chain_saved_without_digests_goes_on_as_it_did(tmp_path: Path, monkeyp
         stopped(tmp_path)
     LiFT(adapter(), **OPTIONS).meta_train(relabelled(5), resume=tmp_path, progress=False)  # type: ignore[arg-type]
     for path in tmp_path.glob("step-*/state.json"):
-        assert "task_data" not in json.loads(path.read_text())["config"]
+        assert not {"task_data", "network"} & json.loads(path.read_text())["config"].keys()
 
 
 def test_a_run_saved_without_digests_keeps_what_it_found_before_its_chain_and_its_looks(
