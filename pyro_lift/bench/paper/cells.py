@@ -130,7 +130,7 @@ def judge(problem: PaperProblem, group: str, seed: int, wanted: Sequence[str] | 
         "missing": {part: list(names) for part, names in tasks.missing.items()},
         "notes": list(tasks.notes),
         "sizes": {**asdict(problem.sizes), "lift": dict(problem.sizes.lift)},
-        "backbone": problem.setting.backbone.rsplit("site-packages/", 1)[-1],
+        "backbone": _without_folders(problem.setting.backbone),
         "form": problem.setting.form,
         "measure": problem.setting.measure,
         "adapter_weights": problem.adapter.dim,
@@ -237,6 +237,12 @@ def _settings(contestant: Trained) -> dict[str, Any]:
         shown["lift"] = settings
         shown["mixture"] = {key: value for key, value in prior.mixture.report().items() if _is_json(value)}
     return shown
+
+
+def _without_folders(backbone: str) -> str:
+    """Name a network that lies in a folder of this machine by the last two parts of its path."""
+    path = Path(backbone)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else backbone
 
 
 def _is_json(value: Any) -> bool:
