@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pyro_lift.models.digests import digest_of
 from pyro_lift.models.head_problem import HeadModel, ScalePrior
 from pyro_lift.models.heads import choose_prior_sd
 from pyro_lift.models.readouts import ABSENT, LabelMatching
+from pyro_lift.models.tensor_digest import digest_of
 
 __all__ = ["SCALE_SHARES", "HeadChoice", "choose_head"]
 

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import Block, block_outputs
-from pyro_lift.models.digests import digest_of
 from pyro_lift.models.features import all_features
 from pyro_lift.models.head_choice import HeadChoice, choose_head
 from pyro_lift.models.head_problem import apply_head
@@ -33,6 +32,7 @@ from pyro_lift.models.heads import HeadModel, ScalePrior, laplace_head, solve_he
 from pyro_lift.models.observation import batch_of, has_head, network_output
 from pyro_lift.models.readouts import LabelMatching
 from pyro_lift.models.task import Rows, Task
+from pyro_lift.models.tensor_digest import digest_of
 from pyro_lift.support.options import check_choice, check_number
 
 __all__ = [
