@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,16 +25,17 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.archive import read_tensors, write_tensors
+from pyro_lift.tuning.candidates import adaptations
 from pyro_lift.tuning.held_out import judged
-from pyro_lift.tuning.methods import tune_method
+from pyro_lift.tuning.methods import tune_method, with_changes
 
 __all__ = [
     "OutOfTimeError",
     "Work",
+    "adaptations_of",
     "method_of",
     "predict_rows",
     "rate_of",
-    "rates_of",
     "read_predictions",
     "run_cell",
 ]
@@ -84,9 +84,16 @@ class Work(NamedTuple):
             raise OutOfTimeError
 
 
-def rates_of(method: str, plan: Plan) -> tuple[float, ...]:
-    """Rates of adaptation that a method chooses from; one, without a meaning, where it chooses by itself."""
-    return plan.rates[:1] if method in CHOOSING else plan.rates
+def adaptations_of(method: str, plan: Plan) -> list[dict[str, float]]:
+    """Return what a method chooses its adaptation from: multiples of LiFT's own rate, by the budget's field.
+
+    One, without a meaning, where it chooses by itself. With rates that nobody gave, LiFT's largest comes with another
+    power on the likelihood, as in the tuner (:func:`~pyro_lift.tuning.candidates.adaptations`).
+    """
+    rates = plan.rates[:1] if method in CHOOSING else plan.rates
+    if method == REFERENCE and rates == tuple(CompareSettings.rates)[: len(rates)]:
+        return [{"learning_rate": rate, "power": power} for rate, power in adaptations(plan.steps)[: len(rates)]]
+    return [{"learning_rate": rate} for rate in rates]
 
 
 def method_of(
@@ -173,11 +180,11 @@ def run_cell(work: Work, *, method: str, seed: int, fold: int) -> dict[str, Any]
     meta_seconds = time.perf_counter() - start
     records: list[Record] = []
     tensors: dict[str, Tensor] = {}
-    for number, rate in enumerate(rates_of(method, plan) if tuning is None else (1.0,)):
-        budget = first.budget
-        if tuning is None:
-            budget = replace(budget, learning_rate=rate * rate_of(adapter, problem))
-        contender = replace(first, budget=budget)  # type: ignore[type-var]
+    own = rate_of(adapter, problem)
+    for number, changes in enumerate(adaptations_of(method, plan) if tuning is None else [None]):
+        contender = first
+        if changes is not None:
+            contender = with_changes(first, {**changes, "learning_rate": changes["learning_rate"] * own})
         for place, original in enumerate((*turn.judged, *turn.dev)):
             task = judged(original, work.settings.test_rows)
             record = {
@@ -207,7 +214,7 @@ def run_cell(work: Work, *, method: str, seed: int, fold: int) -> dict[str, Any]
             records.append(
                 {**record, **scores, "adapt_seconds": round(seconds, 3), "bytes": _bytes(posterior), "place": place}
             )
-            work.step(budget.steps if entrant(method).rank else 0)
+            work.step(contender.budget.steps if entrant(method).rank else 0)
     file = work.folder / f"seed{seed}-fold{fold}-{method}.safetensors"
     told = {"records": records, "predictions": write_tensors(file, tensors) if tensors else None}
     return told if tuning is None else {**told, "tuning_seconds": round(tuning_seconds, 2)}

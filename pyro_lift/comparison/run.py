@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pyro_lift.bench.records import Record
 from pyro_lift.bench.sweep import Cell, results, run_cells, write_manifest
-from pyro_lift.comparison.cells import OutOfTimeError, Work, rates_of, run_cell
+from pyro_lift.comparison.cells import OutOfTimeError, Work, adaptations_of, run_cell
 from pyro_lift.comparison.costs import load_all, measured
 from pyro_lift.comparison.figure import plot
 from pyro_lift.comparison.plan import Plan, solve, whole_budget
@@ -330,7 +330,7 @@ def _gradients(method: str, fold: Fold, plan: Plan) -> int:
     """Count the gradients of a cell, for the bar."""
     if entrant(method).rank == 0:
         return 0
-    adapting = (len(fold.judged) + len(fold.dev)) * len(rates_of(method, plan)) * plan.steps
+    adapting = (len(fold.judged) + len(fold.dev)) * len(adaptations_of(method, plan)) * plan.steps
     return adapting + (plan.gradients if entrant(method).meta else 0)
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyro_lift.comparison.cells import adaptations_of
 from pyro_lift.comparison.plan import PLANNED, Costs, Plan, planned, solve, whole_budget
 from pyro_lift.comparison.settings import CompareSettings
 from pyro_lift.support.durations import format_duration, seconds_of
@@ -101,3 +102,15 @@ def test_what_is_cut_is_said() -> None:
 def test_a_plan_read_back_is_the_plan_written() -> None:
     plan = solve(COSTS, CompareSettings(), FOLDS, 3, 1, 200)
     assert planned(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_lifts_largest_rate_comes_with_a_power_unless_rates_were_given() -> None:
+    for steps, strong in ((100, {"learning_rate": 2.0, "power": 10.0}), (20, {"learning_rate": 4.0, "power": 100.0})):
+        for count in (1, 2, 3):
+            plan = Plan(100, steps, tuple(CompareSettings.rates[:count]), 1, 1, 0.0)
+            plain = [{"learning_rate": 1.0, "power": 1.0}, {"learning_rate": 0.25, "power": 1.0}]
+            assert adaptations_of("lift", plan) == [*plain, strong][:count]
+            assert adaptations_of("reptile", plan) == [{"learning_rate": rate} for rate in plan.rates]
+            assert adaptations_of("linear-probe", plan) == [{"learning_rate": 1.0}]
+    given = Plan(100, 20, (1.0, 3.0), 1, 1, 0.0)
+    assert adaptations_of("lift", given) == [{"learning_rate": 1.0}, {"learning_rate": 3.0}]
