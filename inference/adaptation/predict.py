@@ -8,8 +8,9 @@ calibrates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,11 +52,14 @@ def predict(
         rows: the inputs; their targets are not looked at.
         kind: of the likelihood.
         heads: draws of the task's own head ``[S, C, width + 1]``, or None.
-        batch_size: rows of one forward pass. Where the rows are fewer, several draws share a pass.
+        batch_size: rows of one forward pass. Where the rows are fewer, several draws share a pass. Draws that equal
+            the one before, such as those that stay at the start, share its pass too.
     """
     if thetas.dim() != 2 or len(thetas) == 0:
         raise ValueError(f"thetas has shape {tuple(thetas.shape)}; expected at least one draw, [S, {adapter.dim}].")
     adapter.check_use()
+    draws = len(thetas)
+    thetas, heads, times = _without_repeats(thetas, heads)
     parts = []
     for start in range(0, len(rows), batch_size):
         part = rows.take(slice(start, start + batch_size))
@@ -64,24 +68,41 @@ def predict(
         total: Tensor | None = None
         for s in range(0, len(thetas), together):
             some = slice(s, s + together)
-            summed = _summed(adapter, thetas[some], part, kind, None if heads is None else heads[some])
+            own = None if heads is None else heads[some]
+            summed = _summed(adapter, thetas[some], part, kind, own, times[some])
             total = summed if total is None else total + summed
         assert total is not None
-        parts.append(total / len(thetas))
+        parts.append(total / draws)
     return torch.cat(parts)
 
 
-def _summed(adapter: RandomAdapter, thetas: Tensor, rows: Rows, kind: LossKind, heads: Tensor | None) -> Tensor:
-    """Sum probabilities ``[n, C]`` over a few draws, which go through the network in one pass."""
+def _without_repeats(thetas: Tensor, heads: Tensor | None) -> tuple[Tensor, Tensor | None, list[int]]:
+    """Leave out draws that equal the one before, and count how often each of the others is meant."""
+    again = (thetas[1:] == thetas[:-1]).all(1)
+    if heads is not None:
+        again &= (heads[1:] == heads[:-1]).flatten(1).all(1)
+    firsts = [0, *(s for s, repeats in enumerate(again.tolist(), 1) if not repeats)]
+    if len(firsts) == len(thetas):
+        return thetas, heads, [1] * len(thetas)
+    times = [after - first for first, after in pairwise([*firsts, len(thetas)])]
+    return thetas[firsts], None if heads is None else heads[firsts], times
+
+
+def _summed(
+    adapter: RandomAdapter, thetas: Tensor, rows: Rows, kind: LossKind, heads: Tensor | None, times: Sequence[int]
+) -> Tensor:
+    """Sum probabilities ``[n, C]`` over a few draws, each as often as it is meant, which share one pass."""
     if len(thetas) == 1:
-        return probabilities(kind, outputs(adapter, rows, thetas[0], None if heads is None else heads[0]))
+        p = probabilities(kind, outputs(adapter, rows, thetas[0], None if heads is None else heads[0]))
+        return p if times[0] == 1 else p * times[0]
     S = len(thetas)
     named = {name: x.expand(S, *x.shape) for name, x in rows.named.items()}
     own = {} if heads is None else head_inputs_of(rows)
     output: Tensor = adapter(*(x.expand(S, *x.shape) for x in rows.positional), theta=thetas, **named, **own)
     if heads is not None:
         output = apply_head(output, heads)
-    return probabilities(kind, output).sum(0)
+    p = probabilities(kind, output)
+    return p.sum(0) if max(times) == 1 else torch.einsum("s...,s->...", p, p.new_tensor(times))
 
 
 @torch.no_grad()

@@ -237,6 +237,38 @@ def test_one_task_several_times_gives_independent_chains_one_by_one_too() -> Non
 
 
 @pytest.mark.parametrize("with_heads", [False, True])
+@pytest.mark.parametrize("batch_size", [3, 1000])
+def test_draws_that_repeat_share_a_pass_and_count_as_often_as_they_come(
+    batch_size: int, with_heads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_default_dtype(torch.float64)
+    adapter, rows = picture_adapter(), picture_tasks()[0].train
+    order = [0, 0, 0, 1, 2, 2, 0]  # the last equals none beside it
+    thetas = (adapter.initial + 0.3 * torch.randn(3, adapter.dim))[order]
+    heads = torch.randn(3, 3, 13)[order] if with_heads else None
+    wanted = torch.stack([predict(adapter, t[None], rows, heads=None if heads is None else heads[s][None])
+                          for s, t in enumerate(thetas)]).mean(0)  # fmt: skip
+    passed = 0
+
+    def counted(one: Any, of: Any, theta: Any, *more: Any) -> Any:
+        nonlocal passed
+        passed += 1
+        return outputs(one, of, theta, *more)
+
+    monkeypatch.setattr("pyro_lift.inference.adaptation.predict.outputs", counted)
+    torch.testing.assert_close(predict(adapter, thetas, rows, heads=heads, batch_size=batch_size), wanted)
+    monkeypatch.setattr("pyro_lift.inference.adaptation.predict.STACKED_ON_CPU", 1)
+    passed = 0
+    predict(adapter, thetas, rows, heads=heads, batch_size=len(rows))
+    assert passed == 4
+    if heads is not None:  # the same weights under other heads are other draws
+        other = torch.randn(7, 3, 13)
+        found = predict(adapter, thetas[:1].expand(7, -1), rows, heads=other)
+        each = [predict(adapter, thetas[:1], rows, heads=head[None]) for head in other]
+        torch.testing.assert_close(found, torch.stack(each).mean(0))
+
+
+@pytest.mark.parametrize("with_heads", [False, True])
 @pytest.mark.parametrize("batch_size", [3, 14, 1000])
 def test_predicting_over_draws_in_one_pass_is_predicting_over_each(batch_size: int, with_heads: bool) -> None:
     torch.set_default_dtype(torch.float64)
