@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.defaults import fitted, for_targets, one_width, resolved, resolved_adaptation
+from pyro_lift.defaults import fitted, for_targets, one_width, resolved, resolved_adaptation, widened
 from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import Session
@@ -90,7 +90,7 @@ class ChainSetup:
         s = run._fitted(program, leave_out=leaves_outliers_out(session))
         adapt = resolved_adaptation(self.adapt_settings, self.settings, s, program.solved is not None)
         if not crossed:
-            return BeforeChain(run, program, s, adapt, joint, None)
+            return BeforeChain(run, program, self._widened(s, program, joint), adapt, joint, None)
         noise = run.settings.noise_scale if self.settings.noise_scale is None else None
         shown = {"progress": progress, "on_step": on_step["cross-fit"]}
         halves = run._cross_fitted(program, joint, s, session, noise, **shown)
@@ -99,7 +99,15 @@ class ChainSetup:
             program.noise_scale = s.noise_sd
             if halves.power != 1.0 and self.leaves_power_open:  # a run that goes on may have been given one since
                 adapt = replace(adapt, n_inflate=halves.power * (s.n_inflate or 1.0))
-        return BeforeChain(run, program, s, adapt, joint, halves)
+        return BeforeChain(run, program, self._widened(s, program, joint), adapt, joint, halves)
+
+    def _widened(self, s: LiFTSettings, program: AdapterHierarchy, joint: Joint | None) -> LiFTSettings:
+        """Give phi's prior room for what joint training moves, where its widths were left open."""
+        if joint is None or self.settings.sigma is not None or self.settings.beta is not None:
+            return s
+        s = replace(s, sigma=widened(s.sigma, joint.widths(s.sgd_steps)))
+        program.sigma = by_weight(self.adapter, s.sigma)
+        return s
 
     @property
     def leaves_power_open(self) -> bool:
@@ -129,7 +137,8 @@ class ChainSetup:
             return self._joint_run(half, rate, most, title, progress=progress, on_step=on_step)
 
         start, rate = self.adapter.initial, s.sgd_learning_rate
-        joint = joint_on_trial(tasks, start, rate, steps, begin, score, kept, few=few)
+        parts = [entry.part.stop - entry.part.start for entry in self.adapter.layout]
+        joint = joint_on_trial(tasks, start, rate, steps, begin, score, kept, few=few, parts=parts)
         within = joint.helps and s.sgd_includes_trial
         return joint._replace(steps=max(s.sgd_steps - joint.spent, steps)) if within else joint
 

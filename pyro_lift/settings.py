@@ -109,7 +109,11 @@ class LiFTSettings:
         },
     )
     sigma: float | list[float] | None = field(
-        default=None, metadata={"help": "standard deviation of phi around its prior mean, likewise; none: twice beta"}
+        default=None,
+        metadata={
+            "help": "standard deviation of phi around its prior mean, likewise; none: twice beta, or what joint "
+            "training moves phi by where it helps and that is more"
+        },
     )
     prior_mean: Literal["adapter", "zero"] = field(
         default="adapter", metadata={"help": "of phi: the adapter's initial weights, or zero (the paper's)"}

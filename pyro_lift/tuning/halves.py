@@ -121,6 +121,9 @@ class Joint(NamedTuple):
         tried: the rates, in the order in which they were tried; empty of a run that was saved before they were kept.
         spent: gradients that the trial took; zero of a run that was saved before they were counted.
         against: the one task without which joint training would have helped; empty where there is none.
+        vectors: root mean square of what the halves' vectors moved by, by adapter tensor, after ``looked`` steps; empty
+            of a run that was saved before it was kept.
+        looked: steps of each half.
     """
 
     rate: float
@@ -131,6 +134,20 @@ class Joint(NamedTuple):
     tried: tuple[Tried, ...] = ()
     spent: int = 0
     against: str = ""
+    vectors: tuple[float, ...] = ()
+    looked: int = 0
+
+    def widths(self, steps: int) -> tuple[float, ...]:
+        r"""Return how far n steps of joint training will move a weight, by adapter tensor; nothing where it is unknown.
+
+        .. math:: \sqrt{\overline{(\phi_h - \phi_0)^2}\; n / n_h},
+
+        for the :math:`n_h` steps of the halves: the path of a stochastic optimiser grows at least as the square root of
+        its steps.
+        """
+        if not self.helps or not self.looked:
+            return ()
+        return tuple(x * math.sqrt(max(steps / self.looked, 1.0)) for x in self.vectors)
 
     def results(self) -> dict[str, float]:
         """Measures for the prior's folder and card."""
@@ -224,6 +241,7 @@ def joint_on_trial(
     kept: WorkBefore | None = None,
     *,
     few: bool = False,
+    parts: Sequence[int] = (),
 ) -> Joint:
     """Find whether joint training helps tasks that it has not seen, and at which rate.
 
@@ -236,10 +254,12 @@ def joint_on_trial(
         score: judges one.
         kept: where vectors and the verdict are kept, for a run that goes on.
         few: whether joint training makes few passes over the rows.
+        parts: numbers of weights that the vector's parts have, one for each adapter tensor; none takes it whole.
     """
     kept = kept or WorkBefore(None)
-    data = kept.data("joint", lambda: _Trial(tasks, start, rate, steps, begin, score, kept).joint(few)._asdict())
-    joint = Joint(**{**data, "tried": tuple(Tried(*each) for each in data.get("tried", ()))})
+    data = kept.data("joint", lambda: _Trial(tasks, start, rate, steps, begin, score, kept, parts).joint(few)._asdict())
+    tried, vectors = tuple(Tried(*each) for each in data.get("tried", ())), tuple(data.get("vectors", ()))
+    joint = Joint(**{**data, "tried": tried, "vectors": vectors})
     log.info("%s", joint.sentence())
     return joint
 
@@ -256,7 +276,9 @@ class _Trial:
         begin: Begin,
         score: Score,
         kept: WorkBefore,
+        parts: Sequence[int],
     ) -> None:
+        self.parts = list(parts) or [len(start)]
         self.start, self.rate, self.steps, self.score, self.kept = start, rate, steps, score, kept
         self.begin, self.each = begin, trial_steps(steps, len(tasks))
         self.halves = dealt(tasks, 2)
@@ -305,7 +327,13 @@ class _Trial:
             self.against = names[int(self.told.nonzero()[worst])]
         log.info("joint training at %.2g on trial: %+.3f ± %.3f nats a row", factor * self.rate, gain, error)
         self.tried.append(Tried(factor * self.rate, gain, error, helps))
-        return Joint(factor * self.rate, self.steps if helps else 0, gain, error, helps), after
+        verdict = Joint(factor * self.rate, self.steps if helps else 0, gain, error, helps)
+        return verdict._replace(vectors=self._moved(vectors), looked=steps), after
+
+    def _moved(self, vectors: Sequence[Tensor]) -> tuple[float, ...]:
+        """Return the root mean square of what both halves moved by, for each part of the vector."""
+        square = torch.stack([(vector.to(self.start) - self.start).double().square() for vector in vectors]).mean(0)
+        return tuple(float(part.mean().sqrt()) if len(part) else 0.0 for part in square.split(self.parts))
 
 
 def is_above_zero(difference: Tensor, level: float = LEVEL) -> bool:

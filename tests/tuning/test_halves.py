@@ -17,12 +17,15 @@ from scipy.stats import ttest_rel
 from torch import Tensor
 
 from pyro_lift import LiFT, Task
+from pyro_lift.defaults import widened
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import RunStopped
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.tuning.halves import (
     PLAIN,
+    Joint,
     is_above_zero,
     joint_on_trial,
     log_probs_at,
@@ -369,3 +372,37 @@ def test_a_run_over_tasks_of_two_sizes_goes_on_from_the_middle_of_joint_training
     torch.testing.assert_close(gone_on.mixture.get().mean, plain.mixture.get().mean, rtol=0, atol=0)
     by_rows = LiFT(adapter(), sgd_weights="rows", **options).meta_train(made, progress=False)  # type: ignore[arg-type]
     assert not torch.equal(by_rows.mixture.get().mean, plain.mixture.get().mean)
+
+
+def test_what_the_halves_moved_by_is_kept_by_tensor_and_grows_with_the_root_of_the_steps(tmp_path: Path) -> None:
+    stand_in, made = Halves({0.1: 0.5, 0.1 * 3.0: 0.4}), tasks(shared=True)
+    kept = WorkBefore(tmp_path, {})
+    at: dict[str, Any] = {"parts": [1, 1], "kept": kept}
+    joint = joint_on_trial(made, torch.tensor([0.1, 0.0]), 0.1, 300, stand_in.begin, stand_in.score, **at)
+    assert joint.looked == 25 and joint.rate == 0.1
+    assert joint.vectors == pytest.approx((0.4, math.sqrt((1.0 + 4.0) / 2)))  # the halves begin with t0 and t1
+    assert joint.widths(400) == pytest.approx(tuple(4.0 * x for x in joint.vectors))
+    assert joint.widths(5) == joint.vectors
+    assert joint_on_trial(made, torch.zeros(2), 0.1, 300, stand_in.begin, stand_in.score, **at) == joint
+    assert joint._replace(helps=False).widths(400) == () == Joint(0.1, 300, 0.5, 0.1, True).widths(400)
+
+
+def test_the_prior_of_phi_has_room_for_what_joint_training_moves_unless_its_widths_were_given() -> None:
+    found = LiFT(adapter(), **OPTIONS).before_chain(tasks(shared=True), crossed=False)  # type: ignore[arg-type]
+    assert found.joint is not None and found.joint.helps
+    widths = found.joint.widths(found.settings.sgd_steps)
+    assert isinstance(found.settings.sigma, list)
+    assert all(wide >= width for wide, width in zip(found.settings.sigma, widths, strict=True))
+    torch.testing.assert_close(found.program.sigma, by_weight(found.program.adapter, found.settings.sigma))
+    for given in ({"sigma": 0.01}, {"beta": 0.01}):
+        kept = LiFT(adapter(), **OPTIONS, **given).before_chain(tasks(shared=True), crossed=False)  # type: ignore[arg-type]
+        assert kept.joint is not None and kept.joint.helps
+        assert kept.settings.sigma == pytest.approx(0.01 if "sigma" in given else 0.02)
+    apart = LiFT(adapter(), **OPTIONS).before_chain(tasks(shared=False), crossed=False)  # type: ignore[arg-type]
+    assert apart.joint is not None and not apart.joint.helps and apart.joint.widths(200) == ()
+
+
+def test_no_width_of_phi_is_made_narrower() -> None:
+    assert widened([0.1, 0.5], (0.3, 0.2)) == [0.3, 0.5]
+    assert widened(0.1, (0.3, 0.05)) == [0.3, 0.1]
+    assert widened(0.1, ()) == 0.1 and widened([0.5, 0.5], (0.1, 0.1)) == [0.5, 0.5]
