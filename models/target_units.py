@@ -1,4 +1,4 @@
-"""Whether the targets of regressions are in the unit of the network's outputs."""
+"""Whether targets of regressions are in the unit of the network's outputs, and a new task's in that of the prior."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro_lift.models.prior_loss import ROWS, TASKS
 from pyro_lift.models.rows import some_rows
 from pyro_lift.models.task import Task
 
-__all__ = ["Units", "units_of", "warn_of_units"]
+__all__ = ["Units", "units_of", "warn_of_new_units", "warn_of_units"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -24,6 +24,8 @@ log = logging.getLogger("pyro_lift")
 FAR = 8.0
 #: Targets vary so many times as much as the outputs, or as little. At 100 some networks got there, others did not.
 WIDE = 30.0
+#: Columns of targets that share a noise vary so many times as much as one another.
+APART = 30.0
 
 
 class Units(NamedTuple):
@@ -34,29 +36,40 @@ class Units(NamedTuple):
         spread: standard deviation of the targets around their task's mean.
         output: mean of the network's outputs on the same rows.
         varies: their standard deviation.
+        noise: of the targets around the outputs, where a prior knows it.
     """
 
     target: float
     spread: float
     output: float
     varies: float
+    noise: float = 0.0
 
     @property
     def differ(self) -> bool:
         """Whether they are so far apart that an adapter is not what is missing."""
-        far = abs(self.target - self.output) > FAR * self.spread > 0.0
-        wide = 0.0 < WIDE * self.varies < self.spread
-        return far or wide or 0.0 < WIDE * self.spread < self.varies
+        known = max(self.varies, self.noise)
+        far = abs(self.target - self.output) > FAR * max(self.spread, self.noise) > 0.0 and self.spread > 0.0
+        wide = 0.0 < WIDE * known < self.spread
+        return far or wide or 0.0 < WIDE * self.spread < known
+
+
+def units_of(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor | None = None, noise: float = 0.0) -> Units:
+    """Look at a few rows of a few tasks; of the first output that is in another unit, else of the furthest off.
+
+    Args:
+        adapter: the network as a function of theta.
+        tasks: regressions without heads of their own.
+        theta: where the network is looked at, ``[D]``; None where it begins.
+        noise: of the targets, where it is known.
+    """
+    units = _units_of_each(adapter, tasks, adapter.initial if theta is None else theta, noise)
+    worst = max(units, key=lambda u: abs(u.target - u.output) / max(u.spread, 1e-300))
+    return next((u for u in units if u.differ), worst)
 
 
 @torch.no_grad()
-def units_of(adapter: RandomAdapter, tasks: Sequence[Task]) -> Units:
-    """Look at a few rows of a few tasks.
-
-    Args:
-        adapter: the network as a function of theta, looked at where it begins.
-        tasks: regressions without heads of their own.
-    """
+def _units_of_each(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor, noise: float) -> list[Units]:
     some = [tasks[k * len(tasks) // min(TASKS, len(tasks))] for k in range(min(TASKS, len(tasks)))]
     targets, means, within = [], [], []
     for task in some:
@@ -64,13 +77,13 @@ def units_of(adapter: RandomAdapter, tasks: Sequence[Task]) -> Units:
         y = _columns(rows.target)
         targets.append(y.mean(0))
         within.append((_columns(task.train.target) - _columns(task.train.target).mean(0)).square().mean(0))
-        means.append(_columns(outputs(adapter, rows.to(adapter.initial.device), adapter.initial, None)))
+        means.append(_columns(outputs(adapter, rows.to(theta.device), theta, None)))
         if means[-1].shape[-1] != targets[-1].shape[-1]:  # what is made of these is not the output as it stands
-            return Units(0.0, 1.0, 0.0, 1.0)
+            return [Units(0.0, 1.0, 0.0, 1.0)]
     target, spread = torch.stack(targets).mean(0), torch.stack(within).mean(0).sqrt()
     output, varies = torch.cat(means).mean(0), torch.cat(means).std(0, correction=0)
-    worst = int(((target - output).abs() / spread.clamp_min(1e-300)).argmax())
-    return Units(*(float(x[worst]) for x in (target, spread, output, varies)))
+    found = torch.stack([target, spread, output, varies], -1).tolist()
+    return [Units(t, s, o, v, noise) for t, s, o, v in found]
 
 
 def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
@@ -81,14 +94,43 @@ def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
         tasks: that share the network's outputs; others than regressions have no unit.
     """
     tasks = [task for task in tasks if task.kind == "regression"]
-    if not tasks or not (units := units_of(adapter, tasks)).differ:
+    if not tasks:
         return
-    log.warning(
-        "the targets lie around %.3g and vary within a task by %.3g; the untouched network's outputs lie around %.3g "
-        "and vary by %.3g. Adapters of its layers hardly carry it there. Learn from (target - %.3g) / %.3g and undo "
-        "that in predictions, or bring the network's last layer to the unit of the targets.",
-        units.target, units.spread, units.output, units.varies, units.target, units.spread,
-    )  # fmt: skip
+    if (units := units_of(adapter, tasks)).differ:
+        log.warning(
+            "the targets lie around %.3g and vary within a task by %.3g; the untouched network's outputs lie around "
+            "%.3g and vary by %.3g. Adapters of its layers hardly carry it there. Learn from (target - %.3g) / %.3g "
+            "and undo that in predictions, or bring the network's last layer to the unit of the targets.",
+            units.target, units.spread, units.output, units.varies, units.target, units.spread,
+        )  # fmt: skip
+    spreads = torch.stack([_columns(task.train.target).std(0, correction=0) for task in tasks]).mean(0)
+    spreads = spreads[spreads > 0.0]
+    if len(spreads) > 1 and float(spreads.max()) > APART * float(spreads.min()):
+        log.warning(
+            "the columns of the targets vary by %.3g to %.3g within a task, and share one noise: those that vary "
+            "little will have far too wide predictions, and others none of the data's pull. Bring them to one scale, "
+            "each column divided by its own standard deviation.", float(spreads.min()), float(spreads.max()),
+        )  # fmt: skip
+
+
+def warn_of_new_units(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor, noise: float) -> None:
+    """Say in the log which new regressions are in another unit than those that a prior was learned from.
+
+    Args:
+        adapter: the network as a function of theta.
+        tasks: new ones, without heads of their own.
+        theta: the prior's mean, ``[D]``.
+        noise: standard deviation of the targets, as the prior knows it.
+    """
+    for task in tasks:
+        if task.kind == "regression" and (units := units_of(adapter, [task], theta, noise)).differ:
+            log.warning(
+                "task %r: its targets lie around %.3g and vary by %.3g; the network that the prior was learned with "
+                "gives %.3g, varying by %.3g, with noise %.2g. They are in another unit than the tasks of "
+                "meta-training, and predictions and their widths will be wrong. Bring the targets to the unit of "
+                "those, or leave the task out.",
+                task.name, units.target, units.spread, units.output, units.varies, noise,
+            )  # fmt: skip
 
 
 def _columns(x: Tensor) -> Tensor:

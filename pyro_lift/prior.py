@@ -40,6 +40,7 @@ from pyro_lift.models.hierarchical import can_share_pass
 from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.priors import broadened
 from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
+from pyro_lift.models.target_units import warn_of_new_units
 from pyro_lift.models.task import Task, check_kinds
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior
@@ -319,6 +320,8 @@ class LiFTPrior:
         check_kinds(tasks, self.kinds)
         check_class_numbers(tasks, self.classes)  # none where they had heads of their own
         check_rows(self.adapter, tasks)  # what comes after takes them as admitted
+        if any(task.kind == "regression" for task in tasks) and self._head_scale(tasks) is None:
+            warn_of_new_units(self.adapter, tasks, self.mixture.get().mean, self.settings.noise_sd)
 
     def _posterior(
         self, task: Task, thetas: Tensor, heads: Tensor | None, component: int, chain: MCMC | DrawWindows

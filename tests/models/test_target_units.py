@@ -74,3 +74,40 @@ def test_targets_of_another_unit_are_warned_of(
     assert len(said) == differ
     if differ:
         assert "undo that in predictions" in said[0] and "(target - " in said[0]
+
+
+@pytest.mark.parametrize(
+    ("offset", "unit", "differ"),
+    [(0.0, 1.0, False), (1.0, 2.0, False), (0.0, 1e3, True), (0.0, 1e-6, True), (100.0, 1.0, True)],
+)
+def test_a_new_task_in_another_unit_is_warned_of(
+    offset: float, unit: float, differ: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    prior = LiFT(network(), peft.LoraConfig(r=1, target_modules=["0", "2"]), sgd_steps=60, burn_in=2, samples=4, seed=0)
+    learned = prior.meta_train(tasks(0.0, 1.0), progress=False)
+    caplog.clear()
+    learned.adapt(tasks(offset, unit)[0], steps=4, draws=2)
+    said = [record.getMessage() for record in caplog.records if "another unit than" in record.getMessage()]
+    assert len(said) == differ and all("task 't0': its targets lie around" in each for each in said)
+
+
+def test_columns_of_different_units_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for factor, differ in ((1.0, False), (10.0, False), (1e3, True)):
+        caplog.clear()
+        two = [
+            Task(task.name, (task.train.inputs[""], task.train.target * torch.tensor([1.0, factor])), "regression")
+            for task in tasks(0.0, 1.0)
+        ]
+        lift(network(2)).meta_train(two, progress=False)
+        assert any("share one noise" in record.getMessage() for record in caplog.records) == differ
+
+
+def test_a_column_that_is_too_wide_is_seen_beside_one_that_is_far() -> None:
+    adapter = adapt_backbone(network(2), peft.LoraConfig(r=1, target_modules=["0", "2"]), seed=0)
+    unit, offset = torch.tensor([1.0, 1e3]), torch.tensor([4.0, 0.0])
+    two = [
+        Task(task.name, (task.train.inputs[""], task.train.target * unit + offset), "regression")
+        for task in tasks(0.0, 1.0)
+    ]
+    found = units_of(adapter, two)
+    assert found.differ and found.spread > 100.0
