@@ -74,7 +74,14 @@ def check_network(network: nn.Module) -> None:
 
 
 def plain_network(network: nn.Module) -> nn.Module:
-    """Unwrap a network from ``torch.compile``; return any other as it is."""
+    """Unwrap a network from ``torch.compile``; return any other as it is.
+
+    Raises:
+        TypeError: no module, such as the name of one.
+    """
+    if not isinstance(network, nn.Module):
+        way = f": load it by pyro_lift.models.backbones.load_backbone({network!r})" if isinstance(network, str) else ""
+        raise TypeError(f"backbone={network!r}: expected a torch module{way}.")
     inner = network._modules.get("_orig_mod")
     return network if inner is None else inner
 

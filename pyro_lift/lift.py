@@ -41,6 +41,7 @@ from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in e
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings, upgraded_run
 from pyro_lift.support import distributed
+from pyro_lift.support.devices import check_device
 from pyro_lift.support.durations import seconds_of
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_number, current_names
@@ -118,6 +119,7 @@ class LiFT(ChainSetup):
         if device is not None:
             if adapter is backbone:  # the caller's stays where it is
                 adapter = adapter.beginning_at(adapter.initial)
+            check_device(device)
             adapter.to(device)
         super().__init__(adapter, replace(settings or LiFTSettings(), **options), adapt or AdaptSettings(), seed)
         if self.settings.stop_patience != LiFTSettings.stop_patience and not self.settings.stop_every:

@@ -18,6 +18,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone, load_backbone, recipe
 from pyro_lift.models.readouts import LabelMatching
 from pyro_lift.models.task import Task
+from pyro_lift.support.devices import check_device
 
 __all__ = ["adapter_of", "device_of", "encode_tasks", "encoder_of", "task_of", "tasks_of"]
 
@@ -172,8 +173,5 @@ def device_of(name: str | None) -> str:
     """
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={name!r} cannot be used here ({str(error).splitlines()[0][:120]}).") from error
+    check_device(name)
     return name

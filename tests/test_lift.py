@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pyro
 import pytest
 import torch
@@ -138,7 +139,6 @@ def test_steps_are_counted() -> None:
 
 
 def classifier() -> RandomAdapter:
-    import peft
 
     from pyro_lift.models.backbones import adapt_backbone
 
@@ -233,3 +233,10 @@ def test_adaptation_moves_twice_as_fast_as_the_chain_where_no_rate_is_given() ->
     assert chain is not None and adaptation == pytest.approx(2.0 * chain)
     assert rates(learning_rate=0.003) == (0.003, None)  # what meta-training was given, adaptation inherits
     assert rates(learning_rate=None, preconditioner="none")[1] is None
+
+
+def test_a_device_that_is_not_here_and_a_name_in_the_place_of_a_network_are_refused() -> None:
+    with pytest.raises(ValueError, match="device='nosuch' cannot be used here"):
+        LiFT(nn.Sequential(nn.Linear(3, 2)), peft.LoraConfig(r=1, target_modules=["0"]), device="nosuch")
+    with pytest.raises(TypeError, match=r"expected a torch module: load it by .*load_backbone"):
+        LiFT("bert-base-uncased", peft.LoraConfig(r=1))  # type: ignore[arg-type]
