@@ -31,6 +31,7 @@ from pyro_lift.models.digest import digest
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
+from pyro_lift.saving.destination import check_destination
 from pyro_lift.support import distributed
 from pyro_lift.support.archive import read_json, write_file, write_json
 from pyro_lift.support.moved import names_moved_from
@@ -107,6 +108,8 @@ def train(
         raise ValueError(
             f"{folder} holds a finished prior. Give another output.folder, or --overwrite to train anew and replace it."
         )
+    check_destination(folder, "prior")
+    _check_apart(folder, config)
     _check_writable(folder)
     if overwrite and not resume and distributed.is_first():
         shutil.rmtree(saved, ignore_errors=True)
@@ -172,6 +175,8 @@ def tune(
         raise ValueError(
             f"{folder} holds a run that was stopped. --resume to go on with it, --overwrite to begin anew."
         )
+    check_destination(folder, "prior")
+    _check_apart(folder, config)
     _check_writable(folder)
     if overwrite and not resume:
         shutil.rmtree(saved, ignore_errors=True)
@@ -256,6 +261,9 @@ def adapt(
         OSError: ``out`` cannot be written; before the chain.
     """
     config = _config_of(prior_folder)
+    check_destination(out, "posterior")
+    if out.resolve() in (task_folder.resolve(), prior_folder.resolve()):
+        raise ValueError(f"{out} holds the task, or the prior: give another folder for the posterior.")
     _check_writable(out)
     adapter = adapter_of(config)
     adapter.to(device_of(device or config.output.device))
@@ -410,6 +418,15 @@ def _predicted(posterior: TaskPosterior, config: RunConfig, place: Path, writing
         line | ({"option": row.options[int(q[: len(row.options)].argmax())]} if row.options else {})
         for line, row, q in zip(_predictions(posterior.task, p), texts, p, strict=True)
     ]
+
+
+def _check_apart(folder: Path, config: RunConfig) -> None:
+    """Refuse to write among the tasks: the folder of them all, or one task's."""
+    root = None if config.tasks.root is None else Path(config.tasks.root).resolve()
+    if root is not None and (
+        folder.resolve() == root or (folder.resolve().parent == root and any(folder.glob("train.*")))
+    ):
+        raise ValueError(f"output.folder={str(folder)!r} holds tasks: give another folder for the prior.")
 
 
 def _check_writable(folder: Path) -> None:

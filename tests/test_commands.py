@@ -203,3 +203,22 @@ def test_pictures_from_npz_files_with_a_head_of_their_own(tmp_path: Path) -> Non
     np.savez(new, x_train=np.zeros((2, 4, 4, 3)), y_train=np.zeros(2, dtype=int))
     with pytest.raises(ValueError, match=r"new\.npz: .*expected uint8"):
         read_task(new)
+
+
+def test_a_posterior_does_not_take_the_priors_or_the_tasks_folder_nor_a_prior_the_models(tmp_path: Path) -> None:
+    runner = CliRunner()
+    family = next(name for name in sorted(KINDS) if KINDS[name] == "encoder")
+    config = prepare(family, tmp_path)
+    assert runner.invoke(app, ["train", str(config)], catch_exceptions=False).exit_code == 0
+    new, prior = tmp_path / "new", tmp_path / "prior"
+    before = {path: path.read_bytes() for path in (*new.iterdir(), *prior.iterdir()) if path.is_file()}
+    for out in (prior, new):
+        with pytest.raises((OSError, ValueError), match="another folder"):
+            commands.adapt(prior, new, out)
+    text, run = config.read_text(), read_config(config)
+    for folder in (str(tmp_path / "model"), run.tasks.root):
+        assert folder is not None
+        config.write_text(text.replace(f'folder = "{run.output.folder}"', f'folder = "{folder}"'))
+        with pytest.raises((OSError, ValueError), match="another folder"):
+            commands.train(config)
+    assert {path: path.read_bytes() for path in before} == before

@@ -24,6 +24,7 @@ from pyro_lift.models.peft_layers import default_name, peft_layers
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.saving.base_model import check_base, describe_base
 from pyro_lift.saving.choices import described_choices, saved_choices, saved_positive
+from pyro_lift.saving.destination import check_destination
 from pyro_lift.saving.hub import local_folder
 from pyro_lift.saving.model_card import posterior_card, prior_card
 from pyro_lift.saving.parts import PosteriorParts, PriorParts, SavablePosterior, SavablePrior
@@ -116,10 +117,15 @@ _POSTERIOR_KEYS = {**_ADAPTER_KEYS, "task": dict, "component": int}
 
 
 def save_prior(prior: SavablePrior, folder: Path) -> Path:
-    """Write a prior's folder; files of an older one are replaced when all of the new ones are on the disk."""
+    """Write a prior's folder; files of an older one are replaced when all of the new ones are on the disk.
+
+    Raises:
+        FileExistsError: the folder holds something else (:func:`~pyro_lift.saving.destination.check_destination`).
+    """
     adapter, mixture = prior.adapter, prior.mixture
     if mixture.seen == 0:
         raise ValueError("the prior has seen no draw yet: there is nothing to save.")
+    check_destination(folder, "prior")
     tensors = {f"mixture.{k}": x for k, x in mixture.state_dict().items()}
     tensors |= {f"second_moment.{k}": x for k, x in prior.second_moment.items()}
     tensors["initial"] = adapter.initial
@@ -234,7 +240,12 @@ def _check_tensor(file: Path, name: str, x: Tensor | None, shape: tuple[int, ...
 
 
 def save_posterior(posterior: SavablePosterior, folder: Path) -> Path:
-    """Write a posterior's folder: its draws, what is needed to predict with them, and a PEFT adapter of their mean."""
+    """Write a posterior's folder: its draws, what is needed to predict with them, and a PEFT adapter of their mean.
+
+    Raises:
+        FileExistsError: the folder holds something else (:func:`~pyro_lift.saving.destination.check_destination`).
+    """
+    check_destination(folder, "posterior")
     task = posterior.task
     tensors = {"theta": posterior.thetas} | ({} if posterior.heads is None else {"head": posterior.heads})
     tensors |= {f"label_texts.{name}": x for name, x in (task.label_texts or {}).items()}
