@@ -248,12 +248,23 @@ def _called(name: str) -> str:
 
 
 def _as_trained(name: str, x: Tensor, trained: Tensor | None) -> Tensor:
-    """Return an input in the type of the task's own rows: NumPy's numbers are float64 and a network's are not."""
+    """Return an input in the type of the task's own rows: NumPy's numbers are float64 and a network's are not.
+
+    Raises:
+        TypeError: numbers with a point, where rows have whole ones.
+        ValueError: a number that this type does not hold; it would come back as another one.
+    """
     if trained is None or x.dtype == trained.dtype:
         return x
     if x.is_floating_point() and not trained.is_floating_point():
         raise TypeError(f"{_called(name)} of {x.dtype}, but the task's own rows are {trained.dtype}.")
-    return x.to(trained.dtype)
+    cast = x.to(trained.dtype)
+    wrong = cast.isinf() & ~x.isinf() if trained.is_floating_point() else cast.long() != x.long()
+    if trained.dtype is not torch.bool and bool(wrong.any()):
+        raise ValueError(
+            f"{_called(name)}: {x[wrong][0].item()} does not fit into {trained.dtype}, the type of the task's own rows."
+        )
+    return cast
 
 
 def _check_form(where: str, value: Any) -> None:

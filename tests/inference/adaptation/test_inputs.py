@@ -140,6 +140,21 @@ def test_numbers_of_another_kind_than_the_tasks_are_refused(adapter: RandomAdapt
             predictor.predict(INPUTS)
 
 
+def test_numbers_that_the_tasks_type_does_not_hold_are_refused_and_others_read_alike(adapter: RandomAdapter) -> None:
+    pixels = torch.tensor([[0, 100, 200, 255]] * 5, dtype=torch.uint8)
+    for predictor in predictors(adapter, {"x": X, "mask": pixels}):
+        same = predictor.predict({"x": X, "mask": pixels})
+        torch.testing.assert_close(predictor.predict({"x": X, "mask": pixels.long()}), same)
+        for wrong, named in ((pixels.long() + 1, 256), (pixels.long() - 1, -1)):
+            with pytest.raises(
+                ValueError, match=rf"'mask': {named} does not fit into torch.uint8, the type of the task"
+            ):
+                predictor.predict({"x": X, "mask": wrong})
+    for predictor in predictors(adapter):
+        with pytest.raises(ValueError, match=r"'x': 1e\+300 does not fit into torch.float32"):
+            predictor.predict({"x": X.double() * 0.0 + 1e300, "mask": MASK})
+
+
 def test_the_callers_inputs_are_left_as_they_were(adapter: RandomAdapter) -> None:
     inputs = BatchEncoding({name: x.clone() for name, x in INPUTS.items()})
     for predictor in predictors(adapter):
