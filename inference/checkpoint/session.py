@@ -277,6 +277,12 @@ class Session:
             held = self._write(path, kernel, statistics, draws)
         except OSError as error:
             kept = self._previous.name if self._previous else "none yet"
+            if isinstance(error, FileNotFoundError) and (self._previous is None or not self._previous.exists()):
+                raise OSError(
+                    error.errno,
+                    f"{self.folder}: the folder was taken away while the run wrote into it, as another run of the same "
+                    "folder does that has finished. Look there for its prior, and begin anew in another folder",
+                ) from error
             raise OSError(
                 error.errno,
                 f"{self.folder}: the checkpoint at transition {self.transitions} could not be written "

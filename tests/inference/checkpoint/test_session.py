@@ -158,6 +158,23 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(
     same(plain, run("mcmc", resume=tmp_path))
 
 
+def test_a_folder_that_is_taken_away_is_not_said_to_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyro_lift.support import archive
+
+    write, calls, folder = archive.write_file, [0], tmp_path / "run"
+
+    def gone(path: Path, content: bytes) -> None:
+        calls[0] += 1
+        if calls[0] == 18:
+            shutil.rmtree(folder)
+        write(path, content)
+
+    monkeypatch.setattr(archive, "write_file", gone)
+    with pytest.raises(OSError, match="taken away while the run wrote into it, as another run") as raised:
+        run("mcmc", checkpoint=folder, checkpoint_every=9)
+    assert raised.value.errno == errno.ENOENT and "Make room" not in str(raised.value)
+
+
 def test_a_limit_on_files_ends_the_run_in_the_same_way(tmp_path: Path) -> None:
     plain = run("mcmc")
     run("mcmc", checkpoint=tmp_path / "whole")
