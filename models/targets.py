@@ -84,7 +84,8 @@ def _way_out(target: Tensor) -> str:
         values = ' Or say kind="regression", if they are values.' if target.is_floating_point() else ""
         return f" Drop the last dimension: y.squeeze(1).{values}"
     if target.dim() == 2:
-        return " If the rows are one-hot, give their argmax(-1)."
+        tokens = "" if target.is_floating_point() else ' If they are a token for every place, say kind="tokens".'
+        return f" If the rows are one-hot, give their argmax(-1).{tokens}"
     return ""
 
 
