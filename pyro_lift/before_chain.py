@@ -28,7 +28,7 @@ from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.tuning.chain_kernel import chain_kernel
 from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit, predicted
-from pyro_lift.tuning.halves import Joint, has_trial, joint_on_trial, log_probs_at, steps_beside_trial
+from pyro_lift.tuning.halves import Joint, Vectors, has_trial, joint_on_trial, log_probs_at, steps_beside_trial
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes
 from pyro_lift.tuning.whose_heads import leaves_outliers_out
 from pyro_lift.watching.watch import Watchers
@@ -137,8 +137,8 @@ class ChainSetup:
             return self._joint_run(half, rate, most, title, progress=progress, on_step=on_step)
 
         start, rate = self.adapter.initial, s.sgd_learning_rate
-        parts = [entry.part.stop - entry.part.start for entry in self.adapter.layout]
-        joint = joint_on_trial(tasks, start, rate, steps, begin, score, kept, few=few, parts=parts)
+        of = Vectors(few, [entry.part.stop - entry.part.start for entry in self.adapter.layout])
+        joint = joint_on_trial(tasks, start, rate, steps, begin, score, kept, of=of)
         within = joint.helps and s.sgd_includes_trial
         return joint._replace(steps=max(s.sgd_steps - joint.spent, steps)) if within else joint
 

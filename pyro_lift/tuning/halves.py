@@ -53,6 +53,7 @@ __all__ = [
     "TASKS",
     "Joint",
     "Score",
+    "Vectors",
     "has_trial",
     "is_above_zero",
     "joint_on_trial",
@@ -87,6 +88,18 @@ EARLY = (5, FEWEST_STEPS)
 Begin = Callable[[Sequence[Task], float, int], JointRun]
 #: Mean log probability a row, for each of some tasks, at one vector ``[D]``.
 Score = Callable[[Tensor, Sequence[Task]], Tensor]
+
+
+class Vectors(NamedTuple):
+    """What is known of the vectors that are trained.
+
+    Attributes:
+        few: whether joint training makes few passes over the rows.
+        parts: numbers of weights that their parts have, one for each adapter tensor; none takes them whole.
+    """
+
+    few: bool = False
+    parts: Sequence[int] = ()
 
 
 class Tried(NamedTuple):
@@ -240,8 +253,7 @@ def joint_on_trial(
     score: Score,
     kept: WorkBefore | None = None,
     *,
-    few: bool = False,
-    parts: Sequence[int] = (),
+    of: Vectors | None = None,
 ) -> Joint:
     """Find whether joint training helps tasks that it has not seen, and at which rate.
 
@@ -253,11 +265,13 @@ def joint_on_trial(
         begin: begins the training of one vector.
         score: judges one.
         kept: where vectors and the verdict are kept, for a run that goes on.
-        few: whether joint training makes few passes over the rows.
-        parts: numbers of weights that the vector's parts have, one for each adapter tensor; none takes it whole.
+        of: what is known of the vectors; None takes them whole, and many passes.
     """
+    of = of or Vectors()
     kept = kept or WorkBefore(None)
-    data = kept.data("joint", lambda: _Trial(tasks, start, rate, steps, begin, score, kept, parts).joint(few)._asdict())
+    data = kept.data(
+        "joint", lambda: _Trial(tasks, start, rate, steps, begin, score, kept, of.parts).joint(of.few)._asdict()
+    )
     tried, vectors = tuple(Tried(*each) for each in data.get("tried", ())), tuple(data.get("vectors", ()))
     joint = Joint(**{**data, "tried": tried, "vectors": vectors})
     log.info("%s", joint.sentence())

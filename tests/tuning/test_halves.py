@@ -26,6 +26,7 @@ from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.tuning.halves import (
     PLAIN,
     Joint,
+    Vectors,
     is_above_zero,
     joint_on_trial,
     log_probs_at,
@@ -167,7 +168,7 @@ def test_a_larger_rate_that_gains_more_by_chance_alone_is_not_taken() -> None:
 
 def test_where_rows_are_seen_seldom_a_plain_gain_ends_the_trial_at_its_first_look() -> None:
     stand_in, made = Halves({0.1: 0.5}), tasks(shared=True)
-    joint = joint_on_trial(made, torch.zeros(2), 0.1, 600, stand_in.begin, stand_in.score, few=True)
+    joint = joint_on_trial(made, torch.zeros(2), 0.1, 600, stand_in.begin, stand_in.score, of=Vectors(few=True))
     assert [steps for *_, steps in stand_in.trained] == [5, 5] and joint.spent == 10
     assert joint.helps and joint.rate == 0.1 and joint.steps == 600 and len(joint.tried) == 1
 
@@ -180,7 +181,7 @@ def test_a_gain_that_is_not_plain_is_looked_at_after_all_steps(few: bool, length
     def unsteady(vector: Tensor, half: Sequence[Task]) -> Tensor:
         return stand_in.score(vector, half) + (spread if vector[1] else 0.0)
 
-    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 600, stand_in.begin, unsteady, few=few)
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 600, stand_in.begin, unsteady, of=Vectors(few=few))
     assert joint.helps and not is_above_zero(0.5 + torch.cat([spread, spread]), PLAIN)
     assert [steps for *_, steps in stand_in.trained] == [x for x in lengths for _ in range(2)]
     assert joint.spent == spent
@@ -377,7 +378,7 @@ def test_a_run_over_tasks_of_two_sizes_goes_on_from_the_middle_of_joint_training
 def test_what_the_halves_moved_by_is_kept_by_tensor_and_grows_with_the_root_of_the_steps(tmp_path: Path) -> None:
     stand_in, made = Halves({0.1: 0.5, 0.1 * 3.0: 0.4}), tasks(shared=True)
     kept = WorkBefore(tmp_path, {})
-    at: dict[str, Any] = {"parts": [1, 1], "kept": kept}
+    at: dict[str, Any] = {"of": Vectors(parts=[1, 1]), "kept": kept}
     joint = joint_on_trial(made, torch.tensor([0.1, 0.0]), 0.1, 300, stand_in.begin, stand_in.score, **at)
     assert joint.looked == 25 and joint.rate == 0.1
     assert joint.vectors == pytest.approx((0.4, math.sqrt((1.0 + 4.0) / 2)))  # the halves begin with t0 and t1
