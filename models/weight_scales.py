@@ -23,7 +23,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.peft_layers import peft_layers
 from pyro_lift.models.quantised import plain_weight
 
-__all__ = ["by_weight", "groups_of_weights", "harmless_scales", "typical_size"]
+__all__ = ["by_weight", "groups_of_weights", "harmless_scales", "sizes_of_tensors", "typical_size"]
 
 #: Root mean square of a draw's change of a layer, over that of the layer.
 OF_LAYER = 0.2
@@ -90,13 +90,18 @@ def by_weight(adapter: RandomAdapter, scales: float | Sequence[float] | str | No
             f"{len(scales)} numbers for the {len(adapter.layout)} tensors of the adapter: give one number, or one for "
             "each of adapter.layout."
         )
-    sizes = torch.tensor([entry.part.stop - entry.part.start for entry in adapter.layout])
+    sizes = torch.tensor(sizes_of_tensors(adapter))
     return torch.tensor(list(scales)).repeat_interleave(sizes).to(adapter.initial)
+
+
+def sizes_of_tensors(adapter: RandomAdapter) -> list[int]:
+    """Return the number of weights of each adapter tensor, in the order of ``adapter.layout``."""
+    return [entry.part.stop - entry.part.start for entry in adapter.layout]
 
 
 def groups_of_weights(adapter: RandomAdapter) -> Tensor:
     """Return the number of the adapter tensor that each weight belongs to, ``[D]``."""
-    sizes = torch.tensor([entry.part.stop - entry.part.start for entry in adapter.layout])
+    sizes = torch.tensor(sizes_of_tensors(adapter))
     return torch.arange(len(sizes)).repeat_interleave(sizes).to(adapter.initial.device)
 
 

@@ -22,7 +22,7 @@ from pyro_lift.models.digest import digest
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.task import Task
-from pyro_lift.models.weight_scales import by_weight, groups_of_weights
+from pyro_lift.models.weight_scales import by_weight, groups_of_weights, sizes_of_tensors
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
@@ -137,7 +137,7 @@ class ChainSetup:
             return self._joint_run(half, rate, most, title, progress=progress, on_step=on_step)
 
         start, rate = self.adapter.initial, s.sgd_learning_rate
-        of = Vectors(few, [entry.part.stop - entry.part.start for entry in self.adapter.layout])
+        of = Vectors(few, sizes_of_tensors(self.adapter))
         joint = joint_on_trial(tasks, start, rate, steps, begin, score, kept, of=of)
         within = joint.helps and s.sgd_includes_trial
         return joint._replace(steps=max(s.sgd_steps - joint.spent, steps)) if within else joint
