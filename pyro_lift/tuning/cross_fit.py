@@ -11,11 +11,13 @@ the best of those lengths above the best one that are not worse than it by the p
 halves know their fewer tasks by heart sooner than all tasks are known; where there is none, the best length itself. The
 halves end where a length is worse than a shorter one by the test.
 
-**Temperature.** From a half's vector each task of the other is adapted to on three quarters of its rows, and one
-temperature is fitted to the predictions of the last quarter (:mod:`~pyro_lift.inference.adaptation.temperature`). Where
-it does not lower the loss by the same test, it is 1. Half of the tasks and three quarters of the rows leave predictions
-surer than all of them will: a temperature above 1 is divided by :data:`EXAGGERATED`, down to 1, so that 3.85 is the
-highest. Where joint training does not begin, tasks are adapted to from the untouched network.
+**Temperature.** From a half's vector each task of the other is adapted to, and one temperature is fitted to predictions
+of rows that were set apart (:mod:`~pyro_lift.inference.adaptation.temperature`). They are test or dev rows where tasks
+have them: a network that was trained on the tasks' own rows is sure of those. Else they are a quarter of its rows, and
+it is adapted to on the others. Where the temperature does not lower the loss by the same test, it is 1. Half of the
+tasks and three quarters of the rows leave predictions surer than all of them will: a temperature above 1 is divided by
+:data:`EXAGGERATED`, down to 1, so that 3.85 is the highest. Where joint training does not begin, tasks are adapted to
+from the untouched network; from there and on all of their rows nothing is exaggerated.
 
 **Noise of regressions.** In place of a temperature, where it was left open: :mod:`~pyro_lift.tuning.noise`, by the same
 adaptations.
@@ -45,13 +47,13 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Task
 from pyro_lift.tuning.halves import TASKS, Begin, Joint, Score, is_above_zero, paired
-from pyro_lift.tuning.held_out import dealt
+from pyro_lift.tuning.held_out import dealt, has_unseen_rows, judged
 from pyro_lift.tuning.joint_run import Standing
-from pyro_lift.tuning.noise import EXAGGERATED, Noise, fitted_noise
+from pyro_lift.tuning.noise import EXAGGERATED, Noise, fitted_noise, less_exaggerated
 from pyro_lift.tuning.strength import TASKS as STRENGTH_TASKS
 from pyro_lift.tuning.strength import stronger_where_better
 
-__all__ = ["MARKS", "CrossFit", "cross_fit", "helpful_temperature", "predicted", "split_rows"]
+__all__ = ["MARKS", "CrossFit", "cross_fit", "helpful_temperature", "predicted", "rows_apart"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -208,8 +210,12 @@ def _sureness(
     adapt = judge.adapt
     if adapt is None:
         return found
-    splittable = [[task for task in half if len(task.train) >= PARTS] for half in halves]
-    unseen = [split_rows(half, min(STRENGTH_TASKS, len(half)) if judge.strength else ADAPTED) for half in splittable]
+    unseen = [
+        _split(half, min(STRENGTH_TASKS, len(half))) if judge.strength else rows_apart(half, ADAPTED) for half in halves
+    ]
+
+    exact = not found.looks and any(has_unseen_rows(task) for half in halves for task in half)
+    exaggerated = 1.0 if exact else EXAGGERATED
 
     def adapted(noise: float | None, power: float = 1.0) -> Iterator[tuple[Any, Task]]:
         for standing, some in zip(standings, unseen, strict=True):
@@ -218,14 +224,14 @@ def _sureness(
     if judge.strength:
         return found._replace(power=stronger_where_better(lambda power: list(adapted(None, power)), judge.score))
     if judge.noise is not None:
-        noise = fitted_noise(judge.noise, adapted) or Noise(judge.noise, 1.0)
+        noise = fitted_noise(judge.noise, adapted, exaggerated) or Noise(judge.noise, 1.0)
         return found._replace(temperature=noise.temperature, noise=noise.scale)
     predictions = [
         (posterior.predict(task.test, calibrated=False), task.test.target)
         for posterior, task in adapted(None)
         if task.test is not None
     ]
-    return found._replace(temperature=helpful_temperature(predictions)) if predictions else found
+    return found._replace(temperature=helpful_temperature(predictions, exaggerated)) if predictions else found
 
 
 def predicted(adapter: RandomAdapter, vector: Tensor, task: Task) -> Predictions:
@@ -234,14 +240,28 @@ def predicted(adapter: RandomAdapter, vector: Tensor, task: Task) -> Predictions
     return predict(adapter, vector.unsqueeze(0), rows), rows.target
 
 
-def split_rows(tasks: Sequence[Task], most: int) -> list[Task]:
-    """Split tasks' training rows in four, of which each in turn is predicted; test rows are not looked at.
+def rows_apart(tasks: Sequence[Task], most: int) -> list[Task]:
+    """Set rows of tasks apart, to be predicted: test or dev rows where some of the tasks have them, else training rows.
+
+    A network that was trained on the tasks' own rows is sure of them. Only others say how wrong it is.
 
     Args:
-        tasks: of four rows or more each.
+        tasks: with rows of any number.
+        most: tasks to return.
+    """
+    unseen = [judged(task, ROWS) for task in tasks if has_unseen_rows(task)]
+    return unseen[:most] or _split(tasks, most)
+
+
+def _split(tasks: Sequence[Task], most: int) -> list[Task]:
+    """Split tasks' training rows in four, of which each in turn is predicted.
+
+    Args:
+        tasks: those of fewer than four rows are left out.
         most: tasks to return; of fewer tasks than these the second part of each is predicted too, and so on.
     """
     split: list[Task] = []
+    tasks = [task for task in tasks if len(task.train) >= PARTS]
     for part in range(PARTS):
         for task in tasks[: most - len(split)]:
             order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))
@@ -253,14 +273,15 @@ def split_rows(tasks: Sequence[Task], most: int) -> list[Task]:
     return split
 
 
-def helpful_temperature(predictions: Sequence[Predictions]) -> float:
+def helpful_temperature(predictions: Sequence[Predictions], exaggerated: float = EXAGGERATED) -> float:
     """Return the fitted temperature, less what halves exaggerate, where it lowers the loss by the test; else 1.
 
     Args:
         predictions: of each task, probabilities ``[n, C]`` and targets ``[n]`` of rows that it was not adapted to.
+        exaggerated: factor by which a temperature above 1 is too high.
     """
     temperature = fit_temperature(predictions)
     gains = [nll(p, y) - nll(tempered(p, temperature), y) for p, y in predictions]
     if not is_above_zero(torch.tensor(gains, dtype=torch.float64)):
         return 1.0
-    return max(temperature / EXAGGERATED, 1.0) if temperature > 1.0 else temperature
+    return less_exaggerated(temperature, exaggerated)

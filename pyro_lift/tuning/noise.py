@@ -12,7 +12,7 @@ but for :math:`(d/n)^2`. A smaller noise lets a task's rows say more, so this is
 How wide predictions are is another question: draws that are colder than the posterior vary less than it does. The
 temperature of predictions is :math:`T = \operatorname{mean} (y - m)^2 / s^2` on the rows left out, m and s being mean
 and standard deviation of the prediction; it makes their density the highest, as the temperature of classes does, and
-like that it is divided by :data:`EXAGGERATED` where it is above 1.
+like that it is divided by :data:`EXAGGERATED` where it is above 1, unless nothing exaggerates it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.task import Rows, Task
 
-__all__ = ["EXAGGERATED", "Noise", "fitted_noise", "variance_factor"]
+__all__ = ["EXAGGERATED", "Noise", "fitted_noise", "less_exaggerated", "variance_factor"]
 
 #: Factor by which tasks that are adapted to from half of the others, on a part of their rows, exaggerate a temperature:
 #: up to 1.4 on digits, where tasks are of ten rows.
@@ -52,12 +52,13 @@ class Noise(NamedTuple):
     temperature: float
 
 
-def fitted_noise(first: float, adapt: Adapt) -> Noise | None:
+def fitted_noise(first: float, adapt: Adapt, exaggerated: float = EXAGGERATED) -> Noise | None:
     """Find the noise, and the temperature of predictions.
 
     Args:
         first: the noise to begin with, :func:`~pyro_lift.models.chance.targets_scale`.
         adapt: to tasks at a noise; it is called once a round.
+        exaggerated: factor by which a temperature above 1 is too high.
 
     Returns:
         None where no task could be adapted to: none has rows to leave out, or the chain diverged at once.
@@ -78,8 +79,13 @@ def fitted_noise(first: float, adapt: Adapt) -> Noise | None:
         widths = [each.variance - before**2 + scale**2 for each in judged]
         ratios = [(each.miss / width).mean() for each, width in zip(judged, widths, strict=True)]
         temperature = float(torch.stack(ratios).mean())
-        noise = Noise(scale, max(temperature / EXAGGERATED, 1.0) if temperature > 1.0 else temperature)
+        noise = Noise(scale, less_exaggerated(temperature, exaggerated))
     return noise
+
+
+def less_exaggerated(temperature: float, exaggerated: float = EXAGGERATED) -> float:
+    """Return a temperature, one above 1 divided by what it is exaggerated by, down to 1."""
+    return max(temperature / exaggerated, 1.0) if temperature > 1.0 else temperature
 
 
 def variance_factor(judged: Iterable[tuple[Any, Task]]) -> float:

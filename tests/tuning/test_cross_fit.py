@@ -17,7 +17,7 @@ from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit, helpful_temperature, split_rows
+from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit, helpful_temperature, rows_apart
 from pyro_lift.tuning.halves import Joint
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
 from pyro_lift.tuning.noise import EXAGGERATED
@@ -119,11 +119,9 @@ def test_passes_count_how_often_a_row_is_seen() -> None:
 
 
 @pytest.mark.parametrize(("number", "most", "units"), [(3, 20, 12), (3, 7, 7), (8, 5, 5)])
-def test_each_part_of_the_rows_is_predicted_from_the_others_and_test_rows_are_left_alone(
-    number: int, most: int, units: int
-) -> None:
-    made = [replace(task, test=task.train) for task in tasks(number)]
-    split = split_rows(made, most)
+def test_each_part_of_the_rows_is_predicted_from_the_others(number: int, most: int, units: int) -> None:
+    made = tasks(number)
+    split = rows_apart(made, most)
     assert len(split) == units
     for task in split:
         assert task.test is not None and task.dev is None
@@ -135,6 +133,19 @@ def test_each_part_of_the_rows_is_predicted_from_the_others_and_test_rows_are_le
         assert len(predicted) == 3 * 12
 
 
+def test_rows_that_nothing_was_trained_on_are_predicted_where_some_tasks_have_them() -> None:
+    with_test, with_dev, with_none, small = tasks(4)
+    unseen = with_none.train.take(slice(0, 5))
+    with_test, with_dev = replace(with_test, test=unseen), replace(with_dev, dev=unseen)
+    small = replace(small, train=small.train.take(slice(0, 2)), test=unseen)  # too few rows to split
+    apart = rows_apart([with_test, with_dev, with_none, small], 12)
+    assert [task.name for task in apart] == [with_test.name, with_dev.name, small.name]
+    for task, whole in zip(apart, (with_test, with_dev, small), strict=True):
+        assert task.test is not None and torch.equal(task.test.target.sort().values, unseen.target.sort().values)
+        assert torch.equal(task.train.target, whole.train.target)
+    assert len(rows_apart([with_test, with_dev], 1)) == 1
+
+
 def test_a_temperature_is_taken_where_it_lowers_the_loss_by_more_than_chance() -> None:
     generator = torch.Generator().manual_seed(0)
     pairs = []
@@ -144,6 +155,7 @@ def test_a_temperature_is_taken_where_it_lowers_the_loss_by_more_than_chance() -
         pairs.append((logits, y))
     sure = [((3.0 * logits).softmax(-1), y) for logits, y in pairs]
     assert helpful_temperature(sure) == pytest.approx(fit_temperature(sure) / EXAGGERATED)
+    assert helpful_temperature(sure, 1.0) == pytest.approx(fit_temperature(sure))
     assert helpful_temperature([(logits.softmax(-1), y) for logits, y in pairs]) == 1.0
 
 

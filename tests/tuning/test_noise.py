@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,6 +131,31 @@ def test_nothing_set_the_noise_is_found_in_any_unit_and_predictions_say_how_wide
         z = (posterior.predict(task.test) - task.test.target) / sd
         assert sd.shape == task.test.target.shape
         assert float((z.abs() < 1.645).float().mean()) > 0.7
+
+
+def test_predictions_are_wide_enough_where_the_network_knows_the_tasks_rows_by_heart() -> None:
+    """Their own rows say that there is no noise; test rows say what there is."""
+    _, tasks = curves(10, 1.0)
+    torch.manual_seed(0)
+    first, last = torch.nn.Linear(2, 400), torch.nn.Linear(400, 1, bias=False)
+    net = torch.nn.Sequential(first, torch.nn.Tanh(), last)
+    x, y = torch.cat([task.train.positional[0] for task in tasks[:6]]), torch.cat([t.train.target for t in tasks[:6]])
+    with torch.no_grad():
+        first.weight.mul_(6.0)
+        last.weight.copy_(torch.linalg.lstsq(first(x).tanh(), y).solution.T)
+        assert float((net(x) - y).square().mean()) < 0.1 * NOISE**2
+    config = peft.LoraConfig(r=1, target_modules=["2"])
+    wide = dict[bool, float]()
+    for unseen in (True, False):
+        made = tasks[:6] if unseen else [replace(task, test=None) for task in tasks[:6]]
+        lift = LiFT(net, config, sgd_steps=40, burn_in=4, samples=8, seed=0)
+        prior = lift.meta_train(made, progress=False)
+        z = list[Tensor]()
+        for posterior, task in zip(prior.adapt_many(tasks[6:], seed=0), tasks[6:], strict=True):
+            assert task.test is not None
+            z.append((posterior.predict(task.test) - task.test.target) / posterior.predict_sd(task.test))
+        wide[unseen] = float(torch.cat(z).square().mean())
+    assert wide[True] < 2.0 < wide[False]
 
 
 def test_a_network_of_doubles_finds_it_too() -> None:
