@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from pyro_lift.inference.checkpoint.differences import difference
 from pyro_lift.support.archive import DamagedError, check_format, check_sealed, read_json, write_tensors
 from pyro_lift.support.wording import some_names
 
@@ -29,7 +30,6 @@ __all__ = [
     "link_or_copy",
     "read_verified",
     "saved_config",
-    "shortened",
     "write_rows",
 ]
 
@@ -137,7 +137,7 @@ def check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], a
                 )
         elif was != today:
             raise ValueError(
-                f"{path}: the run was saved with {where} = {shortened(was)} and is now {shortened(today)}. "
+                f"{path}: the run was saved with {difference(where, was, today)}. "
                 "Go on with the same settings and tasks, or begin anew in another folder."
             )
 
@@ -151,12 +151,6 @@ def _check_task_data(path: Path, saved: Mapping[str, str], now: Mapping[str, str
             "or label texts) are others than those that the run was saved with. Go on with the same data, or begin "
             "anew in another folder."
         )
-
-
-def shortened(value: Any) -> str:
-    """Return the value as text of at most 80 characters, for messages."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def jsonable(value: Any) -> Any:
