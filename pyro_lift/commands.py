@@ -27,6 +27,8 @@ from pyro_lift.inference.adaptation.meta_testing import Untouched
 from pyro_lift.lift import LiFT
 from pyro_lift.metrics.task import scores
 from pyro_lift.metrics.text import METRICS
+from pyro_lift.models.architecture import architecture_of, changed_settings
+from pyro_lift.models.conventions import base_of
 from pyro_lift.models.digest import digest
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.posterior import TaskPosterior
@@ -189,15 +191,16 @@ def tune(
     lift = LiFT(adapter_of(config), settings=config.sampler, adapt=config.adapt, device=place, seed=seed)
     known = [*tasks.train, *tasks.dev]
     of = {"config": hashlib.sha256(text).hexdigest(), "digest": digest(lift.adapter, known)}
+    architecture = architecture_of(base_of(lift.adapter.backbone))
     with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
         if choice.exists():
-            tuning = _choice_of(choice, of)
+            tuning = _choice_of(choice, of, architecture)
             lift.follow(tuning)
         else:
             if resume:
                 log.warning("no choice of settings was made yet in %s: it begins.", folder)
             tuning = lift.tune(known, budget, progress=progress, callbacks=callbacks)
-            write_json(choice, {**of, "tuning": tuning.to_dict()})
+            write_json(choice, {**of, "architecture": architecture, "tuning": tuning.to_dict()})
         print(f"{tuning.table()}\nchosen: {tuning.chosen}")
         where: dict[str, Any] = {"resume": saved} if saved.is_dir() else {"checkpoint": saved}
         hint = f"pyro-lift tune {shlex.quote(str(path))} --resume"
@@ -208,12 +211,15 @@ def tune(
     return prior
 
 
-def _choice_of(path: Path, of: dict[str, str]) -> Tuning:
+def _choice_of(path: Path, of: dict[str, str], architecture: dict[str, Any]) -> Tuning:
     """Read the settings that a stopped run chose, and refuse them where they are of something else."""
     kept = read_json(path)
     changed = {"config": "file", "digest": "tasks or the network"}
+    other = {name for name in of if kept[name] != of[name]}
+    if changed_settings(kept.get("architecture") or {}, architecture):  # of before there is none
+        other.add("digest")
     for name, what in changed.items():
-        if kept[name] != of[name]:
+        if name in other:
             raise ValueError(
                 f"the settings in {path} were chosen before the {what} changed. --overwrite to choose anew, or give "
                 "what they were chosen on."

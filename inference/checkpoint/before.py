@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.checkpoint.folder import DIGESTS, jsonable
+from pyro_lift.inference.checkpoint.folder import ARCHITECTURE, DIGESTS, jsonable
 from pyro_lift.inference.checkpoint.session import Session
+from pyro_lift.models.architecture import changed_settings
 from pyro_lift.support.archive import (
     DamagedError,
     check_sealed,
@@ -39,7 +40,7 @@ class WorkBefore:
     Args:
         folder: of the run; None keeps nothing.
         config: plain data of the run; what was kept by a run of another is computed anew. Its ``"digest"`` of data and
-            network is left out of account where an earlier version kept none.
+            network, and its ``"architecture"``, are left out of account where an earlier version kept none.
         signals: handled while something is computed (:meth:`Session.signals_before_chain`).
     """
 
@@ -63,7 +64,8 @@ class WorkBefore:
         if session is None:
             return cls(None), False
         config = {name: value for name, value in (session.config or {}).items() if name not in DIGESTS}
-        config |= {} if digest is None else {"digest": digest()}  # which says as much
+        config |= {} if digest is None else {"digest": digest()}  # which says as much of tasks and weights
+        config |= {name: value for name, value in (session.config or {}).items() if name == ARCHITECTURE}
         kept = cls(session.folder, config, session.signals_before_chain)
         return kept, session.transitions > 0 and not kept.has(name)
 
@@ -102,5 +104,12 @@ class WorkBefore:
         except DamagedError as error:
             log.warning("%s; it is computed anew", error)
             return None
-        now = {name: value for name, value in self.config.items() if name != "digest" or name in work["config"]}
-        return (vector, work["data"]) if work["config"] == now else None
+        return (vector, work["data"]) if self._is_of(work["config"]) else None
+
+    def _is_of(self, kept: Mapping[str, Any]) -> bool:
+        """Whether what was kept is of this run: by all that both say."""
+        if changed_settings(kept.get(ARCHITECTURE) or {}, self.config.get(ARCHITECTURE) or {}):
+            return False
+        now = {name: value for name, value in self.config.items() if name != "digest" or name in kept}
+        then, now = ({name: x for name, x in told.items() if name != ARCHITECTURE} for told in (kept, now))
+        return then == now

@@ -13,10 +13,12 @@ import numpy as np
 from torch import Tensor
 
 from pyro_lift.inference.checkpoint.differences import difference
+from pyro_lift.models.architecture import changed_settings
 from pyro_lift.support.archive import DamagedError, check_format, check_sealed, read_json, write_tensors
 from pyro_lift.support.wording import some_names
 
 __all__ = [
+    "ARCHITECTURE",
     "DIGESTS",
     "FORMAT",
     "MANY",
@@ -45,8 +47,10 @@ SHARD = 128 * 2**20
 TASK_DATA = "task_data"
 #: Likewise: a digest of the frozen network.
 NETWORK = "network"
+#: Likewise: what the network computes beside its weights (:mod:`pyro_lift.models.architecture`).
+ARCHITECTURE = "architecture"
 #: What earlier versions did not keep: a run that has none goes on without.
-DIGESTS = (TASK_DATA, NETWORK)
+DIGESTS = (TASK_DATA, NETWORK, ARCHITECTURE)
 
 
 #: Past this many files of draws they are written as one.
@@ -127,6 +131,8 @@ def check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], a
                 f"{path}: the weights of the backbone are others than those that the run was saved with. Go on with "
                 "the same network, or begin anew in another folder."
             )
+        elif name == ARCHITECTURE:
+            _check_architecture(path, was or {}, today or {})
         elif isinstance(was, dict) and isinstance(today, dict):
             check_config(path, was, today, f"{where}.")
         elif name == "start_log_likelihood":
@@ -150,6 +156,15 @@ def _check_task_data(path: Path, saved: Mapping[str, str], now: Mapping[str, str
             f"{path}: the training rows of task{'s' if len(others) > 1 else ''} {some_names(others)} (inputs, labels "
             "or label texts) are others than those that the run was saved with. Go on with the same data, or begin "
             "anew in another folder."
+        )
+
+
+def _check_architecture(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a network of the same weights that computes something else."""
+    for name, (was, today) in changed_settings(saved, now).items():
+        raise ValueError(
+            f"{path}: the weights of the backbone are the same, but {name} was {was!r} when the run was saved and is "
+            f"{today!r}. Go on with the same network, or begin anew in another folder."
         )
 
 

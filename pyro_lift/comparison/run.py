@@ -40,8 +40,10 @@ from pyro_lift.comparison.turns import Agenda, Entries, Turn, told_sizes
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.architecture import architecture_of
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.models.digest import digest_of_rows
+from pyro_lift.models.conventions import base_of
+from pyro_lift.models.digest import digest_of_network, digest_of_rows
 from pyro_lift.models.task import Task
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.archive import write_file, write_json
@@ -60,8 +62,8 @@ __all__ = ["Comparison", "compare", "run"]
 MEASURING = 0.1
 #: Fraction of the time that is left for the comparison itself where methods are tuned before it.
 TUNING = 0.5
-#: What stands between the two parts of a comparison's mark.
-DATA = " data "
+#: What stands between the parts of a comparison's mark.
+DATA, NETWORK = " data ", " network "
 #: Names of the files in the folder of a comparison.
 PLAN, CELLS, TABLE, FIGURE, RECORDS = "plan.json", "cells", "table.txt", "comparison.png", "records.json"
 
@@ -228,7 +230,8 @@ def _agenda(
     entries = Entries(sum(entrant(name).meta for name in names), sum(entrant(name).rank == 1 for name in names))
     if path.is_file() and not overwrite:
         agenda = Agenda.read(path, settings, held_out, entries)
-        if agenda.mark not in (mark, mark.partition(DATA)[0]):  # one of before says nothing of inputs
+        of_before = (mark.partition(DATA)[0], mark.partition(NETWORK)[0])  # say nothing of inputs, or of the network
+        if agenda.mark not in (mark, *of_before):
             raise ValueError(
                 f"{folder} holds another comparison (other tasks, network or settings). Give another folder, or "
                 "overwrite it."
@@ -249,7 +252,8 @@ def _agenda(
 def _mark(problem: Problem, folds: Sequence[Fold], settings: CompareSettings, names: Sequence[str]) -> str:
     """Digest what a comparison is of, so that another is not taken for it; the budget may differ.
 
-    Behind :data:`DATA` stands a digest of all rows, which comparisons of before lack.
+    Behind :data:`DATA` stands a digest of all rows, behind :data:`NETWORK` one of weights and architecture, which
+    comparisons of before lack.
     """
     wanted = asdict(replace(settings, budget=1, progress=False, methods=None))
     if not settings.trials:  # as in comparisons of before there was a choice
@@ -264,8 +268,10 @@ def _mark(problem: Problem, folds: Sequence[Fold], settings: CompareSettings, na
     layout = [[entry.name, list(entry.shape)] for entry in adapter.layout]
     told = [wanted, list(names), tasks, layout, asdict(problem.settings), asdict(problem.adapt)]
     rows = [digest_of_rows(task.train, task.test) for task in (*problem.train, *problem.dev, *problem.test)]
-    marks = [hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for part in (told, rows)]
-    return DATA.join(marks)
+    network = [digest_of_network(adapter), architecture_of(base_of(adapter.backbone))]
+    parts = (told, rows, network)
+    of, data, computed = (hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for part in parts)
+    return f"{of}{DATA}{data}{NETWORK}{computed}"
 
 
 def _run_turns(
