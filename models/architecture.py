@@ -25,7 +25,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -143,7 +143,7 @@ def _described(module: nn.Module, at: str, seen: set[int], *, configured: bool) 
     if id(module) in seen:
         return
     seen.add(id(module))
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if not configured and hasattr(config, "to_dict") and "transformers" in map(_library, type(module).__mro__):
         configured = True
         yield from _fields(config.to_dict(), f"{at}config.")
@@ -176,8 +176,9 @@ def _own(module: nn.Module, library: str, configured: bool) -> Iterator[tuple[st
             yield name, f"values {digest_of_values(x.detach())}"
     if kind in PASSING or "drop" in kind.__name__.lower() or library in ("transformers", "transformers_modules"):
         return
+    state = _assigned(kind.forward)
     for name, value in vars(module).items():
-        if name not in _ATTRIBUTES and _counts(name) and name not in _assigned(kind):
+        if name not in _ATTRIBUTES and _counts(name) and name not in state:
             plain = _plain(value)
             if plain is not None:
                 yield name, plain
@@ -205,9 +206,9 @@ def _plain(value: Any) -> Any:
 
 
 @cache
-def _assigned(kind: type[nn.Module]) -> frozenset[str]:
-    """Name the attributes that a class's forward assigns: a count of calls, a shape that was seen."""
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+def _assigned(forward: Callable[..., Any]) -> frozenset[str]:
+    """Name the attributes that a forward pass assigns: a count of calls, a shape that was seen."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
     if code is None:
         return frozenset()
     return frozenset(str(i.argval) for i in dis.get_instructions(code) if i.opname == "STORE_ATTR")
