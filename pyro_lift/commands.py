@@ -36,6 +36,7 @@ from pyro_lift.prior import LiFTPrior
 from pyro_lift.saving.destination import check_destination
 from pyro_lift.support import distributed
 from pyro_lift.support.archive import read_json, write_file, write_json
+from pyro_lift.support.folder_lock import only_run_in
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_number
 from pyro_lift.tuning.search import Tuning
@@ -100,43 +101,44 @@ def train(
 
     Raises:
         ImportError: a tracker that is not installed; before any training.
-        ValueError: anything wrong with the file or the tasks, or a finished prior in the way; before any training.
+        ValueError: anything wrong with the file or the tasks, a finished prior in the way, or another run at work in
+            the folder; before any training.
         OSError: the output folder cannot be written; before any training.
     """
     config, text = read_config(path), path.read_bytes()
     folder = Path(config.output.folder)
-    saved, every = folder / "checkpoints", config.output.checkpoint_every
-    if (folder / PRIOR).exists() and not overwrite and not (resume and saved.is_dir()):
-        raise ValueError(
-            f"{folder} holds a finished prior. Give another output.folder, or --overwrite to train anew and replace it."
-        )
     check_destination(folder, "prior")
-    _check_apart(folder, config)
-    _check_writable(folder)
-    if overwrite and not resume and distributed.is_first():
-        shutil.rmtree(saved, ignore_errors=True)
-    if config.sampler.ranks_block_size:
-        distributed.join()
-    adapter = adapter_of(config)
-    tasks = tasks_of(config)
-    if distributed.is_first():
-        print(tasks.summary())
-        print(f"{adapter.dim} adapter weights on {config.backbone.name}")
-    place, seed = device_of(device or config.output.device), config.output.seed
-    lift = LiFT(adapter, settings=config.sampler, adapt=config.adapt, device=place, seed=seed)
-    session = None
-    if every or resume:
-        where: dict[str, Any] = {"resume": saved} if resume else {"checkpoint": saved}
-        resume_hint = f"pyro-lift train {shlex.quote(str(path))} --resume"
-        session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, resume_hint=resume_hint)
-    with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
-        shown: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
-        components = [config.sampler.components]
-        (prior,) = lift.meta_train_many(tasks.train, components, session=session, crossed=True, **shown)
-    if not distributed.is_first():
+    with only_run_in(folder, shared=bool(config.sampler.ranks_block_size)):
+        saved, every = folder / "checkpoints", config.output.checkpoint_every
+        if (folder / PRIOR).exists() and not overwrite and not (resume and saved.is_dir()):
+            raise ValueError(
+                f"{folder} holds a finished prior. Give another output.folder, or --overwrite to train anew and "
+                "replace it."
+            )
+        _check_apart(folder, config)
+        _check_writable(folder)
+        if overwrite and not resume and distributed.is_first():
+            shutil.rmtree(saved, ignore_errors=True)
+        adapter = adapter_of(config)
+        tasks = tasks_of(config)
+        if distributed.is_first():
+            print(tasks.summary())
+            print(f"{adapter.dim} adapter weights on {config.backbone.name}")
+        place, seed = device_of(device or config.output.device), config.output.seed
+        lift = LiFT(adapter, settings=config.sampler, adapt=config.adapt, device=place, seed=seed)
+        session = None
+        if every or resume:
+            where: dict[str, Any] = {"resume": saved} if resume else {"checkpoint": saved}
+            resume_hint = f"pyro-lift train {shlex.quote(str(path))} --resume"
+            session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, resume_hint=resume_hint)
+        with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
+            shown: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
+            components = [config.sampler.components]
+            (prior,) = lift.meta_train_many(tasks.train, components, session=session, crossed=True, **shown)
+        if not distributed.is_first():
+            return prior
+        _write_prior(prior, folder, text)
         return prior
-    _write_prior(prior, folder, text)
-    return prior
 
 
 def tune(
@@ -169,46 +171,49 @@ def tune(
     """
     config, text = read_config(path), path.read_bytes()
     folder = Path(config.output.folder)
-    saved, choice, every = folder / "checkpoints", folder / CHOICE, config.output.checkpoint_every
-    begun = saved.is_dir() or choice.exists()
-    if (folder / PRIOR).exists() and not overwrite and not (resume and begun):
-        raise ValueError(f"{folder} holds a finished prior. Give another output.folder, or --overwrite to replace it.")
-    if begun and not (resume or overwrite):
-        raise ValueError(
-            f"{folder} holds a run that was stopped. --resume to go on with it, --overwrite to begin anew."
-        )
     check_destination(folder, "prior")
-    _check_apart(folder, config)
-    _check_writable(folder)
-    if overwrite and not resume:
-        shutil.rmtree(saved, ignore_errors=True)
-        choice.unlink(missing_ok=True)
-    if saved.is_dir() and not choice.exists():
-        raise ValueError(f"{folder} holds a run of `train`, not of `tune`: there is no choice of settings in it.")
-    tasks = tasks_of(config)
-    print(tasks.summary())
-    place, seed = device_of(device or config.output.device), config.output.seed
-    lift = LiFT(adapter_of(config), settings=config.sampler, adapt=config.adapt, device=place, seed=seed)
-    known = [*tasks.train, *tasks.dev]
-    of = {"config": hashlib.sha256(text).hexdigest(), "digest": digest(lift.adapter, known)}
-    architecture = architecture_of(base_of(lift.adapter.backbone))
-    with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
-        if choice.exists():
-            tuning = _choice_of(choice, of, architecture)
-            lift.follow(tuning)
-        else:
-            if resume:
-                log.warning("no choice of settings was made yet in %s: it begins.", folder)
-            tuning = lift.tune(known, budget, progress=progress, callbacks=callbacks)
-            write_json(choice, {**of, "architecture": architecture, "tuning": tuning.to_dict()})
-        print(f"{tuning.table()}\nchosen: {tuning.chosen}")
-        where: dict[str, Any] = {"resume": saved} if saved.is_dir() else {"checkpoint": saved}
-        hint = f"pyro-lift tune {shlex.quote(str(path))} --resume"
-        session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, resume_hint=hint)
-        shown: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
-        (prior,) = lift.meta_train_many(tasks.train, [lift.settings.components], session=session, **shown)
-    _write_prior(prior, folder, text)
-    return prior
+    with only_run_in(folder):
+        saved, choice, every = folder / "checkpoints", folder / CHOICE, config.output.checkpoint_every
+        begun = saved.is_dir() or choice.exists()
+        if (folder / PRIOR).exists() and not overwrite and not (resume and begun):
+            raise ValueError(
+                f"{folder} holds a finished prior. Give another output.folder, or --overwrite to replace it."
+            )
+        if begun and not (resume or overwrite):
+            raise ValueError(
+                f"{folder} holds a run that was stopped. --resume to go on with it, --overwrite to begin anew."
+            )
+        _check_apart(folder, config)
+        _check_writable(folder)
+        if overwrite and not resume:
+            shutil.rmtree(saved, ignore_errors=True)
+            choice.unlink(missing_ok=True)
+        if saved.is_dir() and not choice.exists():
+            raise ValueError(f"{folder} holds a run of `train`, not of `tune`: there is no choice of settings in it.")
+        tasks = tasks_of(config)
+        print(tasks.summary())
+        place, seed = device_of(device or config.output.device), config.output.seed
+        lift = LiFT(adapter_of(config), settings=config.sampler, adapt=config.adapt, device=place, seed=seed)
+        known = [*tasks.train, *tasks.dev]
+        of = {"config": hashlib.sha256(text).hexdigest(), "digest": digest(lift.adapter, known)}
+        architecture = architecture_of(base_of(lift.adapter.backbone))
+        with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
+            if choice.exists():
+                tuning = _choice_of(choice, of, architecture)
+                lift.follow(tuning)
+            else:
+                if resume:
+                    log.warning("no choice of settings was made yet in %s: it begins.", folder)
+                tuning = lift.tune(known, budget, progress=progress, callbacks=callbacks)
+                write_json(choice, {**of, "architecture": architecture, "tuning": tuning.to_dict()})
+            print(f"{tuning.table()}\nchosen: {tuning.chosen}")
+            where: dict[str, Any] = {"resume": saved} if saved.is_dir() else {"checkpoint": saved}
+            hint = f"pyro-lift tune {shlex.quote(str(path))} --resume"
+            session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, resume_hint=hint)
+            shown: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
+            (prior,) = lift.meta_train_many(tasks.train, [lift.settings.components], session=session, **shown)
+        _write_prior(prior, folder, text)
+        return prior
 
 
 def _choice_of(path: Path, of: dict[str, str], architecture: dict[str, Any]) -> Tuning:
@@ -263,45 +268,47 @@ def adapt(
             same, to compare with.
 
     Raises:
-        ValueError: not a prior's folder; bad data, with file and line; scores that cannot be computed.
+        ValueError: not a prior's folder; bad data, with file and line; another run at work in ``out``; scores that
+            cannot be computed.
         OSError: ``out`` cannot be written; before the chain.
     """
     config = _config_of(prior_folder)
     check_destination(out, "posterior")
     if out.resolve() in (task_folder.resolve(), prior_folder.resolve()):
         raise ValueError(f"{out} holds the task, or the prior: give another folder for the posterior.")
-    _check_writable(out)
-    adapter = adapter_of(config)
-    adapter.to(device_of(device or config.output.device))
-    prior = LiFTPrior.from_pretrained(prior_folder, adapter)
-    if untrained:
-        prior = _untrained(prior)
-    task = task_of(config, task_folder)
-    with named_callbacks(log_to, config.log.every) as callbacks:
-        posterior = prior.adapt(task, seed=seed, progress=progress, callbacks=callbacks)
-    record: dict[str, Any] = {
-        "prior": str(prior_folder.resolve()),
-        "task_folder": str(task_folder.resolve()),
-        "task": task.name,
-        "draws": len(posterior.thetas),
-        "component": posterior.component,
-        "seed": seed,
-        **({"untrained": True} if untrained else {}),
-        **posterior.results,
-    }
-    _put_aside(out)
-    posterior.save_pretrained(out)
-    write_json(out / RECORD, record)
-    if task.test is not None:
-        try:
-            results = _score(posterior, task, task.test) | _text_scores(posterior, task_folder)
-        except (ValueError, TypeError, RuntimeError, IndexError) as error:
-            raise ValueError(f"{out}: the draws are saved, but scoring them failed: {error}") from error
-        posterior.save_pretrained(out, results=results)
-        record |= results
+    with only_run_in(out):
+        _check_writable(out)
+        adapter = adapter_of(config)
+        adapter.to(device_of(device or config.output.device))
+        prior = LiFTPrior.from_pretrained(prior_folder, adapter)
+        if untrained:
+            prior = _untrained(prior)
+        task = task_of(config, task_folder)
+        with named_callbacks(log_to, config.log.every) as callbacks:
+            posterior = prior.adapt(task, seed=seed, progress=progress, callbacks=callbacks)
+        record: dict[str, Any] = {
+            "prior": str(prior_folder.resolve()),
+            "task_folder": str(task_folder.resolve()),
+            "task": task.name,
+            "draws": len(posterior.thetas),
+            "component": posterior.component,
+            "seed": seed,
+            **({"untrained": True} if untrained else {}),
+            **posterior.results,
+        }
+        _put_aside(out)
+        posterior.save_pretrained(out)
         write_json(out / RECORD, record)
-    print(json.dumps(record))
-    return posterior
+        if task.test is not None:
+            try:
+                results = _score(posterior, task, task.test) | _text_scores(posterior, task_folder)
+            except (ValueError, TypeError, RuntimeError, IndexError) as error:
+                raise ValueError(f"{out}: the draws are saved, but scoring them failed: {error}") from error
+            posterior.save_pretrained(out, results=results)
+            record |= results
+            write_json(out / RECORD, record)
+        print(json.dumps(record))
+        return posterior
 
 
 def _put_aside(folder: Path) -> None:

@@ -48,6 +48,7 @@ from pyro_lift.models.task import Task
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.archive import write_file, write_json
 from pyro_lift.support.durations import format_duration
+from pyro_lift.support.folder_lock import only_run_in
 from pyro_lift.support.options import check_choice
 from pyro_lift.support.said_once import said_once
 from pyro_lift.tuning.whose_heads import with_heads_settled
@@ -124,7 +125,7 @@ def compare(
 
     Raises:
         ValueError: nothing to learn from beside what is held out; tasks of several kinds; a folder with another
-            comparison; before any training.
+            comparison, or with one at work in it; before any training.
     """
     lift, adapt = options.pop("settings", None) or LiFTSettings(), options.pop("adapt", None) or AdaptSettings()
     known = [f.name for f in fields(CompareSettings)] + ["settings", "adapt"]
@@ -166,6 +167,8 @@ def run(
     """
     start = time.monotonic() if started is None else started
     with contextlib.ExitStack() as stack:
+        if out is not None:
+            stack.enter_context(only_run_in(out))
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         problem, left_out = without_unjudged(problem)
         folds = folds_of(problem, settings.folds)
