@@ -12,7 +12,6 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +21,7 @@ from pyro_lift.config import RunConfig, read_config
 from pyro_lift.data.layout import RECORD_FILES, TENSOR_FILES
 from pyro_lift.data.new_rows import choice_rows, new_pictures, new_tensor_rows, new_text_rows, rows_file
 from pyro_lift.data.text import TextForm
+from pyro_lift.generation.options import Writing
 from pyro_lift.generation.predictions import text_measures, text_predictions, token_predictions
 from pyro_lift.inference.adaptation.meta_testing import Untouched
 from pyro_lift.lift import LiFT
@@ -38,7 +38,6 @@ from pyro_lift.support import distributed
 from pyro_lift.support.archive import read_json, write_file, write_json
 from pyro_lift.support.folder_lock import only_run_in
 from pyro_lift.support.moved import names_moved_from
-from pyro_lift.support.options import check_number
 from pyro_lift.tuning.search import Tuning
 from pyro_lift.watching.named import named_callbacks
 from pyro_lift.wiring import adapter_of, device_of, encoder_of, task_of, tasks_of
@@ -50,32 +49,6 @@ log = logging.getLogger("pyro_lift")
 #: Names of the files inside the folders that the commands write.
 CONFIG, PRIOR, CHOICE = "run.toml", "prior.safetensors", "choice.json"
 RECORD, PREDICTIONS, EARLIER = "adapt.json", "predictions.jsonl", "predictions.earlier.jsonl"
-
-
-@dataclass(frozen=True)
-class Writing:
-    """How answers are written.
-
-    Attributes:
-        which: ``"mean"``, ``"draws"`` or a draw's number.
-        consensus: of the draws: ``"probabilities"`` or ``"mbr"``.
-        beams: of the search; 1 is greedy.
-        max_new_tokens: longest answer; None takes the backbone's, or 64.
-    """
-
-    which: Any = "mean"
-    consensus: str | None = None
-    beams: int = 1
-    max_new_tokens: int | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Return options of ``generate``."""
-        check_number("beams", self.beams, least=1, open_below=False, whole=True)
-        if self.max_new_tokens is not None:
-            check_number("max_new_tokens", self.max_new_tokens, least=1, open_below=False, whole=True)
-        chosen = {"consensus": self.consensus, "max_new_tokens": self.max_new_tokens}
-        beams = {"num_beams": self.beams} if self.beams > 1 else {}
-        return {name: value for name, value in chosen.items() if value is not None} | beams
 
 
 def train(
