@@ -12,6 +12,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,8 +35,9 @@ from pyro_lift.models.task import Rows, Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.saving.destination import check_destination
+from pyro_lift.saving.rescue import write_or_rescue
 from pyro_lift.support import distributed
-from pyro_lift.support.archive import read_json, write_file, write_json
+from pyro_lift.support.archive import read_json, reason_of_failure, write_file, write_json
 from pyro_lift.support.folder_lock import only_run_in
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.tuning.search import Tuning
@@ -76,7 +78,8 @@ def train(
         ImportError: a tracker that is not installed; before any training.
         ValueError: anything wrong with the file or the tasks, a finished prior in the way, or another run at work in
             the folder; before any training.
-        OSError: the output folder cannot be written; before any training.
+        OSError: the output folder cannot be written; before any training. Where it cannot be afterwards, the prior is
+            in another, which is named.
     """
     config, text = read_config(path), path.read_bytes()
     folder = Path(config.output.folder)
@@ -178,7 +181,7 @@ def tune(
                 if resume:
                     log.warning("no choice of settings was made yet in %s: it begins.", folder)
                 tuning = lift.tune(known, budget, progress=progress, callbacks=callbacks)
-                write_json(choice, {**of, "architecture": architecture, "tuning": tuning.to_dict()})
+                _keep_choice(choice, {**of, "architecture": architecture, "tuning": tuning.to_dict()})
             print(f"{tuning.table()}\nchosen: {tuning.chosen}")
             where: dict[str, Any] = {"resume": saved} if saved.is_dir() else {"checkpoint": saved}
             hint = f"pyro-lift tune {shlex.quote(str(path))} --resume"
@@ -187,6 +190,16 @@ def tune(
             (prior,) = lift.meta_train_many(tasks.train, [lift.settings.components], session=session, **shown)
         _write_prior(prior, folder, text)
         return prior
+
+
+def _keep_choice(path: Path, choice: dict[str, Any]) -> None:
+    """Write settings that took long to choose; where that fails, the run that has them goes on."""
+    try:
+        write_json(path, choice)
+    except OSError as error:
+        path.unlink(missing_ok=True)  # half of it
+        reason = reason_of_failure(error)
+        log.warning("%s: the choice could not be kept (%s): should this run be stopped, it begins anew.", path, reason)
 
 
 def _choice_of(path: Path, of: dict[str, str], architecture: dict[str, Any]) -> Tuning:
@@ -207,8 +220,13 @@ def _choice_of(path: Path, of: dict[str, str], architecture: dict[str, Any]) -> 
 
 def _write_prior(prior: LiFTPrior, folder: Path, text: bytes) -> None:
     """Write a finished prior with its file, and take away what a stopped run would have gone on with."""
-    write_file(folder / CONFIG, text)
-    prior.save_pretrained(folder)
+
+    def write(place: Path) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        write_file(place / CONFIG, text)
+        prior.save_pretrained(place)
+
+    write_or_rescue(write, folder, "the prior")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     (folder / CHOICE).unlink(missing_ok=True)
     print(f"prior written: {folder}")
@@ -243,7 +261,7 @@ def adapt(
     Raises:
         ValueError: not a prior's folder; bad data, with file and line; another run at work in ``out``; scores that
             cannot be computed.
-        OSError: ``out`` cannot be written; before the chain.
+        OSError: ``out`` cannot be written; before the chain, or after it, where another place is named.
     """
     config = _config_of(prior_folder)
     check_destination(out, "posterior")
@@ -269,19 +287,24 @@ def adapt(
             **({"untrained": True} if untrained else {}),
             **posterior.results,
         }
-        _put_aside(out)
-        posterior.save_pretrained(out)
-        write_json(out / RECORD, record)
+        write_or_rescue(partial(_write_posterior, posterior, record), out, "the posterior")
         if task.test is not None:
             try:
                 results = _score(posterior, task, task.test) | _text_scores(posterior, task_folder)
             except (ValueError, TypeError, RuntimeError, IndexError) as error:
                 raise ValueError(f"{out}: the draws are saved, but scoring them failed: {error}") from error
-            posterior.save_pretrained(out, results=results)
+            posterior.results |= results
             record |= results
-            write_json(out / RECORD, record)
+            write_or_rescue(partial(_write_posterior, posterior, record), out, "the posterior with its scores")
         print(json.dumps(record))
         return posterior
+
+
+def _write_posterior(posterior: TaskPosterior, record: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _put_aside(folder)
+    posterior.save_pretrained(folder)
+    write_json(folder / RECORD, record)
 
 
 def _put_aside(folder: Path) -> None:
@@ -361,7 +384,8 @@ def predict(
     # All lines before the first is written: a file of predictions is whole, or is not there.
     place = task_folder or Path(record["task_folder"])
     lines = _predicted(posterior, config, place, writing or Writing())
-    write_file(out, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
+    content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+    write_or_rescue(lambda place: write_file(place / out.name, content), out.parent, "the predictions")
     measures = text_measures(lines, posterior.task.metric)
     for name, value in measures.items():
         print(f"{name} ({posterior.task.metric}): {value:.4f}")

@@ -21,6 +21,7 @@ from pyro_lift.support.archive import (
     new_folder,
     read_json,
     read_tensors,
+    reason_of_failure,
     sealed,
     write_json,
     write_tensors,
@@ -81,13 +82,24 @@ class WorkBefore:
         with self._signals():
             vector, data = compute()
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            with new_folder(self.folder / name) as new:
-                record = write_tensors(new / "vector.safetensors", {"vector": vector})
-                data = jsonable(data)
-                write_json(new / "work.json", sealed({"config": self.config, "file": record, "data": data}))
+            data = jsonable(data)
+            self._keep(self.folder, name, vector, data)
         return vector, data
+
+    def _keep(self, folder: Path, name: str, vector: Tensor, data: dict[str, Any]) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            with new_folder(folder / name) as new:
+                record = write_tensors(new / "vector.safetensors", {"vector": vector})
+                told = {"config": self.config, "file": record, "data": data}
+                write_json(new / "work.json", sealed(told))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{folder}: what the run found before its chain could not be kept ({reason_of_failure(error)}). Make "
+                "room, or give another folder",
+            ) from error
 
     def data(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return plain data without a vector that was kept, or compute it and keep it."""

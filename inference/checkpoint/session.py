@@ -47,6 +47,7 @@ from pyro_lift.support.archive import (
     new_folder,
     pack,
     read_tensors,
+    reason_of_failure,
     sealed,
     unfinished,
     unpack,
@@ -279,14 +280,16 @@ class Session:
             last: whether it was the last one.
 
         Raises:
-            OSError: a full disk; the last checkpoint is intact.
+            OSError: a full disk; the last checkpoint is intact. Not after the last transition: the run is complete.
             RunStopped: after a signal.
         """
         self.transitions += 1
         self.draws += int(drawn)
         if self._shared:  # a signal to one process stops all of them
             self._signal = max(distributed.collected(self._signal or 0)) or None
-        if last or self._signal is not None or self.transitions % self.every == 0:
+        if last:
+            self._save_last(kernel, statistics, draws)
+        elif self._signal is not None or self.transitions % self.every == 0:
             self.save(kernel, statistics, draws)
         if self._signal is not None and not last:
             name = signal.Signals(self._signal).name
@@ -295,6 +298,16 @@ class Session:
                 f"Go on with {self.resume_hint}.",
                 self._signal,
             )
+
+    def _save_last(self, kernel: SavableKernel, statistics: Any, draws: list[Tensor]) -> None:
+        """Write the checkpoint of a run that is complete; that it cannot be written takes nothing from the result."""
+        try:
+            self.save(kernel, statistics, draws)
+        except OSError as error:
+            log.warning(
+                "%s: the checkpoint after the last transition could not be written (%s). The run is complete, and its "
+                "result in memory.", self.folder, reason_of_failure(error),
+            )  # fmt: skip
 
     def save(self, kernel: SavableKernel, statistics: Any, draws: list[Tensor]) -> None:
         """Write a checkpoint now."""

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -46,7 +47,7 @@ from pyro_lift.models.conventions import base_of
 from pyro_lift.models.digest import digest_of_network, digest_of_rows
 from pyro_lift.models.task import Task
 from pyro_lift.settings import AdaptSettings, LiFTSettings
-from pyro_lift.support.archive import write_file, write_json
+from pyro_lift.support.archive import reason_of_failure, write_file, write_json
 from pyro_lift.support.durations import format_duration
 from pyro_lift.support.folder_lock import only_run_in
 from pyro_lift.support.options import check_choice
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
 from pyro_lift.tuning.held_out import judged
 
 __all__ = ["Comparison", "compare", "run"]
+
+log = logging.getLogger("pyro_lift")
 
 #: Fraction of the budget after which nothing more is measured.
 MEASURING = 0.1
@@ -79,7 +82,7 @@ class Comparison:
         summary: the numbers behind both.
         records: one a method, seed, held-out task and rate of adaptation.
         notes: sizes, what was cut, and what could not be compared.
-        folder: of the records, the table and the figure; None where none was asked for.
+        folder: of the records, the table and the figure; None where none was asked for, or they could not be written.
     """
 
     advice: str
@@ -190,11 +193,20 @@ def run(
         instead, note = told_of_one_class(finished)
         advice, notes = instead or advice, notes + ([note] if note else [])
         comparison = Comparison(advice, table, summary, records, tuple(notes), out)
-        if out is not None:
-            write_file(out / TABLE, f"{comparison}\n".encode())
-            write_json(out / RECORDS, {"advice": comparison.advice, "notes": notes, "records": records})
-            if summary.results:
-                plot(summary, out / FIGURE)
+        return comparison if out is None else _written(comparison, out)
+
+
+def _written(comparison: Comparison, out: Path) -> Comparison:
+    """Write table, records and figure; a comparison that cannot be written is there all the same, without a folder."""
+    try:
+        write_file(out / TABLE, f"{comparison}\n".encode())
+        told = {"advice": comparison.advice, "notes": list(comparison.notes), "records": comparison.records}
+        write_json(out / RECORDS, told)
+        if comparison.summary.results:
+            plot(comparison.summary, out / FIGURE)
+    except OSError as error:
+        log.warning("%s: the comparison could not be written (%s)", out, reason_of_failure(error))
+        return replace(comparison, folder=None)
     return comparison
 
 
