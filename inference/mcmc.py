@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,8 @@ class MCMC(pyro.infer.MCMC):
             kwargs: of the model.
 
         Raises:
-            ValueError: the folder holds another run, or none that is intact; several chains with a folder, or chains
-                in processes of their own with callbacks.
+            ValueError: the folder holds another run, or none that is intact; another run works in it; several chains
+                with a folder, or chains in processes of their own with callbacks.
             OSError: a checkpoint could not be written; the last one is intact.
             RunStopped: SIGTERM or Ctrl-C; the run is saved.
         """
@@ -110,7 +110,7 @@ class MCMC(pyro.infer.MCMC):
             return
         plain = self.sampler
         try:
-            with _callers_logger(), _watched(self, callbacks, session.transitions):
+            with _alone(session, self.kernel), _callers_logger(), _watched(self, callbacks, session.transitions):
                 self.sampler = _SavedChain(plain, session, None)
                 super().run(*args, **kwargs)
         finally:
@@ -210,8 +210,9 @@ class StreamingMCMC(pyro.infer.mcmc.StreamingMCMC):
         # What is saved is in the statistics already; Pyro counts the draws that are still to come.
         self.num_samples = total - before
         ending = None
+        done = 0 if session is None else session.transitions
         try:
-            with _callers_logger(), _watched(self, callbacks, 0 if session is None else session.transitions):
+            with _alone(session, self.kernel), _callers_logger(), _watched(self, callbacks, done):
                 if session is not None:
                     check_statistics(self._statistics)
                     self.sampler = _SavedChain(plain, session, self._statistics)
@@ -330,6 +331,11 @@ def _session(
             f"{session.folder} holds {session.draws} draws already, and num_samples={mcmc.num_samples} is fewer."
         )
     return session
+
+
+def _alone(session: Session | None, kernel: Any) -> AbstractContextManager[None]:
+    """Keep other runs out of the folder of a run that is saved."""
+    return nullcontext() if session is None else session.alone(shared=getattr(kernel, "distributed", False))
 
 
 class _EndingChain:

@@ -18,6 +18,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.networks import COMPILER, check_network, plain_network, private_stream, share_hooks, sharing_copy
 from pyro_lift.models.peft_layers import active_adapter, file_name, peft_layers
 from pyro_lift.models.quantised import Quantisation, loading_config, quantisation_of
+from pyro_lift.support.hub_names import check_findable, not_found, reason_of
 from pyro_lift.support.options import check_literal
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def load_backbone(
         ValueError: an unknown kind or dtype; a model that is not of that kind, or whose file lacks weights of that
             kind, which would be random; nothing to checkpoint; a quantisation that this kind has not.
         ImportError: bitsandbytes is not installed.
-        OSError: nothing of that name.
+        OSError: nothing of that name, neither a folder here nor a model of the hub.
     """
     check_literal("kind", kind, BackboneKind)
     check_literal("dtype", dtype, DType)
@@ -127,14 +128,16 @@ def load_backbone(
         if "quantization_config" in options:
             raise ValueError("give quantization or quantization_config, not both.")
         options = {**options, "quantization_config": loading_config(quantization, getattr(torch, dtype))}
+    check_findable(name)
     try:
         if kind == "timm":
             model = _from_timm(name, options).to(getattr(torch, dtype))
         else:
             model = _from_transformers(str(name), kind, getattr(torch, dtype), options)
     except Exception as error:  # whatever the library met, the name is the reason
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        message = f"{name}: cannot be loaded as a {kind!r} backbone ({reason}).{_kind_hint(name, kind)}"
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            raise OSError(not_found(name, error)) from error
+        message = f"{name}: cannot be loaded as a {kind!r} backbone ({reason_of(error)}).{_kind_hint(name, kind)}"
         raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
     model.eval()
     if gradient_checkpointing:
@@ -151,7 +154,7 @@ def _kind_hint(name: str | Path, kind: str) -> str:
     try:
         config = json.loads((Path(name) / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return "" if Path(name).is_dir() else " Is the name right, and can the hub be reached?"
+        return "" if Path(name).is_dir() else f" There is no folder {str(name)!r} here: is the name right?"
     if not isinstance(config, dict) or "model_type" not in config:
         return " Its config.json is timm's: kind='timm'." if "architecture" in config and kind != "timm" else ""
     family = str(config["model_type"])

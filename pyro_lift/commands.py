@@ -12,7 +12,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,20 +22,24 @@ from pyro_lift.config import RunConfig, read_config
 from pyro_lift.data.layout import RECORD_FILES, TENSOR_FILES
 from pyro_lift.data.new_rows import choice_rows, new_pictures, new_tensor_rows, new_text_rows, rows_file
 from pyro_lift.data.text import TextForm
+from pyro_lift.generation.options import Writing
 from pyro_lift.generation.predictions import text_measures, text_predictions, token_predictions
 from pyro_lift.inference.adaptation.meta_testing import Untouched
 from pyro_lift.lift import LiFT
 from pyro_lift.metrics.task import scores
 from pyro_lift.metrics.text import METRICS
+from pyro_lift.models.architecture import architecture_of, changed_settings
+from pyro_lift.models.conventions import base_of
 from pyro_lift.models.digest import digest
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.saving.destination import check_destination
+from pyro_lift.saving.rescue import write_or_rescue
 from pyro_lift.support import distributed
-from pyro_lift.support.archive import read_json, write_file, write_json
+from pyro_lift.support.archive import read_json, reason_of_failure, write_file, write_json
+from pyro_lift.support.folder_lock import only_run_in
 from pyro_lift.support.moved import names_moved_from
-from pyro_lift.support.options import check_number
 from pyro_lift.tuning.search import Tuning
 from pyro_lift.watching.named import named_callbacks
 from pyro_lift.wiring import adapter_of, device_of, encoder_of, task_of, tasks_of
@@ -47,32 +51,6 @@ log = logging.getLogger("pyro_lift")
 #: Names of the files inside the folders that the commands write.
 CONFIG, PRIOR, CHOICE = "run.toml", "prior.safetensors", "choice.json"
 RECORD, PREDICTIONS, EARLIER = "adapt.json", "predictions.jsonl", "predictions.earlier.jsonl"
-
-
-@dataclass(frozen=True)
-class Writing:
-    """How answers are written.
-
-    Attributes:
-        which: ``"mean"``, ``"draws"`` or a draw's number.
-        consensus: of the draws: ``"probabilities"`` or ``"mbr"``.
-        beams: of the search; 1 is greedy.
-        max_new_tokens: longest answer; None takes the backbone's, or 64.
-    """
-
-    which: Any = "mean"
-    consensus: str | None = None
-    beams: int = 1
-    max_new_tokens: int | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Return options of ``generate``."""
-        check_number("beams", self.beams, least=1, open_below=False, whole=True)
-        if self.max_new_tokens is not None:
-            check_number("max_new_tokens", self.max_new_tokens, least=1, open_below=False, whole=True)
-        chosen = {"consensus": self.consensus, "max_new_tokens": self.max_new_tokens}
-        beams = {"num_beams": self.beams} if self.beams > 1 else {}
-        return {name: value for name, value in chosen.items() if value is not None} | beams
 
 
 def train(
@@ -98,43 +76,45 @@ def train(
 
     Raises:
         ImportError: a tracker that is not installed; before any training.
-        ValueError: anything wrong with the file or the tasks, or a finished prior in the way; before any training.
-        OSError: the output folder cannot be written; before any training.
+        ValueError: anything wrong with the file or the tasks, a finished prior in the way, or another run at work in
+            the folder; before any training.
+        OSError: the output folder cannot be written; before any training. Where it cannot be afterwards, the prior is
+            in another, which is named.
     """
     config, text = read_config(path), path.read_bytes()
     folder = Path(config.output.folder)
-    saved, every = folder / "checkpoints", config.output.checkpoint_every
-    if (folder / PRIOR).exists() and not overwrite and not (resume and saved.is_dir()):
-        raise ValueError(
-            f"{folder} holds a finished prior. Give another output.folder, or --overwrite to train anew and replace it."
-        )
     check_destination(folder, "prior")
-    _check_apart(folder, config)
-    _check_writable(folder)
-    if overwrite and not resume and distributed.is_first():
-        shutil.rmtree(saved, ignore_errors=True)
-    if config.sampler.ranks_block_size:
-        distributed.join()
-    adapter = adapter_of(config)
-    tasks = tasks_of(config)
-    if distributed.is_first():
-        print(tasks.summary())
-        print(f"{adapter.dim} adapter weights on {config.backbone.name}")
-    place, seed = device_of(device or config.output.device), config.output.seed
-    lift = LiFT(adapter, settings=config.sampler, adapt=config.adapt, device=place, seed=seed)
-    session = None
-    if every or resume:
-        where: dict[str, Any] = {"resume": saved} if resume else {"checkpoint": saved}
-        resume_hint = f"pyro-lift train {shlex.quote(str(path))} --resume"
-        session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, resume_hint=resume_hint)
-    with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
-        shown: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
-        components = [config.sampler.components]
-        (prior,) = lift.meta_train_many(tasks.train, components, session=session, crossed=True, **shown)
-    if not distributed.is_first():
+    with only_run_in(folder, shared=bool(config.sampler.ranks_block_size)):
+        saved, every = folder / "checkpoints", config.output.checkpoint_every
+        if (folder / PRIOR).exists() and not overwrite and not (resume and saved.is_dir()):
+            raise ValueError(
+                f"{folder} holds a finished prior. Give another output.folder, or --overwrite to train anew and "
+                "replace it."
+            )
+        _check_apart(folder, config)
+        _check_writable(folder)
+        if overwrite and not resume and distributed.is_first():
+            shutil.rmtree(saved, ignore_errors=True)
+        adapter = adapter_of(config)
+        tasks = tasks_of(config)
+        if distributed.is_first():
+            print(tasks.summary())
+            print(f"{adapter.dim} adapter weights on {config.backbone.name}")
+        place, seed = device_of(device or config.output.device), config.output.seed
+        lift = LiFT(adapter, settings=config.sampler, adapt=config.adapt, device=place, seed=seed)
+        session = None
+        if every or resume:
+            where: dict[str, Any] = {"resume": saved} if resume else {"checkpoint": saved}
+            resume_hint = f"pyro-lift train {shlex.quote(str(path))} --resume"
+            session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, resume_hint=resume_hint)
+        with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
+            shown: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
+            components = [config.sampler.components]
+            (prior,) = lift.meta_train_many(tasks.train, components, session=session, crossed=True, **shown)
+        if not distributed.is_first():
+            return prior
+        _write_prior(prior, folder, text)
         return prior
-    _write_prior(prior, folder, text)
-    return prior
 
 
 def tune(
@@ -167,53 +147,70 @@ def tune(
     """
     config, text = read_config(path), path.read_bytes()
     folder = Path(config.output.folder)
-    saved, choice, every = folder / "checkpoints", folder / CHOICE, config.output.checkpoint_every
-    begun = saved.is_dir() or choice.exists()
-    if (folder / PRIOR).exists() and not overwrite and not (resume and begun):
-        raise ValueError(f"{folder} holds a finished prior. Give another output.folder, or --overwrite to replace it.")
-    if begun and not (resume or overwrite):
-        raise ValueError(
-            f"{folder} holds a run that was stopped. --resume to go on with it, --overwrite to begin anew."
-        )
     check_destination(folder, "prior")
-    _check_apart(folder, config)
-    _check_writable(folder)
-    if overwrite and not resume:
-        shutil.rmtree(saved, ignore_errors=True)
-        choice.unlink(missing_ok=True)
-    if saved.is_dir() and not choice.exists():
-        raise ValueError(f"{folder} holds a run of `train`, not of `tune`: there is no choice of settings in it.")
-    tasks = tasks_of(config)
-    print(tasks.summary())
-    place, seed = device_of(device or config.output.device), config.output.seed
-    lift = LiFT(adapter_of(config), settings=config.sampler, adapt=config.adapt, device=place, seed=seed)
-    known = [*tasks.train, *tasks.dev]
-    of = {"config": hashlib.sha256(text).hexdigest(), "digest": digest(lift.adapter, known)}
-    with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
-        if choice.exists():
-            tuning = _choice_of(choice, of)
-            lift.follow(tuning)
-        else:
-            if resume:
-                log.warning("no choice of settings was made yet in %s: it begins.", folder)
-            tuning = lift.tune(known, budget, progress=progress, callbacks=callbacks)
-            write_json(choice, {**of, "tuning": tuning.to_dict()})
-        print(f"{tuning.table()}\nchosen: {tuning.chosen}")
-        where: dict[str, Any] = {"resume": saved} if saved.is_dir() else {"checkpoint": saved}
-        hint = f"pyro-lift tune {shlex.quote(str(path))} --resume"
-        session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, resume_hint=hint)
-        shown: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
-        (prior,) = lift.meta_train_many(tasks.train, [lift.settings.components], session=session, **shown)
-    _write_prior(prior, folder, text)
-    return prior
+    with only_run_in(folder):
+        saved, choice, every = folder / "checkpoints", folder / CHOICE, config.output.checkpoint_every
+        begun = saved.is_dir() or choice.exists()
+        if (folder / PRIOR).exists() and not overwrite and not (resume and begun):
+            raise ValueError(
+                f"{folder} holds a finished prior. Give another output.folder, or --overwrite to replace it."
+            )
+        if begun and not (resume or overwrite):
+            raise ValueError(
+                f"{folder} holds a run that was stopped. --resume to go on with it, --overwrite to begin anew."
+            )
+        _check_apart(folder, config)
+        _check_writable(folder)
+        if overwrite and not resume:
+            shutil.rmtree(saved, ignore_errors=True)
+            choice.unlink(missing_ok=True)
+        if saved.is_dir() and not choice.exists():
+            raise ValueError(f"{folder} holds a run of `train`, not of `tune`: there is no choice of settings in it.")
+        tasks = tasks_of(config)
+        print(tasks.summary())
+        place, seed = device_of(device or config.output.device), config.output.seed
+        lift = LiFT(adapter_of(config), settings=config.sampler, adapt=config.adapt, device=place, seed=seed)
+        known = [*tasks.train, *tasks.dev]
+        of = {"config": hashlib.sha256(text).hexdigest(), "digest": digest(lift.adapter, known)}
+        architecture = architecture_of(base_of(lift.adapter.backbone))
+        with named_callbacks([*config.log.to, *log_to], config.log.every) as callbacks:
+            if choice.exists():
+                tuning = _choice_of(choice, of, architecture)
+                lift.follow(tuning)
+            else:
+                if resume:
+                    log.warning("no choice of settings was made yet in %s: it begins.", folder)
+                tuning = lift.tune(known, budget, progress=progress, callbacks=callbacks)
+                _keep_choice(choice, {**of, "architecture": architecture, "tuning": tuning.to_dict()})
+            print(f"{tuning.table()}\nchosen: {tuning.chosen}")
+            where: dict[str, Any] = {"resume": saved} if saved.is_dir() else {"checkpoint": saved}
+            hint = f"pyro-lift tune {shlex.quote(str(path))} --resume"
+            session = lift.session(tasks.train, **where, checkpoint_every=every or 1000, resume_hint=hint)
+            shown: dict[str, Any] = {"progress": progress, "callbacks": callbacks}
+            (prior,) = lift.meta_train_many(tasks.train, [lift.settings.components], session=session, **shown)
+        _write_prior(prior, folder, text)
+        return prior
 
 
-def _choice_of(path: Path, of: dict[str, str]) -> Tuning:
+def _keep_choice(path: Path, choice: dict[str, Any]) -> None:
+    """Write settings that took long to choose; where that fails, the run that has them goes on."""
+    try:
+        write_json(path, choice)
+    except OSError as error:
+        path.unlink(missing_ok=True)  # half of it
+        reason = reason_of_failure(error)
+        log.warning("%s: the choice could not be kept (%s): should this run be stopped, it begins anew.", path, reason)
+
+
+def _choice_of(path: Path, of: dict[str, str], architecture: dict[str, Any]) -> Tuning:
     """Read the settings that a stopped run chose, and refuse them where they are of something else."""
     kept = read_json(path)
     changed = {"config": "file", "digest": "tasks or the network"}
+    other = {name for name in of if kept[name] != of[name]}
+    if changed_settings(kept.get("architecture") or {}, architecture):  # of before there is none
+        other.add("digest")
     for name, what in changed.items():
-        if kept[name] != of[name]:
+        if name in other:
             raise ValueError(
                 f"the settings in {path} were chosen before the {what} changed. --overwrite to choose anew, or give "
                 "what they were chosen on."
@@ -223,8 +220,13 @@ def _choice_of(path: Path, of: dict[str, str]) -> Tuning:
 
 def _write_prior(prior: LiFTPrior, folder: Path, text: bytes) -> None:
     """Write a finished prior with its file, and take away what a stopped run would have gone on with."""
-    write_file(folder / CONFIG, text)
-    prior.save_pretrained(folder)
+
+    def write(place: Path) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        write_file(place / CONFIG, text)
+        prior.save_pretrained(place)
+
+    write_or_rescue(write, folder, "the prior")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     (folder / CHOICE).unlink(missing_ok=True)
     print(f"prior written: {folder}")
@@ -257,45 +259,52 @@ def adapt(
             same, to compare with.
 
     Raises:
-        ValueError: not a prior's folder; bad data, with file and line; scores that cannot be computed.
-        OSError: ``out`` cannot be written; before the chain.
+        ValueError: not a prior's folder; bad data, with file and line; another run at work in ``out``; scores that
+            cannot be computed.
+        OSError: ``out`` cannot be written; before the chain, or after it, where another place is named.
     """
     config = _config_of(prior_folder)
     check_destination(out, "posterior")
     if out.resolve() in (task_folder.resolve(), prior_folder.resolve()):
         raise ValueError(f"{out} holds the task, or the prior: give another folder for the posterior.")
-    _check_writable(out)
-    adapter = adapter_of(config)
-    adapter.to(device_of(device or config.output.device))
-    prior = LiFTPrior.from_pretrained(prior_folder, adapter)
-    if untrained:
-        prior = _untrained(prior)
-    task = task_of(config, task_folder)
-    with named_callbacks(log_to, config.log.every) as callbacks:
-        posterior = prior.adapt(task, seed=seed, progress=progress, callbacks=callbacks)
-    record: dict[str, Any] = {
-        "prior": str(prior_folder.resolve()),
-        "task_folder": str(task_folder.resolve()),
-        "task": task.name,
-        "draws": len(posterior.thetas),
-        "component": posterior.component,
-        "seed": seed,
-        **({"untrained": True} if untrained else {}),
-        **posterior.results,
-    }
-    _put_aside(out)
-    posterior.save_pretrained(out)
-    write_json(out / RECORD, record)
-    if task.test is not None:
-        try:
-            results = _score(posterior, task, task.test) | _text_scores(posterior, task_folder)
-        except (ValueError, TypeError, RuntimeError, IndexError) as error:
-            raise ValueError(f"{out}: the draws are saved, but scoring them failed: {error}") from error
-        posterior.save_pretrained(out, results=results)
-        record |= results
-        write_json(out / RECORD, record)
-    print(json.dumps(record))
-    return posterior
+    with only_run_in(out):
+        _check_writable(out)
+        adapter = adapter_of(config)
+        adapter.to(device_of(device or config.output.device))
+        prior = LiFTPrior.from_pretrained(prior_folder, adapter)
+        if untrained:
+            prior = _untrained(prior)
+        task = task_of(config, task_folder)
+        with named_callbacks(log_to, config.log.every) as callbacks:
+            posterior = prior.adapt(task, seed=seed, progress=progress, callbacks=callbacks)
+        record: dict[str, Any] = {
+            "prior": str(prior_folder.resolve()),
+            "task_folder": str(task_folder.resolve()),
+            "task": task.name,
+            "draws": len(posterior.thetas),
+            "component": posterior.component,
+            "seed": seed,
+            **({"untrained": True} if untrained else {}),
+            **posterior.results,
+        }
+        write_or_rescue(partial(_write_posterior, posterior, record), out, "the posterior")
+        if task.test is not None:
+            try:
+                results = _score(posterior, task, task.test) | _text_scores(posterior, task_folder)
+            except (ValueError, TypeError, RuntimeError, IndexError) as error:
+                raise ValueError(f"{out}: the draws are saved, but scoring them failed: {error}") from error
+            posterior.results |= results
+            record |= results
+            write_or_rescue(partial(_write_posterior, posterior, record), out, "the posterior with its scores")
+        print(json.dumps(record))
+        return posterior
+
+
+def _write_posterior(posterior: TaskPosterior, record: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _put_aside(folder)
+    posterior.save_pretrained(folder)
+    write_json(folder / RECORD, record)
 
 
 def _put_aside(folder: Path) -> None:
@@ -375,7 +384,8 @@ def predict(
     # All lines before the first is written: a file of predictions is whole, or is not there.
     place = task_folder or Path(record["task_folder"])
     lines = _predicted(posterior, config, place, writing or Writing())
-    write_file(out, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
+    content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+    write_or_rescue(lambda place: write_file(place / out.name, content), out.parent, "the predictions")
     measures = text_measures(lines, posterior.task.metric)
     for name, value in measures.items():
         print(f"{name} ({posterior.task.metric}): {value:.4f}")

@@ -229,7 +229,7 @@ class LiFT(ChainSetup):
         Raises:
             TypeError: what is no callback; an unknown hook.
             ValueError: no task, a task without data, labels outside the head's range, a start of another length;
-                no task to calibrate on; before any training.
+                no task to calibrate on; another run at work in the folder; before any training.
             DivergedError: a loss that is not finite; names the task and the step.
             ChainLostError: a loss that has climbed back to chance.
             RunStopped: SIGTERM or Ctrl-C, where the run is saved.
@@ -247,7 +247,11 @@ class LiFT(ChainSetup):
         session = self.session(tasks, checkpoint, resume, checkpoint_every)
         shown: dict[str, Any] = {"progress": progress, "on_step": on_step, "callbacks": callbacks}
         shown |= {"session": session, "start": start, "crossed": calibrate is None and self.tuning is None}
-        priors = self.meta_train_many(tasks, [self.settings.components], **shown)
+        if session is None:
+            priors = self.meta_train_many(tasks, [self.settings.components], **shown)
+        else:
+            with session.alone(shared=bool(self.settings.ranks_block_size)):
+                priors = self.meta_train_many(tasks, [self.settings.components], **shown)
         try:
             if calibrate:
                 priors[0].calibrate(unseen)

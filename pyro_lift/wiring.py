@@ -19,6 +19,7 @@ from pyro_lift.models.backbones import adapt_backbone, load_backbone, recipe
 from pyro_lift.models.readouts import LabelMatching
 from pyro_lift.models.task import Task
 from pyro_lift.support.devices import check_device
+from pyro_lift.support.hub_names import check_findable, not_found
 
 __all__ = ["adapter_of", "device_of", "encode_tasks", "encoder_of", "task_of", "tasks_of"]
 
@@ -120,6 +121,7 @@ def encoder_of(config: RunConfig) -> Any:
 
     Raises:
         ValueError: a tokenizer that does not fit the model.
+        OSError: no folder of the backbone here, and nothing of its name on the hub.
     """
     b, longest = config.backbone, config.tasks.max_length
     if b.name == "digits":
@@ -129,8 +131,8 @@ def encoder_of(config: RunConfig) -> Any:
     if b.kind == "vision":
         from transformers import AutoConfig, AutoImageProcessor
 
-        prepared = AutoImageProcessor.from_pretrained(b.name, use_fast=False)
-        size = AutoConfig.from_pretrained(b.name).image_size
+        prepared = _pretrained(AutoImageProcessor, b.name, use_fast=False)
+        size = _pretrained(AutoConfig, b.name).image_size
         return encode.Pictures(size, prepared.image_mean, prepared.image_std)
     if b.kind == "timm":
         import timm
@@ -139,8 +141,8 @@ def encoder_of(config: RunConfig) -> Any:
         return encode.Pictures(data["input_size"][-1], data["mean"], data["std"], keyword="")
     from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(b.name)
-    model = AutoConfig.from_pretrained(b.name)
+    tokenizer = _pretrained(AutoTokenizer, b.name)
+    model = _pretrained(AutoConfig, b.name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     encode.check_tokenizer(tokenizer, model.vocab_size)
@@ -153,6 +155,21 @@ def encoder_of(config: RunConfig) -> Any:
     if b.kind == "causal":
         return encode.NextToken(tokenizer, longest)
     return encode.TextToText(tokenizer, model.decoder_start_token_id, longest)
+
+
+def _pretrained(loader: Any, name: str, **options: Any) -> Any:
+    """Load what a backbone's folder, or its place on the hub, has beside the network.
+
+    Raises:
+        OSError: neither is there; or what is asked for is not in the folder.
+    """
+    check_findable(name)
+    try:
+        return loader.from_pretrained(name, **options)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise OSError(not_found(name, error)) from error
 
 
 def _places(model: Any) -> int | None:

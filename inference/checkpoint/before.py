@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.checkpoint.folder import DIGESTS, jsonable
+from pyro_lift.inference.checkpoint.folder import ARCHITECTURE, DIGESTS, jsonable
 from pyro_lift.inference.checkpoint.session import Session
+from pyro_lift.models.architecture import changed_settings
 from pyro_lift.support.archive import (
     DamagedError,
     check_sealed,
     new_folder,
     read_json,
     read_tensors,
+    reason_of_failure,
     sealed,
     write_json,
     write_tensors,
@@ -39,7 +41,7 @@ class WorkBefore:
     Args:
         folder: of the run; None keeps nothing.
         config: plain data of the run; what was kept by a run of another is computed anew. Its ``"digest"`` of data and
-            network is left out of account where an earlier version kept none.
+            network, and its ``"architecture"``, are left out of account where an earlier version kept none.
         signals: handled while something is computed (:meth:`Session.signals_before_chain`).
     """
 
@@ -63,7 +65,8 @@ class WorkBefore:
         if session is None:
             return cls(None), False
         config = {name: value for name, value in (session.config or {}).items() if name not in DIGESTS}
-        config |= {} if digest is None else {"digest": digest()}  # which says as much
+        config |= {} if digest is None else {"digest": digest()}  # which says as much of tasks and weights
+        config |= {name: value for name, value in (session.config or {}).items() if name == ARCHITECTURE}
         kept = cls(session.folder, config, session.signals_before_chain)
         return kept, session.transitions > 0 and not kept.has(name)
 
@@ -79,13 +82,24 @@ class WorkBefore:
         with self._signals():
             vector, data = compute()
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            with new_folder(self.folder / name) as new:
-                record = write_tensors(new / "vector.safetensors", {"vector": vector})
-                data = jsonable(data)
-                write_json(new / "work.json", sealed({"config": self.config, "file": record, "data": data}))
+            data = jsonable(data)
+            self._keep(self.folder, name, vector, data)
         return vector, data
+
+    def _keep(self, folder: Path, name: str, vector: Tensor, data: dict[str, Any]) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            with new_folder(folder / name) as new:
+                record = write_tensors(new / "vector.safetensors", {"vector": vector})
+                told = {"config": self.config, "file": record, "data": data}
+                write_json(new / "work.json", sealed(told))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{folder}: what the run found before its chain could not be kept ({reason_of_failure(error)}). Make "
+                "room, or give another folder",
+            ) from error
 
     def data(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return plain data without a vector that was kept, or compute it and keep it."""
@@ -102,5 +116,12 @@ class WorkBefore:
         except DamagedError as error:
             log.warning("%s; it is computed anew", error)
             return None
-        now = {name: value for name, value in self.config.items() if name != "digest" or name in work["config"]}
-        return (vector, work["data"]) if work["config"] == now else None
+        return (vector, work["data"]) if self._is_of(work["config"]) else None
+
+    def _is_of(self, kept: Mapping[str, Any]) -> bool:
+        """Whether what was kept is of this run: by all that both say."""
+        if changed_settings(kept.get(ARCHITECTURE) or {}, self.config.get(ARCHITECTURE) or {}):
+            return False
+        now = {name: value for name, value in self.config.items() if name != "digest" or name in kept}
+        then, now = ({name: x for name, x in told.items() if name != ARCHITECTURE} for told in (kept, now))
+        return then == now

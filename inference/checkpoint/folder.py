@@ -12,10 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from pyro_lift.inference.checkpoint.differences import difference
+from pyro_lift.models.architecture import changed_settings
 from pyro_lift.support.archive import DamagedError, check_format, check_sealed, read_json, write_tensors
 from pyro_lift.support.wording import some_names
 
 __all__ = [
+    "ARCHITECTURE",
     "DIGESTS",
     "FORMAT",
     "MANY",
@@ -29,7 +32,6 @@ __all__ = [
     "link_or_copy",
     "read_verified",
     "saved_config",
-    "shortened",
     "write_rows",
 ]
 
@@ -45,8 +47,10 @@ SHARD = 128 * 2**20
 TASK_DATA = "task_data"
 #: Likewise: a digest of the frozen network.
 NETWORK = "network"
+#: Likewise: what the network computes beside its weights (:mod:`pyro_lift.models.architecture`).
+ARCHITECTURE = "architecture"
 #: What earlier versions did not keep: a run that has none goes on without.
-DIGESTS = (TASK_DATA, NETWORK)
+DIGESTS = (TASK_DATA, NETWORK, ARCHITECTURE)
 
 
 #: Past this many files of draws they are written as one.
@@ -127,6 +131,8 @@ def check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], a
                 f"{path}: the weights of the backbone are others than those that the run was saved with. Go on with "
                 "the same network, or begin anew in another folder."
             )
+        elif name == ARCHITECTURE:
+            _check_architecture(path, was or {}, today or {})
         elif isinstance(was, dict) and isinstance(today, dict):
             check_config(path, was, today, f"{where}.")
         elif name == "start_log_likelihood":
@@ -137,7 +143,7 @@ def check_config(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], a
                 )
         elif was != today:
             raise ValueError(
-                f"{path}: the run was saved with {where} = {shortened(was)} and is now {shortened(today)}. "
+                f"{path}: the run was saved with {difference(where, was, today)}. "
                 "Go on with the same settings and tasks, or begin anew in another folder."
             )
 
@@ -153,10 +159,13 @@ def _check_task_data(path: Path, saved: Mapping[str, str], now: Mapping[str, str
         )
 
 
-def shortened(value: Any) -> str:
-    """Return the value as text of at most 80 characters, for messages."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _check_architecture(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a network of the same weights that computes something else."""
+    for name, (was, today) in changed_settings(saved, now).items():
+        raise ValueError(
+            f"{path}: the weights of the backbone are the same, but {name} was {was!r} when the run was saved and is "
+            f"{today!r}. Go on with the same network, or begin anew in another folder."
+        )
 
 
 def jsonable(value: Any) -> Any:

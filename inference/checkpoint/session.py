@@ -19,7 +19,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +47,7 @@ from pyro_lift.support.archive import (
     new_folder,
     pack,
     read_tensors,
+    reason_of_failure,
     sealed,
     unfinished,
     unpack,
@@ -54,6 +55,7 @@ from pyro_lift.support.archive import (
     write_json,
     write_tensors,
 )
+from pyro_lift.support.folder_lock import FolderInUseError, only_run_in
 from pyro_lift.support.options import check_number, renamed_keywords
 
 __all__ = ["RunStopped", "Session"]
@@ -145,6 +147,8 @@ class Session:
         self._shared = False
         check_folder(self.folder)
         checkpoints = checkpoints_in(self.folder)
+        self._newest = checkpoints[-1] if checkpoints else None
+        self._holders = 0
         if checkpoints and not resume:
             raise ValueError(
                 f"{self.folder}: holds a run already, saved at {checkpoints[-1].name}. Go on with {self.resume_hint}, "
@@ -176,6 +180,31 @@ class Session:
             )
         if distributed.is_first():
             say_beginning(self.folder)
+
+    @contextmanager
+    def alone(self, *, shared: bool = False) -> Iterator[None]:
+        """Keep other runs out of the folder; a part of the same run may enter again.
+
+        Args:
+            shared: whether several processes share the run; see :func:`~pyro_lift.support.folder_lock.only_run_in`.
+
+        Raises:
+            FolderInUseError: another run works in the folder, or has since this one looked into it.
+        """
+        with only_run_in(self.folder, shared=shared) if self._holders == 0 else nullcontext():
+            if self._holders == 0 and not (shared and not distributed.is_first()):
+                newest = next(reversed(checkpoints_in(self.folder)), None)
+                if newest != self._newest:
+                    raise FolderInUseError(
+                        f"{self.folder}: another run has saved itself here in the meantime"
+                        f"{'' if newest is None else f', as {newest.name}'}. Go on with {self.resume_hint}, or give "
+                        "another folder."
+                    )
+            self._holders += 1
+            try:
+                yield
+            finally:
+                self._holders -= 1
 
     # -------------------------------------------------------------------------------------------- setting up
 
@@ -251,14 +280,16 @@ class Session:
             last: whether it was the last one.
 
         Raises:
-            OSError: a full disk; the last checkpoint is intact.
+            OSError: a full disk; the last checkpoint is intact. Not after the last transition: the run is complete.
             RunStopped: after a signal.
         """
         self.transitions += 1
         self.draws += int(drawn)
         if self._shared:  # a signal to one process stops all of them
             self._signal = max(distributed.collected(self._signal or 0)) or None
-        if last or self._signal is not None or self.transitions % self.every == 0:
+        if last:
+            self._save_last(kernel, statistics, draws)
+        elif self._signal is not None or self.transitions % self.every == 0:
             self.save(kernel, statistics, draws)
         if self._signal is not None and not last:
             name = signal.Signals(self._signal).name
@@ -267,6 +298,16 @@ class Session:
                 f"Go on with {self.resume_hint}.",
                 self._signal,
             )
+
+    def _save_last(self, kernel: SavableKernel, statistics: Any, draws: list[Tensor]) -> None:
+        """Write the checkpoint of a run that is complete; that it cannot be written takes nothing from the result."""
+        try:
+            self.save(kernel, statistics, draws)
+        except OSError as error:
+            log.warning(
+                "%s: the checkpoint after the last transition could not be written (%s). The run is complete, and its "
+                "result in memory.", self.folder, reason_of_failure(error),
+            )  # fmt: skip
 
     def save(self, kernel: SavableKernel, statistics: Any, draws: list[Tensor]) -> None:
         """Write a checkpoint now."""
@@ -290,7 +331,7 @@ class Session:
                 f"{self.resume_hint}",
             ) from error
         draws.clear()
-        self._previous, self._old_draws = path, held
+        self._previous, self._newest, self._old_draws = path, path, held
         for old in checkpoints_in(self.folder)[:-KEEP] if self._is_first else []:
             shutil.rmtree(old, ignore_errors=True)
 

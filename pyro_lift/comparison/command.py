@@ -34,6 +34,7 @@ def command(
 
     Raises:
         ValueError: anything wrong with the file or the tasks; before any training.
+        OSError: the folder could not be written at the end, after the table was printed.
         KeyboardInterrupt: Ctrl-C, after saying how to go on.
     """
     started = time.monotonic()
@@ -53,5 +54,8 @@ def command(
         kept = f"{done} runs are kept in {out}: the same command goes on from there" if done else NOTHING
         print(f"\nstopped; {kept}.", flush=True)
         raise
-    print(f"\n{comparison}\n\nwritten: {out}")
+    print(f"\n{comparison}", flush=True)
+    if comparison.folder is None:
+        raise OSError(f"{out}: table, records and figure could not be written. The table stands above")
+    print(f"\nwritten: {out}")
     return comparison

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -40,12 +41,15 @@ from pyro_lift.comparison.turns import Agenda, Entries, Turn, told_sizes
 from pyro_lift.data.collection import TaskCollection
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.architecture import architecture_of
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.models.digest import digest_of_rows
+from pyro_lift.models.conventions import base_of
+from pyro_lift.models.digest import digest_of_network, digest_of_rows
 from pyro_lift.models.task import Task
 from pyro_lift.settings import AdaptSettings, LiFTSettings
-from pyro_lift.support.archive import write_file, write_json
+from pyro_lift.support.archive import reason_of_failure, write_file, write_json
 from pyro_lift.support.durations import format_duration
+from pyro_lift.support.folder_lock import only_run_in
 from pyro_lift.support.options import check_choice
 from pyro_lift.support.said_once import said_once
 from pyro_lift.tuning.whose_heads import with_heads_settled
@@ -56,12 +60,14 @@ from pyro_lift.tuning.held_out import judged
 
 __all__ = ["Comparison", "compare", "run"]
 
+log = logging.getLogger("pyro_lift")
+
 #: Fraction of the budget after which nothing more is measured.
 MEASURING = 0.1
 #: Fraction of the time that is left for the comparison itself where methods are tuned before it.
 TUNING = 0.5
-#: What stands between the two parts of a comparison's mark.
-DATA = " data "
+#: What stands between the parts of a comparison's mark.
+DATA, NETWORK = " data ", " network "
 #: Names of the files in the folder of a comparison.
 PLAN, CELLS, TABLE, FIGURE, RECORDS = "plan.json", "cells", "table.txt", "comparison.png", "records.json"
 
@@ -76,7 +82,7 @@ class Comparison:
         summary: the numbers behind both.
         records: one a method, seed, held-out task and rate of adaptation.
         notes: sizes, what was cut, and what could not be compared.
-        folder: of the records, the table and the figure; None where none was asked for.
+        folder: of the records, the table and the figure; None where none was asked for, or they could not be written.
     """
 
     advice: str
@@ -122,7 +128,7 @@ def compare(
 
     Raises:
         ValueError: nothing to learn from beside what is held out; tasks of several kinds; a folder with another
-            comparison; before any training.
+            comparison, or with one at work in it; before any training.
     """
     lift, adapt = options.pop("settings", None) or LiFTSettings(), options.pop("adapt", None) or AdaptSettings()
     known = [f.name for f in fields(CompareSettings)] + ["settings", "adapt"]
@@ -164,6 +170,8 @@ def run(
     """
     start = time.monotonic() if started is None else started
     with contextlib.ExitStack() as stack:
+        if out is not None:
+            stack.enter_context(only_run_in(out))
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         problem, left_out = without_unjudged(problem)
         folds = folds_of(problem, settings.folds)
@@ -185,11 +193,20 @@ def run(
         instead, note = told_of_one_class(finished)
         advice, notes = instead or advice, notes + ([note] if note else [])
         comparison = Comparison(advice, table, summary, records, tuple(notes), out)
-        if out is not None:
-            write_file(out / TABLE, f"{comparison}\n".encode())
-            write_json(out / RECORDS, {"advice": comparison.advice, "notes": notes, "records": records})
-            if summary.results:
-                plot(summary, out / FIGURE)
+        return comparison if out is None else _written(comparison, out)
+
+
+def _written(comparison: Comparison, out: Path) -> Comparison:
+    """Write table, records and figure; a comparison that cannot be written is there all the same, without a folder."""
+    try:
+        write_file(out / TABLE, f"{comparison}\n".encode())
+        told = {"advice": comparison.advice, "notes": list(comparison.notes), "records": comparison.records}
+        write_json(out / RECORDS, told)
+        if comparison.summary.results:
+            plot(comparison.summary, out / FIGURE)
+    except OSError as error:
+        log.warning("%s: the comparison could not be written (%s)", out, reason_of_failure(error))
+        return replace(comparison, folder=None)
     return comparison
 
 
@@ -228,7 +245,8 @@ def _agenda(
     entries = Entries(sum(entrant(name).meta for name in names), sum(entrant(name).rank == 1 for name in names))
     if path.is_file() and not overwrite:
         agenda = Agenda.read(path, settings, held_out, entries)
-        if agenda.mark not in (mark, mark.partition(DATA)[0]):  # one of before says nothing of inputs
+        of_before = (mark.partition(DATA)[0], mark.partition(NETWORK)[0])  # say nothing of inputs, or of the network
+        if agenda.mark not in (mark, *of_before):
             raise ValueError(
                 f"{folder} holds another comparison (other tasks, network or settings). Give another folder, or "
                 "overwrite it."
@@ -249,7 +267,8 @@ def _agenda(
 def _mark(problem: Problem, folds: Sequence[Fold], settings: CompareSettings, names: Sequence[str]) -> str:
     """Digest what a comparison is of, so that another is not taken for it; the budget may differ.
 
-    Behind :data:`DATA` stands a digest of all rows, which comparisons of before lack.
+    Behind :data:`DATA` stands a digest of all rows, behind :data:`NETWORK` one of weights and architecture, which
+    comparisons of before lack.
     """
     wanted = asdict(replace(settings, budget=1, progress=False, methods=None))
     if not settings.trials:  # as in comparisons of before there was a choice
@@ -264,8 +283,10 @@ def _mark(problem: Problem, folds: Sequence[Fold], settings: CompareSettings, na
     layout = [[entry.name, list(entry.shape)] for entry in adapter.layout]
     told = [wanted, list(names), tasks, layout, asdict(problem.settings), asdict(problem.adapt)]
     rows = [digest_of_rows(task.train, task.test) for task in (*problem.train, *problem.dev, *problem.test)]
-    marks = [hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for part in (told, rows)]
-    return DATA.join(marks)
+    network = [digest_of_network(adapter), architecture_of(base_of(adapter.backbone))]
+    parts = (told, rows, network)
+    of, data, computed = (hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for part in parts)
+    return f"{of}{DATA}{data}{NETWORK}{computed}"
 
 
 def _run_turns(

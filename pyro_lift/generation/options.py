@@ -1,12 +1,41 @@
-"""Options of transformers' ``generate``: what is said where, and what is added to it."""
+"""Options of transformers' ``generate``: what is said where, what is added to it, and those of the command line."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["added", "said"]
+from pyro_lift.support.options import check_number
+
+__all__ = ["Writing", "added", "said"]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How answers are written.
+
+    Attributes:
+        which: ``"mean"``, ``"draws"`` or a draw's number.
+        consensus: of the draws: ``"probabilities"`` or ``"mbr"``.
+        beams: of the search; 1 is greedy.
+        max_new_tokens: longest answer; None takes the backbone's, or 64.
+    """
+
+    which: Any = "mean"
+    consensus: str | None = None
+    beams: int = 1
+    max_new_tokens: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return options of ``generate``."""
+        check_number("beams", self.beams, least=1, open_below=False, whole=True)
+        if self.max_new_tokens is not None:
+            check_number("max_new_tokens", self.max_new_tokens, least=1, open_below=False, whole=True)
+        chosen = {"consensus": self.consensus, "max_new_tokens": self.max_new_tokens}
+        beams = {"num_beams": self.beams} if self.beams > 1 else {}
+        return {name: value for name, value in chosen.items() if value is not None} | beams
 
 
 def said(name: str, options: Mapping[str, Any], network: Any) -> Any:

@@ -1,28 +1,24 @@
-"""Which frozen network an adapter belongs to: its name, and a digest of every weight."""
+"""Which frozen network an adapter belongs to: its name, a digest of every weight, and what it computes beside them."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.architecture import architecture_of, changed_settings, digest_of_values
 from pyro_lift.models.conventions import base_of
 from pyro_lift.models.peft_layers import adapter_tensors
 from pyro_lift.models.quantised import as_saved, codes_of, quantisation_of, size_of
 
 __all__ = ["check_base", "describe_base"]
 
-#: Values of each weight that its digest reads; a fine-tuned copy differs in nearly all of them.
-PROBES = 256
-
 
 def describe_base(adapter: RandomAdapter) -> dict[str, Any]:
-    """Describe a base model by name, class, quantisation and digests, under names without PEFT's wrappers."""
+    """Describe a base model: name, class, quantisation, architecture, digests, under names without PEFT's wrappers."""
     network = base_of(adapter.backbone)
     weights = _weights(adapter)
     return {
@@ -30,15 +26,19 @@ def describe_base(adapter: RandomAdapter) -> dict[str, Any]:
         "class": type(network).__name__,
         "parameters": sum(size_of(x) for x in weights.values()),
         "quantisation": quantisation_of(network),
-        "tensors": {name: [list(x.shape), _digest(codes_of(x.detach()))] for name, x in weights.items()},
+        "architecture": architecture_of(network),
+        "tensors": {name: [list(x.shape), digest_of_values(codes_of(x.detach()))] for name, x in weights.items()},
     }
 
 
 def check_base(adapter: RandomAdapter, saved: Mapping[str, Any], where: Path) -> None:
     """Raise unless this is the base model the adapter was trained on.
 
+    Of a folder of before there was a description of the architecture, the weights alone are compared.
+
     Raises:
-        ValueError: names the file, both models and the first weight that is missing, misshapen or different.
+        ValueError: names the file, both models and the first weight that is missing, misshapen or different; or, where
+            all are the same, the first setting of the architecture that differs, with both values.
     """
     given = describe_base(adapter)
     then, this = (base.get("name") or base.get("class") for base in (saved, given))
@@ -64,6 +64,13 @@ def check_base(adapter: RandomAdapter, saved: Mapping[str, Any], where: Path) ->
         raise ValueError(
             f"{where}: {who}: the weight {other[0]!r} has other values ({len(other)} of {len(new)} differ). "
             "Load the base model it was trained on, or pass check_base=False if a difference is meant."
+        )
+    if changed := changed_settings(saved.get("architecture") or {}, given["architecture"]):
+        name, (was, now) = next(iter(changed.items()))
+        others = f" ({len(changed)} settings differ)" if len(changed) > 1 else ""
+        raise ValueError(
+            f"{where}: {who}: its weights are the same, but {name} was {was!r} and is {now!r}{others}, so that it "
+            "predicts something else. Load the base model as it was, or pass check_base=False if a difference is meant."
         )
 
 
@@ -92,10 +99,3 @@ def _brought_by_peft(adapter: RandomAdapter) -> set[str]:
     made = {name for name, owner in adapter_tensors(adapter.backbone).items() if owner != adapter.adapter_name}
     names = [name for name, _ in adapter.backbone.named_parameters()]
     return made | {name for name in names if any(part in name for part in ("vera_", "oft_", "fourierft_"))}
-
-
-def _digest(x: Tensor) -> str:
-    # In bfloat16, so that a network read in half precision is the same network.
-    step = max(x.numel() // PROBES, 1)
-    probe = x.reshape(-1)[::step][:PROBES].to(torch.bfloat16).float().cpu()
-    return hashlib.sha256(probe.numpy().tobytes()).hexdigest()[:12]

@@ -8,6 +8,7 @@ from typing import Any
 
 from pyro_lift.saving.parts import Savable
 from pyro_lift.support.archive import DamagedError
+from pyro_lift.support.hub_names import not_found, reason_of
 
 __all__ = ["local_folder", "push"]
 
@@ -43,7 +44,8 @@ def local_folder(source: str | Path, download: Mapping[str, Any]) -> Path:
         download: options of ``huggingface_hub.snapshot_download``.
 
     Raises:
-        DamagedError: neither.
+        DamagedError: no folder, and no name that the hub could have.
+        FileNotFoundError: no folder, and the hub gave nothing of that name.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -51,5 +53,11 @@ def local_folder(source: str | Path, download: Mapping[str, Any]) -> Path:
     if isinstance(source, Path) or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise DamagedError(f"{source}: no such folder, and not a name of the hub ('user/name').")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    return Path(snapshot_download(str(source), **download))
+    try:
+        return Path(snapshot_download(str(source), **download))
+    except HFValidationError as error:
+        raise DamagedError(f"{source}: no such folder, and not a name of the hub ({reason_of(error)}).") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(not_found(source, error)) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ __all__ = [
     "pack",
     "read_json",
     "read_tensors",
+    "reason_of_failure",
     "sealed",
     "unfinished",
     "unpack",
@@ -140,8 +142,11 @@ def new_files(folder: Path, last: str, stale: Collection[str] = ()) -> Iterator[
         last: the file that describes the others; a kill in the moment of moving leaves the old one, whose checksums
             tell.
         stale: names of files that go where they are not written anew: they would belong to something else.
+
+    Raises:
+        OSError: a full disk, a folder without the right to write; names the folder and the reason.
     """
-    with _partial_folder(folder) as partial:
+    with _told(folder), _partial_folder(folder) as partial:
         yield partial
         folder.mkdir(exist_ok=True)
         paths = sorted(partial.iterdir(), key=lambda path: path.name == last)
@@ -150,6 +155,41 @@ def new_files(folder: Path, last: str, stale: Collection[str] = ()) -> Iterator[
         for name in set(stale) - {path.name for path in paths}:
             (folder / name).unlink(missing_ok=True)
         _flush_folder(folder)
+
+
+def reason_of_failure(error: OSError) -> str:
+    """Return what the system said, of an error that may have been told in our words since."""
+    while isinstance(error.__cause__, OSError):
+        error = error.__cause__
+    return error.strerror or str(error)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Name the folder in errors of the system, which names none where a disk is full."""
+    try:
+        yield
+    except Exception as error:
+        failure = _of_system(error)
+        if failure is None:
+            raise
+        raise OSError(
+            failure.errno,
+            f"{folder}: could not be written ({reason_of_failure(failure)}). What was to be saved is in memory still: "
+            "save it again once there is room and the right to write, or in another folder",
+        ) from failure
+
+
+def _of_system(error: Exception) -> OSError | None:
+    """Return an error of the system as what it is; safetensors and tokenizers tell it in errors of their own."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found is None:
+        return None
+    failure = OSError(int(found[1]), os.strerror(int(found[1])))
+    failure.__cause__ = error
+    return failure
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from torch import Tensor
 
 from pyro_lift.inference.baselines.protocol import Posterior
-from pyro_lift.inference.checkpoint.folder import jsonable
+from pyro_lift.inference.checkpoint.folder import ARCHITECTURE, jsonable
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.models.task import Task
 from pyro_lift.support.archive import (
@@ -113,7 +113,9 @@ class HeldOutLooks(Generic[S]):
     ) -> None:
         self._seen, self._loss, self.every, self.patience = seen, loss, every, patience
         self.folder = None if session is None or not every else session.folder
-        self._config = {} if session is None else jsonable(session.config)
+        told = {} if session is None else session.config
+        # A network's description may have more or fewer names under another version of a library; the session compares.
+        self._config = jsonable({name: value for name, value in told.items() if name != ARCHITECTURE})
         self.looks: list[Look] = []
         self.best: Seen[S] | None = None
         self._kept: dict[str, Any] | None = self._read()

@@ -7,9 +7,11 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pyro_lift.inference.checkpoint.folder import NETWORK, TASK_DATA, saved_config
+from pyro_lift.inference.checkpoint.folder import ARCHITECTURE, NETWORK, TASK_DATA, saved_config
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.architecture import architecture_of
+from pyro_lift.models.conventions import base_of
 from pyro_lift.models.digest import digest_of_network, digests_of_tasks
 from pyro_lift.models.door import check_rows
 from pyro_lift.models.observation import is_narrower, own_head_scale
@@ -87,6 +89,7 @@ def run_config(
         "tasks": [[task.name, task.kind, len(task.train)] for task in tasks],
         TASK_DATA: digests_of_tasks(tasks),
         NETWORK: digest_of_network(adapter),
+        ARCHITECTURE: architecture_of(base_of(adapter.backbone)),
         **(RULE if by_width else {}),
     }
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from command_files import KINDS, prepare, write_task
@@ -36,6 +37,7 @@ from pyro_lift.comparison.problem import (
 )
 from pyro_lift.comparison.settings import CompareSettings, entrant
 from pyro_lift.data.collection import TaskCollection
+from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.task import Rows
 from pyro_lift.support.durations import seconds_of
 from pyro_lift.tuning.held_out import judged
@@ -99,11 +101,18 @@ def test_one_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
     others = [pyro_lift.Task(t.name, (-t.train.inputs[""], t.train.target), num_classes=t.num_classes) for t in tasks]
     with pytest.raises(ValueError, match="holds another comparison"):  # of other inputs under the same labels
         pyro_lift.compare(others, adapter, out=tmp_path / "whole", **options)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    another = adapt_backbone(net, peft.LoraConfig(r=2, target_modules=["0", "2"])).to(torch.float64)
+    with pytest.raises(ValueError, match="holds another comparison"):  # of another network of the same shapes
+        pyro_lift.compare(tasks, another, out=tmp_path / "whole", **options)
     plan = tmp_path / "whole" / "plan.json"
     stored = json.loads(plan.read_text())
-    stored["mark"], _, digest = stored["mark"].partition(" ")
-    assert digest
-    plan.write_text(json.dumps(stored))  # of a version that knew no digest of the rows
+    mark = stored["mark"]
+    for words in (" network ", " data "):  # of versions that knew no digest of the network, or none of the rows
+        stored["mark"], _, digest = mark.partition(words)
+        assert digest
+        plan.write_text(json.dumps(stored))
+        pyro_lift.compare(tasks, adapter, out=tmp_path / "whole", **options)
     assert pyro_lift.compare(tasks, adapter, out=tmp_path / "whole", **options).summary.losses == whole.summary.losses
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 from pyro_lift import LiFT, Task
+from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.digest import digest, digest_of_network, digests_of_tasks
+from pyro_lift.settings import LiFTSettings
 from pyro_lift.tuning.whose_heads import run_config
 
 
@@ -113,6 +116,38 @@ def test_a_chain_does_not_go_on_with_another_network_however_near(tmp_path: Path
     assert digest_of_network(adapter()) == digest_of_network(adapter()) != digest_of_network(near)
 
 
+def steeper(slope: float = 0.5) -> RandomAdapter:
+    """A network of the same weights with another function between them."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.LeakyReLU(slope), torch.nn.Linear(8, 3))
+    return adapt_backbone(net, peft.LoraConfig(r=2, target_modules=["0", "2"]), seed=0)
+
+
+def test_a_chain_does_not_go_on_with_the_same_weights_in_another_network(tmp_path: Path) -> None:
+    stopped(tmp_path)
+    assert digest_of_network(adapter()) == digest_of_network(steeper())
+    with pytest.raises(ValueError, match=r"1\.class was 'Tanh' when the run was saved and is 'LeakyReLU'\. Go on with"):
+        LiFT(steeper(), **OPTIONS).meta_train(tasks(), resume=tmp_path, progress=False)  # type: ignore[arg-type]
+
+
+def test_what_was_found_before_the_chain_is_not_taken_for_another_network(tmp_path: Path) -> None:
+    class Of:
+        folder, transitions, signals_before_chain = tmp_path, 0, staticmethod(nullcontext)
+
+        def __init__(self, network: RandomAdapter | None) -> None:
+            told = {} if network is None else run_config(LiFTSettings(), 0, network, tasks(), by_width=True)
+            self.config = {"seed": 0, **{name: x for name, x in told.items() if name == "architecture"}}
+
+    def kept(network: RandomAdapter | None) -> WorkBefore:
+        return WorkBefore.of(Of(network), "joint", lambda: "rows and weights")[0]  # type: ignore[arg-type]
+
+    kept(steeper(0.5)).data("joint", lambda: {"rate": 0.1})
+    assert kept(steeper(0.5)).has("joint") and not kept(steeper(0.6)).has("joint") and not kept(adapter()).has("joint")
+    assert kept(None).has("joint"), "a run of before says nothing of its network"
+    kept(None).data("cross-fit", lambda: {"rate": 0.1})
+    assert kept(adapter()).has("cross-fit"), "nor does what it kept"
+
+
 def test_the_start_of_an_adapter_is_no_part_of_the_network() -> None:
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
@@ -127,7 +162,7 @@ def of_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def config(*run: Any, **options: Any) -> dict[str, Any]:
         told = run_config(*run, **options)
-        del told["task_data"], told["network"]
+        del told["task_data"], told["network"], told["architecture"]
         return told
 
     monkeypatch.setattr("pyro_lift.lift.run_config", config)
@@ -139,7 +174,7 @@ def test_a_chain_saved_without_digests_goes_on_as_it_did(tmp_path: Path, monkeyp
         stopped(tmp_path)
     LiFT(adapter(), **OPTIONS).meta_train(relabelled(5), resume=tmp_path, progress=False)  # type: ignore[arg-type]
     for path in tmp_path.glob("step-*/state.json"):
-        assert not {"task_data", "network"} & json.loads(path.read_text())["config"].keys()
+        assert not {"task_data", "network", "architecture"} & json.loads(path.read_text())["config"].keys()
 
 
 def test_a_run_saved_without_digests_keeps_what_it_found_before_its_chain_and_its_looks(

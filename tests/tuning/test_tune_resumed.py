@@ -91,13 +91,16 @@ def test_meta_training_after_the_choice_goes_on_from_its_last_checkpoint(
     assert torch.equal(resumed.mixture.moments.mean, whole.mixture.moments.mean)
 
 
-@pytest.mark.parametrize("change", ["file", "tasks"])
+@pytest.mark.parametrize("change", ["file", "tasks", "tasks or the network"])
 def test_a_choice_of_another_file_or_of_other_tasks_is_refused(
     config: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choose_alone(config, monkeypatch)
     if change == "file":
         config.write_text(config.read_text().replace("samples = 6", "samples = 8"))
+    elif change != "tasks":  # the weights stay as they are
+        model = config.parent / "model" / "config.json"
+        write_json(model, {**read_json(model), "num_attention_heads": 4})
     else:
         write_task(FAMILIES["bert"].task("another"), config.parent / "tasks/d")
     with pytest.raises(ValueError, match=f"before the {change}"):

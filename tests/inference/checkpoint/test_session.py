@@ -193,6 +193,24 @@ def test_a_limit_on_files_ends_the_run_in_the_same_way(tmp_path: Path) -> None:
     same(plain, run("mcmc", resume=tmp_path / "run"))
 
 
+def test_a_run_that_is_complete_is_not_lost_for_its_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pyro_lift.support import archive
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    plain = run("streaming")
+    monkeypatch.setattr(archive, "write_file", full)
+    same(plain, run("streaming", checkpoint=tmp_path / "run"))
+    said = [record.getMessage() for record in caplog.records if "last transition" in record.getMessage()]
+    assert said == [
+        f"{tmp_path / 'run'}: the checkpoint after the last transition could not be written (No space left on device). "
+        "The run is complete, and its result in memory."
+    ]
+
+
 def damaged(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
