@@ -26,6 +26,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.chance import targets_scale
 from pyro_lift.models.out_of_proportion import tasks_of_large_inputs
 from pyro_lift.models.prior_loss import PriorLoss, prior_loss
+from pyro_lift.models.target_families import Families, families_of
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight, harmless_scales, typical_size
 from pyro_lift.settings import AdaptSettings, LiFTSettings
@@ -358,7 +359,8 @@ def fitted(
         )  # fmt: skip
     if s.temperature == 0.0 or (s.head_scale is not None and s.head == "langevin"):
         return s
-    said = set(large)
+    unlike = families_of(tasks) if all(task.kind == "regression" for task in tasks) else Families()
+    said = {*large, *(tasks[k].name for k in (*unlike.units, *unlike.offsets))}  # of these it is known why
     for _ in range(HALVINGS):
         measured = _prior_loss(s, adapter, tasks, leave_out)
         if new := {name: factor for name, factor in measured.outliers.items() if name not in said}:
