@@ -18,7 +18,7 @@ from pyro_lift.models.target_families import families_of
 from pyro_lift.models.task import Task
 from pyro_lift.support.wording import some_names
 
-__all__ = ["Units", "units_of", "warn_of_new_units", "warn_of_units"]
+__all__ = ["Units", "advice_on_units", "units_of", "warn_of_new_units", "warn_of_units"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -29,6 +29,8 @@ FAR = 8.0
 WIDE = 30.0
 #: Columns of targets that share a noise vary so many times as much as one another.
 APART = 30.0
+#: Spread of the targets from which on they are small or large beside what networks, widths and rates are made for.
+STANDARD = 10.0
 
 
 class Units(NamedTuple):
@@ -143,6 +145,24 @@ def _warn_of_families(tasks: Sequence[Task]) -> set[int]:
             _listed(tasks, found.offsets), _from_to(list(found.offsets.values())), found.middle, found.spread,
         )  # fmt: skip
     return {*found.units, *found.offsets}
+
+
+def advice_on_units(tasks: Sequence[Task]) -> str:
+    """Say what to do about targets of regressions that are all small or all large; nothing where they are neither.
+
+    Args:
+        tasks: of a run that went wrong.
+    """
+    if any(task.kind != "regression" for task in tasks):
+        return ""
+    spread = families_of(tasks).spread
+    if spread == 0.0 or 1.0 / STANDARD <= spread <= STANDARD:
+        return ""
+    size = "small" if spread < 1.0 else "large"
+    return (
+        f"The targets are {size}: they vary by {spread:.3g} within a task. Standardise them, and undo that in "
+        "predictions: (target - mean) / sd with one mean and sd for all tasks. Then see whether it is still so."
+    )
 
 
 def _listed(tasks: Sequence[Task], places: Iterable[int]) -> str:
