@@ -180,7 +180,7 @@ def predict_inputs(adapter: RandomAdapter, thetas: Tensor, inputs: Any, task: Ta
     check_inputs(adapter, rows)
     rows = rows.to(thetas.device)
     own = f" The rows of task {task.name!r} are {shapes_of(task.train.take(slice(0, 1)))}." if task.train.inputs else ""
-    with naming_inputs("the network cannot be called with these inputs", rows, own):
+    with naming_inputs("the network cannot be called with these inputs", rows, adapter, own):
         return predict(adapter, thetas, rows, task.kind, heads=heads)
 
 
