@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.generation.decode import generate
-from pyro_lift.generation.inputs import are_strings
+from pyro_lift.generation.inputs import are_strings, check_texts
 from pyro_lift.generation.scoring import TextScores, score_texts
 from pyro_lift.inference.adaptation.predict import predict_inputs, rows_of
 from pyro_lift.inference.adaptation.temperature import tempered
@@ -111,8 +111,10 @@ class TaskPosterior:
     def _read(self, inputs: Any) -> Any:
         """Encode strings; refuse what lacks the answers that a network which writes them reads."""
         if are_strings(inputs):
-            inputs = self._encoded(inputs)
-        elif self.task.kind == "tokens" and self.adapter.readout is None:
+            return self._encoded(inputs)
+        if self.encoding is not None:
+            check_texts(inputs, self.task.name)
+        if self.task.kind == "tokens" and self.adapter.readout is None:
             given = inputs.inputs if isinstance(inputs, Rows) else inputs if isinstance(inputs, Mapping) else {}
             if not DECODER & given.keys() and writes_answers(base_of(self.adapter.backbone)):
                 raise TypeError(f"inputs without 'decoder_input_ids': {_WRITES.format(self.task.name)}")

@@ -188,8 +188,8 @@ def rows_of(inputs: Any, task: Task) -> Rows:
     """Return inputs in any form as rows of a task; targets, where there are none, are zeros.
 
     Args:
-        inputs: a tensor, an array or nested lists of numbers; any mapping of these by input name, such as a
-            tokenizer's ``BatchEncoding``; or :class:`Rows`.
+        inputs: a tensor, an array or nested lists of numbers, where the task has one input; any mapping of these by
+            input name, such as a tokenizer's ``BatchEncoding``; or :class:`Rows`.
         task: whose network reads them.
 
     Raises:
@@ -208,7 +208,9 @@ def rows_of(inputs: Any, task: Task) -> Rows:
             f"inputs: a data set with the columns {', '.join(map(repr, columns))}; give one of them: "
             f"data[{columns[0]!r}], or a mapping of tensors by input name."
         )
-    named = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
+    if not isinstance(inputs, Mapping):
+        _check_form("inputs", inputs)
+    named = dict(inputs) if isinstance(inputs, Mapping) else {_only_name(inputs, task): inputs}
     if not named:
         raise ValueError("inputs: an empty mapping; expected tensors by input name.")
     for name, value in named.items():
@@ -228,6 +230,21 @@ def rows_of(inputs: Any, task: Task) -> Rows:
     _check_dimensions(rows, task)
     cast = {name: _as_trained(name, x, task.train.inputs.get(name)) for name, x in rows.inputs.items()}
     return replace(rows, inputs=cast, shared=task.train.shared)
+
+
+def _only_name(inputs: Any, task: Task) -> str:
+    """Name the input that a bare tensor is: the task's only one.
+
+    Raises:
+        ValueError: a task whose rows have several inputs by name.
+    """
+    names = sorted(task.train.inputs)
+    if len(names) < 2 or "" in names:
+        return names[0] if len(names) == 1 else ""
+    raise ValueError(
+        f"inputs: a {type(inputs).__name__} given, but the rows of task {task.name!r} have {len(names)} inputs: "
+        f"{', '.join(map(repr, names))}. Give a mapping by these names: {{{names[0]!r}: ..., {names[1]!r}: ...}}."
+    )
 
 
 def _check_dimensions(rows: Rows, task: Task) -> None:
