@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.out_of_proportion import InputSize
 from pyro_lift.models.task import Task
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 
@@ -70,6 +71,7 @@ class PosteriorParts(NamedTuple):
         encoding: of the task's strings, or None.
         prediction_temperature: of predictions.
         noise_scale: of a regression.
+        input_sizes: of the task's rows; None where these are given, empty where nobody has saved them.
     """
 
     adapter: RandomAdapter
@@ -81,6 +83,7 @@ class PosteriorParts(NamedTuple):
     encoding: TextEncoding | None = None
     prediction_temperature: float = 1.0
     noise_scale: float = 1.0
+    input_sizes: dict[str, InputSize] | None = None
 
 
 class SavablePrior(Protocol):
@@ -121,6 +124,11 @@ class SavablePosterior(Protocol):
     encoding: TextEncoding | None
     prediction_temperature: float
     noise_scale: float
+
+    @property
+    def input_sizes(self) -> dict[str, InputSize]:
+        """How large the task's rows are."""
+        ...
 
 
 class Savable(Protocol):
