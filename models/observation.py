@@ -16,6 +16,7 @@ from pyro_lift.models.door import check_rows
 from pyro_lift.models.factors import factor, normal
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import log_likelihood
+from pyro_lift.models.row_outputs import note_alone
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.models.vocabulary import check_targets_known
 
@@ -238,7 +239,10 @@ def _output_shapes(adapter: RandomAdapter, tasks: Sequence[Task]) -> dict[Signat
     for task in tasks:
         signature = _signature(task)
         if signature not in shapes:
-            shapes[signature] = _first_output(adapter, task).shape
+            output = _first_output(adapter, task)
+            shapes[signature] = output.shape
+            if task is tasks[0]:
+                note_alone(adapter, task.train, output)
     return shapes
 
 
