@@ -15,7 +15,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.door import check_rows
 from pyro_lift.models.factors import factor, normal
 from pyro_lift.models.head_problem import apply_head
-from pyro_lift.models.likelihoods import log_likelihood
+from pyro_lift.models.likelihoods import among_classes, log_likelihood
 from pyro_lift.models.row_outputs import note_alone
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.models.vocabulary import check_targets_known
@@ -125,11 +125,13 @@ def sample_head(name: str, task: Task, width: int, scale: float | None, like: Te
 def outputs(adapter: RandomAdapter, rows: Rows, theta: Tensor, head: Tensor | None) -> Tensor:
     r"""Compute the network's output on some rows, through the task's own head where it has one.
 
+    Outputs of a shared head that are no classes of a task that declares fewer get no probability.
+
     .. math:: o(x) = f_\theta(x), \qquad\text{or}\qquad o(x) = W f_\theta(x) + b \quad\text{with head } [W\; b]
     """
     if head is None:
         output: Tensor = adapter(*rows.positional, theta=theta, **rows.named)
-        return output
+        return among_classes(output, rows.classes)
     return apply_head(network_output(adapter, rows, theta), head)
 
 

@@ -33,11 +33,14 @@ class Rows:
         inputs: tensors with one leading row per example.
         target: ``[n]`` class numbers or values, ``[n, L]`` token numbers.
         shared: further inputs that all rows share, such as the label texts of a matching task; not indexed by row.
+        classes: how many of the network's outputs are classes of the task, where it says so: the others have no
+            probability. None counts all.
     """
 
     inputs: Mapping[str, Tensor]
     target: Tensor
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    classes: int | None = None
 
     def __len__(self) -> int:
         return self.target.shape[0]
@@ -46,12 +49,12 @@ class Rows:
         """Select some of the rows; an index on the host goes to the rows' device once, and nobody waits for it."""
         if isinstance(index, Tensor) and index.device != self.target.device:
             index = index.to(self.target.device, non_blocking=True)
-        return Rows({name: x[index] for name, x in self.inputs.items()}, self.target[index], self.shared)
+        return Rows({name: x[index] for name, x in self.inputs.items()}, self.target[index], self.shared, self.classes)
 
     def to(self, device: torch.device | str) -> Rows:
         """Move the rows to a device."""
         inputs, shared = ({name: x.to(device) for name, x in d.items()} for d in (self.inputs, self.shared))
-        return Rows(inputs, self.target.to(device), shared)
+        return Rows(inputs, self.target.to(device), shared, self.classes)
 
     @property
     def positional(self) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.generation.decode import generate
@@ -93,10 +94,13 @@ class TaskPosterior:
         Raises:
             TypeError, ValueError: inputs that are no rows of numbers; names the input.
         """
-        p = predict_inputs(self.adapter, self.thetas, self._rows(inputs), self.task, self.heads)
+        rows = self._rows(inputs)
+        p = predict_inputs(self.adapter, self.thetas, rows, self.task, self.heads)
         if not calibrated or self.task.kind == "regression":
             return p
-        return tempered(p, self.prediction_temperature)
+        # Classes that the task has not keep a probability of zero, which no temperature raises.
+        q = tempered(p if self.heads is not None else p[..., : rows.classes], self.prediction_temperature)
+        return pad(q, (0, p.shape[-1] - q.shape[-1]))
 
     def predict_sd(self, inputs: Any, *, calibrated: bool = True) -> Tensor:
         r"""Return the standard deviation of new targets of a regression, of the shape of :meth:`predict`'s means.

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.door import check_inputs
 from pyro_lift.models.head_problem import apply_head
-from pyro_lift.models.likelihoods import LossKind, probabilities
+from pyro_lift.models.likelihoods import LossKind, among_classes, probabilities
 from pyro_lift.models.observation import head_inputs_of, naming_inputs, outputs, shapes_of
 from pyro_lift.models.readouts import LabelScoring
 from pyro_lift.models.task import Rows, Task, as_rows
@@ -99,8 +99,7 @@ def _summed(
     named = {name: x.expand(S, *x.shape) for name, x in rows.named.items()}
     own = {} if heads is None else head_inputs_of(rows)
     output: Tensor = adapter(*(x.expand(S, *x.shape) for x in rows.positional), theta=thetas, **named, **own)
-    if heads is not None:
-        output = apply_head(output, heads)
+    output = among_classes(output, rows.classes) if heads is None else apply_head(output, heads)
     p = probabilities(kind, output)
     return p.sum(0) if max(times) == 1 else torch.einsum("s...,s->...", p, p.new_tensor(times))
 
@@ -199,7 +198,7 @@ def rows_of(inputs: Any, task: Task) -> Rows:
     """
     if isinstance(inputs, Rows):
         _check_dimensions(inputs, task)
-        return inputs if inputs.shared or not task.train.shared else replace(inputs, shared=task.train.shared)
+        return replace(inputs, shared=inputs.shared or task.train.shared, classes=task.train.classes)
     if isinstance(inputs, tuple) and len(inputs) == 2 and all(hasattr(x, "shape") for x in inputs):
         raise TypeError("inputs: a pair given; predictions take the inputs without the targets.")
     columns = getattr(inputs, "column_names", None)
@@ -229,7 +228,7 @@ def rows_of(inputs: Any, task: Task) -> Rows:
     rows = as_rows((named, torch.zeros(len(next(iter(named.values()))))), "inputs")
     _check_dimensions(rows, task)
     cast = {name: _as_trained(name, x, task.train.inputs.get(name)) for name, x in rows.inputs.items()}
-    return replace(rows, inputs=cast, shared=task.train.shared)
+    return replace(rows, inputs=cast, shared=task.train.shared, classes=task.train.classes)
 
 
 def _only_name(inputs: Any, task: Task) -> str:

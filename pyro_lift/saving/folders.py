@@ -22,7 +22,7 @@ from pyro_lift.models.heads import scale_of
 from pyro_lift.models.networks import plain_network
 from pyro_lift.models.out_of_proportion import InputSize
 from pyro_lift.models.peft_layers import default_name, peft_layers
-from pyro_lift.models.task import Rows, Task
+from pyro_lift.models.task import Rows, Task, undeclared
 from pyro_lift.saving.base_model import check_base, describe_base
 from pyro_lift.saving.choices import described_choices, saved_choices, saved_positive
 from pyro_lift.saving.destination import check_destination
@@ -270,6 +270,7 @@ def save_posterior(posterior: SavablePosterior, folder: Path) -> Path:
             "encoding": save_encoding(posterior.encoding, new),
             "prediction_temperature": posterior.prediction_temperature,
             "noise_scale": posterior.noise_scale,
+            "declares_classes": task.train.classes is not None,
             "input_sizes": {name: list(size) for name, size in posterior.input_sizes.items()},
             "files": {POSTERIOR: write_tensors(new / POSTERIOR, tensors)},
         }
@@ -315,8 +316,9 @@ def load_posterior(
         task = _task_without_rows(path, config["task"], _part(tensors, "label_texts."))
     elif task.name != config["task"].get("name"):
         raise ValueError(f"{path}: draws for the task {config['task'].get('name')!r}, not {task.name!r}.")
-    results = dict(config.get("results") or {})
-    encoding = load_encoding(config.get("encoding"), path)
+    if config.get("declares_classes") is not True:
+        task = undeclared(task)
+    results, encoding = dict(config.get("results") or {}), load_encoding(config.get("encoding"), path)
     factors = [saved_positive(path, config, name) for name in ("prediction_temperature", "noise_scale")]
     about = (config["component"], results, encoding, *factors, sizes)
     return PosteriorParts(adapter, task, tensors["theta"], heads, *about)

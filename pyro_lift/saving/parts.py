@@ -38,6 +38,7 @@ class PriorParts(NamedTuple):
         rows: that the preconditioner is of; None where the preconditioner is not brought to a task's number.
         kinds: of the tasks it was learned from.
         classes: the output of each class name, where they shared the network's outputs.
+        masks: whether shared outputs that are no classes of a new task have no probability.
     """
 
     adapter: RandomAdapter
@@ -56,6 +57,7 @@ class PriorParts(NamedTuple):
     rows: float | None = None
     kinds: tuple[str, ...] = ()
     classes: dict[str, int] | None = None
+    masks: bool = True
 
 
 class PosteriorParts(NamedTuple):
@@ -105,6 +107,7 @@ class SavablePrior(Protocol):
     rows: float | None
     kinds: tuple[str, ...]
     classes: dict[str, int]
+    masks: bool
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:
