@@ -38,20 +38,21 @@ class LossWatch:
         rows: training rows of each task.
         chance: of each task, nats a row (:func:`~pyro_lift.models.chance.chance_loss`).
         advice: what to do, the end of the error's message.
+        first: what to do before anything else, of the data; in joint training too.
     """
 
-    def __init__(self, rows: Sequence[int], chance: Sequence[float], advice: str = "") -> None:
-        self._rows, self._chance, self._advice = list(rows), list(chance), advice
+    def __init__(self, rows: Sequence[int], chance: Sequence[float], advice: str = "", first: str = "") -> None:
+        self._rows, self._chance, self._advice, self._first = list(rows), list(chance), advice, first
         self._window: deque[tuple[float, float]] = deque(maxlen=max(WINDOW, len(self._rows)))
         self._waiting: list[tuple[Tensor, tuple[int, ...]]] = []
         self._visits = 0
         self.lowest = float("inf")
 
     @classmethod
-    def of(cls, tasks: Sequence[Task], noise_scale: float, advice: str) -> LossWatch:
+    def of(cls, tasks: Sequence[Task], noise_scale: float, advice: str, first: str = "") -> LossWatch:
         """Watch a run over some tasks; ``noise_scale`` is the sd of regression's noise."""
         rows = [len(task.train) for task in tasks]
-        return cls(rows, [chance_loss(task, noise_scale) for task in tasks], advice)
+        return cls(rows, [chance_loss(task, noise_scale) for task in tasks], advice, first)
 
     def see(self, log_likelihood: Tensor, tasks: tuple[int, ...], phase: str = "sample") -> None:
         """Take a visit: the log likelihood summed over the tasks' rows, and the tasks; in ``"sgd"``, joint training.
@@ -78,6 +79,7 @@ class LossWatch:
             why = f"the chain's noise has carried the weights to where the network says nothing. {self._advice}"
             if phase == "sgd":
                 why = "joint training has become unsteady. Give it fewer sgd_steps, or a smaller sgd_learning_rate."
+            why = f"{self._first} {why[0].upper()}{why[1:]}" if self._first else why
             raise ChainLostError(
                 f"after {self._visits} visits the mean loss of the tasks is {loss:.3f} a row, where a prediction that "
                 f"ignores its input has {chance:.3f}, and it was {self.lowest * chance:.3f} before: {why}",

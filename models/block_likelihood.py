@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.head_problem import apply_head
-from pyro_lift.models.likelihoods import IGNORED, LossKind, log_likelihood
+from pyro_lift.models.likelihoods import IGNORED, LossKind, among_classes, log_likelihood
 from pyro_lift.models.task import Rows
 
 __all__ = ["Block", "block_log_likelihood", "block_outputs", "stack_rows"]
@@ -31,10 +31,12 @@ class Block(NamedTuple):
     Attributes:
         rows: inputs, targets and shared inputs, ``[B, b, ...]`` and ``[B, ...]``.
         weight: what a row counts, ``[B, b]``: rows of the task over rows of its minibatch; 0 for padding.
+        classes: of each task, where it declares them.
     """
 
     rows: Rows
     weight: Tensor
+    classes: Sequence[int | None] = ()
 
 
 def stack_rows(batches: Sequence[Rows], sizes: Sequence[int], kind: LossKind) -> Block:
@@ -70,7 +72,7 @@ def stack_rows(batches: Sequence[Rows], sizes: Sequence[int], kind: LossKind) ->
     weight = torch.zeros(len(batches), count, device=target.device)
     for k, (rows, size) in enumerate(zip(batches, sizes, strict=True)):
         weight[k, : len(rows)] = size / len(rows)
-    return Block(Rows(inputs, target, shared), weight)
+    return Block(Rows(inputs, target, shared), weight, [rows.classes for rows in batches])
 
 
 def _mask_of(name: str) -> str:
@@ -136,5 +138,7 @@ def block_log_likelihood(
     output, rows = block_outputs(adapter, block, theta, head_inputs=head is not None), block.rows
     if head is not None:
         output = apply_head(output, head)
+    elif any(classes is not None and classes < output.shape[-1] for classes in block.classes):
+        output = torch.stack([among_classes(o, k) for o, k in zip(output, block.classes, strict=True)])
     each = log_likelihood(kind, output.flatten(0, 1), rows.target.flatten(0, 1), noise_scale)
     return (each.view(block.weight.shape) * block.weight).sum(-1)

@@ -9,6 +9,7 @@ the caller holds predictions against.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,8 +21,11 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.doubts import Doubt, parts_of
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows, Task
+from pyro_lift.support.wording import some_names
 
 __all__ = ["DECODER", "are_labels", "base_of", "check_decoder_given", "doubts_of_targets", "writes_answers"]
+
+log = logging.getLogger("pyro_lift")
 
 #: Networks that write one token after the other, and whose training has targets at the place of their inputs.
 AT_THEIR_PLACE = ("flaubert", "xlm", "xlnet")
@@ -49,7 +53,8 @@ def doubts_of_targets(adapter: RandomAdapter, task: Task) -> Iterator[Doubt]:
 def check_decoder_given(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
     """Refuse tasks of tokens that leave out what an encoder-decoder's decoder reads.
 
-    BART makes it of the question, and others refuse without the task's name.
+    BART makes it of the question, and others refuse without the task's name. Where a decoder is given another token to
+    begin with than the network's own, the log says so: what is written and scored later begins with that one.
 
     Args:
         adapter: one with a readout of its own, which may give the decoder something, is not asked.
@@ -72,6 +77,33 @@ def check_decoder_given(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
                 "pyro_lift.models.likelihoods, whose second argument is the token that answers begin with "
                 "(decoder_start_token_id)."
             )
+    _warn_of_starts(network, [task for task in tasks if "decoder_input_ids" in task.train.inputs])
+
+
+def _warn_of_starts(network: Any, tasks: Sequence[Task]) -> None:
+    """Say in the log which tasks' answers begin with another token than those that the network writes.
+
+    Tasks on an accelerator are not looked at, which would wait for it; those of one start are said in one line.
+    """
+    configs = [getattr(network, name, None) for name in ("generation_config", "config")]
+    starts = [getattr(config, "decoder_start_token_id", None) for config in configs]
+    own = next((start for start in starts if start is not None), None)
+    if own is None:
+        return
+    others: dict[int, list[str]] = {}
+    for task in tasks:
+        given = task.train.inputs["decoder_input_ids"]
+        if task.kind == "tokens" and given.device.type == "cpu" and given.dim() == 2 and given.numel():
+            first = given[:, 0]
+            if bool((first == first[0]).all()) and int(first[0]) != own:
+                others.setdefault(int(first[0]), []).append(task.name)
+    for start, names in others.items():
+        log.warning(
+            "task%s %s: answers begin with the token %d, and those that %s writes and scores with %d, its "
+            "decoder_start_token_id: it learns what it is not asked later. Encode with TextToText(tokenizer, "
+            "start_token=%d), or shift_right(targets, %d); or set the network's decoder_start_token_id to %d.",
+            "" if len(names) == 1 else "s", some_names(names), start, type(network).__name__, own, own, own, start,
+        )  # fmt: skip
 
 
 def are_labels(rows: Rows) -> Tensor | None:

@@ -19,11 +19,22 @@ from torch.nn.functional import cross_entropy
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_literal
 
-__all__ = ["IGNORED", "LossKind", "log_likelihood", "next_tokens", "probabilities", "shift_left", "shift_right"]
+__all__ = [
+    "IGNORED",
+    "LossKind",
+    "among_classes",
+    "log_likelihood",
+    "next_tokens",
+    "probabilities",
+    "shift_left",
+    "shift_right",
+]
 
 LossKind = Literal["classification", "matching", "regression", "tokens"]
 #: Target of tokens that count for nothing, as transformers pads labels.
 IGNORED = -100
+#: Score of a class that a task has not. Its probability is exactly zero, and differences of scores stay finite.
+NEVER = -1e30
 
 
 def log_likelihood(kind: LossKind, output: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
@@ -73,6 +84,18 @@ def _check_shapes(kind: LossKind, output: Tensor, target: Tensor) -> None:
             f"{kind}: the network's output has shape {list(output.shape)} and the target {list(target.shape)}; "
             f"expected {shapes.get(kind, '[..., b, C] and [..., b]')}."
         )
+
+
+def among_classes(output: Tensor, classes: int | None) -> Tensor:
+    """Give no probability to scores ``[..., K]`` of classes that a task has not, those from ``classes`` on.
+
+    Args:
+        output: of a head that tasks share.
+        classes: of the task; None for all.
+    """
+    if classes is None or output.dim() < 2 or classes >= output.shape[-1]:
+        return output
+    return output.masked_fill(torch.arange(output.shape[-1], device=output.device) >= classes, NEVER)
 
 
 def probabilities(kind: LossKind, output: Tensor) -> Tensor:

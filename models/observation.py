@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,7 +15,8 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.door import check_rows
 from pyro_lift.models.factors import factor, normal
 from pyro_lift.models.head_problem import apply_head
-from pyro_lift.models.likelihoods import log_likelihood
+from pyro_lift.models.likelihoods import among_classes, log_likelihood
+from pyro_lift.models.row_outputs import note_alone
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.models.vocabulary import check_targets_known
 
@@ -123,11 +125,13 @@ def sample_head(name: str, task: Task, width: int, scale: float | None, like: Te
 def outputs(adapter: RandomAdapter, rows: Rows, theta: Tensor, head: Tensor | None) -> Tensor:
     r"""Compute the network's output on some rows, through the task's own head where it has one.
 
+    Outputs of a shared head that are no classes of a task that declares fewer get no probability.
+
     .. math:: o(x) = f_\theta(x), \qquad\text{or}\qquad o(x) = W f_\theta(x) + b \quad\text{with head } [W\; b]
     """
     if head is None:
         output: Tensor = adapter(*rows.positional, theta=theta, **rows.named)
-        return output
+        return among_classes(output, rows.classes)
     return apply_head(network_output(adapter, rows, theta), head)
 
 
@@ -237,7 +241,10 @@ def _output_shapes(adapter: RandomAdapter, tasks: Sequence[Task]) -> dict[Signat
     for task in tasks:
         signature = _signature(task)
         if signature not in shapes:
-            shapes[signature] = _first_output(adapter, task).shape
+            output = _first_output(adapter, task)
+            shapes[signature] = output.shape
+            if task is tasks[0]:
+                note_alone(adapter, task.train, output)
     return shapes
 
 
@@ -260,17 +267,18 @@ def _check_outputs(tasks: Sequence[Task], shapes: Sequence[torch.Size]) -> None:
 def _first_output(adapter: RandomAdapter, task: Task) -> Tensor:
     """Compute the output on the task's first row; the network's own errors then name the task and its inputs."""
     row = task.train.take(slice(0, 1)).to(adapter.initial.device)
-    with naming_inputs(f"task {task.name!r}: the network cannot be called with its first row", row):
+    with naming_inputs(f"task {task.name!r}: the network cannot be called with its first row", row, adapter):
         return outputs(adapter, row, adapter.initial, None)
 
 
 @contextmanager
-def naming_inputs(saying: str, rows: Rows, hint: str = "") -> Iterator[None]:
+def naming_inputs(saying: str, rows: Rows, adapter: RandomAdapter, hint: str = "") -> Iterator[None]:
     """Turn what a network raises into a ValueError that says which inputs it was given.
 
     Args:
         saying: begins the message.
         rows: that the network is called with.
+        adapter: the network that is called; its types stand in the message where these are what is wrong.
         hint: what was expected, if that is known.
     """
     try:
@@ -279,7 +287,27 @@ def naming_inputs(saying: str, rows: Rows, hint: str = "") -> Iterator[None]:
         raise
     except (RuntimeError, TypeError, IndexError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{saying} ({shapes_of(rows)}): {reason}{hint}") from error
+        types = _way_out_of_types(reason, rows, adapter)
+        raise ValueError(f"{saying} ({shapes_of(rows)}): {reason}{types}{hint}") from error
+
+
+def _way_out_of_types(reason: str, rows: Rows, adapter: RandomAdapter) -> str:
+    """Say which type inputs have to be of, where PyTorch's reason is that they are of another than the weights."""
+    if not re.search(r"dtype|scalar types?|type \(.*should be the same", reason):
+        return ""
+    own = {entry.name for entry in adapter.layout}  # float32 beside any network
+    frozen = [p for name, p in adapter.backbone.named_parameters() if name not in own]
+    weights = {p.dtype for p in frozen if p.is_floating_point()}
+    given = {x.dtype for x in rows.inputs.values()}
+    if "Long" in reason.split("but got")[0] and all(dtype.is_floating_point for dtype in given):
+        return ". It looks its inputs up, by whole numbers: give x.long()."
+    if not weights or given <= weights:
+        return ""
+    floats = min(weights, key=str)
+    types = f". Its weights are {', '.join(sorted(map(str, weights)))}, and such inputs go in as they are"
+    if all(dtype.is_floating_point for dtype in given):
+        return f"{types}: give x.to({floats}), or load the network in float32: network.float()."
+    return f"{types}: give numbers with a point, x.to({floats}); pictures of 0 to 255 in the scale of pretraining."
 
 
 def shapes_of(rows: Rows) -> str:

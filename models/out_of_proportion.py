@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from pyro_lift.models.task import Task
+from pyro_lift.models.rows import some_rows
+from pyro_lift.models.task import Rows, Task
 
-__all__ = ["far_above", "tasks_of_large_inputs"]
+__all__ = ["InputSize", "far_above", "sizes_of_inputs", "tasks_of_large_inputs", "warn_of_other_sizes"]
+
+log = logging.getLogger("pyro_lift")
 
 #: Times the median over tasks: a root mean square of inputs, and a loss in nats a row, that is out of proportion.
 INPUTS, LOSS = 100.0, 20.0
 #: A loss, in nats a row, below which none is held to be large.
 LEAST_LOSS = 1.0
+#: Times that new rows are as large as a task's own, or the inverse, before they are in another scale: in root mean
+#: square and in their largest number. Pictures of 0 to 255 are 80 to 250 times as large as normalised ones.
+SIZE, LARGEST = 20.0, 10.0
+#: Rows of a task that are looked at for it; numbers that new ones have to have before they are held to be too small.
+ROWS, NUMBERS = 64, 64
+
+
+class InputSize(NamedTuple):
+    """How large an input of real numbers is: its root mean square, and its largest absolute value."""
+
+    size: float
+    largest: float
 
 
 def tasks_of_large_inputs(tasks: Sequence[Task]) -> dict[str, float]:
@@ -47,3 +64,36 @@ def far_above(losses: Sequence[float], chance: Sequence[float]) -> list[int]:
     middle, guess = (statistics.median(map(abs, values)) for values in (losses, chance))
     limit = LOSS * max(middle, guess, LEAST_LOSS)
     return [k for k, loss in enumerate(losses) if loss > limit]
+
+
+def sizes_of_inputs(rows: Rows) -> dict[str, InputSize]:
+    """Return how large the inputs of real numbers are, by name, of at most 64 rows."""
+    found = {}
+    for key, x in some_rows(rows, ROWS).inputs.items():
+        if x.is_floating_point() and x.numel():
+            values = x.detach().float()
+            found[key] = InputSize(float(values.square().mean().sqrt()), float(values.abs().max()))
+    return found
+
+
+def warn_of_other_sizes(rows: Rows, known: Mapping[str, InputSize], task: str) -> None:
+    """Say in the log where rows to predict are in another scale than a task's own: pictures that were not normalised.
+
+    Args:
+        rows: to predict.
+        known: of the task's own rows (:func:`sizes_of_inputs`); empty where nobody knows.
+        task: its name.
+    """
+    for key, new in (sizes_of_inputs(rows) if known else {}).items():
+        own = known.get(key)
+        if own is None or not own.size > 0.0 or not new.size > 0.0:
+            continue
+        larger = new.size > SIZE * own.size and new.largest > LARGEST * own.largest
+        smaller = SIZE * new.size < own.size and LARGEST * new.largest < own.largest
+        if larger or (smaller and rows.inputs[key].numel() >= NUMBERS):
+            log.warning(
+                "%s to predict %.3g times as large as the rows of task %r (root mean square %.3g, there %.3g): they "
+                "look to be in another scale, as pictures of 0 to 255 are beside normalised ones, and predictions "
+                "will be wrong. Prepare them as the task's own rows were.",
+                f"{key!r}:" if key else "inputs", new.size / own.size, task, new.size, own.size,
+            )  # fmt: skip

@@ -18,6 +18,9 @@ __all__ = ["Rows", "as_rows", "label_names", "some_rows"]
 
 #: What a target column may be called.
 TARGETS = ("labels", "label")
+#: Of the spread of targets, what rounding to PyTorch's default type may move them by; and, of their size, a spread that
+#: is itself rounding of float64.
+ROUNDED, ROUNDING = 0.1, 1e-12
 #: Whole-number types of NumPy that PyTorch can hold but hardly compute with.
 _UNSIGNED = (torch.uint16, torch.uint32)
 
@@ -30,11 +33,14 @@ class Rows:
         inputs: tensors with one leading row per example.
         target: ``[n]`` class numbers or values, ``[n, L]`` token numbers.
         shared: further inputs that all rows share, such as the label texts of a matching task; not indexed by row.
+        classes: how many of the network's outputs are classes of the task, where it says so: the others have no
+            probability. None counts all.
     """
 
     inputs: Mapping[str, Tensor]
     target: Tensor
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    classes: int | None = None
 
     def __len__(self) -> int:
         return self.target.shape[0]
@@ -43,12 +49,12 @@ class Rows:
         """Select some of the rows; an index on the host goes to the rows' device once, and nobody waits for it."""
         if isinstance(index, Tensor) and index.device != self.target.device:
             index = index.to(self.target.device, non_blocking=True)
-        return Rows({name: x[index] for name, x in self.inputs.items()}, self.target[index], self.shared)
+        return Rows({name: x[index] for name, x in self.inputs.items()}, self.target[index], self.shared, self.classes)
 
     def to(self, device: torch.device | str) -> Rows:
         """Move the rows to a device."""
         inputs, shared = ({name: x.to(device) for name, x in d.items()} for d in (self.inputs, self.shared))
-        return Rows(inputs, self.target.to(device), shared)
+        return Rows(inputs, self.target.to(device), shared, self.classes)
 
     @property
     def positional(self) -> tuple[Tensor, ...]:
@@ -66,7 +72,7 @@ def as_rows(data: Any, where: str) -> Rows:
 
     Raises:
         TypeError: another form, or values that are no numbers.
-        ValueError: no rows, unequal numbers of rows, values not finite.
+        ValueError: no rows, unequal numbers of rows, values not finite; float64 targets that float32 would round away.
     """
     if isinstance(data, Rows):
         rows = data
@@ -75,7 +81,7 @@ def as_rows(data: Any, where: str) -> Rows:
         inputs = inputs if isinstance(inputs, Mapping) else {"": inputs}
         if not inputs:
             raise ValueError(f"{where}: no inputs.")
-        rows = Rows({k: _tensor(v, where, _quoted(k)) for k, v in inputs.items()}, _tensor(target, where, "targets"))
+        rows = Rows({k: _tensor(v, where, _quoted(k)) for k, v in inputs.items()}, _target(target, where, "targets"))
     elif isinstance(data, Mapping):
         rows = _from_columns(data, where)
     elif hasattr(data, "column_names") and hasattr(data, "with_format"):
@@ -131,6 +137,31 @@ def _tensor(value: Any, where: str, label: str) -> Tensor:
     return x.long() if x.dtype in _UNSIGNED else x
 
 
+def _target(value: Any, where: str, label: str) -> Tensor:
+    """Convert targets as :func:`_tensor` does; refuse those that lie so far from zero that their digits would go.
+
+    A tensor keeps its type, and so its digits.
+    """
+    target = _tensor(value, where, label)
+    if isinstance(value, Tensor) or not target.is_floating_point() or target.dim() == 0 or len(target) == 0:
+        return target
+    try:
+        exact = torch.as_tensor(np.asarray(value, dtype=np.float64))
+    except (TypeError, ValueError):  # lists of tensors, say, which have a type of their own
+        return target
+    exact = exact.reshape(len(target), -1)
+    spread, off = exact.std(0, correction=0), (target.double().reshape(exact.shape) - exact).square().mean(0).sqrt()
+    lost = (off > ROUNDED * spread) & (spread > ROUNDING * exact.abs().amax(0))
+    if lost.any():
+        k = int(lost.nonzero()[0])
+        raise ValueError(
+            f"{where}: {label} lie around {float(exact[:, k].mean()):.10g} and vary by {float(spread[k]):.3g}, and "
+            f"{target.dtype}, in which a network computes, moves them by {float(off[k]):.3g} there. Subtract their "
+            "mean first, y - y.mean(), and add it to predictions again."
+        )
+    return target
+
+
 def _converted(value: Any) -> Tensor:
     if isinstance(value, (str, bytes, Mapping)):
         raise TypeError(f"a {type(value).__name__}")
@@ -166,8 +197,8 @@ def _from_columns(data: Mapping[str, Any], where: str) -> Rows:
         raise ValueError(f"{where}: no column 'labels' or 'label' among {sorted(map(str, data))}.{hint}")
     if len(names) > 1:
         raise ValueError(f"{where}: both 'labels' and 'label' are there; keep the one that is the target.")
-    columns = {str(k): _tensor(v, where, f"column {k!r}") for k, v in data.items()}
-    target = columns.pop(names[0])
+    columns = {str(k): _tensor(v, where, f"column {k!r}") for k, v in data.items() if k != names[0]}
+    target = _target(data[names[0]], where, f"column {names[0]!r}")
     if not columns:
         raise ValueError(f"{where}: no input column beside {names[0]!r}.")
     return Rows(columns, target)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,11 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.observation import outputs
 from pyro_lift.models.prior_loss import ROWS, TASKS
 from pyro_lift.models.rows import some_rows
+from pyro_lift.models.target_families import families_of
 from pyro_lift.models.task import Task
+from pyro_lift.support.wording import some_names
 
-__all__ = ["Units", "units_of", "warn_of_new_units", "warn_of_units"]
+__all__ = ["Units", "advice_on_units", "units_of", "warn_of_new_units", "warn_of_units"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -26,6 +29,8 @@ FAR = 8.0
 WIDE = 30.0
 #: Columns of targets that share a noise vary so many times as much as one another.
 APART = 30.0
+#: Spread of the targets from which on they are small or large beside what networks, widths and rates are made for.
+STANDARD = 10.0
 
 
 class Units(NamedTuple):
@@ -87,7 +92,9 @@ def _units_of_each(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor,
 
 
 def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
-    """Say in the log where the targets of regressions are in another unit than the network's outputs.
+    """Say in the log where targets of regressions are in another unit than the other tasks', or the network's outputs.
+
+    Tasks whose targets are unlike most tasks' are told by name and left out of what is said of all.
 
     Args:
         adapter: the network as a function of theta.
@@ -96,12 +103,17 @@ def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
     tasks = [task for task in tasks if task.kind == "regression"]
     if not tasks:
         return
+    unlike = _warn_of_families(tasks)
+    if 2 * len(unlike) > len(tasks):  # there is no unit of all to speak of
+        return
+    tasks = [task for k, task in enumerate(tasks) if k not in unlike]
     if (units := units_of(adapter, tasks)).differ:
         log.warning(
             "the targets lie around %.3g and vary within a task by %.3g; the untouched network's outputs lie around "
-            "%.3g and vary by %.3g. Adapters of its layers hardly carry it there. Learn from (target - %.3g) / %.3g "
+            "%.3g and vary by %.3g. Adapters of its layers hardly carry it there. Learn from (target - %s) / %.3g "
             "and undo that in predictions, or bring the network's last layer to the unit of the targets.",
-            units.target, units.spread, units.output, units.varies, units.target, units.spread,
+            units.target, units.spread, units.output, units.varies, _to_within(units.target, units.spread),
+            units.spread,
         )  # fmt: skip
     spreads = torch.stack([_columns(task.train.target).std(0, correction=0) for task in tasks]).mean(0)
     spreads = spreads[spreads > 0.0]
@@ -111,6 +123,64 @@ def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
             "little will have far too wide predictions, and others none of the data's pull. Bring them to one scale, "
             "each column divided by its own standard deviation.", float(spreads.min()), float(spreads.max()),
         )  # fmt: skip
+
+
+def _warn_of_families(tasks: Sequence[Task]) -> set[int]:
+    """Say in the log which tasks' targets vary unlike most tasks', or lie elsewhere; their places."""
+    found = families_of(tasks)
+    if found.units:
+        log.warning(
+            "the targets of %s are in another unit than those of most tasks: they vary by %s within the task, "
+            "and by %.3g in most tasks (the median). All tasks share one network and one noise: tasks that vary much "
+            "spoil all others, and those that vary little are not heard. Divide the targets of each task so that they "
+            "vary alike, and undo that in its predictions; or leave out the tasks of another unit.",
+            _listed(tasks, found.units), _from_to(list(found.units.values())), found.spread,
+        )  # fmt: skip
+    if found.offsets:
+        log.warning(
+            "the targets of %s lie around %s, those of most tasks around %.3g (the median), and within a task they "
+            "vary by %.3g: adapters hardly carry the network's output from one task's targets to another's. Subtract "
+            "from each task's targets their own mean, and add it to its predictions again (of a new task, the mean of "
+            "its training targets); or leave out the tasks that lie elsewhere.",
+            _listed(tasks, found.offsets), _from_to(list(found.offsets.values())), found.middle, found.spread,
+        )  # fmt: skip
+    return {*found.units, *found.offsets}
+
+
+def advice_on_units(tasks: Sequence[Task]) -> str:
+    """Say what to do about targets of regressions that are all small or all large; nothing where they are neither.
+
+    Args:
+        tasks: of a run that went wrong.
+    """
+    if any(task.kind != "regression" for task in tasks):
+        return ""
+    spread = families_of(tasks).spread
+    if spread == 0.0 or 1.0 / STANDARD <= spread <= STANDARD:
+        return ""
+    size = "small" if spread < 1.0 else "large"
+    return (
+        f"The targets are {size}: they vary by {spread:.3g} within a task. Standardise them, and undo that in "
+        "predictions: (target - mean) / sd with one mean and sd for all tasks. Then see whether it is still so."
+    )
+
+
+def _listed(tasks: Sequence[Task], places: Iterable[int]) -> str:
+    names = [tasks[k].name for k in places]
+    return f"task{'' if len(names) == 1 else 's'} {some_names(names)}" + (
+        "" if len(names) == 1 else f" ({len(names)} of {len(tasks)})"
+    )
+
+
+def _from_to(values: Sequence[float]) -> str:
+    low, high = (f"{value:.3g}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _to_within(value: float, spread: float) -> str:
+    """Write a number with as many digits as it takes to be right to a tenth of a spread; three at least."""
+    digits = math.ceil(math.log10(abs(value) / spread)) + 1 if value and spread else 0
+    return f"{value:.{min(max(digits, 3), 17)}g}"
 
 
 def warn_of_new_units(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor, noise: float) -> None:

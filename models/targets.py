@@ -9,12 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["FEW_CLASSES", "check_predictions", "class_numbers", "count_classes"]
+__all__ = ["FEW_CLASSES", "CountedClasses", "check_predictions", "class_numbers", "count_classes"]
 
 #: Up to so many classes a largest label is believed as it stands.
 FEW_CLASSES = 1000
 #: How far from [0, 1] a probability may lie: rounding of a softmax in bfloat16.
 PROBABILITY_SLACK = 0.02
+
+
+class CountedClasses(int):
+    """A number of classes that nobody has declared: the largest label plus one. There may be others."""
 
 
 def class_numbers(
@@ -89,7 +93,7 @@ def _way_out(target: Tensor) -> str:
     return ""
 
 
-def count_classes(numbers: Tensor, where: str) -> int:
+def count_classes(numbers: Tensor, where: str) -> CountedClasses:
     """Count the classes, largest number plus one, where nothing else says how many there are.
 
     Raises:
@@ -102,7 +106,7 @@ def count_classes(numbers: Tensor, where: str) -> int:
             f"{where}: label {highest} would make {highest + 1} classes, of which {distinct} occur. Number the classes "
             "from 0, or say how many there are."
         )
-    return highest + 1
+    return CountedClasses(highest + 1)
 
 
 def check_predictions(probabilities: Tensor, target: Tensor, where: str, *, look: bool = True) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pyro_lift.models.likelihoods import IGNORED, LossKind
 from pyro_lift.models.rows import Rows, as_rows, label_names
-from pyro_lift.models.targets import class_numbers, count_classes
+from pyro_lift.models.targets import CountedClasses, class_numbers, count_classes
 from pyro_lift.support.options import check_distinct, check_literal
 
-__all__ = ["Rows", "Task", "as_rows", "check_kinds", "check_task_names", "check_tasks"]
+__all__ = ["Rows", "Task", "as_rows", "check_kinds", "check_task_names", "check_tasks", "undeclared"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -35,7 +35,9 @@ class Task:
             has options of its own (multiple choice), the rows' inputs ``option_input_ids`` and
             ``option_attention_mask`` ``[n, C, L]``, an absent option having a mask of zeros.
         num_classes: width of the head; None takes the number of labels where these are given, else the largest label
-            plus one, with a warning where that is a single class. Of matching, the number of label texts or of options.
+            plus one, with a warning where that is a single class. Where it is given, by itself or by names, and the
+            tasks share a head of more outputs, the others have no probability. Of matching, the number of label texts
+            or of options.
         test: what to be judged by, never trained on; in any form of ``train``.
         dev: what choices may be made on, never trained on; in any form of ``train``.
         metric: name of the score that the task is judged by, of :data:`pyro_lift.metrics.text.METRICS`.
@@ -98,11 +100,14 @@ class Task:
             labels = label_names(train)
         labels = None if labels is None else tuple(labels)
         check_distinct(f"task {name!r}, labels", labels or ())
-        num_classes = None if num_classes is None else operator.index(num_classes)
+        if num_classes is not None and not isinstance(num_classes, CountedClasses):
+            num_classes = operator.index(num_classes)
         num_classes = _classes(name, parts["train"], kind, num_classes, labels, label_texts)
         parts = {
             part: _with_target(rows, kind, num_classes, f"task {name!r}, {part} data") for part, rows in parts.items()
         }
+        declared = num_classes if kind == "classification" and not isinstance(num_classes, CountedClasses) else None
+        parts = {part: replace(rows, classes=declared) for part, rows in parts.items()}
         for part, rows in parts.items():
             _check_same_inputs(parts["train"], rows, f"task {name!r}, {part} data")
         answers = None if dev_answers is None else tuple(tuple(accepted) for accepted in dev_answers)
@@ -210,6 +215,13 @@ def _check_same_inputs(train: Rows, rows: Rows, where: str) -> None:
     for name, (x, known) in pairs.items():
         if x.dim() != known.dim():
             raise ValueError(f"{where}: {name!r} has shape {list(x.shape)}, but {list(known.shape)} in the train data.")
+
+
+def undeclared(task: Task) -> Task:
+    """Return a task whose number of classes is taken for counted: outputs that it has no class for have probability."""
+    if task.train.classes is None or task.num_classes is None:
+        return task
+    return replace(task, num_classes=CountedClasses(task.num_classes))
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:

@@ -26,6 +26,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.chance import targets_scale
 from pyro_lift.models.out_of_proportion import tasks_of_large_inputs
 from pyro_lift.models.prior_loss import PriorLoss, prior_loss
+from pyro_lift.models.target_families import Families, families_of
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight, harmless_scales, typical_size
 from pyro_lift.settings import AdaptSettings, LiFTSettings
@@ -358,9 +359,11 @@ def fitted(
         )  # fmt: skip
     if s.temperature == 0.0 or (s.head_scale is not None and s.head == "langevin"):
         return s
-    said = set(large)
+    unlike = families_of(tasks) if all(task.kind == "regression" for task in tasks) else Families()
+    said = {*large, *(tasks[k].name for k in (*unlike.units, *unlike.offsets))}  # of these it is known why
     for _ in range(HALVINGS):
         measured = _prior_loss(s, adapter, tasks, leave_out)
+        _warn_of_outputs(measured)
         if new := {name: factor for name, factor in measured.outliers.items() if name not in said}:
             said |= set(new)
             log.warning(
@@ -387,6 +390,24 @@ def fitted(
         *measured[:3],
     )
     return s
+
+
+def _warn_of_outputs(measured: PriorLoss) -> None:
+    """Warn of outputs that are no scores of a row alone."""
+    if measured.probabilities:
+        log.warning(
+            "the network's outputs are probabilities: none is negative, and those of a row sum to 1. They are taken "
+            "for scores, of which the softmax is taken here: predictions can never be sure, and gradients are small. "
+            "Take the softmax off the network's end, or give adapt_backbone(network, config, postprocess=lambda p: "
+            "p.clamp_min(1e-9).log()) in its place.",
+        )  # fmt: skip
+    if measured.mixing:
+        log.warning(
+            "the network mixes the rows of a batch: with other rows beside it the output of a row is off by %.1f%%. "
+            "Its predictions depend on what is predicted with it, and a minibatch is other data than the task's. Take "
+            "out what looks across rows: nn.BatchNorm with track_running_stats=False or F.batch_norm(training=True), a "
+            "mean over the batch, attention in which rows stand where places should.", 100.0 * measured.mixing,
+        )  # fmt: skip
 
 
 def _prior_loss(s: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task], leave_out: bool) -> PriorLoss:

@@ -34,7 +34,7 @@ from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_names import class_numbers_by_name
 from pyro_lift.models.hierarchical import VARIANCE
 from pyro_lift.models.solved_heads import has_solved_head
-from pyro_lift.models.target_units import warn_of_units
+from pyro_lift.models.target_units import advice_on_units, warn_of_units
 from pyro_lift.models.task import Task, check_kinds, check_tasks
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
@@ -321,7 +321,7 @@ class LiFT(ChainSetup):
         s = with_rounds_to_learn(s, len(tasks)) if run.settings.learns_beta else s
         warn_of_rates(s, self.adapter)
         kernel = run.kernel(program)
-        watch = LossWatch.of(program.tasks, s.noise_sd, ADVICE)
+        watch = LossWatch.of(program.tasks, s.noise_sd, ADVICE, advice_on_units(program.tasks))
         make = partial(ChainSummary, tuple(components), s.covariance, self.adapter)
         kernel.memory_beside += [mixture_need(x, self.adapter.initial, s.samples) for x in make().mixtures.values()]
         warmup_steps = s.sgd_steps + s.burn_in

@@ -8,16 +8,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.generation.decode import generate
-from pyro_lift.generation.inputs import are_strings
+from pyro_lift.generation.inputs import are_strings, check_texts
 from pyro_lift.generation.scoring import TextScores, score_texts
 from pyro_lift.inference.adaptation.predict import predict_inputs, rows_of
 from pyro_lift.inference.adaptation.temperature import tempered
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.conventions import DECODER, base_of, writes_answers
+from pyro_lift.models.out_of_proportion import InputSize, sizes_of_inputs, warn_of_other_sizes
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.saving.folders import export_posterior, load_posterior, save_posterior
 from pyro_lift.saving.hub import push
@@ -44,6 +46,8 @@ class TaskPosterior:
         prediction_temperature: of predictions, fitted by :meth:`LiFTPrior.calibrate`; 1 where nobody has. Of a
             regression the factor on their variance.
         noise_scale: standard deviation of a regression's targets around the network's output.
+        input_sizes: how large the task's rows are, by input (:func:`.sizes_of_inputs`), against which those to predict
+            are held.
     """
 
     def __init__(
@@ -59,15 +63,24 @@ class TaskPosterior:
         encoding: TextEncoding | None = None,
         prediction_temperature: float = 1.0,
         noise_scale: float = 1.0,
+        input_sizes: Mapping[str, InputSize] | None = None,
     ) -> None:
         self.adapter, self.task, self.thetas, self.heads = adapter, task, thetas, heads
         self.component, self.mcmc = component, mcmc
         self.results = dict(results or {})
         self.encoding: TextEncoding | None = task.encoding if encoding is None else encoding
         self.prediction_temperature, self.noise_scale = prediction_temperature, noise_scale
+        self._input_sizes = None if input_sizes is None else dict(input_sizes)
 
     def __repr__(self) -> str:
         return f"TaskPosterior(task={self.task.name!r}, draws={len(self.thetas)}, dim={self.adapter.dim})"
+
+    @property
+    def input_sizes(self) -> dict[str, InputSize]:
+        """How large the task's rows are, by input; of a posterior that was loaded without them, as they were saved."""
+        if self._input_sizes is None:
+            self._input_sizes = sizes_of_inputs(self.task.train)
+        return self._input_sizes
 
     def predict(self, inputs: Any, *, calibrated: bool = True) -> Tensor:
         """Return probabilities ``[n, C]`` averaged over the draws (of a regression the means).
@@ -81,10 +94,13 @@ class TaskPosterior:
         Raises:
             TypeError, ValueError: inputs that are no rows of numbers; names the input.
         """
-        p = predict_inputs(self.adapter, self.thetas, self._read(inputs), self.task, self.heads)
+        rows = self._rows(inputs)
+        p = predict_inputs(self.adapter, self.thetas, rows, self.task, self.heads)
         if not calibrated or self.task.kind == "regression":
             return p
-        return tempered(p, self.prediction_temperature)
+        # Classes that the task has not keep a probability of zero, which no temperature raises.
+        q = tempered(p if self.heads is not None else p[..., : rows.classes], self.prediction_temperature)
+        return pad(q, (0, p.shape[-1] - q.shape[-1]))
 
     def predict_sd(self, inputs: Any, *, calibrated: bool = True) -> Tensor:
         r"""Return the standard deviation of new targets of a regression, of the shape of :meth:`predict`'s means.
@@ -103,16 +119,23 @@ class TaskPosterior:
         """
         if self.task.kind != "regression":
             raise TypeError(f"the task {self.task.name!r} is no regression: the probabilities of predict() say it all.")
-        rows = rows_of(self._read(inputs), self.task)
+        rows = self._rows(inputs)
         means = torch.stack([predict_inputs(self.adapter, theta[None], rows, self.task, None) for theta in self.thetas])
         variance = self.noise_scale**2 + means.var(0, correction=0)
         return ((self.prediction_temperature if calibrated else 1.0) * variance).sqrt()
 
+    def _rows(self, inputs: Any) -> Rows:
+        rows = rows_of(self._read(inputs), self.task)
+        warn_of_other_sizes(rows, self.input_sizes, self.task.name)
+        return rows
+
     def _read(self, inputs: Any) -> Any:
         """Encode strings; refuse what lacks the answers that a network which writes them reads."""
         if are_strings(inputs):
-            inputs = self._encoded(inputs)
-        elif self.task.kind == "tokens" and self.adapter.readout is None:
+            return self._encoded(inputs)
+        if self.encoding is not None:
+            check_texts(inputs, self.task.name)
+        if self.task.kind == "tokens" and self.adapter.readout is None:
             given = inputs.inputs if isinstance(inputs, Rows) else inputs if isinstance(inputs, Mapping) else {}
             if not DECODER & given.keys() and writes_answers(base_of(self.adapter.backbone)):
                 raise TypeError(f"inputs without 'decoder_input_ids': {_WRITES.format(self.task.name)}")

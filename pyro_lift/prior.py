@@ -41,7 +41,7 @@ from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.priors import broadened
 from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.target_units import warn_of_new_units
-from pyro_lift.models.task import Task, check_kinds
+from pyro_lift.models.task import Task, check_kinds, undeclared
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.saving.folders import chosen_weights, export_library, export_prior, load_prior, save_prior
@@ -55,13 +55,11 @@ from pyro_lift.tuning.predictions import fitted_on_held_out
 
 __all__ = ["LiFTPrior"]
 
-
 #: What is added to the number of a block whose tasks are none of the kind, so that its chains have noise of their own.
 APART = 1_000_000
 
-
 #: What a merged prior has of its first chain's, beside the settings.
-_OF_THE_TASKS = ("tasks", "matching_scale", "encoding", "tuning", "rescales", "rows", "kinds", "classes")
+_OF_THE_TASKS = ("tasks", "matching_scale", "encoding", "tuning", "rescales", "rows", "kinds", "classes", "masks")
 
 
 class LiFTPrior:
@@ -86,6 +84,7 @@ class LiFTPrior:
             is longer than :func:`longest_move` says; None, as of a prior saved before, does neither.
         kinds: of the tasks it was learned from; empty where nobody says.
         classes: the output of each class name, where they shared the network's outputs.
+        masks: whether shared outputs that are no classes of a new task have no probability; False of one saved before.
     """
 
     def __init__(
@@ -108,6 +107,7 @@ class LiFTPrior:
         rows: float | None = None,
         kinds: Sequence[str] = (),
         classes: Mapping[str, int] | None = None,
+        masks: bool = True,
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
         self.matching_scale, self.rescales, self.rows = matching_scale, rescales, rows
@@ -115,7 +115,7 @@ class LiFTPrior:
         self.prediction_temperature, self.tuning, self.classes = prediction_temperature, tuning, dict(classes or {})
         self.adapt_settings = adapt_settings or AdaptSettings()
         self.second_moment = second_moment or {}
-        self.mcmc, self.seed, self.encoding = mcmc, seed, encoding
+        self.mcmc, self.seed, self.encoding, self.masks = mcmc, seed, encoding, masks
 
     def __repr__(self) -> str:
         return f"LiFTPrior({self.mixture!r}, beta={one_width(self.settings.beta):.3g}, adapter={self.adapter!r})"
@@ -207,7 +207,7 @@ class LiFTPrior:
             ValueError: labels outside the head's range, a regression under a prior of classes; before any training.
             DivergedError: a loss that is not finite, or a rate past its limit; names the task, and a rate to try.
         """
-        self._check([task])
+        (task,) = self._admitted([task])
         a, seed = inherited(self.adapt_settings, self.settings, options), self.seed if seed is None else seed
         warn_of_adaptation(a, self.settings, self.adapter, [task])
         return self._adapt_alone(task, a, Source(seed), Shown(progress, callbacks, [task]))
@@ -268,7 +268,7 @@ class LiFTPrior:
                 no list with gaps, which would fail later and elsewhere.
         """
         check_number("block_size", block_size, least=1, open_below=False, whole=True)
-        self._check(tasks)
+        tasks = self._admitted(tasks)
         a = inherited(self.adapt_settings, self.settings, options)
         apart = block_size == 1 or (a.dev_every > 0 and any(task.dev is not None for task in tasks))
         warn_of_adaptation(a, self.settings, self.adapter, tasks)
@@ -315,22 +315,22 @@ class LiFTPrior:
             posteriors.append(self._posterior(task, theta, head, start.component, mcmc))
         return posteriors
 
-    def _check(self, tasks: Sequence[Task]) -> None:
+    def _admitted(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """Refuse tasks that are no new ones of this prior: the one door, before their heads are solved or they move."""
         check_kinds(tasks, self.kinds)
         check_class_numbers(tasks, self.classes)  # none where they had heads of their own
         check_rows(self.adapter, tasks)  # what comes after takes them as admitted
         if any(task.kind == "regression" for task in tasks) and self._head_scale(tasks) is None:
             warn_of_new_units(self.adapter, tasks, self.mixture.get().mean, self.settings.noise_sd)
+        return tasks if self.masks else [undeclared(task) for task in tasks]
 
     def _posterior(
         self, task: Task, thetas: Tensor, heads: Tensor | None, component: int, chain: MCMC | DrawWindows
     ) -> TaskPosterior:
         mcmc, results = (None, chain.results) if isinstance(chain, DrawWindows) else (chain, None)
-        told: dict[str, Any] = {"prediction_temperature": self.prediction_temperature, "results": results}
-        return TaskPosterior(
-            self.adapter, task, thetas, heads, component, mcmc, noise_scale=self.settings.noise_sd, **told
-        )
+        told: dict[str, Any] = {"results": results, "noise_scale": self.settings.noise_sd}
+        told["prediction_temperature"] = self.prediction_temperature
+        return TaskPosterior(self.adapter, task, thetas, heads, component, mcmc, **told)
 
     def _adapt_apart(
         self, tasks: Sequence[Task], apart: Sequence[bool], a: AdaptSettings, source: Source, shown: Shown

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.door import check_inputs
 from pyro_lift.models.head_problem import apply_head
-from pyro_lift.models.likelihoods import LossKind, probabilities
+from pyro_lift.models.likelihoods import LossKind, among_classes, probabilities
 from pyro_lift.models.observation import head_inputs_of, naming_inputs, outputs, shapes_of
 from pyro_lift.models.readouts import LabelScoring
 from pyro_lift.models.task import Rows, Task, as_rows
@@ -99,8 +99,7 @@ def _summed(
     named = {name: x.expand(S, *x.shape) for name, x in rows.named.items()}
     own = {} if heads is None else head_inputs_of(rows)
     output: Tensor = adapter(*(x.expand(S, *x.shape) for x in rows.positional), theta=thetas, **named, **own)
-    if heads is not None:
-        output = apply_head(output, heads)
+    output = among_classes(output, rows.classes) if heads is None else apply_head(output, heads)
     p = probabilities(kind, output)
     return p.sum(0) if max(times) == 1 else torch.einsum("s...,s->...", p, p.new_tensor(times))
 
@@ -180,7 +179,7 @@ def predict_inputs(adapter: RandomAdapter, thetas: Tensor, inputs: Any, task: Ta
     check_inputs(adapter, rows)
     rows = rows.to(thetas.device)
     own = f" The rows of task {task.name!r} are {shapes_of(task.train.take(slice(0, 1)))}." if task.train.inputs else ""
-    with naming_inputs("the network cannot be called with these inputs", rows, own):
+    with naming_inputs("the network cannot be called with these inputs", rows, adapter, own):
         return predict(adapter, thetas, rows, task.kind, heads=heads)
 
 
@@ -188,8 +187,8 @@ def rows_of(inputs: Any, task: Task) -> Rows:
     """Return inputs in any form as rows of a task; targets, where there are none, are zeros.
 
     Args:
-        inputs: a tensor, an array or nested lists of numbers; any mapping of these by input name, such as a
-            tokenizer's ``BatchEncoding``; or :class:`Rows`.
+        inputs: a tensor, an array or nested lists of numbers, where the task has one input; any mapping of these by
+            input name, such as a tokenizer's ``BatchEncoding``; or :class:`Rows`.
         task: whose network reads them.
 
     Raises:
@@ -199,7 +198,7 @@ def rows_of(inputs: Any, task: Task) -> Rows:
     """
     if isinstance(inputs, Rows):
         _check_dimensions(inputs, task)
-        return inputs if inputs.shared or not task.train.shared else replace(inputs, shared=task.train.shared)
+        return replace(inputs, shared=inputs.shared or task.train.shared, classes=task.train.classes)
     if isinstance(inputs, tuple) and len(inputs) == 2 and all(hasattr(x, "shape") for x in inputs):
         raise TypeError("inputs: a pair given; predictions take the inputs without the targets.")
     columns = getattr(inputs, "column_names", None)
@@ -208,7 +207,9 @@ def rows_of(inputs: Any, task: Task) -> Rows:
             f"inputs: a data set with the columns {', '.join(map(repr, columns))}; give one of them: "
             f"data[{columns[0]!r}], or a mapping of tensors by input name."
         )
-    named = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
+    if not isinstance(inputs, Mapping):
+        _check_form("inputs", inputs)
+    named = dict(inputs) if isinstance(inputs, Mapping) else {_only_name(inputs, task): inputs}
     if not named:
         raise ValueError("inputs: an empty mapping; expected tensors by input name.")
     for name, value in named.items():
@@ -227,7 +228,22 @@ def rows_of(inputs: Any, task: Task) -> Rows:
     rows = as_rows((named, torch.zeros(len(next(iter(named.values()))))), "inputs")
     _check_dimensions(rows, task)
     cast = {name: _as_trained(name, x, task.train.inputs.get(name)) for name, x in rows.inputs.items()}
-    return replace(rows, inputs=cast, shared=task.train.shared)
+    return replace(rows, inputs=cast, shared=task.train.shared, classes=task.train.classes)
+
+
+def _only_name(inputs: Any, task: Task) -> str:
+    """Name the input that a bare tensor is: the task's only one.
+
+    Raises:
+        ValueError: a task whose rows have several inputs by name.
+    """
+    names = sorted(task.train.inputs)
+    if len(names) < 2 or "" in names:
+        return names[0] if len(names) == 1 else ""
+    raise ValueError(
+        f"inputs: a {type(inputs).__name__} given, but the rows of task {task.name!r} have {len(names)} inputs: "
+        f"{', '.join(map(repr, names))}. Give a mapping by these names: {{{names[0]!r}: ..., {names[1]!r}: ...}}."
+    )
 
 
 def _check_dimensions(rows: Rows, task: Task) -> None:

@@ -230,10 +230,22 @@ class TextToText(_TextEncoder):
         tokenizer: of the backbone.
         start_token: what the decoder begins with (``config.decoder_start_token_id``).
         max_length: longest input, and longest output, in tokens.
+
+    Raises:
+        TypeError: a start token that is no number; ``config.decoder_start_token_id`` is None in some networks.
+        ValueError: one that is negative.
     """
 
     def __init__(self, tokenizer: Any, start_token: int, max_length: int = 128) -> None:
         super().__init__(tokenizer, max_length)
+        if isinstance(start_token, bool) or not hasattr(start_token, "__index__"):
+            raise TypeError(
+                f"start_token={start_token!r}; expected the number of the token that answers begin with: the "
+                "network's config.decoder_start_token_id, or where that is None the tokenizer's bos_token_id or "
+                "pad_token_id, as the network was trained."
+            )
+        if start_token < 0:
+            raise ValueError(f"start_token={start_token}; expected the number of a token, 0 or above.")
         self.start_token = start_token
 
     def __call__(self, task: TextTask) -> Task:

@@ -18,7 +18,15 @@ from pyro_lift.models.likelihoods import IGNORED, shift_left
 from pyro_lift.models.rows import Rows
 from pyro_lift.models.vocabulary import doubts_of_inputs
 
-__all__ = ["Prompts", "are_strings", "generating_network", "places_in_sight", "read_prompts", "with_rows_of"]
+__all__ = [
+    "Prompts",
+    "are_strings",
+    "check_texts",
+    "generating_network",
+    "places_in_sight",
+    "read_prompts",
+    "with_rows_of",
+]
 
 #: Columns that tokenizers and data sets bring and that text is not generated from.
 LEFT_OUT = ("labels", "label", "token_type_ids", "special_tokens_mask", "offset_mapping", "length")
@@ -85,12 +93,40 @@ def are_strings(inputs: Any) -> bool:
     if not isinstance(inputs, (list, tuple)):
         return False
     if not inputs:
-        raise ValueError("inputs: an empty list; expected at least one string.")
+        raise ValueError("inputs: an empty list; expected at least one row: a string, or numbers.")
     strings = [isinstance(text, str) or _is_chat(text) for text in inputs]
     if any(strings) and not all(strings):
         row = strings.index(False)
         raise TypeError(f"inputs[{row}] is a {type(inputs[row]).__name__}, others are strings; give strings alone.")
     return all(strings)
+
+
+def check_texts(inputs: Any, task: str) -> None:
+    """Refuse a list of what are neither texts nor tokens, for a task whose rows are texts.
+
+    Args:
+        inputs: that :func:`are_strings` has found to be no strings.
+        task: name of the task.
+
+    Raises:
+        TypeError: names the place, what stands there, and what is expected.
+    """
+    if not isinstance(inputs, (list, tuple)):
+        return
+    for place, value in enumerate(inputs):
+        if isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(part, str) for part in value):
+            what = "pair" if len(value) == 2 else type(value).__name__
+            way_out = "Join its strings to one, as the texts of training were: [' '.join(row) for row in inputs]."
+            found = f"a {what} of strings"
+        elif isinstance(value, Mapping):
+            found, way_out = "a mapping", "A conversation is a list of messages: give a list of such lists."
+        elif value is None or isinstance(value, (bool, int, float, bytes)):
+            found, way_out = repr(value)[:40], 'Fill in a text, "" for an empty one, or leave the row out.'
+        else:
+            continue
+        raise TypeError(
+            f"inputs[{place}] is {found}; the rows of task {task!r} are texts, a string each: [text, ...]. {way_out}"
+        )
 
 
 def _is_chat(value: Any) -> bool:
@@ -160,7 +196,7 @@ def read_prompts(inputs: Any, network: Any, encoding: TextEncoding | None) -> Pr
         encoding: how strings are encoded; None refuses them.
 
     Raises:
-        TypeError: strings without an encoding, or another form.
+        TypeError: strings without an encoding, or another form; what is no text among what should be.
         ValueError: no rows, tensors of another shape, rows of unequal number, tokens that the network does not know.
     """
     causal = not network.config.is_encoder_decoder
@@ -173,6 +209,8 @@ def read_prompts(inputs: Any, network: Any, encoding: TextEncoding | None) -> Pr
         prompts = Prompts(encoding.new_prompts(inputs), strings=True, causal=causal)
         _check_known(network, prompts.named)
         return prompts
+    if encoding is not None:
+        check_texts(inputs, encoding.task)
     if isinstance(inputs, Rows):
         named = _without_answers(inputs, causal)
     elif isinstance(inputs, Mapping):

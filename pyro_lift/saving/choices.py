@@ -24,6 +24,7 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "classes": dict(prior.classes),
         "moment_power": prior.settings.n_inflate if prior.rescales else None,
         "moment_rows": prior.rows,
+        "masks": prior.masks,
     }
 
 
@@ -50,7 +51,9 @@ def saved_choices(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(classes, dict) or not all(type(number) is int and number >= 0 for number in classes.values()):
         raise DamagedError(f"{path}: key 'classes' is {classes!r}; expected the number of each class by its name.")
     choices = {"matching_scale": scale, "prediction_temperature": temperature, "tuning": tuning, "rescales": rescales}
-    return {**choices, "rows": rows, "kinds": tuple(kinds), "classes": classes}
+    # Before that was written, outputs that were no classes of a new task had probability, and still do.
+    masks = config.get("masks") is True
+    return {**choices, "rows": rows, "kinds": tuple(kinds), "classes": classes, "masks": masks}
 
 
 def saved_positive(path: Path, config: Mapping[str, Any], name: str) -> float:

@@ -20,8 +20,9 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.heads import scale_of
 from pyro_lift.models.networks import plain_network
+from pyro_lift.models.out_of_proportion import InputSize
 from pyro_lift.models.peft_layers import default_name, peft_layers
-from pyro_lift.models.task import Rows, Task
+from pyro_lift.models.task import Rows, Task, undeclared
 from pyro_lift.saving.base_model import check_base, describe_base
 from pyro_lift.saving.choices import described_choices, saved_choices, saved_positive
 from pyro_lift.saving.destination import check_destination
@@ -269,6 +270,8 @@ def save_posterior(posterior: SavablePosterior, folder: Path) -> Path:
             "encoding": save_encoding(posterior.encoding, new),
             "prediction_temperature": posterior.prediction_temperature,
             "noise_scale": posterior.noise_scale,
+            "declares_classes": task.train.classes is not None,
+            "input_sizes": {name: list(size) for name, size in posterior.input_sizes.items()},
             "files": {POSTERIOR: write_tensors(new / POSTERIOR, tensors)},
         }
         write_json(new / CONFIG, sealed(config))
@@ -307,14 +310,18 @@ def load_posterior(
     heads = tensors.get("head")
     if heads is not None and len(heads) != len(tensors["theta"]):
         raise DamagedError(f"{file}: tensor 'head' has {len(heads)} draws, 'theta' {len(tensors['theta'])}.")
+    sizes = None
     if task is None:
+        sizes = {name: InputSize(*size) for name, size in config.get("input_sizes", {}).items()}
         task = _task_without_rows(path, config["task"], _part(tensors, "label_texts."))
     elif task.name != config["task"].get("name"):
         raise ValueError(f"{path}: draws for the task {config['task'].get('name')!r}, not {task.name!r}.")
-    results = dict(config.get("results") or {})
-    encoding = load_encoding(config.get("encoding"), path)
-    positive = {name: saved_positive(path, config, name) for name in ("prediction_temperature", "noise_scale")}
-    return PosteriorParts(adapter, task, tensors["theta"], heads, config["component"], results, encoding, **positive)
+    if config.get("declares_classes") is not True:
+        task = undeclared(task)
+    results, encoding = dict(config.get("results") or {}), load_encoding(config.get("encoding"), path)
+    factors = [saved_positive(path, config, name) for name in ("prediction_temperature", "noise_scale")]
+    about = (config["component"], results, encoding, *factors, sizes)
+    return PosteriorParts(adapter, task, tensors["theta"], heads, *about)
 
 
 def _task_without_rows(path: Path, about: dict[str, Any], texts: dict[str, Tensor]) -> Task:

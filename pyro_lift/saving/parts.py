@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.out_of_proportion import InputSize
 from pyro_lift.models.task import Task
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 
@@ -37,6 +38,7 @@ class PriorParts(NamedTuple):
         rows: that the preconditioner is of; None where the preconditioner is not brought to a task's number.
         kinds: of the tasks it was learned from.
         classes: the output of each class name, where they shared the network's outputs.
+        masks: whether shared outputs that are no classes of a new task have no probability.
     """
 
     adapter: RandomAdapter
@@ -55,6 +57,7 @@ class PriorParts(NamedTuple):
     rows: float | None = None
     kinds: tuple[str, ...] = ()
     classes: dict[str, int] | None = None
+    masks: bool = True
 
 
 class PosteriorParts(NamedTuple):
@@ -70,6 +73,7 @@ class PosteriorParts(NamedTuple):
         encoding: of the task's strings, or None.
         prediction_temperature: of predictions.
         noise_scale: of a regression.
+        input_sizes: of the task's rows; None where these are given, empty where nobody has saved them.
     """
 
     adapter: RandomAdapter
@@ -81,6 +85,7 @@ class PosteriorParts(NamedTuple):
     encoding: TextEncoding | None = None
     prediction_temperature: float = 1.0
     noise_scale: float = 1.0
+    input_sizes: dict[str, InputSize] | None = None
 
 
 class SavablePrior(Protocol):
@@ -102,6 +107,7 @@ class SavablePrior(Protocol):
     rows: float | None
     kinds: tuple[str, ...]
     classes: dict[str, int]
+    masks: bool
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:
@@ -121,6 +127,11 @@ class SavablePosterior(Protocol):
     encoding: TextEncoding | None
     prediction_temperature: float
     noise_scale: float
+
+    @property
+    def input_sizes(self) -> dict[str, InputSize]:
+        """How large the task's rows are."""
+        ...
 
 
 class Savable(Protocol):

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from pyro_lift.inference.lost import EVERY, WINDOW, ChainLostError, LossWatch
+from pyro_lift.models.chance import chance_loss
+from pyro_lift.models.target_units import advice_on_units
+from pyro_lift.models.task import Task
 
 
 def watched(losses: list[float], rows: int = 5, chance: float = 1.0) -> LossWatch:
@@ -37,3 +40,29 @@ def test_others_go_on(losses: list[float]) -> None:
 
 def test_tasks_with_nothing_to_be_lost_are_not_watched() -> None:
     watched([0.1] * WINDOW + [2.0] * 2 * WINDOW, chance=0.0)
+
+
+def small(unit: float) -> list[Task]:
+    y = torch.tensor([1.0, -1.0] * 4)
+    return [Task(f"t{k}", (y[:, None], unit * y), "regression") for k in range(4)]
+
+
+@pytest.mark.parametrize("phase", ["sgd", "sample"])
+def test_of_tiny_targets_it_says_first_that_they_are_to_be_standardised(phase: str) -> None:
+    tasks = small(0.02)
+    watch = LossWatch.of(tasks, 1.0, "Do this.", advice_on_units(tasks))
+    chance = chance_loss(tasks[0], 1.0)
+    visits = [0.5] * WINDOW + [1.2] * 2 * WINDOW
+    with pytest.raises(ChainLostError, match=r"before: The targets are small: they vary by 0\.02 .*Standardise them"):
+        see_all(watch, [8 * chance * visit for visit in visits], phase)
+
+
+def see_all(watch: LossWatch, losses: list[float], phase: str) -> None:
+    for k, loss in enumerate(losses):
+        watch.see(torch.tensor(-loss), (k % 4,), phase)
+
+
+def test_targets_of_an_ordinary_size_and_classes_get_no_such_advice() -> None:
+    assert advice_on_units(small(1.0)) == "" and "large" in advice_on_units(small(1e3))
+    assert advice_on_units(small(0.0)) == ""
+    assert advice_on_units([Task("c", (torch.zeros(4, 2), torch.arange(4) % 2))]) == ""

@@ -112,7 +112,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "nothing": ({}, "an empty mapping"),
     "an empty BatchEncoding": (BatchEncoding({}), "an empty mapping"),
     "one that is missing": ({"x": X}, "'mask' is missing"),
-    "a bare tensor": (X, "'mask' is missing"),
+    "a bare tensor": (X, "a Tensor given, .* 2 inputs: 'mask', 'x'. Give a mapping"),
     "other lengths": ({"x": X, "mask": MASK[:3]}, "'mask' has 3 rows, 'x' 5"),
     "no rows": ({"x": X[:0], "mask": MASK[:0]}, "'x' has no rows"),
     "strings": ({"x": ["a", "b"], "mask": MASK[:2]}, r"inputs\['x'\]: strings; encode them first"),
