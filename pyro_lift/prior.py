@@ -320,7 +320,7 @@ class LiFTPrior:
         check_kinds(tasks, self.kinds)
         check_class_numbers(tasks, self.classes)  # none where they had heads of their own
         check_rows(self.adapter, tasks)  # what comes after takes them as admitted
-        if any(task.kind == "regression" for task in tasks) and self._head_scale(tasks) is None:
+        if self.tasks and self._head_scale(tasks) is None:  # one in the making has no names, and these are its own
             warn_of_new_units(self.adapter, tasks, self.mixture.get().mean, self.settings.noise_sd)
         return tasks if self.masks else [undeclared(task) for task in tasks]
 

@@ -74,6 +74,8 @@ def test_targets_of_another_unit_are_warned_of(
     assert len(said) == differ
     if differ:
         assert "undo that in predictions" in said[0] and "(target - " in said[0]
+    # Looks at halves of them adapt to tasks of its own, which are no new ones in another unit than theirs.
+    assert not any("prior was learned with" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize(
