@@ -214,7 +214,13 @@ def _sureness(
         _split(half, min(STRENGTH_TASKS, len(half))) if judge.strength else rows_apart(half, ADAPTED) for half in halves
     ]
 
-    exact = not found.looks and any(has_unseen_rows(task) for half in halves for task in half)
+    apart = any(has_unseen_rows(task) for half in halves for task in half)
+    exact = apart and not found.looks
+    if judge.noise is not None and not apart:
+        log.info(
+            "the noise is found on training rows that tasks are not adapted to. If the network was trained on these "
+            "rows before, it knows them by heart and predictions come out too narrow: give tasks test= or dev= rows."
+        )
     exaggerated = 1.0 if exact else EXAGGERATED
 
     def adapted(noise: float | None, power: float = 1.0) -> Iterator[tuple[Any, Task]]:

@@ -133,7 +133,9 @@ def test_nothing_set_the_noise_is_found_in_any_unit_and_predictions_say_how_wide
         assert float((z.abs() < 1.645).float().mean()) > 0.7
 
 
-def test_predictions_are_wide_enough_where_the_network_knows_the_tasks_rows_by_heart() -> None:
+def test_predictions_are_wide_enough_where_the_network_knows_the_tasks_rows_by_heart(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Their own rows say that there is no noise; test rows say what there is."""
     _, tasks = curves(10, 1.0)
     torch.manual_seed(0)
@@ -149,7 +151,10 @@ def test_predictions_are_wide_enough_where_the_network_knows_the_tasks_rows_by_h
     for unseen in (True, False):
         made = tasks[:6] if unseen else [replace(task, test=None) for task in tasks[:6]]
         lift = LiFT(net, config, sgd_steps=40, burn_in=4, samples=8, seed=0)
-        prior = lift.meta_train(made, progress=False)
+        caplog.clear()
+        with caplog.at_level("INFO", "pyro_lift"):
+            prior = lift.meta_train(made, progress=False)
+        assert ("give tasks test= or dev= rows" in caplog.text) == (not unseen)
         z = list[Tensor]()
         for posterior, task in zip(prior.adapt_many(tasks[6:], seed=0), tasks[6:], strict=True):
             assert task.test is not None
