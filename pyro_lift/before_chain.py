@@ -28,8 +28,16 @@ from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.tuning.chain_kernel import chain_kernel
 from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit, predicted
-from pyro_lift.tuning.halves import Joint, Vectors, has_trial, joint_on_trial, log_probs_at, steps_beside_trial
-from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes
+from pyro_lift.tuning.halves import (
+    SOME_PASSES,
+    Joint,
+    Vectors,
+    has_trial,
+    joint_on_trial,
+    log_probs_at,
+    steps_beside_trial,
+)
+from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
 from pyro_lift.tuning.whose_heads import leaves_outliers_out
 from pyro_lift.watching.watch import Watchers
 
@@ -137,10 +145,11 @@ class ChainSetup:
             return self._joint_run(half, rate, most, title, progress=progress, on_step=on_step)
 
         start, rate = self.adapter.initial, s.sgd_learning_rate
-        of = Vectors(few, sizes_of_tensors(self.adapter))
+        seldom = not few and passes(steps, s.batch_size, tasks) < SOME_PASSES
+        of = Vectors(few, sizes_of_tensors(self.adapter), scarce=s.sgd_includes_trial and seldom)
         joint = joint_on_trial(tasks, start, rate, steps, begin, score, kept, of=of)
         within = joint.helps and s.sgd_includes_trial
-        return joint._replace(steps=max(s.sgd_steps - joint.spent, steps)) if within else joint
+        return joint._replace(steps=s.sgd_steps - joint.spent) if within else joint
 
     def _cross_fitted(
         self,

@@ -26,6 +26,11 @@ of ten rows.
 nothing can be known by heart. There the halves are looked at after :data:`EARLY` steps already, and where the gain is
 significant at :data:`PLAIN`, the trial ends with the first rate. What the rest would cost is better spent on joint
 training, and no family of that kind (of fourteen) took the larger rate.
+
+**Scarce steps.** Where the trial's steps are among those of joint training (``sgd_includes_trial``), it takes a third
+of them. Where passes are not few but fewer than :data:`SOME_PASSES`, so that a large rate does not know the rows by
+heart either, the larger rate is tried first, looked at after :data:`FEWEST_STEPS` steps already, and taken without
+another trial where its gain is significant at :data:`PLAIN`.
 """
 
 from __future__ import annotations
@@ -50,6 +55,7 @@ from pyro_lift.tuning.joint_run import JointRun
 
 __all__ = [
     "FEWEST_TASKS",
+    "SOME_PASSES",
     "TASKS",
     "Joint",
     "Score",
@@ -81,6 +87,8 @@ FEWEST_STEPS = 20
 MOST_COST = 0.5
 #: Tasks and rows that are judged at most: more would cost as much as the training.
 TASKS, ROWS = 64, 48
+#: Passes over the rows from which on they may be known by heart at the larger rate.
+SOME_PASSES = 10.0
 #: Steps of each half after which the first rate is looked at where nothing can be known by heart.
 EARLY = (5, FEWEST_STEPS)
 
@@ -96,10 +104,13 @@ class Vectors(NamedTuple):
     Attributes:
         few: whether joint training makes few passes over the rows.
         parts: numbers of weights that their parts have, one for each adapter tensor; none takes them whole.
+        scarce: whether the trial's steps are among those of joint training, and rows are seen too seldom to be learned
+            by heart at the larger rate.
     """
 
     few: bool = False
     parts: Sequence[int] = ()
+    scarce: bool = False
 
 
 class Tried(NamedTuple):
@@ -177,15 +188,16 @@ class Joint(NamedTuple):
                 "sgd_learning_rate=, which is not put on trial. `pyro-lift compare` says what other methods make of "
                 "these tasks."
             )
-        first, why = tried[0], ""
-        if len(tried) > 1 and not first.helps:
-            why = f"; the larger rate, {first.rate:.2g}, does not by more than chance"
-        elif len(tried) > 1 and self.rate == tried[1].rate:
-            why = f"; of the rates that help it is the larger, and does not gain less than {first.rate:.2g} "
-            why += f"({first.gained()}) by more than chance"
-        elif len(tried) > 1:
-            less = "gains less by more than chance" if tried[1].helps else "does not help by more than chance"
-            why = f"; the larger rate, {tried[1].rate:.2g}, {less}"
+        by_rate = sorted(tried, key=lambda each: each.rate)
+        lower = [each for each in by_rate if each.rate < self.rate]
+        higher = [each for each in by_rate if each.rate > self.rate]
+        why = ""
+        if lower and lower[-1].helps:
+            why = f"; of the rates that help it is the larger, and does not gain less than {lower[-1].rate:.2g} "
+            why += f"({lower[-1].gained()}) by more than chance"
+        elif higher:
+            less = "gains less by more than chance" if higher[0].helps else "does not help by more than chance"
+            why = f"; the larger rate, {higher[0].rate:.2g}, {less}"
         gained = f"{self.gain:+.3f} ± {self.error:.3f} nats a row on tasks that it has not seen"
         return f"joint training at {self.rate:.2g} helps ({gained}){why}. It begins, over all tasks."
 
@@ -269,9 +281,7 @@ def joint_on_trial(
     """
     of = of or Vectors()
     kept = kept or WorkBefore(None)
-    data = kept.data(
-        "joint", lambda: _Trial(tasks, start, rate, steps, begin, score, kept, of.parts).joint(of.few)._asdict()
-    )
+    data = kept.data("joint", lambda: _Trial(tasks, start, rate, steps, begin, score, kept, of).joint()._asdict())
     tried, vectors = tuple(Tried(*each) for each in data.get("tried", ())), tuple(data.get("vectors", ()))
     joint = Joint(**{**data, "tried": tried, "vectors": vectors})
     log.info("%s", joint.sentence())
@@ -290,9 +300,9 @@ class _Trial:
         begin: Begin,
         score: Score,
         kept: WorkBefore,
-        parts: Sequence[int],
+        of: Vectors,
     ) -> None:
-        self.parts = list(parts) or [len(start)]
+        self.parts, self.few, self.scarce = list(of.parts) or [len(start)], of.few, of.scarce
         self.start, self.rate, self.steps, self.score, self.kept = start, rate, steps, score, kept
         self.begin, self.each = begin, trial_steps(steps, len(tasks))
         self.halves = dealt(tasks, 2)
@@ -303,15 +313,20 @@ class _Trial:
         self.tried: list[Tried] = []
         self.spent = 0
 
-    def joint(self, few: bool) -> Joint:
+    def joint(self) -> Joint:
         """Try rates and return the verdict."""
-        first, after = self._at(1.0, [look for look in EARLY if look < self.each] if few else [])
-        taken = first
-        if _has_second(self.steps) and not first.helps:
+        second, larger = _has_second(self.steps), None
+        if self.scarce and second:
+            larger = self._at(LARGER, [FEWEST_STEPS])
+            if is_above_zero(larger[1] - self.before, PLAIN):
+                return larger[0]._replace(tried=tuple(self.tried), spent=self.spent)
+        taken, after = self._at(1.0, [look for look in EARLY if look < self.each] if self.few else [])
+        if second and not taken.helps and not (larger and larger[0].helps):
             taken = self._at(SMALLER)[0]
-        elif _has_second(self.steps) and self.spent == 2 * self.each:
-            larger, after_larger = self._at(LARGER)
-            taken = larger if larger.helps and not is_above_zero(after - after_larger) else first
+        elif larger or (second and self.spent == 2 * self.each):
+            larger = larger or self._at(LARGER)
+            if larger[0].helps and not is_above_zero(after - larger[1]):
+                taken = larger[0]
         against = "" if taken.helps else self.against
         return taken._replace(tried=tuple(self.tried), spent=self.spent, against=against)
 

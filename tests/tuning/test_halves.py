@@ -187,7 +187,51 @@ def test_a_gain_that_is_not_plain_is_looked_at_after_all_steps(few: bool, length
     assert joint.spent == spent
 
 
-@pytest.mark.parametrize(("rows", "spent"), [(24, 2 * (1 + 2) * 20), (150, 10)])
+@pytest.mark.parametrize(
+    ("gains", "steps", "rate"),
+    [
+        ({0.3: 0.5}, [20, 20], 0.3),  # plain at the first look: nothing else is tried
+        ({0.3: -0.1, 0.1: 0.5}, [20, 20, 50, 50, 25, 25], 0.1),
+        ({0.3: -0.1, 0.1: -0.1, 0.02: 0.2}, [20, 20, 50, 50, 25, 25, 25, 25], 0.02),
+        ({0.3: -0.1, 0.1: -0.1, 0.02: -0.2}, [20, 20, 50, 50, 25, 25, 25, 25], None),
+    ],
+)
+def test_where_steps_are_scarce_the_larger_rate_is_tried_first(
+    gains: dict[float, float], steps: list[int], rate: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    stand_in = Halves({0.1 * {0.3: 3.0, 0.1: 1.0, 0.02: 0.2}[rate]: gain for rate, gain in gains.items()})
+    scarce = {"of": Vectors(scarce=True)}
+    with caplog.at_level("INFO", "pyro_lift"):
+        joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 300, stand_in.begin, stand_in.score, **scarce)
+    assert [each for *_, each in stand_in.trained] == steps
+    assert joint.spent == sum(steps) - (40 if len(steps) > 2 else 0)  # a run that goes on from its look
+    assert joint.helps == (rate is not None)
+    if rate is None:
+        assert "tried at the rates 0.3 and 0.1 and 0.02, and does not help" in caplog.messages[-1]
+    else:
+        assert joint.rate == pytest.approx(rate)
+        assert f"joint training at {rate:g} helps (+{joint.gain:.3f} ± 0.00" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_where_steps_are_scarce_a_larger_rate_that_is_not_plain_is_held_beside_the_first(better: bool) -> None:
+    stand_in = Halves({0.1 * 3.0: 0.5, 0.1: 0.45 if better else 1.2})
+    spread = 0.4 * torch.tensor([1.0, -1.0] * 2, dtype=torch.float64)
+
+    def unsteady(vector: Tensor, half: Sequence[Task]) -> Tensor:
+        return stand_in.score(vector, half) + (spread if 0.49 < vector[0] < 0.51 else 0.0)
+
+    scarce = {"of": Vectors(scarce=True)}
+    joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 300, stand_in.begin, unsteady, **scarce)
+    assert [each for *_, each in stand_in.trained] == [20, 20, 50, 50, 25, 25]
+    assert joint.rate == pytest.approx(0.3 if better else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "spent"),
+    [(24, 2 * (1 + 2) * 20), (60, 2 * 20), (150, 10)],
+    ids=["many passes", "some", "few"],
+)
 def test_the_trial_may_be_among_the_steps_of_joint_training(rows: int, spent: int) -> None:
     options = {**OPTIONS, "sgd_steps": 360, "sgd_includes_trial": True}
     lift, told = LiFT(adapter(), **options), list[Step]()  # type: ignore[arg-type]
@@ -241,7 +285,7 @@ def test_the_log_says_which_rates_were_tried_and_why_one_was_taken(caplog: pytes
         },
         "the larger rate, 0.3, gains less by more than chance": {0.1: 0.5, 0.1 * 3.0: 0.2},
         "the larger rate, 0.3, does not help by more than chance": {0.1: 0.5, 0.1 * 3.0: -0.2},
-        "0.02 helps (+0.200 ± 0.001 nats a row on tasks that it has not seen); the larger rate, 0.1, does not by": {
+        "0.02 helps (+0.200 ± 0.001 nats a row on tasks that it has not seen); the larger rate, 0.1, does not help": {
             0.1: -0.5,
             0.1 * 0.2: 0.2,
         },
