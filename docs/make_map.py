@@ -29,6 +29,7 @@ CONTENTS = {
     "before_chain": "what is found before it",
     "tuning": "settings by held-out tasks",
     "prior": "mixture over phi",
+    "new_tasks": "adaptation under the prior",
     "posterior": "draws of one task",
     "adapter_library": "a prior from LoRAs",
     "defaults": "what is left open, filled in",

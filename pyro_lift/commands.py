@@ -35,6 +35,7 @@ from pyro_lift.models.task import Rows, Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.saving.destination import check_destination
+from pyro_lift.saving.names import PRIOR
 from pyro_lift.saving.rescue import write_or_rescue
 from pyro_lift.support import distributed
 from pyro_lift.support.archive import read_json, reason_of_failure, write_file, write_json
@@ -49,7 +50,7 @@ __all__ = ["Writing", "adapt", "adapter_of", "encoder_of", "predict", "task_of",
 log = logging.getLogger("pyro_lift")
 
 #: Names of the files inside the folders that the commands write.
-CONFIG, PRIOR, CHOICE = "run.toml", "prior.safetensors", "choice.json"
+CONFIG, CHOICE = "run.toml", "choice.json"
 RECORD, PREDICTIONS, EARLIER = "adapt.json", "predictions.jsonl", "predictions.earlier.jsonl"
 
 

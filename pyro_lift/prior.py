@@ -15,48 +15,28 @@ from torch import Tensor, nn
 
 from pyro_lift.adapter_library import prior_from_adapters
 from pyro_lift.data.encoding import TextEncoding
-from pyro_lift.defaults import inherited, longest_move, one_width, resolved, warn_of_adaptation
+from pyro_lift.defaults import inherited, one_width, resolved, warn_of_adaptation
 from pyro_lift.generation.decode import generate
-from pyro_lift.inference.adaptation.chain import Shown, Source, moments_for, run_chain, run_watched, times_before
-from pyro_lift.inference.adaptation.early_stopping import DrawWindows
-from pyro_lift.inference.adaptation.failures import all_kept
-from pyro_lift.inference.adaptation.meta_testing import (
-    UNTOUCHED,
-    Start,
-    Untouched,
-    best_start,
-    best_starts,
-    heads_at_best_start,
-)
-from pyro_lift.inference.adaptation.unmoved import Unmoved
-from pyro_lift.inference.mcmc import MCMC
+from pyro_lift.inference.adaptation.chain import Shown, Source
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_names import check_class_numbers
 from pyro_lift.models.door import check_rows
-from pyro_lift.models.flat import FlatAdapter, FlatBlock
-from pyro_lift.models.hierarchical import can_share_pass
-from pyro_lift.models.observation import own_head_scale
-from pyro_lift.models.priors import broadened
-from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.target_units import warn_of_new_units
 from pyro_lift.models.task import Task, check_kinds, undeclared
 from pyro_lift.models.weight_scales import by_weight
+from pyro_lift.new_tasks.adaptation import Adaptation, new_head_scale
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.saving.folders import chosen_weights, export_library, export_prior, load_prior, save_prior
 from pyro_lift.saving.hub import push
 from pyro_lift.saving.served import export_served
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_choice, check_number
-from pyro_lift.tuning.development import windows_of
 from pyro_lift.tuning.figure import plot_tuning
 from pyro_lift.tuning.predictions import fitted_on_held_out
 
 __all__ = ["LiFTPrior"]
-
-#: What is added to the number of a block whose tasks are none of the kind, so that its chains have noise of their own.
-APART = 1_000_000
 
 #: What a merged prior has of its first chain's, beside the settings.
 _OF_THE_TASKS = ("tasks", "matching_scale", "encoding", "tuning", "rescales", "rows", "kinds", "classes", "masks")
@@ -208,35 +188,9 @@ class LiFTPrior:
             DivergedError: a loss that is not finite, or a rate past its limit; names the task, and a rate to try.
         """
         (task,) = self._admitted([task])
-        a, seed = inherited(self.adapt_settings, self.settings, options), self.seed if seed is None else seed
-        warn_of_adaptation(a, self.settings, self.adapter, [task])
-        return self._adapt_alone(task, a, Source(seed), Shown(progress, callbacks, [task]))
-
-    def _adapt_alone(self, task: Task, a: AdaptSettings, source: Source, shown: Shown) -> TaskPosterior:
-        s, mixture = self.settings, self.mixture.get()
-        task, untouched = task.to(self.adapter.initial.device), self._untouched(a)
-        solved, starts = self._solved([task], mixture, untouched)
-        unmoved = self._unmoved(a, [task], solved)
-        program = FlatAdapter(
-            self.adapter,
-            unmoved.tasks[0],
-            broadened(mixture, self.beta),
-            batch_size=a.batch_size,
-            head_scale=self._head_scale([task]),
-            noise_scale=s.noise_sd,
-            solved=unmoved.solved,
-            admitted=True,
-        )
-        start = starts[0] if starts else best_start(program, mixture, untouched)
-        if untouched is not None and start.component == UNTOUCHED:
-            program.prior = broadened(untouched.prior(mixture), self.beta)
-        solve = None if solved is None else partial(self._heads, solved, 0, seed=source.seed)
-        windows = windows_of(self.adapter, task, a, solve, s.noise_sd)
-        chain = self._run(program, start.theta, a, source, shown, windows)
-        draws = chain.get_samples()
-        thetas = unmoved.put_back(0, start.theta, draws["theta"])
-        heads = draws.get("head") if solve is None else solve(thetas)
-        return self._posterior(task, thetas, heads, start.component, chain)
+        adaptation, seed = self._adaptation(options), self.seed if seed is None else seed
+        warn_of_adaptation(adaptation.how, self.settings, self.adapter, [task])
+        return adaptation.alone(task, Source(seed), Shown(progress, callbacks, [task]))
 
     @at_top_level()
     def adapt_many(
@@ -269,130 +223,33 @@ class LiFTPrior:
         """
         check_number("block_size", block_size, least=1, open_below=False, whole=True)
         tasks = self._admitted(tasks)
-        a = inherited(self.adapt_settings, self.settings, options)
-        apart = block_size == 1 or (a.dev_every > 0 and any(task.dev is not None for task in tasks))
-        warn_of_adaptation(a, self.settings, self.adapter, tasks)
-        shown, seed = Shown(progress, callbacks, tasks), self.seed if seed is None else seed
-        if apart or not can_share_pass(tasks, self._head_scale(tasks), self.settings.head != "langevin"):
-            sources = [Source(seed, count) for count in times_before(tasks)]  # a task's first chain is that of `adapt`
-            of = [shown._replace(tasks=[task]) for task in tasks]
-            return all_kept(tasks, 1, lambda k, alone: [self._adapt_alone(alone[0], a, sources[k], of[k])])
-        return all_kept(tasks, block_size, lambda k, block: self._adapt_block(block, a, Source(seed, k), shown))
-
-    def _adapt_block(
-        self, tasks: Sequence[Task], a: AdaptSettings, source: Source, shown: Shown
-    ) -> list[TaskPosterior]:
-        s, mixture = self.settings, self.mixture.get()
-        tasks = [task.to(self.adapter.initial.device) for task in tasks]
-        untouched = self._untouched(a)
-        solved, starts = self._solved(tasks, mixture, untouched)
-        unmoved = self._unmoved(a, tasks, solved)
-        program = FlatBlock(
-            self.adapter,
-            unmoved.tasks,
-            broadened(mixture, self.beta),
-            batch_size=a.batch_size,
-            head_scale=self._head_scale(tasks),
-            noise_scale=s.noise_sd,
-            solved=unmoved.solved,
-            admitted=True,
-        )
-        starts = starts or best_starts(program, mixture, untouched)
-        none_of_the_kind = [start.component == UNTOUCHED for start in starts]
-        if any(none_of_the_kind) and not all(none_of_the_kind):
-            return self._adapt_apart(tasks, none_of_the_kind, a, source, shown)
-        if untouched is not None and all(none_of_the_kind):
-            program.prior = broadened(untouched.prior(mixture), self.beta)
-        at = torch.stack([start.theta for start in starts])
-        mcmc = self._run(program, at, a, source, shown._replace(tasks=tasks), None)
-        draws, heads = mcmc.get_samples()["theta"], mcmc.get_samples().get("head")
-        posteriors = []
-        for k, (task, start) in enumerate(zip(tasks, starts, strict=True)):
-            theta, head = draws[:, k], None if heads is None else heads[:, k]
-            theta = unmoved.put_back(k, start.theta, theta)
-            if solved is not None:
-                head = self._heads(solved, k, theta, source.seed)
-            posteriors.append(self._posterior(task, theta, head, start.component, mcmc))
-        return posteriors
+        adaptation, seed = self._adaptation(options), self.seed if seed is None else seed
+        warn_of_adaptation(adaptation.how, self.settings, self.adapter, tasks)
+        return adaptation.many(tasks, block_size, seed, Shown(progress, callbacks, tasks))
 
     def _admitted(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """Refuse tasks that are no new ones of this prior: the one door, before their heads are solved or they move."""
         check_kinds(tasks, self.kinds)
         check_class_numbers(tasks, self.classes)  # none where they had heads of their own
         check_rows(self.adapter, tasks)  # what comes after takes them as admitted
-        if self.tasks and self._head_scale(tasks) is None:  # one in the making has no names, and these are its own
+        # One in the making has no names, and these tasks are its own.
+        if self.tasks and new_head_scale(self.adapter, self.settings, tasks) is None:
             warn_of_new_units(self.adapter, tasks, self.mixture.get().mean, self.settings.noise_sd)
         return tasks if self.masks else [undeclared(task) for task in tasks]
 
-    def _posterior(
-        self, task: Task, thetas: Tensor, heads: Tensor | None, component: int, chain: MCMC | DrawWindows
-    ) -> TaskPosterior:
-        mcmc, results = (None, chain.results) if isinstance(chain, DrawWindows) else (chain, None)
-        told: dict[str, Any] = {"results": results, "noise_scale": self.settings.noise_sd}
-        told["prediction_temperature"] = self.prediction_temperature
-        return TaskPosterior(self.adapter, task, thetas, heads, component, mcmc, **told)
-
-    def _adapt_apart(
-        self, tasks: Sequence[Task], apart: Sequence[bool], a: AdaptSettings, source: Source, shown: Shown
-    ) -> list[TaskPosterior]:
-        """Adapt to the tasks that are none of the kind in a pass of their own: their prior is another."""
-        posteriors: dict[int, TaskPosterior] = {}
-        for which in (False, True):
-            places = [k for k, is_apart in enumerate(apart) if is_apart == which]
-            number = source.number + (APART if which else 0)
-            part = self._adapt_block([tasks[k] for k in places], a, Source(source.seed, number), shown)
-            posteriors |= dict(zip(places, part, strict=True))
-        return [posteriors[k] for k in range(len(tasks))]
-
-    def _untouched(self, a: AdaptSettings) -> Untouched | None:
-        """Make the start that needed no meta-training, where it is a candidate."""
-        return Untouched(self.adapter.initial, a.untouched) if a.untouched else None
-
-    def _solved(
-        self, tasks: Sequence[Task], mixture: Any, untouched: Untouched | None
-    ) -> tuple[SolvedHeads | None, list[Start]]:
-        """Solve the heads of new tasks at the starts; None, and no starts, where they are not solved."""
-        scale = self._head_scale(tasks)
-        if self.settings.head == "langevin" or not all(has_solved_head(self.adapter, task, scale) for task in tasks):
-            return None, []
-        return heads_at_best_start(self.adapter, tasks, mixture, untouched, scale=self.matching_scale)
-
-    def _head_scale(self, tasks: Sequence[Task]) -> float | None:
-        """The scale of new tasks' own heads: that of meta-training; one without a head has features to say so."""
-        scale, solve = self.settings.head_scale, self.settings.head not in ("langevin", "shared")
-        return own_head_scale(self.adapter, tasks, scale, solve=solve, by_width=False)
-
-    def _unmoved(self, a: AdaptSettings, tasks: Sequence[Task], solved: SolvedHeads | None) -> Unmoved:
-        scale = self.settings.head_scale
-        return Unmoved(tasks, solved, share=a.unmoved, looks=a.dev_every > 0, head_scale=scale)
-
-    def _heads(self, solved: SolvedHeads, task: int, thetas: Tensor, seed: int | None) -> Tensor:
-        """Solve a task's head at each draw ``[S, D]``, or draw it there: ``[S, C, E + 1]``."""
-        mode = self.settings.head in ("solve", "shared")
-        return solved.solve_each(task, thetas) if mode else solved.draw_each(task, thetas, seed)
-
-    def _run(
-        self, program: Any, start: Tensor, a: AdaptSettings, source: Source, shown: Shown, windows: DrawWindows | None
-    ) -> MCMC | DrawWindows:
-        """Run the chain of Eq. 18 from a start, through windows if there are any."""
-        assert a.learning_rate is not None and a.n_inflate is not None
-        power = (self.settings.n_inflate or 1.0) if self.rescales else a.n_inflate
-        limited = self.rows is not None and self.settings.preconditioner == "rms"
-        options: dict[str, Any] = {
-            "step_size": 2.0 * a.learning_rate,
-            "temperature": a.temperature,
-            "n_inflate": a.n_inflate,
-            "preconditioner": "rms" if self.settings.preconditioner == "rms" else None,
-            "second_moment": moments_for(
-                self.second_moment, shown.tasks, power=a.n_inflate / power, rows=self.rows, block=start.dim() == 2
-            ),
-            "max_move": longest_move(a.learning_rate, self.adapter) if limited else None,
-            "site_step_scale": {"head": self.settings.head_lr_scale},
-            "site_temperature": {"head": self.settings.head_temperature},
-        }
-        if windows is not None:
-            return run_watched(program, start, windows, source, shown, **options)
-        return run_chain(program, start, a.steps, a.draws, source, shown, **options)
+    def _adaptation(self, options: Mapping[str, Any]) -> Adaptation:
+        """Make the adaptation of new tasks, with some of its settings changed."""
+        return Adaptation(
+            self.adapter,
+            self.mixture,
+            self.settings,
+            inherited(self.adapt_settings, self.settings, options),
+            self.second_moment,
+            rows=self.rows,
+            rescales=self.rescales,
+            matching_scale=self.matching_scale,
+            prediction_temperature=self.prediction_temperature,
+        )
 
     def theta(self, task: str) -> Tensor:
         """Return the latest weights ``[D]`` of a meta-training task; a saved prior has none."""

@@ -42,7 +42,8 @@ LAW: dict[str, set[str]] = {
     "wiring": {"watching", "config", "data", "models", "settings", "support"},
 }
 LAW["adapter_library"] = LAW["posterior"] | {"defaults", "posterior"}
-LAW["prior"] = LAW["adapter_library"] | LAW["tuning"] | {"adapter_library", "tuning"}
+LAW["new_tasks"] = LAW["posterior"] | LAW["tuning"] | {"defaults", "posterior", "tuning"}
+LAW["prior"] = LAW["adapter_library"] | LAW["new_tasks"] | {"adapter_library", "new_tasks"}
 LAW["before_chain"] = LAW["prior"] | {"prior"}
 LAW["lift"] = LAW["before_chain"] | {"before_chain"}
 LAW["methods"] = LAW["lift"] | {"lift", "inference.baselines"}

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from pyro_lift.saving.names import CONFIG, POSTERIOR, PRIOR
+
 __all__ = ["check_destination"]
 
-#: Describes what a folder is; transformers' models have a file of that name too.
-CONFIG = "config.json"
-WEIGHTS = {"prior": "prior.safetensors", "posterior": "posterior.safetensors"}
+WEIGHTS = {"prior": PRIOR, "posterior": POSTERIOR}
 
 
 def check_destination(folder: Path, kind: Literal["prior", "posterior"]) -> None:

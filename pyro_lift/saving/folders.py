@@ -28,6 +28,7 @@ from pyro_lift.saving.choices import described_choices, saved_choices, saved_pos
 from pyro_lift.saving.destination import check_destination
 from pyro_lift.saving.hub import local_folder
 from pyro_lift.saving.model_card import posterior_card, prior_card
+from pyro_lift.saving.names import CARD, CONFIG, HEAD, POSTERIOR, PRIOR
 from pyro_lift.saving.parts import PosteriorParts, PriorParts, SavablePosterior, SavablePrior
 from pyro_lift.saving.peft_folder import PEFT_CONFIG, adapter_config, config_from_dict, config_to_dict, write_peft
 from pyro_lift.saving.text_encoding import TOKENIZER_FILES, load_encoding, save_encoding
@@ -59,8 +60,6 @@ __all__ = [
     "save_prior",
 ]
 
-CONFIG, CARD = "config.json", "README.md"
-PRIOR, POSTERIOR, HEAD = "prior.safetensors", "posterior.safetensors", "head.safetensors"
 #: Newest format that is read; written is always the newest.
 PRIOR_FORMAT = POSTERIOR_FORMAT = 1
 MIXTURE_OPTIONS = (

@@ -27,7 +27,7 @@ from pyro_lift.models.peft_layers import peft_layers
 from pyro_lift.models.quantised import dequantise, dequantised_layer, quantisation_of
 from pyro_lift.saving.folders import export_prior, library_exports
 from pyro_lift.saving.parts import SavablePrior
-from pyro_lift.saving.peft_folder import adapter_config
+from pyro_lift.saving.peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, adapter_config
 from pyro_lift.support.archive import new_files, write_json
 from pyro_lift.support.options import check_distinct
 
@@ -179,7 +179,7 @@ def _dequantise(twin: Any, name: str) -> None:
 
 def _adapter_files() -> Sequence[str]:
     """Name what would make transformers take the folder for an adapter."""
-    return ("adapter_config.json", "adapter_model.safetensors")
+    return (PEFT_CONFIG, PEFT_WEIGHTS)
 
 
 def export_served(prior: SavablePrior, folder: Path) -> dict[str, Path]:

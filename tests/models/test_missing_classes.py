@@ -19,7 +19,7 @@ from pyro_lift.models.block_likelihood import block_log_likelihood, stack_rows
 from pyro_lift.models.flat import FlatAdapter, FlatBlock
 from pyro_lift.models.likelihoods import among_classes
 from pyro_lift.models.task import undeclared
-from pyro_lift.saving.folders import CONFIG
+from pyro_lift.saving.names import CONFIG
 
 PEFT = peft.LoraConfig(r=1, target_modules=["0", "2"])
 SHORT: dict[str, Any] = {"sgd_steps": 4, "sgd_learning_rate": 1e-3, "burn_in": 2, "samples": 4, "seed": 0}

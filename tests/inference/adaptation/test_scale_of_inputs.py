@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_lift import Task, TaskPosterior
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.saving.folders import CONFIG
+from pyro_lift.saving.names import CONFIG
 
 RAW = torch.randint(256, (12, 1, 8, 8), generator=torch.Generator().manual_seed(0))
 NORMALISED = (RAW / 255.0 - 0.5) / 0.3
