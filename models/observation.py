@@ -16,7 +16,7 @@ from pyro_lift.models.door import check_rows
 from pyro_lift.models.factors import factor, normal
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import among_classes, log_likelihood
-from pyro_lift.models.row_outputs import note_alone
+from pyro_lift.models.row_outputs import ACROSS_ROWS, needs_several_rows, note_alone
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.models.vocabulary import check_targets_known
 
@@ -285,6 +285,11 @@ def naming_inputs(saying: str, rows: Rows, adapter: RandomAdapter, hint: str = "
         yield
     except torch.OutOfMemoryError:  # says nothing of the inputs, and callers look for it
         raise
+    except ValueError as error:
+        if not needs_several_rows(error):
+            raise
+        reason = "the network mixes the rows of a batch, and cannot be called with a row alone"
+        raise ValueError(f"{saying} ({shapes_of(rows)}): {reason}. {ACROSS_ROWS}") from error
     except (RuntimeError, TypeError, IndexError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         types = _way_out_of_types(reason, rows, adapter)

@@ -10,13 +10,21 @@ from torch import Tensor
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows
 
-__all__ = ["are_probabilities", "mixing_of", "note_alone"]
+__all__ = ["ACROSS_ROWS", "are_probabilities", "mixing_of", "needs_several_rows", "note_alone"]
 
 #: Largest difference of a row's probabilities from one in all, by rounding of float32 and of half precision.
 ROUNDING = {torch.float16: 0.02, torch.bfloat16: 0.02}
 #: Of a row's output, what other rows beside it may change it by: rounding of float32; that of half precision, or of
 #: numbers that are rounded by the largest of a batch.
 MIXED, MIXED_ROUNDED = 1e-3, 0.05
+#: What mixes rows, and what to do about it.
+ACROSS_ROWS = (
+    "Its predictions depend on what is predicted with it, and a minibatch is other data than the task's. Take out what "
+    "looks across rows: nn.BatchNorm with track_running_stats=False or F.batch_norm(training=True), a mean over the "
+    "batch, attention in which rows stand where places should."
+)
+#: How PyTorch's normalisations by the batch begin where they are given a row alone.
+_ALONE_REFUSED = ("Expected more than 1 value per channel", "Expected more than 1 spatial element")
 #: Rows that show it: one alone may be of such numbers by chance.
 LEAST_ROWS = 4
 #: The output of a task's first row alone, where the network was called with it: rows and output by network.
@@ -33,6 +41,11 @@ def are_probabilities(output: Tensor) -> bool:
         return False
     off = (output.sum(-1) - 1.0).abs().max()
     return bool((output.min() >= 0.0) & (off <= ROUNDING.get(output.dtype, 1e-4)))
+
+
+def needs_several_rows(error: ValueError) -> bool:
+    """Tell whether a network failed because it normalises by the rows of the batch, and was given one row alone."""
+    return str(error).startswith(_ALONE_REFUSED)
 
 
 def note_alone(adapter: RandomAdapter, rows: Rows, output: Tensor) -> None:

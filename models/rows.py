@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from pyro_lift.models.plain import plain
+
 if TYPE_CHECKING:
     import datasets
 
@@ -120,6 +122,7 @@ def _quoted(key: str) -> str:
 
 def _tensor(value: Any, where: str, label: str) -> Tensor:
     """Convert to a tensor without gradient; NumPy's unsigned types become int64, its float64 PyTorch's default."""
+    value = plain(value, f"{where}: {label}")
     if isinstance(value, Tensor):
         x = value.detach()
     else:

@@ -154,7 +154,10 @@ def train(
 ) -> None:
     """Learn a prior from the tasks of a TOML file, and write its folder."""
     from pyro_lift import commands
+    from pyro_lift.finished import is_finished
 
+    if resume and not overwrite and is_finished(config):
+        return
     commands.train(config, resume=resume, overwrite=overwrite, device=device, log_to=log or ())
 
 
@@ -197,7 +200,10 @@ def tune(
 ) -> None:
     """Choose settings on tasks held out in turn, then learn the prior with them, and write its folder."""
     from pyro_lift import commands
+    from pyro_lift.finished import is_finished
 
+    if resume and not overwrite and is_finished(config, tuned=True):
+        return
     commands.tune(config, budget, resume=resume, overwrite=overwrite, device=device, log_to=log or ())
 
 

@@ -26,6 +26,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.chance import targets_scale
 from pyro_lift.models.out_of_proportion import tasks_of_large_inputs
 from pyro_lift.models.prior_loss import PriorLoss, prior_loss
+from pyro_lift.models.row_outputs import ACROSS_ROWS
 from pyro_lift.models.target_families import Families, families_of
 from pyro_lift.models.task import Task
 from pyro_lift.models.weight_scales import by_weight, harmless_scales, typical_size
@@ -403,10 +404,8 @@ def _warn_of_outputs(measured: PriorLoss) -> None:
         )  # fmt: skip
     if measured.mixing:
         log.warning(
-            "the network mixes the rows of a batch: with other rows beside it the output of a row is off by %.1f%%. "
-            "Its predictions depend on what is predicted with it, and a minibatch is other data than the task's. Take "
-            "out what looks across rows: nn.BatchNorm with track_running_stats=False or F.batch_norm(training=True), a "
-            "mean over the batch, attention in which rows stand where places should.", 100.0 * measured.mixing,
+            "the network mixes the rows of a batch: with other rows beside it the output of a row is off by %.1f%%. %s",
+            100.0 * measured.mixing, ACROSS_ROWS,
         )  # fmt: skip
 
 

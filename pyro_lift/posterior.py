@@ -223,7 +223,7 @@ class TaskPosterior:
         return save_posterior(self, Path(folder))
 
     @classmethod
-    @at_top_level()
+    @at_top_level(runs=False)
     def from_pretrained(
         cls,
         source: str | Path,

@@ -286,7 +286,7 @@ class LiFTPrior:
         return saved
 
     @classmethod
-    @at_top_level()
+    @at_top_level(runs=False)
     def from_pretrained(
         cls, source: str | Path, backbone: nn.Module, *, check_base: bool = True, **options: Any
     ) -> LiFTPrior:

@@ -99,7 +99,9 @@ MISTAKES: dict[str, Mistake] = {
     "no steps": Mistake(edit("run.toml", "samples = 6", "samples = 0"), TRAIN, "samples"),
     "more warm-up than is right": Mistake(edit("run.toml", "sgd_steps = 3", "sgd_steps = -3"), TRAIN, "sgd_steps"),
     "a prior that is there": Mistake(nothing, "train run.toml", "holds a finished prior"),
-    "nothing to resume": Mistake(nothing, "train run.toml --resume", "holds a finished prior"),
+    "another run to resume": Mistake(
+        edit("run.toml", "samples = 6", "samples = 7"), "train run.toml --resume", "holds a finished prior"
+    ),
     "a file for the output": Mistake(write("prior", "mine"), TRAIN, "prior"),
     "a file above the output": Mistake(
         both(remove("prior"), edit("run.toml", "/prior", "/run.toml/x")), TRAIN, "run.toml"
@@ -237,6 +239,25 @@ def test_draws_are_saved_though_their_scores_fail(
     monkeypatch.chdir(finished)
     lines = commands.predict(tmp_path / "out").read_text().splitlines()
     assert len(lines) == 8
+
+
+def test_a_finished_run_that_is_to_go_on_is_finished(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(finished, root)
+    monkeypatch.chdir(root)
+    text = "# a note\n" + (root / "run.toml").read_text() + "[log]\nevery = 3\n"
+    (root / "run.toml").write_text(text)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (root / "prior").iterdir()}
+    assert type_in(monkeypatch, "train run.toml --resume") == 0
+    assert "finished already: prior holds the prior of run.toml" in capfd.readouterr().out
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (root / "prior").iterdir()} == before
+    assert type_in(monkeypatch, "tune run.toml --resume") == 2  # a prior of `train`, whose settings nobody chose
+    about = root / "prior" / "config.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "tuning": {}}))
+    assert type_in(monkeypatch, "tune run.toml --resume") == 0
+    assert type_in(monkeypatch, "train run.toml --resume") == 2
 
 
 def test_a_finished_prior_is_replaced_when_that_is_said(

@@ -21,6 +21,7 @@ from pyro_lift.models.door import check_inputs
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import LossKind, among_classes, probabilities
 from pyro_lift.models.observation import head_inputs_of, naming_inputs, outputs, shapes_of
+from pyro_lift.models.plain import plain, refuse_items
 from pyro_lift.models.readouts import LabelScoring
 from pyro_lift.models.task import Rows, Task, as_rows
 
@@ -208,12 +209,17 @@ def rows_of(inputs: Any, task: Task) -> Rows:
             f"data[{columns[0]!r}], or a mapping of tensors by input name."
         )
     if not isinstance(inputs, Mapping):
+        refuse_items(inputs, "inputs")
+        inputs = plain(inputs, "inputs")
         _check_form("inputs", inputs)
     named = dict(inputs) if isinstance(inputs, Mapping) else {_only_name(inputs, task): inputs}
     if not named:
         raise ValueError("inputs: an empty mapping; expected tensors by input name.")
     for name, value in named.items():
-        _check_form(f"inputs[{name!r}]" if name else "inputs", value)
+        where = f"inputs[{name!r}]" if name else "inputs"
+        refuse_items(value, where)
+        named[name] = plain(value, where)
+        _check_form(where, named[name])
     _check_lengths({name: len(value) for name, value in named.items()}, "inputs")
     known = set(task.train.inputs)
     if known and "token_type_ids" not in known:  # tokenizers of BERT's kind bring them for a single text too

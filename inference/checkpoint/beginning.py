@@ -14,13 +14,16 @@ log = logging.getLogger("pyro_lift")
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what cannot be the folder of a run: a file, or one of a run's checkpoints.
+    """Refuse what cannot be the folder of a run: a file, what lies below one, or one of a run's checkpoints.
 
     Raises:
         ValueError: with the folder that is meant.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file, and a run is saved in a folder.")
+    for place in (folder, *folder.parents):
+        if not place.is_dir() and (place.exists() or place.is_symlink()):
+            kind = "a file" if place.exists() else "a link to nowhere"
+            below = "" if place == folder else f" {folder} cannot lie below it: give another."
+            raise ValueError(f"{place}: is {kind}, and a run is saved in a folder.{below}")
     if folder.name.startswith("step-") and (folder / "state.json").is_file():
         raise ValueError(f"{folder}: is one checkpoint of a run. Give the folder that it stands in: {folder.parent}.")
 

@@ -13,6 +13,7 @@ __all__ = [
     "RECORD_FILES",
     "TENSOR_FILES",
     "is_hidden",
+    "npz_inside",
     "part_files",
     "part_folders",
     "part_of",
@@ -110,6 +111,15 @@ def _by_part(paths: Sequence[Path], names: Sequence[str]) -> dict[str, Path]:
             raise ValueError(f"{path}: the {part} part is {parts[part].name} as well; keep one of them.")
         parts[part] = path
     return parts
+
+
+def npz_inside(folder: Path) -> Path | None:
+    """Find the NPZ file that a folder holds in place of a task's parts: one alone, and no folder beside it."""
+    if not folder.is_dir():
+        return None
+    inside = visible(folder)
+    found = [path for path in inside if path.name.casefold().endswith(".npz") and path.is_file()]
+    return found[0] if len(found) == 1 and not any(path.is_dir() for path in inside) else None
 
 
 def task_name(path: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.data.images import Images
-from pyro_lift.data.layout import RECORD_FILES, TENSOR_FILES, part_files, part_folders, walk_files
+from pyro_lift.data.layout import RECORD_FILES, TENSOR_FILES, npz_inside, part_files, part_folders, walk_files
 from pyro_lift.data.pictures import npz_pictures
 from pyro_lift.data.pixels import PICTURE_FILES
 from pyro_lift.data.records import read_records, text_row
@@ -44,6 +44,7 @@ def new_pictures(path: Path) -> Images:
     Raises:
         ValueError: none; names the place.
     """
+    path = npz_inside(path) or path
     if path.is_file() and path.suffix.casefold() == ".npz":
         pictures = npz_pictures(path)
         return Images(pictures, torch.zeros(len(pictures), dtype=torch.long))

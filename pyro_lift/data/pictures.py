@@ -7,6 +7,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pyro_lift.data.layout import (
     PARTS,
     RECORD_FILES,
     TENSOR_FILES,
+    npz_inside,
     part_files,
     part_folders,
     part_of,
@@ -51,7 +53,7 @@ _ARRAYS = {
 
 
 def is_picture_task(path: Path) -> bool:
-    """Tell whether this is an NPZ file, or a folder with ``train/CLASS``, of folders of pictures, or with their list.
+    """Tell whether this is an NPZ file, or a folder with one, with ``train/CLASS``, folders of pictures, or a list.
 
     Raises:
         ValueError: a folder with both ``train/`` and ``train.jsonl``.
@@ -64,7 +66,7 @@ def is_picture_task(path: Path) -> bool:
         raise ValueError(f"{folders['train']}: the train part is {files['train'].name} as well; keep one of them.")
     if files or folders:
         return "train" in folders
-    if list_file(path) is not None:
+    if list_file(path) is not None or npz_inside(path) is not None:
         return True
     return any(_is_picture(file) for sub in visible(path) if sub.is_dir() for file in visible(sub))
 
@@ -76,6 +78,7 @@ def _is_picture(path: Path) -> bool:
 def read_pictures(path: Path) -> ImageTask:
     """Read a task from an NPZ file, or from pictures ``train/CLASS/*.png`` with ``dev`` and ``test`` beside it.
 
+    A folder that holds an NPZ file alone is that task, under the folder's name.
     A folder without parts, ``CLASS/*.png``, is all for training. A part may list its pictures in ``metadata.csv`` or
     ``.jsonl`` with ``file_name`` and ``label``, as ``datasets`` has them, in place of folders
     (:mod:`~pyro_lift.data.picture_lists`). The pictures of a folder are read when they are encoded, in every format of
@@ -87,6 +90,8 @@ def read_pictures(path: Path) -> ImageTask:
         ValueError: no picture, a class that train does not have, or has no picture of, a file that cannot be read, a
             bad ``task.json`` or NPZ file; names the file.
     """
+    if (inside := npz_inside(path)) is not None:
+        return replace(read_npz(inside), name=task_name(path))
     return _read_folder(path) if path.is_dir() else read_npz(path)
 
 

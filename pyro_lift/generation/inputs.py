@@ -15,6 +15,7 @@ from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.models.conventions import are_labels, base_of
 from pyro_lift.models.doubts import refuse_doubtful
 from pyro_lift.models.likelihoods import IGNORED, shift_left
+from pyro_lift.models.plain import is_sparse_matrix, is_table
 from pyro_lift.models.rows import Rows
 from pyro_lift.models.vocabulary import doubts_of_inputs
 
@@ -136,7 +137,7 @@ def _is_chat(value: Any) -> bool:
 
 def _is_column(inputs: Any) -> bool:
     """Tell whether inputs are strings as tables have them: an array, a column of pandas or of datasets."""
-    if isinstance(inputs, (list, tuple, Tensor, Mapping, Rows)):
+    if isinstance(inputs, (list, tuple, Tensor, Mapping, Rows)) or is_table(inputs) or is_sparse_matrix(inputs):
         return False
     indexed = all(hasattr(inputs, name) for name in ("__len__", "__getitem__", "__iter__"))
     return indexed and len(inputs) > 0 and isinstance(next(iter(inputs)), str)

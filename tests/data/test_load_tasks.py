@@ -15,6 +15,7 @@ from pyro_lift.data import load_tasks
 from pyro_lift.data.crossfit import CROSSFIT_SPLITS, crossfit_facts, few_shot
 from pyro_lift.data.encode import Pictures
 from pyro_lift.data.folder import read_task
+from pyro_lift.data.new_rows import new_pictures
 from pyro_lift.data.pictures import read_npz
 from pyro_lift.data.shakespeare import read_gutenberg
 from pyro_lift.data.text import TextRow
@@ -372,3 +373,15 @@ def test_vtab_fetches_from_the_hub_what_is_not_there(tmp_path: Path, monkeypatch
     assert (len(task.train), len(task.dev), len(task.test)) == (8, 2, 12)
     assert isinstance(task.train.pictures, torch.Tensor) and task.train.pictures.shape == (8, 224, 224, 3)
     assert ("uoft-cs/cifar100", None, "train") in asked and not any("svhn" in path for path, _, _ in asked)
+
+
+def test_a_folder_with_one_npz_file_alone_is_its_task(tmp_path: Path) -> None:
+    arrays = {"x_train": np.zeros((4, 8, 8, 3), np.uint8), "y_train": np.arange(4) % 2}
+    (tmp_path / "arr").mkdir()
+    np.savez(tmp_path / "arr" / "data.npz", **arrays)  # type: ignore[arg-type]
+    (task,) = load_tasks("folder", root=tmp_path).train
+    assert task.name == "arr" and len(task.train) == 4
+    assert len(new_pictures(tmp_path / "arr")) == 4
+    np.savez(tmp_path / "arr" / "more.npz", **arrays)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no task"):
+        load_tasks("folder", root=tmp_path)

@@ -101,6 +101,13 @@ def test_batch_norm_that_goes_by_the_batch_is_warned_of_and_one_by_its_statistic
         assert len(said(adapter, tasks(), caplog)) == differ
 
 
+def test_batch_norm_that_cannot_read_a_row_alone_is_refused() -> None:
+    by_batch = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 3))
+    lift = LiFT(by_batch, peft.LoraConfig(r=1, target_modules=["0", "2"]), **SHORT)
+    with pytest.raises(ValueError, match=r"task 't0': .* mixes the rows of a batch.*Take out .*track_running_stats"):
+        lift.meta_train(tasks(), progress=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_is_no_mixing(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     given = [Task(t.name, (t.train.inputs[""].to(dtype), t.train.target), num_classes=3) for t in tasks()]

@@ -80,7 +80,7 @@ def test_a_loaded_posterior_knows_the_scale_and_one_saved_before_predicts_withou
     config = json.loads((tmp_path / "new" / CONFIG).read_text("utf-8"))
     assert config["input_sizes"][""][1] == pytest.approx(float(NORMALISED.abs().max()))
     caplog.clear()
-    before = TaskPosterior(made.adapter, loaded.task, made.thetas)
+    before = TaskPosterior(made.adapter, loaded.task, made.thetas, input_sizes={})
     assert before.input_sizes == {} and torch.equal(before.predict(RAW.float()), made.predict(RAW.float()))
 
 

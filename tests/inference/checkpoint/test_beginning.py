@@ -10,6 +10,7 @@ from programs import vectorised
 
 from pyro_lift import MCMC, SGLDGibbs
 from pyro_lift.inference.checkpoint.before import WorkBefore
+from pyro_lift.inference.checkpoint.beginning import check_folder
 from pyro_lift.inference.checkpoint.session import Session
 
 
@@ -87,3 +88,13 @@ def test_what_a_run_did_before_its_chain_is_no_misspelt_folder(
     WorkBefore(tmp_path / "new").data("joint", lambda: {"rate": 0.1})
     level, words = said(tmp_path / "new", caplog)
     assert level == logging.INFO and "had not come to its chain" in words and "no run is saved" not in words
+
+
+def test_a_folder_below_a_file_or_a_link_to_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"file: is a file, and .*file/x/y cannot lie below it: give another"):
+        check_folder(tmp_path / "file" / "x" / "y")
+    with pytest.raises(ValueError, match="link: is a link to nowhere"):
+        check_folder(tmp_path / "link")
+    check_folder(tmp_path / "new" / "run")
