@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.projections import ProjectedTrace
 from pyro_lift.models.adapters import RandomAdapter
 
-__all__ = ["ChainSummary", "LogMean"]
+__all__ = ["ChainSummary", "LogMean", "SummaryMaker"]
 
 
 class ChainSummary(StreamingStats):
@@ -53,6 +54,26 @@ class ChainSummary(StreamingStats):
     def get(self) -> dict[str, Any]:
         """The mixtures by K, and the trace."""
         return {**{f"K={k}": m.get() for k, m in self.mixtures.items()}, "trace": self.trace.get()}
+
+
+@dataclass(frozen=True)
+class SummaryMaker:
+    """Makes a :class:`ChainSummary`; a copy of it refers to the same network.
+
+    Pyro copies a chain's statistics before it runs, and this with them: some networks cannot be copied, and none has
+    to be.
+    """
+
+    components: tuple[int, ...]
+    covariance: Any
+    adapter: RandomAdapter
+
+    def __call__(self) -> ChainSummary:
+        """Make one that has seen no draw."""
+        return ChainSummary(self.components, self.covariance, self.adapter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SummaryMaker:
+        return self
 
 
 class LogMean(StreamingStats):

@@ -14,25 +14,38 @@ Left out is what makes no difference to a prediction:
 - dropout, starts of weights, losses, momentum, recomputed activations: what is of training alone;
 - what ``generate`` reads, and what may be returned beside the output;
 - sizes of layers and shared weights, which the weights tell;
-- what begins with an underscore, and what ``forward`` itself assigns: state, not a setting.
+- seeds and times: what was drawn from a seed is told where it is a weight or a buffer;
+- what begins with an underscore, and what ``forward`` itself assigns or changes in place: state, not a setting.
+
+Two fields count only where a network reads them:
+
+- ``pad_token_id``, where a ``forward`` does (``pad_token_id`` or ``padding_idx``): classification by a causal network
+  finds the last token by it, RoBERTa counts positions from it. BERT and a GPT-2 that gives tokens never look at it, and
+  it is often set after loading (to the token that ends a text, for ``generate``). BART reads it only where its decoder
+  is given nothing, and is compared all the same;
+- ``max_position_embeddings``, but where all positions are rotations that do not depend on it (``rope_type`` ``default``
+  or ``linear``). A table of positions is a weight, whose shape tells; DeBERTa's buckets and the other rotations are
+  computed from it.
+
+Not looked at is what cannot be written down: plain tensors that are no buffers, ``functools.partial``, lambdas and what
+a function keeps of its surroundings, dictionaries, sets, arrays and other objects. Nor is what ``forward`` itself says.
 """
 
 from __future__ import annotations
 
-import dis
 import hashlib
-import inspect
 import math
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["architecture_of", "changed_settings", "digest_of_values"]
+from pyro_lift.models.changed_by_forward import changed_by_forward, names_read_by
+
+__all__ = ["architecture_of", "changed_settings", "digests_of_values", "same_values"]
 
 #: Values of each tensor that its digest reads; those of a fine-tuned copy differ nearly everywhere.
 PROBES = 256
@@ -82,7 +95,16 @@ _FIELDS, _ATTRIBUTES = (
     frozenset(" ".join(reasons.values()).split()) for reasons in (FIELDS_LEFT_OUT, ATTRIBUTES_LEFT_OUT)
 )
 #: Either, by a part of the name.
-LEFT_OUT_PARTS = re.compile(r"drop|dtype|(^|_)init(_|ializer|$)|checkpoint|_loss|^mask_(time|feature)_")
+LEFT_OUT_PARTS = re.compile(
+    r"drop|dtype|(^|_)init(_|ializer|$)|checkpoint|_loss|^mask_(time|feature)_|(^|_)seeds?(_|$)|random_state|timestamp"
+    r"|^created(_at)?$"
+)
+#: Names under which a ``forward`` reads ``config.pad_token_id``.
+PADDING = ("pad_token_id", "padding_idx")
+#: Rotations of positions that do not depend on how many there may be.
+WITHOUT_LENGTH = ("default", "linear")
+#: Ends the name of a buffer's other digest.
+IN_HALF = " in float16"
 #: Libraries whose modules say nothing of themselves: adapters and codes, which are compared on their own.
 COMPARED_ELSEWHERE = ("peft", "bitsandbytes", "torchao")
 #: Libraries that rename and rebuild their modules from version to version.
@@ -103,7 +125,7 @@ def architecture_of(network: nn.Module) -> dict[str, Any]:
         ``"config.num_attention_heads"`` for a field of a configuration of transformers, ``"2.class"`` and ``"2.eps"``
         for a module, ``"1.running_mean"`` for a tensor that is no weight; only what is given, so nothing is None.
     """
-    return dict(sorted(_described(network, "", set(), configured=False)))
+    return dict(sorted(_described(network, "", set(), None)))
 
 
 def changed_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -113,8 +135,10 @@ def changed_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict
         saved: of :func:`architecture_of`, as JSON gives it back.
         given: of today.
     """
-    both = [name for name in saved if name in given]
-    return {name: (saved[name], given[name]) for name in both if not _same(saved[name], given[name])}
+    both = [name for name in saved if name in given and not name.endswith(IN_HALF)]
+    changed = {name: (saved[name], given[name]) for name in both if not _same(saved[name], given[name])}
+    rounded = {name: [[x[k] for k in (name, name + IN_HALF) if k in x] for x in (saved, given)] for name in changed}
+    return {name: values for name, values in changed.items() if not same_values(*rounded[name])}
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -125,65 +149,101 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def digest_of_values(x: Tensor) -> str:
-    """Return a short hash of some values of a tensor, in bfloat16: one read in half precision is the same tensor."""
+def digests_of_values(x: Tensor) -> list[str]:
+    """Return short hashes of some values of a tensor: in bfloat16 and, where it is another, by way of float16.
+
+    One read in half precision is the same tensor. A copy in float16 is rounded a second time on the way to bfloat16,
+    and then has the second hash of the tensor that it was made from.
+    """
     step = max(x.numel() // PROBES, 1)
-    probe = x.reshape(-1)[::step][:PROBES].to(torch.bfloat16).float().cpu()
-    return hashlib.sha256(probe.numpy().tobytes()).hexdigest()[:12]
+    probe = x.reshape(-1)[::step][:PROBES]
+    ways = [probe, probe.half()] if probe.is_floating_point() else [probe]
+    found = [w.to(torch.bfloat16).float().cpu().numpy().tobytes() for w in ways]
+    return [hashlib.sha256(way).hexdigest()[:12] for way in dict.fromkeys(found)]
 
 
-def _described(module: nn.Module, at: str, seen: set[int], *, configured: bool) -> Iterator[tuple[str, Any]]:
-    """Walk a module and those inside it, each once; ``configured`` inside a network whose configuration is told."""
+def same_values(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether these are :func:`digests_of_values` of a tensor and of itself, or of its copy in half precision."""
+    return not set(one).isdisjoint(other)
+
+
+def _described(module: nn.Module, at: str, seen: set[int], unread: frozenset[str] | None) -> Iterator[tuple[str, Any]]:
+    """Walk a module and those inside it, each once; ``unread`` by a network whose configuration is told, else None."""
     library = _library(type(module))
     if library == "peft" or "_orig_mod" in module._modules:
         inner = next((x for name in INSIDE if (x := module._modules.get(name)) is not None), None)
         if inner is not None:  # without what the wrapper adds
-            yield from _described(inner, at, seen, configured=configured)
+            yield from _described(inner, at, seen, unread)
         return
     if id(module) in seen:
         return
     seen.add(id(module))
     config: Any = getattr(module, "config", None)
-    if not configured and hasattr(config, "to_dict") and "transformers" in map(_library, type(module).__mro__):
-        configured = True
-        yield from _fields(config.to_dict(), f"{at}config.")
+    if unread is None and hasattr(config, "to_dict") and "transformers" in map(_library, type(module).__mro__):
+        unread = frozenset() if _reads_padding(module) else frozenset(PADDING)
+        yield from _fields(config.to_dict(), f"{at}config.", unread)
     if library not in COMPARED_ELSEWHERE:
-        yield from ((f"{at}{name}", value) for name, value in _own(module, library, configured))
+        yield from ((f"{at}{name}", value) for name, value in _own(module, library, unread))
     for name, child in module.named_children():
-        yield from _described(child, f"{at}{name}.", seen, configured=configured)
+        yield from _described(child, f"{at}{name}.", seen, unread)
 
 
 def _library(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
-def _fields(config: Mapping[Any, Any], at: str) -> Iterator[tuple[str, Any]]:
+def _fields(config: Mapping[Any, Any], at: str, unread: frozenset[str]) -> Iterator[tuple[str, Any]]:
     """Walk the fields of a configuration that count, those of the configurations inside it too."""
+    here = unread | {"max_position_embeddings"} if _rotates_without_length(config) else unread
     for name, value in config.items():
-        if not isinstance(name, str) or name in _FIELDS or not _counts(name):
+        if not isinstance(name, str) or name in _FIELDS or name in here or not _counts(name):
             continue
         if isinstance(value, Mapping):
-            yield from _fields(value, f"{at}{name}.")
+            yield from _fields(value, f"{at}{name}.", unread)
         elif (plain := _plain(value)) is not None:
             yield f"{at}{name}", plain
 
 
-def _own(module: nn.Module, library: str, configured: bool) -> Iterator[tuple[str, Any]]:
+def _reads_padding(network: nn.Module) -> bool:
+    """Whether a forward pass of a network of transformers looks at which token is padding; torch's layers do not."""
+    kinds = {type(module) for module in network.modules()}
+    kinds = {kind for kind in kinds if _library(kind) not in ("torch", *COMPARED_ELSEWHERE)}
+    return any(not names_read_by(kind.forward).isdisjoint(PADDING) for kind in kinds)
+
+
+def _rotates_without_length(config: Mapping[Any, Any]) -> bool:
+    ropes = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
+    if "rope_theta" not in config and not any(isinstance(rope, Mapping) for rope in ropes):
+        return False
+    return all(kind in WITHOUT_LENGTH for rope in ropes if isinstance(rope, Mapping) for kind in _rotations(rope))
+
+
+def _rotations(rope: Mapping[Any, Any]) -> Iterator[Any]:
+    """Yield the kinds of rotation of a network, or of its sorts of layers."""
+    for name, value in rope.items():
+        if name in ("rope_type", "type"):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _rotations(value)
+
+
+def _own(module: nn.Module, library: str, unread: frozenset[str] | None) -> Iterator[tuple[str, Any]]:
     """Describe a module by itself, without those inside it."""
-    kind = type(module)
+    kind: Any = type(module)
     for name, x in module._buffers.items():
         if x is not None and x.is_floating_point() and name not in module._non_persistent_buffers_set:
-            yield name, f"values {digest_of_values(x.detach())}"
+            for end, digest in zip(("", IN_HALF), digests_of_values(x.detach()), strict=False):
+                yield name + end, f"values {digest}"
     if kind in PASSING or "drop" in kind.__name__.lower() or library in ("transformers", "transformers_modules"):
         return
-    state = _assigned(kind.forward)
+    state = changed_by_forward(kind) | (unread or frozenset())
     for name, value in vars(module).items():
         if name not in _ATTRIBUTES and _counts(name) and name not in state:
             plain = _plain(value)
             if plain is not None:
                 yield name, plain
     is_function = not module._parameters and not module._modules  # an activation: its class is all that it says
-    if is_function or not (configured or library in REBUILT):
+    if is_function or not (unread is not None or library in REBUILT):
         yield "class", kind.__name__
 
 
@@ -203,12 +263,3 @@ def _plain(value: Any) -> Any:
     if type(value) is float:
         return value if math.isfinite(value) else repr(value)
     return value if type(value) in (bool, int) else None
-
-
-@cache
-def _assigned(forward: Callable[..., Any]) -> frozenset[str]:
-    """Name the attributes that a forward pass assigns: a count of calls, a shape that was seen."""
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    if code is None:
-        return frozenset()
-    return frozenset(str(i.argval) for i in dis.get_instructions(code) if i.opname == "STORE_ATTR")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from pyro_lift.models.quantised import check_quantised, codes_of, own_layers
 
@@ -90,8 +91,9 @@ def sharing_copy(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.M
     """Copy the modules, sharing every weight and buffer with the original.
 
     Ties between weights, and modules that stand in several places, stay what they are. ``torch.compile``'s wrappers
-    are left out; :func:`~pyro_lift.models.backbones.load_backbone`'s own compilation goes with the copy. A network that
-    cannot be copied is returned itself, with a word in the log.
+    are left out; :func:`~pyro_lift.models.backbones.load_backbone`'s own compilation goes with the copy. Activation
+    checkpointing of transformers is switched off in the copy. A network that cannot be copied is returned itself, with
+    a word in the log.
 
     Args:
         network: the original.
@@ -111,17 +113,22 @@ def sharing_copy(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.M
                 memo[id(parameter)] = _alias(parameter)
         memo |= {id(x): x for x in module._buffers.values() if x is not None}
         memo |= {id(vars(module)[name]): copy.copy(vars(module)[name]) for name in HOOKS}
+        # What takes a hook away refers to it weakly: a copy of it would be dead where the copy's hooks are shared.
+        memo |= {id(x): x for x in _handles(module)}
         # A weight that another one is computed into at every call (weight_norm's): no leaf, so it cannot be copied.
         memo |= {id(x): x.detach() for x in vars(module).values() if isinstance(x, Tensor) and not x.is_leaf}
+    prepared = dict(memo)
     try:
         for wrapper in reversed([m for m in network.modules() if plain_network(m) is not m]):
             memo[id(wrapper)] = copy.deepcopy(plain_network(wrapper), memo)
         twin: nn.Module = copy.deepcopy(network, memo)
     except Exception as error:
         log.warning("the network cannot be copied (%s): it is used as it is.", error)
-        memo |= {id(module): module for module in network.modules()}
+        memo.clear()  # of what was copied before the error, and is half empty
+        memo |= prepared | {id(module): module for module in network.modules()}
         return network
     _compile_again(network, twin)
+    _compute_once(twin)
     return twin
 
 
@@ -145,6 +152,23 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
     alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
     vars(alias).update(vars(parameter))
     return alias
+
+
+def _handles(module: nn.Module) -> Iterator[RemovableHandle]:
+    for value in vars(module).values():
+        yield from (x for x in (value if isinstance(value, list) else [value]) if isinstance(x, RemovableHandle))
+
+
+def _compute_once(twin: nn.Module) -> None:
+    """Switch the checkpointing of transformers off: a layer computed again would have another call's weights."""
+    switched = [module for module in twin.modules() if vars(module).get("gradient_checkpointing") is True]
+    for module in switched:
+        vars(module)["gradient_checkpointing"] = False
+    if switched:
+        log.warning(
+            "the network's own gradient checkpointing is off in the adapter's copy of it, and saves no memory: a layer "
+            "computed again would have another call's weights. Use load_backbone(..., gradient_checkpointing=True)."
+        )
 
 
 def _compile_again(network: nn.Module, twin: nn.Module) -> None:

@@ -94,7 +94,8 @@ def prior_from_adapters(
 
     Args:
         folders: PEFT folders, at least two, of one rank, one set of layers, one scale and one base model.
-        backbone: the base model: plain, as a PEFT model or as a RandomAdapter.
+        backbone: the base model: plain, as a PEFT model or as a RandomAdapter. The folders hold its name alone, which
+            is compared where both have one; its weights and settings are not.
         settings: for adaptation, and sigma, burn_in, samples and thinning of ``chain``; None takes the defaults.
         options: of :class:`~pyro_lift.models.adapters.RandomAdapter`, such as a readout.
         method: fields of :class:`LibraryMethod`.

@@ -19,7 +19,7 @@ from pyro_lift.before_chain import ChainSetup
 from pyro_lift.defaults import loosened, resolved, resolved_adaptation, warn_of_rates
 from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.adaptation.failures import named_chain, those_kept
-from pyro_lift.inference.chain_summary import ChainSummary, LogMean
+from pyro_lift.inference.chain_summary import ChainSummary, LogMean, SummaryMaker
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import MOVED, warn_of_few, weights_moved
 from pyro_lift.inference.footprint import mixture_need
@@ -322,7 +322,7 @@ class LiFT(ChainSetup):
         warn_of_rates(s, self.adapter)
         kernel = run.kernel(program)
         watch = LossWatch.of(program.tasks, s.noise_sd, ADVICE, advice_on_units(program.tasks))
-        make = partial(ChainSummary, tuple(components), s.covariance, self.adapter)
+        make = SummaryMaker(tuple(components), s.covariance, self.adapter)
         kernel.memory_beside += [mixture_need(x, self.adapter.initial, s.samples) for x in make().mixtures.values()]
         warmup_steps = s.sgd_steps + s.burn_in
         watchers.run = replace(watchers.run, settings=asdict(s))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.architecture import architecture_of, changed_settings, digest_of_values
+from pyro_lift.models.architecture import architecture_of, changed_settings, digests_of_values, same_values
 from pyro_lift.models.conventions import base_of
 from pyro_lift.models.peft_layers import adapter_tensors
 from pyro_lift.models.quantised import as_saved, codes_of, quantisation_of, size_of
@@ -27,14 +27,16 @@ def describe_base(adapter: RandomAdapter) -> dict[str, Any]:
         "parameters": sum(size_of(x) for x in weights.values()),
         "quantisation": quantisation_of(network),
         "architecture": architecture_of(network),
-        "tensors": {name: [list(x.shape), digest_of_values(codes_of(x.detach()))] for name, x in weights.items()},
+        "tensors": {name: [list(x.shape), *_digests(x.detach())] for name, x in weights.items()},
     }
 
 
 def check_base(adapter: RandomAdapter, saved: Mapping[str, Any], where: Path) -> None:
     """Raise unless this is the base model the adapter was trained on.
 
-    Of a folder of before there was a description of the architecture, the weights alone are compared.
+    A copy in float16 or bfloat16 is the same model, in either direction. Of a folder of before there was a description
+    of the architecture, the weights alone are compared; one of before there were two digests of a weight refuses
+    float16 copies of a network in float32.
 
     Raises:
         ValueError: names the file, both models and the first weight that is missing, misshapen or different; or, where
@@ -55,12 +57,12 @@ def check_base(adapter: RandomAdapter, saved: Mapping[str, Any], where: Path) ->
         raise ValueError(f"{where}: {who}: the network has no weight {missing[0]!r} ({len(missing)} missing).")
     if extra := [name for name in new if name not in old]:
         raise ValueError(f"{where}: {who}: the network's weight {extra[0]!r} was not there ({len(extra)} in all).")
-    for name, (shape, _) in new.items():
+    for name, (shape, *_) in new.items():
         if shape != old[name][0]:
             raise ValueError(
                 f"{where}: {who}: the weight {name!r} has shape {tuple(shape)}, not {tuple(old[name][0])}."
             )
-    if other := [name for name in new if new[name][1] != old[name][1]]:
+    if other := [name for name in new if not same_values(new[name][1:], old[name][1:])]:
         raise ValueError(
             f"{where}: {who}: the weight {other[0]!r} has other values ({len(other)} of {len(new)} differ). "
             "Load the base model it was trained on, or pass check_base=False if a difference is meant."
@@ -69,9 +71,16 @@ def check_base(adapter: RandomAdapter, saved: Mapping[str, Any], where: Path) ->
         name, (was, now) = next(iter(changed.items()))
         others = f" ({len(changed)} settings differ)" if len(changed) > 1 else ""
         raise ValueError(
-            f"{where}: {who}: its weights are the same, but {name} was {was!r} and is {now!r}{others}, so that it "
-            "predicts something else. Load the base model as it was, or pass check_base=False if a difference is meant."
+            f"{where}: {who}: its weights are the same, but {name} was {was!r} and is {now!r}{others}, so that "
+            "it may predict something else. Load the base model as it was, or pass check_base=False if a difference is "
+            "meant."
         )
+
+
+def _digests(weight: Tensor) -> list[str]:
+    """Describe a weight's values; a quantised one's are codes, which are rounded by nobody."""
+    codes = codes_of(weight)
+    return digests_of_values(codes)[: None if codes is weight else 1]
 
 
 def _name(network: Any) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from tiny_backbones import FAMILIES
 from torch import Tensor, nn
 
 from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
-from pyro_lift.models.architecture import architecture_of, changed_settings
+from pyro_lift.models.architecture import architecture_of, changed_settings, digests_of_values, same_values
 from pyro_lift.models.backbones import adapt_backbone, load_backbone, recipe
 from pyro_lift.models.conventions import base_of
 from pyro_lift.support.archive import sealed
@@ -100,13 +101,20 @@ class Net(nn.Module):
     def __init__(self, heads: int = 2, activation: Callable[[Tensor], Tensor] = torch.relu, scale: float = 1.0) -> None:
         super().__init__()
         self.heads, self.activation, self.scale, self.calls = heads, activation, scale, 0
+        self.seen: list[int] = []
+        self.last, self.seed, self.random_state = [0, 0], random.randint(0, 10**9), random.random()
         self.first, self.norm, self.second = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
+        self.last[0] += 1
+        self.note(x)
         h = self.norm(self.activation(self.first(x)))
         h = torch.softmax(h.view(len(h), self.heads, -1), -1).flatten(1)
         return self.second(self.scale * h)  # type: ignore[no-any-return]
+
+    def note(self, x: Tensor) -> None:
+        self.seen.append(len(x))
 
 
 def net(**settings: Any) -> Net:
@@ -131,7 +139,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: net(heads=4), "but heads was 2 and is 4, so that"),
+        (lambda: net(heads=4), "but heads was 2 and is 4, so that it may predict something else"),
         (lambda: net(activation=torch.tanh), r"activation was 'relu\(\)' and is 'tanh\(\)'"),
         (lambda: net(scale=0.5), r"scale was 1\.0 and is 0\.5"),
         (shifted, "norm.running_mean was 'values "),
@@ -147,7 +155,62 @@ def test_a_network_of_ones_own_is_known_by_its_settings_and_its_statistics(
 def test_what_forward_counts_is_no_setting(own: Path) -> None:
     used = net()
     used(torch.randn(5, 4))
-    assert used.calls == 1 and LiFTPrior.from_pretrained(own, used).tasks == ("t0", "t1", "t2")
+    assert (used.calls, used.seen, used.last) == (1, [5], [1, 0])
+    assert LiFTPrior.from_pretrained(own, used).tasks == ("t0", "t1", "t2")
+
+
+# -------------------------------------------------------------------------------------------------- half precision
+
+
+def tuned(network: nn.Module, by: float) -> nn.Module:
+    """A copy whose weights have moved by a part of themselves."""
+    other = copy.deepcopy(network).float()
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1 + by * torch.randn_like(weight))
+    return other
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_copy_in_float16_is_the_same_network(name: str, saved: Callable[[str], Path]) -> None:
+    plain = trained(name).backbone
+    kinds = [torch.float16, torch.bfloat16]
+    for copied in [copy.deepcopy(plain).to(kind) for kind in kinds]:
+        for again in (copied, copy.deepcopy(copied).float(), copy.deepcopy(copied).bfloat16()):
+            assert LiFTPrior.from_pretrained(saved(name), again).tasks == ("t0", "t1")
+    for other in (tuned(plain, 1e-2), tuned(plain, 1e-2).half(), tuned(copy.deepcopy(plain).half(), 1e-2)):
+        with pytest.raises(ValueError, match="has other values"):
+            LiFTPrior.from_pretrained(saved(name), other)
+
+
+def test_statistics_in_float16_are_the_same_statistics(own: Path) -> None:
+    assert LiFTPrior.from_pretrained(own, net().half().float()).tasks == ("t0", "t1", "t2")
+    assert changed_settings(told(net()), told(net().half())) == {}
+    assert list(changed_settings(told(net().half()), told(shifted().half()))) == ["norm.running_mean"]
+    assert changed_settings(told(net().half()), told(net())) == {}
+
+
+def test_digests_tell_copies_from_others() -> None:
+    x = torch.randn(40, 50) * 10.0 ** torch.linspace(-9, 3, 50)
+    digests = digests_of_values(x)
+    assert len(digests) == 2 and len(digests_of_values(torch.arange(9))) == 1
+    for same in (x.half(), x.half().float(), x.bfloat16(), x.half().bfloat16(), x.double()):
+        assert same_values(digests, digests_of_values(same)) and same_values(digests_of_values(same), digests)
+    for other in (x * (1 + 2e-2), (x * (1 + 2e-2)).half(), -x, x.flip(0)):
+        assert not same_values(digests, digests_of_values(other))
+
+
+def test_a_folder_of_one_digest_a_weight_loads_as_before(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = trained("bert").prior.save_pretrained(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    tensors = config["base_model"]["tensors"]
+    config["base_model"]["tensors"] = {name: entry[:2] for name, entry in tensors.items()}
+    (folder / "config.json").write_text(json.dumps(sealed(config)))
+    plain = trained("bert").backbone
+    for same in (plain, copy.deepcopy(plain).bfloat16()):
+        assert LiFTPrior.from_pretrained(folder, same).tasks == ("t0", "t1")
+    with pytest.raises(ValueError, match="has other values"):
+        LiFTPrior.from_pretrained(folder, copy.deepcopy(plain).half())
 
 
 # ------------------------------------------------------------------------------------------------- no false alarms
@@ -206,6 +269,31 @@ def test_a_prior_without_a_description_loads_as_it_did(saved: Callable[[str], Pa
     del config["base_model"]["architecture"]
     (folder / "config.json").write_text(json.dumps(sealed(config)))
     assert LiFTPrior.from_pretrained(folder, with_config("bert", num_attention_heads=4)).tasks == ("t0", "t1")
+
+
+def llama(kind: str = "LlamaForCausalLM", **changes: Any) -> nn.Module:
+    sizes: dict[str, Any] = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+    return getattr(hf, kind)(hf.LlamaConfig(**{**sizes, **changes}))  # type: ignore[no-any-return]
+
+
+def test_which_token_is_padding_counts_where_a_network_reads_it() -> None:
+    for kind, counts in {"LlamaForCausalLM": False, "LlamaForSequenceClassification": True}.items():
+        assert bool(changed_settings(told(llama(kind)), told(llama(kind, pad_token_id=2)))) is counts
+    roberta = [hf.RobertaConfig(vocab_size=24, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                intermediate_size=16, pad_token_id=k) for k in (1, 2)]  # fmt: skip
+    one, other = (told(hf.RobertaModel(config)) for config in roberta)
+    assert changed_settings(one, other)["config.pad_token_id"] == (1, 2)
+    assert "config.pad_token_id" not in told(trained("bert").backbone)
+
+
+def test_the_most_positions_count_but_where_rotations_do_not_depend_on_them() -> None:
+    assert changed_settings(told(llama()), told(llama(max_position_embeddings=128))) == {}
+    dynamic: dict[str, Any] = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
+    changed = changed_settings(told(llama(**dynamic)), told(llama(max_position_embeddings=128, **dynamic)))
+    assert changed["config.max_position_embeddings"] == (64, 128)
+    base: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    assert list(changed_settings(told(llama()), told(llama(**base)))) == ["config.rope_parameters.rope_theta"]
 
 
 def test_numbers_that_differ_by_rounding_are_the_same() -> None:
