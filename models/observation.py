@@ -268,7 +268,8 @@ def _first_output(adapter: RandomAdapter, task: Task) -> Tensor:
     """Compute the output on the task's first row; the network's own errors then name the task and its inputs."""
     row = task.train.take(slice(0, 1)).to(adapter.initial.device)
     with naming_inputs(f"task {task.name!r}: the network cannot be called with its first row", row, adapter):
-        return outputs(adapter, row, adapter.initial, None)
+        output: Tensor = adapter(*row.positional, theta=adapter.initial, **row.named)
+    return output
 
 
 @contextmanager

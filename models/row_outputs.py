@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.likelihoods import NEVER
 from pyro_lift.models.task import Rows
 
 __all__ = ["ACROSS_ROWS", "are_probabilities", "mixing_of", "needs_several_rows", "note_alone"]
@@ -67,7 +68,7 @@ def mixing_of(adapter: RandomAdapter, rows: Rows, output: Tensor) -> float:
     if of is None or alone is None or of() is not rows or len(output) < 2 or alone.shape[1:] != output.shape[1:]:
         return 0.0
     one, beside = alone[0].float(), output[0].float()
-    kept = one.isfinite() & beside.isfinite()
+    kept = one.isfinite() & beside.isfinite() & (beside > NEVER)  # scores of classes that the task has not are that
     one, beside = torch.where(kept, one, 0.0), torch.where(kept, beside, 0.0)
     size = torch.maximum(one.norm(), beside.norm()).clamp_min(torch.finfo(torch.float32).tiny)
     off = float((one - beside).norm() / size)

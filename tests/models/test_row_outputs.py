@@ -82,6 +82,14 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def test_rows_that_mix_are_told_where_a_task_has_fewer_classes_than_the_shared_head(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wide, narrow = tasks(), tasks(classes=2)
+    assert len(said(Network(MIXING["centred over the batch"]), [narrow[0], *wide[1:]], caplog)) == 1
+    assert said(Network(), [narrow[0], *wide[1:]], caplog) == []
+
+
 @pytest.mark.parametrize("name", MIXING)
 @pytest.mark.parametrize("kind", ["classification", "regression", "own heads"])
 def test_a_network_that_mixes_rows_is_warned_of(name: str, kind: str, caplog: pytest.LogCaptureFixture) -> None:
