@@ -154,9 +154,10 @@ def train(
 ) -> None:
     """Learn a prior from the tasks of a TOML file, and write its folder."""
     from pyro_lift import commands
-    from pyro_lift.finished import is_finished
+    from pyro_lift.config import read_config
+    from pyro_lift.saving.finished import is_finished
 
-    if resume and not overwrite and is_finished(config):
+    if resume and not overwrite and is_finished(config, Path(read_config(config).output.folder)):
         return
     commands.train(config, resume=resume, overwrite=overwrite, device=device, log_to=log or ())
 
@@ -200,9 +201,10 @@ def tune(
 ) -> None:
     """Choose settings on tasks held out in turn, then learn the prior with them, and write its folder."""
     from pyro_lift import commands
-    from pyro_lift.finished import is_finished
+    from pyro_lift.config import read_config
+    from pyro_lift.saving.finished import is_finished
 
-    if resume and not overwrite and is_finished(config, tuned=True):
+    if resume and not overwrite and is_finished(config, Path(read_config(config).output.folder), tuned=True):
         return
     commands.tune(config, budget, resume=resume, overwrite=overwrite, device=device, log_to=log or ())
 

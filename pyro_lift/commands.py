@@ -35,7 +35,7 @@ from pyro_lift.models.task import Rows, Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.saving.destination import check_destination
-from pyro_lift.saving.names import PRIOR
+from pyro_lift.saving.names import CHOICE, PRIOR, RUN
 from pyro_lift.saving.rescue import write_or_rescue
 from pyro_lift.support import distributed
 from pyro_lift.support.archive import read_json, reason_of_failure, write_file, write_json
@@ -50,7 +50,6 @@ __all__ = ["Writing", "adapt", "adapter_of", "encoder_of", "predict", "task_of",
 log = logging.getLogger("pyro_lift")
 
 #: Names of the files inside the folders that the commands write.
-CONFIG, CHOICE = "run.toml", "choice.json"
 RECORD, PREDICTIONS, EARLIER = "adapt.json", "predictions.jsonl", "predictions.earlier.jsonl"
 
 
@@ -224,7 +223,7 @@ def _write_prior(prior: LiFTPrior, folder: Path, text: bytes) -> None:
 
     def write(place: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
-        write_file(place / CONFIG, text)
+        write_file(place / RUN, text)
         prior.save_pretrained(place)
 
     write_or_rescue(write, folder, "the prior")
@@ -448,10 +447,10 @@ def _check_writable(folder: Path) -> None:
 
 
 def _config_of(prior_folder: Path) -> RunConfig:
-    for name in (CONFIG, PRIOR):
+    for name in (RUN, PRIOR):
         if not (prior_folder / name).is_file():
             raise ValueError(f"{prior_folder}: no {name} here. Give the folder that `pyro-lift train` wrote.")
-    return read_config(prior_folder / CONFIG)
+    return read_config(prior_folder / RUN)
 
 
 def _score(posterior: TaskPosterior, task: Task, rows: Rows) -> dict[str, float]:

@@ -51,7 +51,6 @@ LAW["commands"] = LAW["lift"] | LAW["wiring"] | LAW["metrics"] | {"lift", "wirin
 LAW["bench"] = set(LAW) - {"commands"}
 LAW["comparison"] = LAW["bench"] | {"bench"}
 LAW["commands"] |= {"comparison"}
-LAW["finished"] = LAW["commands"] | {"commands"}
 LAW["cli"] = set(LAW)
 #: The package itself: names that are imported when they are first used, and the version.
 ROOT_MODULE = "pyro_lift"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CARD", "CONFIG", "HEAD", "POSTERIOR", "PRIOR"]
+__all__ = ["CARD", "CHOICE", "CONFIG", "HEAD", "POSTERIOR", "PRIOR", "RUN"]
 
 #: Describes what a folder is; transformers' models have a file of that name too.
 CONFIG = "config.json"
@@ -10,3 +10,5 @@ CONFIG = "config.json"
 CARD = "README.md"
 #: Tensors of a prior, of a posterior, and of a task's own head beside a PEFT adapter.
 PRIOR, POSTERIOR, HEAD = "prior.safetensors", "posterior.safetensors", "head.safetensors"
+#: What a run of the command line was told, and the settings that ``tune`` chose.
+RUN, CHOICE = "run.toml", "choice.json"

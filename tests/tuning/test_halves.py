@@ -200,7 +200,7 @@ def test_where_steps_are_scarce_the_larger_rate_is_tried_first(
     gains: dict[float, float], steps: list[int], rate: float | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     stand_in = Halves({0.1 * {0.3: 3.0, 0.1: 1.0, 0.02: 0.2}[rate]: gain for rate, gain in gains.items()})
-    scarce = {"of": Vectors(scarce=True)}
+    scarce: dict[str, Any] = {"of": Vectors(scarce=True)}
     with caplog.at_level("INFO", "pyro_lift"):
         joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 300, stand_in.begin, stand_in.score, **scarce)
     assert [each for *_, each in stand_in.trained] == steps
@@ -221,7 +221,7 @@ def test_where_steps_are_scarce_a_larger_rate_that_is_not_plain_is_held_beside_t
     def unsteady(vector: Tensor, half: Sequence[Task]) -> Tensor:
         return stand_in.score(vector, half) + (spread if 0.49 < vector[0] < 0.51 else 0.0)
 
-    scarce = {"of": Vectors(scarce=True)}
+    scarce: dict[str, Any] = {"of": Vectors(scarce=True)}
     joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 300, stand_in.begin, unsteady, **scarce)
     assert [each for *_, each in stand_in.trained] == [20, 20, 50, 50, 25, 25]
     assert joint.rate == pytest.approx(0.3 if better else 0.1)

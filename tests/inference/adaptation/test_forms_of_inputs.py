@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from pyro_lift import Task, TaskPosterior
 from pyro_lift.generation.inputs import are_strings
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.saving.folders import CONFIG
+from pyro_lift.saving.names import CONFIG
 from pyro_lift.support.archive import DamagedError, sealed, write_json
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))

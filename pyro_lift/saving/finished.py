@@ -6,31 +6,26 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pyro_lift.commands import CHOICE, CONFIG, PRIOR
-from pyro_lift.config import read_config
-from pyro_lift.saving.folders import CONFIG as ABOUT
+from pyro_lift.saving.names import CHOICE, CONFIG, PRIOR, RUN
 from pyro_lift.support import distributed
 from pyro_lift.support.archive import read_json
 
 __all__ = ["is_finished"]
 
 
-def is_finished(path: Path, *, tuned: bool = False) -> bool:
-    """Tell whether the folder of a TOML file holds the finished prior of that very file, and say so on the screen.
+def is_finished(path: Path, folder: Path, *, tuned: bool = False) -> bool:
+    """Tell whether a folder holds the finished prior of a TOML file, and say so on the screen.
 
     Args:
         path: the TOML file. What it says of the log does not count, nor do comments.
+        folder: that it names for its prior.
         tuned: whether the run is one of ``tune``, which chooses settings, or of ``train``.
-
-    Raises:
-        ValueError: anything wrong with the file.
     """
-    folder = Path(read_config(path).output.folder)
-    if not all((folder / name).is_file() for name in (CONFIG, PRIOR, ABOUT)):
+    if not all((folder / name).is_file() for name in (RUN, PRIOR, CONFIG)):
         return False
     if (folder / "checkpoints").is_dir() or (folder / CHOICE).exists():  # a run beside an earlier prior, to go on with
         return False
-    if _told(folder / CONFIG) != _told(path) or (read_json(folder / ABOUT).get("tuning") is not None) != tuned:
+    if _told(folder / RUN) != _told(path) or (read_json(folder / CONFIG).get("tuning") is not None) != tuned:
         return False
     if distributed.is_first():
         print(f"finished already: {folder} holds the prior of {path}; nothing to do. --overwrite trains anew.")
