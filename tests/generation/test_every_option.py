@@ -164,7 +164,7 @@ def test_longer_texts_than_there_are_places_for_are_named() -> None:
         (IDS, {"max_new_tokens": 0}, ValueError, r"max_new_tokens.*greater than 0"),
         (IDS, {"num_return_sequences": 3, "max_new_tokens": 3}, ValueError, r"num_return_sequences"),
         ((text for text in TEXTS), {}, TypeError, r"expected strings, or tokens"),
-        ([None], {}, TypeError, r"expected strings, or tokens"),
+        ([None], {}, TypeError, r"inputs\[0\] is None; the rows of task .* are texts"),
     ],
 )
 @pytest.mark.parametrize("which", [0, "draws"])
