@@ -19,6 +19,14 @@ bench = typer.Typer(no_args_is_help=True)
 app.add_typer(bench, name="bench", help="Measure: a JSON list of records, and a figure beside it.")
 
 
+def _is_finished(config: Path, *, tuned: bool = False) -> bool:
+    """Tell whether the run of a TOML file, which is to go on, has finished already."""
+    from pyro_lift.config import read_config
+    from pyro_lift.saving.finished import is_finished
+
+    return is_finished(config, Path(read_config(config).output.folder), tuned=tuned)
+
+
 def _new_folder(path: Path) -> Path:
     """Make a folder that results are to go into, before they are computed."""
     path.mkdir(parents=True, exist_ok=True)
@@ -154,10 +162,8 @@ def train(
 ) -> None:
     """Learn a prior from the tasks of a TOML file, and write its folder."""
     from pyro_lift import commands
-    from pyro_lift.config import read_config
-    from pyro_lift.saving.finished import is_finished
 
-    if resume and not overwrite and is_finished(config, Path(read_config(config).output.folder)):
+    if resume and not overwrite and _is_finished(config):
         return
     commands.train(config, resume=resume, overwrite=overwrite, device=device, log_to=log or ())
 
@@ -201,10 +207,8 @@ def tune(
 ) -> None:
     """Choose settings on tasks held out in turn, then learn the prior with them, and write its folder."""
     from pyro_lift import commands
-    from pyro_lift.config import read_config
-    from pyro_lift.saving.finished import is_finished
 
-    if resume and not overwrite and is_finished(config, Path(read_config(config).output.folder), tuned=True):
+    if resume and not overwrite and _is_finished(config, tuned=True):
         return
     commands.tune(config, budget, resume=resume, overwrite=overwrite, device=device, log_to=log or ())
 
