@@ -21,7 +21,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.doubts import Doubt, parts_of
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Rows, Task
-from pyro_lift.support.wording import some_names
+from pyro_lift.support.wording import some_tasks
 
 __all__ = ["DECODER", "are_labels", "base_of", "check_decoder_given", "doubts_of_targets", "writes_answers"]
 
@@ -99,10 +99,10 @@ def _warn_of_starts(network: Any, tasks: Sequence[Task]) -> None:
                 others.setdefault(int(first[0]), []).append(task.name)
     for start, names in others.items():
         log.warning(
-            "task%s %s: answers begin with the token %d, and those that %s writes and scores with %d, its "
+            "%s: answers begin with the token %d, and those that %s writes and scores with %d, its "
             "decoder_start_token_id: it learns what it is not asked later. Encode with TextToText(tokenizer, "
             "start_token=%d), or shift_right(targets, %d); or set the network's decoder_start_token_id to %d.",
-            "" if len(names) == 1 else "s", some_names(names), start, type(network).__name__, own, own, own, start,
+            some_tasks(names), start, type(network).__name__, own, own, own, start,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from pyro_lift.models.prior_loss import ROWS, TASKS
 from pyro_lift.models.rows import some_rows
 from pyro_lift.models.target_families import families_of
 from pyro_lift.models.task import Task
-from pyro_lift.support.wording import some_names
+from pyro_lift.support.wording import some_tasks
 
 __all__ = ["Units", "advice_on_units", "units_of", "warn_of_new_units", "warn_of_units"]
 
@@ -167,9 +167,7 @@ def advice_on_units(tasks: Sequence[Task]) -> str:
 
 def _listed(tasks: Sequence[Task], places: Iterable[int]) -> str:
     names = [tasks[k].name for k in places]
-    return f"task{'' if len(names) == 1 else 's'} {some_names(names)}" + (
-        "" if len(names) == 1 else f" ({len(names)} of {len(tasks)})"
-    )
+    return some_tasks(names) + ("" if len(names) == 1 else f" ({len(names)} of {len(tasks)})")
 
 
 def _from_to(values: Sequence[float]) -> str:

@@ -48,7 +48,7 @@ __all__ = [
     "widened",
 ]
 
-from pyro_lift.support.wording import some_names
+from pyro_lift.support.wording import some_tasks
 
 log = logging.getLogger("pyro_lift")
 
@@ -257,15 +257,15 @@ def warn_of_adaptation(a: AdaptSettings, settings: LiFTSettings, adapter: Random
             log.warning(
                 "%s: dev_every=%d, and no development rows to look at: all steps are taken, and the last draws kept. "
                 "Give the task dev=(inputs, targets), or leave dev_every out.",
-                _listed(names_without), a.dev_every,
+                some_tasks(names_without), a.dev_every,
             )  # fmt: skip
     elif a.patience != AdaptSettings.patience:
         log.warning(
             "%s: patience=%d does nothing without dev_every: no development rows are looked at. Give dev_every=10, "
-            "say, beside it.", _listed(names), a.patience,
+            "say, beside it.", some_tasks(names), a.patience,
         )  # fmt: skip
     size, width = typical_size(adapter), one_width(settings.beta)
-    _warn_of_strengths(_listed(names), a, width * math.sqrt(a.temperature or 0.0), size)
+    _warn_of_strengths(some_tasks(names), a, width * math.sqrt(a.temperature or 0.0), size)
     if settings.preconditioner != "rms" or a.learning_rate is None:
         return
     rate, wide = a.learning_rate, _widest(settings, adapter)
@@ -274,13 +274,13 @@ def warn_of_adaptation(a: AdaptSettings, settings: LiFTSettings, adapter: Random
         log.warning(
             "%s: learning_rate=%g moves a weight %.3g times as far as it is large (%.2g) in every step. What the data "
             "say is cut off at such a rate, and the draws are little more than the prior's. %s",
-            _listed(names), rate, rate / size, size, advice,
+            some_tasks(names), rate, rate / size, size, advice,
         )  # fmt: skip
     elif rate * a.steps < LEAST_MOVE * size:
         log.warning(
             "%s: learning_rate=%g moves no weight by a thousandth of its size (%.2g) in %d steps: the draws stay at "
             "their start, as the prior left it. %s",
-            _listed(names), rate, size, a.steps, advice,
+            some_tasks(names), rate, size, a.steps, advice,
         )  # fmt: skip
 
 
@@ -331,10 +331,6 @@ def _widest(s: LiFTSettings, adapter: RandomAdapter) -> float:
     return max(typical_size(adapter), one_width(s.beta) * math.sqrt(s.temperature or 0.0))
 
 
-def _listed(names: Sequence[str]) -> str:
-    return f"task{'' if len(names) == 1 else 's'} {some_names(names)}"
-
-
 def fitted(
     settings: LiFTSettings, adapter: RandomAdapter, tasks: Sequence[Task], leave_out: bool = True
 ) -> LiFTSettings:
@@ -356,7 +352,7 @@ def fitted(
         log.warning(
             "%s: inputs %.3g times as large as those of most tasks (the median), out of all proportion: such a task "
             "drowns the others in what all share. Scale its inputs as theirs, or leave it out.",
-            _listed(list(large)), max(large.values()),
+            some_tasks(list(large)), max(large.values()),
         )  # fmt: skip
     if s.temperature == 0.0 or (s.head_scale is not None and s.head == "langevin"):
         return s
@@ -371,7 +367,7 @@ def fitted(
                 "%s: before training the loss is %.3g times that of most tasks (the median), out of all proportion: "
                 "the prior's widths are found without it, but what all tasks share is not. Look at its data: scale its "
                 "inputs or targets as theirs, or leave it out.",
-                _listed(list(new)), max(new.values()),
+                some_tasks(list(new)), max(new.values()),
             )  # fmt: skip
         if measured.harmless:
             return s

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_lift.inference.checkpoint.differences import difference
 from pyro_lift.models.architecture import changed_settings
 from pyro_lift.support.archive import DamagedError, check_format, check_sealed, read_json, write_tensors
-from pyro_lift.support.wording import some_names
+from pyro_lift.support.wording import some_tasks
 
 __all__ = [
     "ARCHITECTURE",
@@ -153,7 +153,7 @@ def _check_task_data(path: Path, saved: Mapping[str, str], now: Mapping[str, str
     others = [name for name, digest in saved.items() if name in now and now[name] != digest]
     if others:
         raise ValueError(
-            f"{path}: the training rows of task{'s' if len(others) > 1 else ''} {some_names(others)} (inputs, labels "
+            f"{path}: the training rows of {some_tasks(others)} (inputs, labels "
             "or label texts) are others than those that the run was saved with. Go on with the same data, or begin "
             "anew in another folder."
         )

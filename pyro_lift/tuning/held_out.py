@@ -14,7 +14,7 @@ from pyro_lift.models.task import Rows, Task
 
 __all__ = ["can_be_judged", "dealt", "has_unseen_rows", "judged", "that_can_be_judged"]
 
-from pyro_lift.support.wording import some_names
+from pyro_lift.support.wording import some_tasks
 
 log = logging.getLogger("pyro_lift")
 
@@ -63,7 +63,7 @@ def told_unjudged(names: Sequence[str], instead: str) -> str:
     """Say that tasks have one row each, and what becomes of them."""
     one = len(names) == 1
     return (
-        f"task{'' if one else 's'} {some_names(names)} {'has' if one else 'have'} one row, and no test rows: there is "
+        f"{some_tasks(names)} {'has' if one else 'have'} one row, and no test rows: there is "
         f"none left to be judged by. {'It is' if one else 'They are'} {instead}. Give more rows, or test=."
     )
 
