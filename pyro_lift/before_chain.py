@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.defaults import fitted, for_targets, one_width, resolved, resolved_adaptation, widened
+from pyro_lift.defaults import fitted, for_targets, one_width, resolved, resolved_adaptation, widened, with_translation
 from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import Session
@@ -38,7 +38,7 @@ from pyro_lift.tuning.halves import (
     steps_beside_trial,
 )
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
-from pyro_lift.tuning.whose_heads import leaves_outliers_out
+from pyro_lift.tuning.whose_heads import counts_rounds, leaves_outliers_out
 from pyro_lift.watching.watch import Watchers
 
 __all__ = ["BeforeChain", "ChainSetup"]
@@ -95,6 +95,7 @@ class ChainSetup:
         joint = None if start is not None else run._joint(tasks, session, progress, on_step["joint-trial"])
         run = run if joint is None else run._after(joint)
         program = run.program(tasks)
+        run = run._with(with_translation(run.settings, tasks, by_rounds=counts_rounds(session)))
         s = run._fitted(program, leave_out=leaves_outliers_out(session))
         adapt = resolved_adaptation(self.adapt_settings, self.settings, s, program.solved is not None)
         if not crossed:
@@ -193,7 +194,8 @@ class ChainSetup:
 
     def _joint_run(self, tasks: Sequence[Task], rate: float, steps: int, title: str, **shown: Any) -> JointRun:
         """Make the first part of the chain, over some tasks, at a rate."""
-        run = self._with(replace(self.settings, sgd_steps=steps, sgd_learning_rate=rate, translation="none"))
+        settings = replace(self.settings, sgd_steps=steps, sgd_learning_rate=rate)
+        run = self._with(replace(settings, translation="none", translation_step_size=None))
         return JointRun(run.kernel(run.program(tasks)), steps, tasks, title, **shown)
 
     def _after(self, joint: Joint) -> ChainSetup:
@@ -201,10 +203,10 @@ class ChainSetup:
 
         Where joint training does not help, nor does a translation, which pulls phi in the same direction.
         """
-        translation = self.settings.translation or (None if joint.helps else "none")
-        return self._with(
-            replace(self.settings, sgd_steps=joint.steps, sgd_learning_rate=joint.rate, translation=translation)
-        )
+        settings = replace(self.settings, sgd_steps=joint.steps, sgd_learning_rate=joint.rate)
+        if settings.translation is None and not joint.helps:
+            settings = replace(settings, translation="none", translation_step_size=None)
+        return self._with(settings)
 
     def _with(self, settings: LiFTSettings) -> ChainSetup:
         return ChainSetup(self.adapter, settings, self.adapt_settings, self.seed)

@@ -46,6 +46,7 @@ __all__ = [
     "warn_of_adaptation",
     "warn_of_rates",
     "widened",
+    "with_translation",
 ]
 
 from pyro_lift.support.wording import some_tasks
@@ -77,6 +78,9 @@ HOTTEST = 10.0
 STRONGEST = 1e5
 #: Times that widths are halved at most.
 HALVINGS = 5
+#: Visits to each task from which on control variates say more than a step that falls, and the rows of the largest task
+#: over those of the mean up to which they are safe.
+ROUNDS, LARGEST = 2, 1.5
 
 
 def resolved(settings: LiFTSettings, adapter: RandomAdapter) -> LiFTSettings:
@@ -101,8 +105,7 @@ def resolved(settings: LiFTSettings, adapter: RandomAdapter) -> LiFTSettings:
     sigma = s.sigma
     if sigma is None:
         sigma = [SIGMA_OVER_BETA * b for b in beta] if isinstance(beta, (list, tuple)) else SIGMA_OVER_BETA * beta
-    # The falling step needs no memory, and predicts as well as control variates in as few visits as tasks get here.
-    translation = s.translation or ("falling" if s.phi_update == "gibbs" else "none")
+    translation = s.translation or ("saga" if s.phi_update == "gibbs" else "none")
     return replace(
         s,
         translation=translation,
@@ -126,6 +129,28 @@ def for_targets(settings: LiFTSettings, tasks: Sequence[Task]) -> LiFTSettings:
     scale = targets_scale(tasks)
     log.info("targets vary within tasks with a standard deviation of %.3g: the noise is that to begin with.", scale)
     return replace(settings, noise_scale=scale)
+
+
+def with_translation(settings: LiFTSettings, tasks: Sequence[Task], *, by_rounds: bool = True) -> LiFTSettings:
+    """Fill in the translation where it was left open: with control variates, where they fit, else the falling step.
+
+    With control variates unseen tasks are predicted better (docs/results/defaults.md, "LiFT's translation"). In the
+    first round of the tasks there are none, and both kinds take the same steps; a chain that is hardly longer does
+    without their memory. Nor do they fit where one task has far more rows than the mean: its pull is as many times
+    stronger and so is its curvature, which only the falling step makes up for by a factor.
+
+    Args:
+        settings: of meta-training.
+        tasks: of the run.
+        by_rounds: whether the length of the chain counts; a run that an earlier version began takes the falling step.
+    """
+    if not tasks or settings.translation is not None or settings.phi_update != "gibbs":
+        return settings
+    rows = [len(task.train) for task in tasks]
+    visits = settings.burn_in + settings.samples * settings.thinning
+    rounds = visits * (settings.ranks_block_size or settings.block_size) / len(tasks)
+    fits = rounds >= ROUNDS and max(rows) <= LARGEST * sum(rows) / len(rows)
+    return replace(settings, translation="saga" if by_rounds and fits else "falling")
 
 
 def resolved_adaptation(

@@ -16,7 +16,7 @@ from pyro.ops.streaming import StatsOfDict
 from torch import Tensor, nn
 
 from pyro_lift.before_chain import ChainSetup
-from pyro_lift.defaults import loosened, resolved, resolved_adaptation, warn_of_rates
+from pyro_lift.defaults import loosened, resolved, resolved_adaptation, warn_of_rates, with_translation
 from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.adaptation.failures import named_chain, those_kept
 from pyro_lift.inference.chain_summary import ChainSummary, LogMean, SummaryMaker
@@ -53,7 +53,7 @@ from pyro_lift.tuning.joint_run import moments_of
 from pyro_lift.tuning.learned_beta import learned_beta, with_rounds_to_learn
 from pyro_lift.tuning.noise import Noise
 from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
-from pyro_lift.tuning.whose_heads import as_saved, counts_width, run_config, with_heads_settled
+from pyro_lift.tuning.whose_heads import RULES, as_saved, counts_width, run_config, with_heads_settled
 from pyro_lift.watching.steps import Run
 from pyro_lift.watching.watch import Watchers
 
@@ -162,7 +162,7 @@ class LiFT(ChainSetup):
         found: dict[str, Any] = {} if noise is None else {"noise_scale": noise.scale}
         settings = replace(with_heads_settled(self.settings, self.adapter, tasks), **found)
         seconds = max(seconds - (time.monotonic() - begun), 1e-3)
-        known = resolved(settings, self.adapter)
+        known = resolved(with_translation(settings, tasks), self.adapter)
         scale = self._head_scale(tasks, known)
         heads = known.head != "langevin" and any(has_solved_head(self.adapter, task, scale) for task in tasks)
         adapt = resolved_adaptation(self.adapt_settings, self.settings, known, heads)
@@ -274,10 +274,10 @@ class LiFT(ChainSetup):
         if folder is None:
             return None
         options.setdefault("resume_hint", f"meta_train(tasks, resume={str(folder)!r})")
-        by_width = True
+        rules = RULES
         if resume is not None:
-            self.settings, by_width = as_saved(self.settings, Path(folder))
-        config = run_config(self.settings, self.seed, self.adapter, tasks, by_width=by_width)
+            self.settings, rules = as_saved(self.settings, Path(folder))
+        config = run_config(self.settings, self.seed, self.adapter, tasks, rules=rules)
         return Session(
             folder, every=checkpoint_every, resume=resume is not None, config=config, upgrade=upgraded_run, **options
         )

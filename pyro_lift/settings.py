@@ -151,8 +151,8 @@ class LiFTSettings:
     translation: Literal["saga", "falling", "none"] | None = field(
         default=None,
         metadata={
-            "help": "shift phi and all tasks' weights together, as joint training would; none: falling, where phi is "
-            "drawn exactly"
+            "help": "shift phi and all tasks' weights together, as joint training would; none: saga, where phi is "
+            "drawn exactly, the chain comes to every task twice and none is far larger than the mean; else falling"
         },
     )
     translation_step_size: float | None = field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,20 @@ from pyro_lift.models.observation import is_narrower, own_head_scale
 from pyro_lift.models.task import Task
 from pyro_lift.settings import LiFTSettings, upgraded_run
 
-__all__ = ["RULE", "as_saved", "counts_width", "leaves_outliers_out", "run_config", "with_heads_settled"]
+__all__ = [
+    "RULES",
+    "as_saved",
+    "counts_rounds",
+    "counts_width",
+    "leaves_outliers_out",
+    "run_config",
+    "with_heads_settled",
+]
 
-#: Key and value in the configuration of a saved run that say whether an output wider than all tasks' classes called for
-#: heads of their own; a run without them was begun when it did not.
-RULE = {"heads": "by width"}
+#: Keys and values in the configuration of a saved run that name rules it was begun under, each later than the first
+#: runs: an output wider than all tasks' classes calls for heads of their own; the length of the chain for control
+#: variates in its translation.
+RULES = {"heads": "by width", "translation": "by rounds"}
 
 
 def with_heads_settled(
@@ -59,7 +68,16 @@ def counts_width(session: Session | None) -> bool:
 
     What a caller's own session says nothing of is a run of today.
     """
-    return session is None or not session.config or RULE.items() <= session.config.items()
+    return _has_rule(session, "heads")
+
+
+def counts_rounds(session: Session | None) -> bool:
+    """Whether the length of the chain counts in its translation: in a run of before the step of that always falls."""
+    return _has_rule(session, "translation")
+
+
+def _has_rule(session: Session | None, name: str) -> bool:
+    return session is None or not session.config or session.config.get(name) == RULES[name]
 
 
 def leaves_outliers_out(session: Session | None) -> bool:
@@ -71,7 +89,12 @@ def leaves_outliers_out(session: Session | None) -> bool:
 
 
 def run_config(
-    settings: LiFTSettings, seed: int | None, adapter: RandomAdapter, tasks: Sequence[Task], *, by_width: bool
+    settings: LiFTSettings,
+    seed: int | None,
+    adapter: RandomAdapter,
+    tasks: Sequence[Task],
+    *,
+    rules: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return what names a run in its folder: a run that goes on with it must agree.
 
@@ -80,7 +103,7 @@ def run_config(
         seed: of everything random.
         adapter: the network as a function of theta.
         tasks: all of the run.
-        by_width: see :func:`with_heads_settled`.
+        rules: of :data:`RULES`, those that it is under.
     """
     return {
         "settings": asdict(settings),
@@ -90,21 +113,21 @@ def run_config(
         TASK_DATA: digests_of_tasks(tasks),
         NETWORK: digest_of_network(adapter),
         ARCHITECTURE: architecture_of(base_of(adapter.backbone)),
-        **(RULE if by_width else {}),
+        **rules,
     }
 
 
-def as_saved(settings: LiFTSettings, folder: Path) -> tuple[LiFTSettings, bool]:
+def as_saved(settings: LiFTSettings, folder: Path) -> tuple[LiFTSettings, dict[str, str]]:
     """Take from a saved run what settings leave open: what was filled in then may not be today's choice.
 
     Returns:
-        The settings, and whether the width of the output counts (:func:`counts_width`). Where nothing is saved, the run
-        begins, and the settings are as they were.
+        The settings, and those of :data:`RULES` that the run was begun under. Where nothing is saved, the run begins,
+        under all of them, and the settings are as they were.
     """
     config = saved_config(folder)
     if not config:
-        return settings, True
+        return settings, RULES
     saved = upgraded_run(config).get("settings", {})
     left_open = [f.name for f in fields(LiFTSettings) if getattr(settings, f.name) is None]
     then = {name: saved[name] for name in left_open if saved.get(name) is not None}
-    return replace(settings, **then), RULE.items() <= config.items()
+    return replace(settings, **then), {name: rule for name, rule in RULES.items() if config.get(name) == rule}

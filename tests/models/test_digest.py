@@ -18,7 +18,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.digest import digest, digest_of_network, digests_of_tasks
 from pyro_lift.settings import LiFTSettings
-from pyro_lift.tuning.whose_heads import run_config
+from pyro_lift.tuning.whose_heads import RULES, run_config
 
 
 def adapter(seed: int = 0) -> RandomAdapter:
@@ -135,7 +135,7 @@ def test_what_was_found_before_the_chain_is_not_taken_for_another_network(tmp_pa
         folder, transitions, signals_before_chain = tmp_path, 0, staticmethod(nullcontext)
 
         def __init__(self, network: RandomAdapter | None) -> None:
-            told = {} if network is None else run_config(LiFTSettings(), 0, network, tasks(), by_width=True)
+            told = {} if network is None else run_config(LiFTSettings(), 0, network, tasks(), rules=RULES)
             self.config = {"seed": 0, **{name: x for name, x in told.items() if name == "architecture"}}
 
     def kept(network: RandomAdapter | None) -> WorkBefore:

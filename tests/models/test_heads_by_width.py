@@ -122,7 +122,7 @@ def test_a_run_that_was_begun_with_shared_heads_goes_on_with_them(
     adapter, tasks = eight_wide(), [of_classes(3, "a"), of_classes(3, "b")]
     with monkeypatch.context() as earlier:
         # Its folder says nothing of how wide an output counts.
-        earlier.setattr("pyro_lift.lift.run_config", lambda *run, by_width: run_config(*run, by_width=False))
+        earlier.setattr("pyro_lift.lift.run_config", lambda *run, rules: run_config(*run, rules={}))
         first = lift(adapter).meta_train(tasks, progress=False, checkpoint=tmp_path / "before")
     again = lift(adapter).meta_train(tasks, progress=False, resume=tmp_path / "before")
     assert first.settings == again.settings and again.settings.head == "shared"
