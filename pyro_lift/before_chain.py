@@ -28,6 +28,7 @@ from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.tuning.chain_kernel import chain_kernel
 from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit, predicted
+from pyro_lift.tuning.half_chain import Settled, half_chain
 from pyro_lift.tuning.halves import (
     SOME_PASSES,
     Joint,
@@ -94,8 +95,8 @@ class ChainSetup:
         run = self._with(for_targets(self.settings, tasks))
         joint = None if start is not None else run._joint(tasks, session, progress, on_step["joint-trial"])
         run = run if joint is None else run._after(joint)
-        program = run.program(tasks)
         run = run._with(with_translation(run.settings, tasks, by_rounds=counts_rounds(session)))
+        program = run.program(tasks)
         s = run._fitted(program, leave_out=leaves_outliers_out(session))
         adapt = resolved_adaptation(self.adapt_settings, self.settings, s, program.solved is not None)
         if not crossed:
@@ -168,7 +169,8 @@ class ChainSetup:
             joint = None
         if saved_without or s.ranks_block_size or (joint is None and noise is None) or len(tasks) < 2:
             return None
-        sure = noise is not None or (all(task.kind == "classification" for task in tasks) and not heads)
+        classes = all(task.kind == "classification" for task in tasks) and not heads
+        sure = noise is not None or classes
         strength = self.leaves_power_open and all(task.kind == "tokens" for task in tasks)
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
         score = partial(log_probs_at, self.adapter, head_scale=program.head_scale, noise_scale=s.noise_sd)
@@ -176,8 +178,11 @@ class ChainSetup:
         def adapt(
             standing: Standing, unseen: Sequence[Task], noise: float | None, power: float
         ) -> Sequence[TaskPosterior]:
+            settled = None if joint is None or not classes else self._half_chain(standing, joint, s, **shown)
             variance = one_width(s.beta) ** 2 / max(len(tasks) // 2, 1)
             at = Moments(torch.ones(1), standing.vector.unsqueeze(0), torch.full_like(standing.vector, variance)[None])
+            if settled is not None:
+                at, standing = settled.phi, standing._replace(moments=settled.second_moments)
             how = resolved_adaptation(self.adapt_settings, self.settings, s, heads)
             mixture = OnlineGaussianMixture.from_moments(at, max(len(tasks) // 2, 1), dtype=standing.vector.dtype)
             at_noise = replace(s, noise_scale=noise or s.noise_scale)
@@ -191,6 +196,19 @@ class ChainSetup:
         predict = partial(predicted, self.adapter) if sure and noise is None else None
         judge = Judge(score, predict, adapt if sure or strength else None, noise, strength)
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
+
+    def _half_chain(self, standing: Standing, joint: Joint, s: LiFTSettings, **shown: Any) -> Settled | None:
+        """Run the chain of one half of the tasks, no longer than its joint training; None where it has none."""
+        if not standing.tasks:
+            return None
+        share = min(0.5, 0.5 * joint.steps / (s.burn_in + s.samples * s.thinning))
+        burn_in, draws = round(share * s.burn_in), max(round(share * s.samples), 2)
+        run = self._with(replace(self.settings, sgd_steps=0, burn_in=burn_in, samples=draws))
+        program = run.program(standing.tasks)
+        program.beta = by_weight(self.adapter, s.beta)
+        run._widened(s, program, joint)
+        kernel = chain_kernel(program, resolved(run.settings, self.adapter), standing.vector, self.seed)
+        return half_chain(kernel, standing, burn_in, draws, **shown)
 
     def _joint_run(self, tasks: Sequence[Task], rate: float, steps: int, title: str, **shown: Any) -> JointRun:
         """Make the first part of the chain, over some tasks, at a rate."""

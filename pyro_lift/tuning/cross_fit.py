@@ -11,16 +11,18 @@ the best of those lengths above the best one that are not worse than it by the p
 halves know their fewer tasks by heart sooner than all tasks are known; where there is none, the best length itself. The
 halves end where a length is worse than a shorter one by the test.
 
-**Temperature.** From a half's vector each task of the other is adapted to, and one temperature is fitted to predictions
-of rows that were set apart (:mod:`~pyro_lift.inference.adaptation.temperature`). They are test or dev rows where tasks
-have them: a network that was trained on the tasks' own rows is sure of those. Else they are a quarter of its rows, and
-it is adapted to on the others. Where the temperature does not lower the loss by the same test, it is 1. Half of the
-tasks and three quarters of the rows leave predictions surer than all of them will: a temperature above 1 is divided by
-:data:`EXAGGERATED`, down to 1, so that 3.85 is the highest. Where joint training does not begin, tasks are adapted to
-from the untouched network; from there and on all of their rows nothing is exaggerated.
+**Temperature.** A chain of each half goes on from its vector (:mod:`~pyro_lift.tuning.half_chain`). From where it
+arrives tasks of the other half are adapted to, and one temperature is fitted to predictions of rows that were set apart
+(:mod:`~pyro_lift.inference.adaptation.temperature`). They are test or dev rows where tasks have them: a network that
+was trained on the tasks' own rows is sure of those. Else they are a quarter of its rows, and it is adapted to on the
+others. Below 1 it is taken where it lowers the loss by the same test. Above 1 no test decides: a few rows say little,
+and to be too sure costs more than to be too unsure. Half of the tasks and three quarters of the rows leave predictions
+surer than all of them will: a temperature above 1 is divided by :data:`HALVED`, down to 1, so that 4.17 is the highest.
+Where joint training does not begin, tasks are adapted to from the untouched network; from there and on all of their
+rows nothing is exaggerated.
 
-**Noise of regressions.** In place of a temperature, where it was left open: :mod:`~pyro_lift.tuning.noise`, by the same
-adaptations.
+**Noise of regressions.** In place of a temperature, where it was left open: :mod:`~pyro_lift.tuning.noise`, by
+adaptations from the halves' vectors.
 
 **Power in adaptation.** In place of a temperature where tasks are of tokens: :mod:`~pyro_lift.tuning.strength`.
 
@@ -63,6 +65,9 @@ MARKS = (0.125, 0.25, 0.5, 1.0)
 PARTS = 4
 #: Adaptations from each half, and rows that are predicted after each, at most.
 ADAPTED, ROWS = 12, 50
+#: Factor by which tasks that are adapted to after a chain of half of the others, on a part of their rows, exaggerate a
+#: temperature: 0.8 to 1.9 on 17 families, 1.2 in the mean of logarithms.
+HALVED = 1.2
 
 #: Probabilities ``[n, C]`` and targets ``[n]`` of some rows.
 Predictions = tuple[Tensor, Tensor]
@@ -145,10 +150,10 @@ class CrossFit(NamedTuple):
                 f"{self.temperature:.2f}."
             )
         sure = f"predictions are brought to the temperature {self.temperature:.2f}"
-        if self.temperature >= HIGHEST / EXAGGERATED:
+        if self.temperature >= HIGHEST / HALVED:
             sure += ", the highest there is: they were wrong and sure of it"
         if self.temperature == 1.0:
-            sure = "predictions stay as they are: no other temperature is better by more than chance"
+            sure = "predictions stay as they are: they are about as sure as they are right"
         parts = [*([length] if self.looks else []), *([sure] if tempered else [])]
         return f"{'; '.join(parts)}." if parts else ""
 
@@ -214,14 +219,13 @@ def _sureness(
         _split(half, min(STRENGTH_TASKS, len(half))) if judge.strength else rows_apart(half, ADAPTED) for half in halves
     ]
 
-    apart = any(has_unseen_rows(task) for half in halves for task in half)
+    apart = all(any(has_unseen_rows(task) for task in half) for half in halves)
     exact = apart and not found.looks
     if judge.noise is not None and not apart:
         log.info(
             "the noise is found on training rows that tasks are not adapted to. If the network was trained on these "
             "rows before, it knows them by heart and predictions come out too narrow: give tasks test= or dev= rows."
         )
-    exaggerated = 1.0 if exact else EXAGGERATED
 
     def adapted(noise: float | None, power: float = 1.0) -> Iterator[tuple[Any, Task]]:
         for standing, some in zip(standings, unseen, strict=True):
@@ -230,14 +234,16 @@ def _sureness(
     if judge.strength:
         return found._replace(power=stronger_where_better(lambda power: list(adapted(None, power)), judge.score))
     if judge.noise is not None:
-        noise = fitted_noise(judge.noise, adapted, exaggerated) or Noise(judge.noise, 1.0)
+        noise = fitted_noise(judge.noise, adapted, 1.0 if exact else EXAGGERATED) or Noise(judge.noise, 1.0)
         return found._replace(temperature=noise.temperature, noise=noise.scale)
     predictions = [
         (posterior.predict(task.test, calibrated=False), task.test.target)
         for posterior, task in adapted(None)
         if task.test is not None
     ]
-    return found._replace(temperature=helpful_temperature(predictions, exaggerated)) if predictions else found
+    return (
+        found._replace(temperature=helpful_temperature(predictions, 1.0 if exact else HALVED)) if predictions else found
+    )
 
 
 def predicted(adapter: RandomAdapter, vector: Tensor, task: Task) -> Predictions:
@@ -279,15 +285,15 @@ def _split(tasks: Sequence[Task], most: int) -> list[Task]:
     return split
 
 
-def helpful_temperature(predictions: Sequence[Predictions], exaggerated: float = EXAGGERATED) -> float:
-    """Return the fitted temperature, less what halves exaggerate, where it lowers the loss by the test; else 1.
+def helpful_temperature(predictions: Sequence[Predictions], exaggerated: float = HALVED) -> float:
+    """Return the fitted temperature: above 1 less what halves exaggerate, below 1 where it lowers the loss by the test.
 
     Args:
         predictions: of each task, probabilities ``[n, C]`` and targets ``[n]`` of rows that it was not adapted to.
         exaggerated: factor by which a temperature above 1 is too high.
     """
     temperature = fit_temperature(predictions)
+    if temperature > 1.0:
+        return less_exaggerated(temperature, exaggerated)
     gains = [nll(p, y) - nll(tempered(p, temperature), y) for p, y in predictions]
-    if not is_above_zero(torch.tensor(gains, dtype=torch.float64)):
-        return 1.0
-    return less_exaggerated(temperature, exaggerated)
+    return temperature if is_above_zero(torch.tensor(gains, dtype=torch.float64)) else 1.0

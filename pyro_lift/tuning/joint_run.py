@@ -24,10 +24,12 @@ class Standing(NamedTuple):
     Attributes:
         vector: phi and all theta, ``[D]``.
         moments: the preconditioner there, by local family.
+        tasks: that were trained on; none of the untouched network.
     """
 
     vector: Tensor
     moments: dict[str, Tensor]
+    tasks: Sequence[Task] = ()
 
 
 def moments_of(kernel: SGLDGibbs) -> dict[str, Tensor]:
@@ -61,7 +63,7 @@ class JointRun:
         progress: bool = False,
         on_step: Watchers | None = None,
     ) -> None:
-        self.kernel, self.most, self.steps = kernel, most, 0
+        self.kernel, self.most, self.tasks, self.steps = kernel, most, tasks, 0
         if on_step is not None:
             on_step = on_step.of(on_step.run.kind, title, [len(t.train) for t in tasks], [t.name for t in tasks])
         self._bar = {"description": title, "show": progress, "on_step": on_step}
@@ -82,7 +84,7 @@ class JointRun:
                 hook(self.kernel, weights, "Warmup", step)
         self.steps = steps
         moments = {name: x.clone() for name, x in moments_of(self.kernel).items()}
-        return Standing(weights["phi"].detach().clone().reshape(-1), moments)
+        return Standing(weights["phi"].detach().clone().reshape(-1), moments, self.tasks)
 
 
 def passes(steps: int, batch_size: int, tasks: Sequence[Task]) -> float:

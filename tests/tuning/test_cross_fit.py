@@ -17,10 +17,9 @@ from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit, helpful_temperature, rows_apart
+from pyro_lift.tuning.cross_fit import HALVED, CrossFit, Judge, cross_fit, helpful_temperature, rows_apart
 from pyro_lift.tuning.halves import Joint
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
-from pyro_lift.tuning.noise import EXAGGERATED
 
 JOINT = Joint(0.1, 800, 0.5, 0.1, True)
 
@@ -146,7 +145,7 @@ def test_rows_that_nothing_was_trained_on_are_predicted_where_some_tasks_have_th
     assert len(rows_apart([with_test, with_dev], 1)) == 1
 
 
-def test_a_temperature_is_taken_where_it_lowers_the_loss_by_more_than_chance() -> None:
+def test_a_temperature_above_one_is_taken_and_one_below_where_it_lowers_the_loss_by_more_than_chance() -> None:
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for _ in range(12):
@@ -154,13 +153,17 @@ def test_a_temperature_is_taken_where_it_lowers_the_loss_by_more_than_chance() -
         y = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
         pairs.append((logits, y))
     sure = [((3.0 * logits).softmax(-1), y) for logits, y in pairs]
-    assert helpful_temperature(sure) == pytest.approx(fit_temperature(sure) / EXAGGERATED)
+    assert helpful_temperature(sure) == pytest.approx(fit_temperature(sure) / HALVED)
     assert helpful_temperature(sure, 1.0) == pytest.approx(fit_temperature(sure))
     assert helpful_temperature([(logits.softmax(-1), y) for logits, y in pairs]) == 1.0
+    unsure = [((0.3 * logits).softmax(-1), y) for logits, y in pairs]
+    assert helpful_temperature(unsure) == pytest.approx(fit_temperature(unsure)) and fit_temperature(unsure) < 0.5
+    few = [(p[:2], y[:2]) for p, y in unsure[:2]]
+    assert fit_temperature(few) < 1.0 and helpful_temperature(few) == 1.0
 
 
 def test_the_highest_temperature_is_said_to_be_that() -> None:
-    assert "3.85, the highest there is" in CrossFit(0, HIGHEST / EXAGGERATED, ()).sentence()
+    assert "4.17, the highest there is" in CrossFit(0, HIGHEST / HALVED, ()).sentence()
     assert "highest" not in CrossFit(0, 3.0, ()).sentence()
 
 
