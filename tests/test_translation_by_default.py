@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from common_map import adapter, tasks
 
 from pyro_lift import LiFT, LiFTSettings, Task
 from pyro_lift.defaults import with_translation
 from pyro_lift.tuning.whose_heads import run_config
-from tests.tuning.test_cross_fit import adapter, tasks
 
 SETTINGS = LiFTSettings(burn_in=10, samples=20)
 

@@ -6,44 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import peft
 import pytest
 import torch
+from common_map import adapter, tasks
 from torch import Tensor
 
 from pyro_lift import LiFT, Task
 from pyro_lift.inference.adaptation.temperature import HIGHEST, fit_temperature
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.metrics.probabilities import nll
-from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.tuning.cross_fit import HALVED, CrossFit, Judge, cross_fit, helpful_temperature, rows_apart
 from pyro_lift.tuning.halves import Joint
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
 
 JOINT = Joint(0.1, 800, 0.5, 0.1, True)
-
-
-def adapter(width: int = 8, sureness: float = 1.0) -> RandomAdapter:
-    torch.manual_seed(0)
-    last = torch.nn.Linear(width, 3)
-    last.weight.data *= sureness
-    net = torch.nn.Sequential(torch.nn.Linear(6, width), torch.nn.ReLU(), last)
-    return adapt_backbone(net, peft.LoraConfig(r=3, target_modules=["0", "2"]), seed=0)
-
-
-def tasks(number: int = 8, rows: int = 12, noise: float = 0.0) -> list[Task]:
-    """Labels by one map that all tasks have in common, some of them replaced by others at random."""
-    generator = torch.Generator().manual_seed(1)
-    common = torch.randn(6, 3, generator=generator)
-    made = []
-    for k in range(number):
-        x = torch.randn(rows, 6, generator=generator)
-        y = (x @ common).argmax(-1)
-        other = torch.randint(0, 3, (rows,), generator=generator)
-        y = torch.where(torch.rand(rows, generator=generator) < noise, other, y)
-        made.append(Task(f"t{k}", (x, y), num_classes=3))
-    return made
 
 
 class Curve:

@@ -8,16 +8,19 @@ from collections.abc import Callable
 import pyro
 import pytest
 import torch
+from common_map import adapter, tasks
 from torch import Tensor
+from toy_lift import toy_lift, toy_tasks
 
 from pyro_lift import LiFT
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.linear_gaussian import Gaussian, LinearGaussian, gaussian_kl
 from pyro_lift.tuning.half_chain import Settled, half_chain
+from pyro_lift.tuning.halves import Joint
 from pyro_lift.tuning.joint_run import Standing
-from tests.test_lift import toy_lift, toy_tasks
-from tests.tuning.test_cross_fit import JOINT, adapter, tasks
+
+JOINT = Joint(0.1, 800, 0.5, 0.1, True)
 
 
 def half_of(toy: LinearGaussian) -> LinearGaussian:
