@@ -99,6 +99,7 @@ class ChainSetup:
         program = run.program(tasks)
         s = run._fitted(program, leave_out=leaves_outliers_out(session))
         adapt = resolved_adaptation(self.adapt_settings, self.settings, s, program.solved is not None)
+        run = run if joint is None or not counts_rounds(session) else run._no_faster_than(joint, len(tasks))
         if not crossed:
             return BeforeChain(run, program, self._widened(s, program, joint), adapt, joint, None)
         noise = run.settings.noise_scale if self.settings.noise_scale is None else None
@@ -178,7 +179,9 @@ class ChainSetup:
         def adapt(
             standing: Standing, unseen: Sequence[Task], noise: float | None, power: float
         ) -> Sequence[TaskPosterior]:
-            settled = None if joint is None or not classes else self._half_chain(standing, joint, s, **shown)
+            settled = (
+                None if joint is None or not classes else self._half_chain(standing, joint, s, len(tasks), **shown)
+            )
             variance = one_width(s.beta) ** 2 / max(len(tasks) // 2, 1)
             at = Moments(torch.ones(1), standing.vector.unsqueeze(0), torch.full_like(standing.vector, variance)[None])
             if settled is not None:
@@ -197,13 +200,18 @@ class ChainSetup:
         judge = Judge(score, predict, adapt if sure or strength else None, noise, strength)
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 
-    def _half_chain(self, standing: Standing, joint: Joint, s: LiFTSettings, **shown: Any) -> Settled | None:
+    def _half_chain(
+        self, standing: Standing, joint: Joint, s: LiFTSettings, tasks: int, **shown: Any
+    ) -> Settled | None:
         """Run the chain of one half of the tasks, no longer than its joint training; None where it has none."""
         if not standing.tasks:
             return None
         share = min(0.5, 0.5 * joint.steps / (s.burn_in + s.samples * s.thinning))
         burn_in, draws = round(share * s.burn_in), max(round(share * s.samples), 2)
-        run = self._with(replace(self.settings, sgd_steps=0, burn_in=burn_in, samples=draws))
+        step = self.settings.translation_step_size  # of all tasks
+        step = None if step is None else step * tasks / len(standing.tasks)
+        settings = replace(self.settings, sgd_steps=0, burn_in=burn_in, samples=draws, translation_step_size=step)
+        run = self._with(settings)
         program = run.program(standing.tasks)
         program.beta = by_weight(self.adapter, s.beta)
         run._widened(s, program, joint)
@@ -228,6 +236,19 @@ class ChainSetup:
 
     def _with(self, settings: LiFTSettings) -> ChainSetup:
         return ChainSetup(self.adapter, settings, self.adapt_settings, self.seed)
+
+    def _no_faster_than(self, joint: Joint, tasks: int) -> ChainSetup:
+        """Bring the translation down to the rate of joint training, where the trial has taken a smaller one.
+
+        It pulls phi in the same direction, and would go on at the rate that unseen tasks were not helped by.
+        """
+        first, left_open = resolved(self.settings, self.adapter), self.settings.translation_step_size is None
+        default = resolved(replace(self.settings, sgd_learning_rate=None), self.adapter).sgd_learning_rate
+        assert default is not None and first.learning_rate is not None
+        if not (joint.helps and left_open and joint.rate < default and first.translation in ("saga", "falling")):
+            return self
+        step = 2.0 * first.learning_rate * joint.rate / default / tasks
+        return self._with(replace(self.settings, translation_step_size=step))
 
     def program(self, tasks: Sequence[Task]) -> AdapterHierarchy:
         """Return the Pyro program that :meth:`meta_train` samples."""

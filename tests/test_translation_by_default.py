@@ -10,7 +10,8 @@ import torch
 from common_map import adapter, tasks
 
 from pyro_lift import LiFT, LiFTSettings, Task
-from pyro_lift.defaults import with_translation
+from pyro_lift.defaults import resolved, with_translation
+from pyro_lift.tuning.halves import Joint
 from pyro_lift.tuning.whose_heads import run_config
 
 SETTINGS = LiFTSettings(burn_in=10, samples=20)
@@ -59,3 +60,18 @@ def test_a_step_that_is_given_is_the_translations_and_not_joint_trainings() -> N
     lift = LiFT(adapter(), sgd_steps=80, burn_in=10, samples=20, translation_step_size=1e-4, seed=0)
     prior = lift.meta_train(tasks(), progress=False)
     assert prior.settings.translation == "saga" and prior.settings.translation_step_size == 1e-4
+
+
+def test_a_smaller_rate_of_joint_training_is_the_translations_too() -> None:
+    """It pulls phi as joint training does, which did not help at the larger rate."""
+    made = tasks()
+    run = LiFT(adapter(), sgd_steps=80, burn_in=10, samples=20)._with(replace(SETTINGS, translation="saga"))
+    default = resolved(run.settings, run.adapter)
+    assert default.learning_rate is not None and default.sgd_learning_rate is not None
+    small = Joint(0.2 * default.sgd_learning_rate, 80, 0.5, 0.1, True)
+    step = run._no_faster_than(small, len(made)).settings.translation_step_size
+    assert step == pytest.approx(0.2 * 2.0 * default.learning_rate / len(made))
+    for joint in (small._replace(rate=default.sgd_learning_rate), small._replace(helps=False)):
+        assert run._no_faster_than(joint, len(made)).settings.translation_step_size is None
+    given = run._with(replace(run.settings, translation_step_size=1e-3))
+    assert given._no_faster_than(small, len(made)).settings.translation_step_size == 1e-3

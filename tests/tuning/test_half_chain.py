@@ -47,7 +47,7 @@ def half(
     run = LiFT(adapter(), sgd_steps=40, burn_in=2, samples=4, seed=0).before_chain(tasks(), crossed=False)
     standing = run.run._joint_run(tasks()[::2], 0.01, 40, "half").to(40)
     monkeypatch.setattr(SGLDGibbs, "sample", sample)
-    return run.run._half_chain(standing, JOINT, run.settings), standing
+    return run.run._half_chain(standing, JOINT, run.settings, 8), standing
 
 
 def test_it_goes_on_from_the_vector_with_its_preconditioner(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,4 +76,4 @@ def test_a_chain_that_diverges_says_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_untouched_network_has_no_chain() -> None:
     run = LiFT(adapter(), sgd_steps=40, burn_in=2, samples=4, seed=0).before_chain(tasks(), crossed=False)
-    assert run.run._half_chain(Standing(torch.zeros(3), {}), JOINT, run.settings) is None
+    assert run.run._half_chain(Standing(torch.zeros(3), {}), JOINT, run.settings, 8) is None
