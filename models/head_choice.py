@@ -51,7 +51,9 @@ REMEMBERED = 4096
 _choices: OrderedDict[bytes, HeadChoice] = OrderedDict()
 
 
-def choose_head(features: Tensor, target: Tensor, num_classes: int, scale: float | None = None) -> HeadChoice:
+def choose_head(
+    features: Tensor, target: Tensor, num_classes: int, scale: float | None = None, *, around: Tensor | None = None
+) -> HeadChoice:
     """Choose a task's prior by cross-validation on its rows.
 
     A choice is remembered, for as long as the process lives: a task that is adapted to again, at other rates say, has
@@ -63,19 +65,23 @@ def choose_head(features: Tensor, target: Tensor, num_classes: int, scale: float
         target: class numbers ``[n]``.
         num_classes: C.
         scale: s_0, of label matching; None where there are no label texts.
+        around: the head ``[C, E + 1]`` at which the prior stands; not under label matching.
     """
-    key = digest_of(features, target, told=(num_classes, scale))
+    told = (num_classes, scale)
+    key = digest_of(features, target, told=told) if around is None else digest_of(features, target, around, told=told)
     found = _choices.get(key)
     if found is None:
-        found = _choices[key] = _cross_validated(features, target, num_classes, scale)
+        found = _choices[key] = _cross_validated(features, target, num_classes, scale, around)
         while len(_choices) > REMEMBERED:
             _choices.popitem(last=False)
     return found
 
 
-def _cross_validated(features: Tensor, target: Tensor, num_classes: int, scale: float | None) -> HeadChoice:
+def _cross_validated(
+    features: Tensor, target: Tensor, num_classes: int, scale: float | None, around: Tensor | None
+) -> HeadChoice:
     if scale is None:
-        return _chosen(features, target, HeadModel(num_classes))
+        return _chosen(features, target, HeadModel(num_classes, around=around))
     if features.shape[-1] == num_classes:
         return _chosen(features, target, HeadModel(num_classes, scale=ScalePrior(scale, scale)))
     absent = bool((features[..., -num_classes:] == ABSENT).any())

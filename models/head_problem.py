@@ -64,12 +64,27 @@ class HeadModel(NamedTuple):
         noise_scale: standard deviation of the noise in regression.
         scale: the last C features are similarities to the labels' texts, and this is the prior of their scale; None
             has no such features.
+        around: the head at which the prior stands, ``[C, E + 1]`` on the features as they come; None is a head of
+            zeros.
     """
 
     num_outputs: int
     kind: HeadKind = "classification"
     noise_scale: float = 1.0
     scale: ScalePrior | None = None
+    around: Tensor | None = None
+
+    def offset(self, features: Tensor) -> Tensor | None:
+        """Return the outputs ``[..., n, C]`` of the head that the prior stands at; None where it is zero."""
+        return None if self.around is None else apply_head(features.double(), self.around.to(features.device).double())
+
+    def apart(self, head: Tensor) -> Tensor:
+        """Return a head less the one that the prior stands at."""
+        return head if self.around is None else head - self.around.to(head)
+
+    def whole(self, head: Tensor) -> Tensor:
+        """Return the inverse of :meth:`apart`."""
+        return head if self.around is None else head + self.around.to(head)
 
     def split(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split features ``[..., n, E + C]`` into those of the linear part and the similarities, if there are any."""

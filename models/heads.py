@@ -149,14 +149,16 @@ def solve_head(
     if not isinstance(prior_sd, Tensor):
         check_number("prior_sd", prior_sd)
     x, similarity = model.split(features.double())
+    offset = _with_offset(offset, model.offset(features))
     scaling = scaling_of(x, weight)
     problem = head_problem(scaling.apply(x), target, model, prior_sd, weight, offset, similarity=similarity)
     v = problem.start
     if start is not None:
-        v = v + problem.coordinates(start.double(), scaling)
+        v = v + problem.coordinates(model.apart(start.double()), scaling)
     v, iterations = (least_squares(problem), 1) if model.kind == "regression" else newton(problem, v)
     loss, gradient = terms(problem, v)
-    return SolvedHead(problem.head(v, scaling).to(features.dtype), loss, norm_of(gradient), iterations)
+    head = model.whole(problem.head(v, scaling)).to(features.dtype)
+    return SolvedHead(head, loss, norm_of(gradient), iterations)
 
 
 @torch.no_grad()
@@ -187,6 +189,7 @@ def choose_prior_sd(
     tried = standard_widths(x.shape[-1]) if tried is None else tuple(tried)
     if n < 2:
         return PriorChoice(tried[len(tried) // 2], (math.nan,) * len(tried), tried)
+    offset = _with_offset(offset, model.offset(features))
     x = scaling_of(x).apply(x)
     fold = folds(target, min(n, most_folds), stratified=model.kind == "classification")
     kept = torch.stack([(fold != k).double() for k in range(int(fold.max()) + 1)]).to(x.device)  # [F, n]
@@ -243,8 +246,9 @@ def laplace_head(
     check_number("temperature", temperature, open_below=False)
     x, similarity = model.split(features.double())
     scaling = scaling_of(x)
-    problem = head_problem(scaling.apply(x), target, model, prior_sd, None, None, similarity=similarity, rotate=False)
-    v = problem.coordinates(solved.double(), scaling)
+    z, offset = scaling.apply(x), model.offset(features)
+    problem = head_problem(z, target, model, prior_sd, None, offset, similarity=similarity, rotate=False)
+    v = problem.coordinates(model.apart(solved.double()), scaling)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(v.device)
@@ -256,7 +260,11 @@ def laplace_head(
     else:
         rows = rows / model.noise_scale
     delta = conjugate_gradients(curvature(problem, v), noise + problem.adjoint(rows), 1e-10, 10 * v.numel())
-    return problem.head(v + math.sqrt(temperature) * delta, scaling).to(features.dtype)
+    return model.whole(problem.head(v + math.sqrt(temperature) * delta, scaling)).to(features.dtype)
+
+
+def _with_offset(given: Tensor | None, of_prior: Tensor | None) -> Tensor | None:
+    return of_prior if given is None else given if of_prior is None else given + of_prior
 
 
 def folds(target: Tensor, number: int, *, stratified: bool) -> Tensor:

@@ -58,6 +58,7 @@ class AdapterHierarchy:
         learned: g, ``[D]``, the group of each weight, whose variance is unknown; None takes beta as it is given.
         head: whether a task's own head is a site, ``"sample"``, or solved on the way, ``"solve"``
             (:mod:`~pyro_lift.models.solved_heads`), which gives one to tasks of label matching too.
+        head_mean: the head ``[C, E + 1]`` that solved ones have their prior around; None is zero.
 
     Raises:
         ValueError: no task; two tasks of one name; a shared head that does not fit a task's targets; more tasks in a
@@ -84,6 +85,7 @@ class AdapterHierarchy:
         block_size: int = 1,
         learned: Tensor | None = None,
         head: Literal["sample", "solve"] = "sample",
+        head_mean: Tensor | None = None,
     ) -> None:
         check_width_of_prior("beta", beta, adapter.dim)
         check_width_of_prior("sigma", sigma, adapter.dim)
@@ -102,7 +104,7 @@ class AdapterHierarchy:
         if block_size > len(tasks):
             raise ValueError(f"block_size={block_size} is more than the {len(tasks)} tasks there are.")
         self.block_size = block_size
-        self.solved = solved_heads(head, adapter, self.tasks, head_scale, adapter.initial)
+        self.solved = solved_heads(head, adapter, self.tasks, head_scale, adapter.initial, head_mean)
         self.one_pass = block_size > 1 and can_share_pass(self.tasks, head_scale, self.solved is not None)
 
     def __call__(self) -> None:

@@ -58,6 +58,8 @@ class SolvedHeads:
         choices: of each task, where they have been made already.
         scale: of label matching where a task has no rows; None takes the readout's.
         folds: heads of a pass.
+        mean: the head ``[C, E + 1]`` that heads of as many classes have their prior around; None is zero. A task whose
+            own rows are predicted better by a head around zero has that.
     """
 
     def __init__(
@@ -69,11 +71,12 @@ class SolvedHeads:
         choices: Sequence[HeadChoice] | None = None,
         scale: float | None = None,
         folds: int = FOLDS,
+        mean: Tensor | None = None,
     ) -> None:
         check_number("folds", folds, least=2, open_below=False, whole=True)
         if scale is not None:
             check_number("scale", scale)
-        self.adapter, self.tasks, self.folds = adapter, list(tasks), folds
+        self.adapter, self.tasks, self.folds, self.mean = adapter, list(tasks), folds, mean
         self.start = start.detach()
         self.scale = zero_shot_scale(adapter) if scale is None else scale
         self._choices: dict[int, HeadChoice] = dict(enumerate(choices or ()))
@@ -86,7 +89,11 @@ class SolvedHeads:
             assert classes is not None
             found = all_features(self.adapter, rows, self.start, network_output)
             scale = self.scale if self.adapter.matches(rows.named) else None
-            self._choices[task] = choose_head(found, rows.target, classes, scale)
+            choice = choose_head(found, rows.target, classes, scale)
+            if self.mean is not None and scale is None and classes == len(self.mean):
+                around = choose_head(found, rows.target, classes, around=self.mean)
+                choice = choice if choice.score > around.score else around
+            self._choices[task] = choice
         return self._choices[task]
 
     def mean_scale(self) -> float | None:
@@ -138,6 +145,11 @@ class SolvedHeads:
         if model.scale is not None:  # tasks that share a pass differ in their scale alone
             means = each([scale.mean for scale in scales if scale is not None])
             model = model._replace(scale=ScalePrior(means, model.scale.sd))
+        arounds = [choice.model.around for choice in choices]
+        given = next((around for around in arounds if around is not None), None)
+        if given is not None:  # or in the head that their prior stands at
+            each_around = [torch.zeros_like(given) if around is None else around for around in arounds]
+            model = model._replace(around=torch.stack(each_around))
         return held_out_log_prob(features, target, model, widths, folds=self.folds, weight=weight)
 
     def log_prob_at(self, task: int, rows: Rows, theta: Tensor) -> Tensor:
@@ -219,13 +231,18 @@ def has_solved_head(adapter: RandomAdapter, task: Task, scale: float | None) -> 
 
 
 def solved_heads(
-    head: Literal["sample", "solve"], adapter: RandomAdapter, tasks: Sequence[Task], scale: float | None, start: Tensor
+    head: Literal["sample", "solve"],
+    adapter: RandomAdapter,
+    tasks: Sequence[Task],
+    scale: float | None,
+    start: Tensor,
+    mean: Tensor | None = None,
 ) -> SolvedHeads | None:
     """Make the solved heads of a program; None where heads are sampled, or where no task has one of its own."""
     check_choice("head", head, ["sample", "solve"])
     if head == "sample" or not any(has_solved_head(adapter, task, scale) for task in tasks):
         return None
-    return SolvedHeads(adapter, tasks, start)
+    return SolvedHeads(adapter, tasks, start, mean=mean)
 
 
 def held_out_log_prob(
@@ -261,6 +278,8 @@ def held_out_log_prob(
     kept = kept if matched else torch.where(some, kept, torch.ones_like(kept))
     if model.scale is not None and isinstance(model.scale.mean, Tensor):
         model = model._replace(scale=model.scale._replace(mean=model.scale.mean.unsqueeze(-1)))
+    if model.around is not None:
+        model = model._replace(around=model.around.unsqueeze(-3))
     many = features.detach().unsqueeze(-3).expand(*kept.shape[:-1], *features.shape[-2:])
     sd = torch.as_tensor(prior_sd, dtype=torch.float64, device=features.device)
     solved = solve_head(

@@ -38,8 +38,9 @@ from pyro_lift.tuning.halves import (
     log_probs_at,
     steps_beside_trial,
 )
+from pyro_lift.tuning.head_mean import HeadMean, head_mean
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
-from pyro_lift.tuning.whose_heads import counts_rounds, leaves_outliers_out
+from pyro_lift.tuning.whose_heads import counts_rounds, has_head_mean, leaves_outliers_out
 from pyro_lift.watching.watch import Watchers
 
 __all__ = ["BeforeChain", "ChainSetup"]
@@ -79,6 +80,7 @@ class ChainSetup:
         self, adapter: RandomAdapter, settings: LiFTSettings, adapt_settings: AdaptSettings, seed: int | None
     ) -> None:
         self.adapter, self.settings, self.adapt_settings, self.seed = adapter, settings, adapt_settings, seed
+        self.head_mean: HeadMean | None = None
 
     def before_chain(
         self,
@@ -93,13 +95,14 @@ class ChainSetup:
         """Find what is left to the tasks: whether joint training helps, the prior's widths, what unseen tasks say."""
         on_step = {part: None if watchers is None else watchers.of(part) for part in ("joint-trial", "cross-fit")}
         run = self._with(for_targets(self.settings, tasks))
+        run.head_mean = run._head_mean(tasks) if has_head_mean(session) else None
         joint = None if start is not None else run._joint(tasks, session, progress, on_step["joint-trial"])
         run = run if joint is None else run._after(joint)
         run = run._with(with_translation(run.settings, tasks, by_rounds=counts_rounds(session)))
+        run = run if joint is None or not counts_rounds(session) else run._no_faster_than(joint, len(tasks))
         program = run.program(tasks)
         s = run._fitted(program, leave_out=leaves_outliers_out(session))
         adapt = resolved_adaptation(self.adapt_settings, self.settings, s, program.solved is not None)
-        run = run if joint is None or not counts_rounds(session) else run._no_faster_than(joint, len(tasks))
         if not crossed:
             return BeforeChain(run, program, self._widened(s, program, joint), adapt, joint, None)
         noise = run.settings.noise_scale if self.settings.noise_scale is None else None
@@ -139,7 +142,7 @@ class ChainSetup:
         if head_scale is not None and s.head == "langevin":  # without steps of its own, such a head says nothing
             return None
         tasks = [task.to(self.adapter.initial.device) for task in tasks]
-        score = partial(log_probs_at, self.adapter, head_scale=head_scale, noise_scale=s.noise_sd)
+        score = partial(log_probs_at, self.adapter, head_scale=head_scale, **self._scored_by(s))
         assert s.sgd_learning_rate is not None
         few = few_passes(steps, s.batch_size, tasks)
 
@@ -174,7 +177,7 @@ class ChainSetup:
         sure = noise is not None or classes
         strength = self.leaves_power_open and all(task.kind == "tokens" for task in tasks)
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
-        score = partial(log_probs_at, self.adapter, head_scale=program.head_scale, noise_scale=s.noise_sd)
+        score = partial(log_probs_at, self.adapter, head_scale=program.head_scale, **self._scored_by(s))
 
         def adapt(
             standing: Standing, unseen: Sequence[Task], noise: float | None, power: float
@@ -234,9 +237,6 @@ class ChainSetup:
             settings = replace(settings, translation="none", translation_step_size=None)
         return self._with(settings)
 
-    def _with(self, settings: LiFTSettings) -> ChainSetup:
-        return ChainSetup(self.adapter, settings, self.adapt_settings, self.seed)
-
     def _no_faster_than(self, joint: Joint, tasks: int) -> ChainSetup:
         """Bring the translation down to the rate of joint training, where the trial has taken a smaller one.
 
@@ -249,6 +249,21 @@ class ChainSetup:
             return self
         step = 2.0 * first.learning_rate * joint.rate / default / tasks
         return self._with(replace(self.settings, translation_step_size=step))
+
+    def _with(self, settings: LiFTSettings) -> ChainSetup:
+        run = ChainSetup(self.adapter, settings, self.adapt_settings, self.seed)
+        run.head_mean = self.head_mean
+        return run
+
+    def _scored_by(self, s: LiFTSettings) -> dict[str, Any]:
+        return {"noise_scale": s.noise_sd, "head_mean": None if self.head_mean is None else self.head_mean.head}
+
+    def _head_mean(self, tasks: Sequence[Task]) -> HeadMean | None:
+        """Find the head that tasks' own stand around, where these are solved on the network's output."""
+        head = self.settings.head
+        if head in ("langevin", "shared") or self._head_scale(tasks, self.settings) is None:
+            return None
+        return head_mean(self.adapter, [task.to(self.adapter.initial.device) for task in tasks])
 
     def program(self, tasks: Sequence[Task]) -> AdapterHierarchy:
         """Return the Pyro program that :meth:`meta_train` samples."""
@@ -265,6 +280,7 @@ class ChainSetup:
             block_size=s.block_size,
             learned=groups_of_weights(self.adapter) if self.settings.learns_beta else None,
             head="sample" if s.head == "langevin" else "solve",
+            head_mean=None if self.head_mean is None else self.head_mean.head,
         )
 
     def _head_scale(self, tasks: Sequence[Task], s: LiFTSettings) -> float | None:

@@ -349,6 +349,7 @@ class LiFT(ChainSetup):
                 or (1.0 if halves is None else halves.temperature),
                 tuning=None if self.tuning is None else self.tuning.to_dict(),
                 matching_scale=None if program.solved is None else program.solved.mean_scale(),
+                head_mean=None if run.head_mean is None else run.head_mean.head,
                 encoding=next((task.encoding for task in tasks if task.encoding is not None), None),
             )
 
@@ -391,7 +392,7 @@ class LiFT(ChainSetup):
         if adapt is held:
             told: dict[str, Any] = {"power": power, "temperature": s.temperature or 0.0, "given": given}
             warn_of_few(moved, self.adapter.dim, program.tasks, **told)
-        before = [work.results() for work in (joint, halves) if work is not None]
+        before = [work.results() for work in (joint, halves, run.head_mean) if work is not None]
         results = {**moved, **{name: x for part in before for name, x in part.items()}, **looks.results()}
         return [prior(k, summary, moments, results) for k in components]
 

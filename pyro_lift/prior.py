@@ -39,7 +39,18 @@ from pyro_lift.tuning.predictions import fitted_on_held_out
 __all__ = ["LiFTPrior"]
 
 #: What a merged prior has of its first chain's, beside the settings.
-_OF_THE_TASKS = ("tasks", "matching_scale", "encoding", "tuning", "rescales", "rows", "kinds", "classes", "masks")
+_OF_THE_TASKS = (
+    "tasks",
+    "matching_scale",
+    "encoding",
+    "tuning",
+    "rescales",
+    "rows",
+    "kinds",
+    "classes",
+    "masks",
+    "head_mean",
+)
 
 
 class LiFTPrior:
@@ -65,6 +76,8 @@ class LiFTPrior:
         kinds: of the tasks it was learned from; empty where nobody says.
         classes: the output of each class name, where they shared the network's outputs.
         masks: whether shared outputs that are no classes of a new task have no probability; False of one saved before.
+        head_mean: the head ``[C, E + 1]`` that new tasks' own have their prior around, where the tasks it was learned
+            from share their classes (:mod:`~pyro_lift.tuning.head_mean`); None is zero.
     """
 
     def __init__(
@@ -88,6 +101,7 @@ class LiFTPrior:
         kinds: Sequence[str] = (),
         classes: Mapping[str, int] | None = None,
         masks: bool = True,
+        head_mean: Tensor | None = None,
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
         self.matching_scale, self.rescales, self.rows = matching_scale, rescales, rows
@@ -96,6 +110,7 @@ class LiFTPrior:
         self.adapt_settings = adapt_settings or AdaptSettings()
         self.second_moment = second_moment or {}
         self.mcmc, self.seed, self.encoding, self.masks = mcmc, seed, encoding, masks
+        self.head_mean = head_mean
 
     def __repr__(self) -> str:
         return f"LiFTPrior({self.mixture!r}, beta={one_width(self.settings.beta):.3g}, adapter={self.adapter!r})"
@@ -249,6 +264,7 @@ class LiFTPrior:
             rescales=self.rescales,
             matching_scale=self.matching_scale,
             prediction_temperature=self.prediction_temperature,
+            head_mean=self.head_mean,
         )
 
     def theta(self, task: str) -> Tensor:

@@ -131,6 +131,7 @@ def heads_at_best_start(
     untouched: Untouched | None = None,
     *,
     scale: float | None = None,
+    mean: Tensor | None = None,
 ) -> tuple[SolvedHeads, list[Start]]:
     """Solve the heads of new tasks: the start whose features predict left-out rows best, and heads from there on.
 
@@ -140,13 +141,14 @@ def heads_at_best_start(
         mixture: over phi, ``[K, D]``.
         untouched: a further start.
         scale: of label matching without rows; None takes the readout's.
+        mean: the head that theirs have their prior around; None is zero.
 
     Returns:
         The heads, their priors chosen at each task's start; and the starts, the log likelihood being that of
         left-out rows (sum over training rows).
     """
     candidates = _candidates(mixture, untouched)
-    heads = [SolvedHeads(adapter, tasks, candidate.theta, scale=scale) for candidate in candidates]
+    heads = [SolvedHeads(adapter, tasks, candidate.theta, scale=scale, mean=mean) for candidate in candidates]
     starts, chosen = [], []
     for k, task in enumerate(tasks):
         scores = [each.score(k) * len(task.train) for each in heads]
@@ -154,7 +156,7 @@ def heads_at_best_start(
         best = odds.index(max(odds))
         starts.append(Start(candidates[best].component, candidates[best].theta, scores[best]))
         chosen.append(heads[best].choice(k))
-    return SolvedHeads(adapter, tasks, candidates[0].theta, choices=chosen, scale=scale), starts
+    return SolvedHeads(adapter, tasks, candidates[0].theta, choices=chosen, scale=scale, mean=mean), starts
 
 
 @torch.no_grad()

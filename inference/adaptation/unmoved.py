@@ -88,7 +88,13 @@ class Unmoved:
             ]
             choices = [solved.choice(k) for k in range(len(self.tasks))]
             self.solved = SolvedHeads(
-                solved.adapter, self.tasks, solved.start, choices=choices, scale=solved.scale, folds=solved.folds
+                solved.adapter,
+                self.tasks,
+                solved.start,
+                choices=choices,
+                scale=solved.scale,
+                folds=solved.folds,
+                mean=solved.mean,
             )
 
     def put_back(self, task: int, start: Tensor, thetas: Tensor) -> Tensor:

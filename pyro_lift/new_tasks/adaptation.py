@@ -75,6 +75,7 @@ class Adaptation:
         rescales: whether the preconditioner is brought to the power of this adaptation.
         matching_scale: of label matching without rows; None takes the readout's.
         prediction_temperature: that posteriors predict with.
+        head_mean: the head that tasks' own have their prior around; None is zero.
     """
 
     adapter: RandomAdapter
@@ -86,6 +87,7 @@ class Adaptation:
     rescales: bool
     matching_scale: float | None
     prediction_temperature: float
+    head_mean: Tensor | None = None
 
     def alone(self, task: Task, source: Source, shown: Shown) -> TaskPosterior:
         """Adapt to one task, by a chain of its own."""
@@ -193,7 +195,9 @@ class Adaptation:
         scale = self._head_scale(tasks)
         if self.settings.head == "langevin" or not all(has_solved_head(self.adapter, task, scale) for task in tasks):
             return None, []
-        return heads_at_best_start(self.adapter, tasks, mixture, untouched, scale=self.matching_scale)
+        return heads_at_best_start(
+            self.adapter, tasks, mixture, untouched, scale=self.matching_scale, mean=self.head_mean
+        )
 
     def _head_scale(self, tasks: Sequence[Task]) -> float | None:
         return new_head_scale(self.adapter, self.settings, tasks)

@@ -129,7 +129,7 @@ def save_prior(prior: SavablePrior, folder: Path) -> Path:
     check_destination(folder, "prior")
     tensors = {f"mixture.{k}": x for k, x in mixture.state_dict().items()}
     tensors |= {f"second_moment.{k}": x for k, x in prior.second_moment.items()}
-    tensors["initial"] = adapter.initial
+    tensors |= {"initial": adapter.initial, **({} if prior.head_mean is None else {"head_mean": prior.head_mean})}
     with new_files(folder, CONFIG, stale=(POSTERIOR, HEAD, *TOKENIZER_FILES)) as new:
         write_peft(adapter, _component(prior, _heaviest(prior)), new)
         config = {
@@ -195,7 +195,7 @@ def load_prior(
     adapter = adapter.beginning_at(tensors["initial"])  # the caller's may be another prior's
     tasks = tuple(map(str, config["tasks"]))
     encoding, seed, results = load_encoding(config.get("encoding"), path), config.get("seed"), dict(config["results"])
-    choices = {"encoding": encoding, **saved_choices(path, config)}
+    choices = {"encoding": encoding, "head_mean": tensors.get("head_mean"), **saved_choices(path, config)}
     return PriorParts(adapter, mixture, settings, adapt_settings, moments, seed, tasks, results, **choices)
 
 

@@ -39,6 +39,7 @@ class PriorParts(NamedTuple):
         kinds: of the tasks it was learned from.
         classes: the output of each class name, where they shared the network's outputs.
         masks: whether shared outputs that are no classes of a new task have no probability.
+        head_mean: the head that new tasks' own have their prior around, or None.
     """
 
     adapter: RandomAdapter
@@ -58,6 +59,7 @@ class PriorParts(NamedTuple):
     kinds: tuple[str, ...] = ()
     classes: dict[str, int] | None = None
     masks: bool = True
+    head_mean: Tensor | None = None
 
 
 class PosteriorParts(NamedTuple):
@@ -108,6 +110,7 @@ class SavablePrior(Protocol):
     kinds: tuple[str, ...]
     classes: dict[str, int]
     masks: bool
+    head_mean: Tensor | None
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:

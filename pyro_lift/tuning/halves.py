@@ -389,13 +389,13 @@ def log_probs_at(
         theta: weights ``[D]``.
         tasks: each with its training rows.
         head_scale: standard deviation of heads of their own; None where there are none.
-        options: ``scale`` of label matching, ``noise_scale`` of regression.
+        options: ``scale`` of label matching, ``noise_scale`` of regression, ``head_mean`` of heads of their own.
     """
-    noise_scale, scale = options.get("noise_scale", 1.0), options.get("scale")
+    noise_scale, scale, mean = options.get("noise_scale", 1.0), options.get("scale"), options.get("head_mean")
     values = []
     for task in tasks:
         if has_solved_head(adapter, task, head_scale):
-            values.append(SolvedHeads(adapter, [task], theta, scale=scale).score(0))
+            values.append(SolvedHeads(adapter, [task], theta, scale=scale, mean=mean).score(0))
             continue
         prior = torch.distributions.Independent(torch.distributions.Normal(theta, 1.0), 1)
         program = FlatAdapter(adapter, task, prior, noise_scale=noise_scale)

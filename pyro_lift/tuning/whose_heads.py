@@ -23,6 +23,7 @@ __all__ = [
     "as_saved",
     "counts_rounds",
     "counts_width",
+    "has_head_mean",
     "leaves_outliers_out",
     "run_config",
     "with_heads_settled",
@@ -30,8 +31,8 @@ __all__ = [
 
 #: Keys and values in the configuration of a saved run that name rules it was begun under, each later than the first
 #: runs: an output wider than all tasks' classes calls for heads of their own; the length of the chain for control
-#: variates in its translation.
-RULES = {"heads": "by width", "translation": "by rounds"}
+#: variates in its translation; heads of tasks that share their classes stand around one head.
+RULES = {"heads": "by width", "translation": "by rounds", "head mean": "of all tasks"}
 
 
 def with_heads_settled(
@@ -74,6 +75,11 @@ def counts_width(session: Session | None) -> bool:
 def counts_rounds(session: Session | None) -> bool:
     """Whether the length of the chain counts in its translation: in a run of before the step of that always falls."""
     return _has_rule(session, "translation")
+
+
+def has_head_mean(session: Session | None) -> bool:
+    """Whether heads of tasks that share their classes stand around one head: in a run of before they do not."""
+    return _has_rule(session, "head mean")
 
 
 def _has_rule(session: Session | None, name: str) -> bool:

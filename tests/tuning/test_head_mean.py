@@ -1,0 +1,158 @@
+"""Heads of tasks' own around one head of all tasks: their mode, where it is found, what keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_lift import LiFT, LiFTPrior, Task
+from pyro_lift.metrics.probabilities import nll
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.head_problem import BIAS_SD, HeadModel, apply_head
+from pyro_lift.models.heads import laplace_head, scaling_of, solve_head
+from pyro_lift.models.solved_heads import SolvedHeads
+from pyro_lift.tuning.head_mean import head_mean, may_share_classes
+from pyro_lift.tuning.whose_heads import RULES, run_config
+
+WIDTH, CLASSES = 8, 3
+SHORT = {"sgd_steps": 0, "burn_in": 2, "samples": 6, "seed": 0}
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, WIDTH))
+
+
+def adapter() -> RandomAdapter:
+    return adapt_backbone(network(), peft.LoraConfig(r=2, target_modules=["0", "2"]), seed=0)
+
+
+def tasks(number: int = 8, rows: int = 9, *, shared: bool = True, seed: int = 1) -> list[Task]:
+    """Classes that one map of the inputs makes; not shared, each task numbers them in an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(6, CLASSES, generator=torch.Generator().manual_seed(0))
+    made = []
+    for k in range(number):
+        x = torch.randn(rows + 60, 6, generator=generator)
+        own = common + 0.3 * torch.randn(6, CLASSES, generator=generator)
+        order = torch.arange(CLASSES) if shared else torch.randperm(CLASSES, generator=generator)
+        y = order[(x @ own).argmax(-1)]
+        made.append(Task(f"t{seed}-{k}", (x[:rows], y[:rows]), test=(x[rows:], y[rows:]), num_classes=CLASSES))
+    return made
+
+
+def random_problem(n: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = 2.0 * torch.randn(n, WIDTH, generator=generator).double() + 1.0
+    return x, torch.arange(n) % CLASSES, torch.randn(CLASSES, WIDTH + 1, generator=generator).double()
+
+
+def test_the_mode_is_the_posteriors_under_a_prior_around_the_head() -> None:
+    x, y, around = random_problem()
+    sd = 0.3
+    head = solve_head(x, y, HeadModel(CLASSES, around=around), prior_sd=sd).head.requires_grad_()
+    loss = torch.nn.functional.cross_entropy(apply_head(x, head), y, reduction="sum")
+    apart = scaling_of(x).unfolded(head - around)  # on standardised features, where the prior is
+    loss = loss + 0.5 * (apart[:, :-1] / sd).square().sum() + 0.5 * (apart[:, -1] / BIAS_SD).square().sum()
+    (gradient,) = torch.autograd.grad(loss, head)
+    assert gradient.abs().max() < 1e-6
+    narrow = solve_head(x, y, HeadModel(CLASSES, around=around), prior_sd=1e-5).head
+    torch.testing.assert_close(narrow[:, :-1], around[:, :-1], atol=1e-4, rtol=0.0)
+    again = solve_head(x, y, HeadModel(CLASSES, around=around), prior_sd=sd, start=head.detach())
+    assert again.iterations == 0 and torch.allclose(again.head, head)
+
+
+def test_draws_stand_around_that_mode() -> None:
+    x, y, around = random_problem()
+    model = HeadModel(CLASSES, around=around)
+    mode = solve_head(x, y, model, prior_sd=0.3).head
+    draws, plain = (
+        laplace_head(x, y, of, mode, 4_000, prior_sd=0.3, generator=torch.Generator().manual_seed(0))
+        for of in (model, HeadModel(CLASSES))
+    )
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - mode).abs() / error).max() < 4.5
+    torch.testing.assert_close(plain, draws)  # the curvature is that of the whole head, wherever its prior stands
+
+
+def test_tasks_that_share_a_pass_each_have_their_own_choice() -> None:
+    made = [*tasks(3), *tasks(2, shared=False, seed=5)]
+    mean = solve_head(*_read(adapter(), tasks(8, rows=60)), HeadModel(CLASSES), prior_sd=0.5).head
+    heads = SolvedHeads(adapter(), made, adapter().initial, mean=mean)
+    around = [heads.choice(k).model.around is not None for k in range(5)]
+    assert any(around) and not all(around)
+    features = torch.stack([_read(adapter(), [task])[0] for task in made])
+    target = torch.stack([task.train.target for task in made])
+    together = heads.log_prob(range(5), features, target)
+    apart = [heads.log_prob([k], features[k : k + 1], target[k : k + 1]) for k in range(5)]
+    torch.testing.assert_close(together, torch.cat(apart))
+
+
+def _read(adapter: RandomAdapter, some: Sequence[Task]) -> tuple[Tensor, Tensor]:
+    x = torch.cat([task.train.positional[0] for task in some])
+    with torch.no_grad():
+        return adapter(x, theta=adapter.initial), torch.cat([task.train.target for task in some])
+
+
+def test_it_is_found_where_classes_are_shared_and_nowhere_else() -> None:
+    found = head_mean(adapter(), tasks())
+    assert found is not None and found.gain > 3.0 * found.error and found.head.shape == (CLASSES, WIDTH + 1)
+    assert head_mean(adapter(), tasks(shared=False)) is None
+    assert head_mean(adapter(), tasks(3)) is None  # too few to tell
+
+
+def test_which_tasks_may_share_their_classes() -> None:
+    made = tasks(4)
+    named = [replace(task, labels=("a", "b", "c")) for task in made]
+    assert may_share_classes(made) and may_share_classes(named) and may_share_classes([*named, *made])
+    assert not may_share_classes([*named[1:], replace(named[0], labels=("a", "c", "b"))])
+    assert not may_share_classes([*made[1:], replace(made[0], num_classes=4)])
+    assert not may_share_classes(made[:3])
+
+
+def test_new_tasks_are_predicted_better_and_a_saved_prior_predicts_the_same(tmp_path: Path) -> None:
+    new = tasks(12, seed=2)
+    prior = LiFT(adapter(), **SHORT).meta_train(tasks(), progress=False)  # type: ignore[arg-type]
+    assert prior.head_mean is not None and "gain of heads around one of all tasks, nats a row" in prior.results
+    gains = []
+    without = LiFT(adapter(), **SHORT).meta_train(tasks(), progress=False)  # type: ignore[arg-type]
+    without.head_mean = None
+    prior.save_pretrained(tmp_path / "prior")
+    loaded = LiFTPrior.from_pretrained(tmp_path / "prior", network())
+    assert loaded.head_mean is not None and torch.equal(loaded.head_mean, prior.head_mean)
+    for task in new:
+        assert task.test is not None
+        around, own, saved = (p.adapt(task, seed=0).predict(task.test) for p in (prior, without, loaded))
+        gains.append(nll(own, task.test.target) - nll(around, task.test.target))
+        assert torch.equal(around, saved)
+    gain = torch.tensor(gains)
+    assert gain.mean() > 3.0 * gain.std() / len(gain) ** 0.5
+    merged = prior.merge(LiFT(prior.adapter, **{**SHORT, "seed": 1}).meta_train(tasks(), progress=False))  # type: ignore[arg-type]
+    assert merged.head_mean is not None and torch.equal(merged.head_mean, prior.head_mean)
+
+
+def test_a_new_task_of_other_classes_has_a_head_around_zero() -> None:
+    prior = LiFT(adapter(), **SHORT).meta_train(tasks(), progress=False)  # type: ignore[arg-type]
+    other = tasks(1, seed=4)[0]
+    wide = replace(other, num_classes=5)
+    without = LiFT(adapter(), **SHORT).meta_train(tasks(), progress=False)  # type: ignore[arg-type]
+    without.head_mean = None
+    assert other.test is not None
+    one, two = (p.adapt(wide, seed=0).predict(other.test) for p in (prior, without))
+    assert one.shape[-1] == 5 and torch.equal(one, two)
+
+
+def test_a_run_of_before_goes_on_with_heads_around_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    then = {name: rule for name, rule in RULES.items() if name != "head mean"}
+    with monkeypatch.context() as earlier:
+        earlier.setattr("pyro_lift.lift.run_config", lambda *run, rules: run_config(*run, rules=then))
+        first = LiFT(adapter(), **SHORT).meta_train(tasks(), progress=False, checkpoint=tmp_path)  # type: ignore[arg-type]
+    again = LiFT(adapter(), **SHORT).meta_train(tasks(), progress=False, resume=tmp_path)  # type: ignore[arg-type]
+    assert first.head_mean is None and again.head_mean is None
