@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import block_log_likelihood, stack_rows
+from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.factors import factor, normal
 from pyro_lift.models.observation import batch_of, check_width, observe, sample_head
 from pyro_lift.models.solved_heads import has_solved_head, solved_heads
@@ -58,7 +59,7 @@ class AdapterHierarchy:
         learned: g, ``[D]``, the group of each weight, whose variance is unknown; None takes beta as it is given.
         head: whether a task's own head is a site, ``"sample"``, or solved on the way, ``"solve"``
             (:mod:`~pyro_lift.models.solved_heads`), which gives one to tasks of label matching too.
-        head_mean: the head ``[C, E + 1]`` that solved ones have their prior around; None is zero.
+        head_mean: the head that solved ones have their prior around; None is zero.
 
     Raises:
         ValueError: no task; two tasks of one name; a shared head that does not fit a task's targets; more tasks in a
@@ -85,7 +86,7 @@ class AdapterHierarchy:
         block_size: int = 1,
         learned: Tensor | None = None,
         head: Literal["sample", "solve"] = "sample",
-        head_mean: Tensor | None = None,
+        head_mean: ClassHead | None = None,
     ) -> None:
         check_width_of_prior("beta", beta, adapter.dim)
         check_width_of_prior("sigma", sigma, adapter.dim)

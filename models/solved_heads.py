@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import Block, block_outputs
+from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.features import all_features
 from pyro_lift.models.head_choice import HeadChoice, choose_head
 from pyro_lift.models.head_problem import apply_head
@@ -58,8 +59,8 @@ class SolvedHeads:
         choices: of each task, where they have been made already.
         scale: of label matching where a task has no rows; None takes the readout's.
         folds: heads of a pass.
-        mean: the head ``[C, E + 1]`` that heads of as many classes have their prior around; None is zero. A task whose
-            own rows are predicted better by a head around zero has that.
+        mean: the head that heads of its classes have their prior around; None is zero. A task whose own rows are
+            predicted better by a head around zero has that.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class SolvedHeads:
         choices: Sequence[HeadChoice] | None = None,
         scale: float | None = None,
         folds: int = FOLDS,
-        mean: Tensor | None = None,
+        mean: ClassHead | None = None,
     ) -> None:
         check_number("folds", folds, least=2, open_below=False, whole=True)
         if scale is not None:
@@ -90,8 +91,9 @@ class SolvedHeads:
             found = all_features(self.adapter, rows, self.start, network_output)
             scale = self.scale if self.adapter.matches(rows.named) else None
             choice = choose_head(found, rows.target, classes, scale)
-            if self.mean is not None and scale is None and classes == len(self.mean):
-                around = choose_head(found, rows.target, classes, around=self.mean)
+            mean = None if self.mean is None or scale is not None else self.mean.of(self.tasks[task])
+            if mean is not None:
+                around = choose_head(found, rows.target, classes, around=mean)
                 choice = choice if choice.score > around.score else around
             self._choices[task] = choice
         return self._choices[task]
@@ -236,7 +238,7 @@ def solved_heads(
     tasks: Sequence[Task],
     scale: float | None,
     start: Tensor,
-    mean: Tensor | None = None,
+    mean: ClassHead | None = None,
 ) -> SolvedHeads | None:
     """Make the solved heads of a program; None where heads are sampled, or where no task has one of its own."""
     check_choice("head", head, ["sample", "solve"])

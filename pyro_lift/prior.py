@@ -21,6 +21,7 @@ from pyro_lift.inference.adaptation.chain import Shown, Source
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.class_head import ClassHead, are_alike
 from pyro_lift.models.class_names import check_class_numbers
 from pyro_lift.models.door import check_rows
 from pyro_lift.models.target_units import warn_of_new_units
@@ -76,7 +77,7 @@ class LiFTPrior:
         kinds: of the tasks it was learned from; empty where nobody says.
         classes: the output of each class name, where they shared the network's outputs.
         masks: whether shared outputs that are no classes of a new task have no probability; False of one saved before.
-        head_mean: the head ``[C, E + 1]`` that new tasks' own have their prior around, where the tasks it was learned
+        head_mean: the head that new tasks' own have their prior around, where the tasks it was learned
             from share their classes (:mod:`~pyro_lift.tuning.head_mean`); None is zero.
     """
 
@@ -101,7 +102,7 @@ class LiFTPrior:
         kinds: Sequence[str] = (),
         classes: Mapping[str, int] | None = None,
         masks: bool = True,
-        head_mean: Tensor | None = None,
+        head_mean: ClassHead | None = None,
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
         self.matching_scale, self.rescales, self.rows = matching_scale, rescales, rows
@@ -141,6 +142,11 @@ class LiFTPrior:
             for name in ("tasks", "settings"):
                 if getattr(self, name) != getattr(other, name):
                     raise ValueError(f"the priors' {name} differ: only chains of one model can be merged.")
+            if not are_alike(self.head_mean, other.head_mean):
+                raise ValueError(
+                    "the priors' heads of all tasks (head_mean) differ: they were learned from other rows or targets, "
+                    "and only chains of one model can be merged."
+                )
         mixture = self.mixture
         for other in others:
             mixture = mixture.merge(other.mixture)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.flat import FlatAdapter, FlatBlock
 from pyro_lift.models.priors import broadened
 from pyro_lift.models.solved_heads import SolvedHeads
@@ -131,7 +132,7 @@ def heads_at_best_start(
     untouched: Untouched | None = None,
     *,
     scale: float | None = None,
-    mean: Tensor | None = None,
+    mean: ClassHead | None = None,
 ) -> tuple[SolvedHeads, list[Start]]:
     """Solve the heads of new tasks: the start whose features predict left-out rows best, and heads from there on.
 

@@ -32,6 +32,7 @@ from pyro_lift.inference.adaptation.unmoved import Unmoved
 from pyro_lift.inference.mcmc import MCMC
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.flat import FlatAdapter, FlatBlock
 from pyro_lift.models.hierarchical import can_share_pass
 from pyro_lift.models.observation import own_head_scale
@@ -87,7 +88,7 @@ class Adaptation:
     rescales: bool
     matching_scale: float | None
     prediction_temperature: float
-    head_mean: Tensor | None = None
+    head_mean: ClassHead | None = None
 
     def alone(self, task: Task, source: Source, shown: Shown) -> TaskPosterior:
         """Adapt to one task, by a chain of its own."""

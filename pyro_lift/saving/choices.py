@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from torch import Tensor
+
+from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.likelihoods import LossKind
 from pyro_lift.saving.parts import SavablePrior
 from pyro_lift.support.archive import DamagedError
 
-__all__ = ["described_choices", "saved_choices", "saved_positive"]
+__all__ = ["described_choices", "saved_choices", "saved_head_mean", "saved_positive"]
 
 
 def described_choices(prior: SavablePrior) -> dict[str, Any]:
@@ -25,6 +28,7 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "moment_power": prior.settings.n_inflate if prior.rescales else None,
         "moment_rows": prior.rows,
         "masks": prior.masks,
+        "head_labels": [] if prior.head_mean is None else list(prior.head_mean.labels),
     }
 
 
@@ -54,6 +58,23 @@ def saved_choices(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     # Before that was written, outputs that were no classes of a new task had probability, and still do.
     masks = config.get("masks") is True
     return {**choices, "rows": rows, "kinds": tuple(kinds), "classes": classes, "masks": masks}
+
+
+def saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ClassHead | None:
+    """Read the head that tasks' own have their prior around; folders without one have none.
+
+    Raises:
+        DamagedError: no matrix, or not one name for each of its rows.
+    """
+    head, labels = tensors.get("head_mean"), config.get("head_labels", [])
+    if head is None:
+        return None
+    if head.dim() != 2 or head.shape[-1] < 2:
+        raise DamagedError(f"{path}: tensor 'head_mean' has shape {tuple(head.shape)}, not (classes, features + 1).")
+    named = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not named or len(labels) not in (0, len(head)):
+        raise DamagedError(f"{path}: key 'head_labels' is {labels!r}; expected a name for each of {len(head)} classes.")
+    return ClassHead(head, tuple(labels))
 
 
 def saved_positive(path: Path, config: Mapping[str, Any], name: str) -> float:

@@ -24,7 +24,7 @@ from pyro_lift.models.out_of_proportion import InputSize
 from pyro_lift.models.peft_layers import default_name, peft_layers
 from pyro_lift.models.task import Rows, Task, undeclared
 from pyro_lift.saving.base_model import check_base, describe_base
-from pyro_lift.saving.choices import described_choices, saved_choices, saved_positive
+from pyro_lift.saving.choices import described_choices, saved_choices, saved_head_mean, saved_positive
 from pyro_lift.saving.destination import check_destination
 from pyro_lift.saving.hub import local_folder
 from pyro_lift.saving.model_card import posterior_card, prior_card
@@ -129,7 +129,8 @@ def save_prior(prior: SavablePrior, folder: Path) -> Path:
     check_destination(folder, "prior")
     tensors = {f"mixture.{k}": x for k, x in mixture.state_dict().items()}
     tensors |= {f"second_moment.{k}": x for k, x in prior.second_moment.items()}
-    tensors |= {"initial": adapter.initial, **({} if prior.head_mean is None else {"head_mean": prior.head_mean})}
+    mean = prior.head_mean
+    tensors |= {"initial": adapter.initial, **({} if mean is None else {"head_mean": mean.head})}
     with new_files(folder, CONFIG, stale=(POSTERIOR, HEAD, *TOKENIZER_FILES)) as new:
         write_peft(adapter, _component(prior, _heaviest(prior)), new)
         config = {
@@ -195,7 +196,7 @@ def load_prior(
     adapter = adapter.beginning_at(tensors["initial"])  # the caller's may be another prior's
     tasks = tuple(map(str, config["tasks"]))
     encoding, seed, results = load_encoding(config.get("encoding"), path), config.get("seed"), dict(config["results"])
-    choices = {"encoding": encoding, "head_mean": tensors.get("head_mean"), **saved_choices(path, config)}
+    choices = {"encoding": encoding, "head_mean": saved_head_mean(path, config, tensors), **saved_choices(path, config)}
     return PriorParts(adapter, mixture, settings, adapt_settings, moments, seed, tasks, results, **choices)
 
 

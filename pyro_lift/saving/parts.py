@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.out_of_proportion import InputSize
 from pyro_lift.models.task import Task
 from pyro_lift.settings import AdaptSettings, LiFTSettings
@@ -59,7 +60,7 @@ class PriorParts(NamedTuple):
     kinds: tuple[str, ...] = ()
     classes: dict[str, int] | None = None
     masks: bool = True
-    head_mean: Tensor | None = None
+    head_mean: ClassHead | None = None
 
 
 class PosteriorParts(NamedTuple):
@@ -110,7 +111,7 @@ class SavablePrior(Protocol):
     kinds: tuple[str, ...]
     classes: dict[str, int]
     masks: bool
-    head_mean: Tensor | None
+    head_mean: ClassHead | None
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:

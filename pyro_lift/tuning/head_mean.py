@@ -6,14 +6,16 @@ own head is put around it,
 
 .. math:: w_c \sim \mathcal N(\bar w_c, s^2 I) \quad\text{in place of}\quad \mathcal N(0, s^2 I),
 
-with the width s still chosen by the task's own rows (:mod:`~pyro_lift.models.heads`). Whether classes of the same
-number are the same classes only the tasks can tell: the head of one half of them is tried on those of the other, by the
-log probability of rows that were left out, and taken where it predicts them better by the one-sided test at 5 %.
+with the width s still chosen by the task's own rows (:mod:`~pyro_lift.models.heads`). Classes go by their names where
+tasks have names, else by their numbers. Whether they are the same classes only the tasks can tell: the head of one half
+of them is tried on those of the other, by the log probability of rows that were left out, and taken where it predicts
+them better by the one-sided test at 5 %.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,32 +23,38 @@ import torch
 from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.features import all_features
 from pyro_lift.models.head_choice import choose_head
-from pyro_lift.models.heads import HeadModel, choose_prior_sd, solve_head
+from pyro_lift.models.head_problem import HeadModel, apply_head
+from pyro_lift.models.heads import choose_prior_sd, solve_head
 from pyro_lift.models.observation import network_output
 from pyro_lift.models.task import Task
 from pyro_lift.tuning.halves import FEWEST_TASKS, is_above_zero, paired
 from pyro_lift.tuning.held_out import dealt
 
-__all__ = ["HeadMean", "head_mean", "may_share_classes"]
+__all__ = ["HeadMean", "head_mean", "shared_classes"]
 
 log = logging.getLogger("pyro_lift")
 
 #: Tasks of each half that are judged, rows that the head is solved on, and rows that choose its width, at most.
 JUDGED, ROWS, CHOOSING = 32, 20_000, 1_000
+#: Classes of all tasks over those of the largest, at most, where they go by their names.
+MOST_CLASSES = 2
+#: A feature that varies by less than this over the usual one's spread says nothing.
+DEAD = 1e-3
 
 
 class HeadMean(NamedTuple):
     """A head of all tasks.
 
     Attributes:
-        head: ``[C, E + 1]`` on the untouched network's features, the bias last.
+        head: on the untouched network's features.
         gain: mean over tasks of the log probability of left-out rows that it adds, nats a row.
         error: its standard error.
     """
 
-    head: Tensor
+    head: ClassHead
     gain: float
     error: float
 
@@ -55,11 +63,23 @@ class HeadMean(NamedTuple):
         return {"gain of heads around one of all tasks, nats a row": self.gain}
 
 
-def may_share_classes(tasks: Sequence[Task]) -> bool:
-    """Whether tasks are classifications of as many classes, of the same names where they have names."""
-    alike = {(task.kind, task.num_classes) for task in tasks}
-    names = {tuple(task.labels) for task in tasks if task.labels is not None}
-    return len(tasks) >= FEWEST_TASKS and len(alike) == 1 and tasks[0].kind == "classification" and len(names) <= 1
+def shared_classes(tasks: Sequence[Task]) -> list[str] | int | None:
+    """Return the names of the classes that tasks may have in common, or their number; None where they have others.
+
+    Classes go by their names where all tasks have names, in whatever order: there may be twice as many in all as in the
+    largest task. Without names all tasks need as many classes. With names in some of the tasks only, all of these need
+    the same in one order too.
+    """
+    if len(tasks) < FEWEST_TASKS or any(task.kind != "classification" for task in tasks):
+        return None
+    named = [task.labels for task in tasks if task.labels is not None]
+    numbers = {task.num_classes for task in tasks}
+    if len(named) == len(tasks):
+        names = list(dict.fromkeys(name for labels in named for name in labels))
+        return names if len(names) <= MOST_CLASSES * max(map(len, named)) else None
+    if len(numbers) > 1 or len({tuple(labels) for labels in named}) > 1:
+        return None
+    return tasks[0].num_classes
 
 
 @torch.no_grad()
@@ -70,28 +90,37 @@ def head_mean(adapter: RandomAdapter, tasks: Sequence[Task]) -> HeadMean | None:
         adapter: the network as a function of theta; its output is features.
         tasks: of meta-training, on its device.
     """
-    if not may_share_classes(tasks):
+    classes = shared_classes(tasks)
+    if classes is None:
+        log.info("heads of the tasks' own stand around zero: the tasks are few, or have other classes.")
         return None
-    classes = tasks[0].num_classes
-    assert classes is not None
     share = max(ROWS // len(tasks), 1)
-    halves = [[_read(adapter, task, share) for task in half] for half in dealt(tasks, 2)]
+    halves = [[(task, *_read(adapter, task, share)) for task in half] for half in dealt(tasks, 2)]
     gains = []
     for seen, unseen in (halves, halves[::-1]):
         around = _pooled(seen, classes)
-        for x, y in unseen[:JUDGED]:
-            own, shared = (choose_head(x, y, classes, around=head).score for head in (None, around))
-            gains.append(shared - own)
+        gains += [_gain(task, x, y, around) for task, x, y in unseen[:JUDGED]]
     told = torch.tensor(gains, dtype=torch.float64)
-    told = told[told.isfinite()]  # a task of one row has none to judge its head by
-    if len(told) < 2 or not is_above_zero(told):
-        return None
     gain, error = paired(told)
-    log.info(
-        "the tasks share their classes: heads of their own stand around one head of all tasks' rows (%+.3f ± %.3f nats "
-        "a row, on tasks that it has not seen).", gain, error,
-    )  # fmt: skip
-    return HeadMean(_pooled([pair for half in halves for pair in half], classes), gain, error)
+    gained = f"{gain:+.3f} ± {error:.3f} nats a row, on tasks that it has not seen"
+    if not is_above_zero(told):
+        log.info("heads of the tasks' own stand around zero: one head of all tasks does not help (%s).", gained)
+        return None
+    log.info("the tasks share their classes: heads of their own stand around one head of all tasks (%s).", gained)
+    return HeadMean(_pooled([read for half in halves for read in half], classes), gain, error)
+
+
+def _gain(task: Task, x: Tensor, y: Tensor, around: ClassHead) -> float:
+    """Compute what a head adds to the log probability of a task's left-out rows; a single row is left out from none."""
+    head, classes = around.of(task), task.num_classes
+    assert classes is not None
+    if head is None:
+        return 0.0
+    if len(x) == 1:
+        told = apply_head(x.double(), head.double()).log_softmax(-1)[0, int(y)]
+        return float(told) + math.log(classes)
+    own, shared = (choose_head(x, y, classes, around=where).score for where in (None, head))
+    return shared - own
 
 
 def _read(adapter: RandomAdapter, task: Task, most: int) -> tuple[Tensor, Tensor]:
@@ -103,9 +132,21 @@ def _read(adapter: RandomAdapter, task: Task, most: int) -> tuple[Tensor, Tensor
     return all_features(adapter, rows, adapter.initial, network_output), rows.target
 
 
-def _pooled(pairs: Sequence[tuple[Tensor, Tensor]], classes: int) -> Tensor:
-    x, y = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    model = HeadModel(classes)
+def _pooled(read: Sequence[tuple[Task, Tensor, Tensor]], classes: list[str] | int) -> ClassHead:
+    """Solve one head on the rows of several tasks, their classes numbered alike."""
+    names = () if isinstance(classes, int) else tuple(classes)
+    x = torch.cat([features for _, features, _ in read])
+    y = torch.cat([_numbered(task, target, names) for task, _, target in read])
+    spread = x.double().std(0)
+    dead = spread < DEAD * spread.median()
+    x = torch.where(dead, x.mean(0), x)  # as a constant it has no slope, else one that is beyond all proportion
+    model = HeadModel(len(names) or int(classes))  # type: ignore[arg-type]
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:CHOOSING].to(x.device)
     width = choose_prior_sd(x[some], y[some], model).sd
-    return solve_head(x, y, model, prior_sd=width).head
+    return ClassHead(solve_head(x, y, model, prior_sd=width).head, names)
+
+
+def _numbered(task: Task, target: Tensor, names: tuple[str, ...]) -> Tensor:
+    if not names or task.labels is None:
+        return target
+    return torch.tensor([names.index(name) for name in task.labels], device=target.device)[target]

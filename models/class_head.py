@@ -1,0 +1,44 @@
+"""A head of classes that several tasks share, by their names where they have names."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_lift.models.task import Task
+
+__all__ = ["ClassHead", "are_alike"]
+
+
+class ClassHead(NamedTuple):
+    """A linear head, and which classes its rows are of.
+
+    Attributes:
+        head: ``[C, E + 1]``, the bias last.
+        labels: names of the C classes; none where they have only numbers.
+    """
+
+    head: Tensor
+    labels: tuple[str, ...] = ()
+
+    def of(self, task: Task) -> Tensor | None:
+        """Return the rows of a task's classes, in its own order, ``[c, E + 1]``; None where it has others.
+
+        Classes go by their names where both have names, else by their numbers.
+        """
+        if self.labels and task.labels is not None:
+            if not set(task.labels) <= set(self.labels):
+                return None
+            return self.head[[self.labels.index(name) for name in task.labels]]
+        return self.head if task.num_classes == len(self.head) else None
+
+
+def are_alike(one: ClassHead | None, other: ClassHead | None) -> bool:
+    """Whether two heads are the same but for what another machine may round."""
+    if one is None or other is None:
+        return one is other
+    same = one.labels == other.labels and one.head.shape == other.head.shape
+    largest = float(one.head.abs().max())
+    return same and torch.allclose(one.head, other.head.to(one.head), rtol=0.0, atol=1e-2 * largest)
