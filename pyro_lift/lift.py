@@ -299,6 +299,11 @@ class LiFT(ChainSetup):
         """Run one chain and make a prior for each number of components; ``crossed`` as ``calibrate=None`` above."""
         for k in components:
             check_number("components", k, least=1, open_below=False, whole=True)
+            if k > self.settings.samples:
+                raise ValueError(
+                    f"samples={self.settings.samples} with components={k}: a component needs a draw of phi at least. "
+                    "Raise samples, or lower components."
+                )
         settings = with_heads_settled(self.settings, self.adapter, tasks, by_width=counts_width(session))
         if settings != self.settings:
             lift, shown = copy(self), {"progress": progress, "on_step": on_step, "callbacks": callbacks}

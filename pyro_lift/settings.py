@@ -267,6 +267,12 @@ class LiFTSettings:
             check_choice("translation", self.translation, ["saga", "falling", "none"])
         if self.translation_step_size is not None:
             check_number("translation_step_size", self.translation_step_size)
+            if self.translation == "none" or self.phi_update == "langevin":
+                way = 'translation="none"' if self.translation == "none" else 'phi_update="langevin"'
+                raise ValueError(
+                    f"translation_step_size={self.translation_step_size:g} is of the translation, and {way} takes "
+                    "none. Leave one of the two out."
+                )
         check_choice("accumulator", self.accumulator, ["exact", "table", "single"])
         check_choice("prior_mean", self.prior_mean, ["adapter", "zero"])
         check_choice("preconditioner", self.preconditioner, ["rms", "none"])

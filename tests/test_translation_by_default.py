@@ -75,3 +75,14 @@ def test_a_smaller_rate_of_joint_training_is_the_translations_too() -> None:
         assert run._no_faster_than(joint, len(made)).settings.translation_step_size is None
     given = run._with(replace(run.settings, translation_step_size=1e-3))
     assert given._no_faster_than(small, len(made)).settings.translation_step_size == 1e-3
+
+
+@pytest.mark.parametrize("given", [{"translation": "none"}, {"phi_update": "langevin"}])
+def test_a_step_of_no_translation_is_refused_at_the_door(given: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"translation_step_size=0\.001 is of the translation, and .* takes none"):
+        LiFTSettings(translation_step_size=1e-3, **given)  # type: ignore[arg-type]
+
+
+def test_fewer_draws_than_components_are_refused_before_any_visit() -> None:
+    with pytest.raises(ValueError, match=r"samples=2 with components=3: .*Raise samples"):
+        LiFT(adapter(), samples=2, components=3).meta_train(tasks(), progress=False)

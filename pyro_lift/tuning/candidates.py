@@ -104,6 +104,8 @@ def _meta(settings: LiFTSettings, multiples: Mapping[str, Any]) -> dict[str, Any
         # Widths that are given have another default of the temperature than widths that are left open.
         values = {"temperature": settings.temperature, "n_inflate": settings.n_inflate, **values}
     values |= {name: multiples[name] for name in ("translation", "head") if name in multiples}
+    if values.get("translation") == "none":
+        values["translation_step_size"] = None  # which is of the translation
     return values
 
 
