@@ -193,7 +193,7 @@ def test_adapting_to_a_block_without_noise_is_adapting_to_each(
 ) -> None:
     torch.set_default_dtype(torch.float64)
     prior, tasks = _prior(head_scale, preconditioner="none", head=head, beta=0.03, sigma=0.3)
-    options: dict[str, Any] = {"steps": 8, "draws": 3, "temperature": 0.0, "learning_rate": 1e-3, "batch_size": 100}
+    options: dict[str, Any] = {"steps": 8, "draws": 3, "temperature": 0.0, "learning_rate": 5e-4, "batch_size": 100}
     together = prior.adapt_many(tasks, block_size=4, **options)
     assert [posterior.task.name for posterior in together] == [task.name for task in tasks]
     for task, posterior in zip(tasks, together, strict=True):
