@@ -74,9 +74,12 @@ class HeadModel(NamedTuple):
     scale: ScalePrior | None = None
     around: Tensor | None = None
 
-    def offset(self, features: Tensor) -> Tensor | None:
-        """Return the outputs ``[..., n, C]`` of the head that the prior stands at; None where it is zero."""
-        return None if self.around is None else apply_head(features.double(), self.around.to(features.device).double())
+    def offset(self, features: Tensor, given: Tensor | None = None) -> Tensor | None:
+        """Add the outputs ``[..., n, C]`` of the head that the prior stands at to an offset; None stands for zero."""
+        if self.around is None:
+            return given
+        own = apply_head(features.double(), self.around.to(features.device).double())
+        return own if given is None else given + own
 
     def apart(self, head: Tensor) -> Tensor:
         """Return a head less the one that the prior stands at."""

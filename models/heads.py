@@ -149,7 +149,7 @@ def solve_head(
     if not isinstance(prior_sd, Tensor):
         check_number("prior_sd", prior_sd)
     x, similarity = model.split(features.double())
-    offset = _with_offset(offset, model.offset(features))
+    offset = model.offset(features, offset)
     scaling = scaling_of(x, weight)
     problem = head_problem(scaling.apply(x), target, model, prior_sd, weight, offset, similarity=similarity)
     v = problem.start
@@ -189,7 +189,7 @@ def choose_prior_sd(
     tried = standard_widths(x.shape[-1]) if tried is None else tuple(tried)
     if n < 2:
         return PriorChoice(tried[len(tried) // 2], (math.nan,) * len(tried), tried)
-    offset = _with_offset(offset, model.offset(features))
+    offset = model.offset(features, offset)
     x = scaling_of(x).apply(x)
     fold = folds(target, min(n, most_folds), stratified=model.kind == "classification")
     kept = torch.stack([(fold != k).double() for k in range(int(fold.max()) + 1)]).to(x.device)  # [F, n]
@@ -261,10 +261,6 @@ def laplace_head(
         rows = rows / model.noise_scale
     delta = conjugate_gradients(curvature(problem, v), noise + problem.adjoint(rows), 1e-10, 10 * v.numel())
     return model.whole(problem.head(v + math.sqrt(temperature) * delta, scaling)).to(features.dtype)
-
-
-def _with_offset(given: Tensor | None, of_prior: Tensor | None) -> Tensor | None:
-    return of_prior if given is None else given if of_prior is None else given + of_prior
 
 
 def folds(target: Tensor, number: int, *, stratified: bool) -> Tensor:

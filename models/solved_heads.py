@@ -83,6 +83,12 @@ class SolvedHeads:
         self._choices: dict[int, HeadChoice] = dict(enumerate(choices or ()))
         self._features: dict[tuple[int, bytes], Tensor] = {}
 
+    def on(self, tasks: Sequence[Task], choices: Sequence[HeadChoice]) -> SolvedHeads:
+        """Return the same for other rows, under choices that have been made."""
+        return SolvedHeads(
+            self.adapter, tasks, self.start, choices=choices, scale=self.scale, folds=self.folds, mean=self.mean
+        )
+
     def choice(self, task: int) -> HeadChoice:
         """Return what a task's head is solved under, by cross-validation at the start's features."""
         if task not in self._choices:

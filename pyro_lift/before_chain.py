@@ -182,13 +182,12 @@ class ChainSetup:
         def adapt(
             standing: Standing, unseen: Sequence[Task], noise: float | None, power: float
         ) -> Sequence[TaskPosterior]:
-            settled = (
-                None if joint is None or not classes else self._half_chain(standing, joint, s, len(tasks), **shown)
-            )
             variance = one_width(s.beta) ** 2 / max(len(tasks) // 2, 1)
             at = Moments(torch.ones(1), standing.vector.unsqueeze(0), torch.full_like(standing.vector, variance)[None])
-            if settled is not None:
-                at, standing = settled.phi, standing._replace(moments=settled.second_moments)
+            if joint is not None and classes:
+                settled = self._half_chain(standing, joint, s, len(tasks), **shown)
+                if settled is not None:
+                    at, standing = settled.phi, standing._replace(moments=settled.second_moments)
             how = resolved_adaptation(self.adapt_settings, self.settings, s, heads)
             mixture = OnlineGaussianMixture.from_moments(at, max(len(tasks) // 2, 1), dtype=standing.vector.dtype)
             at_noise = replace(s, noise_scale=noise or s.noise_scale)
@@ -242,12 +241,13 @@ class ChainSetup:
 
         It pulls phi in the same direction, and would go on at the rate that unseen tasks were not helped by.
         """
-        first, left_open = resolved(self.settings, self.adapter), self.settings.translation_step_size is None
-        default = resolved(replace(self.settings, sgd_learning_rate=None), self.adapter).sgd_learning_rate
-        assert default is not None and first.learning_rate is not None
-        if not (joint.helps and left_open and joint.rate < default and first.translation in ("saga", "falling")):
+        default = resolved(replace(self.settings, sgd_learning_rate=None), self.adapter)
+        assert default.sgd_learning_rate is not None and default.learning_rate is not None
+        slower = joint.rate / default.sgd_learning_rate
+        left_open = default.translation != "none" and default.translation_step_size is None
+        if not (joint.helps and left_open and slower < 1.0):
             return self
-        step = 2.0 * first.learning_rate * joint.rate / default / tasks
+        step = 2.0 * default.learning_rate * slower / tasks
         return self._with(replace(self.settings, translation_step_size=step))
 
     def _with(self, settings: LiFTSettings) -> ChainSetup:

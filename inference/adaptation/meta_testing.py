@@ -157,7 +157,7 @@ def heads_at_best_start(
         best = odds.index(max(odds))
         starts.append(Start(candidates[best].component, candidates[best].theta, scores[best]))
         chosen.append(heads[best].choice(k))
-    return SolvedHeads(adapter, tasks, candidates[0].theta, choices=chosen, scale=scale, mean=mean), starts
+    return heads[0].on(tasks, chosen), starts
 
 
 @torch.no_grad()

@@ -87,15 +87,7 @@ class Unmoved:
                 for task, kept in zip(self.tasks, self._kept, strict=True)
             ]
             choices = [solved.choice(k) for k in range(len(self.tasks))]
-            self.solved = SolvedHeads(
-                solved.adapter,
-                self.tasks,
-                solved.start,
-                choices=choices,
-                scale=solved.scale,
-                folds=solved.folds,
-                mean=solved.mean,
-            )
+            self.solved = solved.on(self.tasks, choices)
 
     def put_back(self, task: int, start: Tensor, thetas: Tensor) -> Tensor:
         """Put the start ``[D]`` in the place of the first of a task's draws ``[S, D]``, as many as its share says."""

@@ -26,9 +26,9 @@ adaptations from the halves' vectors.
 
 **Power in adaptation.** In place of a temperature where tasks are of tokens: :mod:`~pyro_lift.tuning.strength`.
 
-It costs as many gradients again as joint training. Where that makes few passes over the rows
-(:func:`~pyro_lift.tuning.joint_run.few_passes`), nothing can be known by heart, and there is none; noise is found from
-the untouched network then.
+It costs as many gradients again as joint training, and for a temperature as the chain. Where joint training makes few
+passes over the rows (:func:`~pyro_lift.tuning.joint_run.few_passes`), nothing can be known by heart, and there is none;
+noise is found from the untouched network then.
 """
 
 from __future__ import annotations

@@ -12,13 +12,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from pyro.ops.streaming import CountMeanVarianceStats
 from torch import Tensor
 
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.mixture.batch_em import Moments
 from pyro_lift.inference.progress import chain_bar
 from pyro_lift.inference.sgld import DivergedError
-from pyro_lift.tuning.joint_run import Standing, moments_of
+from pyro_lift.tuning.joint_run import Standing, moments_of, watching
 from pyro_lift.watching.watch import Watchers
 
 __all__ = ["Settled", "half_chain"]
@@ -58,38 +59,25 @@ def half_chain(
     Returns:
         None where the chain diverges.
     """
-    title, tasks = "chain of half of the tasks", standing.tasks
-    if on_step is not None:
-        on_step = on_step.of(on_step.run.kind, title, [len(t.train) for t in tasks], [t.name for t in tasks])
+    title = "chain of half of the tasks"
     kernel.setup(burn_in)
     kernel.state = kernel.state._replace(second_moment={**kernel.state.second_moment, **standing.moments})
-    weights, phi = dict(kernel.state.phi), _Running()
+    weights, phi = dict(kernel.state.phi), CountMeanVarianceStats()
     try:
-        with chain_bar(burn_in + draws, title, progress, 0, on_step) as hook:
+        with chain_bar(burn_in + draws, title, progress, 0, watching(on_step, title, standing.tasks)) as hook:
             for step in range(burn_in + draws):
                 weights = kernel.sample(weights)
                 hook(kernel, weights, "Warmup" if step < burn_in else "Sample", step)
                 if step >= burn_in:
-                    phi.see(weights["phi"].detach().reshape(-1))
+                    phi.update(weights["phi"].double().reshape(-1))
     except DivergedError:
         return None
-    normal = phi.normal(standing.vector)
+    normal = _normal(phi, standing.vector)
     moments = {name: x.clone() for name, x in moments_of(kernel).items()}
     return Settled(normal, moments) if bool(normal.mean.isfinite().all()) else None
 
 
-class _Running:
-    """Mean and variance of draws, without keeping them."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
-
-    def see(self, draw: Tensor) -> None:
-        self.count += 1
-        delta = draw.double() - self.mean.to(draw.device)
-        self.mean = self.mean.to(draw.device) + delta / self.count
-        self.squares = self.squares.to(draw.device) + delta * (draw.double() - self.mean)
-
-    def normal(self, like: Tensor) -> Moments:
-        variance = (self.squares / max(self.count - 1, 1)).clamp_min(torch.finfo(like.dtype).tiny)
-        return Moments(like.new_ones(1), self.mean.to(like).unsqueeze(0), variance.to(like).unsqueeze(0))
+def _normal(phi: CountMeanVarianceStats, like: Tensor) -> Moments:
+    told = phi.get()
+    variance = told["variance"].clamp_min(torch.finfo(like.dtype).tiny)
+    return Moments(like.new_ones(1), told["mean"].to(like).unsqueeze(0), variance.to(like).unsqueeze(0))

@@ -31,7 +31,7 @@ from pyro_lift.models.heads import choose_prior_sd, solve_head
 from pyro_lift.models.observation import network_output
 from pyro_lift.models.task import Task
 from pyro_lift.tuning.halves import FEWEST_TASKS, is_above_zero, paired
-from pyro_lift.tuning.held_out import dealt
+from pyro_lift.tuning.held_out import dealt, drawn_rows
 
 __all__ = ["HeadMean", "head_mean", "shared_classes"]
 
@@ -125,10 +125,7 @@ def _gain(task: Task, x: Tensor, y: Tensor, around: ClassHead) -> float:
 
 def _read(adapter: RandomAdapter, task: Task, most: int) -> tuple[Tensor, Tensor]:
     """Read the features and the targets of some rows of a task; of more rows than these they are drawn."""
-    rows = task.train
-    if len(rows) > most:
-        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most].sort().values
-        rows = rows.take(chosen.to(rows.target.device))
+    rows = drawn_rows(task.train, most)
     return all_features(adapter, rows, adapter.initial, network_output), rows.target
 
 

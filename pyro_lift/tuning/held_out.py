@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_lift.models.task import Rows, Task
 
-__all__ = ["can_be_judged", "dealt", "has_unseen_rows", "judged", "that_can_be_judged"]
+__all__ = ["can_be_judged", "dealt", "drawn_rows", "has_unseen_rows", "judged", "that_can_be_judged"]
 
 from pyro_lift.support.wording import some_tasks
 
@@ -79,15 +79,23 @@ def judged(task: Task, most: int) -> Task:
         ValueError: a single row.
     """
     most = min(most, TOKEN_ROWS) if task.kind == "tokens" else most
-    generator = torch.Generator().manual_seed(0)
     rows = task.test or task.dev
     if rows is not None:
-        return replace(task, test=_some(rows, torch.randperm(len(rows), generator=generator)[:most]))
+        return replace(task, test=drawn_rows(rows, most))
     if len(task.train) < 2:
         raise ValueError(f"task {task.name!r} has one row: there is none left to be judged by.")
-    order = torch.randperm(len(task.train), generator=generator)
+    order = _order(task.train)
     count = min(max(round(JUDGED_SHARE * len(order)), 1), most)
     return replace(task, train=_some(task.train, order[count:]), test=_some(task.train, order[:count]))
+
+
+def drawn_rows(rows: Rows, most: int) -> Rows:
+    """Draw at most so many rows with a fixed seed; they keep their order."""
+    return _some(rows, _order(rows)[:most])
+
+
+def _order(rows: Rows) -> Tensor:
+    return torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
 
 
 def _some(rows: Rows, index: Tensor) -> Rows:

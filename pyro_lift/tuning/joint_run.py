@@ -12,7 +12,7 @@ from pyro_lift.inference.progress import chain_bar
 from pyro_lift.models.task import Task
 from pyro_lift.watching.watch import Watchers
 
-__all__ = ["JointRun", "Standing", "few_passes", "moments_of", "passes"]
+__all__ = ["JointRun", "Standing", "few_passes", "moments_of", "passes", "watching"]
 
 #: Passes over the tasks' rows from which on they may be known by heart.
 PASSES = 5.0
@@ -64,9 +64,7 @@ class JointRun:
         on_step: Watchers | None = None,
     ) -> None:
         self.kernel, self.most, self.tasks, self.steps = kernel, most, tasks, 0
-        if on_step is not None:
-            on_step = on_step.of(on_step.run.kind, title, [len(t.train) for t in tasks], [t.name for t in tasks])
-        self._bar = {"description": title, "show": progress, "on_step": on_step}
+        self._bar = {"description": title, "show": progress, "on_step": watching(on_step, title, tasks)}
 
     def to(self, steps: int) -> Standing:
         """Go on to so many steps in all.
@@ -85,6 +83,13 @@ class JointRun:
         self.steps = steps
         moments = {name: x.clone() for name, x in moments_of(self.kernel).items()}
         return Standing(weights["phi"].detach().clone().reshape(-1), moments, self.tasks)
+
+
+def watching(on_step: Watchers | None, title: str, tasks: Sequence[Task]) -> Watchers | None:
+    """Return what watches a part of a run, under its own title and over its own tasks."""
+    if on_step is None:
+        return None
+    return on_step.of(on_step.run.kind, title, [len(t.train) for t in tasks], [t.name for t in tasks])
 
 
 def passes(steps: int, batch_size: int, tasks: Sequence[Task]) -> float:
