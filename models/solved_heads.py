@@ -61,6 +61,11 @@ class SolvedHeads:
         folds: heads of a pass.
         mean: the head that heads of its classes have their prior around; None is zero. A task whose own rows are
             predicted better by a head around zero has that.
+
+    Attributes:
+        through_mean: whether theta sees the head that is the mean, where there is one for the tasks of a pass, in place
+            of heads of their own. What tasks share is learned that way: a head of a few rows hides how well the
+            features go with it.
     """
 
     def __init__(
@@ -78,7 +83,7 @@ class SolvedHeads:
         if scale is not None:
             check_number("scale", scale)
         self.adapter, self.tasks, self.folds, self.mean = adapter, list(tasks), folds, mean
-        self.start = start.detach()
+        self.start, self.through_mean = start.detach(), False
         self.scale = zero_shot_scale(adapter) if scale is None else scale
         self._choices: dict[int, HeadChoice] = dict(enumerate(choices or ()))
         self._features: dict[tuple[int, bytes], Tensor] = {}
@@ -143,6 +148,11 @@ class SolvedHeads:
         if not bool(torch.isfinite(features.detach()).all()):
             # The chain has run away. Its integrator looks at the likelihood, and says so with the way out.
             return features.sum(-1) * math.nan
+        means = [None if self.mean is None else self.mean.of(self.tasks[k]) for k in tasks]
+        known = [mean for mean in means if mean is not None]
+        if self.through_mean and len(known) == len(means):
+            logits = apply_head(features, torch.stack(known).to(features))
+            return logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
         choices = [self.choice(k) for k in tasks]
 
         def each(values: Sequence[Any]) -> Tensor:
@@ -151,8 +161,8 @@ class SolvedHeads:
         model, widths = choices[0].model, each([choice.sd for choice in choices])
         scales = [choice.model.scale for choice in choices]
         if model.scale is not None:  # tasks that share a pass differ in their scale alone
-            means = each([scale.mean for scale in scales if scale is not None])
-            model = model._replace(scale=ScalePrior(means, model.scale.sd))
+            centres = each([scale.mean for scale in scales if scale is not None])
+            model = model._replace(scale=ScalePrior(centres, model.scale.sd))
         arounds = [choice.model.around for choice in choices]
         given = next((around for around in arounds if around is not None), None)
         if given is not None:  # or in the head that their prior stands at

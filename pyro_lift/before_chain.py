@@ -32,6 +32,7 @@ from pyro_lift.tuning.half_chain import Settled, half_chain
 from pyro_lift.tuning.halves import (
     SOME_PASSES,
     Joint,
+    Score,
     Vectors,
     has_trial,
     joint_on_trial,
@@ -40,7 +41,7 @@ from pyro_lift.tuning.halves import (
 )
 from pyro_lift.tuning.head_mean import HeadMean, head_mean
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
-from pyro_lift.tuning.whose_heads import counts_rounds, has_head_mean, leaves_outliers_out
+from pyro_lift.tuning.whose_heads import counts_rounds, has_head_mean, leaves_outliers_out, trains_through_mean
 from pyro_lift.watching.watch import Watchers
 
 __all__ = ["BeforeChain", "ChainSetup"]
@@ -96,6 +97,8 @@ class ChainSetup:
         on_step = {part: None if watchers is None else watchers.of(part) for part in ("joint-trial", "cross-fit")}
         run = self._with(for_targets(self.settings, tasks))
         run.head_mean = run._head_mean(tasks) if has_head_mean(session) else None
+        if run.head_mean is not None and not trains_through_mean(session):
+            run.head_mean = run.head_mean._replace(halves=())
         joint = None if start is not None else run._joint(tasks, session, progress, on_step["joint-trial"])
         run = run if joint is None else run._after(joint)
         run = run._with(with_translation(run.settings, tasks, by_rounds=counts_rounds(session)))
@@ -142,7 +145,7 @@ class ChainSetup:
         if head_scale is not None and s.head == "langevin":  # without steps of its own, such a head says nothing
             return None
         tasks = [task.to(self.adapter.initial.device) for task in tasks]
-        score = partial(log_probs_at, self.adapter, head_scale=head_scale, **self._scored_by(s))
+        score = self._score(s, head_scale)
         assert s.sgd_learning_rate is not None
         few = few_passes(steps, s.batch_size, tasks)
 
@@ -177,7 +180,7 @@ class ChainSetup:
         sure = noise is not None or classes
         strength = self.leaves_power_open and all(task.kind == "tokens" for task in tasks)
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
-        score = partial(log_probs_at, self.adapter, head_scale=program.head_scale, **self._scored_by(s))
+        score = self._score(s, program.head_scale)
 
         def adapt(
             standing: Standing, unseen: Sequence[Task], noise: float | None, power: float
@@ -255,8 +258,15 @@ class ChainSetup:
         run.head_mean = self.head_mean
         return run
 
-    def _scored_by(self, s: LiFTSettings) -> dict[str, Any]:
-        return {"noise_scale": s.noise_sd, "head_mean": None if self.head_mean is None else self.head_mean.head}
+    def _score(self, s: LiFTSettings, head_scale: float | None) -> Score:
+        """Return what judges a vector by tasks that have not trained it, nor the head that theirs stand around."""
+
+        def score(theta: Tensor, tasks: Sequence[Task]) -> Tensor:
+            mean = None if self.head_mean is None else self.head_mean.unseen_by(tasks)
+            options = {"noise_scale": s.noise_sd, "head_mean": mean}
+            return log_probs_at(self.adapter, theta, tasks, head_scale=head_scale, **options)
+
+        return score
 
     def _head_mean(self, tasks: Sequence[Task]) -> HeadMean | None:
         """Find the head that tasks' own stand around, where these are solved on the network's output."""
@@ -268,7 +278,8 @@ class ChainSetup:
     def program(self, tasks: Sequence[Task]) -> AdapterHierarchy:
         """Return the Pyro program that :meth:`meta_train` samples."""
         s, device = resolved(for_targets(self.settings, tasks), self.adapter), self.adapter.initial.device
-        return AdapterHierarchy(
+        mean = self.head_mean
+        program = AdapterHierarchy(
             self.adapter,
             [task.to(device) for task in tasks],
             beta=by_weight(self.adapter, s.beta),
@@ -280,8 +291,11 @@ class ChainSetup:
             block_size=s.block_size,
             learned=groups_of_weights(self.adapter) if self.settings.learns_beta else None,
             head="sample" if s.head == "langevin" else "solve",
-            head_mean=None if self.head_mean is None else self.head_mean.head,
+            head_mean=None if mean is None else mean.of(tasks),
         )
+        if program.solved is not None and mean is not None:
+            program.solved.through_mean = bool(mean.halves)
+        return program
 
     def _head_scale(self, tasks: Sequence[Task], s: LiFTSettings) -> float | None:
         return own_head_scale(self.adapter, tasks, s.head_scale, solve=s.head not in ("langevin", "shared"))

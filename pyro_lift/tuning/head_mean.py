@@ -10,6 +10,10 @@ with the width s still chosen by the task's own rows (:mod:`~pyro_lift.models.he
 tasks have names, else by their numbers. Whether they are the same classes only the tasks can tell: the head of one half
 of them is tried on those of the other, by the log probability of rows that were left out, and taken where it predicts
 them better by the one-sided test at 5 %.
+
+Meta-training's tasks see the shared head itself: theta is moved to where one head serves all of them, as in a network
+that ends in its class layer, and a new task has a head of its own around it. What joint training of one half is judged
+by is the head of that half, which has not seen the rows of the other.
 """
 
 from __future__ import annotations
@@ -52,11 +56,22 @@ class HeadMean(NamedTuple):
         head: on the untouched network's features.
         gain: mean over tasks of the log probability of left-out rows that it adds, nats a row.
         error: its standard error.
+        halves: the heads of both halves of the tasks, with the names of these; none leaves theta to heads of the
+            tasks' own, as in runs of before.
     """
 
     head: ClassHead
     gain: float
     error: float
+    halves: tuple[tuple[frozenset[str], ClassHead], ...] = ()
+
+    def of(self, tasks: Sequence[Task]) -> ClassHead:
+        """Return the head of the half that has the tasks; that of all where they are of both."""
+        return next((head for names, head in self.halves if all(task.name in names for task in tasks)), self.head)
+
+    def unseen_by(self, tasks: Sequence[Task]) -> ClassHead:
+        """Return the head of the half that has none of the tasks; that of all where they are of both."""
+        return next((head for names, head in self.halves if not any(task.name in names for task in tasks)), self.head)
 
     def results(self) -> dict[str, float]:
         """Measures for the prior's folder and card."""
@@ -96,9 +111,11 @@ def head_mean(adapter: RandomAdapter, tasks: Sequence[Task]) -> HeadMean | None:
         return None
     share = max(ROWS // len(tasks), 1)
     halves = [[(task, *_read(adapter, task, share)) for task in half] for half in dealt(tasks, 2)]
-    gains = []
+    gains: list[float] = []
+    found = []
     for seen, unseen in (halves, halves[::-1]):
         around = _pooled(seen, classes)
+        found.append((frozenset(task.name for task, *_ in seen), around))
         gains += [_gain(task, x, y, around) for task, x, y in unseen[:JUDGED]]
     told = torch.tensor(gains, dtype=torch.float64)
     gain, error = paired(told)
@@ -107,7 +124,7 @@ def head_mean(adapter: RandomAdapter, tasks: Sequence[Task]) -> HeadMean | None:
         log.info("heads of the tasks' own stand around zero: one head of all tasks does not help (%s).", gained)
         return None
     log.info("the tasks share their classes: heads of their own stand around one head of all tasks (%s).", gained)
-    return HeadMean(_pooled([read for half in halves for read in half], classes), gain, error)
+    return HeadMean(_pooled([read for half in halves for read in half], classes), gain, error, tuple(found))
 
 
 def _gain(task: Task, x: Tensor, y: Tensor, around: ClassHead) -> float:

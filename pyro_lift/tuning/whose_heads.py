@@ -26,13 +26,14 @@ __all__ = [
     "has_head_mean",
     "leaves_outliers_out",
     "run_config",
+    "trains_through_mean",
     "with_heads_settled",
 ]
 
 #: Keys and values in the configuration of a saved run that name rules it was begun under, each later than the first
 #: runs: an output wider than all tasks' classes calls for heads of their own; the length of the chain for control
-#: variates in its translation; heads of tasks that share their classes stand around one head.
-RULES = {"heads": "by width", "translation": "by rounds", "head mean": "of all tasks"}
+#: variates in its translation; heads of tasks that share their classes stand around one head; theta sees that one.
+RULES = {"heads": "by width", "translation": "by rounds", "head mean": "of all tasks", "trained heads": "the mean"}
 
 
 def with_heads_settled(
@@ -80,6 +81,11 @@ def counts_rounds(session: Session | None) -> bool:
 def has_head_mean(session: Session | None) -> bool:
     """Whether heads of tasks that share their classes stand around one head: in a run of before they do not."""
     return _has_rule(session, "head mean")
+
+
+def trains_through_mean(session: Session | None) -> bool:
+    """Whether theta sees the head of all tasks: in a run of before it sees heads of the tasks' own around it."""
+    return _has_rule(session, "trained heads")
 
 
 def _has_rule(session: Session | None, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 from pyro_lift import LiFT, LiFTPrior, Task
@@ -224,3 +226,71 @@ def test_a_run_of_before_goes_on_with_heads_around_zero(tmp_path: Path, monkeypa
         first = LiFT(adapter(), **SHORT).meta_train(tasks(), progress=False, checkpoint=tmp_path)  # type: ignore[arg-type]
     again = LiFT(adapter(), **SHORT).meta_train(tasks(), progress=False, resume=tmp_path)  # type: ignore[arg-type]
     assert first.head_mean is None and again.head_mean is None
+
+
+def test_theta_sees_the_shared_head_and_a_task_without_one_its_own() -> None:
+    made = [*tasks(3), replace(tasks(1, seed=4)[0], num_classes=5)]
+    mean = ClassHead(solve_head(*_read(adapter(), tasks(8, rows=60)), HeadModel(CLASSES), prior_sd=0.5).head)
+    through, own = (SolvedHeads(adapter(), made, adapter().initial, mean=mean) for _ in range(2))
+    through.through_mean = True
+    features = torch.stack([_read(adapter(), [task])[0] for task in made]).requires_grad_()
+    target = torch.stack([task.train.target for task in made])
+    seen = through.log_prob(range(3), features[:3], target[:3])
+    logits = torch.einsum("tnf,cf->tnc", features[:3], mean.head[:, :-1].to(features)) + mean.head[:, -1].to(features)
+    said = torch.distributions.Categorical(logits=logits).log_prob(target[:3])
+    torch.testing.assert_close(seen, said)
+    (gradient,) = torch.autograd.grad(seen.sum(), features, retain_graph=True)
+    (expected,) = torch.autograd.grad(said.sum(), features)
+    torch.testing.assert_close(gradient, expected)
+    of_other = [heads.log_prob([3], features[3:], target[3:]) for heads in (through, own)]
+    torch.testing.assert_close(of_other[0], of_other[1])
+    assert not torch.allclose(seen, own.log_prob(range(3), features[:3], target[:3]))
+
+
+def test_the_head_of_a_half_has_not_seen_the_other() -> None:
+    made = tasks(9, rows=30)
+    target = made[1].train.target.clone()
+    target[0] = (target[0] + 1) % CLASSES
+    changed = [made[0], replace(made[1], train=replace(made[1].train, target=target)), *made[2:]]
+    one, two = head_mean(adapter(), made), head_mean(adapter(), changed)
+    assert one is not None and two is not None
+    first, second = made[::2], made[1::2]
+    assert torch.equal(one.of(first).head, two.of(first).head)
+    assert torch.equal(one.unseen_by(second[:2]).head, one.of(first).head)
+    assert torch.equal(one.unseen_by(first).head, one.of(second).head)
+    assert not torch.equal(one.of(second).head, two.of(second).head)
+    assert one.of(made) is one.head and one.unseen_by(made) is one.head
+
+
+@pytest.mark.slow
+def test_what_tasks_share_is_learned_through_their_shared_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digits that are turned alike, under features of upright ones; seed, sizes and angles were not searched."""
+    digits = load_digits()
+    pictures, labels = torch.tensor(digits.images / 16.0).float(), torch.tensor(digits.target)
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32), torch.nn.ReLU()]
+    net = torch.nn.Sequential(*layers, torch.nn.Linear(32, 10))
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(pictures[:700].flatten(1)), labels[:700]).backward()
+        optimizer.step()
+    made = []
+    for k in range(18):
+        some = 700 + torch.randperm(len(pictures) - 700, generator=generator)[:320]
+        angle = float(0.9 + 0.25 * torch.randn((), generator=generator))
+        turn = torch.tensor([[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]])
+        grid = torch.nn.functional.affine_grid(turn.expand(len(some), 2, 3), [len(some), 1, 8, 8], align_corners=False)
+        x = torch.nn.functional.grid_sample(pictures[some].unsqueeze(1), grid, align_corners=False).flatten(1)
+        made.append(Task(f"t{k}", (x[:20], labels[some[:20]]), test=(x[20:], labels[some[20:]]), num_classes=10))
+    learned = [replace(task, test=None) for task in made[:10]]
+    losses = []
+    for today in (False, True):
+        monkeypatch.setattr("pyro_lift.before_chain.trains_through_mean", lambda session, today=today: today)
+        lift = LiFT(net[:-1], peft.LoraConfig(r=4, target_modules=["0", "2"]), seed=0)
+        prior = lift.meta_train(learned, progress=False)
+        judged = [(prior.adapt(task, seed=0), task.test) for task in made[10:] if task.test is not None]
+        losses.append([nll(posterior.predict(rows), rows.target) for posterior, rows in judged])
+    gain = torch.tensor(losses[0]) - torch.tensor(losses[1])
+    assert gain.mean() > 3.0 * gain.std() / len(gain) ** 0.5
