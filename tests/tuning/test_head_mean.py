@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from pyro_lift import LiFT, LiFTPrior, Task
+from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
@@ -226,6 +227,18 @@ def test_a_run_of_before_goes_on_with_heads_around_zero(tmp_path: Path, monkeypa
         first = LiFT(adapter(), **SHORT).meta_train(tasks(), progress=False, checkpoint=tmp_path)  # type: ignore[arg-type]
     again = LiFT(adapter(), **SHORT).meta_train(tasks(), progress=False, resume=tmp_path)  # type: ignore[arg-type]
     assert first.head_mean is None and again.head_mean is None
+
+
+def test_a_run_of_before_goes_on_with_theta_seeing_heads_of_the_tasks_own(tmp_path: Path) -> None:
+    then = {name: rule for name, rule in RULES.items() if name != "trained heads"}
+    seen = []
+    for rules, folder in ((then, tmp_path / "then"), (RULES, tmp_path / "today")):
+        lift = LiFT(adapter(), **SHORT)  # type: ignore[arg-type]
+        config = run_config(lift.settings, lift.seed, lift.adapter, tasks(), rules=rules)
+        found = lift.before_chain(tasks(), Session(folder, config=config))
+        assert found.program.solved is not None and found.run.head_mean is not None
+        seen.append((found.program.solved.through_mean, bool(found.run.head_mean.halves)))
+    assert seen == [(False, False), (True, True)]
 
 
 def test_theta_sees_the_shared_head_and_a_task_without_one_its_own() -> None:
