@@ -220,9 +220,22 @@ def check_width(
             if task.num_classes is not None and task.num_classes > width:
                 raise ValueError(
                     f"task {task.name!r}: labels up to {task.num_classes - 1} are outside the range of the network's "
-                    f"head, 0 .. {width - 1}. Give the tasks heads of their own (head_scale=...), or a wider network."
+                    f"head, 0 .. {width - 1}. {_way_into_range(task, width)}"
                 )
     return width
+
+
+def _way_into_range(task: Task, width: int) -> str:
+    """Say what is likely meant where a task has more classes than the network has outputs."""
+    if width == 1:
+        return (
+            'The network has one output: numbers to predict take kind="regression", and two classes a network of two '
+            "outputs."
+        )
+    wider = "give the tasks heads of their own (head_scale=...), or a wider network."
+    if task.num_classes == width + 1 and task.labels is None and int(task.train.target.min()) == 1:
+        return f"No label is 0: if they begin at 1, take 1 off. Otherwise {wider}"
+    return wider[0].upper() + wider[1:]
 
 
 #: Name, shape of a row (of shared inputs, of all of them) and type of each input.

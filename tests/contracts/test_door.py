@@ -300,6 +300,20 @@ DOOR: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"task 't': labels up to 2 are outside the range of the network's head, 0 .. 1. Give the tasks heads",
     ),
+    "labels that begin at 1": (
+        lambda: AdapterHierarchy(
+            adapter(2), [Task("t", (torch.zeros(2, 3), torch.tensor([1, 2])))], beta=0.1, sigma=1.0
+        ),
+        ValueError,
+        r"outside the range of the network's head, 0 .. 1. No label is 0: if they begin at 1, take 1 off.",
+    ),
+    "classes under one output": (
+        lambda: AdapterHierarchy(
+            adapter(1), [Task("t", (torch.zeros(2, 3), torch.tensor([0, 1])))], beta=0.1, sigma=1.0
+        ),
+        ValueError,
+        r"network's head, 0 .. 0. The network has one output: numbers to predict take kind=\"regression\"",
+    ),
     "a scale that is not positive": (
         lambda: AdapterHierarchy(adapter(3), [TASK], beta=0.0, sigma=1.0),
         ValueError,
