@@ -148,11 +148,10 @@ class SolvedHeads:
         if not bool(torch.isfinite(features.detach()).all()):
             # The chain has run away. Its integrator looks at the likelihood, and says so with the way out.
             return features.sum(-1) * math.nan
-        means = [None if self.mean is None else self.mean.of(self.tasks[k]) for k in tasks]
-        known = [mean for mean in means if mean is not None]
-        if self.through_mean and len(known) == len(means):
-            logits = apply_head(features, torch.stack(known).to(features))
-            return logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        if self.through_mean and self.mean is not None:
+            known = [mean for mean in (self.mean.of(self.tasks[k]) for k in tasks) if mean is not None]
+            if len(known) == len(tasks):
+                return _log_prob_of(apply_head(features, torch.stack(known).to(features)), target)
         choices = [self.choice(k) for k in tasks]
 
         def each(values: Sequence[Any]) -> Tensor:
@@ -161,8 +160,8 @@ class SolvedHeads:
         model, widths = choices[0].model, each([choice.sd for choice in choices])
         scales = [choice.model.scale for choice in choices]
         if model.scale is not None:  # tasks that share a pass differ in their scale alone
-            centres = each([scale.mean for scale in scales if scale is not None])
-            model = model._replace(scale=ScalePrior(centres, model.scale.sd))
+            means = each([scale.mean for scale in scales if scale is not None])
+            model = model._replace(scale=ScalePrior(means, model.scale.sd))
         arounds = [choice.model.around for choice in choices]
         given = next((around for around in arounds if around is not None), None)
         if given is not None:  # or in the head that their prior stands at
@@ -200,8 +199,7 @@ class SolvedHeads:
             left_out: which of the task's training rows, ``[n]``; the result has one number for each of them.
         """
         head, found = self.solve(task, theta, (~left_out).double()), self._read(task, theta)[left_out]
-        logits = apply_head(found.double(), head.double())
-        return logits.log_softmax(-1).gather(-1, self.tasks[task].train.target[left_out].unsqueeze(-1)).squeeze(-1)
+        return _log_prob_of(apply_head(found.double(), head.double()), self.tasks[task].train.target[left_out])
 
     def _read(self, task: int, theta: Tensor) -> Tensor:
         """Return the features of a task's rows; those of the last few weights are remembered."""
@@ -235,6 +233,10 @@ class SolvedHeads:
         found = all_features(self.adapter, rows, theta, network_output)
         mode = solve_head(found, rows.target, model, prior_sd=sd).head
         return laplace_head(found, rows.target, model, mode, 1, prior_sd=sd, generator=generator)[0]
+
+
+def _log_prob_of(logits: Tensor, target: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
 
 def zero_shot_scale(adapter: RandomAdapter) -> float:

@@ -263,8 +263,9 @@ class ChainSetup:
 
         def score(theta: Tensor, tasks: Sequence[Task]) -> Tensor:
             mean = None if self.head_mean is None else self.head_mean.unseen_by(tasks)
-            options = {"noise_scale": s.noise_sd, "head_mean": mean}
-            return log_probs_at(self.adapter, theta, tasks, head_scale=head_scale, **options)
+            return log_probs_at(
+                self.adapter, theta, tasks, head_scale=head_scale, noise_scale=s.noise_sd, head_mean=mean
+            )
 
         return score
 
