@@ -68,6 +68,10 @@ __all__ = [
 
 #: Standard deviations of a logit under the prior (standardised features, so ``s * sqrt(E)``) that are tried.
 LOGIT_WIDTHS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+#: Of the median over features, the least standard deviation that one is divided by which fewer than so many rows make
+#: vary. On 144 tasks of 20 digits and ReLU networks that is 0.048 +- 0.019 nats a row; on the encoders of the
+#: benchmarks, whose features vary alike, nothing.
+LEAST_SPREAD, FEW_ROWS = 0.3, 3.0
 
 
 class SolvedHead(NamedTuple):
@@ -101,16 +105,29 @@ class PriorChoice(NamedTuple):
 
 
 def scaling_of(features: Tensor, weight: Tensor | None = None) -> Scaling:
-    """Mean and standard deviation of each feature over the rows; one where a feature is constant.
+    r"""Mean and standard deviation of each feature over the rows; one where a feature is constant.
 
-    Where no row counts, features are taken as they come.
+    A feature that one row alone makes vary, as a unit of a ReLU network that is off in all the others, may vary a
+    hundred times as much over rows to come. Divided by what it varies by here it would outweigh all the rest there. So
+    where the :math:`(\sum_n d_n^2)^2 / \sum_n d_n^4` rows that its deviations d come from are fewer than
+    :data:`FEW_ROWS` (of nine rows and less, a third of them), it is divided by no less than :data:`LEAST_SPREAD` of the
+    median over features. Where no row counts, features are taken as they come.
     """
     x = features.detach().double()
+    if x.shape[-1] == 0:
+        return Scaling(x.sum(-2), x.sum(-2))
     w = x.new_ones(x.shape[:-1]) if weight is None else weight.double()
-    share = (w / w.sum(-1, keepdim=True).clamp_min(1e-12)).unsqueeze(-1)
-    mean = (share * x).sum(-2)
-    sd = (share * (x - mean.unsqueeze(-2)).square()).sum(-2).sqrt()
-    return Scaling(mean, torch.where(sd > 1e-9 * (1.0 + mean.abs()), sd, torch.ones_like(sd)))
+    rows, w = w.sum(-1, keepdim=True), w.unsqueeze(-1)
+    total = rows.clamp_min(1e-12)
+    mean = (w * x).sum(-2) / total
+    square = (x - mean.unsqueeze(-2)).square()
+    sum_of_squares = (w * square).sum(-2)
+    sd = (sum_of_squares / total).sqrt()
+    varies = sd > 1e-9 * (1.0 + mean.abs())
+    usual = sd.where(varies, torch.nan).nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
+    told_by = sum_of_squares.square() / (w * square.square()).sum(-2)
+    at_least = (LEAST_SPREAD * usual).where(told_by < (rows / 3.0).clamp_max(FEW_ROWS), 0.0)
+    return Scaling(mean, sd.maximum(at_least).where(varies, 1.0))
 
 
 def standard_widths(features: int) -> tuple[float, ...]:

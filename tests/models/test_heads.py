@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_lift.models.heads import (
     BIAS_SD,
+    LEAST_SPREAD,
     HeadModel,
     choose_prior_sd,
     folds,
@@ -115,6 +116,32 @@ def test_constant_features_single_rows_and_float32_are_solved() -> None:
     found = solve_head(x, torch.tensor([1]), HeadModel(3), prior_sd=0.3).head
     assert found.dtype == torch.float32 and torch.isfinite(found).all()
     assert int((x @ found[:, :-1].T + found[:, -1]).argmax()) == 1
+
+
+def test_a_feature_that_one_row_alone_makes_vary_is_not_blown_up_and_one_of_another_scale_is_kept() -> None:
+    x, _ = blobs(20, 9, 3)
+    x[:, 1] *= 1e-3  # in another unit, but all rows tell how it varies
+    x[:, 2], x[:, 3] = 0.0, 0.0
+    x[7, 2] = 1e-3  # as a unit of a ReLU network that was off in all rows but one
+    sd = x.std(0, correction=0)
+    expected = sd.clone()
+    expected[2], expected[3] = LEAST_SPREAD * sd[sd > 0.0].median(), 1.0
+    torch.testing.assert_close(scaling_of(x).sd, expected)
+    padded, count = torch.cat([x, 1e3 * torch.ones_like(x)]), torch.cat([torch.ones(20), torch.zeros(20)])
+    torch.testing.assert_close(scaling_of(torch.stack([padded, padded]), count.expand(2, -1)).sd[1], expected)
+    new = torch.zeros_like(x[:1])
+    new[0, 2] = 1.0
+    assert scaling_of(x).apply(new)[0, 2] < 10.0 < 100.0 < (new - x.mean(0))[0, 2] / sd[2]
+
+
+def test_few_rows_leave_features_of_other_scales_as_they_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 4, 6, generator=generator, dtype=torch.float64) * torch.tensor(
+        [1.0, 1e-3, 1.0, 1e-3, 1.0, 1.0]
+    )
+    left = scaling_of(x).sd == x.std(-2, correction=0)
+    kept = (scaling_of(x).sd / x.std(-2, correction=0) - 1.0).abs() < 1e-9
+    assert left.any() and kept[..., 1::2].double().mean() > 0.9
 
 
 def test_regression_is_the_exact_posterior_mean_and_its_draws_have_the_exact_covariance() -> None:
