@@ -66,11 +66,9 @@ def weights_moved(
     """
     if "theta" not in moments:
         return {}
-    rows, dim = sum(len(task.train) for task in tasks) / len(tasks), len(moments["theta"])
+    rows = sum(len(task.train) for task in tasks) / len(tasks)
     batch = float(batch_size) if batch_size else min(rows, float(WHOLE))
-    number = effective_weights(moments["theta"], beta, rows=rows, batch_size=batch, power=power)
-    log.info("the data of a task move about %.3g of the adapter's %d weights", number, dim)
-    return {MOVED: number}
+    return {MOVED: effective_weights(moments["theta"], beta, rows=rows, batch_size=batch, power=power)}
 
 
 def warn_of_few(

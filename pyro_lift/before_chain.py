@@ -10,10 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.defaults import fitted, for_targets, one_width, resolved, resolved_adaptation, widened, with_translation
+from pyro_lift.defaults import (
+    fitted,
+    for_targets,
+    loosened,
+    one_width,
+    resolved,
+    resolved_adaptation,
+    widened,
+    with_translation,
+)
 from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import Session
+from pyro_lift.inference.effective_weights import MOVED, weights_moved
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.mixture.batch_em import Moments
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
@@ -176,7 +186,7 @@ class ChainSetup:
             joint = None
         if saved_without or s.ranks_block_size or (joint is None and noise is None) or len(tasks) < 2:
             return None
-        classes = all(task.kind == "classification" for task in tasks) and not heads
+        classes = all(task.kind == "classification" for task in tasks)
         sure = noise is not None or classes
         strength = self.leaves_power_open and all(task.kind == "tokens" for task in tasks)
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
@@ -187,23 +197,38 @@ class ChainSetup:
         ) -> Sequence[TaskPosterior]:
             variance = one_width(s.beta) ** 2 / max(len(tasks) // 2, 1)
             at = Moments(torch.ones(1), standing.vector.unsqueeze(0), torch.full_like(standing.vector, variance)[None])
+            scale = None
             if joint is not None and classes:
                 settled = self._half_chain(standing, joint, s, len(tasks), **shown)
                 if settled is not None:
                     at, standing = settled.phi, standing._replace(moments=settled.second_moments)
+                    scale = settled.matching_scale
             how = resolved_adaptation(self.adapt_settings, self.settings, s, heads)
+            how = self._loosened(how, s, standing.moments, tasks) if heads and classes else how
             mixture = OnlineGaussianMixture.from_moments(at, max(len(tasks) // 2, 1), dtype=standing.vector.dtype)
             at_noise = replace(s, noise_scale=noise or s.noise_scale)
             rescaled = (s.noise_sd / at_noise.noise_sd) ** 4  # of square gradients
             moments = {name: rescaled * moment for name, moment in standing.moments.items()}
             rows = rows_of_moments(tasks, alike=s.task_steps == "tasks")
-            prior = LiFTPrior(self.adapter, mixture, at_noise, how, moments, rows=rows)
+            mean = None if self.head_mean is None else self.head_mean.unseen_by(unseen)
+            prior = LiFTPrior(
+                self.adapter, mixture, at_noise, how, moments, rows=rows, matching_scale=scale, head_mean=mean
+            )
             options: dict[str, Any] = {} if power == 1.0 else {"n_inflate": power * (s.n_inflate or 1.0)}
             return prior.adapt_many(unseen, seed=0, **options)
 
-        predict = partial(predicted, self.adapter) if sure and noise is None else None
+        predict = partial(predicted, self.adapter) if classes and not heads else None
         judge = Judge(score, predict, adapt if sure or strength else None, noise, strength)
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
+
+    def _loosened(
+        self, how: AdaptSettings, s: LiFTSettings, moments: dict[str, Tensor], tasks: Sequence[Task]
+    ) -> AdaptSettings:
+        """Adapt as after the whole chain, whose preconditioner that of half of the tasks is taken to be like."""
+        power, widths = s.n_inflate or 1.0, by_weight(self.adapter, s.beta)
+        moved = weights_moved(moments, widths, tasks, batch_size=s.batch_size, power=power)
+        rows = sum(len(task.train) for task in tasks) / len(tasks)
+        return loosened(how, self.settings, s, moved[MOVED], rows) if MOVED in moved else how
 
     def _half_chain(
         self, standing: Standing, joint: Joint, s: LiFTSettings, tasks: int, **shown: Any
@@ -221,7 +246,10 @@ class ChainSetup:
         program.beta = by_weight(self.adapter, s.beta)
         run._widened(s, program, joint)
         kernel = chain_kernel(program, resolved(run.settings, self.adapter), standing.vector, self.seed)
-        return half_chain(kernel, standing, burn_in, draws, **shown)
+        settled = half_chain(kernel, standing, burn_in, draws, **shown)
+        if settled is None or program.solved is None:
+            return settled
+        return settled._replace(matching_scale=program.solved.mean_scale())
 
     def _joint_run(self, tasks: Sequence[Task], rate: float, steps: int, title: str, **shown: Any) -> JointRun:
         """Make the first part of the chain, over some tasks, at a rate."""

@@ -43,6 +43,7 @@ __all__ = [
     "one_width",
     "resolved",
     "resolved_adaptation",
+    "say_loosened",
     "warn_of_adaptation",
     "warn_of_rates",
     "widened",
@@ -197,13 +198,17 @@ def loosened(
     if given or not 1.0 <= LOOSE_POWER * moved < LOOSE_POWER or rows < LOOSE_ROWS or settings.preconditioner != "rms":
         return adapt
     assert filled.learning_rate is not None
+    power = LOOSE_POWER * (filled.n_inflate or 1.0)
+    return replace(adapt, learning_rate=LOOSE_RATE * filled.learning_rate, n_inflate=power)
+
+
+def say_loosened(moved: float, rows: float) -> None:
+    """Log that adaptation was :func:`loosened`, of tasks of so many rows that move so many weights."""
     log.info(
         "the prior holds the weights: the data of a task of %.0f rows move %.2g of them. In adaptation each row counts "
         "%g times, at %g of the chain's rate, so that a new task has features of its own.",
         rows, moved, LOOSE_POWER, LOOSE_RATE,
     )  # fmt: skip
-    power = LOOSE_POWER * (filled.n_inflate or 1.0)
-    return replace(adapt, learning_rate=LOOSE_RATE * filled.learning_rate, n_inflate=power)
 
 
 def widened(sigma: float | Sequence[float] | None, widths: Sequence[float]) -> Any:

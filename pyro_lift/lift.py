@@ -16,7 +16,14 @@ from pyro.ops.streaming import StatsOfDict
 from torch import Tensor, nn
 
 from pyro_lift.before_chain import ChainSetup
-from pyro_lift.defaults import loosened, resolved, resolved_adaptation, warn_of_rates, with_translation
+from pyro_lift.defaults import (
+    loosened,
+    resolved,
+    resolved_adaptation,
+    say_loosened,
+    warn_of_rates,
+    with_translation,
+)
 from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.adaptation.failures import named_chain, those_kept
 from pyro_lift.inference.chain_summary import ChainSummary, LogMean, SummaryMaker
@@ -391,10 +398,14 @@ class LiFT(ChainSetup):
         given = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) is not None]
         power, widths = s.n_inflate or 1.0, by_weight(self.adapter, beta_of())
         moved = weights_moved(moments, widths, program.tasks, batch_size=s.batch_size, power=power)
+        if MOVED in moved:
+            log.info("the data of a task move about %.3g of the adapter's %d weights", moved[MOVED], self.adapter.dim)
         held = adapt
         if program.solved is not None and MOVED in moved:
             adapt = loosened(held, self.settings, s, moved[MOVED], sum(rows) / len(rows))
-        if adapt is held:
+        if adapt is not held:
+            say_loosened(moved[MOVED], sum(rows) / len(rows))
+        else:
             told: dict[str, Any] = {"power": power, "temperature": s.temperature or 0.0, "given": given}
             warn_of_few(moved, self.adapter.dim, program.tasks, **told)
         before = [work.results() for work in (joint, halves, run.head_mean) if work is not None]

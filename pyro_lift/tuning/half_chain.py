@@ -31,10 +31,12 @@ class Settled(NamedTuple):
     Attributes:
         phi: one normal, diagonal, of its draws.
         second_moments: the preconditioner at the end, by local family.
+        matching_scale: of label matching, the mean over its tasks; None elsewhere.
     """
 
     phi: Moments
     second_moments: dict[str, Tensor]
+    matching_scale: float | None = None
 
 
 def half_chain(

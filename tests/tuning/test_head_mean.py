@@ -13,7 +13,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from pyro_lift import LiFT, LiFTPrior, Task
+from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
@@ -273,6 +273,51 @@ def test_the_head_of_a_half_has_not_seen_the_other() -> None:
     assert torch.equal(one.unseen_by(first).head, one.of(second).head)
     assert not torch.equal(one.of(second).head, two.of(second).head)
     assert one.of(made) is one.head and one.unseen_by(made) is one.head
+
+
+def test_how_sure_predictions_may_be_is_asked_around_the_head_of_the_other_half(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    around: list[tuple[ClassHead | None, list[str]]] = []
+
+    class Seen(LiFTPrior):
+        def adapt_many(self, tasks: Sequence[Task], *args: object, **options: object) -> list[TaskPosterior]:
+            around.append((self.head_mean, [task.name for task in tasks]))
+            return super().adapt_many(tasks, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pyro_lift.before_chain.LiFTPrior", Seen)
+    made = [replace(task, test=None) for task in tasks(number=8, rows=16)]
+    found = head_mean(adapter(), made)
+    LiFT(adapter(), **{**SHORT, "sgd_steps": 80}).meta_train(made, progress=False)  # type: ignore[arg-type]
+    assert found is not None and len(around) == 2
+    for mean, names in around:
+        unseen = [task for task in made if task.name in names]
+        assert mean is not None and torch.equal(mean.head, found.unseen_by(unseen).head)
+        assert not torch.equal(mean.head, found.head.head)
+
+
+def test_predictions_of_a_features_network_that_are_too_sure_are_brought_to_what_they_are_worth() -> None:
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for task in tasks(number=44, rows=12, shared=False):
+        assert task.test is not None
+        train, test = (
+            replace(rows, target=torch.where(torch.rand(len(rows), generator=generator) < 0.5, other, rows.target))
+            for rows in (task.train, task.test)
+            for other in [torch.randint(0, CLASSES, (len(rows),), generator=generator)]
+        )
+        made.append(replace(task, train=train, test=test))
+    learned = [replace(task, test=None) for task in made[:12]]
+    options = {"sgd_steps": 160, "burn_in": 10, "samples": 20, "seed": 0}
+    prior = LiFT(adapter(), **options).meta_train(learned, progress=False)  # type: ignore[arg-type]
+    assert prior.prediction_temperature > 1.0
+    gains = []
+    for posterior, task in zip(prior.adapt_many(made[12:], seed=0), made[12:], strict=True):
+        assert task.test is not None
+        raw, brought = (posterior.predict(task.test, calibrated=calibrated) for calibrated in (False, True))
+        gains.append(nll(raw, task.test.target) - nll(brought, task.test.target))
+    gain = torch.tensor(gains)
+    assert gain.mean() > 3.0 * gain.std() / len(gain) ** 0.5
 
 
 @pytest.mark.slow
