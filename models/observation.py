@@ -274,7 +274,20 @@ def _check_outputs(tasks: Sequence[Task], shapes: Sequence[torch.Size]) -> None:
         try:  # of zeros: only the shapes are in question, and labels are looked at elsewhere
             log_likelihood(task.kind, torch.zeros(shape), torch.zeros(row.shape, dtype=row.dtype))
         except ValueError as error:
-            raise ValueError(f"task {task.name!r}: {error}") from error
+            raise ValueError(f"task {task.name!r}: {error}{_way_to_values(task, shape)}") from error
+
+
+def _way_to_values(task: Task, shape: torch.Size) -> str:
+    """Say what gives a network as many outputs as a regression has values; nothing where that is not what is wrong."""
+    values = task.train.target[0].numel()
+    if task.kind != "regression" or len(shape) != 2 or shape[-1] <= values:
+        return ""
+    width, layer = shape[-1], f"torch.nn.Linear({shape[-1]}, {values})"
+    return (
+        f" If the {width} outputs are features, regressions need a layer on them that all tasks share: "
+        f"torch.nn.Sequential(network, {layer}), its weights from one ridge regression over all tasks' rows, say, and "
+        "the layer among the adapter's target_modules."
+    )
 
 
 def _first_output(adapter: RandomAdapter, task: Task) -> Tensor:

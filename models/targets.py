@@ -6,10 +6,14 @@ Tasks, files, pictures and scores all pass their targets through here first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FEW_CLASSES", "CountedClasses", "check_predictions", "class_numbers", "count_classes"]
+__all__ = ["FEW_CLASSES", "CountedClasses", "check_predictions", "class_numbers", "count_classes", "numbered_by"]
 
 #: Up to so many classes a largest label is believed as it stands.
 FEW_CLASSES = 1000
@@ -138,3 +142,25 @@ def check_predictions(probabilities: Tensor, target: Tensor, where: str, *, look
             f"{where}: values from {low:g} to {high:g} are no probabilities. Take the softmax of logits first."
         )
     return class_numbers(target.flatten(), where, probabilities.shape[-1], what="target").view(target.shape)
+
+
+def numbered_by(labels: Sequence[str], data: Any, where: str) -> Any:
+    """Number the targets of a pair by the classes' names, where they are names; anything else is left as it is.
+
+    Args:
+        labels: names of the classes, in the order of their numbers.
+        data: of a task's part.
+        where: begins the message.
+
+    Raises:
+        ValueError: a target that is none of them.
+    """
+    if not (isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], (list, tuple, np.ndarray))):
+        return data
+    names = np.asarray(data[1]).tolist() if isinstance(data[1], np.ndarray) else list(data[1])
+    if not names or not all(isinstance(name, str) for name in names):
+        return data
+    number = {name: k for k, name in enumerate(labels)}
+    if other := next((name for name in names if name not in number), None):
+        raise ValueError(f"{where}: target {other!r} is none of labels={list(labels)!r}.")
+    return data[0], torch.tensor([number[name] for name in names])

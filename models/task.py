@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_lift.models.likelihoods import IGNORED, LossKind
 from pyro_lift.models.rows import Rows, as_rows, label_names
-from pyro_lift.models.targets import CountedClasses, class_numbers, count_classes
+from pyro_lift.models.targets import CountedClasses, class_numbers, count_classes, numbered_by
 from pyro_lift.support.options import check_distinct, check_literal
 
 __all__ = ["Rows", "Task", "as_rows", "check_kinds", "check_task_names", "check_tasks", "undeclared"]
@@ -41,7 +41,7 @@ class Task:
         test: what to be judged by, never trained on; in any form of ``train``.
         dev: what choices may be made on, never trained on; in any form of ``train``.
         metric: name of the score that the task is judged by, of :data:`pyro_lift.metrics.text.METRICS`.
-        labels: names of the classes, in the order of the targets.
+        labels: names of the classes, in the order of their numbers. With them the targets of a pair may be names.
         label_texts: encoded label texts by keyword of the backbone, ``{"input_ids": [C, L], "attention_mask": ...}``.
         encoding: how the task's strings became these tensors, a :class:`pyro_lift.data.encoding.TextEncoding`; None
             for a task that was made of tensors.
@@ -50,8 +50,8 @@ class Task:
 
     Raises:
         ValueError: no rows, unequal numbers of rows, labels outside ``0 .. num_classes - 1`` or of another shape,
-            values not finite; parts with different inputs; matching with nothing to match; label names that stand
-            twice; label names or texts that are not as many as the classes.
+            names of no class, values not finite; parts with different inputs; matching with nothing to match; label
+            names that stand twice; label names or texts that are not as many as the classes.
         TypeError: values that are no numbers.
 
     Example:
@@ -88,11 +88,11 @@ class Task:
         dev_answers: Sequence[Sequence[str]] | None = None,
     ) -> None:
         check_literal("kind", kind, LossKind)
-        parts = {
-            where: as_rows(data, f"task {name!r}, {where} data")
-            for where, data in (("train", train), ("test", test), ("dev", dev))
-            if data is not None
-        }
+        given = {part: data for part, data in (("train", train), ("test", test), ("dev", dev)) if data is not None}
+        where = {part: f"task {name!r}, {part} data" for part in given}
+        if labels is not None and kind == "classification":
+            given = {part: numbered_by(labels, data, where[part]) for part, data in given.items()}
+        parts = {part: as_rows(data, where[part]) for part, data in given.items()}
         if label_texts is not None:
             shared = {f"label_{key}": x for key, x in label_texts.items()}
             parts = {where: replace(rows, shared=shared) for where, rows in parts.items()}
@@ -103,13 +103,11 @@ class Task:
         if num_classes is not None and not isinstance(num_classes, CountedClasses):
             num_classes = operator.index(num_classes)
         num_classes = _classes(name, parts["train"], kind, num_classes, labels, label_texts)
-        parts = {
-            part: _with_target(rows, kind, num_classes, f"task {name!r}, {part} data") for part, rows in parts.items()
-        }
+        parts = {part: _with_target(rows, kind, num_classes, where[part]) for part, rows in parts.items()}
         declared = num_classes if kind == "classification" and not isinstance(num_classes, CountedClasses) else None
         parts = {part: replace(rows, classes=declared) for part, rows in parts.items()}
         for part, rows in parts.items():
-            _check_same_inputs(parts["train"], rows, f"task {name!r}, {part} data")
+            _check_same_inputs(parts["train"], rows, where[part])
         answers = None if dev_answers is None else tuple(tuple(accepted) for accepted in dev_answers)
         if answers is not None and "dev" in parts and len(answers) != len(parts["dev"]):
             raise ValueError(
@@ -184,6 +182,11 @@ def _classes(
         log.warning(
             "%s: every label is 0, and nothing says how many classes there are: the task is taken to have one. Pass "
             "num_classes=, or the classes' names as labels=.", where,
+        )  # fmt: skip
+    if classes > 2 and train.target.unique().tolist() == list(range(1, classes)):
+        log.warning(
+            "%s: no label is 0, and all others up to %d occur: there are taken to be %d classes, the first without a "
+            "row. If they begin at 1, take 1 off; else pass num_classes=%d.", where, classes - 1, classes, classes,
         )  # fmt: skip
     return classes
 

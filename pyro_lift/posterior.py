@@ -83,7 +83,7 @@ class TaskPosterior:
         return self._input_sizes
 
     def predict(self, inputs: Any, *, calibrated: bool = True) -> Tensor:
-        """Return probabilities ``[n, C]`` averaged over the draws (of a regression the means).
+        """Return probabilities ``[n, C]`` averaged over the draws; of a regression the means, shaped as its targets.
 
         Args:
             inputs: a list of strings, for a task that was encoded from strings; a tensor or an array; any mapping of

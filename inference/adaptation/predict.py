@@ -162,7 +162,7 @@ class Ensemble:
 
 
 def predict_inputs(adapter: RandomAdapter, thetas: Tensor, inputs: Any, task: Task, heads: Tensor | None) -> Tensor:
-    """Average probabilities ``[n, C]`` (regression: means) over draws, for inputs in any form.
+    """Average probabilities ``[n, C]`` over draws, for inputs in any form (regression: means, shaped as targets).
 
     Args:
         adapter: the network as a function of theta.
@@ -181,7 +181,10 @@ def predict_inputs(adapter: RandomAdapter, thetas: Tensor, inputs: Any, task: Ta
     rows = rows.to(thetas.device)
     own = f" The rows of task {task.name!r} are {shapes_of(task.train.take(slice(0, 1)))}." if task.train.inputs else ""
     with naming_inputs("the network cannot be called with these inputs", rows, adapter, own):
-        return predict(adapter, thetas, rows, task.kind, heads=heads)
+        p = predict(adapter, thetas, rows, task.kind, heads=heads)
+    # Beside targets [n], means [n, 1] would broadcast to [n, n] in a caller's hands.
+    one_value = task.kind == "regression" and task.train.target.dim() == 1 and p.dim() == 2 and p.shape[-1] == 1
+    return p.squeeze(-1) if one_value else p
 
 
 def rows_of(inputs: Any, task: Task) -> Rows:

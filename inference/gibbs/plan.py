@@ -187,7 +187,8 @@ def plan(
     settings, translation, moves = plan_translation(program, phi, structure, settings, wanted)
     report |= moves
     known = {name: x for name, x in report.items() if not (isinstance(x, float) and math.isnan(x))}
-    log.info("dimensionless steps at the start: %s", known)
+    said = (f"{name} {x:.3g}" if isinstance(x, float) else f"{name} {x}" for name, x in known.items())
+    log.info("dimensionless steps at the start: %s", ", ".join(said))
     row_bytes = row_bytes_of(run, structure)
     store = store_for(request, run, structure, row_bytes)
     chain = Chain(program, structure, store, settings, cache, translation, gaussian)

@@ -31,7 +31,7 @@ from pyro_lift.saving.model_card import posterior_card, prior_card
 from pyro_lift.saving.names import CARD, CONFIG, HEAD, POSTERIOR, PRIOR
 from pyro_lift.saving.parts import PosteriorParts, PriorParts, SavablePosterior, SavablePrior
 from pyro_lift.saving.peft_folder import PEFT_CONFIG, adapter_config, config_from_dict, config_to_dict, write_peft
-from pyro_lift.saving.row_forms import forms_of, row_of_zeros
+from pyro_lift.saving.row_forms import forms_of, row_of_zeros, target_of_zeros
 from pyro_lift.saving.text_encoding import TOKENIZER_FILES, load_encoding, save_encoding
 from pyro_lift.settings import AdaptSettings, LiFTSettings, complete_adapt_settings, complete_settings
 from pyro_lift.support.archive import (
@@ -266,6 +266,7 @@ def save_posterior(posterior: SavablePosterior, folder: Path) -> Path:
                 "metric": task.metric,
                 "rows": len(task.train),
                 "inputs": forms_of(task.train),
+                "target": list(task.train.target.shape[1:]),
             },
             "component": posterior.component,
             "results": dict(posterior.results),
@@ -331,9 +332,7 @@ def _task_without_rows(path: Path, about: dict[str, Any], texts: dict[str, Tenso
         if name not in about:
             raise DamagedError(f"{path}: task: key {name!r} is missing.")
     classes = about["num_classes"]
-    target = {"regression": torch.zeros(1), "tokens": torch.zeros(1, 1).long()}.get(
-        about["kind"], torch.zeros(1).long()
-    )
+    target = target_of_zeros(about["kind"], about.get("target"), f"{path}: task")
     inputs = row_of_zeros(about.get("inputs"), f"{path}: task: inputs")
     if about["kind"] == "matching" and not (texts or inputs):  # options by row
         inputs = {f"option_{name}": torch.zeros(1, classes, 1).long() for name in ("input_ids", "attention_mask")}

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_lift.models.task import Rows
 from pyro_lift.support.archive import DamagedError
 
-__all__ = ["forms_of", "row_of_zeros"]
+__all__ = ["forms_of", "row_of_zeros", "target_of_zeros"]
 
 
 def forms_of(rows: Rows) -> dict[str, dict[str, Any]]:
@@ -43,3 +43,22 @@ def row_of_zeros(forms: Mapping[str, Any] | None, where: str) -> dict[str, Tenso
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise DamagedError(f"{where}: {name!r} is {form!r}; expected a row's shape and type.") from error
     return made
+
+
+def target_of_zeros(kind: object, shape: Any, where: str) -> Tensor:
+    """Make the target of one row of a task's kind.
+
+    Args:
+        kind: of the task.
+        shape: of a regression's target of one row; None, as of one saved before shapes were, gives means ``[n, C]``.
+        where: begins the error messages.
+
+    Raises:
+        DamagedError: what is no shape.
+    """
+    if kind != "regression":
+        return torch.zeros((1, 1) if kind == "tokens" else 1, dtype=torch.long)
+    shape = [1] if shape is None else shape
+    if not (isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)):
+        raise DamagedError(f"{where}: the target's shape is {shape!r}; expected [], or [M] of M values a row.")
+    return torch.zeros(()).expand(1, *shape)

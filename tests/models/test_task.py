@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,3 +55,25 @@ def test_a_dev_label_outside_the_head_is_refused() -> None:
 def test_matching_is_a_classification_of_the_similarities() -> None:
     logits = torch.randn(4, 3)
     assert torch.equal(log_likelihood("matching", logits, Y), log_likelihood("classification", logits, Y))
+
+
+def test_targets_may_be_the_names_that_labels_number() -> None:
+    x, names = torch.zeros(4, 2), ["cat", "dog", "cat", "owl"]
+    task = Task("t", (x, names), labels=("owl", "cat", "dog"), test=(x[:2], np.array(["dog", "owl"])))
+    assert task.train.target.tolist() == [1, 2, 1, 0] and task.num_classes == 3
+    assert task.test is not None and task.test.target.tolist() == [2, 0]
+    with pytest.raises(ValueError, match=r"task 't', dev data: target 'cow' is none of labels=\['cat', 'dog'\]"):
+        Task("t", (x, torch.tensor([0, 1, 0, 1])), labels=("cat", "dog"), dev=(x[:2], ["cat", "cow"]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "told"),
+    [([1, 2, 3], None, True), ([1, 3, 2, 2], None, True), ([1, 3], None, False), ([0, 1, 2], None, False),
+     ([1, 1], None, False), ([1, 2, 3], 4, False)],
+)  # fmt: skip
+def test_labels_that_begin_at_one_are_pointed_at(
+    labels: list[int], given: int | None, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = Task("t", (torch.zeros(len(labels), 2), torch.tensor(labels)), num_classes=given)
+    task.to("cpu")
+    assert [("If they begin at 1, take 1 off" in words) for words in caplog.messages] == [True] * told
