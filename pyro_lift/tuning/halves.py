@@ -218,7 +218,7 @@ def trial_steps(steps: int, tasks: int) -> int:
 
 
 def has_trial(steps: int, tasks: int) -> bool:
-    """Tell whether joint training can be put on trial, and say so in the log where it cannot.
+    """Tell whether joint training can be put on trial, and say so in the log where it cannot: a warning of few tasks.
 
     Args:
         steps: of joint training.
@@ -226,7 +226,8 @@ def has_trial(steps: int, tasks: int) -> bool:
     """
     if steps and not trial_steps(steps, tasks):
         least = math.ceil(2 * FEWEST_STEPS / MOST_COST)
-        log.info(
+        log.log(
+            logging.WARNING if tasks < FEWEST_TASKS else logging.INFO,
             "joint training is not tried on unseen tasks, which takes %d steps and %d tasks (there are %d and %d): it "
             "begins, whether it helps or not.", least, FEWEST_TASKS, steps, tasks,
         )  # fmt: skip

@@ -27,6 +27,7 @@ from pyro_lift.tuning.halves import (
     PLAIN,
     Joint,
     Vectors,
+    has_trial,
     is_above_zero,
     joint_on_trial,
     log_probs_at,
@@ -451,3 +452,10 @@ def test_no_width_of_phi_is_made_narrower() -> None:
     assert widened([0.1, 0.5], (0.3, 0.2)) == [0.3, 0.5]
     assert widened(0.1, (0.3, 0.05)) == [0.3, 0.1]
     assert widened(0.1, ()) == 0.1 and widened([0.5, 0.5], (0.1, 0.1)) == [0.5, 0.5]
+
+
+def test_too_few_tasks_for_a_trial_are_warned_of_and_too_few_steps_are_noted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "pyro_lift"):
+        assert not has_trial(1000, 3) and not has_trial(20, 8) and has_trial(1000, 8)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert all("begins, whether it helps or not" in words for words in caplog.messages)
