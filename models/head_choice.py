@@ -101,4 +101,4 @@ def _cross_validated(
 
 def _chosen(features: Tensor, target: Tensor, model: HeadModel) -> HeadChoice:
     choice = choose_prior_sd(features, target, model)
-    return HeadChoice(model, choice.sd, -min(choice.scores))
+    return HeadChoice(model, choice.sd, -choice.loss)

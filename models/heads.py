@@ -103,6 +103,11 @@ class PriorChoice(NamedTuple):
     scores: tuple[float, ...]
     tried: tuple[float, ...]
 
+    @property
+    def loss(self) -> float:
+        """Mean negative log likelihood of left-out rows under the chosen width; NaN for a single row."""
+        return self.scores[self.tried.index(self.sd)]
+
 
 def scaling_of(features: Tensor, weight: Tensor | None = None) -> Scaling:
     r"""Mean and standard deviation of each feature over the rows; one where a feature is constant.
@@ -110,15 +115,14 @@ def scaling_of(features: Tensor, weight: Tensor | None = None) -> Scaling:
     A feature that one row alone makes vary, as a unit of a ReLU network that is off in all the others, may vary a
     hundred times as much over rows to come. Divided by what it varies by here it would outweigh all the rest there. So
     where the :math:`(\sum_n d_n^2)^2 / \sum_n d_n^4` rows that its deviations d come from are fewer than
-    :data:`FEW_ROWS` (of nine rows and less, a third of them), it is divided by no less than :data:`LEAST_SPREAD` of the
-    median over features. Where no row counts, features are taken as they come.
+    :data:`FEW_ROWS`, as they are of two rows in all, it is divided by no less than :data:`LEAST_SPREAD` of the median
+    over features. Where no row counts, features are taken as they come.
     """
     x = features.detach().double()
     if x.shape[-1] == 0:
         return Scaling(x.sum(-2), x.sum(-2))
     w = x.new_ones(x.shape[:-1]) if weight is None else weight.double()
-    rows, w = w.sum(-1, keepdim=True), w.unsqueeze(-1)
-    total = rows.clamp_min(1e-12)
+    total, w = w.sum(-1, keepdim=True).clamp_min(1e-12), w.unsqueeze(-1)
     mean = (w * x).sum(-2) / total
     square = (x - mean.unsqueeze(-2)).square()
     sum_of_squares = (w * square).sum(-2)
@@ -126,7 +130,7 @@ def scaling_of(features: Tensor, weight: Tensor | None = None) -> Scaling:
     varies = sd > 1e-9 * (1.0 + mean.abs())
     usual = sd.where(varies, torch.nan).nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
     told_by = sum_of_squares.square() / (w * square.square()).sum(-2)
-    at_least = (LEAST_SPREAD * usual).where(told_by < (rows / 3.0).clamp_max(FEW_ROWS), 0.0)
+    at_least = (LEAST_SPREAD * usual).where(told_by < FEW_ROWS, 0.0)
     return Scaling(mean, sd.maximum(at_least).where(varies, 1.0))
 
 
@@ -188,10 +192,13 @@ def choose_prior_sd(
     offset: Tensor | None = None,
     most_folds: int = 10,
 ) -> PriorChoice:
-    """Choose the prior's width by cross-validation on a task's own rows, every fold and width solved exactly at once.
+    r"""Choose the prior's width by cross-validation on a task's own rows, every fold and width solved exactly at once.
 
-    Folds are stratified and as many as rows up to ``most_folds``; they are a function of the targets alone. With a
-    single row nothing can be left out: the middle of ``tried`` is taken.
+    .. math:: \min_s\ -\sum_n \log p\big(y_n \mid x_n, \hat h_{-k(n)}(s)\big) + \tfrac12 \log^2 (s / s_0)
+
+    with :math:`s_0` the middle of ``tried``: two or three rows that happen to be of one class would have the widest,
+    and be sure of it. Folds are stratified and as many as rows up to ``most_folds``; they are a function of the targets
+    alone. With a single row nothing can be left out: :math:`s_0` is taken.
 
     Args:
         features: ``[n, E]``.
@@ -225,7 +232,8 @@ def choose_prior_sd(
             v, _ = newton(many, many.start if v is None else v, tolerance=1e-4)
             value = -(many.outputs(v).log_softmax(-1) * many.target).sum(-1)
         scores.append(float(((1.0 - kept) * value).sum() / n))
-    best = min(range(len(tried)), key=scores.__getitem__)
+    middle = tried[len(tried) // 2]
+    best = min(range(len(tried)), key=lambda k: n * scores[k] + 0.5 * math.log(tried[k] / middle) ** 2)
     return PriorChoice(tried[best], tuple(scores), tried)
 
 

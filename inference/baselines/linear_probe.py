@@ -9,7 +9,8 @@ Our choices: features are what the task's own head would see where tasks have he
 network's own head sees (:func:`pyro_lift.models.features.head_features`; for label matching the pooled text of length
 one, as matching compares them); each is standardised by the task's training rows. s is chosen by cross-validation on
 these rows, stratified as far as classes have rows: by the mean log probability of left-out rows, ten folds, or each row
-in turn where there are ten or fewer; for regression by the closed-form leave-one-out error, where the mean of the other
+in turn where there are ten or fewer, under a log-normal prior on s around the middle of the grid, as solved heads have
+it (:func:`pyro_lift.models.heads.choose_prior_sd`); for regression by the closed-form leave-one-out error, where the mean of the other
 rows, s = 0, is a candidate too. With one row nothing can be left out: the middle of the grid is taken, and regression
 predicts that row's value. The bias has a prior too (sd 3), so that a class without a row keeps a finite probability.
 """
@@ -178,7 +179,7 @@ def fit_logistic(x: NDArray[np.float64], y: NDArray[np.int64], num_classes: int)
         fold = folds(torch.from_numpy(y), min(len(y), FOLDS), stratified=True).numpy()
         scores = []
         for width in tried:
-            loss = 0.0
+            loss = 0.5 * math.log(width / sd) ** 2  # of widths in the middle, as heads that are solved have it
             for k in range(int(fold.max()) + 1):
                 kept, left = fold != k, fold == k
                 head = _softmax_head(z[kept], y[kept], num_classes, width)
