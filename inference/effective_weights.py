@@ -95,7 +95,7 @@ def warn_of_few(
     rows, values = sum(len(task.train) for task in tasks) / len(tasks), any(task.kind == "regression" for task in tasks)
     log.warning(
         "the data of a task move less than one of the adapter's %d weights (%.2g): a new task is predicted as phi "
-        "predicts it. %s",
+        "predicts it, as it should be where the tasks are alike. %s",
         dim,
         moved[MOVED],
         _way_out(rows, power, temperature, given, values=values),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from pyro_lift.models.task import Task
 
 __all__ = ["check_class_numbers", "class_numbers_by_name"]
+
+log = logging.getLogger("pyro_lift")
 
 
 def class_numbers_by_name(tasks: Sequence[Task]) -> dict[str, int]:
@@ -14,6 +17,8 @@ def class_numbers_by_name(tasks: Sequence[Task]) -> dict[str, int]:
 
     Args:
         tasks: those of classes with names count; others are passed over.
+
+    An output that has one name in one task and another in another is warned of: it may be two classes.
 
     Raises:
         ValueError: a name that two tasks number differently; one output would be two classes.
@@ -33,6 +38,15 @@ def class_numbers_by_name(tasks: Sequence[Task]) -> dict[str, int]:
                     "head_scale=1.0."
                 )
             by.setdefault(name, task)
+    first: dict[int, str] = {}
+    for name, number in numbers.items():
+        if first.setdefault(number, name) != name:
+            log.warning(
+                "the network's output %d is class %r in task %r and %r in task %r, and all tasks share the outputs. If "
+                "these are two classes, give every task a head of its own with head_scale=1.0, or every class an "
+                "output.", number, first[number], by[first[number]].name, name, by[name].name,
+            )  # fmt: skip
+            break
     return numbers
 
 
@@ -56,6 +70,12 @@ def check_class_numbers(tasks: Sequence[Task], learned: Mapping[str, int]) -> No
                     f"{learned[name]} in the tasks that the prior was learned from: the network's output {number} is "
                     f"another class. Give it labels={order!r}, and targets that count in it."
                 )
+        if learned and not set(task.labels) & set(learned):
+            log.warning(
+                "task %r: its classes (%s) are none of those that the prior was learned from (%s), and share the "
+                "network's outputs with them. If they are others, meta-train with heads of the tasks' own: "
+                "head_scale=1.0.", task.name, _listed(task), _some(list(learned)),
+            )  # fmt: skip
 
 
 def _order(learned: Mapping[str, int], task: Task) -> list[str]:
@@ -74,5 +94,8 @@ def _named(tasks: Sequence[Task]) -> list[Task]:
 
 def _listed(task: Task) -> str:
     assert task.labels is not None
-    shown = list(task.labels[:6])
-    return ", ".join([*shown, "..."] if len(task.labels) > 6 else shown)
+    return _some(task.labels)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:6], "..."] if len(names) > 6 else names)

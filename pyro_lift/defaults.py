@@ -24,7 +24,7 @@ import torch
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.chance import targets_scale
-from pyro_lift.models.out_of_proportion import tasks_of_large_inputs
+from pyro_lift.models.out_of_proportion import large_columns, tasks_of_large_inputs
 from pyro_lift.models.prior_loss import PriorLoss, prior_loss
 from pyro_lift.models.row_outputs import ACROSS_ROWS
 from pyro_lift.models.target_families import Families, families_of
@@ -384,6 +384,13 @@ def fitted(
             "drowns the others in what all share. Scale its inputs as theirs, or leave it out.",
             some_tasks(list(large)), max(large.values()),
         )  # fmt: skip
+    columns = large_columns(tasks)
+    for key, (place, times) in columns.items():
+        log.warning(
+            "%scolumn %d of the inputs is %.3g times as large as most (the median): unless the network was trained on "
+            "such columns, it hears nothing else. Bring all columns to one scale, alike in all tasks.",
+            f"{key!r}: " if key else "", place, times,
+        )  # fmt: skip
     if s.temperature == 0.0 or (s.head_scale is not None and s.head == "langevin"):
         return s
     unlike = families_of(tasks) if all(task.kind == "regression" for task in tasks) else Families()
@@ -407,14 +414,18 @@ def fitted(
         beta = _times(0.5, s.beta) if open_beta else s.beta
         s = replace(s, beta=beta, sigma=s.sigma if settings.sigma is not None else _times(0.5, s.sigma))
         log.info("draws from the prior raise the mean loss from %.3f to %.3f: its widths are halved", *measured[:2])
+    given = [name for name in ("beta", "sigma", "temperature") if getattr(settings, name) is not None]
+    way = f"Leave {' and '.join(given)} open, or make beta, sigma or the temperature smaller."
+    if not given:
+        way = "However narrow, it is the tasks' data: look at the size of their inputs, column by column, and targets."
     log.warning(
         "draws from the prior (beta %.3g, sigma %.3g, temperature %.3g) raise the mean loss of the tasks from %.3f to "
-        "%.3f a row (chance: %.3f): under them the network says little. Leave beta and sigma open, or make them or the "
-        "temperature smaller.",
+        "%.3f a row (chance: %.3f): under them the network says little. %s",
         one_width(s.beta),
         one_width(s.sigma),
         s.temperature,
         *measured[:3],
+        way,
     )
     return s
 

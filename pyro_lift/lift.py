@@ -40,6 +40,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_names import class_numbers_by_name
 from pyro_lift.models.hierarchical import VARIANCE
+from pyro_lift.models.out_of_proportion import usual_sizes
 from pyro_lift.models.solved_heads import has_solved_head
 from pyro_lift.models.target_units import advice_on_units, warn_of_units
 from pyro_lift.models.task import Task, check_kinds, check_tasks
@@ -73,6 +74,11 @@ log = logging.getLogger("pyro_lift")
 
 #: What to do where a chain has lost what it knew.
 ADVICE = "Leave beta, sigma and temperature open, or lower the temperature (or raise n_inflate, which is the same)."
+#: The same where all of these are open already.
+ADVICE_WHERE_OPEN = (
+    "Look at the tasks' data first, the size of their inputs column by column; else lower the temperature, or let "
+    "`lift.tune` choose it."
+)
 #: What held-out tasks are adapted to for.
 LOOK = "a look at held-out tasks"
 
@@ -333,7 +339,9 @@ class LiFT(ChainSetup):
         s = with_rounds_to_learn(s, len(tasks)) if run.settings.learns_beta else s
         warn_of_rates(s, self.adapter)
         kernel = run.kernel(program)
-        watch = LossWatch.of(program.tasks, s.noise_sd, ADVICE, advice_on_units(program.tasks))
+        known = (self.settings.beta, self.settings.sigma, self.settings.temperature, self.settings.n_inflate)
+        advice = ADVICE_WHERE_OPEN if all(value is None for value in known) else ADVICE
+        watch = LossWatch.of(program.tasks, s.noise_sd, advice, advice_on_units(program.tasks))
         make = SummaryMaker(tuple(components), s.covariance, self.adapter)
         kernel.memory_beside += [mixture_need(x, self.adapter.initial, s.samples) for x in make().mixtures.values()]
         warmup_steps = s.sgd_steps + s.burn_in
@@ -362,6 +370,7 @@ class LiFT(ChainSetup):
                 tuning=None if self.tuning is None else self.tuning.to_dict(),
                 matching_scale=None if program.solved is None else program.solved.mean_scale(),
                 head_mean=None if run.head_mean is None else run.head_mean.head,
+                input_sizes=usual_sizes(tasks),
                 encoding=next((task.encoding for task in tasks if task.encoding is not None), None),
             )
 

@@ -24,6 +24,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead, are_alike
 from pyro_lift.models.class_names import check_class_numbers
 from pyro_lift.models.door import check_rows
+from pyro_lift.models.out_of_proportion import InputSize, warn_of_tasks_of_other_sizes
 from pyro_lift.models.target_units import warn_of_new_units
 from pyro_lift.models.task import Task, check_kinds, undeclared
 from pyro_lift.models.weight_scales import by_weight
@@ -51,6 +52,7 @@ _OF_THE_TASKS = (
     "classes",
     "masks",
     "head_mean",
+    "input_sizes",
 )
 
 
@@ -79,6 +81,8 @@ class LiFTPrior:
         masks: whether shared outputs that are no classes of a new task have no probability; False of one saved before.
         head_mean: the head that new tasks' own have their prior around, where the tasks it was learned
             from share their classes (:mod:`~pyro_lift.tuning.head_mean`); None is zero.
+        input_sizes: how large inputs are in most of the tasks it was learned from (:func:`.usual_sizes`), against which
+            new ones are held; empty where nobody says.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class LiFTPrior:
         classes: Mapping[str, int] | None = None,
         masks: bool = True,
         head_mean: ClassHead | None = None,
+        input_sizes: Mapping[str, InputSize] | None = None,
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
         self.matching_scale, self.rescales, self.rows = matching_scale, rescales, rows
@@ -111,7 +116,7 @@ class LiFTPrior:
         self.adapt_settings = adapt_settings or AdaptSettings()
         self.second_moment = second_moment or {}
         self.mcmc, self.seed, self.encoding, self.masks = mcmc, seed, encoding, masks
-        self.head_mean = head_mean
+        self.head_mean, self.input_sizes = head_mean, dict(input_sizes or {})
 
     def __repr__(self) -> str:
         return f"LiFTPrior({self.mixture!r}, beta={one_width(self.settings.beta):.3g}, adapter={self.adapter!r})"
@@ -253,6 +258,7 @@ class LiFTPrior:
         check_kinds(tasks, self.kinds)
         check_class_numbers(tasks, self.classes)  # none where they had heads of their own
         check_rows(self.adapter, tasks)  # what comes after takes them as admitted
+        warn_of_tasks_of_other_sizes(tasks, self.input_sizes)
         # One in the making has no names, and these tasks are its own.
         if self.tasks and new_head_scale(self.adapter, self.settings, tasks) is None:
             warn_of_new_units(self.adapter, tasks, self.mixture.get().mean, self.settings.noise_sd)

@@ -9,10 +9,11 @@ Our choices: features are what the task's own head would see where tasks have he
 network's own head sees (:func:`pyro_lift.models.features.head_features`; for label matching the pooled text of length
 one, as matching compares them); each is standardised by the task's training rows. s is chosen by cross-validation on
 these rows, stratified as far as classes have rows: by the mean log probability of left-out rows, ten folds, or each row
-in turn where there are ten or fewer, under a log-normal prior on s around the middle of the grid, as solved heads have
-it (:func:`pyro_lift.models.heads.choose_prior_sd`); for regression by the closed-form leave-one-out error, where the mean of the other
-rows, s = 0, is a candidate too. With one row nothing can be left out: the middle of the grid is taken, and regression
-predicts that row's value. The bias has a prior too (sd 3), so that a class without a row keeps a finite probability.
+in turn where there are ten or fewer, under a log-normal prior on s around the middle of the grid, as solved heads
+have it (:func:`pyro_lift.models.heads.choose_prior_sd`); for regression by the closed-form leave-one-out error, where
+the mean of the other rows, s = 0, is a candidate too. With one row nothing can be left out: the middle of the grid is
+taken, and regression predicts that row's value. The bias has a prior too (sd 3), so that a class without a row keeps
+a finite probability.
 """
 
 from __future__ import annotations

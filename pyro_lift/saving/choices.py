@@ -11,10 +11,11 @@ from torch import Tensor
 
 from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.likelihoods import LossKind
+from pyro_lift.models.out_of_proportion import InputSize
 from pyro_lift.saving.parts import SavablePrior
 from pyro_lift.support.archive import DamagedError
 
-__all__ = ["described_choices", "saved_choices", "saved_head_mean", "saved_positive"]
+__all__ = ["described_choices", "saved_choices", "saved_input_sizes", "saved_positive"]
 
 
 def described_choices(prior: SavablePrior) -> dict[str, Any]:
@@ -28,11 +29,12 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "moment_power": prior.settings.n_inflate if prior.rescales else None,
         "moment_rows": prior.rows,
         "masks": prior.masks,
+        "input_sizes": {name: list(size) for name, size in prior.input_sizes.items()},
         "head_labels": [] if prior.head_mean is None else list(prior.head_mean.labels),
     }
 
 
-def saved_choices(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def saved_choices(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read what was written of a prior; folders from before have a temperature of 1, no tuning and no kinds.
 
     Raises:
@@ -54,13 +56,32 @@ def saved_choices(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     classes = config.get("classes", {})
     if not isinstance(classes, dict) or not all(type(number) is int and number >= 0 for number in classes.values()):
         raise DamagedError(f"{path}: key 'classes' is {classes!r}; expected the number of each class by its name.")
-    choices = {"matching_scale": scale, "prediction_temperature": temperature, "tuning": tuning, "rescales": rescales}
+    choices: dict[str, Any] = {
+        "matching_scale": scale,
+        "prediction_temperature": temperature,
+        "tuning": tuning,
+        "rescales": rescales,
+    }
     # Before that was written, outputs that were no classes of a new task had probability, and still do.
     masks = config.get("masks") is True
+    choices |= {"input_sizes": saved_input_sizes(path, config), "head_mean": _saved_head_mean(path, config, tensors)}
     return {**choices, "rows": rows, "kinds": tuple(kinds), "classes": classes, "masks": masks}
 
 
-def saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ClassHead | None:
+def saved_input_sizes(path: Path, config: Mapping[str, Any]) -> dict[str, InputSize]:
+    """Read how large inputs are; folders from before do not say.
+
+    Raises:
+        DamagedError: values that were never written; names the file and the key.
+    """
+    sizes = config.get("input_sizes", {})
+    try:
+        return {name: InputSize(*map(float, size)) for name, size in sizes.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DamagedError(f"{path}: key 'input_sizes' is {sizes!r}; expected two numbers by input.") from error
+
+
+def _saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ClassHead | None:
     """Read the head that tasks' own have their prior around; folders without one have none.
 
     Raises:

@@ -20,11 +20,10 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.heads import scale_of
 from pyro_lift.models.networks import plain_network
-from pyro_lift.models.out_of_proportion import InputSize
 from pyro_lift.models.peft_layers import default_name, peft_layers
 from pyro_lift.models.task import Rows, Task, undeclared
 from pyro_lift.saving.base_model import check_base, describe_base
-from pyro_lift.saving.choices import described_choices, saved_choices, saved_head_mean, saved_positive
+from pyro_lift.saving.choices import described_choices, saved_choices, saved_input_sizes, saved_positive
 from pyro_lift.saving.destination import check_destination
 from pyro_lift.saving.hub import local_folder
 from pyro_lift.saving.model_card import posterior_card, prior_card
@@ -196,7 +195,7 @@ def load_prior(
     adapter = adapter.beginning_at(tensors["initial"])  # the caller's may be another prior's
     tasks = tuple(map(str, config["tasks"]))
     encoding, seed, results = load_encoding(config.get("encoding"), path), config.get("seed"), dict(config["results"])
-    choices = {"encoding": encoding, "head_mean": saved_head_mean(path, config, tensors), **saved_choices(path, config)}
+    choices = {"encoding": encoding, **saved_choices(path, config, tensors)}
     return PriorParts(adapter, mixture, settings, adapt_settings, moments, seed, tasks, results, **choices)
 
 
@@ -315,7 +314,7 @@ def load_posterior(
         raise DamagedError(f"{file}: tensor 'head' has {len(heads)} draws, 'theta' {len(tensors['theta'])}.")
     sizes = None
     if task is None:
-        sizes = {name: InputSize(*size) for name, size in config.get("input_sizes", {}).items()}
+        sizes = saved_input_sizes(path, config)
         task = _task_without_rows(path, config["task"], _part(tensors, "label_texts."))
     elif task.name != config["task"].get("name"):
         raise ValueError(f"{path}: draws for the task {config['task'].get('name')!r}, not {task.name!r}.")

@@ -41,6 +41,7 @@ class PriorParts(NamedTuple):
         classes: the output of each class name, where they shared the network's outputs.
         masks: whether shared outputs that are no classes of a new task have no probability.
         head_mean: the head that new tasks' own have their prior around, or None.
+        input_sizes: of most of its tasks' inputs, by name.
     """
 
     adapter: RandomAdapter
@@ -61,6 +62,7 @@ class PriorParts(NamedTuple):
     classes: dict[str, int] | None = None
     masks: bool = True
     head_mean: ClassHead | None = None
+    input_sizes: dict[str, InputSize] | None = None
 
 
 class PosteriorParts(NamedTuple):
@@ -112,6 +114,7 @@ class SavablePrior(Protocol):
     classes: dict[str, int]
     masks: bool
     head_mean: ClassHead | None
+    input_sizes: dict[str, InputSize]
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:

@@ -182,7 +182,8 @@ class Joint(NamedTuple):
         tried = self.tried or (Tried(self.rate, self.gain, self.error, self.helps),)
         if not self.helps:
             return (
-                f"joint training was tried at the {_rates(tried)}, and does not help by more than chance: "
+                "nothing was found that the tasks share and joint training can learn: it was tried at the "
+                f"{_rates(tried)}, and does not help by more than chance: "
                 f"{' and '.join(each.gained() for each in tried)} nats a row on tasks that it has not seen. So phi "
                 f"stays at the untouched network. {self._against()}Another rate may still help: give one as "
                 "sgd_learning_rate=, which is not put on trial. `pyro-lift compare` says what other methods make of "
@@ -285,7 +286,7 @@ def joint_on_trial(
     data = kept.data("joint", lambda: _Trial(tasks, start, rate, steps, begin, score, kept, of).joint()._asdict())
     tried, vectors = tuple(Tried(*each) for each in data.get("tried", ())), tuple(data.get("vectors", ()))
     joint = Joint(**{**data, "tried": tried, "vectors": vectors})
-    log.info("%s", joint.sentence())
+    log.log(logging.INFO if joint.helps else logging.WARNING, "%s", joint.sentence())
     return joint
 
 

@@ -95,3 +95,15 @@ def test_what_is_no_list_of_tasks_is_named(given: Any, message: str) -> None:
 def test_a_seed_that_is_no_whole_number_is_refused(seed: Any) -> None:
     with pytest.raises(TypeError, match="expected a whole number"):
         lift(network(), seed=seed)
+
+
+def test_an_output_of_two_names_is_warned_of_and_new_tasks_of_other_classes_are_too(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    prior = lift(network()).meta_train([task("a", NAMES), task("bb", NAMES[:2])], progress=False)
+    prior.adapt(task("like", (*NAMES[:2], "perhaps")), steps=4, draws=2)
+    assert not any("classes" in words and "outputs" in words for words in caplog.messages)
+    prior.adapt(task("others", ("red", "blue")), steps=4, draws=2)
+    assert any("task 'others': its classes (red, blue) are none of those" in words for words in caplog.messages)
+    class_numbers_by_name([task("a", NAMES), task("bb", ("red", "blue"))])
+    assert "output 0 is class 'no' in task 'a' and 'red' in task 'bb'" in caplog.messages[-1]

@@ -12,7 +12,7 @@ from torch import nn
 
 from pyro_lift import LiFT, Task
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.out_of_proportion import far_above, tasks_of_large_inputs
+from pyro_lift.models.out_of_proportion import far_above, large_columns, tasks_of_large_inputs
 from pyro_lift.models.prior_loss import prior_loss
 
 
@@ -72,3 +72,16 @@ def test_large_is_a_hundred_times_the_median_and_never_most_of_the_tasks() -> No
     assert far_above([1.0, 2.0, 1.0, 300.0], [1.1] * 4) == [3] and far_above([1.0, 300.0], [1.1] * 2) == []
     assert far_above([0.01, 0.01, 0.01, 15.0], [1.1] * 4) == []  # 15 nats a row: sure of the wrong class
     assert far_above([-3.0, -2.0, 1e9, math.inf, -2.5], [-2.0] * 5) == [2, 3]
+
+
+def test_a_column_out_of_proportion_is_named_and_no_advice_is_of_what_is_open(caplog: pytest.LogCaptureFixture) -> None:
+    scales = torch.tensor([1.0, 1.0, 1e4, 1.0])
+    tasks = [Task(t.name, (scales * t.train.positional[0], t.train.target), num_classes=3) for t in TASKS]
+    assert large_columns(TASKS) == {}
+    ((place, times),) = large_columns(tasks).values()
+    assert place == 2 and 5e3 < times < 2e4
+    LiFT(network(), CONFIG, **SHORT).meta_train(tasks, progress=False)
+    assert "column 2 of the inputs is" in caplog.text and "Leave beta" not in caplog.text
+    pictures = [Task("p", (torch.rand(3, 1, 2, 2), torch.arange(3)), num_classes=3)]
+    tokens = [Task("w", (torch.full((4, 3), 10**6), torch.arange(4) % 2), num_classes=2)]
+    assert large_columns(pictures) == large_columns(tokens) == {}

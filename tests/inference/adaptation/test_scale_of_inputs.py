@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_lift import Task, TaskPosterior
+from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.saving.names import CONFIG
+from pyro_lift.support.archive import sealed, write_json
 
 RAW = torch.randint(256, (12, 1, 8, 8), generator=torch.Generator().manual_seed(0))
 NORMALISED = (RAW / 255.0 - 0.5) / 0.3
@@ -89,3 +90,29 @@ def test_standard_deviations_say_it_once(caplog: pytest.LogCaptureFixture) -> No
     task = Task("angles", (NORMALISED, torch.randn(12, 3)), "regression")
     TaskPosterior(adapter, task, adapter.initial.expand(4, -1)).predict_sd(RAW)
     assert len(said(caplog)) == 1
+
+
+def test_new_tasks_in_another_scale_than_the_priors_are_warned_of_and_a_loaded_prior_knows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    learned = [Task(f"t{k}", (NORMALISED[k : k + 8], torch.arange(8) % 3)) for k in range(4)]
+    options = {"sgd_steps": 0, "burn_in": 1, "samples": 2, "seed": 0}
+    lift = LiFT(network(), peft.LoraConfig(r=1, target_modules=["1", "3"]), **options)  # type: ignore[arg-type]
+    prior = lift.meta_train(learned, progress=False)
+    prior.save_pretrained(tmp_path / "prior")
+    config = json.loads((tmp_path / "prior" / CONFIG).read_text())
+    loaded = LiFTPrior.from_pretrained(tmp_path / "prior", network())
+    for each in (prior, loaded):
+        caplog.clear()
+        each.adapt(Task("like", (NORMALISED[4:], torch.arange(8) % 3)), seed=0)
+        assert not said(caplog)
+        each.adapt(Task("raw", (RAW.float(), torch.arange(12) % 3)), seed=0)
+        assert len(said(caplog)) == 1 and said(caplog)[0].startswith("task 'raw': inputs")
+    caplog.clear()
+    del config["input_sizes"]
+    write_json(tmp_path / "prior" / CONFIG, sealed(config))
+    LiFTPrior.from_pretrained(tmp_path / "prior", network()).adapt(Task("raw", (RAW.float(), torch.arange(12) % 3)))
+    assert not said(caplog)
+    write_json(tmp_path / "prior" / CONFIG, sealed({**config, "input_sizes": {"": [1.0]}}))
+    with pytest.raises(ValueError, match=r"config\.json: key 'input_sizes' is"):
+        LiFTPrior.from_pretrained(tmp_path / "prior", network())
