@@ -144,6 +144,6 @@ def test_the_command_line_learns_image_folders_and_predicts_pictures_of_no_class
     later = predicted(tmp_path / "adapted", tmp_path / "later", tmp_path / "out.jsonl")
     for line, before in zip(later, known[1:], strict=True):
         assert line["label"] == before["label"] in "pqr"
-        assert line["probabilities"] == pytest.approx(before["probabilities"], abs=1e-6)
+        assert line["probabilities"] == pytest.approx(before["probabilities"], abs=1e-5)  # float32, another batch
     (only,) = predicted(tmp_path / "adapted", tmp_path / "later" / "2.png", tmp_path / "out.jsonl")
     assert only["file"] == "2.png" and only["probabilities"] == later[1]["probabilities"]

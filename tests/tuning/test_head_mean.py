@@ -108,7 +108,8 @@ def _read(adapter: RandomAdapter, some: Sequence[Task]) -> tuple[Tensor, Tensor]
 def test_it_is_found_where_classes_are_shared_and_nowhere_else() -> None:
     found = head_mean(adapter(), tasks())
     assert found is not None and found.gain > 3.0 * found.error and found.head.head.shape == (CLASSES, WIDTH + 1)
-    assert head_mean(adapter(), tasks(shared=False)) is None
+    # By a test at 5 %: of six families more than two by chance in one run of five hundred.
+    assert sum(head_mean(adapter(), tasks(shared=False, seed=seed)) is not None for seed in range(1, 7)) <= 2
     assert head_mean(adapter(), tasks(3)) is None  # too few to tell
 
 
