@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.models.observation import WHOLE
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Task, mean_rows
 
 __all__ = ["effective_weights", "warn_of_few", "weights_moved"]
 
@@ -66,7 +66,7 @@ def weights_moved(
     """
     if "theta" not in moments:
         return {}
-    rows = sum(len(task.train) for task in tasks) / len(tasks)
+    rows = mean_rows(tasks)
     batch = float(batch_size) if batch_size else min(rows, float(WHOLE))
     return {MOVED: effective_weights(moments["theta"], beta, rows=rows, batch_size=batch, power=power)}
 
@@ -92,7 +92,7 @@ def warn_of_few(
     """
     if moved.get(MOVED, 1.0) >= 1.0:
         return
-    rows, values = sum(len(task.train) for task in tasks) / len(tasks), any(task.kind == "regression" for task in tasks)
+    rows, values = mean_rows(tasks), any(task.kind == "regression" for task in tasks)
     log.warning(
         "the data of a task move less than one of the adapter's %d weights (%.2g): a new task is predicted as phi "
         "predicts it, as it should be where the tasks are alike. %s",

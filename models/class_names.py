@@ -15,10 +15,10 @@ log = logging.getLogger("pyro_lift")
 def class_numbers_by_name(tasks: Sequence[Task]) -> dict[str, int]:
     """Return which output each class name stands at, over all tasks that share the network's outputs.
 
+    An output that has one name in one task and another in another is warned of: it may be two classes.
+
     Args:
         tasks: those of classes with names count; others are passed over.
-
-    An output that has one name in one task and another in another is warned of: it may be two classes.
 
     Raises:
         ValueError: a name that two tasks number differently; one output would be two classes.

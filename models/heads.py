@@ -64,6 +64,7 @@ __all__ = [
     "scaling_of",
     "solve_head",
     "standard_widths",
+    "width_penalty",
 ]
 
 #: Standard deviations of a logit under the prior (standardised features, so ``s * sqrt(E)``) that are tried.
@@ -141,6 +142,11 @@ def standard_widths(features: int) -> tuple[float, ...]:
     return tuple(width / math.sqrt(features) for width in LOGIT_WIDTHS)
 
 
+def width_penalty(width: float, tried: Sequence[float]) -> float:
+    r"""Return :math:`\tfrac12 \log^2 (s / s_0)`, a width's negative log prior, :math:`s_0` the middle of ``tried``."""
+    return 0.5 * math.log(width / tried[len(tried) // 2]) ** 2
+
+
 @torch.no_grad()
 def solve_head(
     features: Tensor,
@@ -196,9 +202,9 @@ def choose_prior_sd(
 
     .. math:: \min_s\ -\sum_n \log p\big(y_n \mid x_n, \hat h_{-k(n)}(s)\big) + \tfrac12 \log^2 (s / s_0)
 
-    with :math:`s_0` the middle of ``tried``: two or three rows that happen to be of one class would have the widest,
+    with the prior of :func:`width_penalty`: two or three rows that happen to be of one class would have the widest,
     and be sure of it. Folds are stratified and as many as rows up to ``most_folds``; they are a function of the targets
-    alone. With a single row nothing can be left out: :math:`s_0` is taken.
+    alone. With a single row nothing can be left out: the middle of ``tried`` is taken.
 
     Args:
         features: ``[n, E]``.
@@ -232,8 +238,7 @@ def choose_prior_sd(
             v, _ = newton(many, many.start if v is None else v, tolerance=1e-4)
             value = -(many.outputs(v).log_softmax(-1) * many.target).sum(-1)
         scores.append(float(((1.0 - kept) * value).sum() / n))
-    middle = tried[len(tried) // 2]
-    best = min(range(len(tried)), key=lambda k: n * scores[k] + 0.5 * math.log(tried[k] / middle) ** 2)
+    best = min(range(len(tried)), key=lambda k: n * scores[k] + width_penalty(tried[k], tried))
     return PriorChoice(tried[best], tuple(scores), tried)
 
 

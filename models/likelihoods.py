@@ -63,8 +63,8 @@ def log_likelihood(kind: LossKind, output: Tensor, target: Tensor, scale: float 
         ValueError: shapes that would broadcast against each other.
     """
     check_literal("kind", kind, LossKind)
-    if kind == "regression" and output.dim() == target.dim() + 1 and output.shape[-1] == 1:
-        output = output.squeeze(-1)
+    if kind == "regression":
+        output = shaped_as(output, target)
     _check_shapes(kind, output, target)
     if kind in ("classification", "matching"):
         return torch.as_tensor(dist.Categorical(logits=output, validate_args=False).log_prob(target))
@@ -73,6 +73,11 @@ def log_likelihood(kind: LossKind, output: Tensor, target: Tensor, scale: float 
         return density.flatten(1).sum(-1) if density.dim() > 1 else density
     losses = cross_entropy(output.flatten(0, -2), target.flatten(), ignore_index=IGNORED, reduction="none")
     return -losses.view(target.shape).sum(-1)
+
+
+def shaped_as(values: Tensor, target: Tensor) -> Tensor:
+    """Drop the last dimension of values ``[..., 1]`` beside targets ``[...]``, against which they would broadcast."""
+    return values.squeeze(-1) if values.dim() == target.dim() + 1 and values.shape[-1] == 1 else values
 
 
 def _check_shapes(kind: LossKind, output: Tensor, target: Tensor) -> None:

@@ -157,10 +157,11 @@ def numbered_by(labels: Sequence[str], data: Any, where: str) -> Any:
     """
     if not (isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], (list, tuple, np.ndarray))):
         return data
-    names = np.asarray(data[1]).tolist() if isinstance(data[1], np.ndarray) else list(data[1])
-    if not names or not all(isinstance(name, str) for name in names):
+    x, names = data
+    if not len(names) or not all(isinstance(name, str) for name in names):
         return data
     number = {name: k for k, name in enumerate(labels)}
-    if other := next((name for name in names if name not in number), None):
-        raise ValueError(f"{where}: target {other!r} is none of labels={list(labels)!r}.")
-    return data[0], torch.tensor([number[name] for name in names])
+    for name in names:
+        if name not in number:
+            raise ValueError(f"{where}: target {str(name)!r} is none of labels={list(labels)!r}.")
+    return x, torch.tensor([number[name] for name in names])

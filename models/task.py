@@ -16,7 +16,7 @@ from pyro_lift.models.rows import Rows, as_rows, label_names
 from pyro_lift.models.targets import CountedClasses, class_numbers, count_classes, numbered_by
 from pyro_lift.support.options import check_distinct, check_literal
 
-__all__ = ["Rows", "Task", "as_rows", "check_kinds", "check_task_names", "check_tasks", "undeclared"]
+__all__ = ["Rows", "Task", "as_rows", "check_kinds", "check_task_names", "check_tasks", "mean_rows", "undeclared"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -218,6 +218,11 @@ def _check_same_inputs(train: Rows, rows: Rows, where: str) -> None:
     for name, (x, known) in pairs.items():
         if x.dim() != known.dim():
             raise ValueError(f"{where}: {name!r} has shape {list(x.shape)}, but {list(known.shape)} in the train data.")
+
+
+def mean_rows(tasks: Sequence[Task]) -> float:
+    """Return the training rows of a task, on average."""
+    return sum(len(task.train) for task in tasks) / len(tasks)
 
 
 def undeclared(task: Task) -> Task:

@@ -31,7 +31,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.digest import digest
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.observation import own_head_scale
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Task, mean_rows
 from pyro_lift.models.weight_scales import by_weight, groups_of_weights, sizes_of_tensors
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
@@ -204,7 +204,8 @@ class ChainSetup:
                     at, standing = settled.phi, standing._replace(moments=settled.second_moments)
                     scale = settled.matching_scale
             how = resolved_adaptation(self.adapt_settings, self.settings, s, heads)
-            how = self._loosened(how, s, standing.moments, tasks) if heads and classes else how
+            if heads and classes:  # as after the whole chain, whose preconditioner this one's is taken to be like
+                how = self._loosened(how, s, self._moved(s, standing.moments, tasks), tasks)
             mixture = OnlineGaussianMixture.from_moments(at, max(len(tasks) // 2, 1), dtype=standing.vector.dtype)
             at_noise = replace(s, noise_scale=noise or s.noise_scale)
             rescaled = (s.noise_sd / at_noise.noise_sd) ** 4  # of square gradients
@@ -221,14 +222,16 @@ class ChainSetup:
         judge = Judge(score, predict, adapt if sure or strength else None, noise, strength)
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 
+    def _moved(self, s: LiFTSettings, moments: dict[str, Tensor], tasks: Sequence[Task]) -> dict[str, float]:
+        """Report how many weights a task's data move, by a preconditioner."""
+        widths = by_weight(self.adapter, s.beta)
+        return weights_moved(moments, widths, tasks, batch_size=s.batch_size, power=s.n_inflate or 1.0)
+
     def _loosened(
-        self, how: AdaptSettings, s: LiFTSettings, moments: dict[str, Tensor], tasks: Sequence[Task]
+        self, how: AdaptSettings, s: LiFTSettings, moved: dict[str, float], tasks: Sequence[Task]
     ) -> AdaptSettings:
-        """Adapt as after the whole chain, whose preconditioner that of half of the tasks is taken to be like."""
-        power, widths = s.n_inflate or 1.0, by_weight(self.adapter, s.beta)
-        moved = weights_moved(moments, widths, tasks, batch_size=s.batch_size, power=power)
-        rows = sum(len(task.train) for task in tasks) / len(tasks)
-        return loosened(how, self.settings, s, moved[MOVED], rows) if MOVED in moved else how
+        """Let solved heads' adaptation move more than the prior does, where that holds all weights."""
+        return loosened(how, self.settings, s, moved[MOVED], mean_rows(tasks)) if MOVED in moved else how
 
     def _half_chain(
         self, standing: Standing, joint: Joint, s: LiFTSettings, tasks: int, **shown: Any

@@ -384,8 +384,7 @@ def fitted(
             "drowns the others in what all share. Scale its inputs as theirs, or leave it out.",
             some_tasks(list(large)), max(large.values()),
         )  # fmt: skip
-    columns = large_columns(tasks)
-    for key, (place, times) in columns.items():
+    for key, (place, times) in large_columns(tasks).items():
         log.warning(
             "%scolumn %d of the inputs is %.3g times as large as most (the median): unless the network was trained on "
             "such columns, it hears nothing else. Bring all columns to one scale, alike in all tasks.",

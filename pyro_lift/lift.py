@@ -16,19 +16,12 @@ from pyro.ops.streaming import StatsOfDict
 from torch import Tensor, nn
 
 from pyro_lift.before_chain import ChainSetup
-from pyro_lift.defaults import (
-    loosened,
-    resolved,
-    resolved_adaptation,
-    say_loosened,
-    warn_of_rates,
-    with_translation,
-)
+from pyro_lift.defaults import resolved, resolved_adaptation, say_loosened, warn_of_rates, with_translation
 from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.adaptation.failures import named_chain, those_kept
 from pyro_lift.inference.chain_summary import ChainSummary, LogMean, SummaryMaker
 from pyro_lift.inference.checkpoint.session import Session
-from pyro_lift.inference.effective_weights import MOVED, warn_of_few, weights_moved
+from pyro_lift.inference.effective_weights import MOVED, warn_of_few
 from pyro_lift.inference.footprint import mixture_need
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.lost import LossWatch
@@ -43,8 +36,7 @@ from pyro_lift.models.hierarchical import VARIANCE
 from pyro_lift.models.out_of_proportion import usual_sizes
 from pyro_lift.models.solved_heads import has_solved_head
 from pyro_lift.models.target_units import advice_on_units, warn_of_units
-from pyro_lift.models.task import Task, check_kinds, check_tasks
-from pyro_lift.models.weight_scales import by_weight
+from pyro_lift.models.task import Task, check_kinds, check_tasks, mean_rows
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings, upgraded_run
@@ -333,6 +325,7 @@ class LiFT(ChainSetup):
         if self.settings.ranks_block_size:
             distributed.join()
         rows, names = [len(task.train) for task in tasks], [task.name for task in tasks]
+        sizes = usual_sizes(tasks)
         watchers = Watchers(callbacks, Run("meta-train"), rows, names, on_step)
         shown = {"progress": progress, "watchers": watchers}
         run, program, s, adapt, joint, halves = self.before_chain(tasks, session, start, crossed=crossed, **shown)
@@ -370,7 +363,7 @@ class LiFT(ChainSetup):
                 tuning=None if self.tuning is None else self.tuning.to_dict(),
                 matching_scale=None if program.solved is None else program.solved.mean_scale(),
                 head_mean=None if run.head_mean is None else run.head_mean.head,
-                input_sizes=usual_sizes(tasks),
+                input_sizes=sizes,
                 encoding=next((task.encoding for task in tasks if task.encoding is not None), None),
             )
 
@@ -405,17 +398,16 @@ class LiFT(ChainSetup):
                 mcmc.run(checkpoint=session, until=looks.ends if held_out else None)
         summary, moments = looks.kept() or (kept.stats[(0, "phi")], moments_of(kernel))
         given = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) is not None]
-        power, widths = s.n_inflate or 1.0, by_weight(self.adapter, beta_of())
-        moved = weights_moved(moments, widths, program.tasks, batch_size=s.batch_size, power=power)
+        moved = self._moved(replace(s, beta=beta_of()), moments, program.tasks)
         if MOVED in moved:
             log.info("the data of a task move about %.3g of the adapter's %d weights", moved[MOVED], self.adapter.dim)
         held = adapt
-        if program.solved is not None and MOVED in moved:
-            adapt = loosened(held, self.settings, s, moved[MOVED], sum(rows) / len(rows))
+        if program.solved is not None:
+            adapt = self._loosened(held, s, moved, program.tasks)
         if adapt is not held:
-            say_loosened(moved[MOVED], sum(rows) / len(rows))
+            say_loosened(moved[MOVED], mean_rows(tasks))
         else:
-            told: dict[str, Any] = {"power": power, "temperature": s.temperature or 0.0, "given": given}
+            told: dict[str, Any] = {"power": s.n_inflate or 1.0, "temperature": s.temperature or 0.0, "given": given}
             warn_of_few(moved, self.adapter.dim, program.tasks, **told)
         before = [work.results() for work in (joint, halves, run.head_mean) if work is not None]
         results = {**moved, **{name: x for part in before for name, x in part.items()}, **looks.results()}

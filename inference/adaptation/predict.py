@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.door import check_inputs
 from pyro_lift.models.head_problem import apply_head
-from pyro_lift.models.likelihoods import LossKind, among_classes, probabilities
+from pyro_lift.models.likelihoods import LossKind, among_classes, probabilities, shaped_as
 from pyro_lift.models.observation import head_inputs_of, naming_inputs, outputs, shapes_of
 from pyro_lift.models.plain import plain, refuse_items
 from pyro_lift.models.readouts import LabelScoring
@@ -182,9 +182,7 @@ def predict_inputs(adapter: RandomAdapter, thetas: Tensor, inputs: Any, task: Ta
     own = f" The rows of task {task.name!r} are {shapes_of(task.train.take(slice(0, 1)))}." if task.train.inputs else ""
     with naming_inputs("the network cannot be called with these inputs", rows, adapter, own):
         p = predict(adapter, thetas, rows, task.kind, heads=heads)
-    # Beside targets [n], means [n, 1] would broadcast to [n, n] in a caller's hands.
-    one_value = task.kind == "regression" and task.train.target.dim() == 1 and p.dim() == 2 and p.shape[-1] == 1
-    return p.squeeze(-1) if one_value else p
+    return shaped_as(p, task.train.target) if task.kind == "regression" else p
 
 
 def rows_of(inputs: Any, task: Task) -> Rows:

@@ -34,7 +34,8 @@ from pyro_lift.inference.baselines.search_space import SearchSpace
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.door import check_inputs, check_rows
 from pyro_lift.models.features import Reader, all_features, features, head_features
-from pyro_lift.models.heads import BIAS_SD, folds, scaling_of, standard_widths
+from pyro_lift.models.heads import BIAS_SD, folds, scaling_of, standard_widths, width_penalty
+from pyro_lift.models.likelihoods import shaped_as
 from pyro_lift.models.observation import has_head, network_output
 from pyro_lift.models.task import Rows, Task
 
@@ -89,7 +90,7 @@ class ProbePosterior:
         output = all_features(self.adapter, rows, self.theta, self.reader) @ self.head[:, :-1].T + self.head[:, -1]
         if self.task.kind != "regression":
             return output.softmax(-1)
-        return output.squeeze(-1) if self.task.train.target.dim() == 1 else output
+        return shaped_as(output, self.task.train.target)
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def fit_logistic(x: NDArray[np.float64], y: NDArray[np.int64], num_classes: int)
         fold = folds(torch.from_numpy(y), min(len(y), FOLDS), stratified=True).numpy()
         scores = []
         for width in tried:
-            loss = 0.5 * math.log(width / sd) ** 2  # of widths in the middle, as heads that are solved have it
+            loss = width_penalty(width, tried)
             for k in range(int(fold.max()) + 1):
                 kept, left = fold != k, fold == k
                 head = _softmax_head(z[kept], y[kept], num_classes, width)

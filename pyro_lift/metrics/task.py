@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_lift.data.text import TextRow
 from pyro_lift.metrics.probabilities import class_scores
 from pyro_lift.metrics.text import METRICS, score
-from pyro_lift.models.likelihoods import IGNORED
+from pyro_lift.models.likelihoods import IGNORED, shaped_as
 from pyro_lift.models.task import Rows, Task
 
 __all__ = ["Judged", "scores"]
@@ -35,7 +35,7 @@ def scores(probabilities: Tensor, rows: Rows, task: Task, texts: Sequence[TextRo
     """
     p, y = probabilities.cpu(), rows.target.cpu()
     if task.kind == "regression":
-        p = p.squeeze(-1) if p.dim() == y.dim() + 1 and p.shape[-1] == 1 else p
+        p = shaped_as(p, y)
         if p.shape != y.shape:
             raise ValueError(f"task {task.name!r}: means have shape {list(p.shape)}, the targets {list(y.shape)}.")
         return {"mse": float((p - y).square().mean())}

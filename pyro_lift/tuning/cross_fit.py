@@ -13,14 +13,13 @@ halves end where a length is worse than a shorter one by the test.
 
 **Temperature.** A chain of each half goes on from its vector (:mod:`~pyro_lift.tuning.half_chain`). From where it
 arrives tasks of the other half are adapted to, and one temperature is fitted to predictions of rows that were set apart
-(:mod:`~pyro_lift.inference.adaptation.temperature`). Heads of the tasks' own that stand around one head of all tasks
-stand around that of the half here. They are test or dev rows where tasks have them: a network that
+(:mod:`~pyro_lift.inference.adaptation.temperature`). They are test or dev rows where tasks have them: a network that
 was trained on the tasks' own rows is sure of those. Else they are a quarter of its rows, and it is adapted to on the
 others. Below 1 it is taken where it lowers the loss by the same test. Above 1 no test decides: a few rows say little,
 and to be too sure costs more than to be too unsure. Half of the tasks and three quarters of the rows leave predictions
 surer than all of them will: a temperature above 1 is divided by :data:`HALVED`, down to 1, so that 4.17 is the highest.
 Where joint training does not begin, tasks are adapted to from the untouched network; from there and on all of their
-rows nothing is exaggerated.
+rows nothing is exaggerated. Heads that stand around one head of all tasks stand here around that of the other half.
 
 **Noise of regressions.** In place of a temperature, where it was left open: :mod:`~pyro_lift.tuning.noise`, by
 adaptations from the halves' vectors.
@@ -144,10 +143,8 @@ class CrossFit(NamedTuple):
         """Say it in words; of the temperature only where one was looked for (``tempered``)."""
         tried = ", ".join(f"{steps}: {gain:+.3f} ± {error:.3f}" for steps, gain, error in self.looks)
         length = (
-            f"joint training gets {self.steps} steps (nats a row over the first, on unseen tasks: {tried}; of those"
-        )
-        length += (
-            " above the best the best that is not worse by more than chance: halves overfit sooner than all tasks)"
+            f"joint training gets {self.steps} steps (nats a row over the first, on unseen tasks: {tried}; of those "
+            "above the best the best that is not worse by more than chance: halves overfit sooner than all tasks)"
         )
         if self.noise is not None:
             return (

@@ -183,7 +183,7 @@ def _prior(head_scale: float | None, **options: Any) -> tuple[Any, list[Task]]:
 @pytest.mark.parametrize(
     ("head_scale", "head", "close"),
     [
-        (None, "solve", {"rtol": 1e-8, "atol": 1e-10}),
+        (None, "solve", {"rtol": 1e-8, "atol": 1e-10}),  # on features: solved to a gradient of 1e-8 too
         (0.5, "langevin", {"rtol": 1e-9, "atol": 1e-11}),
         (0.5, "solve", {"rtol": 1e-6, "atol": 1e-8}),  # solved to a gradient of 1e-8 in prior units, at every step
     ],

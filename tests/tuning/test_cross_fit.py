@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibrated_gains import calibrated_gains
 from common_map import adapter, tasks
 from torch import Tensor
 
 from pyro_lift import LiFT, Task
 from pyro_lift.inference.adaptation.temperature import HIGHEST, fit_temperature
 from pyro_lift.inference.checkpoint.before import WorkBefore
-from pyro_lift.metrics.probabilities import nll
 from pyro_lift.tuning.cross_fit import HALVED, CrossFit, Judge, cross_fit, helpful_temperature, rows_apart
 from pyro_lift.tuning.halves import Joint
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
@@ -159,12 +159,7 @@ def test_predictions_that_are_too_sure_are_brought_to_what_they_are_worth() -> N
     lift = LiFT(adapter(32, sureness=8.0), sgd_steps=160, burn_in=10, samples=20, seed=0)
     prior = lift.meta_train(made[:12], progress=False)
     assert prior.prediction_temperature > 1.0
-    gains = []
-    for posterior, task in zip(prior.adapt_many(made[12:], seed=0), made[12:], strict=True):
-        assert task.test is not None
-        raw, brought = (posterior.predict(task.test, calibrated=calibrated) for calibrated in (False, True))
-        gains.append(nll(raw, task.test.target) - nll(brought, task.test.target))
-    gain = torch.tensor(gains)
+    gain = calibrated_gains(prior, made[12:])
     assert gain.mean() > 3.0 * gain.std() / len(gain) ** 0.5
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from calibrated_gains import calibrated_gains
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -312,12 +313,7 @@ def test_predictions_of_a_features_network_that_are_too_sure_are_brought_to_what
     options = {"sgd_steps": 160, "burn_in": 10, "samples": 20, "seed": 0}
     prior = LiFT(adapter(), **options).meta_train(learned, progress=False)  # type: ignore[arg-type]
     assert prior.prediction_temperature > 1.0
-    gains = []
-    for posterior, task in zip(prior.adapt_many(made[12:], seed=0), made[12:], strict=True):
-        assert task.test is not None
-        raw, brought = (posterior.predict(task.test, calibrated=calibrated) for calibrated in (False, True))
-        gains.append(nll(raw, task.test.target) - nll(brought, task.test.target))
-    gain = torch.tensor(gains)
+    gain = calibrated_gains(prior, made[12:])
     assert gain.mean() > 3.0 * gain.std() / len(gain) ** 0.5
 
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from tiny_backbones import bert, ids
 
-import pyro_lift.lift as front
-from pyro_lift import AdaptSettings, LiFT, LiFTPrior, LiFTSettings, Task
+from pyro_lift import AdaptSettings, LiFT, LiFTPrior, LiFTSettings, Task, before_chain
 from pyro_lift.defaults import LOOSE_POWER, LOOSE_RATE, LOOSE_ROWS, loosened
 from pyro_lift.inference.effective_weights import MOVED
 
@@ -57,7 +56,7 @@ def tasks(rows: int) -> list[Task]:
 def test_a_default_run_finds_it_and_its_prior_keeps_it(
     rows: int, loose: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(front, "weights_moved", lambda *_, **__: {MOVED: 0.3})
+    monkeypatch.setattr(before_chain, "weights_moved", lambda *_, **__: {MOVED: 0.3})
     settings: dict[str, Any] = {"sgd_steps": 0, "burn_in": 2, "samples": 8}
     lift = LiFT(bert(2), peft.LoraConfig(r=2, target_modules=["query"]), seed=0, **settings)
     with caplog.at_level(logging.INFO, logger="pyro_lift"):
