@@ -1,4 +1,4 @@
-"""A head of classes that several tasks share, by their names where they have names."""
+"""A head of classes or values that several tasks share, classes by their names where they have names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Task, head_outputs
 
 __all__ = ["ClassHead", "are_alike"]
 
@@ -16,7 +16,7 @@ class ClassHead(NamedTuple):
     """A linear head, and which classes its rows are of.
 
     Attributes:
-        head: ``[C, E + 1]``, the bias last.
+        head: ``[C, E + 1]``, the bias last; of regressions a row for each of their values.
         labels: names of the C classes; none where they have only numbers.
     """
 
@@ -32,7 +32,7 @@ class ClassHead(NamedTuple):
             if not set(task.labels) <= set(self.labels):
                 return None
             return self.head[[self.labels.index(name) for name in task.labels]]
-        return self.head if task.num_classes == len(self.head) else None
+        return self.head if head_outputs(task) == len(self.head) else None
 
 
 def are_alike(one: ClassHead | None, other: ClassHead | None) -> bool:

@@ -16,7 +16,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import block_log_likelihood, stack_rows
 from pyro_lift.models.factors import factor
 from pyro_lift.models.likelihoods import log_likelihood
-from pyro_lift.models.observation import batch_of, check_width, observe, outputs, sample_head
+from pyro_lift.models.observation import batch_of, check_width, observe, outputs, sample_head, zero_head
 from pyro_lift.models.rows import some_rows
 from pyro_lift.models.solved_heads import SolvedHeads
 from pyro_lift.models.task import Task
@@ -76,8 +76,12 @@ class FlatAdapter:
             observe("obs", self.adapter, self.task, self.task.train.take(rows), theta, head, self.noise_scale)
 
     def log_likelihood(self, theta: Tensor, head: Tensor | None = None, *, most: int | None = None) -> Tensor:
-        """Compute the log likelihood of the task's training rows at one theta; of ``most`` of them, scaled to all."""
+        """Compute the log likelihood of the task's training rows at one theta; of ``most`` of them, scaled to all.
+
+        A head of the task's own is one of zeros where none is given.
+        """
         rows = some_rows(self.task.train, most)
+        head = zero_head(self.task, self.width, self.head_scale, theta) if head is None else head
         output = outputs(self.adapter, rows, theta, head)
         total = log_likelihood(self.task.kind, output, rows.target, self.noise_scale).sum()
         return total * (len(self.task.train) / len(rows))
@@ -143,11 +147,13 @@ class FlatBlock:
             factor("obs", block_log_likelihood(self.adapter, kind, block, theta, head, self.noise_scale))
 
     def log_likelihood(self, theta: Tensor, *, most: int | None = None) -> Tensor:
-        """Compute the log likelihood ``[B]`` of each task's training rows at one theta ``[D]``, without heads.
+        """Compute the log likelihood ``[B]`` of each task's training rows at one theta ``[D]``, own heads being zero.
 
         With ``most``, of as many of a task's rows, scaled to all.
         """
         rows = [some_rows(task.train, most) for task in self.tasks]
         block = stack_rows(rows, [len(task.train) for task in self.tasks], self.tasks[0].kind)
         each = theta.expand(len(rows), -1)
-        return block_log_likelihood(self.adapter, self.tasks[0].kind, block, each, None, self.noise_scale)
+        head = zero_head(self.tasks[0], self.width, self.head_scale, theta)
+        heads = None if head is None else head.expand(len(rows), -1, -1)
+        return block_log_likelihood(self.adapter, self.tasks[0].kind, block, each, heads, self.noise_scale)

@@ -66,6 +66,9 @@ class HeadModel(NamedTuple):
             has no such features.
         around: the head at which the prior stands, ``[C, E + 1]`` on the features as they come; None is a head of
             zeros.
+        bias_sd: standard deviation of a bias; one number, or one for each problem, ``[...]``.
+        centred: whether the biases' prior stands at the mean of the targets that count, which no unit and no level of
+            these changes; for regression. One value, or one (of zeros and ones) for each problem, ``[...]``.
     """
 
     num_outputs: int
@@ -73,6 +76,8 @@ class HeadModel(NamedTuple):
     noise_scale: float = 1.0
     scale: ScalePrior | None = None
     around: Tensor | None = None
+    bias_sd: float | Tensor = BIAS_SD
+    centred: bool | Tensor = False
 
     def offset(self, features: Tensor, given: Tensor | None = None) -> Tensor | None:
         """Add the outputs ``[..., n, C]`` of the head that the prior stands at to an offset; None stands for zero."""
@@ -130,6 +135,7 @@ class HeadProblem(NamedTuple):
         target: one-hot or values, ``[..., n, C]``.
         weight: ``[..., n]``.
         offset: what is added to the head's outputs, ``[..., n, C]``, or zero.
+        level: where the biases' prior stands, ``[..., C]``; None is zero.
         similarity: to the labels' texts, times tau / sqrt(C), ``[..., n, C]``; None where no scale is solved for.
         basis: ``[..., r, E + 1]`` with orthonormal rows, or None where nothing was rotated.
         width: standard deviations of the prior, ``[..., 1, E + 1]``.
@@ -140,6 +146,7 @@ class HeadProblem(NamedTuple):
     target: Tensor
     weight: Tensor
     offset: Tensor
+    level: Tensor | None
     similarity: Tensor | None
     basis: Tensor | None
     width: Tensor
@@ -171,13 +178,23 @@ class HeadProblem(NamedTuple):
 
     def outputs(self, v: Tensor) -> Tensor:
         """Logits or values ``[..., n, C]``."""
-        return self.linear(v) + self.offset
+        output = self.linear(v) + self.offset
+        return output if self.level is None else output + self.level.unsqueeze(-2)
+
+    def of_rows(self, weight: Tensor) -> HeadProblem:
+        """Return the same problem under several weights of its rows, ``[F, n]``."""
+        target = self.target.expand(len(weight), *self.target.shape)
+        level = None if self.level is None else _level(target, self.offset, weight, self.model.centred)
+        z = self.z.expand(len(weight), *self.z.shape)
+        return self._replace(z=z, target=target, weight=weight, level=level)
 
     def head(self, v: Tensor, scaling: Scaling) -> Tensor:
         """From ``[..., C, r]`` to the head on the features as they come, ``[..., C, E + 1]`` (``E + C + 1``)."""
         scale = self.model.scale
         body = v if self.similarity is None else v[..., :-1]
         body = scaling.folded((body if self.basis is None else body @ self.basis) * self.width)
+        if self.level is not None:
+            body = torch.cat([body[..., :-1], body[..., -1:] + self.level.unsqueeze(-1)], -1)
         if scale is None:
             return body
         C = self.model.num_outputs
@@ -191,6 +208,8 @@ class HeadProblem(NamedTuple):
         """The inverse of :meth:`head`; what of the head lies outside the rows' span is lost."""
         scale, C = self.model.scale, self.model.num_outputs
         body = head if scale is None else torch.cat([head[..., : -C - 1], head[..., -1:]], -1)
+        if self.level is not None:
+            body = torch.cat([body[..., :-1], body[..., -1:] - self.level.unsqueeze(-1)], -1)
         whitened = scaling.unfolded(body) / self.width
         whitened = whitened if self.basis is None else whitened @ self.basis.mT
         if scale is None or self.similarity is None:
@@ -246,7 +265,8 @@ def head_problem(
     else:
         y = target.double().unsqueeze(-1) if target.dim() == x.dim() - 1 else target.double()
     slope = torch.as_tensor(prior_sd, dtype=x.dtype, device=x.device)[..., None, None].expand(*x.shape[:-2], 1, E)
-    width = torch.cat([slope, torch.full_like(slope.sum(-1, keepdim=True), BIAS_SD if E else 1.0)], -1)
+    bias = torch.as_tensor(model.bias_sd if E else 1.0, dtype=x.dtype, device=x.device)[..., None, None]
+    width = torch.cat([slope, bias.expand(*x.shape[:-2], 1, 1)], -1)
     # Rows with options of their own have none in common that a bias could be of.
     z = torch.cat([x, torch.full_like(x.sum(-1, keepdim=True), 1.0 if E else 0.0)], -1) * width
     basis = None
@@ -259,7 +279,15 @@ def head_problem(
         mean = torch.as_tensor(model.scale.mean, dtype=x.dtype, device=x.device)
         added = added + mean[..., None, None] * similarity
         similarity = similarity * (model.scale.sd / math.sqrt(model.num_outputs)) if model.scale.sd else None
-    return HeadProblem(z, y, count, added, similarity, basis, width, model)
+    level = None if model.centred is False else _level(y, added, count, model.centred)
+    return HeadProblem(z, y, count, added, level, similarity, basis, width, model)
+
+
+def _level(target: Tensor, offset: Tensor, weight: Tensor, centred: bool | Tensor) -> Tensor:
+    """Average what is left of the targets of the rows that count, ``[..., C]``."""
+    w = weight.unsqueeze(-1)
+    mean = (w * (target - offset)).sum(-2) / w.sum(-2).clamp_min(1e-12)
+    return mean if centred is True else torch.as_tensor(centred).to(mean).unsqueeze(-1) * mean
 
 
 def terms(problem: HeadProblem, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -356,5 +384,6 @@ def least_squares(problem: HeadProblem) -> Tensor:
     weighted = problem.z * (problem.weight / problem.model.noise_scale**2).unsqueeze(-1)
     precision = weighted.mT @ problem.z
     precision = precision + torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
-    right = weighted.mT @ (problem.target - problem.offset)
+    known = problem.offset if problem.level is None else problem.offset + problem.level.unsqueeze(-2)
+    right = weighted.mT @ (problem.target - known)
     return torch.cholesky_solve(right, torch.linalg.cholesky(precision)).mT

@@ -226,11 +226,7 @@ def choose_prior_sd(
     scores, v = [], None
     for sd in tried:
         whole = head_problem(x, target, model, sd, None, offset, similarity=similarity)
-        many = whole._replace(
-            z=whole.z.expand(len(kept), *whole.z.shape),
-            target=whole.target.expand(len(kept), *whole.target.shape),
-            weight=kept,
-        )
+        many = whole.of_rows(kept)
         if model.kind == "regression":
             v = least_squares(many)
             value = 0.5 * ((many.outputs(v) - many.target) / model.noise_scale).square().sum(-1)

@@ -20,7 +20,7 @@ from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.factors import factor, normal
 from pyro_lift.models.observation import batch_of, check_width, observe, sample_head
 from pyro_lift.models.solved_heads import has_solved_head, solved_heads
-from pyro_lift.models.task import Task, check_task_names
+from pyro_lift.models.task import Task, check_task_names, head_outputs
 from pyro_lift.support.options import check_number
 
 __all__ = ["VARIANCE", "AdapterHierarchy", "can_share_pass"]
@@ -99,14 +99,25 @@ class AdapterHierarchy:
         self.batch_size = batch_size
         self.prior_mean = torch.zeros_like(adapter.initial) if prior_mean is None else prior_mean
         self.head_scale = head_scale
-        self.noise_scale = noise_scale
         self.width = check_width(adapter, self.tasks, head_scale)
         check_number("block_size", block_size, least=1, open_below=False, whole=True)
         if block_size > len(tasks):
             raise ValueError(f"block_size={block_size} is more than the {len(tasks)} tasks there are.")
         self.block_size = block_size
         self.solved = solved_heads(head, adapter, self.tasks, head_scale, adapter.initial, head_mean)
+        self.noise_scale = noise_scale
         self.one_pass = block_size > 1 and can_share_pass(self.tasks, head_scale, self.solved is not None)
+
+    @property
+    def noise_scale(self) -> float:
+        """Standard deviation of the noise in regression; it may be set, where it is found."""
+        return self._noise_scale
+
+    @noise_scale.setter
+    def noise_scale(self, noise_scale: float) -> None:
+        self._noise_scale = noise_scale
+        if self.solved is not None:
+            self.solved.noise_scale = noise_scale
 
     def __call__(self) -> None:
         """Run the program."""
@@ -180,5 +191,5 @@ def can_share_pass(tasks: Sequence[Task], head_scale: float | None, solved: bool
     for task in tasks:
         own = head_scale is not None or (solved and task.kind == "matching")
         by_row = own and task.kind == "matching" and task.label_texts is None
-        shapes.add((task.kind, task.num_classes if own else None, by_row))
+        shapes.add((task.kind, head_outputs(task) if own else None, by_row))
     return len(shapes) == 1

@@ -17,7 +17,7 @@ from pyro_lift.models.factors import factor, normal
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import among_classes, log_likelihood
 from pyro_lift.models.row_outputs import ACROSS_ROWS, needs_several_rows, note_alone
-from pyro_lift.models.task import Rows, Task
+from pyro_lift.models.task import Rows, Task, head_outputs
 from pyro_lift.models.vocabulary import check_targets_known
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "own_head_scale",
     "sample_head",
     "shapes_of",
+    "zero_head",
 ]
 
 log = logging.getLogger("pyro_lift")
@@ -53,7 +54,7 @@ def batch_of(task: Task, batch_size: int | None) -> int:
 
 def has_head(task: Task, scale: float | None) -> bool:
     """Whether a task has a linear head of its own, where heads have prior sd ``scale`` (None: they are shared)."""
-    return scale is not None and task.num_classes is not None and task.kind != "matching"
+    return scale is not None and head_outputs(task) is not None and task.kind != "matching"
 
 
 @torch.no_grad()
@@ -64,15 +65,18 @@ def own_head_scale(
 
     Features call for heads of the tasks' own. So does an output that is wider than every task's classes: it is features
     too, or another data set's classes. Where one task has as many classes as the output is wide, all share its head.
+    Regressions have heads of their own on features, and on an output wider than their values; on none else.
 
     Args:
         adapter: the network as a function of theta.
-        tasks: of which a classification, if there is one, is looked at.
+        tasks: of which a classification or a regression, if there is one, is looked at.
         scale: None leaves it to the network.
         solve: whether heads are solved; heads that take steps are given only where they are asked for.
         by_width: whether the width counts. It does not for new tasks of a prior, whose meta-training has decided: they
             may be fewer, or narrower, than those that it saw.
     """
+    if tasks and tasks[0].kind == "regression":
+        return _scale_of_regressions(adapter, tasks[0], scale, solve=solve)
     classes = [task for task in tasks if task.kind == "classification"]
     if scale is not None or not solve or not classes:
         return scale
@@ -98,6 +102,25 @@ def own_head_scale(
     return AUTOMATIC_SCALE
 
 
+def _scale_of_regressions(adapter: RandomAdapter, task: Task, scale: float | None, *, solve: bool) -> float | None:
+    """Return the scale of the heads of regressions, which an output that is their values already has no room for."""
+    adapter.check_use()
+    shape, values = _first_output(adapter, task).shape, head_outputs(task)
+    assert values is not None
+    wider = len(shape) == 2 and shape[-1] > values and task.train.target.dim() <= 2
+    if not (adapter.gives_features or wider):
+        if scale is not None:
+            log.info("the network's output is the regressions' values: head_scale=%g has nothing to stand on.", scale)
+        return None
+    if scale is None and solve:
+        log.info(
+            "the network's output is %d features: every task has a linear head of its own, solved on its rows.",
+            shape[-1],
+        )
+        return AUTOMATIC_SCALE
+    return scale
+
+
 @torch.no_grad()
 def is_narrower(adapter: RandomAdapter, tasks: Sequence[Task]) -> bool:
     """Whether some classification has fewer classes than the network's output is wide.
@@ -112,13 +135,17 @@ def is_narrower(adapter: RandomAdapter, tasks: Sequence[Task]) -> bool:
     return any((task.num_classes or 0) < width for task in classes)
 
 
+def zero_head(task: Task, width: int, scale: float | None, like: Tensor) -> Tensor | None:
+    """Make a head of zeros ``[C, width + 1]``; None where the task has none of its own."""
+    count = head_outputs(task)
+    return like.new_zeros(count, width + 1) if has_head(task, scale) and count is not None else None
+
+
 def sample_head(name: str, task: Task, width: int, scale: float | None, like: Tensor) -> Tensor | None:
     """Sample the linear head of one task, ``[C, width + 1]`` with the bias last; None where it has none of its own."""
-    if not has_head(task, scale):
+    zero = zero_head(task, width, scale, like)
+    if zero is None or scale is None:
         return None
-    assert task.num_classes is not None
-    zero = torch.zeros(task.num_classes, width + 1, dtype=like.dtype, device=like.device)
-    assert scale is not None
     return torch.as_tensor(pyro.sample(name, normal(zero, scale).to_event(2)))
 
 
@@ -191,8 +218,8 @@ def check_width(
     trial = tasks[0].train.take(slice(0, TRIAL_ROWS))
     adapter.check_reach(*trial.positional, **trial.named)
     for task in tasks:
-        own_head = head_scale is not None and task.num_classes is not None
-        if own_head and task.num_classes == 1 and task.kind == "classification":
+        own_head = has_head(task, head_scale)
+        if own_head and task.num_classes == 1:
             raise ValueError(
                 f"task {task.name!r} has one class, of which a head of its own is certain whatever the input. Pass "
                 "num_classes=2 or more to the task if others may come; else leave it out."
@@ -202,7 +229,7 @@ def check_width(
                 f"task {task.name!r}: the network's output is {width} features, not answers: it has no head. "
                 + (
                     "Give the tasks heads of their own (head_scale=0.5, say), or load the network with a head."
-                    if task.num_classes is not None
+                    if head_outputs(task) is not None
                     else f"Load the network with a head for {task.kind}."
                 )
             )
@@ -279,14 +306,13 @@ def _check_outputs(tasks: Sequence[Task], shapes: Sequence[torch.Size]) -> None:
 
 def _way_to_values(task: Task, shape: torch.Size) -> str:
     """Say what gives a network as many outputs as a regression has values; nothing where that is not what is wrong."""
-    values = task.train.target[0].numel()
+    values = head_outputs(task) or 1
     if task.kind != "regression" or len(shape) != 2 or shape[-1] <= values:
         return ""
-    width, layer = shape[-1], f"torch.nn.Linear({shape[-1]}, {values})"
     return (
-        f" If the {width} outputs are features, regressions need a layer on them that all tasks share: "
-        f"torch.nn.Sequential(network, {layer}), its weights from one ridge regression over all tasks' rows, say, and "
-        "the layer among the adapter's target_modules."
+        f" If the {shape[-1]} outputs are features, leave head open: each task then has a linear head of its own on "
+        f"them. Or put a layer on them that all tasks share: torch.nn.Sequential(network, torch.nn.Linear({shape[-1]}, "
+        f"{values})), the layer among the adapter's target_modules."
     )
 
 

@@ -120,7 +120,7 @@ def _loss_of(
     """Make the mean loss of a few rows of a task, and the network's outputs, as a function of theta."""
     rows = some_rows(task.train, HEAD_ROWS if own_head else ROWS)
     if own_head:
-        heads = SolvedHeads(adapter, [replace(task, train=rows)], centre)
+        heads = SolvedHeads(adapter, [replace(task, train=rows)], centre, noise_scale=noise_scale)
 
         def with_head(theta: Tensor) -> tuple[float, Tensor]:
             found = network_output(adapter, rows, theta)

@@ -9,6 +9,9 @@ head that the others have solved, and the likelihood of the program is that of t
 one pass through the network whatever the number of folds. In the gradient heads are held fixed. The head of the task
 itself, for predictions, is the mode on all its rows.
 
+A regression's head is a ridge of values in place of classes (:mod:`~pyro_lift.models.value_head`), predicted likewise
+by heads that other rows have solved, under the program's noise.
+
 Under label matching the head stands beside the similarities to the label texts (:mod:`~pyro_lift.models.heads`), whose
 scale each task chooses with the width of its prior, at the start; then the gradient goes through the encoded inputs and
 the encoded label texts both.
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,10 +34,12 @@ from pyro_lift.models.features import all_features
 from pyro_lift.models.head_choice import HeadChoice, choose_head
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.heads import HeadModel, ScalePrior, laplace_head, solve_head
+from pyro_lift.models.likelihoods import LossKind, log_likelihood
 from pyro_lift.models.observation import batch_of, has_head, network_output
 from pyro_lift.models.readouts import LabelMatching
-from pyro_lift.models.task import Rows, Task
+from pyro_lift.models.task import Rows, Task, head_outputs
 from pyro_lift.models.tensor_digest import digest_of
+from pyro_lift.models.value_head import choose_value_head
 from pyro_lift.support.options import check_choice, check_number
 
 __all__ = [
@@ -54,15 +60,17 @@ class SolvedHeads:
 
     Args:
         adapter: the network as a function of theta.
-        tasks: classifications; each with its training rows.
+        tasks: classifications or regressions; each with its training rows.
         start: weights ``[D]`` at whose features the widths are chosen, once, when they are first asked for.
         choices: of each task, where they have been made already.
         scale: of label matching where a task has no rows; None takes the readout's.
         folds: heads of a pass.
         mean: the head that heads of its classes have their prior around; None is zero. A task whose own rows are
             predicted better by a head around zero has that.
+        noise_scale: standard deviation of the noise in regression.
 
     Attributes:
+        noise_scale: as given; a program that finds its noise sets it.
         through_mean: whether theta sees the head that is the mean, where there is one for the tasks of a pass, in place
             of heads of their own. What tasks share is learned that way: a head of a few rows hides how well the
             features go with it.
@@ -78,12 +86,13 @@ class SolvedHeads:
         scale: float | None = None,
         folds: int = FOLDS,
         mean: ClassHead | None = None,
+        noise_scale: float = 1.0,
     ) -> None:
         check_number("folds", folds, least=2, open_below=False, whole=True)
         if scale is not None:
             check_number("scale", scale)
         self.adapter, self.tasks, self.folds, self.mean = adapter, list(tasks), folds, mean
-        self.start, self.through_mean = start.detach(), False
+        self.start, self.through_mean, self.noise_scale = start.detach(), False, noise_scale
         self.scale = zero_shot_scale(adapter) if scale is None else scale
         self._choices: dict[int, HeadChoice] = dict(enumerate(choices or ()))
         self._features: dict[tuple[int, bytes], Tensor] = {}
@@ -91,20 +100,31 @@ class SolvedHeads:
     def on(self, tasks: Sequence[Task], choices: Sequence[HeadChoice]) -> SolvedHeads:
         """Return the same for other rows, under choices that have been made."""
         return SolvedHeads(
-            self.adapter, tasks, self.start, choices=choices, scale=self.scale, folds=self.folds, mean=self.mean
+            self.adapter,
+            tasks,
+            self.start,
+            choices=choices,
+            scale=self.scale,
+            folds=self.folds,
+            mean=self.mean,
+            noise_scale=self.noise_scale,
         )
 
     def choice(self, task: int) -> HeadChoice:
         """Return what a task's head is solved under, by cross-validation at the start's features."""
         if task not in self._choices:
-            rows, classes = self.tasks[task].train, self.tasks[task].num_classes
-            assert classes is not None
+            rows, outputs = self.tasks[task].train, head_outputs(self.tasks[task])
+            assert outputs is not None
             found = all_features(self.adapter, rows, self.start, network_output)
             scale = self.scale if self.adapter.matches(rows.named) else None
-            choice = choose_head(found, rows.target, classes, scale)
             mean = None if self.mean is None or scale is not None else self.mean.of(self.tasks[task])
+            if self.tasks[task].kind == "regression":
+                choose = partial(choose_value_head, found, rows.target, noise_scale=self.noise_scale)
+            else:
+                choose = partial(choose_head, found, rows.target, outputs)
+            choice = choose() if scale is None else choose_head(found, rows.target, outputs, scale)
             if mean is not None:
-                around = choose_head(found, rows.target, classes, around=mean)
+                around = choose(around=mean)
                 choice = choice if choice.score > around.score else around
             self._choices[task] = choice
         return self._choices[task]
@@ -124,25 +144,34 @@ class SolvedHeads:
         return self.choice(task).sd
 
     def score(self, task: int) -> float:
-        """Return the mean log probability of left-out rows at the start's features, by the width that is best there."""
-        return self.choice(task).score
+        """Return the mean log probability of left-out rows at the start's features, by the width that is best there.
+
+        Of a regression, under the program's noise.
+        """
+        model, _, score = self.choice(task)
+        if model.kind != "regression":
+            return score
+        variance = self.noise_scale**2
+        missed = model.noise_scale**2 / variance if score == score else math.nan
+        return -0.5 * model.num_outputs * (math.log(2.0 * math.pi * variance) + missed)
 
     def rows(self, task: Task, batch_size: int | None) -> int:
         """Return the rows of a pass: at least one of each class for every fold, and no more than the task has.
 
-        Options of a row's own are no classes.
+        Options of a row's own are no classes, nor are values, of which a fold has two.
         """
-        assert task.num_classes is not None
-        least = self.folds if "option_input_ids" in task.train.inputs else self.folds * task.num_classes
+        least = 2 * self.folds if task.num_classes is None else self.folds * task.num_classes
+        if "option_input_ids" in task.train.inputs:
+            least = self.folds
         return batch_of(task, max(batch_size, least) if batch_size else batch_size)
 
     def log_prob(self, tasks: Sequence[int], features: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """Held-out log probability of each row of a pass, ``[B, b]``; differentiable in the features.
 
         Args:
-            tasks: numbers of the B tasks of the pass, of one number of classes.
+            tasks: numbers of the B tasks of the pass, of one kind and one number of classes or values.
             features: ``[B, b, E]``.
-            target: class numbers ``[B, b]``.
+            target: class numbers ``[B, b]``, or values ``[B, b]`` or ``[B, b, M]``.
             weight: zero for rows that are padding, ``[B, b]``.
         """
         if not bool(torch.isfinite(features.detach()).all()):
@@ -151,8 +180,16 @@ class SolvedHeads:
         if self.through_mean and self.mean is not None:
             known = [mean for mean in (self.mean.of(self.tasks[k]) for k in tasks) if mean is not None]
             if len(known) == len(tasks):
-                return _log_prob_of(apply_head(features, torch.stack(known).to(features)), target)
-        choices = [self.choice(k) for k in tasks]
+                kind = self.tasks[tasks[0]].kind
+                output = apply_head(features, torch.stack(known).to(features))
+                return _log_prob_of(kind, output, target, self.noise_scale)
+        model, widths = self._of_pass([self.choice(k) for k in tasks], features)
+        return held_out_log_prob(
+            features, target, model, widths, folds=self.folds, weight=weight, noise_scale=self.noise_scale
+        )
+
+    def _of_pass(self, choices: Sequence[HeadChoice], features: Tensor) -> tuple[HeadModel, Tensor]:
+        """Bring the choices of tasks that share a pass into one model and the widths ``[B]`` of their priors."""
 
         def each(values: Sequence[Any]) -> Tensor:
             return torch.tensor([float(x) for x in values], dtype=torch.float64, device=features.device)
@@ -167,7 +204,12 @@ class SolvedHeads:
         if given is not None:  # or in the head that their prior stands at
             each_around = [torch.zeros_like(given) if around is None else around for around in arounds]
             model = model._replace(around=torch.stack(each_around))
-        return held_out_log_prob(features, target, model, widths, folds=self.folds, weight=weight)
+        if model.kind == "regression":  # in units of each task's noise, on which the mode does not depend
+            noise = each([choice.model.noise_scale for choice in choices])
+            biases, centred = each([choice.model.bias_sd for choice in choices]), each([a is None for a in arounds])
+            model = model._replace(noise_scale=1.0, bias_sd=biases / noise, centred=centred)
+            widths = widths / noise
+        return model, widths
 
     def log_prob_at(self, task: int, rows: Rows, theta: Tensor) -> Tensor:
         """Held-out log probability of some rows of a task at theta ``[D]``, one a row ``[b]``."""
@@ -199,7 +241,8 @@ class SolvedHeads:
             left_out: which of the task's training rows, ``[n]``; the result has one number for each of them.
         """
         head, found = self.solve(task, theta, (~left_out).double()), self._read(task, theta)[left_out]
-        return _log_prob_of(apply_head(found.double(), head.double()), self.tasks[task].train.target[left_out])
+        output, target = apply_head(found.double(), head.double()), self.tasks[task].train.target[left_out]
+        return _log_prob_of(self.tasks[task].kind, output, target, self.noise_scale)
 
     def _read(self, task: int, theta: Tensor) -> Tensor:
         """Return the features of a task's rows; those of the last few weights are remembered."""
@@ -235,10 +278,6 @@ class SolvedHeads:
         return laplace_head(found, rows.target, model, mode, 1, prior_sd=sd, generator=generator)[0]
 
 
-def _log_prob_of(logits: Tensor, target: Tensor) -> Tensor:
-    return logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
-
-
 def zero_shot_scale(adapter: RandomAdapter) -> float:
     """The scale of label matching without any row: the readout's, or the usual one."""
     readout = adapter.readout if isinstance(adapter.readout, LabelMatching) else LabelMatching()
@@ -257,12 +296,13 @@ def solved_heads(
     scale: float | None,
     start: Tensor,
     mean: ClassHead | None = None,
+    noise_scale: float = 1.0,
 ) -> SolvedHeads | None:
     """Make the solved heads of a program; None where heads are sampled, or where no task has one of its own."""
     check_choice("head", head, ["sample", "solve"])
     if head == "sample" or not any(has_solved_head(adapter, task, scale) for task in tasks):
         return None
-    return SolvedHeads(adapter, tasks, start, mean=mean)
+    return SolvedHeads(adapter, tasks, start, mean=mean, noise_scale=noise_scale)
 
 
 def held_out_log_prob(
@@ -273,50 +313,72 @@ def held_out_log_prob(
     *,
     folds: int = FOLDS,
     weight: Tensor | None = None,
+    noise_scale: float = 1.0,
 ) -> Tensor:
     """Log probability of each row by a head that the other folds have solved, ``[..., b]``.
 
     Rows are dealt into folds class by class, in their order. A row that is alone in its class counts nothing: without
     it nothing is known of its class. Where all are, and for a single row, the log probability is zero. Under label
     matching the label's text says something still, so that every row counts; options of the rows' own are no classes.
+    So does every row of a regression, unless it is the only one.
 
     Args:
         features: ``[..., b, E]``, under label matching ``[..., b, E + C]``; differentiated through, the heads held
             fixed.
-        target: class numbers ``[..., b]``.
-        model: classification.
+        target: class numbers ``[..., b]``; values ``[..., b]`` or ``[..., b, M]``.
+        model: the likelihood under which heads are solved.
         prior_sd: s, one number or one a problem, ``[...]``.
         folds: K.
         weight: zero for rows that are padding, ``[..., b]``.
+        noise_scale: standard deviation of the noise under which values are then predicted.
     """
     counts = torch.ones_like(features[..., 0]) if weight is None else (weight > 0).to(features)
-    matched = model.scale is not None
+    values, matched = model.kind == "regression", model.scale is not None
     options = matched and features.shape[-1] == model.num_outputs
-    fold = _dealt(torch.zeros_like(target) if options else target, counts, folds)
+    y = target.reshape(*counts.shape, -1) if values else target
+    fold = _dealt(torch.zeros_like(counts, dtype=torch.long) if values or options else y, counts, folds)
     kept = counts.unsqueeze(-2) * (fold.unsqueeze(-2) != torch.arange(folds, device=target.device).unsqueeze(-1))
     some = kept.sum(-1, keepdim=True) > 0  # a fold that has all rows leaves none: let its head have them, uncounted
     kept = kept if matched else torch.where(some, kept, torch.ones_like(kept))
+    sd = torch.as_tensor(prior_sd, dtype=torch.float64, device=features.device)
+    solved = solve_head(
+        features.detach().unsqueeze(-3).expand(*kept.shape[:-1], *features.shape[-2:]),
+        y.unsqueeze(counts.dim() - 1).expand(*kept.shape, *y.shape[counts.dim() :]),
+        _of_each_fold(model),
+        prior_sd=sd.unsqueeze(-1).expand(kept.shape[:-1]),
+        weight=kept,
+    ).head
+    output = apply_head(features.unsqueeze(-3), solved)  # [..., K, b, C]
+    place = fold[..., None, :, None].expand(*fold.shape[:-1], 1, *output.shape[-2:])
+    own = _log_prob_of(model.kind, output.gather(-3, place).squeeze(-3), y, noise_scale)
+    told = counts > 0
+    if values:
+        told = told & (counts.sum(-1, keepdim=True) > 1)
+    elif not matched:
+        member = torch.nn.functional.one_hot(target, model.num_outputs).to(features) * counts.unsqueeze(-1)
+        told = told & (member.sum(-2).gather(-1, target) > 1)
+    return torch.where(told, own, torch.zeros_like(own))
+
+
+def _of_each_fold(model: HeadModel) -> HeadModel:
+    """Give what each problem of a pass has of its own, ``[...]``, to each of its folds, ``[..., K]``."""
     if model.scale is not None and isinstance(model.scale.mean, Tensor):
         model = model._replace(scale=model.scale._replace(mean=model.scale.mean.unsqueeze(-1)))
     if model.around is not None:
         model = model._replace(around=model.around.unsqueeze(-3))
-    many = features.detach().unsqueeze(-3).expand(*kept.shape[:-1], *features.shape[-2:])
-    sd = torch.as_tensor(prior_sd, dtype=torch.float64, device=features.device)
-    solved = solve_head(
-        many,
-        target.unsqueeze(-2).expand(kept.shape),
-        model,
-        prior_sd=sd.unsqueeze(-1).expand(kept.shape[:-1]),
-        weight=kept,
-    ).head
-    logits = apply_head(features.unsqueeze(-3), solved)  # [..., K, b, C]
-    log_p = logits.log_softmax(-1).gather(-1, target[..., None, :, None].expand(*kept.shape, 1)).squeeze(-1)
-    own = log_p.gather(-2, fold.unsqueeze(-2)).squeeze(-2)
-    if matched:
-        return torch.where(counts > 0, own, torch.zeros_like(own))
-    member = torch.nn.functional.one_hot(target, model.num_outputs).to(features) * counts.unsqueeze(-1)
-    companions = member.sum(-2).gather(-1, target)
-    return torch.where((companions > 1) & (counts > 0), own, torch.zeros_like(own))
+    if isinstance(model.bias_sd, Tensor):
+        model = model._replace(bias_sd=model.bias_sd.unsqueeze(-1))
+    if isinstance(model.centred, Tensor):
+        model = model._replace(centred=model.centred.unsqueeze(-1))
+    return model
+
+
+def _log_prob_of(kind: LossKind, output: Tensor, target: Tensor, noise_scale: float) -> Tensor:
+    """Return the log probability of each row, ``[..., b]``."""
+    if kind == "regression":
+        density = log_likelihood(kind, output.flatten(0, -2), target.reshape(-1, output.shape[-1]), noise_scale)
+        return density.view(output.shape[:-1])
+    return output.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
 
 def _dealt(target: Tensor, counts: Tensor, folds: int) -> Tensor:

@@ -16,7 +16,17 @@ from pyro_lift.models.rows import Rows, as_rows, label_names
 from pyro_lift.models.targets import CountedClasses, class_numbers, count_classes, numbered_by
 from pyro_lift.support.options import check_distinct, check_literal
 
-__all__ = ["Rows", "Task", "as_rows", "check_kinds", "check_task_names", "check_tasks", "mean_rows", "undeclared"]
+__all__ = [
+    "Rows",
+    "Task",
+    "as_rows",
+    "check_kinds",
+    "check_task_names",
+    "check_tasks",
+    "head_outputs",
+    "mean_rows",
+    "undeclared",
+]
 
 log = logging.getLogger("pyro_lift")
 
@@ -223,6 +233,11 @@ def _check_same_inputs(train: Rows, rows: Rows, where: str) -> None:
 def mean_rows(tasks: Sequence[Task]) -> float:
     """Return the training rows of a task, on average."""
     return sum(len(task.train) for task in tasks) / len(tasks)
+
+
+def head_outputs(task: Task) -> int | None:
+    """Return the outputs of a linear head of the task's own: its classes, or its values; None where it has neither."""
+    return max(task.train.target[0].numel(), 1) if task.kind == "regression" else task.num_classes
 
 
 def undeclared(task: Task) -> Task:

@@ -120,9 +120,18 @@ class TaskPosterior:
         if self.task.kind != "regression":
             raise TypeError(f"the task {self.task.name!r} is no regression: the probabilities of predict() say it all.")
         rows = self._rows(inputs)
-        means = torch.stack([predict_inputs(self.adapter, theta[None], rows, self.task, None) for theta in self.thetas])
+        means = torch.stack(
+            [
+                predict_inputs(self.adapter, self.thetas[s : s + 1], rows, self.task, self._head(s))
+                for s in range(len(self.thetas))
+            ]
+        )
         variance = self.noise_scale**2 + means.var(0, correction=0)
         return ((self.prediction_temperature if calibrated else 1.0) * variance).sqrt()
+
+    def _head(self, draw: int) -> Tensor | None:
+        """Return the task's own head at a draw ``[1, C, E + 1]``, if it has one."""
+        return None if self.heads is None else self.heads[draw : draw + 1]
 
     def _rows(self, inputs: Any) -> Rows:
         rows = rows_of(self._read(inputs), self.task)

@@ -45,7 +45,7 @@ from pyro_lift.inference.adaptation.update_rules import Terms, UpdateRule
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import log_likelihood
-from pyro_lift.models.observation import has_head, is_narrower, outputs, own_head_scale
+from pyro_lift.models.observation import is_narrower, outputs, own_head_scale, zero_head
 from pyro_lift.models.priors import LocalGaussian, gaussian_at
 from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.task import Rows, Task
@@ -121,16 +121,15 @@ class HeadPolicy:
 
     def fresh(self, task: Task, width: int, like: Tensor) -> Tensor | None:
         """Make a head of zeros, or None where the head is shared."""
-        if not has_head(task, self.scale):
-            return None
-        assert task.num_classes is not None
-        return like.new_zeros(task.num_classes, width + 1)
+        return zero_head(task, width, self.scale, like)
 
-    def solved(self, adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor) -> SolvedHeads | None:
+    def solved(
+        self, adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor, noise_scale: float = 1.0
+    ) -> SolvedHeads | None:
         """Make the heads that are solved; None where some task has none of its own, or where they take steps."""
         if self.update == "step" or not all(has_solved_head(adapter, task, self.scale) for task in tasks):
             return None
-        return SolvedHeads(adapter, tasks, start)
+        return SolvedHeads(adapter, tasks, start, noise_scale=noise_scale)
 
     @property
     def prior(self) -> tuple[float, float] | None:

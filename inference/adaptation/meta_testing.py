@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -133,6 +133,7 @@ def heads_at_best_start(
     *,
     scale: float | None = None,
     mean: ClassHead | None = None,
+    noise_scale: float = 1.0,
 ) -> tuple[SolvedHeads, list[Start]]:
     """Solve the heads of new tasks: the start whose features predict left-out rows best, and heads from there on.
 
@@ -143,13 +144,15 @@ def heads_at_best_start(
         untouched: a further start.
         scale: of label matching without rows; None takes the readout's.
         mean: the head that theirs have their prior around; None is zero.
+        noise_scale: standard deviation of the noise in regression.
 
     Returns:
         The heads, their priors chosen at each task's start; and the starts, the log likelihood being that of
         left-out rows (sum over training rows).
     """
     candidates = _candidates(mixture, untouched)
-    heads = [SolvedHeads(adapter, tasks, candidate.theta, scale=scale, mean=mean) for candidate in candidates]
+    options: dict[str, Any] = {"scale": scale, "mean": mean, "noise_scale": noise_scale}
+    heads = [SolvedHeads(adapter, tasks, candidate.theta, **options) for candidate in candidates]
     starts, chosen = [], []
     for k, task in enumerate(tasks):
         scores = [each.score(k) * len(task.train) for each in heads]

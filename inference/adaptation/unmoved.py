@@ -110,6 +110,8 @@ def kept_from_the_chain(task: Task) -> Tensor | None:
     target = task.train.target
     if len(target) < STACKED_FROM:
         return None
+    if task.kind == "regression":  # values are no classes
+        target = torch.zeros(len(target), dtype=torch.long, device=target.device)
     kept = torch.zeros(len(target), dtype=torch.bool, device=target.device)
     # Options of a row's own are no classes, and dealing by their numbers does no harm.
     for label in target.unique():

@@ -78,7 +78,9 @@ def finetune(
     # Under a reparametrisation the weights are parameters, at which no head can be solved.
     plain = hooks.reparametrisation is None and not particles
     unmoved = Unmoved(
-        [data], budget.heads.solved(adapter, [data], start) if plain else None, looks=budget.stopping is not None
+        [data],
+        budget.heads.solved(adapter, [data], start, budget.noise_scale) if plain else None,
+        looks=budget.stopping is not None,
     )
     (data,), solved = unmoved.tasks, unmoved.solved
     effective_rows = n_inflate * len(data.train)
@@ -129,7 +131,9 @@ def finetune_each(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor, 
 def _finetune_block(adapter: RandomAdapter, tasks: Sequence[Task], start: Tensor, budget: Budget) -> list[Ensemble]:
     data = [task.to(start.device) for task in tasks]
     width = check_width(adapter, data, budget.heads.scale)
-    unmoved = Unmoved(data, budget.heads.solved(adapter, data, start), looks=budget.stopping is not None)
+    unmoved = Unmoved(
+        data, budget.heads.solved(adapter, data, start, budget.noise_scale), looks=budget.stopping is not None
+    )
     data, solved = unmoved.tasks, unmoved.solved
     kind, sizes = data[0].kind, [len(task.train) for task in data]
     effective_rows = torch.tensor(sizes, device=start.device, dtype=start.dtype)

@@ -193,7 +193,8 @@ class _Fit:
     def __init__(self, adapter: RandomAdapter, task: Task, theta: Tensor, budget: Budget, seed: int) -> None:
         self.adapter, self.task, self.theta, self.budget, self.seed = adapter, task, theta, budget, seed
         self.own_head = has_solved_head(adapter, task, budget.heads.scale)
-        self.heads = SolvedHeads(adapter, [task], theta) if self.own_head else None
+        noise = budget.noise_scale
+        self.heads = SolvedHeads(adapter, [task], theta, noise_scale=noise) if self.own_head else None
         head = None if self.heads is None else self.heads.solve(0, theta)
         self.start = Weights(theta, head)
 

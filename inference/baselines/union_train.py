@@ -124,7 +124,8 @@ def union_train(
     tasks = check_tasks(tasks, adapter.initial.device)
     budget = with_heads(budget, adapter, tasks)
     generator = torch.Generator().manual_seed(budget.seed)
-    solved = budget.heads.solved(adapter, tasks, adapter.initial if start is None else start)
+    start = adapter.initial if start is None else start
+    solved = budget.heads.solved(adapter, tasks, start, budget.noise_scale)
     batches = [minibatches(task.train, rows_of_pass(task, budget, solved), generator) for task in tasks]
     heads = Heads(adapter, tasks, budget, learning_rate)
     rule = adam(learning_rate)

@@ -197,7 +197,13 @@ class Adaptation:
         if self.settings.head == "langevin" or not all(has_solved_head(self.adapter, task, scale) for task in tasks):
             return None, []
         return heads_at_best_start(
-            self.adapter, tasks, mixture, untouched, scale=self.matching_scale, mean=self.head_mean
+            self.adapter,
+            tasks,
+            mixture,
+            untouched,
+            scale=self.matching_scale,
+            mean=self.head_mean,
+            noise_scale=self.settings.noise_sd,
         )
 
     def _head_scale(self, tasks: Sequence[Task]) -> float | None:

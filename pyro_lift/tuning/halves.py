@@ -397,7 +397,8 @@ def log_probs_at(
     values = []
     for task in tasks:
         if has_solved_head(adapter, task, head_scale):
-            values.append(SolvedHeads(adapter, [task], theta, scale=scale, mean=mean).score(0))
+            heads = SolvedHeads(adapter, [task], theta, scale=scale, mean=mean, noise_scale=noise_scale)
+            values.append(heads.score(0))
             continue
         prior = torch.distributions.Independent(torch.distributions.Normal(theta, 1.0), 1)
         program = FlatAdapter(adapter, task, prior, noise_scale=noise_scale)

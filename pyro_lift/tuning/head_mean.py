@@ -9,7 +9,7 @@ own head is put around it,
 with the width s still chosen by the task's own rows (:mod:`~pyro_lift.models.heads`). Classes go by their names where
 tasks have names, else by their numbers. Whether they are the same classes only the tasks can tell: the head of one half
 of them is tried on those of the other, by the log probability of rows that were left out, and taken where it predicts
-them better by the one-sided test at 5 %.
+them better by the one-sided test at 5 %. Regressions share a head of their values likewise.
 
 Meta-training's tasks see the shared head itself: theta is moved to where one head serves all of them, as in a network
 that ends in its class layer, and a new task has a head of its own around it. What joint training of one half is judged
@@ -33,7 +33,8 @@ from pyro_lift.models.head_choice import choose_head
 from pyro_lift.models.head_problem import HeadModel, apply_head
 from pyro_lift.models.heads import choose_prior_sd, solve_head
 from pyro_lift.models.observation import network_output
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Task, head_outputs
+from pyro_lift.models.value_head import choose_value_head, columns_of
 from pyro_lift.tuning.halves import FEWEST_TASKS, is_above_zero, paired
 from pyro_lift.tuning.held_out import dealt, drawn_rows
 
@@ -81,12 +82,17 @@ class HeadMean(NamedTuple):
 def shared_classes(tasks: Sequence[Task]) -> list[str] | int | None:
     """Return the names of the classes that tasks may have in common, or their number; None where they have others.
 
+    Of regressions it is the number of their values.
+
     Classes go by their names where all tasks have names, in whatever order: there may be twice as many in all as in the
     largest task. Without names all tasks need as many classes. With names in some of the tasks only, all of these need
     the same in one order too.
     """
-    if len(tasks) < FEWEST_TASKS or any(task.kind != "classification" for task in tasks):
+    outputs = {head_outputs(task) for task in tasks}
+    if len(tasks) < FEWEST_TASKS or None in outputs:
         return None
+    if tasks[0].kind == "regression":
+        return outputs.pop() if len(outputs) == 1 else None
     named = [task.labels for task in tasks if task.labels is not None]
     numbers = {task.num_classes for task in tasks}
     if len(named) == len(tasks):
@@ -107,7 +113,7 @@ def head_mean(adapter: RandomAdapter, tasks: Sequence[Task]) -> HeadMean | None:
     """
     classes = shared_classes(tasks)
     if classes is None:
-        log.info("heads of the tasks' own stand around zero: the tasks are few, or have other classes.")
+        log.info("heads of the tasks' own stand around zero: the tasks are few, or have other classes or values.")
         return None
     share = max(ROWS // len(tasks), 1)
     halves = [[(task, *_read(adapter, task, share)) for task in half] for half in dealt(tasks, 2)]
@@ -123,16 +129,20 @@ def head_mean(adapter: RandomAdapter, tasks: Sequence[Task]) -> HeadMean | None:
     if not is_above_zero(told):
         log.info("heads of the tasks' own stand around zero: one head of all tasks does not help (%s).", gained)
         return None
-    log.info("the tasks share their classes: heads of their own stand around one head of all tasks (%s).", gained)
+    what = "what they predict" if tasks[0].kind == "regression" else "their classes"
+    log.info("the tasks share %s: heads of their own stand around one head of all tasks (%s).", what, gained)
     return HeadMean(_pooled([read for half in halves for read in half], classes), gain, error, tuple(found))
 
 
 def _gain(task: Task, x: Tensor, y: Tensor, around: ClassHead) -> float:
     """Compute what a head adds to the log probability of a task's left-out rows; a single row is left out from none."""
-    head, classes = around.of(task), task.num_classes
+    head, classes = around.of(task), head_outputs(task)
     assert classes is not None
     if head is None:
         return 0.0
+    if task.kind == "regression":
+        own, shared = (choose_value_head(x, y, around=where).score for where in (None, head))
+        return 0.0 if len(x) == 1 else shared - own
     if len(x) == 1:
         told = apply_head(x.double(), head.double()).log_softmax(-1)[0, int(y)]
         return float(told) + math.log(classes)
@@ -154,8 +164,11 @@ def _pooled(read: Sequence[tuple[Task, Tensor, Tensor]], classes: list[str] | in
     spread = x.double().std(0)
     dead = spread < DEAD * spread.median()
     x = torch.where(dead, x.mean(0), x)  # as a constant it has no slope, else one that is beyond all proportion
-    model = HeadModel(len(names) or int(classes))  # type: ignore[arg-type]
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:CHOOSING].to(x.device)
+    if read[0][0].kind == "regression":
+        model, width, _ = choose_value_head(x[some], y[some])
+        return ClassHead(solve_head(x, columns_of(y), model, prior_sd=width).head)
+    model = HeadModel(len(names) or int(classes))  # type: ignore[arg-type]
     width = choose_prior_sd(x[some], y[some], model).sd
     return ClassHead(solve_head(x, y, model, prior_sd=width).head, names)
 

@@ -424,10 +424,10 @@ def test_features_get_heads_of_the_tasks_own_and_are_refused_where_there_are_no_
         stepping = LiFT(network, Lora(r=1, target_modules=targets), head="langevin", **QUICK)
         with pytest.raises(ValueError, match=r"output is 8 features, not answers.*head_scale=0.5"):
             stepping.meta_train(tasks, progress=False)
-        numbers = [Task("r", (rows, torch.randn(8)), "regression")]
-        with pytest.raises(ValueError, match="Load the network with a head for regression"):
+        written = [Task("r", (rows, torch.ones(8, 2).long()), "tokens")]
+        with pytest.raises(ValueError, match="Load the network with a head for tokens"):
             LiFT(network, Lora(r=1, target_modules=targets), head_scale=0.5, **QUICK).meta_train(
-                numbers, progress=False
+                written, progress=False
             )
         prior = LiFT(network, Lora(r=1, target_modules=targets), head_scale=0.5, **QUICK).meta_train(
             tasks, progress=False

@@ -69,6 +69,6 @@ def test_answers_and_heads_that_take_steps_are_left_as_they_are() -> None:
     stepped = LiFT(adapter, settings=LiFTSettings(sgd_steps=3, burn_in=2, samples=4, head="langevin"), seed=0)
     with pytest.raises(ValueError, match="not answers: it has no head"):
         stepped.meta_train([pictures], progress=False)
-    values = Task("values", ({"pixel_values": torch.randn(4, 3, 8, 8)}, torch.randn(4)), "regression")
-    with pytest.raises(ValueError, match="Load the network with a head for regression"):
-        LiFT(adapter, settings=SHORT, seed=0).meta_train([values], progress=False)
+    written = Task("words", ({"pixel_values": torch.randn(4, 3, 8, 8)}, torch.ones(4, 2).long()), "tokens")
+    with pytest.raises(ValueError, match="Load the network with a head for tokens"):
+        LiFT(adapter, settings=SHORT, seed=0).meta_train([written], progress=False)
