@@ -188,7 +188,7 @@ class ChainSetup:
             return None
         classes = all(task.kind == "classification" for task in tasks)
         sure = noise is not None or classes
-        strength = self.leaves_power_open and all(task.kind == "tokens" for task in tasks)
+        strength = self.leaves_power_open and (noise is not None or all(task.kind == "tokens" for task in tasks))
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
         score = self._score(s, program.head_scale)
 
@@ -326,7 +326,8 @@ class ChainSetup:
             head_mean=None if mean is None else mean.of(tasks),
         )
         if program.solved is not None and mean is not None:
-            program.solved.through_mean = bool(mean.halves)
+            # Of regressions the noise is that of heads of their own, under which the shared one may be far off.
+            program.solved.through_mean = bool(mean.halves) and tasks[0].kind == "classification"
         return program
 
     def _head_scale(self, tasks: Sequence[Task], s: LiFTSettings) -> float | None:

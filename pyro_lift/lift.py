@@ -166,23 +166,26 @@ class LiFT(ChainSetup):
         noise = self._noise_of(tasks)
         found: dict[str, Any] = {} if noise is None else {"noise_scale": noise.scale}
         settings = replace(with_heads_settled(self.settings, self.adapter, tasks), **found)
+        given, stronger = self.adapt_settings, dict[str, Any]()
+        if noise is not None and noise.power != 1.0:
+            stronger = {"n_inflate": noise.power * (settings.n_inflate or 1.0)}
+            given = replace(given, **stronger)
         seconds = max(seconds - (time.monotonic() - begun), 1e-3)
         known = resolved(with_translation(settings, tasks), self.adapter)
         scale = self._head_scale(tasks, known)
         heads = known.head != "langevin" and any(has_solved_head(self.adapter, task, scale) for task in tasks)
-        adapt = resolved_adaptation(self.adapt_settings, self.settings, known, heads)
+        adapt = resolved_adaptation(given, self.settings, known, heads)
         candidates = lift_candidates(known, adapt, trainings=trainings, heads=heads)
 
         def make(candidate: Candidate, share: float) -> LiFTContender:
             short = shortened(replace(settings, **candidate.meta), share)
-            return LiFTContender(
-                LiFT(self.adapter, settings=short, adapt=self.adapt_settings, seed=self.seed), candidate
-            )
+            return LiFTContender(LiFT(self.adapter, settings=short, adapt=given, seed=self.seed), candidate)
 
         with trial_bar(progress, callbacks) as on_trial:
             tuning = search(candidates, make, tasks, seconds=seconds, on_trial=on_trial)
         if noise is not None:
-            tuning = replace(tuning, meta={**tuning.meta, **found}, temperature=noise.temperature)
+            meta, chosen = {**tuning.meta, **found}, {**stronger, **tuning.adapt}
+            tuning = replace(tuning, meta=meta, adapt=chosen, temperature=noise.temperature)
         self.follow(tuning)
         return tuning
 
@@ -198,7 +201,7 @@ class LiFT(ChainSetup):
         if self.settings.noise_scale is not None or any(task.kind != "regression" for task in tasks):
             return None
         halves = self.before_chain(tasks).halves
-        return None if halves is None or halves.noise is None else Noise(halves.noise, halves.temperature)
+        return None if halves is None or halves.noise is None else Noise(halves.noise, halves.temperature, halves.power)
 
     def meta_train(
         self,
@@ -402,7 +405,7 @@ class LiFT(ChainSetup):
         if MOVED in moved:
             log.info("the data of a task move about %.3g of the adapter's %d weights", moved[MOVED], self.adapter.dim)
         held = adapt
-        if program.solved is not None:
+        if program.solved is not None and (halves is None or halves.noise is None):  # which comes with a power
             adapt = self._loosened(held, s, moved, program.tasks)
         if adapt is not held:
             say_loosened(moved[MOVED], mean_rows(tasks))

@@ -24,7 +24,8 @@ rows nothing is exaggerated. Heads that stand around one head of all tasks stand
 **Noise of regressions.** In place of a temperature, where it was left open: :mod:`~pyro_lift.tuning.noise`, by
 adaptations from the halves' vectors.
 
-**Power in adaptation.** In place of a temperature where tasks are of tokens: :mod:`~pyro_lift.tuning.strength`.
+**Power in adaptation.** In place of a temperature where tasks are of tokens: :mod:`~pyro_lift.tuning.strength`; of
+regressions beside the noise.
 
 It costs as many gradients again as joint training, and for a temperature as the chain. Where joint training makes few
 passes over the rows (:func:`~pyro_lift.tuning.joint_run.few_passes`), nothing can be known by heart, and there is none;
@@ -85,7 +86,7 @@ class Judge(NamedTuple):
             not of classes.
         adapt: gives posteriors of tasks; None fits neither temperature, noise nor power.
         noise: of regressions to begin with, where it is to be found; None otherwise.
-        strength: whether the power in adaptation is to be found, in place of a temperature.
+        strength: whether the power in adaptation is to be found, in place of a temperature or beside the noise.
     """
 
     score: Score
@@ -218,9 +219,8 @@ def _sureness(
     adapt = judge.adapt
     if adapt is None:
         return found
-    unseen = [
-        _split(half, min(STRENGTH_TASKS, len(half))) if judge.strength else rows_apart(half, ADAPTED) for half in halves
-    ]
+    few = judge.strength and judge.noise is None
+    unseen = [_split(half, min(STRENGTH_TASKS, len(half))) if few else rows_apart(half, ADAPTED) for half in halves]
 
     apart = all(any(has_unseen_rows(task) for task in half) for half in halves)
     exact = apart and not found.looks
@@ -234,11 +234,12 @@ def _sureness(
         for standing, some in zip(standings, unseen, strict=True):
             yield from zip(adapt(standing, some, noise, power), some, strict=True)
 
-    if judge.strength:
+    if few:
         return found._replace(power=stronger_where_better(lambda power: list(adapted(None, power)), judge.score))
     if judge.noise is not None:
-        noise = fitted_noise(judge.noise, adapted, 1.0 if exact else EXAGGERATED) or Noise(judge.noise, 1.0)
-        return found._replace(temperature=noise.temperature, noise=noise.scale)
+        sure = 1.0 if exact else EXAGGERATED
+        noise = fitted_noise(judge.noise, adapted, sure, stronger=judge.strength) or Noise(judge.noise, 1.0)
+        return found._replace(temperature=noise.temperature, noise=noise.scale, power=noise.power)
     predictions = [
         (posterior.predict(task.test, calibrated=False), task.test.target)
         for posterior, task in adapted(None)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_lift import LiFT, Task, TaskPosterior
+from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
 from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.methods.lift import LiFTMethod
@@ -97,6 +97,93 @@ def test_where_there_is_no_noise_some_is_left_and_a_chain_that_diverges_ends_the
     once = fitted_noise(2.0, adapt)
     assert isinstance(once, Noise) and len(asked) == 2 and once.scale == pytest.approx(asked[1])
     assert fitted_noise(2.0, lambda scale: []) is None
+
+
+class Shrunk(NamedTuple):
+    """Least squares under a prior that holds the weights: a ridge, which a smaller noise sets free."""
+
+    weights: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, task: Task, scale: float, width: float) -> Shrunk:
+        x, y = task.train.inputs[""], task.train.target
+        held = (scale / width) ** 2 * torch.eye(x.shape[-1], dtype=x.dtype)
+        return cls(torch.linalg.solve(x.T @ x + held, x.T @ y), scale)
+
+    def predict(self, rows: Rows) -> Tensor:
+        return Line(*self).predict(rows)
+
+    def predict_sd(self, rows: Rows, *, calibrated: bool) -> Tensor:
+        return Line(*self).predict_sd(rows, calibrated=calibrated)
+
+
+def test_a_larger_power_is_found_where_the_prior_holds_tasks_too_close_and_nowhere_else() -> None:
+    tasks = lines(24, 20, NOISE)
+    first = targets_scale(tasks)
+
+    def found(width: float, *, stronger: bool = True) -> Noise:
+        noise = fitted_noise(first, lambda scale: ((Shrunk.of(t, scale, width), t) for t in tasks), stronger=stronger)
+        assert noise is not None
+        return noise
+
+    held, free = found(0.01), found(1.0)
+    assert held.power > 100.0 and held.scale < 0.25 * first
+    assert found(0.01, stronger=False).scale > 0.8 * first  # what it would be without
+    assert free == found(1.0, stronger=False) and free.power == 1.0
+
+
+def test_no_power_is_found_where_a_chain_diverges_under_it_or_it_gains_by_chance_alone() -> None:
+    tasks = lines(24, 20, NOISE)
+    first = targets_scale(tasks)
+
+    def diverging(scale: float) -> Iterator[tuple[Shrunk, Task]]:
+        if scale < 0.5 * first:
+            raise DivergedError("too far", 0)
+        return ((Shrunk.of(task, scale, 0.01), task) for task in tasks)
+
+    found = fitted_noise(first, diverging, stronger=True)
+    assert found is not None and found.power == 1.0
+    few = tasks[:3]
+
+    def one_of_three(scale: float) -> Iterator[tuple[Shrunk, Task]]:  # the others are as free as they can be
+        return ((Shrunk.of(task, scale, 0.03 if k == 0 else 100.0), task) for k, task in enumerate(few))
+
+    found = fitted_noise(first, one_of_three, stronger=True)
+    assert found is not None and found.power == 1.0
+
+
+def waves(number: int, rows: int = 15) -> list[Task]:
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for k in range(number):
+        height, shift = 0.5 + 2.0 * torch.rand(2, generator=generator)
+        x = 10.0 * torch.rand(rows + 60, 1, generator=generator) - 5.0
+        y = height * torch.sin(x[:, 0] - shift)
+        made.append(Task(f"w{k}", (x[:rows], y[:rows]), "regression", test=(x[rows:], y[rows:])))
+    return made
+
+
+def test_tasks_that_the_network_knows_nothing_of_are_let_go_further_and_the_prior_keeps_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(1, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
+    made = waves(10)
+    *tasks, new = (replace(task, test=None) if k < 9 else task for k, task in enumerate(made))
+    lift = LiFT(net, peft.LoraConfig(r=2, target_modules=["0", "2"]), sgd_steps=0, burn_in=2, samples=4, seed=0)
+    prior = lift.meta_train(tasks, progress=False)
+    found = prior.results["power in adaptation, over meta-training's"]
+    assert found > 10.0 and prior.adapt_settings.n_inflate == pytest.approx(found * (prior.settings.n_inflate or 1.0))
+    posterior = prior.adapt(new, seed=0)
+    assert new.test is not None
+
+    def missed(of: TaskPosterior) -> float:
+        assert new.test is not None
+        return float((of.predict(new.test) - new.test.target).square().mean())
+
+    assert missed(posterior) < 0.8 * missed(prior.adapt(new, seed=0, n_inflate=1.0))
+    prior.save_pretrained(tmp_path)
+    again = LiFTPrior.from_pretrained(tmp_path, net).adapt(new, seed=0)
+    assert torch.equal(again.predict(new.test), posterior.predict(new.test))
 
 
 def curves(number: int, unit: float) -> tuple[torch.nn.Module, list[Task]]:
