@@ -38,7 +38,6 @@ from pyro_lift.models.heads import BIAS_SD, folds, scaling_of, standard_widths, 
 from pyro_lift.models.likelihoods import shaped_as
 from pyro_lift.models.observation import has_head, network_output
 from pyro_lift.models.task import Rows, Task
-from pyro_lift.models.value_head import standard_ratios
 
 if TYPE_CHECKING:
     import numpy as np
@@ -219,7 +218,7 @@ def fit_ridge(x: NDArray[np.float64], y: NDArray[np.float64]) -> RidgeFit:
 
     values = y.reshape(len(y), -1)
     scaling = scaling_of(torch.from_numpy(x))
-    tried = standard_ratios(x.shape[1])
+    tried = standard_widths(x.shape[1])
     mean = torch.zeros(values.shape[1], x.shape[1] + 1, dtype=torch.float64)
     mean[:, -1] = torch.from_numpy(values.mean(0))
     if len(y) < 2:
