@@ -16,12 +16,14 @@ class ClassHead(NamedTuple):
     """A linear head, and which classes its rows are of.
 
     Attributes:
-        head: ``[C, E + 1]``, the bias last; of regressions a row for each of their values.
+        head: ``[C, E + 1]``, the bias last; of regressions a row for each of their values, none where they share none.
         labels: names of the C classes; none where they have only numbers.
+        width: of regressions, where the ratios of their heads' priors stand (:func:`.best_width`).
     """
 
     head: Tensor
     labels: tuple[str, ...] = ()
+    width: float = 1.0
 
     def of(self, task: Task) -> Tensor | None:
         """Return the rows of a task's classes, in its own order, ``[c, E + 1]``; None where it has others.
@@ -39,6 +41,8 @@ def are_alike(one: ClassHead | None, other: ClassHead | None) -> bool:
     """Whether two heads are the same but for what another machine may round."""
     if one is None or other is None:
         return one is other
-    same = one.labels == other.labels and one.head.shape == other.head.shape
+    same = one[1:] == other[1:] and one.head.shape == other.head.shape
+    if one.head.numel() == 0:
+        return same
     largest = float(one.head.abs().max())
     return same and torch.allclose(one.head, other.head.to(one.head), rtol=0.0, atol=1e-2 * largest)

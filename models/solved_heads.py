@@ -119,7 +119,8 @@ class SolvedHeads:
             scale = self.scale if self.adapter.matches(rows.named) else None
             mean = None if self.mean is None or scale is not None else self.mean.of(self.tasks[task])
             if self.tasks[task].kind == "regression":
-                choose = partial(choose_value_head, found, rows.target, noise_scale=self.noise_scale)
+                width = None if self.mean is None else self.mean.width
+                choose = partial(choose_value_head, found, rows.target, width=width, noise_scale=self.noise_scale)
             else:
                 choose = partial(choose_head, found, rows.target, outputs)
             choice = choose() if scale is None else choose_head(found, rows.target, outputs, scale)

@@ -5,25 +5,29 @@ Under normal noise of standard deviation :math:`\eta` and a prior of width s the
 left out then show,
 
 .. math:: \hat\eta^2(r) = \frac1{nM} \sum_n \big\|y_n - \hat h_{-k(n)}(x_n; r)\big\|^2, \qquad
-          \min_r\ \tfrac{nM}2 \log \hat\eta^2(r) + \tfrac12 \log^2 (r / r_0), \qquad s = r\,\hat\eta,
+          \min_r\ \tfrac{nM}2 \log \hat\eta^2(r) + \tfrac12 \log^2 (r / r_0), \qquad s = r\,\hat\eta.
 
-with the prior of :func:`~pyro_lift.models.heads.width_penalty` on the ratio. No unit of the targets changes the choice,
-nor their level: the biases' prior stands at their mean. Around a head that all tasks share it stands at that one's, and
-a bias is as near to it as the rest of the head.
+Ten rows say little of how sure their ratio may be, and a family of tasks says more: :math:`r_0` is the ratio that is
+best for all tasks of meta-training together (:func:`best_width`). Where there are none it is the one at which features
+say as much as noise does, :math:`1 / \sqrt E`, and its prior half as wide in variance.
+
+No unit of the targets changes the choice, nor their level: the biases' prior stands at their mean. Around a head that
+all tasks share it stands at that one's, and a bias is as near to it as the rest of the head.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pyro_lift.models.head_choice import HeadChoice
 from pyro_lift.models.head_problem import BIAS_SD, HeadModel, head_problem, least_squares
-from pyro_lift.models.heads import folds, scaling_of, width_penalty
+from pyro_lift.models.heads import folds, scaling_of
 
-__all__ = ["RATIO_WIDTHS", "choose_value_head", "standard_ratios"]
+__all__ = ["RATIO_WIDTHS", "best_width", "choose_value_head", "columns_of", "standard_ratios"]
 
 #: Standard deviations of a value under the prior (standardised features, so ``r * sqrt(E)``) over that of the noise
 #: that are tried. Targets without noise are common in regressions, and classes never are so sure.
@@ -37,12 +41,28 @@ def standard_ratios(features: int) -> tuple[float, ...]:
     return tuple(width / math.sqrt(features) for width in RATIO_WIDTHS)
 
 
+def best_width(told: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Return the one of :data:`RATIO_WIDTHS` that predicts the left-out rows of several tasks best, all together.
+
+    Args:
+        told: features ``[n, E]`` and targets of each task; of a single row nothing can be left out.
+    """
+    costs = [0.5 * math.log(width) ** 2 for width in RATIO_WIDTHS]
+    for features, target in told:
+        if len(features) < 2:
+            continue
+        errors = _errors(features.double(), columns_of(target), _models(features, target, None), 10)
+        costs = [cost + _cost(error, target) for cost, error in zip(costs, errors, strict=True)]
+    return RATIO_WIDTHS[costs.index(min(costs))]
+
+
 @torch.no_grad()
 def choose_value_head(
     features: Tensor,
     target: Tensor,
     *,
     around: Tensor | None = None,
+    width: float | None = None,
     noise_scale: float = 1.0,
     most_folds: int = 10,
 ) -> HeadChoice:
@@ -52,6 +72,7 @@ def choose_value_head(
         features: ``[n, E]``.
         target: values ``[n]`` or ``[n, M]``.
         around: the head ``[M, E + 1]`` at which the prior stands; None stands at the mean of the targets.
+        width: what other tasks say of the ratio (:func:`best_width`); None where there are none.
         noise_scale: standard deviation of the noise where a single row says nothing of it.
         most_folds: number of folds, at most.
 
@@ -59,28 +80,17 @@ def choose_value_head(
         The choice; its score is the mean log density of left-out rows at the noise that they show, NaN for a single
         row, which cannot be left out.
     """
-    n, tried = len(features), standard_ratios(features.shape[-1])
-    x, y = features.double(), columns_of(target)
-    models = [_model(y.shape[-1], ratio, features.shape[-1], around) for ratio in tried]
+    n, E = features.shape
+    y, models, tried = columns_of(target), _models(features, target, around), standard_ratios(E)
     if n < 2:
-        middle = len(tried) // 2
-        return _scaled(models[middle], tried[middle], noise_scale, math.nan)
-    z, offset = scaling_of(x).apply(x), models[0].offset(x)
-    fold = folds(y, min(n, most_folds), stratified=False)
-    kept = torch.stack([(fold != k).double() for k in range(int(fold.max()) + 1)]).to(x.device)  # [F, n]
-    least = LEAST**2 * float(y.var(0, correction=0).mean()) + 1e-24 * float(1.0 + y.square().mean())
-    errors = []
-    for model, ratio in zip(models, tried, strict=True):
-        problem = head_problem(z, y, model, ratio, None, offset).of_rows(kept)
-        miss = (problem.outputs(least_squares(problem)) - problem.target).square().mean(-1)
-        errors.append(float(((1.0 - kept) * miss).sum() / n) + least)
-    M = y.shape[-1]
-    costs = [
-        0.5 * n * M * math.log(error) + width_penalty(ratio, tried) for error, ratio in zip(errors, tried, strict=True)
-    ]
+        usual = RATIO_WIDTHS.index(1.0 if width is None else width)
+        return _scaled(models[usual], tried[usual], noise_scale, math.nan)
+    errors = _errors(features.double(), y, models, most_folds)
+    prior = [math.log(w) ** 2 if width is None else 0.5 * math.log(w / width) ** 2 for w in RATIO_WIDTHS]
+    costs = [_cost(error, target) + penalty for error, penalty in zip(errors, prior, strict=True)]
     best = costs.index(min(costs))
-    noise = math.sqrt(errors[best])
-    return _scaled(models[best], tried[best], noise, -0.5 * M * (math.log(2.0 * math.pi * errors[best]) + 1.0))
+    score = -0.5 * y.shape[-1] * (math.log(2.0 * math.pi * errors[best]) + 1.0)
+    return _scaled(models[best], tried[best], math.sqrt(errors[best]), score)
 
 
 def columns_of(target: Tensor) -> Tensor:
@@ -88,12 +98,32 @@ def columns_of(target: Tensor) -> Tensor:
     return target.double().reshape(len(target), -1)
 
 
-def _model(values: int, ratio: float, features: int, around: Tensor | None) -> HeadModel:
-    """Make the likelihood in units of the noise."""
-    width = ratio * math.sqrt(features)
+def _models(features: Tensor, target: Tensor, around: Tensor | None) -> list[HeadModel]:
+    """Make the likelihood in units of the noise, for each ratio."""
+    values = columns_of(target).shape[-1]
     if around is None:
-        return HeadModel(values, "regression", bias_sd=BIAS_SD * width, centred=True)
-    return HeadModel(values, "regression", around=around, bias_sd=width)
+        return [HeadModel(values, "regression", bias_sd=BIAS_SD * width, centred=True) for width in RATIO_WIDTHS]
+    return [HeadModel(values, "regression", around=around, bias_sd=width) for width in RATIO_WIDTHS]
+
+
+def _errors(x: Tensor, y: Tensor, models: Sequence[HeadModel], most_folds: int) -> list[float]:
+    """Compute the mean square error of the rows left out for each ratio, no less than that of rows taken for exact."""
+    n, offset = len(x), models[0].offset(x)
+    z = scaling_of(x).apply(x)
+    fold = folds(y, min(n, most_folds), stratified=False)
+    kept = torch.stack([(fold != k).double() for k in range(int(fold.max()) + 1)]).to(x.device)  # [F, n]
+    least = LEAST**2 * float(y.var(0, correction=0).mean()) + 1e-24 * float(1.0 + y.square().mean())
+    errors = []
+    for model, ratio in zip(models, standard_ratios(x.shape[-1]), strict=True):
+        problem = head_problem(z, y, model, ratio, None, offset).of_rows(kept)
+        miss = (problem.outputs(least_squares(problem)) - problem.target).square().mean(-1)
+        errors.append(float(((1.0 - kept) * miss).sum() / n) + least)
+    return errors
+
+
+def _cost(error: float, target: Tensor) -> float:
+    """Return the negative log likelihood of left-out rows at the noise that fits them best, but for constants."""
+    return 0.5 * target.numel() * math.log(error)
 
 
 def _scaled(model: HeadModel, ratio: float, noise: float, score: float) -> HeadChoice:

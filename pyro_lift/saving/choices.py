@@ -31,6 +31,7 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "masks": prior.masks,
         "input_sizes": {name: list(size) for name, size in prior.input_sizes.items()},
         "head_labels": [] if prior.head_mean is None else list(prior.head_mean.labels),
+        "head_width": 1.0 if prior.head_mean is None else prior.head_mean.width,
     }
 
 
@@ -95,7 +96,7 @@ def _saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str
     named = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
     if not named or len(labels) not in (0, len(head)):
         raise DamagedError(f"{path}: key 'head_labels' is {labels!r}; expected a name for each of {len(head)} classes.")
-    return ClassHead(head, tuple(labels))
+    return ClassHead(head, tuple(labels), saved_positive(path, config, "head_width"))
 
 
 def saved_positive(path: Path, config: Mapping[str, Any], name: str) -> float:

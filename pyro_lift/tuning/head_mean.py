@@ -9,7 +9,8 @@ own head is put around it,
 with the width s still chosen by the task's own rows (:mod:`~pyro_lift.models.heads`). Classes go by their names where
 tasks have names, else by their numbers. Whether they are the same classes only the tasks can tell: the head of one half
 of them is tried on those of the other, by the log probability of rows that were left out, and taken where it predicts
-them better by the one-sided test at 5 %. Regressions share a head of their values likewise.
+them better by the one-sided test at 5 %. Regressions share a head of their values likewise, and in any case what their
+rows say together of how strong a ridge it takes (:func:`~pyro_lift.models.value_head.best_width`).
 
 Meta-training's tasks see the shared head itself: theta is moved to where one head serves all of them, as in a network
 that ends in its class layer, and a new task has a head of its own around it. What joint training of one half is judged
@@ -34,7 +35,7 @@ from pyro_lift.models.head_problem import HeadModel, apply_head
 from pyro_lift.models.heads import choose_prior_sd, solve_head
 from pyro_lift.models.observation import network_output
 from pyro_lift.models.task import Task, head_outputs
-from pyro_lift.models.value_head import choose_value_head, columns_of
+from pyro_lift.models.value_head import best_width, choose_value_head, columns_of
 from pyro_lift.tuning.halves import FEWEST_TASKS, is_above_zero, paired
 from pyro_lift.tuning.held_out import dealt, drawn_rows
 
@@ -54,7 +55,7 @@ class HeadMean(NamedTuple):
     """A head of all tasks.
 
     Attributes:
-        head: on the untouched network's features.
+        head: on the untouched network's features; of regressions that share none one without rows.
         gain: mean over tasks of the log probability of left-out rows that it adds, nats a row.
         error: its standard error.
         halves: the heads of both halves of the tasks, with the names of these; none leaves theta to heads of the
@@ -75,7 +76,9 @@ class HeadMean(NamedTuple):
         return next((head for names, head in self.halves if not any(task.name in names for task in tasks)), self.head)
 
     def results(self) -> dict[str, float]:
-        """Measures for the prior's folder and card."""
+        """Measures for the prior's folder and card; none where no head is shared."""
+        if len(self.head.head) == 0:
+            return {}
         return {"gain of heads around one of all tasks, nats a row": self.gain}
 
 
@@ -126,12 +129,16 @@ def head_mean(adapter: RandomAdapter, tasks: Sequence[Task]) -> HeadMean | None:
     told = torch.tensor(gains, dtype=torch.float64)
     gain, error = paired(told)
     gained = f"{gain:+.3f} ± {error:.3f} nats a row, on tasks that it has not seen"
+    whole = [read for half in halves for read in half]
     if not is_above_zero(told):
         log.info("heads of the tasks' own stand around zero: one head of all tasks does not help (%s).", gained)
-        return None
+        if tasks[0].kind != "regression":
+            return None
+        alone = tuple((names, head._replace(head=head.head[:0])) for names, head in found)
+        return HeadMean(_pooled(whole, classes)._replace(head=found[0][1].head[:0]), 0.0, 0.0, alone)
     what = "what they predict" if tasks[0].kind == "regression" else "their classes"
     log.info("the tasks share %s: heads of their own stand around one head of all tasks (%s).", what, gained)
-    return HeadMean(_pooled([read for half in halves for read in half], classes), gain, error, tuple(found))
+    return HeadMean(_pooled(whole, classes), gain, error, tuple(found))
 
 
 def _gain(task: Task, x: Tensor, y: Tensor, around: ClassHead) -> float:
@@ -141,7 +148,7 @@ def _gain(task: Task, x: Tensor, y: Tensor, around: ClassHead) -> float:
     if head is None:
         return 0.0
     if task.kind == "regression":
-        own, shared = (choose_value_head(x, y, around=where).score for where in (None, head))
+        own, shared = (choose_value_head(x, y, around=where, width=around.width).score for where in (None, head))
         return 0.0 if len(x) == 1 else shared - own
     if len(x) == 1:
         told = apply_head(x.double(), head.double()).log_softmax(-1)[0, int(y)]
@@ -166,8 +173,9 @@ def _pooled(read: Sequence[tuple[Task, Tensor, Tensor]], classes: list[str] | in
     x = torch.where(dead, x.mean(0), x)  # as a constant it has no slope, else one that is beyond all proportion
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:CHOOSING].to(x.device)
     if read[0][0].kind == "regression":
-        model, width, _ = choose_value_head(x[some], y[some])
-        return ClassHead(solve_head(x, columns_of(y), model, prior_sd=width).head)
+        model, sd, _ = choose_value_head(x[some], y[some])
+        width = best_width([(features, target) for _, features, target in read[:JUDGED]])
+        return ClassHead(solve_head(x, columns_of(y), model, prior_sd=sd).head, width=width)
     model = HeadModel(len(names) or int(classes))  # type: ignore[arg-type]
     width = choose_prior_sd(x[some], y[some], model).sd
     return ClassHead(solve_head(x, y, model, prior_sd=width).head, names)
