@@ -16,6 +16,8 @@ DATA = ROOT.parent / "shared" / "data"
 
 #: Processes of ``-n auto``: each takes about 1.5 GB, and its imports alone take ten seconds.
 MOST_WORKERS = 8
+# No test may wait for a hub: a name that is no folder is answered at once. Processes that tests start read it too.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The tests' tensors are small: a second thread costs more than it gives, and takes a core from another worker. The
 # variable is for the processes that tests start, and for pytest-xdist's workers, which read it as they begin.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))

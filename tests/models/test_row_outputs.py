@@ -15,6 +15,7 @@ from pyro_lift import LiFT, Task
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.row_outputs import are_probabilities, mixing_of, note_alone
+from pyro_lift.settings import AdaptSettings
 
 
 class Network(nn.Module):
@@ -33,7 +34,8 @@ class Network(nn.Module):
 
 
 CONFIG = peft.LoraConfig(r=1, target_modules=["first", "last"])
-SHORT: dict[str, Any] = {"sgd_steps": 4, "sgd_learning_rate": 1e-3, "burn_in": 2, "samples": 4, "seed": 0}
+FEW = AdaptSettings(steps=4, draws=2)  # by which the noise of regressions is found
+SHORT: dict[str, Any] = {"adapt": FEW, "sgd_steps": 4, "sgd_learning_rate": 1e-3, "burn_in": 2, "samples": 4, "seed": 0}
 
 
 def tasks(kind: str = "classification", classes: int = 3) -> list[Task]:

@@ -9,7 +9,10 @@ import torch
 from pyro_lift import LiFT, Task
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.target_units import units_of
+from pyro_lift.settings import AdaptSettings
 
+#: The noise is found by adaptations; what is warned of does not depend on how long they are.
+FEW = AdaptSettings(steps=4, draws=2)
 X = torch.randn(6, 40, 3, generator=torch.Generator().manual_seed(0))
 
 
@@ -26,7 +29,9 @@ def tasks(offset: float, unit: float) -> list[Task]:
 
 
 def lift(net: torch.nn.Module) -> LiFT:
-    return LiFT(net, peft.LoraConfig(r=1, target_modules=["0", "2"]), sgd_steps=4, burn_in=2, samples=4, seed=0)
+    return LiFT(
+        net, peft.LoraConfig(r=1, target_modules=["0", "2"]), adapt=FEW, sgd_steps=4, burn_in=2, samples=4, seed=0
+    )
 
 
 def test_units_are_read_off_targets_and_outputs() -> None:
@@ -85,8 +90,7 @@ def test_targets_of_another_unit_are_warned_of(
 def test_a_new_task_in_another_unit_is_warned_of(
     offset: float, unit: float, differ: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    prior = LiFT(network(), peft.LoraConfig(r=1, target_modules=["0", "2"]), sgd_steps=60, burn_in=2, samples=4, seed=0)
-    learned = prior.meta_train(tasks(0.0, 1.0), progress=False)
+    learned = lift(network()).meta_train(tasks(0.0, 1.0), progress=False)
     caplog.clear()
     learned.adapt(tasks(offset, unit)[0], steps=4, draws=2)
     said = [record.getMessage() for record in caplog.records if "another unit than" in record.getMessage()]

@@ -200,9 +200,10 @@ def test_new_tasks_are_predicted_better_and_a_saved_prior_predicts_the_same(tmp_
     prior.save_pretrained(tmp_path / "prior")
     loaded = LiFTPrior.from_pretrained(tmp_path / "prior", network())
     assert loaded.head_mean is not None and torch.equal(loaded.head_mean.head, prior.head_mean.head)
-    for task in new:
+    found = zip(*(p.adapt_many(new, seed=0) for p in (prior, without, loaded)), strict=True)
+    for task, posteriors in zip(new, found, strict=True):
         assert task.test is not None
-        around, own, saved = (p.adapt(task, seed=0).predict(task.test) for p in (prior, without, loaded))
+        around, own, saved = (posterior.predict(task.test) for posterior in posteriors)
         gains.append(nll(own, task.test.target) - nll(around, task.test.target))
         assert torch.equal(around, saved)
     gain = torch.tensor(gains)
@@ -298,6 +299,7 @@ def test_how_sure_predictions_may_be_is_asked_around_the_head_of_the_other_half(
         assert not torch.equal(mean.head, found.head.head)
 
 
+@pytest.mark.slow
 def test_predictions_of_a_features_network_that_are_too_sure_are_brought_to_what_they_are_worth() -> None:
     generator = torch.Generator().manual_seed(5)
     made = []
