@@ -27,6 +27,8 @@ log = logging.getLogger("pyro_lift")
 FAR = 8.0
 #: Targets vary so many times as much as the outputs, or as little. At 100 some networks got there, others did not.
 WIDE = 30.0
+#: Targets of a unit that is the prior's may be so much larger than its noise, which is a hundredth of them at least.
+EXACT = 1e3
 #: Columns of targets that share a noise vary so many times as much as one another.
 APART = 30.0
 #: Spread of the targets from which on they are small or large beside what networks, widths and rates are made for.
@@ -91,28 +93,29 @@ def _units_of_each(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor,
     return [Units(t, s, o, v, noise) for t, s, o, v in found]
 
 
-def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
+def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task], *, own_heads: bool = False) -> None:
     """Say in the log where targets of regressions are in another unit than the other tasks', or the network's outputs.
 
     Tasks whose targets are unlike most tasks' are told by name and left out of what is said of all.
 
     Args:
         adapter: the network as a function of theta.
-        tasks: that share the network's outputs; others than regressions have no unit.
+        tasks: others than regressions have no unit.
+        own_heads: whether each has a head of its own, which goes to wherever its targets lie; the noise is all tasks'.
     """
     tasks = [task for task in tasks if task.kind == "regression"]
     if not tasks:
         return
-    unlike = _warn_of_families(tasks)
+    unlike = _warn_of_families(tasks, own_heads)
     if 2 * len(unlike) > len(tasks):  # there is no unit of all to speak of
         return
     tasks = [task for k, task in enumerate(tasks) if k not in unlike]
-    if (units := units_of(adapter, tasks)).differ:
+    if not own_heads and (units := units_of(adapter, tasks)).differ:
         log.warning(
             "the targets lie around %.3g and vary within a task by %.3g; the untouched network's outputs lie around "
-            "%.3g and vary by %.3g. Adapters of its layers hardly carry it there. Learn from (target - %s) / %.3g "
+            "%.3g and vary by %.3g. Adapters of its layers hardly carry it there. Learn from (target %s) / %.3g "
             "and undo that in predictions, or bring the network's last layer to the unit of the targets.",
-            units.target, units.spread, units.output, units.varies, _to_within(units.target, units.spread),
+            units.target, units.spread, units.output, units.varies, _less(units.target, units.spread),
             units.spread,
         )  # fmt: skip
     spreads = torch.stack([_columns(task.train.target).std(0, correction=0) for task in tasks]).mean(0)
@@ -125,7 +128,7 @@ def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task]) -> None:
         )  # fmt: skip
 
 
-def _warn_of_families(tasks: Sequence[Task]) -> set[int]:
+def _warn_of_families(tasks: Sequence[Task], own_heads: bool) -> set[int]:
     """Say in the log which tasks' targets vary unlike most tasks', or lie elsewhere; their places."""
     found = families_of(tasks)
     if found.units:
@@ -136,6 +139,8 @@ def _warn_of_families(tasks: Sequence[Task]) -> set[int]:
             "vary alike, and undo that in its predictions; or leave out the tasks of another unit.",
             _listed(tasks, found.units), _from_to(list(found.units.values())), found.spread,
         )  # fmt: skip
+    if own_heads:
+        return set(found.units)
     if found.offsets:
         log.warning(
             "the targets of %s lie around %s, those of most tasks around %.3g (the median), and within a task they "
@@ -175,23 +180,34 @@ def _from_to(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _to_within(value: float, spread: float) -> str:
-    """Write a number with as many digits as it takes to be right to a tenth of a spread; three at least."""
+def _less(value: float, spread: float) -> str:
+    """Write "- value" with as many digits as it takes to be right to a tenth of a spread; three at least."""
     digits = math.ceil(math.log10(abs(value) / spread)) + 1 if value and spread else 0
-    return f"{value:.{min(max(digits, 3), 17)}g}"
+    return f"{'-' if value >= 0.0 else '+'} {abs(value):.{min(max(digits, 3), 17)}g}"
 
 
-def warn_of_new_units(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor, noise: float) -> None:
+def warn_of_new_units(
+    adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor, noise: float, *, own_heads: bool = False
+) -> None:
     """Say in the log which new regressions are in another unit than those that a prior was learned from.
 
     Args:
         adapter: the network as a function of theta.
-        tasks: new ones, without heads of their own.
+        tasks: new ones.
         theta: the prior's mean, ``[D]``.
         noise: standard deviation of the targets, as the prior knows it.
+        own_heads: whether each has a head of its own, so that the noise alone has a unit.
     """
     for task in tasks:
-        if task.kind == "regression" and (units := units_of(adapter, [task], theta, noise)).differ:
+        if own_heads and task.kind == "regression":
+            spread = float(_columns(task.train.target).std(0, correction=0).max())
+            if spread > EXACT * noise or 0.0 < WIDE * spread < noise:
+                log.warning(
+                    "task %r: its targets vary by %.3g, and the prior has learned of a noise of %.2g: they are in "
+                    "another unit than the tasks of meta-training, and predictions will have the wrong width. Bring "
+                    "the targets to the unit of those, or leave the task out.", task.name, spread, noise,
+                )  # fmt: skip
+        elif task.kind == "regression" and (units := units_of(adapter, [task], theta, noise)).differ:
             log.warning(
                 "task %r: its targets lie around %.3g and vary by %.3g; the network that the prior was learned with "
                 "gives %.3g, varying by %.3g, with noise %.2g. They are in another unit than the tasks of "

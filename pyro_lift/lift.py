@@ -320,10 +320,9 @@ class LiFT(ChainSetup):
         check_kinds(tasks)
         if start is not None and start.shape != self.adapter.initial.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}; the adapter has {self.adapter.dim} weights.")
-        classes = {}
-        if self._head_scale(tasks, self.settings) is None:  # all share the network's outputs
-            classes = class_numbers_by_name(tasks)
-            warn_of_units(self.adapter, tasks)
+        own_heads = self._head_scale(tasks, self.settings) is not None
+        classes = {} if own_heads else class_numbers_by_name(tasks)  # which all share the network's outputs
+        warn_of_units(self.adapter, tasks, own_heads=own_heads)
         tasks, held_out = with_held_out(tasks) if self.settings.stop_every else (tasks, [])
         if self.settings.ranks_block_size:
             distributed.join()
@@ -400,7 +399,7 @@ class LiFT(ChainSetup):
             with named_chain(names, s.learning_rate or 0.0, s.sgd_learning_rate or 0.0, s.sgd_steps):
                 mcmc.run(checkpoint=session, until=looks.ends if held_out else None)
         summary, moments = looks.kept() or (kept.stats[(0, "phi")], moments_of(kernel))
-        given = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) is not None]
+        given = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) not in (None, "learn")]
         moved = self._moved(replace(s, beta=beta_of()), moments, program.tasks)
         if MOVED in moved:
             log.info("the data of a task move about %.3g of the adapter's %d weights", moved[MOVED], self.adapter.dim)
@@ -409,7 +408,7 @@ class LiFT(ChainSetup):
             adapt = self._loosened(held, s, moved, program.tasks)
         if adapt is not held:
             say_loosened(moved[MOVED], mean_rows(tasks))
-        else:
+        elif halves is None or halves.power == 1.0:  # at a power that was found they move more
             told: dict[str, Any] = {"power": s.n_inflate or 1.0, "temperature": s.temperature or 0.0, "given": given}
             warn_of_few(moved, self.adapter.dim, program.tasks, **told)
         before = [work.results() for work in (joint, halves, run.head_mean) if work is not None]

@@ -260,8 +260,10 @@ class LiFTPrior:
         check_rows(self.adapter, tasks)  # what comes after takes them as admitted
         warn_of_tasks_of_other_sizes(tasks, self.input_sizes)
         # One in the making has no names, and these tasks are its own.
-        if self.tasks and new_head_scale(self.adapter, self.settings, tasks) is None:
-            warn_of_new_units(self.adapter, tasks, self.mixture.get().mean, self.settings.noise_sd)
+        if self.tasks:
+            own_heads = new_head_scale(self.adapter, self.settings, tasks) is not None
+            mean, noise = self.mixture.get().mean, self.settings.noise_sd
+            warn_of_new_units(self.adapter, tasks, mean, noise, own_heads=own_heads)
         return tasks if self.masks else [undeclared(task) for task in tasks]
 
     def _adaptation(self, options: Mapping[str, Any]) -> Adaptation:

@@ -85,6 +85,10 @@ def fitted_noise(
     Returns:
         None where no task could be adapted to: none has rows to leave out, or the chain diverged at once.
     """
+    log.info(
+        "the noise of the targets is looked for: some tasks are adapted to up to %d times. noise_scale= gives it.",
+        ROUNDS + (len(POWERS) if stronger else 0),
+    )
     found: Noise | None = None
     judged: list[_Judged] = []
     for _ in range(ROUNDS):

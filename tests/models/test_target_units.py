@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import peft
 import pytest
 import torch
@@ -78,7 +80,7 @@ def test_targets_of_another_unit_are_warned_of(
     said = [record.getMessage() for record in caplog.records if "the targets lie around" in record.getMessage()]
     assert len(said) == differ
     if differ:
-        assert "undo that in predictions" in said[0] and "(target - " in said[0]
+        assert "undo that in predictions" in said[0] and re.search(r"\(target [-+] [0-9]", said[0])
     # Looks at halves of them adapt to tasks of its own, which are no new ones in another unit than theirs.
     assert not any("prior was learned with" in record.getMessage() for record in caplog.records)
 
@@ -117,3 +119,25 @@ def test_a_column_that_is_too_wide_is_seen_beside_one_that_is_far() -> None:
     ]
     found = units_of(adapter, two)
     assert found.differ and found.spread > 100.0
+
+
+def features() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
+
+
+def test_with_heads_of_their_own_only_the_noise_has_a_unit(caplog: pytest.LogCaptureFixture) -> None:
+    def warned(of: str) -> list[str]:
+        return [record.getMessage() for record in caplog.records if of in record.getMessage()]
+
+    given = tasks(2.5e5, 5e4)  # wherever they lie
+    prior = lift(features()).meta_train(given, progress=False)
+    elsewhere = [Task(task.name, (task.train.inputs[""], task.train.target + 1e7), "regression") for task in given[:2]]
+    lift(features()).meta_train([*elsewhere, *given[2:]], progress=False)
+    prior.adapt(tasks(0.0, 5e4)[0])
+    assert not warned("the targets") and not warned("another unit")
+    prior.adapt(tasks(0.0, 1.0)[0])
+    assert len(warned("another unit than the tasks of meta-training")) == 1
+    wider = Task("wide", (given[0].train.inputs[""], 1e4 * given[0].train.target), "regression")
+    lift(features()).meta_train([wider, *given[1:]], progress=False)
+    assert len(warned("the targets of task 'wide' are in another unit than those of most tasks")) == 1
