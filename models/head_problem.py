@@ -69,6 +69,7 @@ class HeadModel(NamedTuple):
         bias_sd: standard deviation of a bias; one number, or one for each problem, ``[...]``.
         centred: whether the biases' prior stands at the mean of the targets that count, which no unit and no level of
             these changes; for regression. One value, or one (of zeros and ones) for each problem, ``[...]``.
+        least_spread: what features are divided by at least when they are standardised, ``[..., E]``; None for no limit.
     """
 
     num_outputs: int
@@ -78,6 +79,7 @@ class HeadModel(NamedTuple):
     around: Tensor | None = None
     bias_sd: float | Tensor = BIAS_SD
     centred: bool | Tensor = False
+    least_spread: Tensor | None = None
 
     def offset(self, features: Tensor, given: Tensor | None = None) -> Tensor | None:
         """Add the outputs ``[..., n, C]`` of the head that the prior stands at to an offset; None stands for zero."""
@@ -93,6 +95,12 @@ class HeadModel(NamedTuple):
     def whole(self, head: Tensor) -> Tensor:
         """Return the inverse of :meth:`apart`."""
         return head if self.around is None else head + self.around.to(head)
+
+    def limited(self, scaling: Scaling) -> Scaling:
+        """Return a scaling that divides by no less than :attr:`least_spread`."""
+        if self.least_spread is None:
+            return scaling
+        return scaling._replace(sd=scaling.sd.maximum(self.least_spread.to(scaling.sd)))
 
     def split(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split features ``[..., n, E + C]`` into those of the linear part and the similarities, if there are any."""

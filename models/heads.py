@@ -177,7 +177,7 @@ def solve_head(
         check_number("prior_sd", prior_sd)
     x, similarity = model.split(features.double())
     offset = model.offset(features, offset)
-    scaling = scaling_of(x, weight)
+    scaling = model.limited(scaling_of(x, weight))
     problem = head_problem(scaling.apply(x), target, model, prior_sd, weight, offset, similarity=similarity)
     v = problem.start
     if start is not None:
@@ -271,7 +271,7 @@ def laplace_head(
     """
     check_number("temperature", temperature, open_below=False)
     x, similarity = model.split(features.double())
-    scaling = scaling_of(x)
+    scaling = model.limited(scaling_of(x))
     z, offset = scaling.apply(x), model.offset(features)
     problem = head_problem(z, target, model, prior_sd, None, offset, similarity=similarity, rotate=False)
     v = problem.coordinates(model.apart(solved.double()), scaling)

@@ -309,10 +309,13 @@ def _way_to_values(task: Task, shape: torch.Size) -> str:
     values = head_outputs(task) or 1
     if task.kind != "regression" or len(shape) != 2 or shape[-1] <= values:
         return ""
+    if task.train.target.dim() > 2:
+        return f" If the {shape[-1]} outputs are features, give targets as rows of {values} values: y.flatten(1)."
+    layer = f"torch.nn.Sequential(network, torch.nn.Linear({shape[-1]}, {values}))"
     return (
         f" If the {shape[-1]} outputs are features, leave head open: each task then has a linear head of its own on "
-        f"them. Or put a layer on them that all tasks share: torch.nn.Sequential(network, torch.nn.Linear({shape[-1]}, "
-        f"{values})), the layer among the adapter's target_modules."
+        'them (head="langevin" has one with head_scale=1.0, say). Or put a layer on them that all tasks share: '
+        f"{layer}, the layer among the adapter's target_modules."
     )
 
 

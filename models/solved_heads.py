@@ -208,7 +208,9 @@ class SolvedHeads:
         if model.kind == "regression":  # in units of each task's noise, on which the mode does not depend
             noise = each([choice.model.noise_scale for choice in choices])
             biases, centred = each([choice.model.bias_sd for choice in choices]), each([a is None for a in arounds])
-            model = model._replace(noise_scale=1.0, bias_sd=biases / noise, centred=centred)
+            spreads = [choice.model.least_spread for choice in choices if choice.model.least_spread is not None]
+            least = torch.stack(spreads) if len(spreads) == len(choices) else None
+            model = model._replace(noise_scale=1.0, bias_sd=biases / noise, centred=centred, least_spread=least)
             widths = widths / noise
         return model, widths
 
@@ -321,7 +323,7 @@ def held_out_log_prob(
     Rows are dealt into folds class by class, in their order. A row that is alone in its class counts nothing: without
     it nothing is known of its class. Where all are, and for a single row, the log probability is zero. Under label
     matching the label's text says something still, so that every row counts; options of the rows' own are no classes.
-    So does every row of a regression, unless it is the only one.
+    So does every row of a regression, but those whose head has rows of one value alone and knows no slope.
 
     Args:
         features: ``[..., b, E]``, under label matching ``[..., b, E + C]``; differentiated through, the heads held
@@ -354,11 +356,24 @@ def held_out_log_prob(
     own = _log_prob_of(model.kind, output.gather(-3, place).squeeze(-3), y, noise_scale)
     told = counts > 0
     if values:
-        told = told & (counts.sum(-1, keepdim=True) > 1)
+        told = told & _knows_more_than_a_level(y, kept, model).gather(-1, fold)
     elif not matched:
         member = torch.nn.functional.one_hot(target, model.num_outputs).to(features) * counts.unsqueeze(-1)
         told = told & (member.sum(-2).gather(-1, target) > 1)
     return torch.where(told, own, torch.zeros_like(own))
+
+
+def _knows_more_than_a_level(y: Tensor, kept: Tensor, model: HeadModel) -> Tensor:
+    """Whether the rows of each fold's head ``[..., K]`` say more than where values lie, which no feature changes.
+
+    A head around another has that one's slopes.
+    """
+    low, high = (
+        torch.where(kept.unsqueeze(-1) > 0, y.unsqueeze(-3), bound).aminmax(dim=-2) for bound in (math.inf, -math.inf)
+    )
+    varies = (high.max > low.min).any(-1)
+    around = ~torch.as_tensor(model.centred, device=y.device).bool()
+    return varies | (around.unsqueeze(-1) if around.dim() else around)
 
 
 def _of_each_fold(model: HeadModel) -> HeadModel:
@@ -371,6 +386,8 @@ def _of_each_fold(model: HeadModel) -> HeadModel:
         model = model._replace(bias_sd=model.bias_sd.unsqueeze(-1))
     if isinstance(model.centred, Tensor):
         model = model._replace(centred=model.centred.unsqueeze(-1))
+    if model.least_spread is not None:
+        model = model._replace(least_spread=model.least_spread.unsqueeze(-2))
     return model
 
 

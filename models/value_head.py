@@ -12,7 +12,12 @@ best for all tasks of meta-training together (:func:`best_width`). Where there a
 say as much as noise does, :math:`1 / \sqrt E`, and its prior half as wide in variance.
 
 No unit of the targets changes the choice, nor their level: the biases' prior stands at their mean. Around a head that
-all tasks share it stands at that one's, and a bias is as near to it as the rest of the head.
+all tasks share it stands at that one's, and a bias is as near to it as the rest of the head; how near it is has nothing
+to do with the ratio of heads that stand alone.
+
+A value, unlike a probability, has no bounds. Where the adapter comes to where a feature is level on a task's few rows,
+a head on it would be steep, and predictions of other rows beyond all proportion. So features are divided by no less
+than :data:`LEAST_SPREAD` of what they varied by when the choice was made.
 """
 
 from __future__ import annotations
@@ -34,6 +39,8 @@ __all__ = ["RATIO_WIDTHS", "best_width", "choose_value_head", "columns_of", "sta
 RATIO_WIDTHS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 #: The least error of left-out rows over the spread of targets: below it all rows are as good as exact.
 LEAST = 1e-2
+#: The least that a feature is divided by, over its spread where the choice is made.
+LEAST_SPREAD = 0.2
 
 
 def standard_ratios(features: int) -> tuple[float, ...]:
@@ -72,7 +79,8 @@ def choose_value_head(
         features: ``[n, E]``.
         target: values ``[n]`` or ``[n, M]``.
         around: the head ``[M, E + 1]`` at which the prior stands; None stands at the mean of the targets.
-        width: what other tasks say of the ratio (:func:`best_width`); None where there are none.
+        width: what other tasks say of the ratio (:func:`best_width`); None where there are none, and not asked around
+            a head.
         noise_scale: standard deviation of the noise where a single row says nothing of it.
         most_folds: number of folds, at most.
 
@@ -82,15 +90,18 @@ def choose_value_head(
     """
     n, E = features.shape
     y, models, tried = columns_of(target), _models(features, target, around), standard_ratios(E)
-    if n < 2:
-        usual = RATIO_WIDTHS.index(1.0 if width is None else width)
-        return _scaled(models[usual], tried[usual], noise_scale, math.nan)
+    if around is not None:
+        width = 1.0
+    spread = LEAST_SPREAD * scaling_of(features).sd
+    if n < 2:  # one row says next to nothing against a head of all tasks
+        usual = RATIO_WIDTHS.index(1.0 if width is None else width) if around is None else 0
+        return _scaled(models[usual], tried[usual], noise_scale, math.nan, spread)
     errors = _errors(features.double(), y, models, most_folds)
     prior = [math.log(w) ** 2 if width is None else 0.5 * math.log(w / width) ** 2 for w in RATIO_WIDTHS]
     costs = [_cost(error, target) + penalty for error, penalty in zip(errors, prior, strict=True)]
     best = costs.index(min(costs))
     score = -0.5 * y.shape[-1] * (math.log(2.0 * math.pi * errors[best]) + 1.0)
-    return _scaled(models[best], tried[best], math.sqrt(errors[best]), score)
+    return _scaled(models[best], tried[best], math.sqrt(errors[best]), score, spread)
 
 
 def columns_of(target: Tensor) -> Tensor:
@@ -126,7 +137,8 @@ def _cost(error: float, target: Tensor) -> float:
     return 0.5 * target.numel() * math.log(error)
 
 
-def _scaled(model: HeadModel, ratio: float, noise: float, score: float) -> HeadChoice:
+def _scaled(model: HeadModel, ratio: float, noise: float, score: float, spread: Tensor) -> HeadChoice:
     """Bring a choice from units of the noise to those of the targets."""
     assert not isinstance(model.bias_sd, Tensor)
-    return HeadChoice(model._replace(noise_scale=noise, bias_sd=noise * model.bias_sd), noise * ratio, score)
+    model = model._replace(noise_scale=noise, bias_sd=noise * model.bias_sd, least_spread=spread)
+    return HeadChoice(model, noise * ratio, score)

@@ -34,6 +34,7 @@ from pyro_lift.models.head_choice import choose_head
 from pyro_lift.models.head_problem import HeadModel, apply_head
 from pyro_lift.models.heads import choose_prior_sd, solve_head
 from pyro_lift.models.observation import network_output
+from pyro_lift.models.target_families import families_of
 from pyro_lift.models.task import Task, head_outputs
 from pyro_lift.models.value_head import best_width, choose_value_head, columns_of
 from pyro_lift.tuning.halves import FEWEST_TASKS, is_above_zero, paired
@@ -49,6 +50,8 @@ JUDGED, ROWS, CHOOSING = 32, 20_000, 1_000
 MOST_CLASSES = 2
 #: A feature that varies by less than this over the usual one's spread says nothing.
 DEAD = 1e-3
+#: Nats a row that a regression counts for at most: of exact targets they have no limit.
+MOST = 1.0
 
 
 class HeadMean(NamedTuple):
@@ -119,6 +122,7 @@ def head_mean(adapter: RandomAdapter, tasks: Sequence[Task]) -> HeadMean | None:
         log.info("heads of the tasks' own stand around zero: the tasks are few, or have other classes or values.")
         return None
     share = max(ROWS // len(tasks), 1)
+    tasks = _alike(tasks)
     halves = [[(task, *_read(adapter, task, share)) for task in half] for half in dealt(tasks, 2)]
     gains: list[float] = []
     found = []
@@ -141,6 +145,19 @@ def head_mean(adapter: RandomAdapter, tasks: Sequence[Task]) -> HeadMean | None:
     return HeadMean(_pooled(whole, classes), gain, error, tuple(found))
 
 
+def _alike(tasks: Sequence[Task]) -> Sequence[Task]:
+    """Leave out regressions whose targets are in another unit than most, or all equal; all stay where few are left.
+
+    One of them would decide for all. What tasks are unlike the others is warned of elsewhere.
+    """
+    if tasks[0].kind != "regression":
+        return tasks
+    found = families_of(tasks)
+    equal = {k for k, task in enumerate(tasks) if len(task.train) > 1 and len(task.train.target.unique(dim=0)) == 1}
+    alike = [task for k, task in enumerate(tasks) if k not in {*found.units, *found.offsets, *equal}]
+    return alike if len(alike) >= FEWEST_TASKS else tasks
+
+
 def _gain(task: Task, x: Tensor, y: Tensor, around: ClassHead) -> float:
     """Compute what a head adds to the log probability of a task's left-out rows; a single row is left out from none."""
     head, classes = around.of(task), head_outputs(task)
@@ -149,7 +166,7 @@ def _gain(task: Task, x: Tensor, y: Tensor, around: ClassHead) -> float:
         return 0.0
     if task.kind == "regression":
         own, shared = (choose_value_head(x, y, around=where, width=around.width).score for where in (None, head))
-        return 0.0 if len(x) == 1 else shared - own
+        return 0.0 if len(x) == 1 else min(max(shared - own, -MOST), MOST)
     if len(x) == 1:
         told = apply_head(x.double(), head.double()).log_softmax(-1)[0, int(y)]
         return float(told) + math.log(classes)

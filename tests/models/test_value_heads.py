@@ -197,6 +197,11 @@ def test_padding_counts_nothing_and_a_single_row_neither() -> None:
     torch.testing.assert_close(found[:10], alone)
     assert float(found[10:].abs().max()) == 0.0
     assert float(held_out_log_prob(x[:1], y[:1], model, 0.4).abs().max()) == 0.0
+    # Nor where heads know a level alone: of two rows, and of equal values.
+    assert float(held_out_log_prob(x[:2], y[:2], model, 0.4).abs().max()) == 0.0
+    assert float(held_out_log_prob(x, torch.full_like(y, 3.0), model, 0.4).abs().max()) == 0.0
+    around = HeadModel(1, "regression", around=torch.ones(1, 6).double())
+    assert float(held_out_log_prob(x[:2], y[:2], around, 0.4).abs().min()) > 0.0
 
 
 def test_tasks_of_different_noise_share_a_pass() -> None:
@@ -311,3 +316,36 @@ def test_tasks_of_a_row_or_two_are_learned_from() -> None:
     for n in (1, 2):
         new = tasks(1, n=n, seed=9)[0]
         assert bool(torch.isfinite(prior.adapt(new, seed=0).predict(new.train)).all())
+
+
+def test_rows_that_say_nothing_of_the_features_are_no_error() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["0", "2"])
+    equal = [Task(task.name, (task.train.positional[0], torch.full((12,), 5.0)), "regression") for task in tasks()]
+    for made in (tasks(n=2, shared=False), equal):
+        prior = LiFT(network(), config, **SHORT).meta_train(made)
+        assert bool(torch.isfinite(prior.adapt(tasks(1, n=5, seed=9)[0], seed=0).thetas).all())
+
+
+def test_a_single_row_leaves_the_head_of_all_tasks_nearly_as_it_is() -> None:
+    x, y = rows(30)
+    around = solve_head(x, y, HeadModel(1, "regression", centred=True), prior_sd=0.5).head
+    choice = choose_value_head(x[:1], y[:1] + 5.0, around=around)
+    head = solve_head(x[:1], y[:1] + 5.0, choice.model, prior_sd=choice.sd).head
+    assert float((apply_head(x, head) - apply_head(x, around)).abs().max()) < 1.0
+
+
+def test_a_feature_that_comes_to_be_level_on_a_tasks_rows_gets_no_steep_head() -> None:
+    x, y = rows(12)
+    choice = choose_value_head(x[:3], y[:3])
+    level = x.mean(0) + 1e-6 * (x - x.mean(0))  # a saturated unit: level on these rows, not on others
+    free = solve_head(level[:3], y[:3], choice.model._replace(least_spread=None), prior_sd=choice.sd).head
+    held = solve_head(level[:3], y[:3], choice.model, prior_sd=choice.sd).head
+    assert float((apply_head(x, free) - y.unsqueeze(-1)).abs().max()) > 1e4
+    assert float((apply_head(x, held) - y.unsqueeze(-1)).abs().max()) < 10.0 * float(y.std())
+
+
+def test_one_task_of_equal_targets_does_not_decide_for_all() -> None:
+    x = torch.randn(14, 6, generator=torch.Generator().manual_seed(3))
+    equal = Task("equal", (x, torch.full((14,), 5.0)), "regression")
+    found = head_mean(adapter(), [*tasks(8, n=6), equal])
+    assert found is not None and len(found.head.head) == 1
