@@ -48,8 +48,13 @@ def test_means_and_their_widths_are_shaped_as_the_targets_and_so_are_those_of_a_
         assert torch.equal(each.predict(x), posterior.predict(x))
 
 
-def test_a_network_that_ends_in_features_is_told_which_layer_it_lacks() -> None:
-    with pytest.raises(ValueError, match=r"torch\.nn\.Linear\(8, 1\)\), its weights from one ridge regression"):
-        lift(8).meta_train(tasks(()), progress=False)
+def test_outputs_of_another_width_than_the_targets_are_refused_with_the_way_out() -> None:
+    shared = LiFT(network(8), peft.LoraConfig(r=2, target_modules=["0", "2"]), head="shared", **SHORT)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"leave head open.*Or put a layer on them.*torch\.nn\.Linear\(8, 1\)\), the layer"
+    ):
+        shared.meta_train(tasks(()), progress=False)
+    with pytest.raises(ValueError, match=r"give targets as rows of 6 values: y\.flatten\(1\)\.$"):
+        lift(8).meta_train(tasks((3, 2)), progress=False)
     with pytest.raises(ValueError, match=r"expected one shape, \[\.\.\., b\] or \[\.\.\., b, M\]\.$"):
         lift(1).meta_train(tasks((2,)), progress=False)

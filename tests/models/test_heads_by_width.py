@@ -55,7 +55,6 @@ def lift(adapter: RandomAdapter, **settings: Any) -> LiFT:
         ([of_classes(8), of_classes(8)], None),
         ([of_classes(3), of_classes(8)], None),
         ([of_classes(3), numbers(WIDTH)], None),
-        ([numbers(WIDTH)], None),
     ],
 )
 def test_only_an_output_wider_than_every_task_calls_for_heads(tasks: list[Task], scale: float | None) -> None:
@@ -64,6 +63,17 @@ def test_only_an_output_wider_than_every_task_calls_for_heads(tasks: list[Task],
     assert own_head_scale(adapter, tasks, 0.3, solve=True) == 0.3
     assert own_head_scale(adapter, tasks, None, solve=False) is None
     assert own_head_scale(adapter, tasks, None, solve=True, by_width=False) is None
+
+
+def test_only_an_output_wider_than_a_regressions_values_calls_for_heads() -> None:
+    adapter = eight_wide()
+    for given, scale in ((None, 1.0), (0.3, 0.3)):
+        assert own_head_scale(adapter, [numbers(3)], given, solve=True) == scale
+        assert (
+            own_head_scale(adapter, [numbers(3)], given, solve=True, by_width=False) == scale
+        )  # they mean nothing else
+        assert own_head_scale(adapter, [numbers(WIDTH)], given, solve=True) is None  # the output is the values
+    assert own_head_scale(adapter, [numbers(3)], None, solve=False) is None
 
 
 def test_an_output_that_is_no_matrix_is_left_to_the_check_of_its_shape() -> None:
