@@ -58,7 +58,7 @@ def best_width(told: Sequence[tuple[Tensor, Tensor]]) -> float:
     for features, target in told:
         if len(features) < 2:
             continue
-        errors = _errors(features.double(), columns_of(target), _models(features, target, None), 10)
+        errors = _errors(features.double(), columns_of(target), _models(target, None), 10)
         costs = [cost + _cost(error, target) for cost, error in zip(costs, errors, strict=True)]
     return RATIO_WIDTHS[costs.index(min(costs))]
 
@@ -89,7 +89,7 @@ def choose_value_head(
         row, which cannot be left out.
     """
     n, E = features.shape
-    y, models, tried = columns_of(target), _models(features, target, around), standard_ratios(E)
+    y, models, tried = columns_of(target), _models(target, around), standard_ratios(E)
     if around is not None:
         width = 1.0
     spread = LEAST_SPREAD * scaling_of(features).sd
@@ -109,7 +109,7 @@ def columns_of(target: Tensor) -> Tensor:
     return target.double().reshape(len(target), -1)
 
 
-def _models(features: Tensor, target: Tensor, around: Tensor | None) -> list[HeadModel]:
+def _models(target: Tensor, around: Tensor | None) -> list[HeadModel]:
     """Make the likelihood in units of the noise, for each ratio."""
     values = columns_of(target).shape[-1]
     if around is None:

@@ -129,7 +129,7 @@ def union_train(
     batches = [minibatches(task.train, rows_of_pass(task, budget, solved), generator) for task in tasks]
     heads = Heads(adapter, tasks, budget, learning_rate)
     rule = adam(learning_rate)
-    theta = (adapter.initial if start is None else start.to(adapter.initial)).clone()
+    theta = start.to(adapter.initial).clone()
     state = rule.init(theta)
     for step in range(steps):
         index = step % len(tasks)

@@ -94,10 +94,11 @@ def shared_classes(tasks: Sequence[Task]) -> list[str] | int | None:
     largest task. Without names all tasks need as many classes. With names in some of the tasks only, all of these need
     the same in one order too.
     """
-    outputs = {head_outputs(task) for task in tasks}
-    if len(tasks) < FEWEST_TASKS or None in outputs:
+    kinds = {task.kind for task in tasks}
+    if len(tasks) < FEWEST_TASKS or kinds not in ({"classification"}, {"regression"}):
         return None
-    if tasks[0].kind == "regression":
+    if kinds == {"regression"}:
+        outputs = {head_outputs(task) for task in tasks}
         return outputs.pop() if len(outputs) == 1 else None
     named = [task.labels for task in tasks if task.labels is not None]
     numbers = {task.num_classes for task in tasks}
@@ -165,8 +166,10 @@ def _gain(task: Task, x: Tensor, y: Tensor, around: ClassHead) -> float:
     if head is None:
         return 0.0
     if task.kind == "regression":
+        if len(x) == 1:
+            return 0.0
         own, shared = (choose_value_head(x, y, around=where, width=around.width).score for where in (None, head))
-        return 0.0 if len(x) == 1 else min(max(shared - own, -MOST), MOST)
+        return min(max(shared - own, -MOST), MOST)
     if len(x) == 1:
         told = apply_head(x.double(), head.double()).log_softmax(-1)[0, int(y)]
         return float(told) + math.log(classes)

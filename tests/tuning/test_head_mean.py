@@ -126,6 +126,9 @@ def test_which_tasks_may_share_their_classes() -> None:
     assert shared_classes([*named, *strange]) is None
     assert shared_classes([*made[1:], replace(made[0], num_classes=4)]) is None
     assert shared_classes(made[:3]) is None
+    x, texts = torch.zeros(4, 2, dtype=torch.long), {"input_ids": torch.zeros(3, 2, dtype=torch.long)}
+    matching = [Task(f"m{k}", (x, torch.arange(4) % 3), "matching", label_texts=texts) for k in range(4)]
+    assert shared_classes(matching) is None  # whose heads stand beside their texts
 
 
 def renumbered(task: Task, order: tuple[int, ...], names: tuple[str, ...]) -> Task:
