@@ -376,7 +376,8 @@ class PaperCommand:
     table: Annotated[list[int] | None, typer.Option(help="1 to 14; repeat; by default all")] = None
     figure: Annotated[list[int] | None, typer.Option(help="2, 3, 4 or 7; repeat")] = None
     family: Annotated[
-        list[str] | None, typer.Option(help="ours: development, digits, shifts, novels, roles, regressions; repeat")
+        list[str] | None,
+        typer.Option(help="ours: development, digits, scanners, shifts, novels, roles, regressions; repeat"),
     ] = None
     scale: Annotated[str, typer.Option(help="small: what can be had here; paper: the paper's, from the hub")] = "small"
     root: Annotated[Path | None, typer.Option(help="where the data lie")] = None

@@ -182,10 +182,25 @@ FAMILIES: dict[str, Family] = {
         },
         by_seed=True,
     ),
-    # The same roles with as many gradients and steps as LiFT has by default: what 183 and 16 leave open.
+    # The same scanners, and below the same roles, with as many gradients and steps as LiFT has by default: what 800 and
+    # 60, or 183 and 16, leave open.
+    "scanners": Family(
+        "digits",
+        ("10 labels", "25 labels"),
+        {
+            "small": Setting(
+                "digits",
+                "timm",
+                "pictures",
+                Sizes(seeds=8, warm_up=867, visits=433, steps=100, draws=10, test_rows=300),
+            )
+        },
+        orders=("lift",),
+        by_seed=True,
+    ),
     "roles": Family(
         "shakespeare",
-        ("random-80/10/10",),
+        ("random-80/10/10", "play-80/10/10"),
         {
             "small": Setting(
                 _NOVELS,

@@ -174,14 +174,14 @@ FIGURES: dict[int, Table] = {
 }
 
 #: Families of ours: where tasks share something, and where they do not.
-OURS = ("development", "digits", "shifts", "novels", "roles", "regressions")
+OURS = ("development", "digits", "scanners", "shifts", "novels", "roles", "regressions")
 
 
 def family_table(name: str) -> Table:
     """Return the table of a family of ours: probe, tuned LoRA, joint training, two meta-learners, LiFT.
 
-    *roles*, whose cells are the dearest, asks one question, LiFT beside joint training of as many gradients, and has
-    the rows that answer it.
+    *roles* and *scanners* ask one question, LiFT beside methods of as many gradients as it has by default, and have the
+    rows that answer it; *roles*, whose cells are the dearest, the two nearest.
     """
     check_choice("family", name, OURS)
     family = family_of(name)
@@ -189,6 +189,8 @@ def family_table(name: str) -> Table:
     rows = (*probe, "lora-tuned", "no-meta-train", "union-train", "maml", "reptile", *family.orders)
     if name == "roles":
         rows = ("union-train", "reptile", *family.orders)
+    if name == "scanners":
+        rows = (*probe, "union-train", "maml", "reptile", *family.orders)
     return Table(name, "a family of ours", rows, tuple(Column(split, name, split) for split in family.splits))
 
 
