@@ -40,6 +40,7 @@ from pyro_lift.models.readouts import LabelMatching
 from pyro_lift.models.task import Rows, Task, head_outputs
 from pyro_lift.models.tensor_digest import digest_of
 from pyro_lift.models.value_head import choose_value_head
+from pyro_lift.models.value_spread import ValueSpread, spread_of
 from pyro_lift.support.options import check_choice, check_number
 
 __all__ = [
@@ -266,6 +267,12 @@ class SolvedHeads:
             again = s > 0 and torch.equal(theta, thetas[s - 1])
             modes.append(modes[-1] if again else self.solve(task, theta))
         return torch.stack(modes)
+
+    def spread(self, task: int, theta: Tensor) -> ValueSpread | None:
+        """Return how far a regression's mode may be off at theta ``[D]``; None for classes, whose draws say it."""
+        if self.tasks[task].kind != "regression":
+            return None
+        return spread_of(self._read(task, theta), self.choice(task), self.noise_scale)
 
     def draw_each(self, task: int, thetas: Tensor, seed: int | None) -> Tensor:
         """Draw a task's head at each of some weights ``[S, D]``: ``[S, C, E + 1]``; seed None takes torch's stream."""

@@ -19,8 +19,11 @@ from pyro_lift.inference.adaptation.temperature import tempered
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.conventions import DECODER, base_of, writes_answers
+from pyro_lift.models.features import all_features
+from pyro_lift.models.observation import network_output
 from pyro_lift.models.out_of_proportion import InputSize, sizes_of_inputs, warn_of_other_sizes
 from pyro_lift.models.task import Rows, Task
+from pyro_lift.models.value_spread import ValueSpread
 from pyro_lift.saving.folders import export_posterior, load_posterior, save_posterior
 from pyro_lift.saving.hub import push
 from pyro_lift.saving.served import save_merged
@@ -46,6 +49,7 @@ class TaskPosterior:
         prediction_temperature: of predictions, fitted by :meth:`LiFTPrior.calibrate`; 1 where nobody has. Of a
             regression the factor on their variance.
         noise_scale: standard deviation of a regression's targets around the network's output.
+        head_spread: how far a regression's solved head may be off, at the last draw (:mod:`.value_spread`); or None.
         input_sizes: how large the task's rows are, by input (:func:`.sizes_of_inputs`), against which those to predict
             are held.
     """
@@ -63,6 +67,7 @@ class TaskPosterior:
         encoding: TextEncoding | None = None,
         prediction_temperature: float = 1.0,
         noise_scale: float = 1.0,
+        head_spread: ValueSpread | None = None,
         input_sizes: Mapping[str, InputSize] | None = None,
     ) -> None:
         self.adapter, self.task, self.thetas, self.heads = adapter, task, thetas, heads
@@ -70,6 +75,7 @@ class TaskPosterior:
         self.results = dict(results or {})
         self.encoding: TextEncoding | None = task.encoding if encoding is None else encoding
         self.prediction_temperature, self.noise_scale = prediction_temperature, noise_scale
+        self.head_spread = head_spread
         self._input_sizes = None if input_sizes is None else dict(input_sizes)
 
     def __repr__(self) -> str:
@@ -105,9 +111,10 @@ class TaskPosterior:
     def predict_sd(self, inputs: Any, *, calibrated: bool = True) -> Tensor:
         r"""Return the standard deviation of new targets of a regression, of the shape of :meth:`predict`'s means.
 
-        .. math:: s^2(x) = T\,\big(\tau^2 + \operatorname{Var}_s f_{\theta^{(s)}}(x)\big)
+        .. math:: s^2(x) = T\,\big(\tau^2 + \operatorname{Var}_s f_{\theta^{(s)}}(x) + \operatorname{Var} h(x)\big)
 
-        with the noise :math:`\tau` (``noise_scale``) and the variance of the outputs over the draws.
+        with the noise :math:`\tau` (``noise_scale``), the variance of the outputs over the draws, and that of a head
+        that was solved (:mod:`.value_spread`), which is nothing where there is none.
 
         Args:
             inputs: as of :meth:`predict`.
@@ -127,6 +134,9 @@ class TaskPosterior:
             ]
         )
         variance = self.noise_scale**2 + means.var(0, correction=0)
+        if self.head_spread is not None:
+            found = all_features(self.adapter, rows.to(self.thetas.device), self.thetas[-1], network_output)
+            variance = variance + self.head_spread.variance(found).to(variance).view(-1, *[1] * (variance.dim() - 1))
         return ((self.prediction_temperature if calibrated else 1.0) * variance).sqrt()
 
     def _head(self, draw: int) -> Tensor | None:

@@ -39,6 +39,7 @@ from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.priors import broadened
 from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.task import Task
+from pyro_lift.models.value_spread import ValueSpread
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
@@ -115,7 +116,8 @@ class Adaptation:
         draws = chain.get_samples()
         thetas = unmoved.put_back(0, start.theta, draws["theta"])
         heads = draws.get("head") if solve is None else solve(thetas)
-        return self._posterior(task, thetas, heads, start.component, chain)
+        spread = self._spread(solved, 0, thetas)
+        return self._posterior(task, thetas, heads, start.component, chain, spread)
 
     def many(self, tasks: Sequence[Task], block_size: int, seed: int | None, shown: Shown) -> list[TaskPosterior]:
         """Adapt to several tasks: to a block of them in one pass where they can share it, else one by one.
@@ -166,7 +168,8 @@ class Adaptation:
             theta = unmoved.put_back(k, start.theta, theta)
             if solved is not None:
                 head = self._heads(solved, k, theta, source.seed)
-            posteriors.append(self._posterior(task, theta, head, start.component, mcmc))
+            spread = self._spread(solved, k, theta)
+            posteriors.append(self._posterior(task, theta, head, start.component, mcmc, spread))
         return posteriors
 
     def _in_two(
@@ -216,8 +219,16 @@ class Adaptation:
 
     def _heads(self, solved: SolvedHeads, task: int, thetas: Tensor, seed: int | None) -> Tensor:
         """Solve a task's head at each draw ``[S, D]``, or draw it there: ``[S, C, E + 1]``."""
-        mode = self.settings.head in ("solve", "shared")
-        return solved.solve_each(task, thetas) if mode else solved.draw_each(task, thetas, seed)
+        if self._takes_modes():
+            return solved.solve_each(task, thetas)
+        return solved.draw_each(task, thetas, seed)
+
+    def _takes_modes(self) -> bool:
+        return self.settings.head in ("solve", "shared")
+
+    def _spread(self, solved: SolvedHeads | None, task: int, thetas: Tensor) -> ValueSpread | None:
+        """Find how far a regression's modes may be off, by the last draw; draws of heads need nobody to say it."""
+        return None if solved is None or not self._takes_modes() else solved.spread(task, thetas[-1])
 
     def _run(
         self, program: Any, start: Tensor, source: Source, shown: Shown, windows: DrawWindows | None
@@ -244,9 +255,15 @@ class Adaptation:
         return run_chain(program, start, a.steps, a.draws, source, shown, **options)
 
     def _posterior(
-        self, task: Task, thetas: Tensor, heads: Tensor | None, component: int, chain: MCMC | DrawWindows
+        self,
+        task: Task,
+        thetas: Tensor,
+        heads: Tensor | None,
+        component: int,
+        chain: MCMC | DrawWindows,
+        head_spread: ValueSpread | None = None,
     ) -> TaskPosterior:
         mcmc, results = (None, chain.results) if isinstance(chain, DrawWindows) else (chain, None)
         told: dict[str, Any] = {"results": results, "noise_scale": self.settings.noise_sd}
-        told["prediction_temperature"] = self.prediction_temperature
+        told |= {"prediction_temperature": self.prediction_temperature, "head_spread": head_spread}
         return TaskPosterior(self.adapter, task, thetas, heads, component, mcmc, **told)

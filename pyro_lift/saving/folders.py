@@ -31,6 +31,7 @@ from pyro_lift.saving.names import CARD, CONFIG, HEAD, POSTERIOR, PRIOR
 from pyro_lift.saving.parts import PosteriorParts, PriorParts, SavablePosterior, SavablePrior
 from pyro_lift.saving.peft_folder import PEFT_CONFIG, adapter_config, config_from_dict, config_to_dict, write_peft
 from pyro_lift.saving.row_forms import forms_of, row_of_zeros, target_of_zeros
+from pyro_lift.saving.spread import saved_spread, spread_tensors
 from pyro_lift.saving.text_encoding import TOKENIZER_FILES, load_encoding, save_encoding
 from pyro_lift.settings import AdaptSettings, LiFTSettings, complete_adapt_settings, complete_settings
 from pyro_lift.support.archive import (
@@ -250,6 +251,7 @@ def save_posterior(posterior: SavablePosterior, folder: Path) -> Path:
     task = posterior.task
     tensors = {"theta": posterior.thetas} | ({} if posterior.heads is None else {"head": posterior.heads})
     tensors |= {f"label_texts.{name}": x for name, x in (task.label_texts or {}).items()}
+    tensors |= spread_tensors(posterior.head_spread)
     with new_files(folder, CONFIG, stale=(PRIOR, HEAD, *TOKENIZER_FILES)) as new:
         _write_draw(posterior, new, "mean")
         config = {
@@ -322,7 +324,7 @@ def load_posterior(
         task = undeclared(task)
     results, encoding = dict(config.get("results") or {}), load_encoding(config.get("encoding"), path)
     factors = [saved_positive(path, config, name) for name in ("prediction_temperature", "noise_scale")]
-    about = (config["component"], results, encoding, *factors, sizes)
+    about = (config["component"], results, encoding, *factors, saved_spread(file, tensors), sizes)
     return PosteriorParts(adapter, task, tensors["theta"], heads, *about)
 
 

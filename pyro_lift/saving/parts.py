@@ -14,6 +14,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.out_of_proportion import InputSize
 from pyro_lift.models.task import Task
+from pyro_lift.models.value_spread import ValueSpread
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 
 __all__ = ["PosteriorParts", "PriorParts", "Savable", "SavablePosterior", "SavablePrior"]
@@ -78,6 +79,7 @@ class PosteriorParts(NamedTuple):
         encoding: of the task's strings, or None.
         prediction_temperature: of predictions.
         noise_scale: of a regression.
+        head_spread: of its solved head, or None.
         input_sizes: of the task's rows; None where these are given, empty where nobody has saved them.
     """
 
@@ -90,6 +92,7 @@ class PosteriorParts(NamedTuple):
     encoding: TextEncoding | None = None
     prediction_temperature: float = 1.0
     noise_scale: float = 1.0
+    head_spread: ValueSpread | None = None
     input_sizes: dict[str, InputSize] | None = None
 
 
@@ -134,6 +137,7 @@ class SavablePosterior(Protocol):
     encoding: TextEncoding | None
     prediction_temperature: float
     noise_scale: float
+    head_spread: ValueSpread | None
 
     @property
     def input_sizes(self) -> dict[str, InputSize]:
