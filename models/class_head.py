@@ -19,11 +19,14 @@ class ClassHead(NamedTuple):
         head: ``[C, E + 1]``, the bias last; of regressions a row for each of their values, none where they share none.
         labels: names of the C classes; none where they have only numbers.
         width: of regressions, where the ratios of their heads' priors stand (:func:`.best_width`).
+        feature_sd: of regressions, standard deviation of each feature over the rows of all tasks, ``[E]``; None in
+            priors that were saved without it.
     """
 
     head: Tensor
     labels: tuple[str, ...] = ()
     width: float = 1.0
+    feature_sd: Tensor | None = None
 
     def of(self, task: Task) -> Tensor | None:
         """Return the rows of a task's classes, in its own order, ``[c, E + 1]``; None where it has others.
@@ -41,8 +44,14 @@ def are_alike(one: ClassHead | None, other: ClassHead | None) -> bool:
     """Whether two heads are the same but for what another machine may round."""
     if one is None or other is None:
         return one is other
-    same = one[1:] == other[1:] and one.head.shape == other.head.shape
-    if one.head.numel() == 0:
-        return same
-    largest = float(one.head.abs().max())
-    return same and torch.allclose(one.head, other.head.to(one.head), rtol=0.0, atol=1e-2 * largest)
+    return one[1:3] == other[1:3] and all(
+        _are_close(*pair) for pair in ((one.head, other.head), (one.feature_sd, other.feature_sd))
+    )
+
+
+def _are_close(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    if one.shape != other.shape or one.numel() == 0:
+        return one.shape == other.shape
+    return torch.allclose(one, other.to(one), rtol=0.0, atol=1e-2 * float(one.abs().max()))

@@ -120,8 +120,10 @@ class SolvedHeads:
             scale = self.scale if self.adapter.matches(rows.named) else None
             mean = None if self.mean is None or scale is not None else self.mean.of(self.tasks[task])
             if self.tasks[task].kind == "regression":
-                width = None if self.mean is None else self.mean.width
-                choose = partial(choose_value_head, found, rows.target, width=width, noise_scale=self.noise_scale)
+                told: dict[str, Any] = {}
+                if self.mean is not None:
+                    told = {"width": self.mean.width, "feature_sd": self.mean.feature_sd}
+                choose = partial(choose_value_head, found, rows.target, noise_scale=self.noise_scale, **told)
             else:
                 choose = partial(choose_head, found, rows.target, outputs)
             choice = choose() if scale is None else choose_head(found, rows.target, outputs, scale)

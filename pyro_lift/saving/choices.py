@@ -82,11 +82,17 @@ def saved_input_sizes(path: Path, config: Mapping[str, Any]) -> dict[str, InputS
         raise DamagedError(f"{path}: key 'input_sizes' is {sizes!r}; expected two numbers by input.") from error
 
 
+def head_tensors(mean: ClassHead | None) -> dict[str, Tensor]:
+    """Return the tensors of the head that tasks' own have their prior around, by the names they are saved under."""
+    found = {} if mean is None else {"head_mean": mean.head, "head_feature_sd": mean.feature_sd}
+    return {name: x for name, x in found.items() if x is not None}
+
+
 def _saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ClassHead | None:
     """Read the head that tasks' own have their prior around; folders without one have none.
 
     Raises:
-        DamagedError: no matrix, or not one name for each of its rows.
+        DamagedError: no matrix, not one name for each of its rows, or not one spread for each of its features.
     """
     head, labels = tensors.get("head_mean"), config.get("head_labels", [])
     if head is None:
@@ -96,7 +102,12 @@ def _saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str
     named = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
     if not named or len(labels) not in (0, len(head)):
         raise DamagedError(f"{path}: key 'head_labels' is {labels!r}; expected a name for each of {len(head)} classes.")
-    return ClassHead(head, tuple(labels), saved_positive(path, config, "head_width"))
+    sd = tensors.get("head_feature_sd")
+    if sd is not None and sd.shape != (head.shape[-1] - 1,):
+        raise DamagedError(
+            f"{path}: tensor 'head_feature_sd' has shape {tuple(sd.shape)}, not ({head.shape[-1] - 1},)."
+        )
+    return ClassHead(head, tuple(labels), saved_positive(path, config, "head_width"), sd)
 
 
 def saved_positive(path: Path, config: Mapping[str, Any], name: str) -> float:

@@ -23,7 +23,7 @@ from pyro_lift.models.networks import plain_network
 from pyro_lift.models.peft_layers import default_name, peft_layers
 from pyro_lift.models.task import Rows, Task, undeclared
 from pyro_lift.saving.base_model import check_base, describe_base
-from pyro_lift.saving.choices import described_choices, saved_choices, saved_input_sizes, saved_positive
+from pyro_lift.saving.choices import described_choices, head_tensors, saved_choices, saved_input_sizes, saved_positive
 from pyro_lift.saving.destination import check_destination
 from pyro_lift.saving.hub import local_folder
 from pyro_lift.saving.model_card import posterior_card, prior_card
@@ -129,8 +129,7 @@ def save_prior(prior: SavablePrior, folder: Path) -> Path:
     check_destination(folder, "prior")
     tensors = {f"mixture.{k}": x for k, x in mixture.state_dict().items()}
     tensors |= {f"second_moment.{k}": x for k, x in prior.second_moment.items()}
-    mean = prior.head_mean
-    tensors |= {"initial": adapter.initial, **({} if mean is None else {"head_mean": mean.head})}
+    tensors |= {"initial": adapter.initial, **head_tensors(prior.head_mean)}
     with new_files(folder, CONFIG, stale=(POSTERIOR, HEAD, *TOKENIZER_FILES)) as new:
         write_peft(adapter, _component(prior, _heaviest(prior)), new)
         config = {

@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -168,7 +169,8 @@ def _gain(task: Task, x: Tensor, y: Tensor, around: ClassHead) -> float:
     if task.kind == "regression":
         if len(x) == 1:
             return 0.0
-        own, shared = (choose_value_head(x, y, around=where, width=around.width).score for where in (None, head))
+        choose = partial(choose_value_head, x, y, width=around.width, feature_sd=around.feature_sd)
+        own, shared = (choose(around=where).score for where in (None, head))
         return min(max(shared - own, -MOST), MOST)
     if len(x) == 1:
         told = apply_head(x.double(), head.double()).log_softmax(-1)[0, int(y)]
@@ -194,8 +196,9 @@ def _pooled(read: Sequence[tuple[Task, Tensor, Tensor]], classes: list[str] | in
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:CHOOSING].to(x.device)
     if read[0][0].kind == "regression":
         model, sd, _ = choose_value_head(x[some], y[some])
-        width = best_width([(features, target) for _, features, target in read[:JUDGED]])
-        return ClassHead(solve_head(x, columns_of(y), model, prior_sd=sd).head, width=width)
+        width = best_width([(features, target) for _, features, target in read[:JUDGED]], spread)
+        head = solve_head(x, columns_of(y), model, prior_sd=sd).head
+        return ClassHead(head, width=width, feature_sd=spread.to(head))
     model = HeadModel(len(names) or int(classes))  # type: ignore[arg-type]
     width = choose_prior_sd(x[some], y[some], model).sd
     return ClassHead(solve_head(x, y, model, prior_sd=width).head, names)

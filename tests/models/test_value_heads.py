@@ -17,6 +17,7 @@ from torch.distributions import Normal
 from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.class_head import are_alike
 from pyro_lift.models.head_choice import HeadChoice
 from pyro_lift.models.head_problem import HeadModel, apply_head
 from pyro_lift.models.heads import folds, laplace_head, scaling_of, solve_head
@@ -342,6 +343,36 @@ def test_a_feature_that_comes_to_be_level_on_a_tasks_rows_gets_no_steep_head() -
     held = solve_head(level[:3], y[:3], choice.model, prior_sd=choice.sd).head
     assert float((apply_head(x, free) - y.unsqueeze(-1)).abs().max()) > 1e4
     assert float((apply_head(x, held) - y.unsqueeze(-1)).abs().max()) < 10.0 * float(y.std())
+
+
+def test_a_feature_is_divided_by_no_less_than_half_of_what_it_varies_by_over_all_tasks() -> None:
+    x, y = rows(3)
+    usual = torch.tensor([100.0, 1e-6, 1e-6, 1e-6, 1e-6]).double()
+    own, told = choose_value_head(x, y).model.least_spread, choose_value_head(x, y, feature_sd=usual).model.least_spread
+    assert own is not None and told is not None
+    torch.testing.assert_close(told, torch.cat([torch.tensor([50.0]).double(), own[1:]]))
+    slopes = [
+        solve_head(x, y, model, prior_sd=sd).head[0, 0].abs()
+        for model, sd, _ in (choose_value_head(x, y), choose_value_head(x, y, feature_sd=usual))
+    ]
+    assert slopes[1] < 0.1 * slopes[0]  # so a slope on it is thought unlikely
+    same = choose_value_head(x, y, feature_sd=0.1 * scaling_of(x).sd)  # which changes nothing where rows vary as usual
+    assert same[1:] == choose_value_head(x, y)[1:]
+
+
+def test_tasks_of_three_rows_go_by_how_features_vary_over_all_tasks(tmp_path: Path) -> None:
+    mean = head_mean(adapter(), tasks(8, shared=False))
+    assert mean is not None and mean.head.feature_sd is not None
+    x = torch.cat([task.train.inputs[""] for task in tasks(8, shared=False)])
+    torch.testing.assert_close(mean.head.feature_sd, network()(x).detach().std(0), rtol=1e-4, atol=0.0)
+    prior = LiFT(network(), peft.LoraConfig(r=2, target_modules=["0", "2"]), **SHORT).meta_train(
+        tasks(8, shared=False), progress=False
+    )
+    loaded = LiFTPrior.from_pretrained(prior.save_pretrained(tmp_path / "prior"), network())
+    assert loaded.head_mean is not None and loaded.head_mean.feature_sd is not None and prior.head_mean is not None
+    assert are_alike(loaded.head_mean, prior.head_mean)
+    assert not are_alike(prior.head_mean, prior.head_mean._replace(feature_sd=2.0 * loaded.head_mean.feature_sd))
+    assert not are_alike(prior.head_mean, prior.head_mean._replace(feature_sd=None))
 
 
 def test_one_task_of_equal_targets_does_not_decide_for_all() -> None:
