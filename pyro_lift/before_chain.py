@@ -51,7 +51,13 @@ from pyro_lift.tuning.halves import (
 )
 from pyro_lift.tuning.head_mean import HeadMean, head_mean
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
-from pyro_lift.tuning.whose_heads import counts_rounds, has_head_mean, leaves_outliers_out, trains_through_mean
+from pyro_lift.tuning.whose_heads import (
+    counts_rounds,
+    has_head_mean,
+    leaves_outliers_out,
+    lets_one_task_lose,
+    trains_through_mean,
+)
 from pyro_lift.watching.watch import Watchers
 
 __all__ = ["BeforeChain", "ChainSetup"]
@@ -165,7 +171,8 @@ class ChainSetup:
 
         start, rate = self.adapter.initial, s.sgd_learning_rate
         seldom = not few and passes(steps, s.batch_size, tasks) < SOME_PASSES
-        of = Vectors(few, sizes_of_tensors(self.adapter), scarce=s.sgd_includes_trial and seldom)
+        scarce, lets_one = s.sgd_includes_trial and seldom, lets_one_task_lose(session)
+        of = Vectors(few, sizes_of_tensors(self.adapter), scarce=scarce, one_may_lose=lets_one)
         joint = joint_on_trial(tasks, start, rate, steps, begin, score, kept, of=of)
         within = joint.helps and s.sgd_includes_trial
         return joint._replace(steps=s.sgd_steps - joint.spent) if within else joint

@@ -16,6 +16,11 @@ rates, and at those joint training may take more steps than it gets; but tasks t
 large rate, which shows after more steps alone. Where the first rate does not help, a smaller one is tried, and where
 that does not help either, phi stays where it was.
 
+**One odd task.** A task that is none of the kind (labels of another meaning, rows of another source) may lose more than
+all others gain. It does not decide for them: where the mean without the task that loses most is above zero at
+:data:`PLAIN`, joint training begins all the same, and which task it harms is said. A new task of that sort begins at
+the untouched network, if its own rows say so.
+
 The trial is short, a twelfth of the steps for each vector, since what harms does so at once; it comes before the steps
 of joint training, which begin anew after it. Where a twelfth would say nothing, each vector gets
 :data:`FEWEST_STEPS`, and where that leaves no room for a second rate, one is tried alone. To go on from the mean of the
@@ -106,11 +111,13 @@ class Vectors(NamedTuple):
         parts: numbers of weights that their parts have, one for each adapter tensor; none takes them whole.
         scarce: whether the trial's steps are among those of joint training, and rows are seen too seldom to be learned
             by heart at the larger rate.
+        one_may_lose: whether one odd task leaves the decision to the others; not in runs of before.
     """
 
     few: bool = False
     parts: Sequence[int] = ()
     scarce: bool = False
+    one_may_lose: bool = True
 
 
 class Tried(NamedTuple):
@@ -144,7 +151,7 @@ class Joint(NamedTuple):
         helps: whether it begins.
         tried: the rates, in the order in which they were tried; empty of a run that was saved before they were kept.
         spent: gradients that the trial took; zero of a run that was saved before they were counted.
-        against: the one task without which joint training would have helped; empty where there is none.
+        against: the one task without which joint training helps, and with which it does not; empty where there is none.
         vectors: root mean square of what the halves' vectors moved by, by adapter tensor, after ``looked`` steps; empty
             of a run that was saved before it was kept.
         looked: steps of each half.
@@ -200,6 +207,9 @@ class Joint(NamedTuple):
             less = "gains less by more than chance" if higher[0].helps else "does not help by more than chance"
             why = f"; the larger rate, {higher[0].rate:.2g}, {less}"
         gained = f"{self.gain:+.3f} ± {self.error:.3f} nats a row on tasks that it has not seen"
+        if self.against:
+            gained += f", which {self.against!r} takes away: all others gain"
+            why += f". Look at the rows of {self.against!r}, or leave it out"
         return f"joint training at {self.rate:.2g} helps ({gained}){why}. It begins, over all tasks."
 
     def _against(self) -> str:
@@ -304,7 +314,7 @@ class _Trial:
         kept: WorkBefore,
         of: Vectors,
     ) -> None:
-        self.parts, self.few, self.scarce = list(of.parts) or [len(start)], of.few, of.scarce
+        self.parts, self.of = list(of.parts) or [len(start)], of
         self.start, self.rate, self.steps, self.score, self.kept = start, rate, steps, score, kept
         self.begin, self.each = begin, trial_steps(steps, len(tasks))
         self.halves = dealt(tasks, 2)
@@ -318,18 +328,18 @@ class _Trial:
     def joint(self) -> Joint:
         """Try rates and return the verdict."""
         second, larger = _has_second(self.steps), None
-        if self.scarce and second:
+        if self.of.scarce and second:
             larger = self._at(LARGER, [FEWEST_STEPS])
             if is_above_zero(larger[1] - self.before, PLAIN):
                 return larger[0]._replace(tried=tuple(self.tried), spent=self.spent)
-        taken, after = self._at(1.0, [look for look in EARLY if look < self.each] if self.few else [])
+        taken, after = self._at(1.0, [look for look in EARLY if look < self.each] if self.of.few else [])
         if second and not taken.helps and not (larger and larger[0].helps):
             taken = self._at(SMALLER)[0]
         elif larger or (second and self.spent == 2 * self.each):
             larger = larger or self._at(LARGER)
             if larger[0].helps and not is_above_zero(after - larger[1]):
                 taken = larger[0]
-        against = "" if taken.helps else self.against
+        against = taken.against if taken.helps else self.against
         return taken._replace(tried=tuple(self.tried), spent=self.spent, against=against)
 
     def _at(self, factor: float, looks: Sequence[int] = ()) -> tuple[Joint, Tensor]:
@@ -351,15 +361,23 @@ class _Trial:
                 break
         self.spent += 2 * steps
         (gain, error), helps = paired(gains), is_above_zero(gains)
-        worst = int(gains.argmin())
-        rest = torch.cat([gains[:worst], gains[worst + 1 :]])
-        if not helps and len(rest) > FEWEST_TASKS and is_above_zero(rest):
-            names = [task.name for half in self.judged for task in half]
-            self.against = names[int(self.told.nonzero()[worst])]
+        against = ""
+        if not helps:
+            against, helps = self._without_the_worst(gains)
+            self.against = against or self.against
         log.info("joint training at %.2g on trial: %+.3f ± %.3f nats a row", factor * self.rate, gain, error)
         self.tried.append(Tried(factor * self.rate, gain, error, helps))
-        verdict = Joint(factor * self.rate, self.steps if helps else 0, gain, error, helps)
+        verdict = Joint(factor * self.rate, self.steps if helps else 0, gain, error, helps, against=against)
         return verdict._replace(vectors=self._moved(vectors), looked=steps), after
+
+    def _without_the_worst(self, gains: Tensor) -> tuple[str, bool]:
+        """Name the task that alone keeps gains within chance, if there is one, and tell whether it may lose."""
+        worst = int(gains.argmin())
+        rest = torch.cat([gains[:worst], gains[worst + 1 :]])
+        if len(rest) <= FEWEST_TASKS or not is_above_zero(rest):
+            return "", False
+        names = [task.name for half in self.judged for task in half]
+        return names[int(self.told.nonzero()[worst])], self.of.one_may_lose and is_above_zero(rest, PLAIN)
 
     def _moved(self, vectors: Sequence[Tensor]) -> tuple[float, ...]:
         """Return the root mean square of what both halves moved by, for each part of the vector."""

@@ -25,6 +25,7 @@ __all__ = [
     "counts_width",
     "has_head_mean",
     "leaves_outliers_out",
+    "lets_one_task_lose",
     "run_config",
     "trains_through_mean",
     "with_heads_settled",
@@ -32,8 +33,15 @@ __all__ = [
 
 #: Keys and values in the configuration of a saved run that name rules it was begun under, each later than the first
 #: runs: an output wider than all tasks' classes calls for heads of their own; the length of the chain for control
-#: variates in its translation; heads of tasks that share their classes stand around one head; theta sees that one.
-RULES = {"heads": "by width", "translation": "by rounds", "head mean": "of all tasks", "trained heads": "the mean"}
+#: variates in its translation; heads of tasks that share their classes stand around one head; theta sees that one; one
+#: odd task leaves the trial of joint training to the others.
+RULES = {
+    "heads": "by width",
+    "translation": "by rounds",
+    "head mean": "of all tasks",
+    "trained heads": "the mean",
+    "trial": "one may lose",
+}
 
 
 def with_heads_settled(
@@ -86,6 +94,11 @@ def has_head_mean(session: Session | None) -> bool:
 def trains_through_mean(session: Session | None) -> bool:
     """Whether theta sees the head of all tasks: in a run of before it sees heads of the tasks' own around it."""
     return _has_rule(session, "trained heads")
+
+
+def lets_one_task_lose(session: Session | None) -> bool:
+    """Whether one odd task leaves the trial of joint training to the others: in a run of before it decided alone."""
+    return _has_rule(session, "trial")
 
 
 def _has_rule(session: Session | None, name: str) -> bool:

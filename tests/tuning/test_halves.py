@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -253,17 +253,33 @@ def test_gradients_that_leave_no_room_for_a_trial_are_all_of_joint_training(grad
     assert sum(step.phase == "sgd" for step in told) == gradients
 
 
+def one_is_odd(stand_in: Halves, gains: Sequence[float] = (0.0,) * 8) -> Callable[[Tensor, Sequence[Task]], Tensor]:
+    """Scores of a trial by which ``t5`` loses thirty nats, the others what the stand-in says and their own."""
+
+    def score(vector: Tensor, half: Sequence[Task]) -> Tensor:
+        own = [-30.0 if task.name == "t5" else gains[int(task.name[1:])] for task in half]
+        return stand_in.score(vector, half) + (torch.tensor(own).double() if vector[1] else 0.0)
+
+    return score
+
+
 def test_the_one_task_that_decides_against_joint_training_is_named(caplog: pytest.LogCaptureFixture) -> None:
     stand_in = Halves({0.1: 0.5, 0.1 * 0.2: 0.5})
+    varied = one_is_odd(stand_in, [-0.4, 0.0, 0.3, -0.3, 0.0, 0.0, 0.4, 0.2])  # without it 5 % is reached, not 0.05 %
+    for score, of in ((varied, Vectors()), (one_is_odd(stand_in), Vectors(one_may_lose=False))):
+        caplog.clear()
+        with caplog.at_level("INFO", "pyro_lift"):
+            joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.begin, score, of=of)
+        assert not joint.helps and joint.against == "t5"
+        assert "without 't5' it would help" in caplog.text
 
-    def odd(vector: Tensor, half: Sequence[Task]) -> Tensor:
-        far = torch.tensor([-30.0 * (task.name == "t5") for task in half], dtype=torch.float64)
-        return stand_in.score(vector, half) + (far if vector[1] else 0.0)
 
+def test_one_odd_task_does_not_keep_the_others_from_joint_training(caplog: pytest.LogCaptureFixture) -> None:
+    stand_in = Halves({0.1: 0.5, 0.1 * 3.0: 0.4})
     with caplog.at_level("INFO", "pyro_lift"):
-        joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.begin, odd)
-    assert not joint.helps and joint.against == "t5"
-    assert "without 't5' it would help" in caplog.text
+        joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.begin, one_is_odd(stand_in))
+    assert joint.helps and joint.against == "t5" and joint.rate == 0.1 and joint.gain < 0.0
+    assert "which 't5' takes away: all others gain" in caplog.text and "It begins, over all tasks." in caplog.text
 
 
 def test_a_task_that_cannot_be_judged_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
