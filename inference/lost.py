@@ -45,7 +45,7 @@ class LossWatch:
         self._rows, self._chance, self._advice, self._first = list(rows), list(chance), advice, first
         self._window: deque[tuple[float, float]] = deque(maxlen=max(WINDOW, len(self._rows)))
         self._waiting: list[tuple[Tensor, tuple[int, ...]]] = []
-        self._visits = 0
+        self._visits, self._rate = 0, 0.0
         self.lowest = float("inf")
 
     @classmethod
@@ -54,12 +54,22 @@ class LossWatch:
         rows = [len(task.train) for task in tasks]
         return cls(rows, [chance_loss(task, noise_scale) for task in tasks], advice, first)
 
-    def see(self, log_likelihood: Tensor, tasks: tuple[int, ...], phase: str = "sample") -> None:
+    def see(
+        self, log_likelihood: Tensor, tasks: tuple[int, ...], phase: str = "sample", rate: float | None = None
+    ) -> None:
         """Take a visit: the log likelihood summed over the tasks' rows, and the tasks; in ``"sgd"``, joint training.
+
+        Where the rate of joint training has become smaller, it has gone back to where it was good
+        (:mod:`~pyro_lift.inference.gibbs.steadiness`), and is looked at anew.
 
         Raises:
             ChainLostError: the mean loss was below 0.8 of chance and is now at 0.97 of it or above.
         """
+        if phase == "sgd" and rate is not None:
+            if rate < 0.5 * self._rate:
+                self._window.clear()
+                self._waiting.clear()
+            self._rate = rate
         self._visits += 1
         self._waiting.append((log_likelihood.detach(), tasks))
         if self._visits % EVERY:

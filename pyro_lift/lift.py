@@ -375,8 +375,9 @@ class LiFT(ChainSetup):
 
             def hook(kernel: SGLDGibbs, *where: Any) -> None:
                 bar(kernel, *where)
-                if kernel.last_visit is not None:
-                    watch.see(kernel.last_visit.log_likelihood, kernel.last_visit.tasks, kernel.last_visit.phase)
+                if (last := kernel.last_visit) is not None:
+                    rate = float(last.step_size) if last.phase == "sgd" else None
+                    watch.see(last.log_likelihood, last.tasks, last.phase, rate)
 
             mcmc = StreamingMCMC(
                 kernel,

@@ -10,7 +10,7 @@ from pyro_lift.inference.gibbs.state import Settings
 from pyro_lift.inference.program import Latent
 from pyro_lift.support.options import check_number
 
-__all__ = ["check_factors", "checked_factors", "factor_of", "largest_factor"]
+__all__ = ["check_factors", "checked_factors", "factor_of", "largest_factor", "mean_factor"]
 
 
 def checked_factors(name: str, factors: Sequence[float] | None) -> tuple[float, ...] | None:
@@ -51,6 +51,11 @@ def check_factors(settings: Settings, num_tasks: int) -> None:
 def largest_factor(tasks: Sequence[int], factors: Sequence[float] | None) -> float:
     """Return the largest factor of a block's tasks; 1 where there are none."""
     return 1.0 if factors is None else max(factors[task] for task in tasks)
+
+
+def mean_factor(tasks: Sequence[int], factors: Sequence[float] | None) -> float:
+    """Return the mean factor of a block's tasks; 1 where there are none."""
+    return 1.0 if factors is None else sum(factors[task] for task in tasks) / len(tasks)
 
 
 def factor_of(site: Latent, tasks: Sequence[int], factors: Sequence[float] | None) -> float | Tensor:

@@ -19,7 +19,8 @@ from pyro_lift.inference.gibbs.state import (
     init,
     kept_state,
 )
-from pyro_lift.inference.gibbs.task_factors import factor_of
+from pyro_lift.inference.gibbs.steadiness import rate_factor, steadied
+from pyro_lift.inference.gibbs.task_factors import factor_of, mean_factor
 from pyro_lift.inference.program import Rows
 from pyro_lift.inference.sgld import check_finite, check_moved, precondition, update_second_moment
 
@@ -33,13 +34,15 @@ def sgd_step(
 
     With ``theta_i := phi`` for all i, it is joint training; the chain then starts where S = N phi exactly.
 
+    A training that becomes unsteady goes back (:mod:`~pyro_lift.inference.gibbs.steadiness`).
+
     Raises:
         DivergedError: a loss or gradient that is not finite; nothing has changed.
     """
     values = block_values(state, chain, index, streams)
     computed = _gradient(state, chain, index, values, streams)
     moments = {**state.second_moment, **computed.second_moment}
-    lr = chain.settings.sgd_step_size(state.step)
+    lr = chain.settings.sgd_step_size(state.step) * rate_factor(state)
     watch, tasks, rows = chain.cache.watch, computed.info.tasks, computed.rows
     after = sgd_update(state, chain.structure, computed.gradient, moments, lr)
     check_moved(after.phi, state.step, tasks, watch)
@@ -47,7 +50,8 @@ def sgd_step(
         after = kept_state(watch, after, state)
         rows = [watch.kept(*pair) for pair in zip(rows, task_rows(chain, tasks, values), strict=True)]
     chain.store.write(tasks, rows)
-    return after, computed.info
+    loss = -computed.info.log_likelihood * mean_factor(tasks, chain.settings.sgd_weights)
+    return steadied(state, after, loss), computed.info
 
 
 class SGDGradient(NamedTuple):
@@ -77,7 +81,7 @@ def sgd_gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, streams: St
 def _gradient(state: SGLDGibbsState, chain: Chain, index: Tensor, values: Values, streams: Streams) -> SGDGradient:
     structure, settings = chain.structure, chain.settings
     tasks = tuple(index.tolist())
-    lr = settings.sgd_step_size(state.step)
+    lr = settings.sgd_step_size(state.step) * rate_factor(state)
     shared: Values = {task: _with_shared(structure, state, rows, task is None) for task, rows in values.items()}
     shared = solved(state, chain, shared, index, streams)
     run = chain.program.run(state.phi, shared, index, streams.rows)
