@@ -19,7 +19,7 @@ from pyro_lift.inference.gibbs.state import (
     init,
     kept_state,
 )
-from pyro_lift.inference.gibbs.steadiness import rate_factor, steadied
+from pyro_lift.inference.gibbs.steadiness import rate_factor, steadied, window_of
 from pyro_lift.inference.gibbs.task_factors import factor_of, mean_factor
 from pyro_lift.inference.program import Rows
 from pyro_lift.inference.sgld import check_finite, check_moved, precondition, update_second_moment
@@ -51,7 +51,8 @@ def sgd_step(
         rows = [watch.kept(*pair) for pair in zip(rows, task_rows(chain, tasks, values), strict=True)]
     chain.store.write(tasks, rows)
     loss = -computed.info.log_likelihood * mean_factor(tasks, chain.settings.sgd_weights)
-    return steadied(state, after, loss), computed.info
+    window = window_of(-(-chain.structure.num_tasks // len(tasks)))
+    return steadied(state, after, loss, window), computed.info
 
 
 class SGDGradient(NamedTuple):

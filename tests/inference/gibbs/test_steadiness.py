@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.gibbs.state import SGLDGibbsState
-from pyro_lift.inference.gibbs.steadiness import PLAINLY, SMALLER, WINDOW, rate_factor, steadied
+from pyro_lift.inference.gibbs.steadiness import PLAINLY, SMALLER, WINDOW, rate_factor, steadied, window_of
 from pyro_lift.inference.lost import ChainLostError, LossWatch
 
 
@@ -26,7 +26,7 @@ def followed(losses: Tensor, begin: int = 0) -> SGLDGibbsState:
     """Take visits with these losses, the vector being their number; return the state after the last."""
     state = state_at(begin)
     for k, loss in enumerate(losses, begin):
-        after = steadied(state._replace(step=k), state_at(k + 1), loss)
+        after = steadied(state._replace(step=k), state_at(k + 1), loss, WINDOW)
         state = after._replace(step=k + 1)
     return state
 
@@ -72,6 +72,20 @@ def test_no_unit_of_the_losses_matters(unit: float) -> None:
         assert rate_factor(followed(unit * noisy(means))) == pytest.approx(factor)
 
 
+@pytest.mark.parametrize(
+    ("visits", "window"), [(1, 50), (6, 48), (12, 48), (24, 48), (45, 45), (122, 122), (3000, 3000)]
+)
+def test_a_window_is_of_whole_rounds(visits: int, window: int) -> None:
+    assert window_of(visits) == window
+
+
+def test_tasks_that_lose_more_and_come_later_do_not_make_a_training_unsteady() -> None:
+    state, losses = state_at(0), noisy([1.0, 3.0] * 4)  # a round of 100 tasks, the later half of them harder
+    for k, loss in enumerate(losses):
+        state = steadied(state._replace(step=k), state_at(k + 1), loss, window_of(2 * WINDOW))._replace(step=k + 1)
+    assert rate_factor(state) == 1.0 and rate_factor(followed(losses)) < 1.0
+
+
 def test_a_run_of_before_goes_on_as_it_was() -> None:
     state = followed(noisy([1.5, 1.5, 3.0, 3.0]), begin=7)
     assert state.tuned == {} and rate_factor(state) == 1.0
@@ -104,8 +118,9 @@ def trained(rate: Any, steps: int) -> tuple[SGLDGibbs, list[float]]:
 
 
 def test_a_kernel_whose_rate_comes_to_be_too_large_ends_near_where_it_was_good() -> None:
-    kernel, rates = trained(lambda step: 0.02 if step < 4 * WINDOW else 20.0, 7 * WINDOW)
-    assert rates[5 * WINDOW - 1] == 20.0 and rates[5 * WINDOW] == pytest.approx(20.0 / 3.0)
+    W = window_of(6)
+    kernel, rates = trained(lambda step: 0.02 if step < 4 * W else 20.0, 7 * W)
+    assert rates[5 * W - 1] == 20.0 and rates[5 * W] == pytest.approx(20.0 / 3.0)
     assert rate_factor(kernel.state) < SMALLER + 1e-6
     torch.testing.assert_close(kernel.state.phi["phi"], torch.tensor([1.0, -1.0]), rtol=0.0, atol=0.2)
 
