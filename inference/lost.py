@@ -45,7 +45,7 @@ class LossWatch:
         self._rows, self._chance, self._advice, self._first = list(rows), list(chance), advice, first
         self._window: deque[tuple[float, float]] = deque(maxlen=max(WINDOW, len(self._rows)))
         self._waiting: list[tuple[Tensor, tuple[int, ...]]] = []
-        self._visits, self._rate = 0, 0.0
+        self._visits, self._rate, self._lost_since = 0, 0.0, 0
         self.lowest = float("inf")
 
     @classmethod
@@ -60,7 +60,8 @@ class LossWatch:
         """Take a visit: the log likelihood summed over the tasks' rows, and the tasks; in ``"sgd"``, joint training.
 
         Where the rate of joint training has become smaller, it has gone back to where it was good
-        (:mod:`~pyro_lift.inference.gibbs.steadiness`), and is looked at anew.
+        (:mod:`~pyro_lift.inference.gibbs.steadiness`), and is looked at anew. It has as many visits as a mean is taken
+        over to do so.
 
         Raises:
             ChainLostError: the mean loss was below 0.8 of chance and is now at 0.97 of it or above.
@@ -69,6 +70,7 @@ class LossWatch:
             if rate < 0.5 * self._rate:
                 self._window.clear()
                 self._waiting.clear()
+                self._lost_since = 0
             self._rate = rate
         self._visits += 1
         self._waiting.append((log_likelihood.detach(), tasks))
@@ -85,13 +87,19 @@ class LossWatch:
         if not chance > 0.0:  # densities, or tasks of one class: nothing to be lost
             return
         self.lowest = min(self.lowest, loss / chance)
-        if self.lowest < LEARNED and loss > LOST * chance:
-            why = f"the chain's noise has carried the weights to where the network says nothing. {self._advice}"
-            if phase == "sgd":
-                why = "joint training has become unsteady. Give it fewer sgd_steps, or a smaller sgd_learning_rate."
-            why = f"{self._first} {why[0].upper()}{why[1:]}" if self._first else why
-            raise ChainLostError(
-                f"after {self._visits} visits the mean loss of the tasks is {loss:.3f} a row, where a prediction that "
-                f"ignores its input has {chance:.3f}, and it was {self.lowest * chance:.3f} before: {why}",
-                self._visits,
-            )
+        if not (self.lowest < LEARNED and loss > LOST * chance):
+            self._lost_since = 0
+            return
+        if phase == "sgd":
+            self._lost_since = self._lost_since or self._visits
+            if self._visits - self._lost_since <= len(self._window):
+                return
+        why = f"the chain's noise has carried the weights to where the network says nothing. {self._advice}"
+        if self._lost_since:
+            why = "joint training has become unsteady. Give it fewer sgd_steps, or a smaller sgd_learning_rate."
+        why = f"{self._first} {why[0].upper()}{why[1:]}" if self._first else why
+        raise ChainLostError(
+            f"after {self._visits} visits the mean loss of the tasks is {loss:.3f} a row, where a prediction that "
+            f"ignores its input has {chance:.3f}, and it was {self.lowest * chance:.3f} before: {why}",
+            self._visits,
+        )
