@@ -271,7 +271,7 @@ class SolvedHeads:
         return torch.stack(modes)
 
     def spread(self, task: int, theta: Tensor) -> ValueSpread | None:
-        """Return how far a regression's mode may be off at theta ``[D]``; None for classes, whose draws say it."""
+        """Return how far a regression's mode may be off at theta ``[D]``; None for classes, which say it themselves."""
         if self.tasks[task].kind != "regression":
             return None
         return spread_of(self._read(task, theta), self.choice(task), self.noise_scale)

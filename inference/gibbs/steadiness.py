@@ -59,12 +59,14 @@ def steadied(state: SGLDGibbsState, after: SGLDGibbsState, loss: Tensor, window:
     """
     kept = dict(state.tuned)
     if state.step == 0:
-        kept |= {_LOSSES: torch.full((window,), math.nan, dtype=torch.float64), _FACTOR: torch.tensor(1.0)}
+        losses = torch.full((window,), math.nan, dtype=torch.float64, device=loss.device)
+        kept |= {_LOSSES: losses, _FACTOR: torch.ones((), device="cpu")}
     if _LOSSES not in kept:  # begun before this was
         return after
-    kept[_FACTOR] = kept[_FACTOR].cpu()  # it is asked at every visit, for which no device should be waited
+    if kept[_FACTOR].device.type != "cpu":  # of a run that goes on: at every visit it would be waited for
+        kept[_FACTOR] = kept[_FACTOR].cpu()
     place = state.step % window
-    losses = kept[_LOSSES] = kept[_LOSSES].clone()
+    losses = kept[_LOSSES] = kept[_LOSSES].to(loss.device, copy=True)
     losses[place] = loss.detach().to(losses)
     if place < window - 1:
         return after._replace(tuned=kept)
