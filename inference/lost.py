@@ -66,7 +66,7 @@ class LossWatch:
         Raises:
             ChainLostError: the mean loss was below 0.8 of chance and is now at 0.97 of it or above.
         """
-        if phase == "sgd" and rate is not None:
+        if rate is not None:
             if rate < 0.5 * self._rate:
                 self._window.clear()
                 self._waiting.clear()

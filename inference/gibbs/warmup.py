@@ -42,9 +42,8 @@ def sgd_step(
     values = block_values(state, chain, index, streams)
     computed = _gradient(state, chain, index, values, streams)
     moments = {**state.second_moment, **computed.second_moment}
-    lr = chain.settings.sgd_step_size(state.step) * rate_factor(state)
     watch, tasks, rows = chain.cache.watch, computed.info.tasks, computed.rows
-    after = sgd_update(state, chain.structure, computed.gradient, moments, lr)
+    after = sgd_update(state, chain.structure, computed.gradient, moments, float(computed.info.step_size))
     check_moved(after.phi, state.step, tasks, watch)
     if watch is not None:
         after = kept_state(watch, after, state)

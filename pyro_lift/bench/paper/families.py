@@ -103,6 +103,12 @@ _SMALL_ANSWERS = replace(_SMALL_TOKENS, ablation_seeds=1, test_rows=32, max_leng
 _SMALL_OPTIONS = Sizes(
     ablation_seeds=1, warm_up=60, visits=24, steps=12, batch_size=4, dev_tasks=1, test_tasks=10, test_rows=24
 )
+#: A seed is another family of scanners, which may be 0.1 nats easier: three of them tell little.
+_DIGITS = Setting(
+    "digits", "timm", "pictures", Sizes(seeds=8, warm_up=600, visits=200, steps=60, draws=5, test_rows=300)
+)
+#: About LiFT's defaults, the trial of joint training among them.
+_LIFTS_LENGTHS: dict[str, Any] = {"warm_up": 867, "visits": 433, "steps": 100, "draws": 10}
 
 FAMILIES: dict[str, Family] = {
     "crossfit": Family(
@@ -168,33 +174,13 @@ FAMILIES: dict[str, Family] = {
         },
         orders=("lift", "lift-k2", "lift-k3"),
     ),
-    "digits": Family(
-        "digits",
-        ("10 labels", "25 labels"),
-        {
-            "small": Setting(
-                "digits",
-                "timm",
-                "pictures",
-                # A seed is another family of scanners, which may be 0.1 nats easier: three of them tell little.
-                Sizes(seeds=8, warm_up=600, visits=200, steps=60, draws=5, test_rows=300),
-            )
-        },
-        by_seed=True,
-    ),
+    "digits": Family("digits", ("10 labels", "25 labels"), {"small": _DIGITS}, by_seed=True),
     # The same scanners, and below the same roles, with as many gradients and steps as LiFT has by default: what 800 and
     # 60, or 183 and 16, leave open.
     "scanners": Family(
         "digits",
         ("10 labels", "25 labels"),
-        {
-            "small": Setting(
-                "digits",
-                "timm",
-                "pictures",
-                Sizes(seeds=8, warm_up=867, visits=433, steps=100, draws=10, test_rows=300),
-            )
-        },
+        {"small": replace(_DIGITS, sizes=replace(_DIGITS.sizes, **_LIFTS_LENGTHS))},
         orders=("lift",),
         by_seed=True,
     ),
@@ -206,7 +192,7 @@ FAMILIES: dict[str, Family] = {
                 _NOVELS,
                 "seq2seq",
                 "next-token",
-                replace(_SMALL_TOKENS, warm_up=867, visits=433, steps=100, draws=10),
+                replace(_SMALL_TOKENS, **_LIFTS_LENGTHS),
                 options={"context": 3},
             )
         },
