@@ -20,7 +20,7 @@ from pyro_lift.bench.paper.again import run_again
 from pyro_lift.bench.paper.cells import PaperCell, run_cell
 from pyro_lift.bench.paper.command import PaperOptions, command, plan
 from pyro_lift.bench.paper.contestants import ALONE, CONTESTANTS
-from pyro_lift.bench.paper.costs import RANKS
+from pyro_lift.bench.paper.costs import RANKS, TIMED
 from pyro_lift.bench.paper.dry_run import dry_run, shapes_of
 from pyro_lift.bench.paper.families import FAMILIES, Setting, setting_of
 from pyro_lift.bench.paper.problems import PaperProblem, load_collection
@@ -366,7 +366,13 @@ def test_a_dry_run_of_the_papers_scale_builds_bart_base_at_its_size() -> None:
 @pytest.mark.parametrize("number", list(TABLES))
 def test_every_table_passes_its_dry_run_at_the_papers_scale(number: int) -> None:
     told = dry_run(cells_of(TABLES[number], "paper", None))
-    assert "hub name" in told or "cost" in told
+    assert "hub name" in told and "on the meta device" in told and "GiB" in told
+
+
+def test_a_dry_run_of_the_cost_tables_builds_the_network_at_both_ranks() -> None:
+    told = dry_run(cells_of(TABLES[10], "paper", None))
+    assert "442,368 of the adapter" in told and "7,077,888 of the adapter" in told
+    assert all(name in told for name in TIMED)
 
 
 def test_a_dry_run_of_the_small_scale_tells_the_configuration_and_runs_nothing(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pyro_lift.bench.paper.sizes import Scale
 from pyro_lift.bench.steps import TimedLiFT, maml, plain
 from pyro_lift.bench.timing import interleaved, quartiles
 
-__all__ = ["RANKS", "run_costs"]
+__all__ = ["FAMILY", "RANKS", "ROUNDS", "TASKS", "TIMED", "rank_of", "run_costs"]
 
 RANKS = (4, 64)
 #: LiFT's mixture in these tables.
@@ -25,6 +25,13 @@ COMPONENTS = 5
 FAMILY: dict[Scale, str] = {"paper": "crossfit", "small": "flan-t5-xl"}
 #: Tasks that are visited in turn, and rounds.
 TASKS, ROUNDS = 4, 9
+#: Contestants whose iterations are timed.
+TIMED = ("union-train", "maml", f"lift-k{COMPONENTS}")
+
+
+def rank_of(split: str) -> int:
+    """Return the adapter's rank in a split: ``"rank-4"`` has 4."""
+    return int(split.removeprefix("rank-"))
 
 
 def run_costs(scale: Scale, split: str, root: str | None, *, smoke: bool = False) -> dict[str, Any]:
@@ -36,25 +43,23 @@ def run_costs(scale: Scale, split: str, root: str | None, *, smoke: bool = False
         root: where the data lie.
         smoke: two rounds.
     """
-    rank = int(split.removeprefix("rank-"))
-    problem = problem_of(
-        scale, FAMILY[scale], "CLS-45", 0, None if root is None else Path(root), smoke=smoke, rank=rank
-    )
+    place = None if root is None else Path(root)
+    problem = problem_of(scale, FAMILY[scale], "CLS-45", 0, place, smoke=smoke, rank=rank_of(split))
     tasks, sizes, adapter = problem.tasks.train[:TASKS], problem.sizes, problem.adapter
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        steps = {
-            "union-train": plain(adapter, tasks, torch.optim.SGD, sizes.batch_size),
-            "maml": maml(adapter, tasks, sizes.batch_size),
-            "lift-k5": TimedLiFT(adapter, tasks, COMPONENTS, sizes.batch_size).step,
-        }
-        times = interleaved(steps, 2 if smoke else ROUNDS)
+        steps = (
+            plain(adapter, tasks, torch.optim.SGD, sizes.batch_size),
+            maml(adapter, tasks, sizes.batch_size),
+            TimedLiFT(adapter, tasks, COMPONENTS, sizes.batch_size).step,
+        )
+        times = interleaved(dict(zip(TIMED, steps, strict=True)), 2 if smoke else ROUNDS)
     seconds = {name: quartiles(found.wall)[1] for name, found in times.items()}
     burn_in = sizes.visits // 3 if sizes.burn_in is None else sizes.burn_in
     return {
         "costs": seconds,
         "cpu_costs": {name: quartiles(found.cpu)[1] for name, found in times.items()},
-        "stages": {"warm-up": sizes.warm_up * seconds["union-train"], "burn-in": burn_in * seconds["lift-k5"]},
+        "stages": {"warm-up": sizes.warm_up * seconds[TIMED[0]], "burn-in": burn_in * seconds[TIMED[-1]]},
         "adapter_weights": adapter.dim,
         "backbone": problem.setting.backbone,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from pyro_lift.bench.paper.cells import PaperCell
 from pyro_lift.bench.paper.contestants import CONTESTANTS, GROUPS
+from pyro_lift.bench.paper.costs import FAMILY, ROUNDS, TASKS, TIMED, rank_of
 from pyro_lift.bench.paper.families import Setting, setting_of
 from pyro_lift.bench.paper.sizes import Scale, Sizes
 from pyro_lift.bench.records import format_table
@@ -173,9 +175,11 @@ def dry_run(cells: Sequence[PaperCell]) -> str:
             local = Path(setting.backbone).is_dir() or setting.backbone in ("digits", "regression")
             lines.append(f"  network: {'here' if local else 'from the hub'}; cells: {', '.join(groups)}")
         lines.append("")
-    others = [cell.cell.name for cell in cells if cell.family in ("toy", "cost")]
-    if others:
-        lines.append(f"cells without tasks to be judged by: {', '.join(others)}")
+    for cell in (cell for cell in cells if cell.family == "cost"):
+        lines += [f"cost {cell.split}, {cell.scale} scale", *_costs(cell.scale, cell.split), ""]
+    toys = [cell.cell.name for cell in cells if cell.family == "toy"]
+    if toys:
+        lines.append(f"toys, which have no network and take seconds to minutes: {', '.join(toys)}")
     return "\n".join([f"{len(cells)} cells", "", *lines])
 
 
@@ -195,9 +199,48 @@ def _configuration(setting: Setting) -> list[str]:
     ]
 
 
+def _costs(scale: Scale, split: str) -> list[str]:
+    """Say what :func:`~pyro_lift.bench.paper.costs.run_costs` would time: iterations of three methods at one rank."""
+    setting = setting_of(scale, FAMILY[scale], "CLS-45")
+    setting = replace(setting, sizes=replace(setting.sizes, rank=rank_of(split)))
+    lines = [*_configuration(setting), f"  timed: iterations of {', '.join(TIMED)}, in {ROUNDS} rounds"]
+    if setting.backbone not in NETWORKS:
+        return lines
+    shapes, (device, sustained) = _shapes(setting), SUSTAINED[scale]
+    rows = []
+    for name in TIMED:
+        passes, alive = PASSES.get(CONTESTANTS[name].method, (1.0, 1.0))
+        states = TASKS + 4 + 3 * CONTESTANTS[name].components if name.startswith("lift") else 1
+        memory = 4 * shapes.weights + alive * shapes.kept + 4 * shapes.adapter * states
+        seconds = passes * shapes.operations / sustained
+        rows.append([name, f"{memory / 2**30:.1f}", f"{seconds:.2f}", f"{(ROUNDS + 1) * seconds:.1f}"])
+    return [
+        *lines,
+        *_built(shapes, device, sustained),
+        *_indented(["iteration", "GiB", "seconds", "of all rounds"], rows),
+    ]
+
+
+def _shapes(setting: Setting) -> Shapes:
+    s = setting.sizes
+    return shapes_of(setting.backbone, s.rank, s.batch_size, min(s.max_length, 128))
+
+
+def _built(shapes: Shapes, device: str, sustained: float) -> list[str]:
+    return [
+        f"  on the meta device: {shapes.weights:,} frozen weights, {shapes.adapter:,} of the adapter, output "
+        f"{list(shapes.output)}; a minibatch {shapes.operations / 1e12:.2f} TFLOP, {shapes.kept / 2**30:.2f} GiB kept",
+        f"  estimates for {device} at {sustained:.0e} operations a second, texts of at most 128 tokens:",
+    ]
+
+
+def _indented(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"    {line}" for line in format_table(header, rows).split("\n")]
+
+
 def _estimates(setting: Setting, scale: Scale, family: str, groups: Sequence[str]) -> list[str]:
     s, (device, sustained) = setting.sizes, SUSTAINED[scale]
-    shapes = shapes_of(setting.backbone, s.rank, s.batch_size, min(s.max_length, 128))
+    shapes = _shapes(setting)
     train, test = COUNTS[family]
     one = shapes.operations / sustained
     components = max((CONTESTANTS[name].components for group in groups for name in GROUPS[group]), default=1)
@@ -214,9 +257,4 @@ def _estimates(setting: Setting, scale: Scale, family: str, groups: Sequence[str
         seconds = one * (meta * (s.warm_up + passes * s.visits) + adaptations)
         memory = 4 * shapes.weights + alive * shapes.kept + (state if method.startswith("lift") else 4 * shapes.adapter)
         rows.append([group, f"{len(GROUPS[group])}", f"{memory / 2**30:.1f}", f"{seconds / 3600:.1f}"])
-    return [
-        f"  on the meta device: {shapes.weights:,} frozen weights, {shapes.adapter:,} of the adapter, output "
-        f"{list(shapes.output)}; a minibatch {shapes.operations / 1e12:.2f} TFLOP, {shapes.kept / 2**30:.2f} GiB kept",
-        f"  estimates for {device} at {sustained:.0e} operations a second, texts of at most 128 tokens:",
-        *(f"    {line}" for line in format_table(["cell", "contestants", "GiB", "hours"], rows).split("\n")),
-    ]
+    return [*_built(shapes, device, sustained), *_indented(["cell", "contestants", "GiB", "hours"], rows)]
