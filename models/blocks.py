@@ -185,6 +185,7 @@ class BlockCall:
         try:
             block = self._together(far, inputs, named, read)
         except (RuntimeError, _NotByCallError):  # a reshape that the network's order of dimensions does not allow
+            self._alone(0, far, 0, inputs, named, read)  # or inputs that no task could be given: theirs is the error
             return False
         for task, other in ((0, last), (last, 0)):
             alone = self._alone(task, far, task, inputs, named, read)

@@ -156,6 +156,16 @@ def test_a_network_that_mixes_rows_goes_task_by_task() -> None:
         torch.testing.assert_close(output[k], adapter(x[k], theta=theta[k]))
 
 
+def test_inputs_that_no_task_could_be_given_say_nothing_of_blocks(caplog: pytest.LogCaptureFixture) -> None:
+    adapter = _adapted(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), ["0", "2"])
+    theta = _spread(adapter)
+    with pytest.raises(RuntimeError, match=r"Expected size|cannot be multiplied"):
+        adapter(torch.randn(B, ROWS, 7), theta=theta)
+    assert "task by task" not in caplog.text and adapter._block.one_pass is None
+    adapter(torch.randn(B, ROWS, 4), theta=theta)
+    assert adapter._block.one_pass
+
+
 def test_a_layer_that_is_not_called_goes_task_by_task() -> None:
     net = _Uncalled()
     net.layer.bias.requires_grad_(False)
