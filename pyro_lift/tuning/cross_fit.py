@@ -60,6 +60,8 @@ __all__ = ["MARKS", "CrossFit", "cross_fit", "helpful_temperature", "predicted",
 
 log = logging.getLogger("pyro_lift")
 
+#: Factor on the variance of predictions from which on it is not sureness that is wrong.
+FAR_OFF = 100.0
 #: Shares of the steps at which the halves are judged.
 MARKS = (0.125, 0.25, 0.5, 1.0)
 #: Parts of a task's rows, of which one is predicted from the others.
@@ -140,6 +142,16 @@ class CrossFit(NamedTuple):
         found = {"sgd_steps": self.steps, "noise_scale": self.noise}
         return {name: value for name, value in found.items() if value is not None}
 
+    def doubt(self) -> str:
+        """Say where widths of regressions were so far off that something else than the noise is wrong, or nothing."""
+        if self.noise is None or self.temperature < FAR_OFF:
+            return ""
+        return (
+            f"predictions of rows left out were off by {self.temperature**0.5:.3g} of their own standard deviations "
+            "(root mean square), and all widths are multiplied by that. A single task can do this: look for one whose "
+            "targets are in another unit, or the same in every row; and for rows that the network was trained on."
+        )
+
     def sentence(self, tempered: bool = True) -> str:
         """Say it in words; of the temperature only where one was looked for (``tempered``)."""
         tried = ", ".join(f"{steps}: {gain:+.3f} ± {error:.3f}" for steps, gain, error in self.looks)
@@ -186,6 +198,8 @@ def cross_fit(
     fit = CrossFit(**{**data, "looks": tuple(tuple(look) for look in data["looks"])})
     if said := fit.sentence(judge.adapt is not None and not judge.strength):
         log.info("%s", said)
+    if doubt := fit.doubt():
+        log.warning("%s", doubt)
     return fit
 
 

@@ -205,3 +205,9 @@ def test_nothing_is_said_of_a_temperature_that_nobody_looked_for(caplog: pytest.
     assert "joint training gets" in caplog.text and "temperature" not in caplog.text
     assert CrossFit(0, 1.0, ()).sentence(tempered=False) == ""
     assert CrossFit(0, 1.0, ()).sentence().startswith("predictions stay as they are")
+
+
+def test_widths_that_were_far_off_are_doubted_and_others_are_not() -> None:
+    assert "off by 333 of their own" in CrossFit(None, 110_889.0, noise=0.1).doubt()
+    assert CrossFit(None, 4.0, noise=0.1).doubt() == "" == CrossFit(None, 0.0, noise=0.1).doubt()
+    assert CrossFit(100, 4.0).doubt() == ""  # of classes it is a temperature, which has limits of its own
