@@ -19,7 +19,7 @@ a finite probability.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,6 +55,8 @@ __all__ = [
 
 #: Folds of the cross-validation, at most.
 FOLDS = 10
+#: Largest mean gradient of a row at which scikit-learn stops: of the head that is kept, and of those that are compared.
+TOLERANCE, CHOICE_TOLERANCE = 1e-7, 1e-4
 
 
 class LinearProbeState(NamedTuple):
@@ -179,17 +181,15 @@ def fit_logistic(x: NDArray[np.float64], y: NDArray[np.int64], num_classes: int)
     sd = tried[len(tried) // 2]
     if len(y) > 1 and num_classes > 1:
         fold = folds(torch.from_numpy(y), min(len(y), FOLDS), stratified=True).numpy()
-        scores = []
-        for width in tried:
-            loss = width_penalty(width, tried)
-            for k in range(int(fold.max()) + 1):
-                kept, left = fold != k, fold == k
-                head = _softmax_head(z[kept], y[kept], num_classes, width)
-                logits = torch.from_numpy(z[left]) @ head[:, :-1].T + head[:, -1]
-                loss -= float(logits.log_softmax(-1)[torch.arange(int(left.sum())), torch.from_numpy(y[left])].sum())
-            scores.append(loss)
-        sd = tried[int(np.argmin(scores))]
-    return scaling.folded(_softmax_head(z, y, num_classes, sd)), sd
+        losses = np.array([width_penalty(width, tried) for width in tried])
+        for k in range(int(fold.max()) + 1):
+            kept, left = fold != k, fold == k
+            rows, classes = torch.from_numpy(z[left]), torch.from_numpy(y[left]).unsqueeze(-1)
+            for place, head in enumerate(_softmax_heads(z[kept], y[kept], num_classes, tried, CHOICE_TOLERANCE)):
+                logits = rows @ head[:, :-1].T + head[:, -1]
+                losses[place] -= float(logits.log_softmax(-1).gather(-1, classes).sum())
+        sd = tried[int(np.argmin(losses))]
+    return scaling.folded(next(_softmax_heads(z, y, num_classes, (sd,), TOLERANCE))), sd
 
 
 class RidgeFit(NamedTuple):
@@ -244,29 +244,39 @@ def _is_better(fit: RidgeFit, simple: RidgeFit) -> bool:
     return len(gains) > 1 and float(gains.mean()) > float(gains.std()) / math.sqrt(len(gains))
 
 
-def _softmax_head(z: NDArray[np.float64], y: NDArray[np.int64], num_classes: int, sd: float) -> Tensor:
-    """The mode on standardised features ``[C, E + 1]``, by scikit-learn.
+def _softmax_heads(
+    z: NDArray[np.float64], y: NDArray[np.int64], num_classes: int, widths: Sequence[float], tolerance: float
+) -> Iterator[Tensor]:
+    """The modes on standardised features ``[C, E + 1]`` for one prior sd after another, by scikit-learn.
 
-    The bias is the weight of a constant feature. Each class has a row of weight zero,
-    so that scikit-learn gives a class without rows a place in the softmax.
+    Each begins where the one before ended. The bias is the weight of a constant feature. Each class has a row of weight
+    zero, so that scikit-learn gives a class without rows a place in the softmax.
     """
     import numpy as np
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     if num_classes == 1:
-        return torch.zeros(1, z.shape[1] + 1, dtype=torch.float64)
+        yield from (torch.zeros(1, z.shape[1] + 1, dtype=torch.float64) for _ in widths)
+        return
     # Features in units of the prior, C = 1. The softmax of two classes has two vectors of prior sd s, a logistic
     # regression one: their difference, of twice the variance.
     units = math.sqrt(2.0) if num_classes == 2 else 1.0
-    inputs = units * np.concatenate([sd * z, np.full((len(z), 1), BIAS_SD)], 1)
-    inputs = np.concatenate([inputs, np.zeros((num_classes, inputs.shape[1]))])
+    classes = np.concatenate([y, np.arange(num_classes)])
     weight = np.concatenate([np.ones(len(z)), np.zeros(num_classes)])
-    model = LogisticRegression(C=1.0, fit_intercept=False, tol=1e-7, max_iter=5_000)
-    model.fit(inputs, np.concatenate([y, np.arange(num_classes)]), weight)
-    head = units * torch.from_numpy(np.array(model.coef_, dtype=np.float64))
-    if num_classes == 2:
-        head = torch.cat([-0.5 * head, 0.5 * head])
-    return torch.cat([sd * head[:, :-1], BIAS_SD * head[:, -1:]], -1)
+    model = LogisticRegression(C=1.0, fit_intercept=False, tol=tolerance, max_iter=5_000, warm_start=True)
+    for before, sd in zip((None, *widths), widths, strict=False):
+        inputs = units * np.concatenate([sd * z, np.full((len(z), 1), BIAS_SD)], 1)
+        if before is not None:
+            model.coef_[:, :-1] *= before / sd
+        # Products as small as these take ten times as long where the threads of BLAS, of the loss and of torch wait for
+        # one another.
+        with threadpool_limits(1):
+            model.fit(np.concatenate([inputs, np.zeros((num_classes, inputs.shape[1]))]), classes, weight)
+        head = units * torch.from_numpy(np.array(model.coef_, dtype=np.float64))
+        if num_classes == 2:
+            head = torch.cat([-0.5 * head, 0.5 * head])
+        yield torch.cat([sd * head[:, :-1], BIAS_SD * head[:, -1:]], -1)
 
 
 def reader_of(task: Task, heads: HeadPolicy) -> Reader:
