@@ -461,8 +461,19 @@ def cuda(
     first_hour.run(out, first_hour.CudaSettings(tuple(part or ()), device, smoke))
 
 
+def _let_threads_sleep() -> None:
+    """Ask the threads of OpenMP to sleep while they wait for one another, unless the environment says how they wait.
+
+    They spin otherwise, on cores that others may need: beside two busy processes on two cores a head was solved in 41 s
+    in place of 6, on idle cores in 3.2 s in place of 2.3. It is read once, when torch is loaded.
+    """
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2, not a traceback."""
+    _let_threads_sleep()
     from pyro_lift.inference.checkpoint.session import RunStopped
     from pyro_lift.inference.sgld import DivergedError
     from pyro_lift.support.distributed import ProcessLostError
