@@ -33,6 +33,7 @@ from pyro_lift.data.collection import TaskCollection
 from pyro_lift.methods.registry import BASELINES
 from pyro_lift.metrics.probabilities import expected_calibration_error, nll
 from pyro_lift.metrics.significance import pooled_t_test
+from pyro_lift.models.task import Task
 from pyro_lift.tuning.methods import method_candidates, with_changes
 
 EVERY = [*(f"table {k}" for k in TABLES), *(f"figure {k}" for k in FIGURES), *OURS]
@@ -393,3 +394,18 @@ def test_real_families_run_small(family: str, split: str, data_root: Path, monke
     for group in ("union-train", "lift"):
         result = run_cell(**PaperCell("small", family, split, group, 0, str(data_root), smoke=True).cell.arguments)
         assert "reason" not in result
+
+
+# ------------------------------------------------------------------------------------------------ cases by seed
+
+
+def test_a_seed_draws_its_own_tasks_exactly_where_they_are_counted_as_its_own(data_root: Path) -> None:
+    for name, split in (("scanners", "10 labels"), ("roles", "random-80/10/10"), ("development", "CLS-45")):
+        setting, family = setting_of("small", name, split), FAMILIES[name]
+        first, second = (load_collection(setting, name, split, data_root / family.folder, seed) for seed in (0, 1))
+        same = [a.name for a in first.test] == [b.name for b in second.test]
+        if same and isinstance(first.test[0], Task):
+            inputs = [next(iter(part.test[0].train.inputs.values())) for part in (first, second)]
+            same = torch.equal(inputs[0], inputs[1])
+        assert same is not family.by_seed, name
+    assert [name for name, family in FAMILIES.items() if family.by_seed] == ["digits", "scanners", "shifts"]

@@ -49,6 +49,11 @@ class Setting:
         }[self.form]
 
 
+#: Benchmarks whose tasks a seed draws: a scanner, a camera. Elsewhere the tasks of all seeds are the same, and are
+#: one case each however many seeds there are.
+OWN_TASKS = ("digits", "shifts")
+
+
 @dataclass(frozen=True)
 class Family:
     """One source of tasks.
@@ -61,7 +66,6 @@ class Family:
         folder: below the data's root.
         same_tests: splits whose tasks to be judged by are those of another split.
         orders: LiFT's contestants, by their K: those of the paper's table.
-        by_seed: whether a seed makes tasks of its own, so that tasks of one name in two seeds are two tasks.
         judged_by: the part of a split that contestants are judged by; where it is ``"dev"``, the tasks that rate and
             temperature are chosen on are held out of those to learn from.
     """
@@ -73,8 +77,12 @@ class Family:
     folder: str = "."
     same_tests: Mapping[str, str] = field(default_factory=dict)
     orders: tuple[str, ...] = ("lift", "lift-k3", "lift-k5")
-    by_seed: bool = False
     judged_by: Literal["test", "dev"] = "test"
+
+    @property
+    def by_seed(self) -> bool:
+        """Whether a seed makes tasks of its own, so that tasks of one name in two seeds are two tasks."""
+        return self.benchmark in OWN_TASKS
 
 
 def _minilm() -> str:
@@ -174,7 +182,7 @@ FAMILIES: dict[str, Family] = {
         },
         orders=("lift", "lift-k2", "lift-k3"),
     ),
-    "digits": Family("digits", ("10 labels", "25 labels"), {"small": _DIGITS}, by_seed=True),
+    "digits": Family("digits", ("10 labels", "25 labels"), {"small": _DIGITS}),
     # The same scanners, and below the same roles, with as many gradients and steps as LiFT has by default: what 800 and
     # 60, or 183 and 16, leave open.
     "scanners": Family(
@@ -182,7 +190,6 @@ FAMILIES: dict[str, Family] = {
         ("10 labels", "25 labels"),
         {"small": replace(_DIGITS, sizes=replace(_DIGITS.sizes, **_LIFTS_LENGTHS))},
         orders=("lift",),
-        by_seed=True,
     ),
     "roles": Family(
         "shakespeare",
@@ -197,7 +204,6 @@ FAMILIES: dict[str, Family] = {
             )
         },
         orders=("lift",),
-        by_seed=True,
     ),
     # The tasks that CLS-45 keeps to choose on, to be judged by too: with its test tasks they are 17, not eight.
     "development": Family(
@@ -228,7 +234,6 @@ FAMILIES: dict[str, Family] = {
             )
         },
         folder="vision",
-        by_seed=True,
     ),
     "regressions": Family(
         "regressions",
