@@ -14,7 +14,7 @@ from scipy.stats import friedmanchisquare, ttest_ind, ttest_rel
 from pyro_lift.bench.page.command import command
 from pyro_lift.bench.page.drawing import ticks
 from pyro_lift.bench.page.evidence import read_evidence
-from pyro_lift.bench.page.findings import row_tests, shortfalls, verdict_of
+from pyro_lift.bench.page.findings import Case, by_task, row_tests, shortfalls, verdict_of
 from pyro_lift.bench.page.ranks import Ranking, critical_difference, ranked
 from pyro_lift.bench.page.statements import statement_of
 from pyro_lift.bench.paper.tables import TABLES, Column
@@ -191,6 +191,12 @@ def test_tasks_that_a_seed_makes_are_cases_of_their_own(tmp_path: Path) -> None:
     assert verdict.cases == 8
     assert verdict.guessing is None and "Guessing" not in verdict.sentence()  # records that do not say what it costs
     assert verdict_of(read_evidence(_folder(tmp_path / "shared", LOSSES)), "regressions").cases == 4
+
+
+def test_a_task_that_several_splits_judge_by_is_one_observation() -> None:
+    a, b, of_one = Case("CLS-45", "a", None), Case("CLS-0", "a", None), Case("CLS-45", "b", None)
+    assert by_task({a: 1.0, b: 3.0, of_one: 5.0}) == {("a", None): 2.0, ("b", None): 5.0}
+    assert len(by_task({Case("10 labels", "a", 0): 1.0, Case("25 labels", "a", 1): 2.0})) == 2  # two scanners
 
 
 class _Page(HTMLParser):

@@ -13,7 +13,18 @@ from pyro_lift.bench.paper.families import FAMILIES
 from pyro_lift.bench.paper.tables import Column
 from pyro_lift.metrics.significance import PairedTest, paired_test, pooled_t_test, welch_t_test
 
-__all__ = ["OURS", "FamilyVerdict", "TableTests", "cases", "family_names", "row_tests", "shortfalls", "verdict_of"]
+__all__ = [
+    "OURS",
+    "Case",
+    "FamilyVerdict",
+    "TableTests",
+    "by_task",
+    "cases",
+    "family_names",
+    "row_tests",
+    "shortfalls",
+    "verdict_of",
+]
 
 #: Rows that are LiFT as it comes; its ablations are judged as other methods are.
 OURS = ("lift", "lift-k2", "lift-k3", "lift-k5")
@@ -43,7 +54,7 @@ class FamilyVerdict(NamedTuple):
     Attributes:
         family: name.
         measure: key of the loss that methods are ranked by; less is better.
-        losses: by method and ``SPLIT TASK``, means over seeds.
+        losses: by method and case, means over seeds.
         ranking: of all methods over the tasks that all have; None where there is nothing to rank.
         place: of LiFT among the others, from 1.
         runner_up: the best of the others.
@@ -56,7 +67,7 @@ class FamilyVerdict(NamedTuple):
 
     family: str
     measure: str
-    losses: dict[str, dict[str, float]]
+    losses: dict[str, dict[Case, float]]
     ranking: Ranking | None
     place: int | None
     runner_up: str | None
@@ -67,17 +78,20 @@ class FamilyVerdict(NamedTuple):
 
     @property
     def cases(self) -> int:
-        """Number of tasks that LiFT was judged by."""
-        return len(self.losses.get(REFERENCE, {}))
+        """Number of tasks that LiFT was judged by; one that several splits judge by is one."""
+        return len(by_task(self.losses.get(REFERENCE, {})))
+
+    def mean(self, row: str) -> float:
+        """Return a method's mean loss over tasks."""
+        return statistics.fmean(by_task(self.losses[row]).values())
 
     def sentence(self) -> str:
         """Say in one sentence where LiFT stands, with the numbers."""
         if self.runner_up is None or self.place is None:
             return f"{self.family}: LiFT or everything beside it was not run."
         test = self.against.get(self.runner_up)
-        ours = statistics.fmean(self.losses[REFERENCE].values())
-        shared = self.losses[self.runner_up]
-        beside = f"{title_of(self.runner_up)} {statistics.fmean(shared.values()):.3f}"
+        ours = self.mean(REFERENCE)
+        beside = f"{title_of(self.runner_up)} {self.mean(self.runner_up):.3f}"
         told = f"{self.family}: LiFT {ours:.3f}, {beside} ({NAMED.get(self.measure, self.measure)}, less is better)"
         if test is None:
             return f"{told}; one task, so there is no test."
@@ -93,8 +107,9 @@ class FamilyVerdict(NamedTuple):
     @property
     def no_better(self) -> bool:
         """Whether LiFT's mean loss is no less than that of guessing."""
-        ours = self.losses.get(REFERENCE)
-        return ours is not None and self.guessing is not None and statistics.fmean(ours.values()) >= self.guessing
+        if REFERENCE not in self.losses or self.guessing is None:
+            return False
+        return self.mean(REFERENCE) >= self.guessing
 
     @property
     def leads(self) -> bool:
@@ -145,12 +160,12 @@ def verdict_of(evidence: Evidence, family: str) -> FamilyVerdict:
     # A method without some of the tasks (no probe of tokens) would take these from everyone's ranks.
     most = max((len(found) for found in compared.values()), default=0)
     full = {row: found for row, found in compared.items() if len(found) == most}
-    ranking = ranked(full) if REFERENCE in full else None
+    ranking = ranked({row: by_task(found) for row, found in full.items()}) if REFERENCE in full else None
     rows = [row for row in losses if row != REFERENCE]
     against = {row: test for row in rows if (test := _paired(losses.get(REFERENCE, {}), losses[row]))}
     runner_up = min(
         (row for row in others if row in full),
-        key=lambda row: statistics.fmean(losses[row].values()),
+        key=lambda row: statistics.fmean(by_task(losses[row]).values()),
         default=None,
     )
     ece = {row: losses_by_case(evidence, family, row, "ece") for row in (*CALIBRATED, REFERENCE)}
@@ -165,46 +180,69 @@ def verdict_of(evidence: Evidence, family: str) -> FamilyVerdict:
     )  # fmt: skip
 
 
-def _guessing(evidence: Evidence, family: str, measure: str, ours: Mapping[str, float]) -> float | None:
+def _guessing(evidence: Evidence, family: str, measure: str, ours: Mapping[Case, float]) -> float | None:
     """Return the mean loss of guessing over LiFT's tasks; None where their records do not have it."""
     if measure == "unexplained":
         return 1.0
     found = losses_by_case(evidence, family, REFERENCE, "uniform_nll")
-    return statistics.fmean(found.values()) if found and set(found) == set(ours) else None
+    return statistics.fmean(by_task(found).values()) if found and set(found) == set(ours) else None
 
 
-def losses_by_case(evidence: Evidence, family: str, row: str, measure: str) -> dict[str, float]:
-    """Return a method's scores by ``SPLIT TASK`` over all splits of a family, means over seeds.
+def losses_by_case(evidence: Evidence, family: str, row: str, measure: str) -> dict[Case, float]:
+    """Return a method's scores by case over all splits of a family, means over seeds.
 
     Splits with the same tasks to be judged by, of which a method that learns nothing from others is run on one, have
     its numbers on each.
     """
-    found: dict[str, float] = {}
+    found: dict[Case, float] = {}
     for split in FAMILIES[family].splits:
         if any(f == family and s == split for f, s, _ in evidence.scores):
             found |= cases(evidence, Column(split, family, split), row, measure)
     return found
 
 
-def cases(evidence: Evidence, column: Column, row: str, measure: str) -> dict[str, float]:
+def cases(evidence: Evidence, column: Column, row: str, measure: str) -> dict[Case, float]:
     """Return a method's scores in one column by case, means over seeds."""
-    found: dict[str, list[float]] = {}
+    found: dict[Case, list[float]] = {}
     for (seed, task), value in evidence.values(column, row, measure).items():
         found.setdefault(_case(column, seed, task), []).append(value)
     return {case: statistics.fmean(values) for case, values in found.items()}
 
 
-def _case(column: Column, seed: int, task: str) -> str:
-    """Name the case that values are averaged over: a task, which several seeds share unless each makes its own."""
-    own = f" of seed {seed}" if column.family in FAMILIES and FAMILIES[column.family].by_seed else ""
-    return f"{column.key} {task}{own}"
+class Case(NamedTuple):
+    """What values are averaged over seeds for: a task of a split, which several seeds share unless each makes its own.
+
+    Attributes:
+        column: key of the split's column.
+        task: its name; with the split's where splits are of other rows.
+        seed: of a task that a seed makes; None elsewhere.
+    """
+
+    column: str
+    task: str
+    seed: int | None
 
 
-def _paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> PairedTest | None:
-    shared = [case for case in ours if case in theirs]
-    if len(shared) < 2:
+def _case(column: Column, seed: int, task: str) -> Case:
+    family = FAMILIES.get(column.family)
+    by_seed, by_split = (family is not None and family.by_seed, family is not None and family.by_split)
+    return Case(column.key, f"{column.key} {task}" if by_split else task, seed if by_seed else None)
+
+
+def by_task(found: Mapping[Case, float]) -> dict[tuple[str, int | None], float]:
+    """Average over the splits that a task is judged in: its rows are the same there, so that it is one observation."""
+    kept: dict[tuple[str, int | None], list[float]] = {}
+    for case, value in found.items():
+        kept.setdefault((case.task, case.seed), []).append(value)
+    return {task: statistics.fmean(values) for task, values in kept.items()}
+
+
+def _paired(ours: Mapping[Case, float], theirs: Mapping[Case, float]) -> PairedTest | None:
+    """Test over tasks, of the cases that both have."""
+    first, second = (by_task({case: of[case] for case in ours if case in theirs}) for of in (ours, theirs))
+    if len(first) < 2:
         return None
-    return paired_test([ours[case] for case in shared], [theirs[case] for case in shared])
+    return paired_test([first[task] for task in first], [second[task] for task in first])
 
 
 def row_tests(evidence: Evidence, columns: Sequence[Column], row: str, reference: str) -> TableTests:
@@ -216,8 +254,8 @@ def row_tests(evidence: Evidence, columns: Sequence[Column], row: str, reference
         means, sds = ([of(found) for found in (first, second)] for of in (statistics.fmean, statistics.pstdev))
         moments = (means[0], sds[0], len(first), means[1], sds[1], len(second))
         pooled, welch = pooled_t_test(*moments).p_value, welch_t_test(*moments).p_value
-    ours: dict[str, list[float]] = {}
-    theirs: dict[str, list[float]] = {}
+    ours: dict[Case, list[float]] = {}
+    theirs: dict[Case, list[float]] = {}
     for column in columns:
         if evidence.measure(column) in ("curve", "seconds"):
             continue

@@ -15,6 +15,7 @@ from pyro_lift.bench.page.findings import (
     REFERENCE,
     FamilyVerdict,
     TableTests,
+    by_task,
     family_names,
     shortfalls,
     verdict_of,
@@ -99,7 +100,6 @@ def _summary(verdicts: Sequence[FamilyVerdict]) -> str:
     header += [f"ECE minus {title_of(row)}'s" for row in ("maml", "bmaml", "abml")]
     rows = []
     for v in verdicts:
-        ours = v.losses.get("lift")
         best = v.runner_up
         rows.append(
             [
@@ -107,8 +107,8 @@ def _summary(verdicts: Sequence[FamilyVerdict]) -> str:
                 str(v.cases),
                 str(v.seeds),
                 "" if v.place is None or v.ranking is None else f"{v.place} of {len(v.ranking.methods)}",
-                "" if not ours else f"{statistics.fmean(ours.values()):.3f}",
-                "" if best is None else f"{escape(title_of(best))} {statistics.fmean(v.losses[best].values()):.3f}",
+                "" if not v.losses.get("lift") else f"{v.mean('lift'):.3f}",
+                "" if best is None else f"{escape(title_of(best))} {v.mean(best):.3f}",
                 _difference(None if best is None else v.against.get(best)),
                 _difference(v.against.get("linear-probe")),
                 *(_difference(v.calibration.get(row)) for row in ("maml", "bmaml", "abml")),
@@ -201,7 +201,9 @@ def _dots(verdict: FamilyVerdict, names: dict[str, str]) -> str:
     """Draw every method's loss beside LiFT's: on the tasks that both have, since means over others say nothing."""
     rows = []
     for row, test in verdict.against.items():
-        shared = sum(case in verdict.losses[row] for case in verdict.losses[REFERENCE])
+        shared = len(
+            by_task({case: loss for case, loss in verdict.losses[row].items() if case in verdict.losses[REFERENCE]})
+        )
         some = "" if shared == verdict.cases else f" ({shared} of {verdict.cases} tasks)"
         rows.append((names[row] + some, -test.difference, test.standard_error, row in OURS))
     if not rows:

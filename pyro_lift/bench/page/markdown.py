@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 
 from pyro_lift.bench.page.evidence import Evidence
@@ -60,7 +59,7 @@ def _families(verdicts: Sequence[FamilyVerdict]) -> str:
                 str(v.cases),
                 str(v.seeds),
                 "" if v.place is None or v.ranking is None else f"{v.place} of {len(v.ranking.methods)}",
-                f"{statistics.fmean(v.losses['lift'].values()):.3f}" if v.losses.get("lift") else "",
+                f"{v.mean('lift'):.3f}" if v.losses.get("lift") else "",
                 "" if v.runner_up is None else title_of(v.runner_up),
                 "" if best is None else f"{best.difference:+.3f} ± {best.standard_error:.3f} (p {best.p_value:.2g})",
                 ""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["Ranking", "critical_difference", "ranked"]
 
@@ -51,7 +51,7 @@ class Ranking(NamedTuple):
         return found
 
 
-def ranked(losses: Mapping[str, Mapping[str, float]], *, lower: bool = True) -> Ranking | None:
+def ranked(losses: Mapping[str, Mapping[Any, float]], *, lower: bool = True) -> Ranking | None:
     """Rank methods over the cases that all of them have.
 
     Args:
