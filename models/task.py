@@ -62,7 +62,7 @@ class Task:
         ValueError: no rows, unequal numbers of rows, labels outside ``0 .. num_classes - 1`` or of another shape,
             names of no class, values not finite; parts with different inputs; matching with nothing to match; label
             names that stand twice; label names or texts that are not as many as the classes.
-        TypeError: values that are no numbers.
+        TypeError: values that are no numbers; a set as labels.
 
     Example:
         >>> task = Task("sevens", (torch.zeros(3, 2), torch.tensor([0, 1, 1])))
@@ -100,6 +100,11 @@ class Task:
         check_literal("kind", kind, LossKind)
         given = {part: data for part, data in (("train", train), ("test", test), ("dev", dev)) if data is not None}
         where = {part: f"task {name!r}, {part} data" for part in given}
+        if isinstance(labels, (set, frozenset)):
+            raise TypeError(
+                f"task {name!r}: labels={labels!r} is a {type(labels).__name__}, which has no order of classes: give a "
+                "list of names, in the order of their numbers."
+            )
         if labels is not None and kind == "classification":
             given = {part: numbered_by(labels, data, where[part]) for part, data in given.items()}
         parts = {part: as_rows(data, where[part]) for part, data in given.items()}

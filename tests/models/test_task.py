@@ -77,3 +77,9 @@ def test_labels_that_begin_at_one_are_pointed_at(
     task = Task("t", (torch.zeros(len(labels), 2), torch.tensor(labels)), num_classes=given)
     task.to("cpu")
     assert [("If they begin at 1, take 1 off" in words) for words in caplog.messages] == [True] * told
+
+
+@pytest.mark.parametrize("labels", [{"a", "b"}, frozenset("ab")])
+def test_names_of_classes_without_an_order_are_refused(labels: object) -> None:
+    with pytest.raises(TypeError, match="has no order of classes: give a list of names"):
+        Task("new", (torch.randn(2, 3), torch.tensor([0, 1])), labels=labels)  # type: ignore[arg-type]
