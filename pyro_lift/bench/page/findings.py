@@ -214,7 +214,7 @@ class Case(NamedTuple):
 
     Attributes:
         column: key of the split's column.
-        task: its name; with the split's where splits are of other rows.
+        task: its name.
         seed: of a task that a seed makes; None elsewhere.
     """
 
@@ -222,18 +222,22 @@ class Case(NamedTuple):
     task: str
     seed: int | None
 
+    @property
+    def observed(self) -> Case | str:
+        """What is one observation: the task, in whatever splits; of tasks that a seed makes each case."""
+        return self.task if self.seed is None else self
+
 
 def _case(column: Column, seed: int, task: str) -> Case:
-    family = FAMILIES.get(column.family)
-    by_seed, by_split = (family is not None and family.by_seed, family is not None and family.by_split)
-    return Case(column.key, f"{column.key} {task}" if by_split else task, seed if by_seed else None)
+    own = column.family in FAMILIES and FAMILIES[column.family].by_seed
+    return Case(column.key, task, seed if own else None)
 
 
-def by_task(found: Mapping[Case, float]) -> dict[tuple[str, int | None], float]:
+def by_task(found: Mapping[Case, float]) -> dict[Case | str, float]:
     """Average over the splits that a task is judged in: its rows are the same there, so that it is one observation."""
-    kept: dict[tuple[str, int | None], list[float]] = {}
+    kept: dict[Case | str, list[float]] = {}
     for case, value in found.items():
-        kept.setdefault((case.task, case.seed), []).append(value)
+        kept.setdefault(case.observed, []).append(value)
     return {task: statistics.fmean(values) for task, values in kept.items()}
 
 

@@ -49,12 +49,9 @@ class Setting:
         }[self.form]
 
 
-#: Benchmarks whose tasks a seed draws: a scanner, a camera. Elsewhere the tasks of all seeds are the same, and are
-#: one case each however many seeds there are.
+#: Benchmarks whose tasks a seed draws, for every split anew: a scanner, a camera. Elsewhere a task of one name is
+#: judged by the same rows whatever the seed and the split.
 OWN_TASKS = ("digits", "shifts")
-#: Benchmarks whose splits are of other rows though tasks have one name in all of them. Elsewhere a task of one name is
-#: judged by the same rows in every split.
-OWN_ROWS = ("shifts",)
 
 
 @dataclass(frozen=True)
@@ -84,13 +81,8 @@ class Family:
 
     @property
     def by_seed(self) -> bool:
-        """Whether a seed makes tasks of its own, so that tasks of one name in two seeds are two tasks."""
+        """Whether a seed makes tasks of its own, so that tasks of one name in two seeds or splits are two tasks."""
         return self.benchmark in OWN_TASKS
-
-    @property
-    def by_split(self) -> bool:
-        """Whether tasks of one name in two splits are two tasks."""
-        return self.benchmark in OWN_ROWS
 
 
 def _minilm() -> str:
