@@ -209,10 +209,9 @@ def _costs(scale: Scale, split: str) -> list[str]:
     shapes, (device, sustained) = _shapes(setting), SUSTAINED[scale]
     rows = []
     for name in TIMED:
-        passes, alive = PASSES.get(CONTESTANTS[name].method, (1.0, 1.0))
-        states = TASKS + 4 + 3 * CONTESTANTS[name].components if name.startswith("lift") else 1
-        memory = 4 * shapes.weights + alive * shapes.kept + 4 * shapes.adapter * states
-        seconds = passes * shapes.operations / sustained
+        contestant = CONTESTANTS[name]
+        seconds = PASSES.get(contestant.method, (1.0, 1.0))[0] * shapes.operations / sustained
+        memory = _bytes(shapes, contestant.method, TASKS, contestant.components)
         rows.append([name, f"{memory / 2**30:.1f}", f"{seconds:.2f}", f"{(ROUNDS + 1) * seconds:.1f}"])
     return [
         *lines,
@@ -224,6 +223,13 @@ def _costs(scale: Scale, split: str) -> list[str]:
 def _shapes(setting: Setting) -> Shapes:
     s = setting.sizes
     return shapes_of(setting.backbone, s.rank, s.batch_size, min(s.max_length, 128))
+
+
+def _bytes(shapes: Shapes, method: str, tasks: int, components: int) -> float:
+    """Estimate the memory of a method: the network, its activations, and what it keeps of the adapter."""
+    alive = PASSES.get(method, (1.0, 1.0))[1]
+    vectors = tasks + 4 + 3 * components if method.startswith("lift") else 1
+    return 4 * shapes.weights + alive * shapes.kept + 4 * shapes.adapter * vectors
 
 
 def _built(shapes: Shapes, device: str, sustained: float) -> list[str]:
@@ -244,17 +250,16 @@ def _estimates(setting: Setting, scale: Scale, family: str, groups: Sequence[str
     train, test = COUNTS[family]
     one = shapes.operations / sustained
     components = max((CONTESTANTS[name].components for group in groups for name in GROUPS[group]), default=1)
-    state = 4 * shapes.adapter * (train + 4 + 3 * components)
     rows = []
     for group in groups:
         name = GROUPS[group][0]
         method = CONTESTANTS[name].method
-        passes, alive = PASSES.get(method, (1.0, 1.0))
+        passes = PASSES.get(method, (1.0, 1.0))[0]
         meta = 0 if method in ("linear-probe", "lora-tuned", "no-meta-train", "taskwise-peft") else 1
         adaptations = (
             len(GROUPS[group]) * (test + len(s.rates) * s.dev_tasks) * (s.steps if method != "linear-probe" else 1)
         )
         seconds = one * (meta * (s.warm_up + passes * s.visits) + adaptations)
-        memory = 4 * shapes.weights + alive * shapes.kept + (state if method.startswith("lift") else 4 * shapes.adapter)
+        memory = _bytes(shapes, method, train, components)
         rows.append([group, f"{len(GROUPS[group])}", f"{memory / 2**30:.1f}", f"{seconds / 3600:.1f}"])
     return [*_built(shapes, device, sustained), *_indented(["cell", "contestants", "GiB", "hours"], rows)]
