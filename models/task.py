@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_lift.models.likelihoods import IGNORED, LossKind
 from pyro_lift.models.rows import Rows, as_rows, label_names
 from pyro_lift.models.targets import CountedClasses, class_numbers, count_classes, numbered_by
-from pyro_lift.support.options import check_distinct, check_literal
+from pyro_lift.support.options import check_distinct, check_literal, check_ordered
 
 __all__ = [
     "Rows",
@@ -100,11 +100,7 @@ class Task:
         check_literal("kind", kind, LossKind)
         given = {part: data for part, data in (("train", train), ("test", test), ("dev", dev)) if data is not None}
         where = {part: f"task {name!r}, {part} data" for part in given}
-        if isinstance(labels, (set, frozenset)):
-            raise TypeError(
-                f"task {name!r}: labels={labels!r} is a {type(labels).__name__}, which has no order of classes: give a "
-                "list of names, in the order of their numbers."
-            )
+        check_ordered(f"task {name!r}: labels", labels)
         if labels is not None and kind == "classification":
             given = {part: numbered_by(labels, data, where[part]) for part, data in given.items()}
         parts = {part: as_rows(data, where[part]) for part, data in given.items()}

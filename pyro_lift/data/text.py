@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from pyro_lift.data.chats import Conversation
-from pyro_lift.support.options import check_choice, check_distinct, check_literal
+from pyro_lift.support.options import check_choice, check_distinct, check_literal, check_ordered
 
 __all__ = [
     "TEXT_METRICS",
@@ -131,6 +131,7 @@ def check_labels(labels: Iterable[str], where: str) -> tuple[str, ...]:
     """Strip the labels; refuse none, blank ones, and one that stands twice."""
     if isinstance(labels, str):
         raise TypeError(f"{where}: labels={labels!r}: expected a list of strings.")
+    check_ordered(f"{where}: labels", labels)
     for label in (listed := tuple(labels)):
         check_text(label, f"{where}: label {label!r}")
     stripped = tuple(label.strip() for label in listed)

@@ -15,6 +15,7 @@ __all__ = [
     "check_distinct",
     "check_literal",
     "check_number",
+    "check_ordered",
     "current_names",
     "named_options",
     "renamed_keywords",
@@ -138,6 +139,20 @@ def check_number(name: str, value: float, *, least: float = 0.0, open_below: boo
         raise ValueError(
             f"{name}={value!r}: expected a finite number {'above' if open_below else 'of at least'} {least:g}."
         )
+
+
+def check_ordered(what: str, names: object) -> None:
+    """Refuse names in a set: their places are their numbers, and a set has them in another order in each process.
+
+    Example:
+        >>> check_ordered("labels", {"crane"})
+        Traceback (most recent call last):
+        ...
+        TypeError: labels={'crane'} is a set, which has no order of classes: give a list of names.
+    """
+    if isinstance(names, (set, frozenset)):
+        kind = type(names).__name__
+        raise TypeError(f"{what}={names!r} is a {kind}, which has no order of classes: give a list of names.")
 
 
 def check_distinct(what: str, names: Iterable[object], advice: str = "Give each its own name.") -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pyro_lift import Task
+from pyro_lift.data.text import check_labels
 from pyro_lift.models.likelihoods import log_likelihood
 
 X, Y = torch.zeros(4, 3), torch.tensor([0, 1, 2, 1])
@@ -83,3 +84,8 @@ def test_labels_that_begin_at_one_are_pointed_at(
 def test_names_of_classes_without_an_order_are_refused(labels: object) -> None:
     with pytest.raises(TypeError, match="has no order of classes: give a list of names"):
         Task("new", (torch.randn(2, 3), torch.tensor([0, 1])), labels=labels)  # type: ignore[arg-type]
+
+
+def test_texts_and_tensors_have_one_check_on_the_order_of_classes() -> None:
+    with pytest.raises(TypeError, match="has no order of classes: give a list of names"):
+        check_labels({"a", "b"}, "task 'new'")
