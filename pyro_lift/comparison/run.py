@@ -187,8 +187,9 @@ def run(
         summary = summarise(done, folder / CELLS, names, chance)
         notes += _notes(agenda, summary, done, names)
         records = [record for cell in done.values() for record in cell["records"]]
-        table = summary.table() if summary.results else "no turn was finished by every method"
-        advice = summary.advice if summary.results else _nothing_done(agenda.plan, settings)
+        table = summary.table() if summary.results else "no method has finished a turn"
+        missing = [name for name in names if name not in summary.results]
+        advice = _unfinished(missing, summary, agenda.plan, settings) if missing else summary.advice
         finished = [by_name[result.task] for result in next(iter(summary.results.values()), ())]
         instead, note = told_of_one_class(finished)
         advice, notes = instead or advice, notes + ([note] if note else [])
@@ -210,11 +211,12 @@ def _written(comparison: Comparison, out: Path) -> Comparison:
     return comparison
 
 
-def _nothing_done(plan: Plan, settings: CompareSettings) -> str:
-    """Say what budget would have been enough; where one that was enough by the plan was not, twice as much."""
-    enough = plan.least if plan.least > settings.seconds else whole_budget(2.0 * settings.seconds)
+def _unfinished(missing: Sequence[str], summary: Summary, plan: Plan, settings: CompareSettings) -> str:
+    """Say what is missing, and what budget would be enough: twice what was measured, and more than was given."""
+    enough = whole_budget(2.0 * max(plan.least, settings.seconds))
+    what = ", ".join(entrant(name).title for name in missing) if summary.results else "any method"
     return (
-        "Nothing was finished in the time given, so there is nothing to advise. Give a budget of "
+        f"Time ran out before {what} was finished, so there is nothing to advise. Give a budget of "
         f"{format_duration(enough)} or more."
     )
 
@@ -368,7 +370,8 @@ def _notes(agenda: Agenda, summary: Summary, done: Mapping[str, Any], names: Seq
         "±: standard error over tasks of the paired difference; p: paired t-test; T: temperature of the predictions, "
         "fitted on other tasks.",
     ]
-    cut = [*told["cut"], *(note for note in plan.cut if note.startswith("the least"))]
+    advised = any(name not in summary.results for name in names)  # a longer budget is advised as it is
+    cut = [*told["cut"], *(note for note in plan.cut if note.startswith("the least") and not advised)]
     if cut:
         notes.append(f"cut to fit the time: {'; '.join(cut)}.")
     failures = {

@@ -111,7 +111,7 @@ def _number(value: float, digits: int) -> str:
 def summarise(
     cells: Mapping[str, Mapping[str, Any]], folder: Path, methods: Sequence[str], chance: Mapping[str, float | None]
 ) -> Summary:
-    """Summarise the turns that every method has finished.
+    """Summarise the turns that every method has finished; where there is none, the methods that finished one.
 
     A method's rate of adaptation, and the temperature of its predictions, are chosen for the tasks of a turn by its
     scores on the tasks of the other turns (or on the tasks that are there to choose on): never by the rows that they
@@ -128,9 +128,11 @@ def summarise(
     """
     records = [record for cell in cells.values() for record in cell["records"]]
     turns = sorted({(r["seed"], r["fold"]) for r in records})
-    complete = [
-        turn for turn in turns if {r["method"] for r in records if (r["seed"], r["fold"]) == turn} >= set(methods)
-    ]
+    finished = {turn: {r["method"] for r in records if (r["seed"], r["fold"]) == turn} for turn in turns}
+    complete = [turn for turn in turns if finished[turn] >= set(methods)]
+    if not complete and turns:
+        complete = [max(turns, key=lambda turn: len(finished[turn]))]
+        methods = [name for name in methods if name in finished[complete[0]]]
     records = [r for r in records if (r["seed"], r["fold"]) in complete]
     measure = "unexplained" if any("unexplained" in r for r in records) else "nll"
     if not complete:

@@ -139,7 +139,27 @@ def test_a_budget_far_too_small_is_answered_by_one_that_would_do(monkeypatch: py
     least = re.search(r"nothing to advise\. Give a budget of (.+) or more\.$", result.advice)
     assert least is not None, result.advice
     assert seconds_of(least[1]) > 20 * 1.0  # twenty gradients at a second each
-    assert any(f"needs a budget of {least[1]} or more" in note for note in result.notes)
+    assert seconds_of(least[1]) >= 2 * 0.01
+    assert not any("needs a budget" in note for note in result.notes)  # the advice says how much
+
+
+@pytest.mark.parametrize("budget", [2.0, 30.0])
+def test_what_is_finished_is_shown_where_some_method_is_not(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(work: Any, *, method: str, seed: int, fold: int) -> Any:
+        deadline = time.monotonic() + (-1.0 if method == "lift" else 100.0)
+        return run_cell(work._replace(deadline=deadline), method=method, seed=seed, fold=fold)
+
+    monkeypatch.setattr(comparing, "run_cell", late)
+    monkeypatch.setattr(comparing, "load_all", lambda: None)
+    monkeypatch.setattr(comparing, "measured", lambda *told: Costs(gradient=0.02, setup=0.0, step=0.02, adaptation=0.1))
+    result = pyro_lift.compare(
+        tiny_tasks(4), tiny_adapter(), folds=2, methods=("linear-probe", "union-train", "lift"), budget=budget
+    )
+    assert list(result.summary.results) == ["linear-probe", "union-train"]
+    assert "Linear Probe" in result.table and "Union Train" in result.table
+    told = re.match(r"Time ran out before LiFT was finished, .* Give a budget of (.+) or more\.$", result.advice)
+    assert told is not None, result.advice
+    assert seconds_of(told[1]) >= 2.0 * budget
 
 
 def test_a_cell_gives_up_at_its_deadline_in_the_midst_of_meta_training(tmp_path: Path) -> None:
