@@ -306,11 +306,11 @@ def adapt_backbone(
         options: of :class:`~pyro_lift.models.adapters.RandomAdapter`.
 
     Raises:
-        TypeError: a plain backbone without a config, or one with an adapter and a config too.
+        TypeError: a plain backbone without a config, or one with an adapter and a config too; a config that is none.
         ValueError: a config with dropout, a kind that is not supported, or one that PEFT cannot apply; a network that
             does not use the adapter's weights, or whose export would not hold them all.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import PeftConfig, PeftModel, get_peft_model
 
     if isinstance(backbone, RandomAdapter):
         raise TypeError("the backbone is a RandomAdapter already; use it as it is.")
@@ -329,6 +329,11 @@ def adapt_backbone(
     if peft_config is None:
         raise TypeError(
             f"{type(backbone).__name__} has no adapter. Pass peft_config=peft.LoraConfig(target_modules=...)."
+        )
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config is a {type(peft_config).__name__}; expected a configuration of PEFT's, such as "
+            "peft.LoraConfig(r=4, target_modules=...)."
         )
     check_peft(peft_config)
     if quantisation_of(backbone) is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.door import check_rows
+from pyro_lift.models.doubts import parts_of
 from pyro_lift.models.factors import factor, normal
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import among_classes, log_likelihood
@@ -194,8 +195,8 @@ def check_width(
     """Return the width of the network's output; the door of every run.
 
     Matching tasks have as many logits as texts to match, whatever the network. The network is called with the first row
-    of every task whose inputs have other names, shapes or types than those before, so that what it cannot read, or what
-    cannot be scored, is refused before the chain.
+    of every task, and of its other parts, whose inputs have other names, shapes or types than those before, so that
+    what it cannot read, or what cannot be scored, is refused before the chain.
 
     Args:
         adapter: the network as a function of theta.
@@ -214,7 +215,7 @@ def check_width(
         check_rows(adapter, tasks)
     shapes = _output_shapes(adapter, tasks)
     tasks = [task for task in tasks if task.kind != "matching"] or tasks[:1]
-    width = shapes[_signature(tasks[0])][-1]
+    width = shapes[_signature(tasks[0].train)][-1]
     trial = tasks[0].train.take(slice(0, TRIAL_ROWS))
     adapter.check_reach(*trial.positional, **trial.named)
     for task in tasks:
@@ -242,14 +243,23 @@ def check_width(
             classes,
         )
     if head_scale is None:
-        _check_outputs(tasks, [shapes[_signature(task)] for task in tasks])
+        _check_outputs(tasks, [shapes[_signature(task.train)] for task in tasks])
         for task in tasks:
             if task.num_classes is not None and task.num_classes > width:
                 raise ValueError(
-                    f"task {task.name!r}: labels up to {task.num_classes - 1} are outside the range of the network's "
+                    f"task {task.name!r}: {_classes_of(task, width)} outside the range of the network's "
                     f"head, 0 .. {width - 1}. {_way_into_range(task, width)}"
                 )
     return width
+
+
+def _classes_of(task: Task, width: int) -> str:
+    """Say how many classes a task has: by its largest label, or where it has fewer labels, by what was declared."""
+    assert task.num_classes is not None
+    largest = int(task.train.target.max())
+    if largest >= width:
+        return f"labels up to {largest} are"
+    return f"it has {task.num_classes} classes (labels up to {largest} occur), the last of which are"
 
 
 def _way_into_range(task: Task, width: int) -> str:
@@ -269,22 +279,24 @@ def _way_into_range(task: Task, width: int) -> str:
 Signature = frozenset[tuple[str, torch.Size, torch.dtype]]
 
 
-def _signature(task: Task) -> Signature:
-    """What two tasks have alike whose rows the network reads in one way."""
-    of_rows = {(name, x.shape[1:], x.dtype) for name, x in task.train.inputs.items()}
-    return frozenset(of_rows | {(name, x.shape, x.dtype) for name, x in task.train.shared.items()})
+def _signature(rows: Rows) -> Signature:
+    """What the rows of two tasks have alike that the network reads in one way."""
+    of_rows = {(name, x.shape[1:], x.dtype) for name, x in rows.inputs.items()}
+    return frozenset(of_rows | {(name, x.shape, x.dtype) for name, x in rows.shared.items()})
 
 
 def _output_shapes(adapter: RandomAdapter, tasks: Sequence[Task]) -> dict[Signature, torch.Size]:
     """Call the network with one row of each sort there is; the shape of its output by sort."""
     shapes: dict[Signature, torch.Size] = {}
     for task in tasks:
-        signature = _signature(task)
-        if signature not in shapes:
-            output = _first_output(adapter, task)
+        for part, rows in parts_of(task):
+            signature = _signature(rows)
+            if signature in shapes:
+                continue
+            output = _first_output(adapter, task, None if rows is task.train else (part, rows))
             shapes[signature] = output.shape
-            if task is tasks[0]:
-                note_alone(adapter, task.train, output)
+            if rows is tasks[0].train:
+                note_alone(adapter, rows, output)
     return shapes
 
 
@@ -319,10 +331,12 @@ def _way_to_values(task: Task, shape: torch.Size) -> str:
     )
 
 
-def _first_output(adapter: RandomAdapter, task: Task) -> Tensor:
-    """Compute the output on the task's first row; the network's own errors then name the task and its inputs."""
-    row = task.train.take(slice(0, 1)).to(adapter.initial.device)
-    with naming_inputs(f"task {task.name!r}: the network cannot be called with its first row", row, adapter):
+def _first_output(adapter: RandomAdapter, task: Task, part: tuple[str, Rows] | None = None) -> Tensor:
+    """Compute the output on the first row, of training or a part's; the network's own errors then name it."""
+    whose, rows = part or (f"task {task.name!r}", task.train)
+    row = rows.take(slice(0, 1)).to(adapter.initial.device)
+    hint = "" if part is None else f" The train data's rows are {shapes_of(task.train.take(slice(0, 1)))}."
+    with naming_inputs(f"{whose}: the network cannot be called with its first row", row, adapter, hint):
         output: Tensor = adapter(*row.positional, theta=adapter.initial, **row.named)
     return output
 

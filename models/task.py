@@ -59,10 +59,10 @@ class Task:
             that is learnt is known.
 
     Raises:
-        ValueError: no rows, unequal numbers of rows, labels outside ``0 .. num_classes - 1`` or of another shape,
-            names of no class, values not finite; parts with different inputs; matching with nothing to match; label
-            names that stand twice; label names or texts that are not as many as the classes.
-        TypeError: values that are no numbers; a set as labels.
+        ValueError: an empty name; no rows, unequal numbers of rows, labels outside ``0 .. num_classes - 1`` or of
+            another shape, names of no class, values not finite; parts with different inputs; matching with nothing to
+            match; label names that stand twice; label names or texts that are not as many as the classes.
+        TypeError: values that are no numbers; a set or one string as labels; a name that is no string.
 
     Example:
         >>> task = Task("sevens", (torch.zeros(3, 2), torch.tensor([0, 1, 1])))
@@ -97,6 +97,7 @@ class Task:
         encoding: Any = None,
         dev_answers: Sequence[Sequence[str]] | None = None,
     ) -> None:
+        _check_name(name)
         check_literal("kind", kind, LossKind)
         given = {part: data for part, data in (("train", train), ("test", test), ("dev", dev)) if data is not None}
         where = {part: f"task {name!r}, {part} data" for part in given}
@@ -202,6 +203,14 @@ def _classes(
     return classes
 
 
+def _check_name(name: object) -> None:
+    """Refuse what is no name: results, messages and saved weights go by it."""
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r}: the name of a task is a string; expected {str(name)!r}, say.")
+    if not name.strip():
+        raise ValueError(f"name={name!r}: a task needs a name, by which messages and results call it.")
+
+
 def _with_target(rows: Rows, kind: LossKind, num_classes: int | None, where: str) -> Rows:
     """Give the rows a target of the type and the shape that the kind of loss takes, or refuse them."""
     target = rows.target
@@ -256,6 +265,8 @@ def check_tasks(tasks: Sequence[Task]) -> None:
     """
     if isinstance(tasks, Task):
         raise TypeError(f"tasks is the one task {tasks.name!r}; expected a list of them: [task].")
+    if not isinstance(tasks, Sequence):  # they are gone through more than once, and called by their places
+        raise TypeError(f"tasks is a {type(tasks).__name__}; expected a list of them: list(...).")
     for place, task in enumerate(tasks):
         if isinstance(task, Task):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from pyro_lift.models.class_names import check_class_numbers
 from pyro_lift.models.door import check_rows
 from pyro_lift.models.out_of_proportion import InputSize, warn_of_tasks_of_other_sizes
 from pyro_lift.models.target_units import warn_of_new_units
-from pyro_lift.models.task import Task, check_kinds, undeclared
+from pyro_lift.models.task import Task, check_kinds, check_tasks, undeclared
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.new_tasks.adaptation import Adaptation, new_head_scale
 from pyro_lift.posterior import TaskPosterior
@@ -35,10 +36,14 @@ from pyro_lift.saving.hub import push
 from pyro_lift.saving.served import export_served
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_choice, check_number
+from pyro_lift.support.wording import some_names
 from pyro_lift.tuning.figure import plot_tuning
+from pyro_lift.tuning.held_out import has_unseen_rows
 from pyro_lift.tuning.predictions import fitted_on_held_out
 
 __all__ = ["LiFTPrior"]
+
+log = logging.getLogger("pyro_lift")
 
 #: What a merged prior has of its first chain's, beside the settings.
 _OF_THE_TASKS = (
@@ -180,7 +185,8 @@ class LiFTPrior:
         did not see: its test or dev rows, else a third of its rows.
 
         Args:
-            tasks: of the prior's kind; best are some that it was not learned from.
+            tasks: of the prior's kind; best are some that it was not learned from. Those that it was, by their names,
+                need test or dev rows: a warning names the others, whose every row the prior has seen.
             seed: of the chains; None takes the prior's.
             most_rows: of a task, that the fit looks at.
             options: fields of :class:`AdaptSettings` to change.
@@ -191,6 +197,15 @@ class LiFTPrior:
         Raises:
             ValueError: no task, or regressions beside others.
         """
+        check_tasks(tasks)
+        seen = [task.name for task in tasks if task.name in set(self.tasks) and not has_unseen_rows(task)]
+        if seen:
+            log.warning(
+                "calibrate: the prior was learned from %s, and has seen all their rows: predictions of them are better "
+                "than a new task's will be, and the temperature is too low. Give new tasks, or rows to be judged by "
+                "(test= or dev=).",
+                some_names(seen),
+            )
         adapt = partial(self.adapt_many, seed=seed, **options)
         self.prediction_temperature = fitted_on_held_out(tasks, adapt, most_rows)
         return self.prediction_temperature

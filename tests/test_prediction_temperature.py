@@ -82,6 +82,16 @@ def test_meta_training_calibrates_where_tasks_have_rows_for_it_and_refuses_where
         lift.meta_train(bare, progress=False, calibrate=True)
 
 
+def test_tasks_all_rows_of_which_the_prior_has_seen_are_warned_of(
+    prior: LiFTPrior, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = replace(tiny_tasks(1)[0], test=None)
+    prior.calibrate([*tiny_tasks(5)[1:], replace(seen, name="new")], **OPTIONS)
+    assert "has seen all their rows" not in caplog.text
+    prior.calibrate([seen, *tiny_tasks(5)[3:]], **OPTIONS)
+    assert "the prior was learned from 't0', and has seen all their rows" in caplog.text
+
+
 def test_regressions_beside_classes_and_no_task_at_all_are_refused(prior: LiFTPrior) -> None:
     task = Task("r", (torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)), "regression")
     with pytest.raises(ValueError, match="'r' is a regression and 't0' is not"):

@@ -135,6 +135,8 @@ def check_number(name: str, value: float, *, least: float = 0.0, open_below: boo
     below = value <= least if open_below else value < least
     # A whole number past 64 bits is infinite for all that computes with it.
     finite = abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+    if whole and not finite and value > 0:
+        raise ValueError(f"{name}={value!r}: expected a whole number below 2**63.")
     if not finite or below:
         raise ValueError(
             f"{name}={value!r}: expected a finite number {'above' if open_below else 'of at least'} {least:g}."
@@ -144,12 +146,16 @@ def check_number(name: str, value: float, *, least: float = 0.0, open_below: boo
 def check_ordered(what: str, names: object) -> None:
     """Refuse names in a set: their places are their numbers, and a set has them in another order in each process.
 
+    One string in their place is refused too: it would be taken for a name a letter.
+
     Example:
         >>> check_ordered("labels", {"crane"})
         Traceback (most recent call last):
         ...
         TypeError: labels={'crane'} is a set, which has no order of classes: give a list of names.
     """
+    if isinstance(names, str):
+        raise TypeError(f"{what}={names!r} is one name, not a list of them: [{names!r}, ...].")
     if isinstance(names, (set, frozenset)):
         kind = type(names).__name__
         raise TypeError(f"{what}={names!r} is a {kind}, which has no order of classes: give a list of names.")

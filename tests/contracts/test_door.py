@@ -95,6 +95,7 @@ def langevin(model: Model, **options: Any) -> SGLDGibbs:
 
 
 TASK = Task("t", (torch.zeros(4, 3), torch.tensor([0, 1, 2, 1])))
+ALSO_NARROWER = Task("u", TASK.train, num_classes=3, test=(torch.zeros(2, 2), torch.tensor([0, 1])))
 
 
 def adapter(width: int = 2) -> RandomAdapter:
@@ -313,6 +314,43 @@ DOOR: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ),
         ValueError,
         r"network's head, 0 .. 0. The network has one output: numbers to predict take kind=\"regression\"",
+    ),
+    "more classes declared than the network's outputs": (
+        lambda: AdapterHierarchy(adapter(3), [Task("t", TASK.train, num_classes=5)], beta=0.1, sigma=1.0),
+        ValueError,
+        r"task 't': it has 5 classes \(labels up to 2 occur\), the last of which are outside the range .* 0 \.\. 2\.",
+    ),
+    "test rows of another width": (
+        lambda: LiFT(adapter(3), sgd_steps=2, burn_in=2, samples=2).meta_train([ALSO_NARROWER]),
+        ValueError,
+        r"task 'u', test data: the network cannot be called with its first row.*\[1, 2\].* rows are inputs "
+        r"torch.float32 \[1, 3\]",
+    ),
+    "a generator of tasks": (
+        lambda: LiFT(adapter(3)).meta_train(TASK for _ in range(2)),  # type: ignore[arg-type]
+        TypeError,
+        r"tasks is a generator; expected a list of them: list\(\.\.\.\)",
+    ),
+    "a configuration that is none of PEFT's": (
+        lambda: LiFT(nn.Linear(3, 2), {"r": 2}),  # type: ignore[arg-type]
+        TypeError,
+        "peft_config is a dict; expected a configuration of PEFT's",
+    ),
+    "a seed of more than 63 bits": (
+        lambda: LiFT(adapter(3), seed=2**64),
+        ValueError,
+        r"seed=18446744073709551616: expected a whole number below 2\*\*63",
+    ),
+    "a name that is no string": (
+        lambda: Task(3, TASK.train),  # type: ignore[arg-type]
+        TypeError,
+        "name=3: the name of a task is a string; expected '3', say",
+    ),
+    "no name": (lambda: Task(" ", TASK.train), ValueError, "name=' ': a task needs a name"),
+    "one string as labels": (
+        lambda: Task("t", TASK.train, labels="abc"),
+        TypeError,
+        r"labels='abc' is one name, not a list of them: \['abc', \.\.\.\]",
     ),
     "a scale that is not positive": (
         lambda: AdapterHierarchy(adapter(3), [TASK], beta=0.0, sigma=1.0),

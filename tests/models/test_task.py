@@ -15,7 +15,9 @@ TEXTS = {"input_ids": torch.ones(3, 2, dtype=torch.long), "attention_mask": torc
 
 
 def test_the_task_carries_its_metric_labels_dev_part_and_label_texts_to_a_device() -> None:
-    task = Task("t", (X, Y), "matching", test=(X, Y), dev=(X[:2], Y[:2]), metric="ACC", labels="abc", label_texts=TEXTS)
+    task = Task(
+        "t", (X, Y), "matching", test=(X, Y), dev=(X[:2], Y[:2]), metric="ACC", labels=list("abc"), label_texts=TEXTS
+    )
     moved = task.to("cpu")
     assert (moved.num_classes, moved.metric, moved.labels) == (3, "ACC", ("a", "b", "c"))
     assert moved.dev is not None and len(moved.dev) == 2
