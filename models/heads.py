@@ -48,6 +48,7 @@ from pyro_lift.models.head_problem import (
     terms,
 )
 from pyro_lift.support.options import check_number
+from pyro_lift.support.small_problems import on_one_thread
 
 __all__ = [
     "BIAS_SD",
@@ -147,6 +148,7 @@ def width_penalty(width: float, tried: Sequence[float]) -> float:
     return 0.5 * math.log(width / tried[len(tried) // 2]) ** 2
 
 
+@on_one_thread
 @torch.no_grad()
 def solve_head(
     features: Tensor,
@@ -188,6 +190,7 @@ def solve_head(
     return SolvedHead(head, loss, norm_of(gradient), iterations)
 
 
+@on_one_thread
 @torch.no_grad()
 def choose_prior_sd(
     features: Tensor,
@@ -238,6 +241,7 @@ def choose_prior_sd(
     return PriorChoice(tried[best], tuple(scores), tried)
 
 
+@on_one_thread
 @torch.no_grad()
 def laplace_head(
     features: Tensor,

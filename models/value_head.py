@@ -33,6 +33,7 @@ from torch import Tensor
 from pyro_lift.models.head_choice import HeadChoice
 from pyro_lift.models.head_problem import BIAS_SD, HeadModel, head_problem, least_squares
 from pyro_lift.models.heads import folds, scaling_of
+from pyro_lift.support.small_problems import on_one_thread
 
 __all__ = ["RATIO_WIDTHS", "best_width", "choose_value_head", "columns_of", "standard_ratios"]
 
@@ -71,6 +72,7 @@ def best_width(told: Sequence[tuple[Tensor, Tensor]], feature_sd: Tensor | None 
     return RATIO_WIDTHS[costs.index(min(costs))]
 
 
+@on_one_thread
 @torch.no_grad()
 def choose_value_head(
     features: Tensor,
