@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_lift.models.heads import UsualPrior
 from pyro_lift.models.task import Task, head_outputs
 
 __all__ = ["ClassHead", "are_alike"]
@@ -18,8 +19,11 @@ class ClassHead(NamedTuple):
     Attributes:
         head: ``[C, E + 1]``, the bias last; of regressions a row for each of their values, none where they share none.
         labels: names of the C classes; none where they have only numbers.
-        width: of regressions, where the ratios of their heads' priors stand (:func:`.best_width`).
+        width: of regressions, where the ratios of their heads' priors stand (:func:`.best_width`); of classes, the
+            standard deviation of a logit.
         feature_sd: of regressions, standard deviation of each feature over the rows of all tasks, ``[E]``; None in
+            priors that were saved without it.
+        bias_sd: of classes, standard deviation of a bias; None where each task chooses its width by its own rows, as of
             priors that were saved without it.
     """
 
@@ -27,6 +31,12 @@ class ClassHead(NamedTuple):
     labels: tuple[str, ...] = ()
     width: float = 1.0
     feature_sd: Tensor | None = None
+    bias_sd: float | None = None
+
+    @property
+    def usual(self) -> UsualPrior | None:
+        """What the tasks say together of the prior of their heads of classes; None where they were not asked."""
+        return None if self.bias_sd is None else UsualPrior(self.width, self.bias_sd)
 
     def of(self, task: Task) -> Tensor | None:
         """Return the rows of a task's classes, in its own order, ``[c, E + 1]``; None where it has others.
@@ -44,7 +54,7 @@ def are_alike(one: ClassHead | None, other: ClassHead | None) -> bool:
     """Whether two heads are the same but for what another machine may round."""
     if one is None or other is None:
         return one is other
-    return one[1:3] == other[1:3] and all(
+    return (one[1:3], one.bias_sd) == (other[1:3], other.bias_sd) and all(
         _are_close(*pair) for pair in ((one.head, other.head), (one.feature_sd, other.feature_sd))
     )
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pyro_lift.models.head_problem import HeadModel, ScalePrior
-from pyro_lift.models.heads import choose_prior_sd
+from pyro_lift.models.heads import UsualPrior, choose_prior_sd
 from pyro_lift.models.readouts import ABSENT, LabelMatching
 from pyro_lift.models.tensor_digest import digest_of
 
@@ -52,7 +52,13 @@ _choices: OrderedDict[bytes, HeadChoice] = OrderedDict()
 
 
 def choose_head(
-    features: Tensor, target: Tensor, num_classes: int, scale: float | None = None, *, around: Tensor | None = None
+    features: Tensor,
+    target: Tensor,
+    num_classes: int,
+    scale: float | None = None,
+    *,
+    around: Tensor | None = None,
+    usual: UsualPrior | None = None,
 ) -> HeadChoice:
     """Choose a task's prior by cross-validation on its rows.
 
@@ -66,22 +72,32 @@ def choose_head(
         num_classes: C.
         scale: s_0, of label matching; None where there are no label texts.
         around: the head ``[C, E + 1]`` at which the prior stands; not under label matching.
+        usual: what other tasks say of the prior; not under label matching. None where nothing is known of them.
     """
-    told = (num_classes, scale)
+    told: tuple[object, ...] = (num_classes, scale) if usual is None else (num_classes, scale, *usual)
     key = digest_of(features, target, told=told) if around is None else digest_of(features, target, around, told=told)
     found = _choices.get(key)
     if found is None:
-        found = _choices[key] = _cross_validated(features, target, num_classes, scale, around)
+        found = _choices[key] = _cross_validated(features, target, num_classes, scale, around, usual)
         while len(_choices) > REMEMBERED:
             _choices.popitem(last=False)
     return found
 
 
 def _cross_validated(
-    features: Tensor, target: Tensor, num_classes: int, scale: float | None, around: Tensor | None
+    features: Tensor,
+    target: Tensor,
+    num_classes: int,
+    scale: float | None,
+    around: Tensor | None,
+    usual: UsualPrior | None,
 ) -> HeadChoice:
-    if scale is None:
+    if scale is None and usual is None:
         return _chosen(features, target, HeadModel(num_classes, around=around))
+    if scale is None and usual is not None:
+        model = HeadModel(num_classes, around=around, bias_sd=usual.bias_sd)
+        return _chosen(features, target, model, usual.width / math.sqrt(features.shape[-1]))
+    assert scale is not None
     if features.shape[-1] == num_classes:
         return _chosen(features, target, HeadModel(num_classes, scale=ScalePrior(scale, scale)))
     absent = bool((features[..., -num_classes:] == ABSENT).any())
@@ -99,6 +115,6 @@ def _cross_validated(
     return best
 
 
-def _chosen(features: Tensor, target: Tensor, model: HeadModel) -> HeadChoice:
-    choice = choose_prior_sd(features, target, model)
+def _chosen(features: Tensor, target: Tensor, model: HeadModel, usual: float | None = None) -> HeadChoice:
+    choice = choose_prior_sd(features, target, model, usual=usual)
     return HeadChoice(model, choice.sd, -choice.loss)

@@ -33,7 +33,7 @@ from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.features import all_features
 from pyro_lift.models.head_choice import HeadChoice, choose_head
 from pyro_lift.models.head_problem import apply_head
-from pyro_lift.models.heads import HeadModel, ScalePrior, laplace_head, solve_head
+from pyro_lift.models.heads import ODD, HeadModel, ScalePrior, laplace_head, solve_head
 from pyro_lift.models.likelihoods import LossKind, log_likelihood
 from pyro_lift.models.observation import batch_of, has_head, network_output
 from pyro_lift.models.readouts import LabelMatching
@@ -119,19 +119,27 @@ class SolvedHeads:
             found = all_features(self.adapter, rows, self.start, network_output)
             scale = self.scale if self.adapter.matches(rows.named) else None
             mean = None if self.mean is None or scale is not None else self.mean.of(self.tasks[task])
+            told: dict[str, Any] = {}
             if self.tasks[task].kind == "regression":
-                told: dict[str, Any] = {}
                 if self.mean is not None:
                     told = {"width": self.mean.width, "feature_sd": self.mean.feature_sd}
                 choose = partial(choose_value_head, found, rows.target, noise_scale=self.noise_scale, **told)
             else:
-                choose = partial(choose_head, found, rows.target, outputs)
+                # What tasks say of a prior is of where theirs stand: around the head of all, or around zero.
+                usual = None if self.mean is None or len(self.mean.head) > 0 else self.mean.usual
+                choose = partial(choose_head, found, rows.target, outputs, usual=usual)
             choice = choose() if scale is None else choose_head(found, rows.target, outputs, scale)
-            if mean is not None:
-                around = choose(around=mean)
-                choice = choice if choice.score > around.score else around
+            if self.mean is not None and mean is not None:
+                told = {} if self.tasks[task].kind == "regression" else {"usual": self.mean.usual}
+                around = choose(around=mean, **told)
+                choice = choice if self._is_odd(task, choice.score - around.score) else around
             self._choices[task] = choice
         return self._choices[task]
+
+    def _is_odd(self, task: int, gain: float) -> bool:
+        """Whether a task's rows are so much better predicted by a head around zero that it has that."""
+        known = self.mean is not None and self.mean.usual is not None
+        return gain * len(self.tasks[task].train) > (ODD if known else 0.0)
 
     def mean_scale(self) -> float | None:
         """Average the scales of label matching that the tasks chose; None where none of them has label texts.

@@ -54,6 +54,7 @@ from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
 from pyro_lift.tuning.whose_heads import (
     counts_rounds,
     has_head_mean,
+    has_usual_widths,
     leaves_outliers_out,
     lets_one_task_lose,
     trains_through_mean,
@@ -112,7 +113,7 @@ class ChainSetup:
         """Find what is left to the tasks: whether joint training helps, the prior's widths, what unseen tasks say."""
         on_step = {part: None if watchers is None else watchers.of(part) for part in ("joint-trial", "cross-fit")}
         run = self._with(for_targets(self.settings, tasks))
-        run.head_mean = run._head_mean(tasks) if has_head_mean(session) else None
+        run.head_mean = run._head_mean(tasks, widths=has_usual_widths(session)) if has_head_mean(session) else None
         if run.head_mean is not None and not trains_through_mean(session):
             run.head_mean = run.head_mean._replace(halves=())
         joint = None if start is not None else run._joint(tasks, session, progress, on_step["joint-trial"])
@@ -307,12 +308,12 @@ class ChainSetup:
 
         return score
 
-    def _head_mean(self, tasks: Sequence[Task]) -> HeadMean | None:
+    def _head_mean(self, tasks: Sequence[Task], *, widths: bool) -> HeadMean | None:
         """Find the head that tasks' own stand around, where these are solved on the network's output."""
         head = self.settings.head
         if head in ("langevin", "shared") or self._head_scale(tasks, self.settings) is None:
             return None
-        return head_mean(self.adapter, [task.to(self.adapter.initial.device) for task in tasks])
+        return head_mean(self.adapter, [task.to(self.adapter.initial.device) for task in tasks], widths=widths)
 
     def program(self, tasks: Sequence[Task]) -> AdapterHierarchy:
         """Return the Pyro program that :meth:`meta_train` samples."""

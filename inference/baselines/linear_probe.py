@@ -44,13 +44,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "CHOICE_TOLERANCE",
     "LinearProbe",
     "LinearProbeState",
     "ProbePosterior",
     "RidgeFit",
+    "check_probed",
     "fit_logistic",
     "fit_ridge",
     "has_probe",
+    "reader_of",
+    "softmax_heads",
 ]
 
 #: Folds of the cross-validation, at most.
@@ -181,15 +185,15 @@ def fit_logistic(x: NDArray[np.float64], y: NDArray[np.int64], num_classes: int)
     sd = tried[len(tried) // 2]
     if len(y) > 1 and num_classes > 1:
         fold = folds(torch.from_numpy(y), min(len(y), FOLDS), stratified=True).numpy()
-        losses = np.array([width_penalty(width, tried) for width in tried])
+        losses = np.array([width_penalty(width, sd) for width in tried])
         for k in range(int(fold.max()) + 1):
             kept, left = fold != k, fold == k
             rows, classes = torch.from_numpy(z[left]), torch.from_numpy(y[left]).unsqueeze(-1)
-            for place, head in enumerate(_softmax_heads(z[kept], y[kept], num_classes, tried, CHOICE_TOLERANCE)):
+            for place, head in enumerate(softmax_heads(z[kept], y[kept], num_classes, tried, CHOICE_TOLERANCE)):
                 logits = rows @ head[:, :-1].T + head[:, -1]
                 losses[place] -= float(logits.log_softmax(-1).gather(-1, classes).sum())
         sd = tried[int(np.argmin(losses))]
-    return scaling.folded(next(_softmax_heads(z, y, num_classes, (sd,), TOLERANCE))), sd
+    return scaling.folded(next(softmax_heads(z, y, num_classes, (sd,), TOLERANCE))), sd
 
 
 class RidgeFit(NamedTuple):
@@ -244,7 +248,7 @@ def _is_better(fit: RidgeFit, simple: RidgeFit) -> bool:
     return len(gains) > 1 and float(gains.mean()) > float(gains.std()) / math.sqrt(len(gains))
 
 
-def _softmax_heads(
+def softmax_heads(
     z: NDArray[np.float64], y: NDArray[np.int64], num_classes: int, widths: Sequence[float], tolerance: float
 ) -> Iterator[Tensor]:
     """The modes on standardised features ``[C, E + 1]`` for one prior sd after another, by scikit-learn.

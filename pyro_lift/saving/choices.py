@@ -32,6 +32,7 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "input_sizes": {name: list(size) for name, size in prior.input_sizes.items()},
         "head_labels": [] if prior.head_mean is None else list(prior.head_mean.labels),
         "head_width": 1.0 if prior.head_mean is None else prior.head_mean.width,
+        "head_bias_sd": None if prior.head_mean is None else prior.head_mean.bias_sd,
     }
 
 
@@ -107,7 +108,9 @@ def _saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str
         raise DamagedError(
             f"{path}: tensor 'head_feature_sd' has shape {tuple(sd.shape)}, not ({head.shape[-1] - 1},)."
         )
-    return ClassHead(head, tuple(labels), saved_positive(path, config, "head_width"), sd)
+    width = saved_positive(path, config, "head_width")
+    bias_sd = None if config.get("head_bias_sd") is None else saved_positive(path, config, "head_bias_sd")
+    return ClassHead(head, tuple(labels), width, sd, bias_sd)
 
 
 def saved_positive(path: Path, config: Mapping[str, Any], name: str) -> float:

@@ -6,10 +6,14 @@ own head is put around it,
 
 .. math:: w_c \sim \mathcal N(\bar w_c, s^2 I) \quad\text{in place of}\quad \mathcal N(0, s^2 I),
 
-with the width s still chosen by the task's own rows (:mod:`~pyro_lift.models.heads`). Classes go by their names where
-tasks have names, else by their numbers. Whether they are the same classes only the tasks can tell: the head of one half
-of them is tried on those of the other, by the log probability of rows that were left out, and taken where it predicts
-them better by the one-sided test at 5 %. Regressions share a head of their values likewise, and in any case what their
+Classes go by their names where tasks have names, else by their numbers. Whether they are the same classes only the
+tasks can tell: the head of one half of them is tried on those of the other, by the log probability of rows that were
+left out, and taken where it predicts them better by the one-sided test at 5 %.
+
+Of classes, the tasks also choose the prior's width s and the standard deviation of a bias together, whether they share
+a head or not: twenty rows know little of either, and a bias that is free to follow their class frequencies costs a
+quarter of a nat a row where all tasks have the same. A task of hundreds of rows still has the width that they choose
+(:data:`~pyro_lift.models.heads.SURE`). Regressions share a head of their values likewise, and in any case what their
 rows say together of how strong a ridge it takes (:func:`~pyro_lift.models.value_head.best_width`).
 
 Meta-training's tasks see the shared head itself: theta is moved to where one head serves all of them, as in a network
@@ -33,7 +37,7 @@ from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.features import all_features
 from pyro_lift.models.head_choice import choose_head
 from pyro_lift.models.head_problem import HeadModel, apply_head
-from pyro_lift.models.heads import choose_prior_sd, solve_head
+from pyro_lift.models.heads import BIAS_SDS, LOGIT_WIDTHS, UsualPrior, choose_prior_sd, solve_head
 from pyro_lift.models.observation import network_output
 from pyro_lift.models.target_families import families_of
 from pyro_lift.models.task import Task, head_outputs
@@ -47,6 +51,8 @@ log = logging.getLogger("pyro_lift")
 
 #: Tasks of each half that are judged, rows that the head is solved on, and rows that choose its width, at most.
 JUDGED, ROWS, CHOOSING = 32, 20_000, 1_000
+#: Rows of a task by which tasks choose the prior of their heads together, at most.
+CHOICE_ROWS = 100
 #: Classes of all tasks over those of the largest, at most, where they go by their names.
 MOST_CLASSES = 2
 #: A feature that varies by less than this over the usual one's spread says nothing.
@@ -112,39 +118,121 @@ def shared_classes(tasks: Sequence[Task]) -> list[str] | int | None:
 
 
 @torch.no_grad()
-def head_mean(adapter: RandomAdapter, tasks: Sequence[Task]) -> HeadMean | None:
-    """Solve one head on the rows of all tasks; None where heads of the tasks' own are as good without it.
+def head_mean(adapter: RandomAdapter, tasks: Sequence[Task], *, widths: bool = True) -> HeadMean | None:
+    """Solve one head on the rows of all tasks, and let them choose the prior of their heads together.
 
     Args:
         adapter: the network as a function of theta; its output is features.
         tasks: of meta-training, on its device.
+        widths: whether tasks of classes choose the prior's widths together; as runs of before, each by itself.
+
+    Returns:
+        None where nothing is shared. A head without rows leaves heads of the tasks' own around zero.
     """
     classes = shared_classes(tasks)
+    if tasks[0].kind == "classification" and widths:
+        return _of_classes(adapter, tasks, classes)
     if classes is None:
         log.info("heads of the tasks' own stand around zero: the tasks are few, or have other classes or values.")
         return None
-    share = max(ROWS // len(tasks), 1)
     tasks = _alike(tasks)
-    halves = [[(task, *_read(adapter, task, share)) for task in half] for half in dealt(tasks, 2)]
+    halves = _halves(adapter, tasks)
     gains: list[float] = []
     found = []
     for seen, unseen in (halves, halves[::-1]):
         around = _pooled(seen, classes)
-        found.append((frozenset(task.name for task, *_ in seen), around))
+        found.append((_names(seen), around))
         gains += [_gain(task, x, y, around) for task, x, y in unseen[:JUDGED]]
     told = torch.tensor(gains, dtype=torch.float64)
-    gain, error = paired(told)
-    gained = f"{gain:+.3f} ± {error:.3f} nats a row, on tasks that it has not seen"
-    whole = [read for half in halves for read in half]
-    if not is_above_zero(told):
-        log.info("heads of the tasks' own stand around zero: one head of all tasks does not help (%s).", gained)
+    if not _helps(told, tasks[0].kind):
         if tasks[0].kind != "regression":
             return None
         alone = tuple((names, head._replace(head=head.head[:0])) for names, head in found)
-        return HeadMean(_pooled(whole, classes)._replace(head=found[0][1].head[:0]), 0.0, 0.0, alone)
-    what = "what they predict" if tasks[0].kind == "regression" else "their classes"
+        return HeadMean(_pooled(_whole(halves), classes)._replace(head=found[0][1].head[:0]), 0.0, 0.0, alone)
+    return HeadMean(_pooled(_whole(halves), classes), *paired(told), tuple(found))
+
+
+#: A task's name and classes, the features and the targets of some of its rows.
+Read = tuple[Task, Tensor, Tensor]
+
+
+def _of_classes(adapter: RandomAdapter, tasks: Sequence[Task], classes: list[str] | int | None) -> HeadMean | None:
+    """Find what classifications share: the prior of their heads, and perhaps one head."""
+    if len(tasks) < FEWEST_TASKS or {task.kind for task in tasks} != {"classification"}:
+        log.info("heads of the tasks' own stand around zero, under priors of their own: the tasks are few or differ.")
+        return None
+    halves = _halves(adapter, tasks)
+    usual, own = _best([_scores(*read, None) for half in halves[::-1] for read in half[:JUDGED]])
+    if classes is not None:
+        heads = [_pooled(half, classes) for half in halves]
+        pairs = zip(heads, halves[::-1], strict=True)
+        found = [_scores(*read, head.of(read[0])) for head, unseen in pairs for read in unseen[:JUDGED]]
+        usual_around, shared = _best(found)
+        if _helps(shared - own, "classification"):
+            each = [(_names(half), _under(head, usual_around)) for half, head in zip(halves, heads, strict=True)]
+            whole = _under(_pooled(_whole(halves), classes), usual_around)
+            return HeadMean(whole, *paired(shared - own), tuple(each))
+    _, features, _ = halves[0][0]
+    none = ClassHead(features.new_zeros(0, features.shape[-1] + 1))
+    return None if usual is None else HeadMean(_under(none, usual), 0.0, 0.0)
+
+
+def _under(head: ClassHead, usual: UsualPrior | None) -> ClassHead:
+    return head if usual is None else head._replace(width=usual.width, bias_sd=usual.bias_sd)
+
+
+def _scores(task: Task, x: Tensor, y: Tensor, around: Tensor | None) -> Tensor:
+    """Return the log probability of a task's left-out rows, a row, for each sd of a bias and each width.
+
+    Of a single row, which is left out from none, that of the head that it stands around.
+    """
+    C = head_outputs(task)
+    assert C is not None
+    if len(x) == 1:
+        told = -math.log(C) if around is None else float(apply_head(x.double(), around.double()).log_softmax(-1)[0, y])
+        return torch.full((len(BIAS_SDS), len(LOGIT_WIDTHS)), told, dtype=torch.float64)
+    if len(x) > CHOICE_ROWS:
+        some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:CHOICE_ROWS].to(x.device)
+        x, y = x[some], y[some]
+    each = [choose_prior_sd(x, y, HeadModel(C, around=around, bias_sd=sd)).scores for sd in BIAS_SDS]
+    return -torch.tensor(each, dtype=torch.float64)
+
+
+def _best(scores: Sequence[Tensor]) -> tuple[UsualPrior | None, Tensor]:
+    """Return the prior under which the tasks' left-out rows are the most likely, and what each then has, ``[N]``."""
+    all_of = torch.stack(list(scores))
+    bias, width = divmod(int(all_of.mean(0).argmax()), len(LOGIT_WIDTHS))
+    if bool((all_of == all_of[:, :1, :1]).all()):  # single rows say nothing of it
+        return None, all_of[:, 0, 0]
+    usual = UsualPrior(LOGIT_WIDTHS[width], BIAS_SDS[bias])
+    log.info("the tasks' heads have a prior of sd %.3g a logit and %.3g a bias.", usual.width, usual.bias_sd)
+    return usual, all_of[:, bias, width]
+
+
+def _halves(adapter: RandomAdapter, tasks: Sequence[Task]) -> list[list[Read]]:
+    """Deal the tasks into halves, with the features of some rows of each."""
+    share = max(ROWS // len(tasks), 1)
+    return [[(task, *_read(adapter, task, share)) for task in half] for half in dealt(tasks, 2)]
+
+
+def _whole(halves: Sequence[Sequence[Read]]) -> list[Read]:
+    return [read for half in halves for read in half]
+
+
+def _names(half: Sequence[Read]) -> frozenset[str]:
+    return frozenset(task.name for task, *_ in half)
+
+
+def _helps(told: Tensor, kind: str) -> bool:
+    """Whether one head of all tasks helps those that it has not seen, by what it adds to each; says which."""
+    gain, error = paired(told)
+    gained = f"{gain:+.3f} ± {error:.3f} nats a row, on tasks that it has not seen"
+    if not is_above_zero(told):
+        log.info("heads of the tasks' own stand around zero: one head of all tasks does not help (%s).", gained)
+        return False
+    what = "what they predict" if kind == "regression" else "their classes"
     log.info("the tasks share %s: heads of their own stand around one head of all tasks (%s).", what, gained)
-    return HeadMean(_pooled(whole, classes), gain, error, tuple(found))
+    return True
 
 
 def _alike(tasks: Sequence[Task]) -> Sequence[Task]:

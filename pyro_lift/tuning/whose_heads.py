@@ -24,6 +24,7 @@ __all__ = [
     "counts_rounds",
     "counts_width",
     "has_head_mean",
+    "has_usual_widths",
     "leaves_outliers_out",
     "lets_one_task_lose",
     "run_config",
@@ -34,13 +35,14 @@ __all__ = [
 #: Keys and values in the configuration of a saved run that name rules it was begun under, each later than the first
 #: runs: an output wider than all tasks' classes calls for heads of their own; the length of the chain for control
 #: variates in its translation; heads of tasks that share their classes stand around one head; theta sees that one; one
-#: odd task leaves the trial of joint training to the others.
+#: odd task leaves the trial of joint training to the others; tasks choose the prior of their heads of classes together.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
     "head mean": "of all tasks",
     "trained heads": "the mean",
     "trial": "one may lose",
+    "head widths": "of all tasks",
 }
 
 
@@ -94,6 +96,11 @@ def has_head_mean(session: Session | None) -> bool:
 def trains_through_mean(session: Session | None) -> bool:
     """Whether theta sees the head of all tasks: in a run of before it sees heads of the tasks' own around it."""
     return _has_rule(session, "trained heads")
+
+
+def has_usual_widths(session: Session | None) -> bool:
+    """Whether tasks choose the prior of their heads of classes together: in a run of before each chooses its own."""
+    return _has_rule(session, "head widths")
 
 
 def lets_one_task_lose(session: Session | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,9 +21,11 @@ from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_head import ClassHead, are_alike
+from pyro_lift.models.head_choice import choose_head
 from pyro_lift.models.head_problem import BIAS_SD, HeadModel, apply_head
-from pyro_lift.models.heads import laplace_head, scaling_of, solve_head
+from pyro_lift.models.heads import BIAS_SDS, UsualPrior, laplace_head, scaling_of, solve_head
 from pyro_lift.models.solved_heads import SolvedHeads
+from pyro_lift.support.archive import DamagedError, sealed
 from pyro_lift.tuning.head_mean import head_mean, shared_classes
 from pyro_lift.tuning.whose_heads import RULES, run_config
 
@@ -110,7 +113,8 @@ def test_it_is_found_where_classes_are_shared_and_nowhere_else() -> None:
     found = head_mean(adapter(), tasks())
     assert found is not None and found.gain > 3.0 * found.error and found.head.head.shape == (CLASSES, WIDTH + 1)
     # By a test at 5 %: of six families more than two by chance in one run of five hundred.
-    assert sum(head_mean(adapter(), tasks(shared=False, seed=seed)) is not None for seed in range(1, 7)) <= 2
+    others = [head_mean(adapter(), tasks(shared=False, seed=seed)) for seed in range(1, 7)]
+    assert sum(other is None or len(other.head.head) > 0 for other in others) <= 2
     assert head_mean(adapter(), tasks(3)) is None  # too few to tell
 
 
@@ -224,6 +228,75 @@ def test_a_new_task_of_other_classes_has_a_head_around_zero() -> None:
     assert other.test is not None
     one, two = (p.adapt(wide, seed=0).predict(other.test) for p in (prior, without))
     assert one.shape[-1] == 5 and torch.equal(one, two)
+
+
+@pytest.mark.parametrize("width", [0.25, 1.0, 4.0])
+def test_tasks_choose_together_the_prior_that_their_heads_were_drawn_from(width: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    features = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH))  # read as they are: the adapter begins at zero
+    features.load_state_dict({"0.weight": torch.eye(WIDTH), "0.bias": torch.zeros(WIDTH)})
+    made = []
+    for k in range(40):
+        x = torch.randn(30, WIDTH, generator=generator)
+        logits = width / math.sqrt(WIDTH) * x @ torch.randn(WIDTH, CLASSES, generator=generator)
+        y = logits.softmax(-1).multinomial(1, generator=generator).squeeze(1)
+        made.append(Task(f"t{k}", (x, y), num_classes=CLASSES))
+    own = adapt_backbone(features, peft.LoraConfig(r=1, target_modules=["0"]), seed=0)
+    found = head_mean(own, made)
+    assert (
+        found is not None and found.head.bias_sd is not None and found.head.bias_sd <= 1.0
+    )  # and of biases what standardising makes
+    assert 0.4 * width <= found.head.width <= 2.5 * width  # a step of the grid, whose next is another factor of two
+
+
+def test_few_rows_have_the_usual_width_and_many_their_own() -> None:
+    x, y, _ = random_problem(400)
+    y = (x[:, 0] > x[:, 1]).long()
+    for rows, expected in ((1, 0.5), (12, 0.5), (400, 8.0)):
+        choice = choose_head(x[:rows], y[:rows], 2, usual=UsualPrior(0.5, 0.3))
+        assert choice.model.bias_sd == 0.3
+        assert choice.sd * math.sqrt(WIDTH) == pytest.approx(expected)
+
+
+def test_what_tasks_say_around_their_head_is_not_said_of_heads_around_zero() -> None:
+    found = head_mean(adapter(), tasks())
+    assert found is not None and found.head.usual is not None
+    inside, outside = tasks(2, seed=4)
+    outside = replace(outside, num_classes=5)
+    chosen = SolvedHeads(adapter(), [inside, outside], adapter().initial, mean=found.head)
+    assert chosen.choice(0).model.bias_sd == found.head.bias_sd and chosen.choice(0).model.around is not None
+    plain = SolvedHeads(adapter(), [outside], adapter().initial)
+    assert chosen.choice(1).model.bias_sd == BIAS_SD and chosen.choice(1).sd == plain.choice(0).sd
+
+
+def test_a_run_of_before_goes_on_with_each_task_choosing_for_itself(tmp_path: Path) -> None:
+    then = {name: rule for name, rule in RULES.items() if name != "head widths"}
+    seen = []
+    for rules, folder in ((then, tmp_path / "then"), (RULES, tmp_path / "today")):
+        lift = LiFT(adapter(), **SHORT)  # type: ignore[arg-type]
+        config = run_config(lift.settings, lift.seed, lift.adapter, tasks(), rules=rules)
+        mean = lift.before_chain(tasks(), Session(folder, config=config)).run.head_mean
+        assert mean is not None
+        seen.append(mean.head.bias_sd)
+    assert seen[0] is None and seen[1] in BIAS_SDS
+
+
+def test_a_prior_without_a_shared_head_is_saved_with_what_its_tasks_say_of_theirs(tmp_path: Path) -> None:
+    made = [task for seed in range(1, 4) for task in tasks(4, shared=False, seed=seed)]
+    prior = LiFT(adapter(), **SHORT).meta_train(made, progress=False)  # type: ignore[arg-type]
+    assert prior.head_mean is not None and len(prior.head_mean.head) == 0
+    prior.save_pretrained(tmp_path)
+    read = LiFTPrior.from_pretrained(tmp_path, adapter())
+    assert read.head_mean is not None and read.head_mean.usual == prior.head_mean.usual
+    other = tasks(1, seed=7)[0]
+    assert other.test is not None
+    one, two = (p.adapt(other, seed=0).predict(other.test) for p in (prior, read))
+    torch.testing.assert_close(one, two)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(sealed({**config, "head_bias_sd": -1.0})))
+    with pytest.raises(DamagedError, match="'head_bias_sd'"):
+        LiFTPrior.from_pretrained(tmp_path, adapter())
 
 
 def test_a_run_of_before_goes_on_with_heads_around_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
