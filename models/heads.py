@@ -175,7 +175,7 @@ def width_penalty(width: float, middle: float) -> float:
 
 
 def usual_penalty(width: float, usual: float) -> float:
-    r"""Return :math:`\min(16\,p, 8 + p)`, p the penalty around the width that other tasks have: away from it be sure."""
+    r"""Return :math:`\min(16\,p, 8 + p)`, p the penalty around the width that other tasks have."""
     return min(SURE * width_penalty(width, usual), ODD + width_penalty(width, usual))
 
 

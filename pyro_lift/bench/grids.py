@@ -47,13 +47,14 @@ GROUPS = (
     "lift-reg-x",
     "fixed-theta",
 )
-#: Methods that choose on each task's own rows, so that there is nothing to tune.
-CHOOSING = ("linear-probe", "lora-tuned")
+#: Methods that choose for themselves, so that there is nothing to tune.
+CHOOSING = ("linear-probe", "pooled-probe", "lora-tuned")
 #: Methods that take the choice of another of their family: gradient-based ones MAML's, samplers LiFT's or SharedPEFT's.
 LIKE = {
     **dict.fromkeys(("fo-maml", "imaml", "boot-maml", "bmaml", "abml", "maml-mix-k5", "imaml-mix-k5"), "maml"),
     "reptile": "protonet",
     "linear-probe": "no-meta-train",  # it has no rate: its strength is chosen on each task's own rows
+    "pooled-probe": "no-meta-train",  # likewise, on tasks that it leaves out
     "lora-tuned": "no-meta-train",  # it chooses its own, likewise
     "taskwise-peft": "shared-peft",
     "maml-2": "maml",

@@ -40,8 +40,8 @@ __all__ = [
     "run_cell",
 ]
 
-#: Methods that choose on each task's own rows.
-CHOOSING = ("linear-probe", "lora-tuned")
+#: Methods that choose for themselves, what they choose on being part of what they are.
+CHOOSING = ("linear-probe", "pooled-probe", "lora-tuned")
 #: Rows of a prediction's pass: a CPU likes few at a time, and text is padded to the longest of its pass.
 PASS_ROWS = 32
 
@@ -214,7 +214,7 @@ def run_cell(work: Work, *, method: str, seed: int, fold: int) -> dict[str, Any]
             records.append(
                 {**record, **scores, "adapt_seconds": round(seconds, 3), "bytes": _bytes(posterior), "place": place}
             )
-            work.step(contender.budget.steps if entrant(method).rank else 0)
+            work.step(contender.budget.steps if entrant(method).steps else 0)
     file = work.folder / f"seed{seed}-fold{fold}-{method}.safetensors"
     told = {"records": records, "predictions": write_tensors(file, tensors) if tensors else None}
     return told if tuning is None else {**told, "tuning_seconds": round(tuning_seconds, 2)}

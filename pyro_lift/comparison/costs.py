@@ -44,7 +44,7 @@ def load_all() -> None:
     log = logging.getLogger("pyro_lift")
     silent, log.disabled = log.disabled, True  # what is said of this network is of no interest
     try:
-        for name in ("linear-probe", "no-meta-train", REFERENCE):
+        for name in ("linear-probe", "pooled-probe", "no-meta-train", REFERENCE):
             method = BASELINES[name](adapter, budget)
             method.adapt(method.meta_train(tasks), tasks[0], seed=0)
     finally:
@@ -82,8 +82,8 @@ def measured(
         if time.monotonic() > end:
             break
         rank, method = entrant(name).rank, _method(name, adapter, problem, settings, sizes)
-        if rank == 0:
-            probe = _adapt_and_predict(method, method.meta_train([task]), task)
+        if not entrant(name).steps:
+            probe += _adapt_and_predict(method, method.meta_train(turn.train if rank else [task]), task)
         elif name == REFERENCE:
             gradients[name], setup, state = _meta_train(method, turn.train)
             setups.append(setup)
@@ -92,7 +92,7 @@ def measured(
             adaptations.append(_adapt_and_predict(method, method.meta_train([task]), task))
     if not adaptations:
         adaptations.append(_adapt_and_predict(joint, state, task))
-    each = [gradients.get(name, gradient) for name in methods if entrant(name).meta]
+    each = [gradients.get(name, gradient) for name in methods if entrant(name).meta and entrant(name).steps]
     mean = statistics.fmean(each) if each else gradient
     begun = max(statistics.fmean(adaptations) - sizes.steps * gradient, 0.1 * gradient)
     return Costs(mean, statistics.fmean(setups), gradient, begun, probe)

@@ -21,7 +21,7 @@ def plot(summary: Summary, path: Path) -> None:
     losses, classes = summary.losses, summary.measure == "nll"
     figure, axes = new_figure(1, 3, width=10.5, height=1.6 + 0.42 * len(names), sharey=True)
     for row, name in enumerate(names):
-        colour = COLOURS[0] if name == against else COLOURS[1] if entrant(name).rank == 0 else COLOURS[7]
+        colour = COLOURS[0] if name == against else COLOURS[1] if not entrant(name).steps else COLOURS[7]
         gaps = [a - b for a, b in zip(losses[name], losses[against], strict=True)]
         if name != against and all(map(math.isfinite, gaps)):
             test = difference(losses[name], losses[against])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.baselines.linear_probe import has_probe
+from pyro_lift.inference.baselines.pooled_probe import why_not_pooled
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Task, check_task_names
 from pyro_lift.settings import AdaptSettings, LiFTSettings
@@ -23,6 +24,7 @@ __all__ = [
     "folds_of",
     "heads_of",
     "measure_of",
+    "pooled_missing",
     "probe_missing",
     "told_of_one_class",
     "without_unjudged",
@@ -210,3 +212,9 @@ def probe_missing(problem: Problem) -> str | None:
     if not without:
         return None
     return f"no linear probe: task {without[0]!r} has no classes that all its rows share, and no numbers to predict"
+
+
+def pooled_missing(problem: Problem) -> str | None:
+    """Say why there is no probe of all these tasks' rows; None where there is."""
+    reason = why_not_pooled([*problem.train, *problem.dev, *problem.test])
+    return None if reason is None else f"no pooled probe: {reason}"

@@ -31,6 +31,7 @@ from pyro_lift.comparison.problem import (
     Problem,
     chance_loss,
     folds_of,
+    pooled_missing,
     probe_missing,
     told_of_one_class,
     without_unjudged,
@@ -111,8 +112,9 @@ def compare(
 ) -> Comparison:
     """Compare methods on these tasks and this backbone, and say whether meta-learning pays.
 
-    The linear probe, LoRA tuned on each task, Union Train, Reptile and LiFT, on tasks that are held out in turn (or on
-    the test tasks of a collection), all with the same number of gradients, chosen so that the whole ends in time.
+    A linear probe of each task and one of all, LoRA tuned on each task, Union Train, Reptile and LiFT, on tasks that
+    are held out in turn (or on the test tasks of a collection), all with the same number of gradients, chosen so that
+    the whole ends in time.
 
     Args:
         tasks: three or more, or a collection with tasks to be judged by. Tasks without test rows are judged on a third
@@ -121,7 +123,7 @@ def compare(
         peft_config: the adapter to attach to a plain module.
         budget: ``"10 min"``, or seconds.
         seeds: repetitions.
-        methods: of :data:`~pyro_lift.methods.registry.BASELINES`; None takes the five.
+        methods: of :data:`~pyro_lift.methods.registry.BASELINES`; None takes the six.
         out: folder for records, table and figure. A comparison that was stopped goes on from there.
         options: further fields of :class:`~pyro_lift.comparison.settings.CompareSettings`; ``settings`` and ``adapt``,
             LiFT's own.
@@ -224,10 +226,10 @@ def _unfinished(missing: Sequence[str], summary: Summary, plan: Plan, settings: 
 def _names(problem: Problem, settings: CompareSettings) -> tuple[list[str], list[str]]:
     """Return the methods that can run, and why others cannot."""
     names, notes = list(settings.names), []
-    missing = probe_missing(problem)
-    if missing and any(entrant(name).rank == 0 for name in names):
-        names = [name for name in names if entrant(name).rank]
-        notes.append(missing)
+    for probe, missing in (("linear-probe", probe_missing(problem)), ("pooled-probe", pooled_missing(problem))):
+        if missing and probe in names:
+            names.remove(probe)
+            notes.append(missing)
     return names, notes
 
 
@@ -244,7 +246,8 @@ def _agenda(
     mark = _mark(problem, folds, settings, names)
     path = folder / PLAN
     held_out = [len(fold.judged) + len(fold.dev) for fold in folds]
-    entries = Entries(sum(entrant(name).meta for name in names), sum(entrant(name).rank == 1 for name in names))
+    with_steps = [entrant(name) for name in names if entrant(name).steps]
+    entries = Entries(sum(e.meta for e in with_steps), sum(not e.meta for e in with_steps))
     if path.is_file() and not overwrite:
         agenda = Agenda.read(path, settings, held_out, entries)
         of_before = (mark.partition(DATA)[0], mark.partition(NETWORK)[0])  # say nothing of inputs, or of the network
@@ -351,7 +354,7 @@ def _told_cell(
 
 def _gradients(method: str, fold: Fold, plan: Plan) -> int:
     """Count the gradients of a cell, for the bar."""
-    if entrant(method).rank == 0:
+    if not entrant(method).steps:
         return 0
     adapting = (len(fold.judged) + len(fold.dev)) * len(adaptations_of(method, plan)) * plan.steps
     return adapting + (plan.gradients if entrant(method).meta else 0)

@@ -23,10 +23,13 @@ class Entrant(NamedTuple):
         title: in tables and figures.
         rank: how much there is to it: 0 a regression on frozen features, 1 an adapter of the task's own, 2 and more
             methods that learn from other tasks; see :mod:`~pyro_lift.comparison.advice`.
+        steps: whether it takes steps of gradients, in meta-training or adaptation; regressions on frozen features do
+            not.
     """
 
     title: str
     rank: int
+    steps: bool = True
 
     @property
     def meta(self) -> bool:
@@ -35,24 +38,25 @@ class Entrant(NamedTuple):
 
 
 _KNOWN = {
-    "linear-probe": Entrant("Linear Probe", 0),
+    "linear-probe": Entrant("Linear Probe", 0, steps=False),
+    "pooled-probe": Entrant("Pooled Probe", 2, steps=False),
     "no-meta-train": Entrant("LoRA alone", 1),
     "lora-tuned": Entrant("Tuned LoRA", 1),
-    "union-train": Entrant("Union Train", 2),
-    "reptile": Entrant("Reptile", 3),
-    "lift": Entrant("LiFT", 4),
+    "union-train": Entrant("Union Train", 3),
+    "reptile": Entrant("Reptile", 4),
+    "lift": Entrant("LiFT", 5),
 }
 
 
 def entrant(method: str) -> Entrant:
     """Return the title and the rank of a method of the registry."""
-    return _KNOWN.get(method, Entrant(method, 3))
+    return _KNOWN.get(method, Entrant(method, 4))
 
 
 def default_methods() -> tuple[str, ...]:
     """Name the methods of the default comparison: of LoRA without meta-learning the most careful that there is."""
     alone = "lora-tuned" if "lora-tuned" in BASELINES else "no-meta-train"
-    return ("linear-probe", alone, "union-train", "reptile", REFERENCE)
+    return ("linear-probe", "pooled-probe", alone, "union-train", "reptile", REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class CompareSettings:
 
     budget: str | float = field(default="10 min", metadata={"help": "time that the whole may take"})
     seeds: int = field(default=1, metadata={"help": "repetitions: initial adapters, minibatches, chains"})
-    methods: Sequence[str] | None = field(default=None, metadata={"help": "of the registry; none: the default five"})
+    methods: Sequence[str] | None = field(default=None, metadata={"help": "of the registry; none: the default six"})
     folds: int = field(default=3, metadata={"help": "parts that tasks are held out in, one after the other"})
     rates: Sequence[float] = field(
         default=(1.0, 0.25, 4.0),

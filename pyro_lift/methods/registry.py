@@ -29,6 +29,7 @@ from pyro_lift.inference.baselines.maml import MAML
 from pyro_lift.inference.baselines.maml_mix import MAMLMix
 from pyro_lift.inference.baselines.mbc import MBC
 from pyro_lift.inference.baselines.no_meta_train import NoMetaTrain
+from pyro_lift.inference.baselines.pooled_probe import PooledProbe
 from pyro_lift.inference.baselines.protocol import Baseline
 from pyro_lift.inference.baselines.protonet import ProtoNet
 from pyro_lift.inference.baselines.protonet_lite import ProtoNetLITE
@@ -48,6 +49,7 @@ __all__ = ["BASELINES"]
 #: :class:`~pyro_lift.inference.baselines.protocol.Budget` and the method's own settings.
 BASELINES: dict[str, Callable[..., Baseline[Any]]] = {
     "linear-probe": LinearProbe,
+    "pooled-probe": PooledProbe,
     "lora-tuned": LoRATuned,
     "no-meta-train": NoMetaTrain,
     "union-train": UnionTrain,

@@ -116,6 +116,17 @@ def test_one_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
     assert pyro_lift.compare(tasks, adapter, out=tmp_path / "whole", **options).summary.losses == whole.summary.losses
 
 
+def test_one_regression_over_all_tasks_is_a_row_where_they_share_their_classes() -> None:
+    options: dict[str, Any] = {**SMALL, "folds": 2, "methods": ("linear-probe", "pooled-probe"), "budget": "1 h"}
+    both = pyro_lift.compare(tiny_tasks(4), tiny_adapter(), **options)
+    assert list(both.summary.results) == ["linear-probe", "pooled-probe"] and "Pooled Probe" in both.table
+    named = [replace(task, labels=(task.name, "b", "c")) for task in tiny_tasks(4)]
+    alone = pyro_lift.compare(named, tiny_adapter(), **options)
+    assert list(alone.summary.results) == ["linear-probe"]
+    assert any(re.match("no pooled probe: tasks 't.' and 't.' have not the same classes", n) for n in alone.notes)
+    assert "pooled-probe" in CompareSettings().names
+
+
 def test_when_time_is_up_it_ends_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def late(work: Any, *, method: str, seed: int, fold: int) -> Any:
         if method == "lift" and fold == 1:

@@ -41,6 +41,7 @@ VARIANCES = (0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 _PLAIN = {
     "linear-probe": "Linear Probe",
+    "pooled-probe": "Pooled Probe",
     "lora-tuned": "Tuned LoRA",
     "no-meta-train": "No Meta Train",
     "union-train": "Union Train",

@@ -28,6 +28,8 @@ from pyro_lift.models.backbones import recipe
 
 __all__ = ["PASSES", "Shapes", "dry_run", "shapes_of"]
 
+#: Regressions on frozen features: one pass of a row, and nothing is trained through the network.
+PROBES = ("linear-probe", "pooled-probe")
 #: What a device sustains, in floating-point operations a second: a third of a V100's peak in float32, and two cores.
 SUSTAINED: dict[Scale, tuple[str, float]] = {"paper": ("one V100", 5e12), "small": ("two CPU cores", 6e10)}
 #: Over one forward and backward pass of a minibatch: passes a visit, and activations alive at once
@@ -255,9 +257,9 @@ def _estimates(setting: Setting, scale: Scale, family: str, groups: Sequence[str
         name = GROUPS[group][0]
         method = CONTESTANTS[name].method
         passes = PASSES.get(method, (1.0, 1.0))[0]
-        meta = 0 if method in ("linear-probe", "lora-tuned", "no-meta-train", "taskwise-peft") else 1
+        meta = 0 if method in (*PROBES, "lora-tuned", "no-meta-train", "taskwise-peft") else 1
         adaptations = (
-            len(GROUPS[group]) * (test + len(s.rates) * s.dev_tasks) * (s.steps if method != "linear-probe" else 1)
+            len(GROUPS[group]) * (test + len(s.rates) * s.dev_tasks) * (s.steps if method not in PROBES else 1)
         )
         seconds = one * (meta * (s.warm_up + passes * s.visits) + adaptations)
         memory = _bytes(shapes, method, train, components)

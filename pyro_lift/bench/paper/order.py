@@ -10,7 +10,10 @@ from pyro_lift.bench.paper.families import FAMILIES
 __all__ = ["FIRST", "in_order"]
 
 #: Groups that every table is read by, the bars first.
-FIRST = ("linear-probe", "union-train", "lift", "lora-tuned", "no-meta-train", "maml", "reptile", "abml", "bmaml")
+FIRST = (
+    *("linear-probe", "pooled-probe", "union-train", "lift", "lora-tuned", "no-meta-train", "maml", "reptile"),
+    *("abml", "bmaml"),
+)
 #: Splits that are much like one that comes before them.
 LATER = ("CLS-23", "CLS-0", "MCQA", "MRC", "NLI", "Paraphrase", "random-60/10/30", "play-60/10/30")
 

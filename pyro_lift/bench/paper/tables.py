@@ -173,6 +173,8 @@ FIGURES: dict[int, Table] = {
     ),
 }
 
+#: Families of ours whose tasks have the same classes, or predict one quantity: one regression can be over all rows.
+POOLED = ("digits", "scanners", "shifts", "regressions")
 #: Families of ours: where tasks share something, and where they do not.
 OURS = ("development", "digits", "scanners", "shifts", "novels", "roles", "regressions")
 
@@ -186,6 +188,8 @@ def family_table(name: str) -> Table:
     check_choice("family", name, OURS)
     family = family_of(name)
     probe = () if name == "novels" else ("linear-probe",)
+    if name in POOLED:
+        probe = (*probe, "pooled-probe")
     rows = (*probe, "lora-tuned", "no-meta-train", "union-train", "maml", "reptile", *family.orders)
     if name == "roles":
         rows = ("union-train", "reptile", *family.orders)
