@@ -20,7 +20,7 @@ from pyro_lift.settings import LiFTSettings
 from pyro_lift.tuning.methods import TRIALS, method_candidates, shortened_method, space_of, tune_method, with_changes
 
 #: They choose on each task's own rows.
-CHOOSE = ("linear-probe", "lora-tuned")
+CHOOSE = ("linear-probe", "pooled-probe", "lora-tuned")
 FEW = replace(SMALL, warm_up=20, visits=60, steps=40, draws=5)
 
 
