@@ -252,9 +252,9 @@ def test_a_choice_is_made_once_for_the_same_features_and_anew_for_others(monkeyp
     x, y = joined(24, 4, 2)
     made: list[int] = []
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **options: Any) -> Any:
         made.append(1)
-        return choose_prior_sd(*arguments)
+        return choose_prior_sd(*arguments, **options)
 
     monkeypatch.setattr("pyro_lift.models.head_choice.choose_prior_sd", counted)
     first, before = choose_head(x, y, 2, 20.0), len(made)
