@@ -208,20 +208,23 @@ class SolvedHeads:
 
         model, widths = choices[0].model, each([choice.sd for choice in choices])
         scales = [choice.model.scale for choice in choices]
-        if model.scale is not None:  # tasks that share a pass differ in their scale alone
+        if model.scale is not None:  # tasks that share a pass may differ in their scale
             means = each([scale.mean for scale in scales if scale is not None])
             model = model._replace(scale=ScalePrior(means, model.scale.sd))
         arounds = [choice.model.around for choice in choices]
         given = next((around for around in arounds if around is not None), None)
+        biases = [choice.model.bias_sd for choice in choices]
+        if len(set(biases)) > 1:  # in how free their biases are, where some do not stand around the head of all
+            model = model._replace(bias_sd=each(biases))
         if given is not None:  # or in the head that their prior stands at
             each_around = [torch.zeros_like(given) if around is None else around for around in arounds]
             model = model._replace(around=torch.stack(each_around))
         if model.kind == "regression":  # in units of each task's noise, on which the mode does not depend
             noise = each([choice.model.noise_scale for choice in choices])
-            biases, centred = each([choice.model.bias_sd for choice in choices]), each([a is None for a in arounds])
+            centred = each([a is None for a in arounds])
             spreads = [choice.model.least_spread for choice in choices if choice.model.least_spread is not None]
             least = torch.stack(spreads) if len(spreads) == len(choices) else None
-            model = model._replace(noise_scale=1.0, bias_sd=biases / noise, centred=centred, least_spread=least)
+            model = model._replace(noise_scale=1.0, bias_sd=each(biases) / noise, centred=centred, least_spread=least)
             widths = widths / noise
         return model, widths
 

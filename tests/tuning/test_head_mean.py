@@ -90,9 +90,13 @@ def test_draws_stand_around_that_mode() -> None:
     torch.testing.assert_close(plain, draws)  # the curvature is that of the whole head, wherever its prior stands
 
 
-def test_tasks_that_share_a_pass_each_have_their_own_choice() -> None:
+@pytest.mark.parametrize("usual", [{}, {"width": 0.25, "bias_sd": 0.1}], ids=["own", "usual"])
+def test_tasks_that_share_a_pass_each_have_their_own_choice(
+    usual: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyro_lift.models.solved_heads.ODD", 0.0)  # so that of few rows some are odd
     made = [*tasks(3), *tasks(2, shared=False, seed=5)]
-    mean = ClassHead(solve_head(*_read(adapter(), tasks(8, rows=60)), HeadModel(CLASSES), prior_sd=0.5).head)
+    mean = ClassHead(solve_head(*_read(adapter(), tasks(8, rows=60)), HeadModel(CLASSES), prior_sd=0.5).head, **usual)  # type: ignore[arg-type]
     heads = SolvedHeads(adapter(), made, adapter().initial, mean=mean)
     around = [heads.choice(k).model.around is not None for k in range(5)]
     assert any(around) and not all(around)
