@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -119,22 +118,26 @@ class SolvedHeads:
             found = all_features(self.adapter, rows, self.start, network_output)
             scale = self.scale if self.adapter.matches(rows.named) else None
             mean = None if self.mean is None or scale is not None else self.mean.of(self.tasks[task])
-            told: dict[str, Any] = {}
-            if self.tasks[task].kind == "regression":
-                if self.mean is not None:
-                    told = {"width": self.mean.width, "feature_sd": self.mean.feature_sd}
-                choose = partial(choose_value_head, found, rows.target, noise_scale=self.noise_scale, **told)
+            if scale is not None:
+                choice = choose_head(found, rows.target, outputs, scale)
             else:
-                # What tasks say of a prior is of where theirs stand: around the head of all, or around zero.
-                usual = None if self.mean is None or len(self.mean.head) > 0 else self.mean.usual
-                choose = partial(choose_head, found, rows.target, outputs, usual=usual)
-            choice = choose() if scale is None else choose_head(found, rows.target, outputs, scale)
-            if self.mean is not None and mean is not None:
-                told = {} if self.tasks[task].kind == "regression" else {"usual": self.mean.usual}
-                around = choose(around=mean, **told)
+                choice = self._chosen(task, found, None)
+            if mean is not None:
+                around = self._chosen(task, found, mean)
                 choice = choice if self._is_odd(task, choice.score - around.score) else around
             self._choices[task] = choice
         return self._choices[task]
+
+    def _chosen(self, task: int, features: Tensor, around: Tensor | None) -> HeadChoice:
+        """Choose a task's prior around zero, or around a head."""
+        target, outputs, mean = self.tasks[task].train.target, head_outputs(self.tasks[task]), self.mean
+        assert outputs is not None
+        if self.tasks[task].kind == "regression":
+            told: dict[str, Any] = {} if mean is None else {"width": mean.width, "feature_sd": mean.feature_sd}
+            return choose_value_head(features, target, noise_scale=self.noise_scale, around=around, **told)
+        # What tasks say of a prior is of where theirs stand: around the head of all, or around zero.
+        usual = mean.usual if mean is not None and (around is not None or len(mean.head) == 0) else None
+        return choose_head(features, target, outputs, around=around, usual=usual)
 
     def _is_odd(self, task: int, gain: float) -> bool:
         """Whether a task's rows are so much better predicted by a head around zero that it has that."""

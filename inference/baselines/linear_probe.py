@@ -54,6 +54,7 @@ __all__ = [
     "fit_ridge",
     "has_probe",
     "reader_of",
+    "ridge_head",
     "softmax_heads",
 ]
 
@@ -236,10 +237,13 @@ def fit_ridge(x: NDArray[np.float64], y: NDArray[np.float64]) -> RidgeFit:
     errors = torch.from_numpy(
         model.cv_results_.reshape(len(y), -1, len(alphas))[:, :, alphas.index(model.alpha_)].mean(1)
     )
-    slope = torch.from_numpy(model.coef_).reshape(values.shape[1], -1)
-    bias = torch.as_tensor(model.intercept_, dtype=torch.float64).reshape(-1)
-    head = scaling.folded(torch.cat([slope, bias.unsqueeze(-1)], -1))
-    return RidgeFit(head, float(model.alpha_) ** -0.5, errors)
+    return RidgeFit(scaling.folded(ridge_head(model)), float(model.alpha_) ** -0.5, errors)
+
+
+def ridge_head(model: Any) -> Tensor:
+    """Return the head ``[C, E + 1]`` of a fitted ridge regression of scikit-learn's, bias last."""
+    bias = torch.as_tensor(model.intercept_, dtype=torch.float64).reshape(-1, 1)
+    return torch.cat([torch.from_numpy(model.coef_).reshape(len(bias), -1), bias], -1)
 
 
 def _is_better(fit: RidgeFit, simple: RidgeFit) -> bool:

@@ -26,9 +26,9 @@ from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.baselines.linear_probe import (
     CHOICE_TOLERANCE,
     ProbePosterior,
-    check_probed,
     has_probe,
     reader_of,
+    ridge_head,
     softmax_heads,
 )
 from pyro_lift.inference.baselines.protocol import Budget
@@ -92,12 +92,10 @@ class PooledProbe:
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> PooledProbeState:
         """Read the features of all tasks, and choose the strength."""
         del on_step
-        for task in tasks:
-            check_probed(task)
-        check_rows(self.adapter, tasks)
         if not tasks:
             raise ValueError("tasks is empty: there is nothing to learn from.")
         _check_pooled(tasks)
+        check_rows(self.adapter, tasks)
         theta = self.adapter.initial.clone()
         heads = self.budget.heads.fitted(self.adapter, tasks)
         most = max(MOST_ROWS // len(tasks), 1)
@@ -111,7 +109,6 @@ class PooledProbe:
     def adapt(self, state: PooledProbeState, task: Task, *, seed: int | None = None) -> ProbePosterior:
         """Fit the regression to all rows; nothing is random."""
         del seed
-        check_probed(task)
         _check_pooled([state.like, task])
         check_rows(self.adapter, [task])
         x, y = self._read(task, state.theta, state.heads, len(task.train))
@@ -127,7 +124,7 @@ class PooledProbe:
         rows = task.train.take(slice(0, most)).to(theta.device)
         x = all_features(self.adapter, rows, theta, reader_of(task, heads)).double().cpu()
         y = rows.target.cpu()
-        return x, columns_of(y).double() if task.kind == "regression" else y
+        return x, columns_of(y) if task.kind == "regression" else y
 
 
 def why_not_pooled(tasks: Sequence[Task]) -> str | None:
@@ -147,9 +144,7 @@ def why_not_pooled(tasks: Sequence[Task]) -> str | None:
 
 def _answers_of(task: Task) -> tuple[object, ...]:
     """What two tasks have alike whose answers mean the same."""
-    texts = (
-        () if task.label_texts is None else tuple(task.label_texts[key].tolist() for key in sorted(task.label_texts))
-    )
+    texts = [(name, x.tolist()) for name, x in sorted((task.label_texts or {}).items())]
     shape = tuple(task.train.target.shape[1:]) if task.kind == "regression" else ()
     return task.kind, task.num_classes, task.labels, texts, shape
 
@@ -187,10 +182,4 @@ def _fits(z: Tensor, target: Tensor, like: Task, widths: Sequence[float], tolera
         return list(softmax_heads(z.numpy(), target.numpy(), like.num_classes, widths, tolerance))
     from sklearn.linear_model import Ridge
 
-    heads = []
-    for sd in widths:
-        model = Ridge(alpha=sd**-2).fit(z.numpy(), target.numpy())
-        slope = torch.from_numpy(model.coef_).reshape(target.shape[-1], -1)
-        bias = torch.as_tensor(model.intercept_, dtype=torch.float64).reshape(-1, 1)
-        heads.append(torch.cat([slope, bias], -1))
-    return heads
+    return [ridge_head(Ridge(alpha=sd**-2).fit(z.numpy(), target.numpy())) for sd in widths]

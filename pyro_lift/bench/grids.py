@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from pyro_lift.methods.registry import CHOOSING
+
 __all__ = ["CHOOSING", "CHOSEN", "GROUPS", "LIKE", "Choice", "choice_of", "group_of"]
 
 
@@ -47,8 +49,6 @@ GROUPS = (
     "lift-reg-x",
     "fixed-theta",
 )
-#: Methods that choose for themselves, so that there is nothing to tune.
-CHOOSING = ("linear-probe", "pooled-probe", "lora-tuned")
 #: Methods that take the choice of another of their family: gradient-based ones MAML's, samplers LiFT's or SharedPEFT's.
 LIKE = {
     **dict.fromkeys(("fo-maml", "imaml", "boot-maml", "bmaml", "abml", "maml-mix-k5", "imaml-mix-k5"), "maml"),

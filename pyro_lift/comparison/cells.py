@@ -19,7 +19,7 @@ from pyro_lift.inference.baselines.protocol import Baseline, Budget
 from pyro_lift.inference.lost import ChainLostError
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.methods.lift import regress
-from pyro_lift.methods.registry import BASELINES
+from pyro_lift.methods.registry import BASELINES, CHOOSING
 from pyro_lift.metrics.probabilities import class_scores
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED
@@ -40,8 +40,6 @@ __all__ = [
     "run_cell",
 ]
 
-#: Methods that choose for themselves, what they choose on being part of what they are.
-CHOOSING = ("linear-probe", "pooled-probe", "lora-tuned")
 #: Rows of a prediction's pass: a CPU likes few at a time, and text is padded to the longest of its pass.
 PASS_ROWS = 32
 

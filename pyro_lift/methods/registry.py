@@ -42,9 +42,11 @@ from pyro_lift.methods.fixed_theta import FixedTheta
 from pyro_lift.methods.lift import LiFTMethod
 from pyro_lift.settings import LiFTSettings
 
-__all__ = ["BASELINES"]
+__all__ = ["BASELINES", "CHOOSING"]
 
 
+#: Methods that choose for themselves, on rows or tasks that they leave out, so that there is nothing to tune.
+CHOOSING = ("linear-probe", "pooled-probe", "lora-tuned")
 #: Every row of the paper's tables: called with the adapter, a
 #: :class:`~pyro_lift.inference.baselines.protocol.Budget` and the method's own settings.
 BASELINES: dict[str, Callable[..., Baseline[Any]]] = {

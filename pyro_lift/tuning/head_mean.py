@@ -4,7 +4,7 @@ Tasks whose classes are the same have heads that are alike, and a head that is s
 of that. So one head is solved on the rows of all tasks, on the untouched network's features, and the prior of a task's
 own head is put around it,
 
-.. math:: w_c \sim \mathcal N(\bar w_c, s^2 I) \quad\text{in place of}\quad \mathcal N(0, s^2 I),
+.. math:: w_c \sim \mathcal N(\bar w_c, s^2 I) \quad\text{in place of}\quad \mathcal N(0, s^2 I).
 
 Classes go by their names where tasks have names, else by their numbers. Whether they are the same classes only the
 tasks can tell: the head of one half of them is tried on those of the other, by the log probability of rows that were
@@ -169,12 +169,21 @@ def _of_classes(adapter: RandomAdapter, tasks: Sequence[Task], classes: list[str
         found = [_scores(*read, head.of(read[0])) for head, unseen in pairs for read in unseen[:JUDGED]]
         usual_around, shared = _best(found)
         if _helps(shared - own, "classification"):
+            _tell(usual_around)
             each = [(_names(half), _under(head, usual_around)) for half, head in zip(halves, heads, strict=True)]
             whole = _under(_pooled(_whole(halves), classes), usual_around)
             return HeadMean(whole, *paired(shared - own), tuple(each))
+    if usual is None:
+        return None
+    _tell(usual)
     _, features, _ = halves[0][0]
     none = ClassHead(features.new_zeros(0, features.shape[-1] + 1))
-    return None if usual is None else HeadMean(_under(none, usual), 0.0, 0.0)
+    return HeadMean(_under(none, usual), 0.0, 0.0)
+
+
+def _tell(usual: UsualPrior | None) -> None:
+    if usual is not None:
+        log.info("the tasks' heads have a prior of sd %.3g a logit and %.3g a bias.", usual.width, usual.bias_sd)
 
 
 def _under(head: ClassHead, usual: UsualPrior | None) -> ClassHead:
@@ -192,7 +201,7 @@ def _scores(task: Task, x: Tensor, y: Tensor, around: Tensor | None) -> Tensor:
         told = -math.log(C) if around is None else float(apply_head(x.double(), around.double()).log_softmax(-1)[0, y])
         return torch.full((len(BIAS_SDS), len(LOGIT_WIDTHS)), told, dtype=torch.float64)
     if len(x) > CHOICE_ROWS:
-        some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:CHOICE_ROWS].to(x.device)
+        some = _drawn(x, CHOICE_ROWS)
         x, y = x[some], y[some]
     each = [choose_prior_sd(x, y, HeadModel(C, around=around, bias_sd=sd)).scores for sd in BIAS_SDS]
     return -torch.tensor(each, dtype=torch.float64)
@@ -204,9 +213,7 @@ def _best(scores: Sequence[Tensor]) -> tuple[UsualPrior | None, Tensor]:
     bias, width = divmod(int(all_of.mean(0).argmax()), len(LOGIT_WIDTHS))
     if bool((all_of == all_of[:, :1, :1]).all()):  # single rows say nothing of it
         return None, all_of[:, 0, 0]
-    usual = UsualPrior(LOGIT_WIDTHS[width], BIAS_SDS[bias])
-    log.info("the tasks' heads have a prior of sd %.3g a logit and %.3g a bias.", usual.width, usual.bias_sd)
-    return usual, all_of[:, bias, width]
+    return UsualPrior(LOGIT_WIDTHS[width], BIAS_SDS[bias]), all_of[:, bias, width]
 
 
 def _halves(adapter: RandomAdapter, tasks: Sequence[Task]) -> list[list[Read]]:
@@ -281,7 +288,7 @@ def _pooled(read: Sequence[tuple[Task, Tensor, Tensor]], classes: list[str] | in
     spread = x.double().std(0)
     dead = spread < DEAD * spread.median()
     x = torch.where(dead, x.mean(0), x)  # as a constant it has no slope, else one that is beyond all proportion
-    some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:CHOOSING].to(x.device)
+    some = _drawn(x, CHOOSING)
     if read[0][0].kind == "regression":
         model, sd, _ = choose_value_head(x[some], y[some])
         width = best_width([(features, target) for _, features, target in read[:JUDGED]], spread)
@@ -290,6 +297,11 @@ def _pooled(read: Sequence[tuple[Task, Tensor, Tensor]], classes: list[str] | in
     model = HeadModel(len(names) or int(classes))  # type: ignore[arg-type]
     width = choose_prior_sd(x[some], y[some], model).sd
     return ClassHead(solve_head(x, y, model, prior_sd=width).head, names)
+
+
+def _drawn(x: Tensor, most: int) -> Tensor:
+    """Draw the numbers of some rows, on their device."""
+    return torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:most].to(x.device)
 
 
 def _numbered(task: Task, target: Tensor, names: tuple[str, ...]) -> Tensor:

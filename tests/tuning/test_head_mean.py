@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
+from pyro_lift.before_chain import BeforeChain
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
@@ -273,13 +274,18 @@ def test_what_tasks_say_around_their_head_is_not_said_of_heads_around_zero() -> 
     assert chosen.choice(1).model.bias_sd == BIAS_SD and chosen.choice(1).sd == plain.choice(0).sd
 
 
+def found_under(rules: Mapping[str, str], folder: Path) -> BeforeChain:
+    """Return what is found before the chain of a run that was begun under these rules."""
+    lift = LiFT(adapter(), **SHORT)  # type: ignore[arg-type]
+    config = run_config(lift.settings, lift.seed, lift.adapter, tasks(), rules=rules)
+    return lift.before_chain(tasks(), Session(folder, config=config))
+
+
 def test_a_run_of_before_goes_on_with_each_task_choosing_for_itself(tmp_path: Path) -> None:
     then = {name: rule for name, rule in RULES.items() if name != "head widths"}
     seen = []
     for rules, folder in ((then, tmp_path / "then"), (RULES, tmp_path / "today")):
-        lift = LiFT(adapter(), **SHORT)  # type: ignore[arg-type]
-        config = run_config(lift.settings, lift.seed, lift.adapter, tasks(), rules=rules)
-        mean = lift.before_chain(tasks(), Session(folder, config=config)).run.head_mean
+        mean = found_under(rules, folder).run.head_mean
         assert mean is not None
         seen.append(mean.head.bias_sd)
     assert seen[0] is None and seen[1] in BIAS_SDS
@@ -316,9 +322,7 @@ def test_a_run_of_before_goes_on_with_theta_seeing_heads_of_the_tasks_own(tmp_pa
     then = {name: rule for name, rule in RULES.items() if name != "trained heads"}
     seen = []
     for rules, folder in ((then, tmp_path / "then"), (RULES, tmp_path / "today")):
-        lift = LiFT(adapter(), **SHORT)  # type: ignore[arg-type]
-        config = run_config(lift.settings, lift.seed, lift.adapter, tasks(), rules=rules)
-        found = lift.before_chain(tasks(), Session(folder, config=config))
+        found = found_under(rules, folder)
         assert found.program.solved is not None and found.run.head_mean is not None
         seen.append((found.program.solved.through_mean, bool(found.run.head_mean.halves)))
     assert seen == [(False, False), (True, True)]

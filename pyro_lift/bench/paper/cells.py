@@ -26,13 +26,14 @@ from pyro_lift.bench.paper.families import family_of
 from pyro_lift.bench.paper.problems import PaperProblem, problem_of
 from pyro_lift.bench.paper.scoring import at_temperature, counted, intervals, judged_rows, predicted, scored
 from pyro_lift.bench.paper.sizes import Scale
-from pyro_lift.bench.paper.training import CHOOSE_THEMSELVES, Trained, adaptations_of, trained
+from pyro_lift.bench.paper.training import Trained, adaptations_of, trained
 from pyro_lift.bench.sweep import Cell
 from pyro_lift.bench.text_to_text import WritingSettings, written_scores
 from pyro_lift.inference.adaptation.temperature import fit_temperature
 from pyro_lift.inference.baselines.search_space import Changes
 from pyro_lift.inference.lost import ChainLostError
 from pyro_lift.inference.sgld import DivergedError
+from pyro_lift.methods.registry import CHOOSING
 from pyro_lift.metrics.probabilities import nll
 
 __all__ = ["PaperCell", "run_cell", "versions"]
@@ -187,7 +188,7 @@ def _chosen(problem: PaperProblem, contestant: Trained, seed: int, adaptations: 
     Of those that are as good as the best, within :data:`TIE`, the first is taken: the given one, then the smaller.
     """
     dev = problem.tasks.dev
-    if contestant.name in CHOOSE_THEMSELVES or not dev:
+    if contestant.name in CHOOSING or not dev:
         adaptations = adaptations[:1]
     tried: list[tuple[float, Changes, list[tuple[Tensor, Tensor]]]] = []
     for changes in adaptations:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lift.bench.paper.cells import PaperCell
-from pyro_lift.bench.paper.contestants import CONTESTANTS, GROUPS
+from pyro_lift.bench.paper.contestants import ALONE, CONTESTANTS, GROUPS
 from pyro_lift.bench.paper.costs import FAMILY, ROUNDS, TASKS, TIMED, rank_of
 from pyro_lift.bench.paper.families import Setting, setting_of
 from pyro_lift.bench.paper.sizes import Scale, Sizes
@@ -257,7 +257,7 @@ def _estimates(setting: Setting, scale: Scale, family: str, groups: Sequence[str
         name = GROUPS[group][0]
         method = CONTESTANTS[name].method
         passes = PASSES.get(method, (1.0, 1.0))[0]
-        meta = 0 if method in (*PROBES, "lora-tuned", "no-meta-train", "taskwise-peft") else 1
+        meta = 0 if method in (*PROBES, *ALONE) else 1
         adaptations = (
             len(GROUPS[group]) * (test + len(s.rates) * s.dev_tasks) * (s.steps if method not in PROBES else 1)
         )

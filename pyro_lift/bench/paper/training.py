@@ -23,10 +23,8 @@ from pyro_lift.models.task import Task
 from pyro_lift.settings import LiFTSettings
 from pyro_lift.tuning.methods import method_candidates, with_changes
 
-__all__ = ["CHOOSE_THEMSELVES", "Trained", "adaptations_of", "budget_of", "method_of", "step_of", "trained"]
+__all__ = ["Trained", "adaptations_of", "budget_of", "method_of", "step_of", "trained"]
 
-#: They choose by themselves, so that no rate is chosen for them.
-CHOOSE_THEMSELVES = ("linear-probe", "pooled-probe", "lora-tuned")
 #: Minibatches of an outer step: with fewer of them there are more steps.
 TASKS_PER_STEP = 2
 #: Of LiFT's gradients, those of its chain; joint training and its trial have the others. Of so few they need more.
