@@ -15,6 +15,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.door import check_rows
 from pyro_lift.models.doubts import parts_of
 from pyro_lift.models.factors import factor, normal
+from pyro_lift.models.features import all_features
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.likelihoods import among_classes, log_likelihood
 from pyro_lift.models.row_outputs import ACROSS_ROWS, needs_several_rows, note_alone
@@ -26,6 +27,7 @@ __all__ = [
     "batch_of",
     "check_width",
     "has_head",
+    "head_features_of",
     "head_inputs_of",
     "is_narrower",
     "naming_inputs",
@@ -339,6 +341,22 @@ def _first_output(adapter: RandomAdapter, task: Task, part: tuple[str, Rows] | N
     with naming_inputs(f"{whose}: the network cannot be called with its first row", row, adapter, hint):
         output: Tensor = adapter(*row.positional, theta=adapter.initial, **row.named)
     return output
+
+
+def head_features_of(adapter: RandomAdapter, task: Task, rows: Rows, theta: Tensor) -> Tensor:
+    """Compute what a head of a task's own stands on, ``[n, E]``, without a graph; what is raised names the task.
+
+    Raises:
+        ValueError: rows that the network cannot be called with, or an output that is no vector for a row.
+    """
+    with naming_inputs(f"task {task.name!r}: the network cannot be called with its rows", rows, adapter):
+        found = all_features(adapter, rows, theta, network_output)
+    if found.dim() != 2:
+        raise ValueError(
+            f"task {task.name!r}: the network's output for its rows ({shapes_of(rows)}) has shape {list(found.shape)}; "
+            "a head of the task's own stands on one vector a row, [n, E]. Give the rows as those of other tasks."
+        )
+    return found
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from pyro_lift.models.head_choice import HeadChoice, choose_head
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.heads import ODD, HeadModel, ScalePrior, laplace_head, solve_head
 from pyro_lift.models.likelihoods import LossKind, log_likelihood
-from pyro_lift.models.observation import batch_of, has_head, network_output
+from pyro_lift.models.observation import batch_of, has_head, head_features_of, network_output
 from pyro_lift.models.readouts import LabelMatching
 from pyro_lift.models.task import Rows, Task, head_outputs
 from pyro_lift.models.tensor_digest import digest_of
@@ -115,7 +115,7 @@ class SolvedHeads:
         if task not in self._choices:
             rows, outputs = self.tasks[task].train, head_outputs(self.tasks[task])
             assert outputs is not None
-            found = all_features(self.adapter, rows, self.start, network_output)
+            found = head_features_of(self.adapter, self.tasks[task], rows, self.start)
             scale = self.scale if self.adapter.matches(rows.named) else None
             mean = None if self.mean is None or scale is not None else self.mean.of(self.tasks[task])
             if scale is not None:

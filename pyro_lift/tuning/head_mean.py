@@ -34,11 +34,10 @@ from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead
-from pyro_lift.models.features import all_features
 from pyro_lift.models.head_choice import choose_head
 from pyro_lift.models.head_problem import HeadModel, apply_head
 from pyro_lift.models.heads import BIAS_SDS, LOGIT_WIDTHS, UsualPrior, choose_prior_sd, solve_head
-from pyro_lift.models.observation import network_output
+from pyro_lift.models.observation import head_features_of
 from pyro_lift.models.target_families import families_of
 from pyro_lift.models.task import Task, head_outputs
 from pyro_lift.models.value_head import best_width, choose_value_head, columns_of
@@ -277,7 +276,7 @@ def _gain(task: Task, x: Tensor, y: Tensor, around: ClassHead) -> float:
 def _read(adapter: RandomAdapter, task: Task, most: int) -> tuple[Tensor, Tensor]:
     """Read the features and the targets of some rows of a task; of more rows than these they are drawn."""
     rows = drawn_rows(task.train, most)
-    return all_features(adapter, rows, adapter.initial, network_output), rows.target
+    return head_features_of(adapter, task, rows, adapter.initial), rows.target
 
 
 def _pooled(read: Sequence[tuple[Task, Tensor, Tensor]], classes: list[str] | int) -> ClassHead:

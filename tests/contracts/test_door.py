@@ -95,6 +95,9 @@ def langevin(model: Model, **options: Any) -> SGLDGibbs:
 
 
 TASK = Task("t", (torch.zeros(4, 3), torch.tensor([0, 1, 2, 1])))
+FEATURES = [Task(f"t{k}", (torch.randn(4, 3), TASK.train.target), num_classes=3) for k in range(4)]
+NARROWER = Task("v", (torch.zeros(4, 2), TASK.train.target), num_classes=3)
+DEEPER = Task("w", (torch.zeros(4, 1, 3), TASK.train.target), num_classes=3)
 ALSO_NARROWER = Task("u", TASK.train, num_classes=3, test=(torch.zeros(2, 2), torch.tensor([0, 1])))
 
 
@@ -325,6 +328,16 @@ DOOR: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"task 'u', test data: the network cannot be called with its first row.*\[1, 2\].* rows are inputs "
         r"torch.float32 \[1, 3\]",
+    ),
+    "a task of another width among heads of their own": (
+        lambda: LiFT(adapter(8), sgd_steps=2, burn_in=2, samples=2).meta_train([*FEATURES, NARROWER]),
+        ValueError,
+        r"task 'v': the network cannot be called with its.* \[4, 2\]",
+    ),
+    "a task of another shape among heads of their own": (
+        lambda: LiFT(adapter(8), sgd_steps=2, burn_in=2, samples=2).meta_train([*FEATURES, DEEPER]),
+        ValueError,
+        r"task 'w': the network's output for its rows .* has shape \[4, 1, 8\]; a head of the task's own stands on one",
     ),
     "a generator of tasks": (
         lambda: LiFT(adapter(3)).meta_train(TASK for _ in range(2)),  # type: ignore[arg-type]
