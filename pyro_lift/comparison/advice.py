@@ -22,12 +22,14 @@ from typing import NamedTuple
 
 from pyro_lift.metrics.significance import PairedTest, paired_test
 
-__all__ = ["Contestant", "advise", "difference"]
+__all__ = ["GUESS", "Contestant", "advise", "difference"]
 
 #: A p-value below which a difference is called one.
 ALPHA = 0.05
 #: A mean difference that nobody would act on, in nats (or as a fraction of the variance).
 NEGLIGIBLE = 0.003
+#: What the answer that knows no input is called, in the table too.
+GUESS = "guess"
 
 
 class Contestant(NamedTuple):
@@ -107,7 +109,7 @@ def _verdict(usable: Mapping[str, Contestant], chance: Sequence[float] | None, u
     simplest = min(ties, key=lambda name: (usable[name].rank, mean[name]))
     if not usable[simplest].meta:
         return _without_meta(simplest, best, usable, mean, unit, measure)
-    return _with_meta(simplest, best, usable, mean, unit)
+    return _with_meta(simplest, best, usable, chance, unit)
 
 
 def _without_meta(
@@ -128,33 +130,41 @@ def _without_meta(
     return sentence + "; these tasks share nothing that meta-learning can use in this time."
 
 
-def _with_meta(simplest: str, best: str, usable: Mapping[str, Contestant], mean: Mapping[str, float], unit: str) -> str:
-    """Advise a method that learns from other tasks."""
-    alone = [name for name, c in usable.items() if not c.meta]
+def _with_meta(
+    simplest: str, best: str, usable: Mapping[str, Contestant], chance: Sequence[float] | None, unit: str
+) -> str:
+    """Advise a method that learns from other tasks, by its lead over the best that does not, guessing among them."""
+    alone = {name: c.losses for name, c in usable.items() if not c.meta}
     if not alone:
         alike = "" if simplest == best else f" ({best}, {_gap(usable[best], usable[simplest], unit)}, no simpler)"
         return f"{simplest} is as good as anything here{alike}; nothing without meta-learning was compared."
-    bar = min(alone, key=mean.__getitem__)
-    test = difference(usable[bar].losses, usable[simplest].losses)
-    others = [name for name in usable if name != simplest]
-    second = min(others, key=mean.__getitem__)
-    to_second = difference(usable[second].losses, usable[simplest].losses)
-    if second != bar and not (to_second.p_value <= ALPHA and to_second.difference > 0.0):
-        alike = f", {second} alike"
-    elif second != bar:
-        alike = f", and {_better(to_second, unit)} than the next ({second}{_p(to_second)})"
-    else:
-        alike = ""
+    if chance is not None:
+        alone[GUESS] = chance
+    losses = usable[simplest].losses
+    bar = min(alone, key=lambda name: statistics.fmean(alone[name]))
+    test = difference(alone[bar], losses)
+    others = {name: c.losses for name, c in usable.items() if name != simplest} | alone
+    second = min(others, key=lambda name: statistics.fmean(others[name]))
+    beside = "" if second == bar else _beside(second, difference(others[second], losses), unit)
     if test.p_value <= ALPHA and test.difference > 0.0:
         what = "the next" if second == bar else "the best without meta-learning"
         return (
-            f"{simplest}: {_better(test, unit)} than {what} ({bar}{_p(test)}){alike}: meta-learning pays here, use it."
+            f"{simplest}: {_better(test, unit)} than {what} ({bar}{_p(test)}){beside}: meta-learning pays here, use it."
         )
     return (
         f"{simplest} is ahead by {_size(test.difference, unit)} (standard error {_size(test.standard_error, unit)}) of "
-        f"the best without meta-learning ({bar}{_p(test)}){alike}: meta-learning may pay here, and more tasks to be "
+        f"the best without meta-learning ({bar}{_p(test)}){beside}: meta-learning may pay here, and more tasks to be "
         "judged by would tell."
     )
+
+
+def _beside(second: str, test: PairedTest, unit: str) -> str:
+    """Say how the next method that learns from other tasks stands to the one that is advised."""
+    if test.p_value <= ALPHA and test.difference > 0.0:
+        return f", and {_better(test, unit)} than the next ({second}{_p(test)})"
+    if test.difference < 0.0:
+        return f", with {second} {_size(-test.difference, unit)} lower and no simpler"
+    return f", and not clearly better than {second} ({_size(test.difference, unit)}{_p(test)})"
 
 
 def _as_good(losses: Sequence[float], best: Sequence[float]) -> bool:

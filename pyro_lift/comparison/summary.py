@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pyro_lift.bench.records import Record, format_table
-from pyro_lift.comparison.advice import Contestant, advise, difference
+from pyro_lift.comparison.advice import GUESS, Contestant, advise, difference
 from pyro_lift.comparison.cells import read_predictions
 from pyro_lift.comparison.settings import REFERENCE, entrant
 from pyro_lift.inference.adaptation.temperature import fit_temperature, tempered
@@ -78,7 +78,7 @@ class Summary(NamedTuple):
         if self.chance is not None:
             blank = [""] * (len(header) - 2 - (self.measure == "nll"))
             rows.append(
-                ["guess", *([""] if self.measure == "nll" else []), f"{statistics.fmean(self.chance):.3f}", *blank]
+                [GUESS, *([""] if self.measure == "nll" else []), f"{statistics.fmean(self.chance):.3f}", *blank]
             )
         return format_table(header, rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 
 import pytest
 
@@ -54,7 +55,29 @@ def test_lift_that_is_best_beyond_doubt_is_named_with_its_lead_and_its_p_value()
 def test_of_two_meta_learners_alike_the_simpler_one_is_named_and_the_other_too() -> None:
     sentence = advise(table(probe=0.3, lora=0.3, union=0.0, reptile=0.2, lift=0.0), CHANCE)
     assert sentence.startswith("Union Train: 0.3") or sentence.startswith("Union Train: 0.2")
-    assert "LiFT alike" in sentence and "meta-learning pays here" in sentence
+    assert re.search(r"(not clearly better than LiFT \(0\.0|with LiFT 0\.0\d+ nats lower and no simpler)", sentence)
+    assert "meta-learning pays here" in sentence
+
+
+def test_a_lead_is_told_over_guessing_where_guessing_is_the_best_without_meta_learning() -> None:
+    contestants = table(probe=0.9, lora=0.8, union=0.3, reptile=0.3, lift=0.0)
+    guess = [base + 0.15 + 0.01 * (-1) ** k for k, base in enumerate(BASE)]
+    sentence = advise(contestants, guess)
+    assert "better than the next (guess, p < 0.001): meta-learning pays here" in sentence
+    lead = difference(guess, contestants["LiFT"].losses).difference
+    assert sentence.startswith(f"LiFT: {lead:.2f} nats better")
+    assert "(Tuned LoRA, p < 0.001)" in advise(contestants)
+
+
+def test_a_runner_up_that_is_not_clearly_behind_is_said_with_its_gap() -> None:
+    gaps = [0.05 * (-1) ** k + 0.02 for k in range(TASKS)]
+    contestants = {
+        "Linear Probe": Contestant([x + 0.3 for x in BASE], 0),
+        "Pooled Probe": Contestant([x + gap for x, gap in zip(BASE, gaps, strict=True)], 2),
+        "LiFT": Contestant(BASE, 4),
+    }
+    sentence = advise(contestants, CHANCE)
+    assert sentence.startswith("LiFT: 0.30 nats better") and "not clearly better than Pooled Probe (0.020" in sentence
 
 
 def test_a_lead_within_chance_is_not_called_one() -> None:
