@@ -20,7 +20,7 @@ from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.factors import factor, normal
 from pyro_lift.models.observation import batch_of, check_width, observe, sample_head
 from pyro_lift.models.solved_heads import has_solved_head, solved_heads
-from pyro_lift.models.task import Task, check_task_names, head_outputs
+from pyro_lift.models.task import Task, check_to_learn_from, head_outputs
 from pyro_lift.support.options import check_number
 
 __all__ = ["VARIANCE", "AdapterHierarchy", "can_share_pass"]
@@ -90,9 +90,7 @@ class AdapterHierarchy:
     ) -> None:
         check_width_of_prior("beta", beta, adapter.dim)
         check_width_of_prior("sigma", sigma, adapter.dim)
-        if not tasks:
-            raise ValueError("tasks is empty: there is nothing to learn from.")
-        check_task_names(tasks)
+        check_to_learn_from(tasks)
         self.adapter = adapter
         self.tasks = list(tasks)
         self.beta, self.sigma, self.learned = beta, sigma, learned

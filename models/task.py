@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_lift.models.likelihoods import IGNORED, LossKind
 from pyro_lift.models.rows import Rows, as_rows, label_names
 from pyro_lift.models.targets import CountedClasses, class_numbers, count_classes, numbered_by
-from pyro_lift.support.options import check_distinct, check_literal, check_ordered
+from pyro_lift.support.options import check_distinct, check_literal, check_number, check_ordered
 
 __all__ = [
     "Rows",
@@ -23,6 +23,7 @@ __all__ = [
     "check_kinds",
     "check_task_names",
     "check_tasks",
+    "check_to_learn_from",
     "head_outputs",
     "mean_rows",
     "undeclared",
@@ -62,7 +63,8 @@ class Task:
         ValueError: an empty name; no rows, unequal numbers of rows, labels outside ``0 .. num_classes - 1`` or of
             another shape, names of no class, values not finite; parts with different inputs; matching with nothing to
             match; label names that stand twice; label names or texts that are not as many as the classes.
-        TypeError: values that are no numbers; a set or one string as labels; a name that is no string.
+        TypeError: values that are no numbers; a set or one string as labels; a name that is no string; a number of
+            classes that is not whole.
 
     Example:
         >>> task = Task("sevens", (torch.zeros(3, 2), torch.tensor([0, 1, 1])))
@@ -113,7 +115,7 @@ class Task:
         labels = None if labels is None else tuple(labels)
         check_distinct(f"task {name!r}, labels", labels or ())
         if num_classes is not None and not isinstance(num_classes, CountedClasses):
-            num_classes = operator.index(num_classes)
+            num_classes = _whole_number(f"task {name!r}: num_classes", num_classes)
         num_classes = _classes(name, parts["train"], kind, num_classes, labels, label_texts)
         parts = {part: _with_target(rows, kind, num_classes, where[part]) for part, rows in parts.items()}
         declared = num_classes if kind == "classification" and not isinstance(num_classes, CountedClasses) else None
@@ -209,6 +211,16 @@ def _check_name(name: object) -> None:
         raise TypeError(f"name={name!r}: the name of a task is a string; expected {str(name)!r}, say.")
     if not name.strip():
         raise ValueError(f"name={name!r}: a task needs a name, by which messages and results call it.")
+
+
+def _whole_number(what: str, value: Any) -> int:
+    """Return a number of at least one as an int, of whatever whole-number type it is."""
+    try:
+        number = operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{what}={value!r}: expected a whole number.") from None
+    check_number(what, number, least=1, open_below=False, whole=True)
+    return number
 
 
 def _with_target(rows: Rows, kind: LossKind, num_classes: int | None, where: str) -> Rows:
@@ -309,6 +321,19 @@ def check_kinds(tasks: Sequence[Task], learned: Sequence[str] | None = None) -> 
             f"task {others[0].name!r} is one of {others[0].kind}, and the prior was learned from tasks of "
             f"{', '.join(learned)}: {both} Give it a prior of its own sort."
         )
+
+
+def check_to_learn_from(tasks: Sequence[Task]) -> None:
+    """Refuse what are no tasks, no task at all, and two of one name.
+
+    Raises:
+        TypeError: as of :func:`check_tasks`.
+        ValueError: no task; a name that stands twice.
+    """
+    check_tasks(tasks)
+    if not tasks:
+        raise ValueError("tasks is empty: there is nothing to learn from.")
+    check_task_names(tasks)
 
 
 def check_task_names(tasks: Sequence[Any], where: str = "tasks") -> None:

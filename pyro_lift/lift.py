@@ -36,7 +36,7 @@ from pyro_lift.models.hierarchical import VARIANCE
 from pyro_lift.models.out_of_proportion import usual_sizes
 from pyro_lift.models.solved_heads import has_solved_head
 from pyro_lift.models.target_units import advice_on_units, warn_of_units
-from pyro_lift.models.task import Task, check_kinds, check_tasks, mean_rows
+from pyro_lift.models.task import Task, check_kinds, check_to_learn_from, mean_rows
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings, upgraded_run
@@ -163,6 +163,7 @@ class LiFT(ChainSetup):
             ValueError: fewer than three tasks, a budget that is no length of time.
         """
         begun, seconds = time.monotonic(), seconds_of(budget)
+        check_to_learn_from(tasks)
         noise = self._noise_of(tasks)
         found: dict[str, Any] = {} if noise is None else {"noise_scale": noise.scale}
         settings = replace(with_heads_settled(self.settings, self.adapter, tasks), **found)
@@ -236,8 +237,8 @@ class LiFT(ChainSetup):
 
         Raises:
             TypeError: what is no callback; an unknown hook.
-            ValueError: no task, a task without data, labels outside the head's range, a start of another length;
-                no task to calibrate on; another run at work in the folder; before any training.
+            ValueError: no task, two of one name, a task without data, labels outside the head's range, a start of
+                another length; no task to calibrate on; another run at work in the folder; before any training.
             DivergedError: a loss that is not finite; names the task and the step.
             ChainLostError: a loss that has climbed back to chance.
             RunStopped: SIGTERM or Ctrl-C, where the run is saved.
@@ -245,7 +246,7 @@ class LiFT(ChainSetup):
         on_step = hooks.pop("on_step", None)
         for name in hooks:
             raise TypeError(f"meta_train has no argument {name!r}; hooks are callbacks=[...] and on_step.")
-        check_tasks(tasks)
+        check_to_learn_from(tasks)
         unseen = [task for task in tasks if has_unseen_rows(task)] if calibrate else []
         if calibrate and not unseen:
             raise ValueError(
@@ -411,7 +412,7 @@ class LiFT(ChainSetup):
             say_loosened(moved[MOVED], mean_rows(tasks))
         elif halves is None or halves.power == 1.0:  # at a power that was found they move more
             told: dict[str, Any] = {"power": s.n_inflate or 1.0, "temperature": s.temperature or 0.0, "given": given}
-            warn_of_few(moved, self.adapter.dim, program.tasks, **told)
+            warn_of_few(moved, self.adapter.dim, program.tasks, heads=program.solved is not None, **told)
         before = [work.results() for work in (joint, halves, run.head_mean) if work is not None]
         results = {**moved, **{name: x for part in before for name, x in part.items()}, **looks.results()}
         return [prior(k, summary, moments, results) for k in components]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import peft
 import pyro
 import pytest
@@ -125,11 +127,24 @@ def test_a_label_outside_the_tasks_own_classes_is_refused() -> None:
         Task("wrong", (torch.randn(4, 2), torch.tensor([0, 1, 2, 4])), num_classes=3)
 
 
-def test_no_task_and_no_data_are_refused() -> None:
-    with pytest.raises(ValueError, match="tasks is empty"):
-        LiFT(classifier()).meta_train([], progress=False)
+def test_no_task_and_no_data_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="pyro_lift")
+    for learn in (partial(LiFT(classifier()).meta_train, progress=False), LiFT(classifier()).tune):
+        with pytest.raises(ValueError, match="tasks is empty"):
+            learn([])
+    assert not caplog.messages
     with pytest.raises(ValueError, match="bare"):
         Task("bare", (torch.randn(0, 2), torch.zeros(0, dtype=torch.long)), num_classes=3)
+
+
+def test_two_tasks_of_one_name_are_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))
+    tasks = [Task(name, rows, num_classes=3) for name in ("a", "b", "a", "c")]
+    lift = LiFT(classifier())
+    monkeypatch.setattr(lift.adapter.backbone, "forward", None)
+    for learn in (partial(lift.meta_train, progress=False), lift.tune):
+        with pytest.raises(ValueError, match=r"'a' stands twice \(places 0 and 2\)"):
+            learn(tasks)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_task_and_keeps_the_state() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +89,24 @@ def test_labels_that_begin_at_one_are_pointed_at(
 def test_names_of_classes_without_an_order_are_refused(labels: object) -> None:
     with pytest.raises(TypeError, match="has no order of classes: give a list of names"):
         Task("new", (torch.randn(2, 3), torch.tensor([0, 1])), labels=labels)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("classes", [3, np.int32(3), torch.tensor(3)])
+def test_a_number_of_classes_may_be_of_any_whole_number_type(classes: Any) -> None:
+    task = Task("new", (X, Y), num_classes=classes)
+    assert task.num_classes == 3 and type(task.num_classes) is int
+
+
+@pytest.mark.parametrize("classes", [3.0, "3", True, np.float32(3), torch.tensor(3.0)])
+def test_a_number_of_classes_that_is_not_whole_is_refused_with_the_task_and_the_value(classes: Any) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"task 'new': num_classes={classes!r}: expected a whole number")):
+        Task("new", (X, Y), num_classes=classes)
+
+
+@pytest.mark.parametrize("classes", [0, -2])
+def test_less_than_one_class_is_refused(classes: int) -> None:
+    with pytest.raises(ValueError, match=f"task 'new': num_classes={classes}: expected a finite number of at least 1"):
+        Task("new", (X, Y), num_classes=classes)
 
 
 def test_texts_and_tensors_have_one_check_on_the_order_of_classes() -> None:
