@@ -79,6 +79,7 @@ def warn_of_few(
     power: float,
     temperature: float = 1.0,
     given: Collection[str] = (),
+    heads: bool = False,
 ) -> None:
     """Warn where a task's data move less than one weight, with what helps.
 
@@ -89,15 +90,19 @@ def warn_of_few(
         power: on the likelihood.
         temperature: of the run.
         given: names of settings that the user chose, which advice may turn to.
+        heads: whether tasks have heads of their own, which learn from the rows all the same.
     """
     if moved.get(MOVED, 1.0) >= 1.0:
         return
     rows, values = mean_rows(tasks), any(task.kind == "regression" for task in tasks)
     log.warning(
-        "the data of a task move less than one of the adapter's %d weights (%.2g): a new task is predicted as phi "
-        "predicts it, as it should be where the tasks are alike. %s",
+        "the data of a task move less than one of the adapter's %d weights (%.2g): %s, as it should be where the tasks "
+        "are alike. %s",
         dim,
         moved[MOVED],
+        "a new task has an adapter close to phi, and what is its own is its head"
+        if heads
+        else "a new task is predicted as phi predicts it",
         _way_out(rows, power, temperature, given, values=values),
     )
 

@@ -65,5 +65,6 @@ def test_a_default_run_finds_it_and_its_prior_keeps_it(
     assert (a.learning_rate is not None, a.n_inflate) == (loose, LOOSE_POWER if loose else None)
     assert ("In adaptation each row counts 100 times" in caplog.text) == loose
     assert ("move less than one of the adapter's" in caplog.text) == (not loose)
+    assert ("what is its own is its head" in caplog.text) == (not loose)
     again = LiFTPrior.from_pretrained(prior.save_pretrained(tmp_path / "prior"), prior.adapter)
     assert again.adapt_settings == a
