@@ -57,6 +57,7 @@ from pyro_lift.tuning.whose_heads import (
     has_usual_widths,
     leaves_outliers_out,
     lets_one_task_lose,
+    tempers_around_rates,
     trains_through_mean,
 )
 from pyro_lift.watching.watch import Watchers
@@ -221,7 +222,15 @@ class ChainSetup:
             rows = rows_of_moments(tasks, alike=s.task_steps == "tasks")
             mean = None if self.head_mean is None else self.head_mean.unseen_by(unseen)
             prior = LiFTPrior(
-                self.adapter, mixture, at_noise, how, moments, rows=rows, matching_scale=scale, head_mean=mean
+                self.adapter,
+                mixture,
+                at_noise,
+                how,
+                moments,
+                rows=rows,
+                matching_scale=scale,
+                head_mean=mean,
+                around_rates=tempers_around_rates(session),
             )
             options: dict[str, Any] = {} if power == 1.0 else {"n_inflate": power * (s.n_inflate or 1.0)}
             return prior.adapt_many(unseen, seed=0, **options)

@@ -418,6 +418,7 @@ def _predicted(posterior: TaskPosterior, config: RunConfig, place: Path, writing
             posterior.heads,
             posterior.component,
             prediction_temperature=posterior.prediction_temperature,
+            class_counts=posterior.class_counts,
         )
         return list(_predictions(task, whole.predict(task.test or task.train)))
     texts = new_text_rows(file, cast(TextForm, encoding.form), encoding.labels)

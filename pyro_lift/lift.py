@@ -53,7 +53,14 @@ from pyro_lift.tuning.joint_run import moments_of
 from pyro_lift.tuning.learned_beta import learned_beta, with_rounds_to_learn
 from pyro_lift.tuning.noise import Noise
 from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
-from pyro_lift.tuning.whose_heads import RULES, as_saved, counts_width, run_config, with_heads_settled
+from pyro_lift.tuning.whose_heads import (
+    RULES,
+    as_saved,
+    counts_width,
+    run_config,
+    tempers_around_rates,
+    with_heads_settled,
+)
 from pyro_lift.watching.steps import Run
 from pyro_lift.watching.watch import Watchers
 
@@ -367,6 +374,7 @@ class LiFT(ChainSetup):
                 matching_scale=None if program.solved is None else program.solved.mean_scale(),
                 head_mean=None if run.head_mean is None else run.head_mean.head,
                 input_sizes=sizes,
+                around_rates=tempers_around_rates(session),
                 encoding=next((task.encoding for task in tasks if task.encoding is not None), None),
             )
 

@@ -14,8 +14,9 @@ from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.generation.decode import generate
 from pyro_lift.generation.inputs import are_strings, check_texts
 from pyro_lift.generation.scoring import TextScores, score_texts
+from pyro_lift.inference.adaptation.class_rates import class_rates
 from pyro_lift.inference.adaptation.predict import predict_inputs, rows_of
-from pyro_lift.inference.adaptation.temperature import tempered
+from pyro_lift.inference.adaptation.temperature import Predicted, tempered
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.conventions import DECODER, base_of, writes_answers
@@ -52,6 +53,8 @@ class TaskPosterior:
         head_spread: how far a regression's solved head may be off, at the last draw (:mod:`.value_spread`); or None.
         input_sizes: how large the task's rows are, by input (:func:`.sizes_of_inputs`), against which those to predict
             are held.
+        class_counts: rows of each class, ``[C]``, around whose rates predictions are tempered where these are plainly
+            uneven (:mod:`~pyro_lift.inference.adaptation.class_rates`); or None.
     """
 
     def __init__(
@@ -69,13 +72,14 @@ class TaskPosterior:
         noise_scale: float = 1.0,
         head_spread: ValueSpread | None = None,
         input_sizes: Mapping[str, InputSize] | None = None,
+        class_counts: Tensor | None = None,
     ) -> None:
         self.adapter, self.task, self.thetas, self.heads = adapter, task, thetas, heads
         self.component, self.mcmc = component, mcmc
         self.results = dict(results or {})
         self.encoding: TextEncoding | None = task.encoding if encoding is None else encoding
         self.prediction_temperature, self.noise_scale = prediction_temperature, noise_scale
-        self.head_spread = head_spread
+        self.head_spread, self.class_counts = head_spread, class_counts
         self._input_sizes = None if input_sizes is None else dict(input_sizes)
 
     def __repr__(self) -> str:
@@ -95,7 +99,8 @@ class TaskPosterior:
             inputs: a list of strings, for a task that was encoded from strings; a tensor or an array; any mapping of
                 these by input name, such as what a tokenizer returns; or :class:`~pyro_lift.models.task.Rows`.
             calibrated: whether the averaged probabilities are brought to the temperature that the prior was calibrated
-                with; without one, and for a regression, whose :meth:`predict_sd` it changes, it changes nothing.
+                with, around the rates of the task's classes where these are plainly uneven; without one, and for a
+                regression, whose :meth:`predict_sd` it changes, it changes nothing.
 
         Raises:
             TypeError, ValueError: inputs that are no rows of numbers; names the input.
@@ -105,8 +110,14 @@ class TaskPosterior:
         if not calibrated or self.task.kind == "regression":
             return p
         # Classes that the task has not keep a probability of zero, which no temperature raises.
-        q = tempered(p if self.heads is not None else p[..., : rows.classes], self.prediction_temperature)
+        q = p if self.heads is not None else p[..., : rows.classes]
+        q = tempered(q, self.prediction_temperature, class_rates(self.class_counts, q.shape[-1]))
         return pad(q, (0, p.shape[-1] - q.shape[-1]))
+
+    def predicted(self, rows: Rows) -> Predicted:
+        """Predict rows whose targets are known as they come, at no temperature: what one is fitted to."""
+        p = self.predict(rows, calibrated=False)
+        return Predicted(p, rows.target, class_rates(self.class_counts, p.shape[-1]))
 
     def predict_sd(self, inputs: Any, *, calibrated: bool = True) -> Tensor:
         r"""Return the standard deviation of new targets of a regression, of the shape of :meth:`predict`'s means.

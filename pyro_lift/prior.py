@@ -56,6 +56,7 @@ _OF_THE_TASKS = (
     "kinds",
     "classes",
     "masks",
+    "around_rates",
     "head_mean",
     "input_sizes",
 )
@@ -84,6 +85,8 @@ class LiFTPrior:
         kinds: of the tasks it was learned from; empty where nobody says.
         classes: the output of each class name, where they shared the network's outputs.
         masks: whether shared outputs that are no classes of a new task have no probability; False of one saved before.
+        around_rates: whether predictions are tempered around the rates of a task's classes where these are plainly
+            uneven (:mod:`~pyro_lift.inference.adaptation.class_rates`); False of one saved before.
         head_mean: the head that new tasks' own have their prior around, where the tasks it was learned
             from share their classes (:mod:`~pyro_lift.tuning.head_mean`); None is zero.
         input_sizes: how large inputs are in most of the tasks it was learned from (:func:`.usual_sizes`), against which
@@ -111,6 +114,7 @@ class LiFTPrior:
         kinds: Sequence[str] = (),
         classes: Mapping[str, int] | None = None,
         masks: bool = True,
+        around_rates: bool = True,
         head_mean: ClassHead | None = None,
         input_sizes: Mapping[str, InputSize] | None = None,
     ) -> None:
@@ -121,6 +125,7 @@ class LiFTPrior:
         self.adapt_settings = adapt_settings or AdaptSettings()
         self.second_moment = second_moment or {}
         self.mcmc, self.seed, self.encoding, self.masks = mcmc, seed, encoding, masks
+        self.around_rates = around_rates
         self.head_mean, self.input_sizes = head_mean, dict(input_sizes or {})
 
     def __repr__(self) -> str:
@@ -294,6 +299,7 @@ class LiFTPrior:
             matching_scale=self.matching_scale,
             prediction_temperature=self.prediction_temperature,
             head_mean=self.head_mean,
+            around_rates=self.around_rates,
         )
 
     def theta(self, task: str) -> Tensor:

@@ -73,6 +73,58 @@ def test_a_folder_with_another_value_is_refused_and_one_from_before_has_none(
     assert read.prediction_temperature == 1.0 and read.tuning is None
 
 
+def uneven(task: Task) -> Task:
+    """The task with its first row many times, so that its classes are plainly uneven."""
+    places = torch.cat([torch.zeros(40, dtype=torch.long), torch.arange(len(task.train))])
+    return replace(task, name=f"{task.name} uneven", train=task.train.take(places))
+
+
+def test_a_task_of_uneven_classes_is_tempered_around_their_rates(prior: LiFTPrior) -> None:
+    prior.prediction_temperature = 3.0
+    task = uneven(tiny_tasks(5)[4])
+    x = torch.randn(4, 4, dtype=torch.float64)
+    counts = torch.bincount(task.train.target, minlength=task.num_classes or 0)
+    rates = (counts + 1.0) / (counts.sum() + len(counts))
+    for posterior in (prior.adapt(task, **OPTIONS), prior.adapt_many([task, tiny_tasks(5)[3]], **OPTIONS)[0]):
+        plain = posterior.predict(x, calibrated=False)
+        odds = (plain / rates) ** (1 / 3.0) * rates
+        torch.testing.assert_close(posterior.predict(x), (odds / odds.sum(-1, keepdim=True)).double())
+        assert (posterior.predict(x).amax(-1) > tempered(plain, 3.0).amax(-1)).all()
+
+
+def test_rates_are_saved_and_folders_from_before_are_tempered_around_even_ones(
+    prior: LiFTPrior, tmp_path: Path
+) -> None:
+    prior.prediction_temperature = 3.0
+    task, x = uneven(tiny_tasks(5)[4]), torch.randn(4, 4, dtype=torch.float64)
+    prior.save_pretrained(tmp_path / "prior")
+    posterior = LiFTPrior.from_pretrained(tmp_path / "prior", tiny_adapter()).adapt(task, **OPTIONS)
+    posterior.save_pretrained(tmp_path / "posterior")
+    again = TaskPosterior.from_pretrained(tmp_path / "posterior", tiny_adapter())
+    assert again.class_counts is not None and posterior.class_counts is not None
+    assert again.class_counts.tolist() == posterior.class_counts.tolist()
+    torch.testing.assert_close(again.predict(x), posterior.predict(x))
+    for name, key in (("prior", "around_rates"), ("posterior", "class_counts")):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(
+            json.dumps(sealed({k: v for k, v in config.items() if k not in (key, "sha256")}))
+        )
+    before = TaskPosterior.from_pretrained(tmp_path / "posterior", tiny_adapter())
+    of_before = LiFTPrior.from_pretrained(tmp_path / "prior", tiny_adapter()).adapt(task, **OPTIONS)
+    for old in (before, of_before):
+        torch.testing.assert_close(old.predict(x), tempered(old.predict(x, calibrated=False), 3.0))
+
+
+@pytest.mark.parametrize("value", ["many", [1.5, 2], [-1, 3], [True, 2]])
+def test_rows_of_classes_that_are_no_numbers_are_refused(prior: LiFTPrior, tmp_path: Path, value: object) -> None:
+    prior.adapt(tiny_tasks(1)[0], **OPTIONS).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(sealed({**config, "class_counts": value})))
+    with pytest.raises(DamagedError, match="'class_counts'"):
+        TaskPosterior.from_pretrained(tmp_path, tiny_adapter())
+
+
 def test_meta_training_calibrates_where_tasks_have_rows_for_it_and_refuses_where_none_has() -> None:
     lift = LiFT(tiny_adapter(), sgd_steps=4, burn_in=4, samples=8, seed=0)
     tasks = tiny_tasks(3)

@@ -1,11 +1,13 @@
 r"""A temperature for predictions: one scalar that makes probabilities mean what they say.
 
-.. math:: p_T(y \mid x) = \frac{p(y \mid x)^{1/T}}{\sum_c p(c \mid x)^{1/T}},\qquad
+.. math:: p_T(y \mid x) = \frac{r_y (p(y \mid x) / r_y)^{1/T}}{\sum_c r_c (p(c \mid x) / r_c)^{1/T}},\qquad
           \hat T = \arg\min_T \tfrac1M \sum_i \tfrac1{n_i} \sum_n -\log p_T(y_{in} \mid x_{in})
 
-over the held-out rows of some tasks, each task counting the same. With b = 1/T and :math:`\ell = \log p` the loss of a
-row, :math:`\log \sum_c e^{b \ell_c} - b\,\ell_y`, is convex in b, so the derivative has one root. It is the averaged
-probabilities that are tempered, not each draw's.
+over the held-out rows of some tasks, each task counting the same. The rates r are the classes' own where a task's rows
+say that these are uneven (:mod:`.class_rates`), so that a high temperature leads to what is known without the row;
+elsewhere they are even, and fall out. With b = 1/T and :math:`\ell = \log (p / r)` the loss of a row,
+:math:`\log \sum_c r_c e^{b \ell_c} - \log r_y - b\,\ell_y`, is convex in b, so the derivative has one root. It is the
+averaged probabilities that are tempered, not each draw's.
 
 References:
     On calibration of modern neural networks, Guo et al., 2017, arXiv:1706.04599.
@@ -14,6 +16,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,18 +24,35 @@ from torch import Tensor
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.support.options import check_number
 
-__all__ = ["HIGHEST", "LOWEST", "fit_temperature", "tempered"]
+__all__ = ["HIGHEST", "LOWEST", "Predicted", "fit_temperature", "tempered"]
 
 #: Bounds of a fitted temperature: a few dozen rows that are all right, or all wrong, would send it to 0 or infinity.
 LOWEST, HIGHEST = 0.2, 5.0
 
 
-def tempered(probabilities: Tensor, temperature: float) -> Tensor:
-    """Return the probabilities ``[..., C]`` at a temperature: above 1 flatter, below 1 sharper; the order stays.
+class Predicted(NamedTuple):
+    """Predictions of rows that nothing was learned from.
+
+    Attributes:
+        probabilities: ``[n, C]``; of tokens ``[n, L, V]``.
+        target: ``[n]`` or ``[n, L]``; those of -100 are not counted.
+        rates: of the task's classes ``[C]``; None where they are even.
+    """
+
+    probabilities: Tensor
+    target: Tensor
+    rates: Tensor | None = None
+
+
+def tempered(probabilities: Tensor, temperature: float, rates: Tensor | None = None) -> Tensor:
+    """Return the probabilities ``[..., C]`` at a temperature: above 1 closer to the rates, below 1 farther from them.
+
+    With even rates, flatter and sharper, and the order of classes stays.
 
     Args:
         probabilities: of classes or tokens, already averaged over draws.
         temperature: T; 1 returns what was given.
+        rates: of the classes ``[C]``; None are even ones.
 
     Raises:
         ValueError: a temperature that is not above 0.
@@ -40,34 +60,38 @@ def tempered(probabilities: Tensor, temperature: float) -> Tensor:
     check_number("temperature", temperature)
     if temperature == 1.0:
         return probabilities
-    return torch.softmax(_logarithms(probabilities) / temperature, -1)
+    logs = _logarithms(probabilities)
+    if rates is None:
+        return torch.softmax(logs / temperature, -1)
+    base = rates.to(logs).log()
+    return torch.softmax(base + (logs - base) / temperature, -1)
 
 
-def fit_temperature(predictions: Sequence[tuple[Tensor, Tensor]]) -> float:
+def fit_temperature(predictions: Sequence[Predicted | tuple[Tensor, Tensor]]) -> float:
     """Return the temperature with the lowest mean NLL over tasks, at least ``LOWEST``, at most ``HIGHEST``.
 
     Args:
-        predictions: of each task, probabilities ``[n, C]`` (of tokens ``[n, L, V]``) and targets ``[n]`` (``[n, L]``,
-            those of -100 not counted); rows that nothing was learned from.
+        predictions: of each task; a pair has no rates.
 
     Raises:
         ValueError: no rows at all.
     """
-    tasks: list[tuple[Tensor, Tensor]] = []
-    for probabilities, target in predictions:
+    tasks: list[tuple[Tensor, Tensor, Tensor | float]] = []
+    for probabilities, target, rates in (Predicted(*each) for each in predictions):
         counted = target.cpu() != IGNORED
         p = probabilities.cpu()[counted]
         # Rows of other tasks never meet: tasks may differ in their number of classes.
         if len(p):
-            logs = _logarithms(p)
-            tasks.append((logs, logs.gather(-1, target.cpu()[counted].unsqueeze(-1)).squeeze(-1)))
+            base = 0.0 if rates is None else rates.double().cpu().log()
+            logs = _logarithms(p) - base
+            tasks.append((logs, logs.gather(-1, target.cpu()[counted].unsqueeze(-1)).squeeze(-1), base))
     if not tasks:
         raise ValueError("no row to fit a temperature on.")
     from scipy.optimize import brentq
 
     def slope(inverse: float) -> float:
-        """Differentiate the mean NLL by b: the mean of E_b[log p] - log p(y)."""
-        means = [(((inverse * logs).softmax(-1) * logs).sum(-1) - right).mean() for logs, right in tasks]
+        """Differentiate the mean NLL by b: the mean of E_b[log (p / r)] - log (p(y) / r_y)."""
+        means = [(((base + inverse * logs).softmax(-1) * logs).sum(-1) - right).mean() for logs, right, base in tasks]
         return float(torch.stack(means).mean())
 
     low, high = 1.0 / HIGHEST, 1.0 / LOWEST

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_lift.defaults import longest_move
 from pyro_lift.inference.adaptation.chain import Shown, Source, moments_for, run_chain, run_watched, times_before
+from pyro_lift.inference.adaptation.class_rates import class_counts
 from pyro_lift.inference.adaptation.early_stopping import DrawWindows
 from pyro_lift.inference.adaptation.failures import all_kept
 from pyro_lift.inference.adaptation.meta_testing import (
@@ -78,6 +79,7 @@ class Adaptation:
         matching_scale: of label matching without rows; None takes the readout's.
         prediction_temperature: that posteriors predict with.
         head_mean: the head that tasks' own have their prior around; None is zero.
+        around_rates: whether predictions are tempered around the rates of a task's classes.
     """
 
     adapter: RandomAdapter
@@ -90,6 +92,7 @@ class Adaptation:
     matching_scale: float | None
     prediction_temperature: float
     head_mean: ClassHead | None = None
+    around_rates: bool = True
 
     def alone(self, task: Task, source: Source, shown: Shown) -> TaskPosterior:
         """Adapt to one task, by a chain of its own."""
@@ -266,4 +269,5 @@ class Adaptation:
         mcmc, results = (None, chain.results) if isinstance(chain, DrawWindows) else (chain, None)
         told: dict[str, Any] = {"results": results, "noise_scale": self.settings.noise_sd}
         told |= {"prediction_temperature": self.prediction_temperature, "head_spread": head_spread}
+        told["class_counts"] = class_counts(task) if self.around_rates else None
         return TaskPosterior(self.adapter, task, thetas, heads, component, mcmc, **told)

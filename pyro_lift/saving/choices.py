@@ -29,6 +29,7 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "moment_power": prior.settings.n_inflate if prior.rescales else None,
         "moment_rows": prior.rows,
         "masks": prior.masks,
+        "around_rates": prior.around_rates,
         "input_sizes": {name: list(size) for name, size in prior.input_sizes.items()},
         "head_labels": [] if prior.head_mean is None else list(prior.head_mean.labels),
         "head_width": 1.0 if prior.head_mean is None else prior.head_mean.width,
@@ -65,9 +66,10 @@ def saved_choices(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
         "rescales": rescales,
     }
     # Before that was written, outputs that were no classes of a new task had probability, and still do.
-    masks = config.get("masks") is True
+    masks, around_rates = config.get("masks") is True, config.get("around_rates") is True
     choices |= {"input_sizes": saved_input_sizes(path, config), "head_mean": _saved_head_mean(path, config, tensors)}
-    return {**choices, "rows": rows, "kinds": tuple(kinds), "classes": classes, "masks": masks}
+    choices |= {"masks": masks, "around_rates": around_rates}
+    return {**choices, "rows": rows, "kinds": tuple(kinds), "classes": classes}
 
 
 def saved_input_sizes(path: Path, config: Mapping[str, Any]) -> dict[str, InputSize]:

@@ -23,7 +23,7 @@ from pyro_lift.models.networks import plain_network
 from pyro_lift.models.peft_layers import default_name, peft_layers
 from pyro_lift.models.task import Rows, Task, undeclared
 from pyro_lift.saving.base_model import check_base, describe_base
-from pyro_lift.saving.choices import described_choices, head_tensors, saved_choices, saved_input_sizes, saved_positive
+from pyro_lift.saving.choices import described_choices, head_tensors, saved_choices, saved_input_sizes
 from pyro_lift.saving.destination import check_destination
 from pyro_lift.saving.hub import local_folder
 from pyro_lift.saving.model_card import posterior_card, prior_card
@@ -32,6 +32,7 @@ from pyro_lift.saving.parts import PosteriorParts, PriorParts, SavablePosterior,
 from pyro_lift.saving.peft_folder import PEFT_CONFIG, adapter_config, config_from_dict, config_to_dict, write_peft
 from pyro_lift.saving.row_forms import forms_of, row_of_zeros, target_of_zeros
 from pyro_lift.saving.spread import saved_spread, spread_tensors
+from pyro_lift.saving.sureness import described_sureness, saved_sureness
 from pyro_lift.saving.text_encoding import TOKENIZER_FILES, load_encoding, save_encoding
 from pyro_lift.settings import AdaptSettings, LiFTSettings, complete_adapt_settings, complete_settings
 from pyro_lift.support.archive import (
@@ -271,8 +272,7 @@ def save_posterior(posterior: SavablePosterior, folder: Path) -> Path:
             "component": posterior.component,
             "results": dict(posterior.results),
             "encoding": save_encoding(posterior.encoding, new),
-            "prediction_temperature": posterior.prediction_temperature,
-            "noise_scale": posterior.noise_scale,
+            **described_sureness(posterior),
             "declares_classes": task.train.classes is not None,
             "input_sizes": {name: list(size) for name, size in posterior.input_sizes.items()},
             "files": {POSTERIOR: write_tensors(new / POSTERIOR, tensors)},
@@ -322,9 +322,8 @@ def load_posterior(
     if config.get("declares_classes") is not True:
         task = undeclared(task)
     results, encoding = dict(config.get("results") or {}), load_encoding(config.get("encoding"), path)
-    factors = [saved_positive(path, config, name) for name in ("prediction_temperature", "noise_scale")]
-    about = (config["component"], results, encoding, *factors, saved_spread(file, tensors), sizes)
-    return PosteriorParts(adapter, task, tensors["theta"], heads, *about)
+    told = {"head_spread": saved_spread(file, tensors), "input_sizes": sizes, **saved_sureness(path, config)}
+    return PosteriorParts(adapter, task, tensors["theta"], heads, config["component"], results, encoding, **told)
 
 
 def _task_without_rows(path: Path, about: dict[str, Any], texts: dict[str, Tensor]) -> Task:

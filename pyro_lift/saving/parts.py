@@ -41,6 +41,7 @@ class PriorParts(NamedTuple):
         kinds: of the tasks it was learned from.
         classes: the output of each class name, where they shared the network's outputs.
         masks: whether shared outputs that are no classes of a new task have no probability.
+        around_rates: whether predictions are tempered around the rates of a task's classes.
         head_mean: the head that new tasks' own have their prior around, or None.
         input_sizes: of most of its tasks' inputs, by name.
     """
@@ -62,6 +63,7 @@ class PriorParts(NamedTuple):
     kinds: tuple[str, ...] = ()
     classes: dict[str, int] | None = None
     masks: bool = True
+    around_rates: bool = True
     head_mean: ClassHead | None = None
     input_sizes: dict[str, InputSize] | None = None
 
@@ -81,6 +83,7 @@ class PosteriorParts(NamedTuple):
         noise_scale: of a regression.
         head_spread: of its solved head, or None.
         input_sizes: of the task's rows; None where these are given, empty where nobody has saved them.
+        class_counts: rows of each class, or None.
     """
 
     adapter: RandomAdapter
@@ -94,6 +97,7 @@ class PosteriorParts(NamedTuple):
     noise_scale: float = 1.0
     head_spread: ValueSpread | None = None
     input_sizes: dict[str, InputSize] | None = None
+    class_counts: Tensor | None = None
 
 
 class SavablePrior(Protocol):
@@ -116,6 +120,7 @@ class SavablePrior(Protocol):
     kinds: tuple[str, ...]
     classes: dict[str, int]
     masks: bool
+    around_rates: bool
     head_mean: ClassHead | None
     input_sizes: dict[str, InputSize]
     mcmc: Any
@@ -138,6 +143,7 @@ class SavablePosterior(Protocol):
     prediction_temperature: float
     noise_scale: float
     head_spread: ValueSpread | None
+    class_counts: Tensor | None
 
     @property
     def input_sizes(self) -> dict[str, InputSize]:

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.adaptation.predict import predict
-from pyro_lift.inference.adaptation.temperature import HIGHEST, fit_temperature, tempered
+from pyro_lift.inference.adaptation.temperature import HIGHEST, Predicted, fit_temperature, tempered
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
@@ -72,8 +72,6 @@ ADAPTED, ROWS = 12, 50
 #: temperature: 0.8 to 1.9 on 17 families, 1.2 in the mean of logarithms.
 HALVED = 1.2
 
-#: Probabilities ``[n, C]`` and targets ``[n]`` of some rows.
-Predictions = tuple[Tensor, Tensor]
 #: Posteriors of some tasks, adapted to from where joint training of others stands, at a noise (of regressions; None
 #: elsewhere) and with a power on the likelihood over meta-training's.
 Adapt = Callable[[Standing, Sequence[Task], float | None, float], Sequence[Any]]
@@ -92,7 +90,7 @@ class Judge(NamedTuple):
     """
 
     score: Score
-    predict: Callable[[Tensor, Task], Predictions] | None = None
+    predict: Callable[[Tensor, Task], Predicted] | None = None
     adapt: Adapt | None = None
     noise: float | None = None
     strength: bool = False
@@ -109,7 +107,7 @@ class Judge(NamedTuple):
             return torch.cat([self.score(vector, half) for vector, half in crossed])
         pairs = [self.predict(vector, task) for vector, half in crossed for task in half]
         temperature = fit_temperature(pairs)
-        return torch.tensor([-nll(tempered(p, temperature), y) for p, y in pairs], dtype=torch.float64)
+        return torch.tensor([-_loss(each, temperature) for each in pairs], dtype=torch.float64)
 
 
 class CrossFit(NamedTuple):
@@ -254,20 +252,16 @@ def _sureness(
         sure = 1.0 if exact else EXAGGERATED
         noise = fitted_noise(judge.noise, adapted, sure, stronger=judge.strength) or Noise(judge.noise, 1.0)
         return found._replace(temperature=noise.temperature, noise=noise.scale, power=noise.power)
-    predictions = [
-        (posterior.predict(task.test, calibrated=False), task.test.target)
-        for posterior, task in adapted(None)
-        if task.test is not None
-    ]
+    predictions = [posterior.predicted(task.test) for posterior, task in adapted(None) if task.test is not None]
     return (
         found._replace(temperature=helpful_temperature(predictions, 1.0 if exact else HALVED)) if predictions else found
     )
 
 
-def predicted(adapter: RandomAdapter, vector: Tensor, task: Task) -> Predictions:
+def predicted(adapter: RandomAdapter, vector: Tensor, task: Task) -> Predicted:
     """Predict some rows of a task at one vector ``[D]``, without adapting to it."""
     rows = task.train.take(slice(0, ROWS))
-    return predict(adapter, vector.unsqueeze(0), rows), rows.target
+    return Predicted(predict(adapter, vector.unsqueeze(0), rows), rows.target)
 
 
 def rows_apart(tasks: Sequence[Task], most: int) -> list[Task]:
@@ -303,15 +297,20 @@ def _split(tasks: Sequence[Task], most: int) -> list[Task]:
     return split
 
 
-def helpful_temperature(predictions: Sequence[Predictions], exaggerated: float = HALVED) -> float:
+def helpful_temperature(predictions: Sequence[Predicted], exaggerated: float = HALVED) -> float:
     """Return the fitted temperature: above 1 less what halves exaggerate, below 1 where it lowers the loss by the test.
 
     Args:
-        predictions: of each task, probabilities ``[n, C]`` and targets ``[n]`` of rows that it was not adapted to.
+        predictions: of each task, of rows that it was not adapted to.
         exaggerated: factor by which a temperature above 1 is too high.
     """
     temperature = fit_temperature(predictions)
     if temperature > 1.0:
         return less_exaggerated(temperature, exaggerated)
-    gains = [nll(p, y) - nll(tempered(p, temperature), y) for p, y in predictions]
+    gains = [_loss(each, 1.0) - _loss(each, temperature) for each in predictions]
     return temperature if is_above_zero(torch.tensor(gains, dtype=torch.float64)) else 1.0
+
+
+def _loss(predictions: Predicted, temperature: float) -> float:
+    """Compute the NLL a row at a temperature."""
+    return nll(tempered(predictions.probabilities, temperature, predictions.rates), predictions.target)

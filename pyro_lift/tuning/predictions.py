@@ -47,5 +47,5 @@ def fitted_on_held_out(
     pairs = []
     for task, posterior in zip(split, posteriors, strict=True):
         assert task.test is not None
-        pairs.append((posterior.predict(task.test, calibrated=False), task.test.target))
+        pairs.append(posterior.predicted(task.test))
     return fit_temperature(pairs)

@@ -28,6 +28,7 @@ __all__ = [
     "leaves_outliers_out",
     "lets_one_task_lose",
     "run_config",
+    "tempers_around_rates",
     "trains_through_mean",
     "with_heads_settled",
 ]
@@ -35,7 +36,8 @@ __all__ = [
 #: Keys and values in the configuration of a saved run that name rules it was begun under, each later than the first
 #: runs: an output wider than all tasks' classes calls for heads of their own; the length of the chain for control
 #: variates in its translation; heads of tasks that share their classes stand around one head; theta sees that one; one
-#: odd task leaves the trial of joint training to the others; tasks choose the prior of their heads of classes together.
+#: odd task leaves the trial of joint training to the others; tasks choose the prior of their heads of classes together;
+#: predictions are tempered around the rates of a task's classes.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -43,6 +45,7 @@ RULES = {
     "trained heads": "the mean",
     "trial": "one may lose",
     "head widths": "of all tasks",
+    "prediction temperature": "around rates",
 }
 
 
@@ -101,6 +104,11 @@ def trains_through_mean(session: Session | None) -> bool:
 def has_usual_widths(session: Session | None) -> bool:
     """Whether tasks choose the prior of their heads of classes together: in a run of before each chooses its own."""
     return _has_rule(session, "head widths")
+
+
+def tempers_around_rates(session: Session | None) -> bool:
+    """Whether predictions are tempered around the rates of a task's classes: in a run of before around even ones."""
+    return _has_rule(session, "prediction temperature")
 
 
 def lets_one_task_lose(session: Session | None) -> bool:

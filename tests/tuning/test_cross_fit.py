@@ -13,8 +13,9 @@ from common_map import adapter, tasks
 from torch import Tensor
 
 from pyro_lift import LiFT, Task
-from pyro_lift.inference.adaptation.temperature import HIGHEST, fit_temperature
+from pyro_lift.inference.adaptation.temperature import HIGHEST, Predicted, fit_temperature
 from pyro_lift.inference.checkpoint.before import WorkBefore
+from pyro_lift.models.rows import Rows
 from pyro_lift.tuning.cross_fit import HALVED, CrossFit, Judge, cross_fit, helpful_temperature, rows_apart
 from pyro_lift.tuning.halves import Joint
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
@@ -128,13 +129,13 @@ def test_a_temperature_above_one_is_taken_and_one_below_where_it_lowers_the_loss
         logits = torch.randn(30, 3, generator=generator)
         y = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
         pairs.append((logits, y))
-    sure = [((3.0 * logits).softmax(-1), y) for logits, y in pairs]
+    sure = [Predicted((3.0 * logits).softmax(-1), y) for logits, y in pairs]
     assert helpful_temperature(sure) == pytest.approx(fit_temperature(sure) / HALVED)
     assert helpful_temperature(sure, 1.0) == pytest.approx(fit_temperature(sure))
-    assert helpful_temperature([(logits.softmax(-1), y) for logits, y in pairs]) == 1.0
-    unsure = [((0.3 * logits).softmax(-1), y) for logits, y in pairs]
+    assert helpful_temperature([Predicted(logits.softmax(-1), y) for logits, y in pairs]) == 1.0
+    unsure = [Predicted((0.3 * logits).softmax(-1), y) for logits, y in pairs]
     assert helpful_temperature(unsure) == pytest.approx(fit_temperature(unsure)) and fit_temperature(unsure) < 0.5
-    few = [(p[:2], y[:2]) for p, y in unsure[:2]]
+    few = [Predicted(p[:2], y[:2]) for p, y, _ in unsure[:2]]
     assert fit_temperature(few) < 1.0 and helpful_temperature(few) == 1.0
 
 
@@ -193,9 +194,8 @@ def test_where_joint_training_does_not_help_the_untouched_network_is_what_tasks_
 
 
 class Sure:
-    def predict(self, rows: object, *, calibrated: bool) -> Tensor:
-        assert not calibrated
-        return torch.tensor([0.98, 0.01, 0.01]).expand(len(rows), 3)  # type: ignore[arg-type]
+    def predicted(self, rows: Rows) -> Predicted:
+        return Predicted(torch.tensor([0.98, 0.01, 0.01]).expand(len(rows), 3), rows.target)
 
 
 def test_nothing_is_said_of_a_temperature_that_nobody_looked_for(caplog: pytest.LogCaptureFixture) -> None:

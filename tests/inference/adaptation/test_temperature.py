@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from pyro_lift.inference.adaptation.temperature import HIGHEST, LOWEST, fit_temperature, tempered
+from pyro_lift.inference.adaptation.temperature import HIGHEST, LOWEST, Predicted, fit_temperature, tempered
 from pyro_lift.metrics.probabilities import nll
 
 
@@ -27,6 +27,28 @@ def test_it_is_the_minimum_that_scipy_finds_over_the_logarithm_of_the_temperatur
 
     oracle = minimize_scalar(mean, bounds=(-1.6, 1.6), method="bounded", options={"xatol": 1e-9})
     assert fit_temperature(tasks) == pytest.approx(float(torch.tensor(oracle.x).exp()), rel=1e-4)
+
+
+def test_around_rates_it_is_the_minimum_that_scipy_finds_too() -> None:
+    rates = torch.tensor([0.85, 0.05, 0.05, 0.05], dtype=torch.float64)
+    tasks = [Predicted(*calibrated(40, 2.0), rates), Predicted(*calibrated(60, 1.5, classes=3))]
+
+    def mean(u: float) -> float:
+        return sum(nll(tempered(p, float(torch.tensor(u).exp()), r), y) for p, y, r in tasks) / len(tasks)
+
+    oracle = minimize_scalar(mean, bounds=(-1.6, 1.6), method="bounded", options={"xatol": 1e-9})
+    found = fit_temperature(tasks)
+    assert found == pytest.approx(float(torch.tensor(oracle.x).exp()), rel=1e-4)
+    assert found != pytest.approx(fit_temperature([task._replace(rates=None) for task in tasks]), rel=1e-3)
+
+
+def test_a_high_temperature_leads_to_the_rates_and_even_ones_fall_out() -> None:
+    p = torch.rand(6, 3).softmax(-1)
+    rates = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(tempered(p, 1e9, rates), rates.expand(6, 3))
+    torch.testing.assert_close(tempered(rates, 3.0, rates), rates)  # what is not sure stays as unsure
+    assert tempered(p, 1.0, rates) is p
+    torch.testing.assert_close(tempered(p, 2.0, torch.full((3,), 1 / 3)), tempered(p, 2.0))
 
 
 def test_probabilities_that_are_too_sharp_by_a_factor_get_that_factor() -> None:
