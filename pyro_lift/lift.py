@@ -408,6 +408,7 @@ class LiFT(ChainSetup):
             )
             with named_chain(names, s.learning_rate or 0.0, s.sgd_learning_rate or 0.0, s.sgd_steps):
                 mcmc.run(checkpoint=session, until=looks.ends if held_out else None)
+            mcmc.sampler.hook = None  # the bar's, which no pickle of the prior could take
         summary, moments = looks.kept() or (kept.stats[(0, "phi")], moments_of(kernel))
         given = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) not in (None, "learn")]
         moved = self._moved(replace(s, beta=beta_of()), moments, program.tasks)

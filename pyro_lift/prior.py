@@ -252,7 +252,8 @@ class LiFTPrior:
         """:meth:`adapt` to several tasks; those of a block go through the network in one pass.
 
         The same task several times gives as many independent chains. With the RMS preconditioner a block's chains
-        share the mean that its damping is relative to.
+        share the mean that its damping is relative to, and a chain's noise is that of its place in its block: the same
+        tasks in another order, or in blocks of another size, have other draws of the same posterior.
 
         Args:
             tasks: their training rows. Tasks that differ in kind, or with heads of their own in their number of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from functools import partial
 
 import peft
@@ -135,6 +136,17 @@ def test_no_task_and_no_data_are_refused(caplog: pytest.LogCaptureFixture) -> No
     assert not caplog.messages
     with pytest.raises(ValueError, match="bare"):
         Task("bare", (torch.randn(0, 2), torch.zeros(0, dtype=torch.long)), num_classes=3)
+
+
+def test_priors_and_posteriors_can_be_sent_to_other_processes() -> None:
+    rows = (torch.randn(6, 2), torch.tensor([0, 1, 2, 0, 1, 2]))
+    tasks = [Task(name, rows, num_classes=3) for name in "abc"]
+    prior = LiFT(classifier(), sgd_steps=2, burn_in=2, samples=4, seed=0).meta_train(tasks, progress=False)
+    posterior = prior.adapt(tasks[0], steps=4, draws=2)
+    sent = pickle.loads(pickle.dumps(posterior))
+    assert torch.equal(sent.predict(rows[0]), posterior.predict(rows[0]))
+    there = pickle.loads(pickle.dumps(prior))
+    assert torch.equal(there.adapt(tasks[0], steps=4, draws=2).thetas, posterior.thetas)
 
 
 def test_two_tasks_of_one_name_are_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,7 @@ def run_chain(
     with _named(shown, options), _bar(warmup_steps + draws, steps, shown) as hook:
         mcmc = MCMC(kernel, num_samples=draws, warmup_steps=warmup_steps, disable_progbar=True, hook_fn=hook)
         mcmc.run()
+    mcmc.sampler.hook = None  # the bar's, which no pickle of a posterior could take
     return mcmc
 
 
