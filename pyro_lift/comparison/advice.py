@@ -149,22 +149,22 @@ def _with_meta(
     if test.p_value <= ALPHA and test.difference > 0.0:
         what = "the next" if second == bar else "the best without meta-learning"
         return (
-            f"{simplest}: {_better(test, unit)} than {what} ({bar}{_p(test)}){beside}: meta-learning pays here, use it."
+            f"{simplest}: {_better(test, unit)} than {what} ({bar}{_p(test)}): meta-learning pays here, use it{beside}."
         )
     return (
         f"{simplest} is ahead by {_size(test.difference, unit)} (standard error {_size(test.standard_error, unit)}) of "
-        f"the best without meta-learning ({bar}{_p(test)}){beside}: meta-learning may pay here, and more tasks to be "
-        "judged by would tell."
+        f"the best without meta-learning ({bar}{_p(test)}): meta-learning may pay here, and more tasks to be judged "
+        f"by would tell{beside}."
     )
 
 
 def _beside(second: str, test: PairedTest, unit: str) -> str:
-    """Say how the next method that learns from other tasks stands to the one that is advised."""
-    if test.p_value <= ALPHA and test.difference > 0.0:
-        return f", and {_better(test, unit)} than the next ({second}{_p(test)})"
+    """Say how the next method stands to the one that is advised, where it is another than the best without others."""
     if test.difference < 0.0:
-        return f", with {second} {_size(-test.difference, unit)} lower and no simpler"
-    return f", and not clearly better than {second} ({_size(test.difference, unit)}{_p(test)})"
+        return f"; {second}, {_size(-test.difference, unit)} lower, is not clearly better"
+    if test.p_value <= ALPHA:
+        return f"; it is {_better(test, unit)} than the next ({second}{_p(test)})"
+    return f"; it is not clearly better than {second} ({_size(test.difference, unit)}{_p(test)})"
 
 
 def _as_good(losses: Sequence[float], best: Sequence[float]) -> bool:
