@@ -32,6 +32,7 @@ from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_names import class_numbers_by_name
+from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.hierarchical import VARIANCE
 from pyro_lift.models.out_of_proportion import usual_sizes
 from pyro_lift.models.solved_heads import has_solved_head
@@ -331,6 +332,7 @@ class LiFT(ChainSetup):
         own_heads = self._head_scale(tasks, self.settings) is not None
         classes = {} if own_heads else class_numbers_by_name(tasks)  # which all share the network's outputs
         warn_of_units(self.adapter, tasks, own_heads=own_heads)
+        warn_of_what_is_given_away(tasks)
         tasks, held_out = with_held_out(tasks) if self.settings.stop_every else (tasks, [])
         if self.settings.ranks_block_size:
             distributed.join()

@@ -25,6 +25,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead, are_alike
 from pyro_lift.models.class_names import check_class_numbers
 from pyro_lift.models.door import check_rows
+from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.out_of_proportion import InputSize, warn_of_tasks_of_other_sizes
 from pyro_lift.models.target_units import warn_of_new_units
 from pyro_lift.models.task import Task, check_kinds, check_tasks, undeclared
@@ -211,6 +212,7 @@ class LiFTPrior:
                 "(test= or dev=).",
                 some_names(seen),
             )
+        warn_of_what_is_given_away(tasks)
         adapt = partial(self.adapt_many, seed=seed, **options)
         self.prediction_temperature = fitted_on_held_out(tasks, adapt, most_rows)
         return self.prediction_temperature

@@ -46,6 +46,7 @@ from pyro_lift.models.architecture import architecture_of
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.conventions import base_of
 from pyro_lift.models.digest import digest_of_network, digest_of_rows
+from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.task import Task
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.archive import reason_of_failure, write_file, write_json
@@ -179,6 +180,7 @@ def run(
         folds = folds_of(problem, settings.folds)
         names, notes = _names(problem, settings)
         notes = [*left_out, *notes]
+        warn_of_what_is_given_away([*problem.train, *problem.dev, *problem.test])
         problem = problem._replace(adapter=functools.cache(problem.adapter))  # what it keeps of rows is for all methods
         tasks = [*problem.train, *problem.dev, *problem.test]
         problem = problem._replace(settings=with_heads_settled(problem.settings, problem.adapter(0), tasks))

@@ -1,0 +1,84 @@
+"""Answers that are given away: test rows among training rows, and tasks that stand twice, are told; chance is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+
+from pyro_lift import LiFT, Task
+from pyro_lift.models.given_away import are_in_both, warn_of_what_is_given_away
+from pyro_lift.models.rows import Rows
+
+
+def task(name: str, rows: int = 30, *, seed: int = 0) -> Task:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2 * rows, 3, generator=generator)
+    y = (x[:, 0] > 0).long()
+    return Task(name, (x[:rows], y[:rows]), num_classes=2, test=(x[rows:], y[rows:]))
+
+
+def rows_of(x: torch.Tensor) -> Rows:
+    return Rows({"": x}, torch.zeros(len(x), dtype=torch.long))
+
+
+def test_training_rows_among_the_test_rows_are_told_by_task_and_part(caplog: pytest.LogCaptureFixture) -> None:
+    apart, same, whole = task("apart"), task("same", seed=1), task("whole", seed=2)
+    assert whole.test is not None
+    both = Rows(
+        {"": torch.cat([whole.train.positional[0], whole.test.positional[0]])},
+        torch.cat([whole.train.target, whole.test.target]),
+    )
+    warn_of_what_is_given_away([apart, replace(same, test=same.train), replace(whole, dev=both)])
+    test, dev = caplog.messages
+    assert test.startswith("test rows of 'same' are training rows too") and "test=" in test
+    assert dev.startswith("dev rows of 'whole' are training rows too") and "dev=" in dev
+
+
+def test_other_targets_or_a_few_rows_that_meet_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    other = task("other")
+    turned = replace(other.train, target=1 - other.train.target)
+    assert not are_in_both(other.train, turned) and not are_in_both(other.train, None)
+    assert other.test is not None
+    two = Rows({"": torch.cat([other.train.positional[0][:2], other.test.positional[0]])},
+               torch.cat([other.train.target[:2], other.test.target]))  # fmt: skip
+    assert not are_in_both(other.train, two)
+    warn_of_what_is_given_away([other, task("another", seed=1)])
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("values", [4, 30, 300, 3000])
+def test_rows_of_a_small_world_meet_by_themselves(values: int) -> None:
+    generator = torch.Generator().manual_seed(values)
+    drawn = [torch.randint(values, (200, 1), generator=generator).float() for _ in range(2)]
+    assert not are_in_both(rows_of(drawn[0]), rows_of(drawn[1]))
+
+
+def test_large_inputs_are_compared_by_some_of_their_numbers() -> None:
+    x = torch.randn(8, 3, 64, 64)
+    assert are_in_both(rows_of(x), rows_of(x.flip(0)))
+    assert not are_in_both(rows_of(x), rows_of(torch.randn(8, 3, 64, 64)))
+
+
+def test_two_tasks_of_the_same_rows_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    one = task("one")
+    warn_of_what_is_given_away([one, task("two", seed=1), replace(one, name="copy")])
+    (message,) = caplog.messages
+    assert message.startswith("training rows of 'copy (as one)' stand twice")
+
+
+def test_meta_training_and_calibration_say_it(caplog: pytest.LogCaptureFixture) -> None:
+    tasks = [task(f"t{k}", 8, seed=k) for k in range(3)]
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    lift = LiFT(network, peft.LoraConfig(r=1, target_modules=["0", "2"]), sgd_steps=2, burn_in=2, samples=4, seed=0)
+    prior = lift.meta_train(tasks, progress=False)
+    assert "training rows too" not in caplog.text
+    seen = [replace(tasks[0], test=tasks[0].train), *tasks[1:]]
+    lift.meta_train(seen, progress=False)
+    assert "test rows of 't0' are training rows too" in caplog.text
+    caplog.clear()
+    prior.calibrate([replace(seen[0], name="new")], steps=4, draws=2)
+    assert "test rows of 'new' are training rows too" in caplog.text
