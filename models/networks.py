@@ -231,11 +231,20 @@ class WeightProbe:
     Args:
         network: whose weights are probed.
         leave_out: names of the parameters that may change.
+
+    Raises:
+        ValueError: a weight with samples that are not finite.
     """
 
     def __init__(self, network: nn.Module, leave_out: frozenset[str]) -> None:
         self.leave_out = leave_out
         self.values = probe_weights(network, leave_out)
+        for name, values in self.values.items():
+            if not bool(values.isfinite().all()):
+                raise ValueError(
+                    f"the frozen weight {name!r} holds values that are not finite, and so will all that the network "
+                    "computes. Load the network again; in half precision large weights may have overflowed."
+                )
 
     def changed(self, network: nn.Module) -> str | None:
         """Name of the first weight that has other values than before, by more than rounding; None if none has."""

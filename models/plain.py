@@ -23,7 +23,7 @@ def plain(value: Any, where: str) -> Any:
         where: begins the error messages.
 
     Raises:
-        TypeError: a table with columns that are no numbers; a sparse or nested tensor or matrix.
+        TypeError: a table with columns that are no numbers; a sparse or nested tensor or matrix; one without values.
         ValueError: an array of which a value is masked.
     """
     if isinstance(value, Tensor):
@@ -32,6 +32,8 @@ def plain(value: Any, where: str) -> Any:
                 f"{where}: a nested tensor, of rows of unequal length; give x.to_padded_tensor(0.0), with a mask "
                 "beside it if the network reads one."
             )
+        if value.is_meta:
+            raise TypeError(f"{where}: a tensor on the meta device, which has a shape and no values.")
         if value.layout is not torch.strided:
             raise TypeError(f"{where}: a sparse tensor ({value.layout}); give x.to_dense().")
         return value

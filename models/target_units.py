@@ -118,7 +118,10 @@ def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task], *, own_heads: b
             units.target, units.spread, units.output, units.varies, _less(units.target, units.spread),
             units.spread,
         )  # fmt: skip
-    spreads = torch.stack([_columns(task.train.target).std(0, correction=0) for task in tasks]).mean(0)
+    columns = [_columns(task.train.target).std(0, correction=0) for task in tasks]
+    if len({len(each) for each in columns}) > 1:  # heads of their own, or refused where the network is called
+        return
+    spreads = torch.stack(columns).mean(0)
     spreads = spreads[spreads > 0.0]
     if len(spreads) > 1 and float(spreads.max()) > APART * float(spreads.min()):
         log.warning(
