@@ -108,6 +108,14 @@ def adapter(width: int = 2) -> RandomAdapter:
     return RandomAdapter(peft.get_peft_model(net, peft.LoraConfig(r=1, target_modules=["0"])))
 
 
+def adapter_of_nan() -> RandomAdapter:
+    import peft
+
+    net = nn.Sequential(nn.Linear(3, 2))
+    net[0].weight.data[0, 0] = math.nan
+    return RandomAdapter(peft.get_peft_model(net, peft.LoraConfig(r=1, target_modules=["0"])))
+
+
 #: What is built, the error, and what its message must say. A kernel that comes back is set up, too.
 DOOR: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # --- the program
@@ -353,6 +361,16 @@ DOOR: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: LiFT(adapter(3), seed=2**64),
         ValueError,
         r"seed=18446744073709551616: expected a whole number below 2\*\*63",
+    ),
+    "a weight that is no number": (
+        lambda: adapter_of_nan(),
+        ValueError,
+        "the frozen weight 'base_model.model.0.base_layer.weight' holds values that are not finite",
+    ),
+    "a tensor without values": (
+        lambda: Task("t", (torch.zeros(4, 3, device="meta"), torch.zeros(4).long())),
+        TypeError,
+        "task 't', train data: inputs: a tensor on the meta device",
     ),
     "a name that is no string": (
         lambda: Task(3, TASK.train),  # type: ignore[arg-type]

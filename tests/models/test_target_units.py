@@ -10,7 +10,7 @@ import torch
 
 from pyro_lift import LiFT, Task
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.models.target_units import units_of
+from pyro_lift.models.target_units import units_of, warn_of_units
 from pyro_lift.settings import AdaptSettings
 
 #: The noise is found by adaptations; what is warned of does not depend on how long they are.
@@ -141,3 +141,17 @@ def test_with_heads_of_their_own_only_the_noise_has_a_unit(caplog: pytest.LogCap
     wider = Task("wide", (given[0].train.inputs[""], 1e4 * given[0].train.target), "regression")
     lift(features()).meta_train([wider, *given[1:]], progress=False, calibrate=False)
     assert len(warned("the targets of task 'wide' are in another unit than those of most tasks")) == 1
+
+
+def regression(name: str, values: int) -> Task:
+    generator = torch.Generator().manual_seed(values)
+    return Task(
+        name, (torch.randn(8, 3, generator=generator), torch.randn(8, values, generator=generator)), "regression"
+    )
+
+
+def test_tasks_of_several_numbers_of_values_are_refused_by_name_or_have_heads_of_their_own() -> None:
+    mixed = [regression("one", 1), regression("other", 1), regression("two", 2)]
+    with pytest.raises(ValueError, match=r"task 'two': regression: the network's output has shape \[1, 1\]"):
+        lift(network()).meta_train(mixed, progress=False)
+    warn_of_units(adapt_backbone(features(), peft.LoraConfig(r=1, target_modules=["0"])), mixed, own_heads=True)
