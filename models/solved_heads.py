@@ -116,6 +116,7 @@ class SolvedHeads:
             rows, outputs = self.tasks[task].train, head_outputs(self.tasks[task])
             assert outputs is not None
             found = head_features_of(self.adapter, self.tasks[task], rows, self.start)
+            self._remember(task, self.start, found)
             scale = self.scale if self.adapter.matches(rows.named) else None
             mean = None if self.mean is None or scale is not None else self.mean.of(self.tasks[task])
             if scale is not None:
@@ -266,15 +267,23 @@ class SolvedHeads:
 
     def _read(self, task: int, theta: Tensor) -> Tensor:
         """Return the features of a task's rows; those of the last few weights are remembered."""
-        key = (task, digest_of(theta))
-        if key not in self._features:
+        found = self._features.get((task, digest_of(theta)))
+        if found is None:
             found = all_features(self.adapter, self.tasks[task].train, theta, network_output)
-            if found.numel() > LARGEST:
-                return found
+            self._remember(task, theta, found)
+        return found
+
+    def _remember(self, task: int, theta: Tensor, features: Tensor) -> None:
+        if features.numel() <= LARGEST:
             while len(self._features) >= REMEMBERED:
                 del self._features[next(iter(self._features))]
-            self._features[key] = found
-        return self._features[key]
+            self._features[(task, digest_of(theta))] = features
+
+    def take_over(self, task: int, other: SolvedHeads) -> None:
+        """Take over the features of a task's rows at another's start, where a prediction begins too."""
+        found = other._features.get((task, digest_of(other.start)))
+        if found is not None:
+            self._remember(task, other.start, found)
 
     def solve_each(self, task: int, thetas: Tensor) -> Tensor:
         """Return the modes ``[S, C, E + 1]`` at some weights ``[S, D]``; equal neighbours are solved once."""

@@ -153,14 +153,18 @@ def heads_at_best_start(
     candidates = _candidates(mixture, untouched)
     options: dict[str, Any] = {"scale": scale, "mean": mean, "noise_scale": noise_scale}
     heads = [SolvedHeads(adapter, tasks, candidate.theta, **options) for candidate in candidates]
-    starts, chosen = [], []
+    starts, chosen, begun = [], [], []
     for k, task in enumerate(tasks):
         scores = [each.score(k) * len(task.train) for each in heads]
         odds = [score + candidate.log_odds for score, candidate in zip(scores, candidates, strict=True)]
         best = odds.index(max(odds))
         starts.append(Start(candidates[best].component, candidates[best].theta, scores[best]))
         chosen.append(heads[best].choice(k))
-    return heads[0].on(tasks, chosen), starts
+        begun.append(heads[best])
+    solved = heads[0].on(tasks, chosen)
+    for k, each in enumerate(begun):
+        solved.take_over(k, each)
+    return solved, starts
 
 
 @torch.no_grad()

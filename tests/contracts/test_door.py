@@ -111,8 +111,9 @@ def adapter(width: int = 2) -> RandomAdapter:
 def adapter_of_nan() -> RandomAdapter:
     import peft
 
-    net = nn.Sequential(nn.Linear(3, 2))
-    net[0].weight.data[0, 0] = math.nan
+    linear = nn.Linear(3, 2)
+    linear.weight.data[0, 0] = math.nan
+    net = nn.Sequential(linear)
     return RandomAdapter(peft.get_peft_model(net, peft.LoraConfig(r=1, target_modules=["0"])))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import peft
 import pytest
@@ -22,12 +23,15 @@ from pyro_lift.inference.adaptation.unmoved import (
 )
 from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.protocol import Budget
+from pyro_lift.models import observation, solved_heads
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.features import all_features
 from pyro_lift.models.heads import solve_head
 from pyro_lift.models.observation import network_output
+from pyro_lift.models.rows import Rows
 from pyro_lift.models.solved_heads import SolvedHeads
+from pyro_lift.models.tensor_digest import digest_of
 
 
 def adapter() -> RandomAdapter:
@@ -157,3 +161,21 @@ def test_the_baselines_stack_as_lift_does() -> None:
         net, new, net.initial, Budget(steps=20, learning_rate=50.0, draws=10, heads=HeadPolicy(scale=1.0), seed=0)
     )
     assert int((ensemble.thetas == net.initial).all(-1).sum()) >= 8
+
+
+def test_features_at_the_start_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = LiFT(adapter(), sgd_steps=2, burn_in=2, samples=4, seed=0).meta_train(
+        [task(12, seed) for seed in range(3)], progress=False
+    )
+    read: list[bytes] = []
+
+    def counted(net: RandomAdapter, rows: Rows, theta: Tensor, *rest: Any, **options: Any) -> Tensor:
+        read.append(digest_of(theta, *rows.inputs.values()))
+        return all_features(net, rows, theta, *rest, **options)
+
+    for module in (observation, solved_heads):
+        monkeypatch.setattr(module, "all_features", counted)
+    news = [task(12, seed) for seed in range(5, 8)]
+    posteriors = prior.adapt_many(news, steps=12, draws=4)
+    assert len(read) == len(set(read)) == 3 * (2 + 2)  # phi and the untouched network; and the two draws that move
+    assert all((posterior.thetas[0] == posterior.thetas[1]).all() for posterior in posteriors)
