@@ -171,8 +171,15 @@ def write_manifest(folder: Path, cells: Sequence[Cell]) -> Path:
 
 
 def read_manifest(folder: Path) -> list[Cell]:
-    """Read the cells of a folder."""
-    return [Cell(entry["name"], entry["arguments"]) for entry in json.loads((folder / MANIFEST).read_text())]
+    """Read the cells of a folder.
+
+    Raises:
+        ValueError: a folder without them.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no cells: {MANIFEST} is not there. Give the folder that they were run in.")
+    return [Cell(entry["name"], entry["arguments"]) for entry in json.loads(path.read_text())]
 
 
 def run_cells(

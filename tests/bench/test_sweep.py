@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pyro_lift.bench.sweep import Cell, grid, map_cells, results, run_cells, submit, write_manifest
+from pyro_lift.bench.sweep import Cell, grid, map_cells, read_manifest, results, run_cells, submit, write_manifest
 
 
 def square(x: int, log: str) -> dict[str, Any]:
@@ -22,6 +22,12 @@ def square(x: int, log: str) -> dict[str, Any]:
 
 def _worker(folder: str) -> None:
     run_cells(Path(folder), square)
+
+
+def test_a_folder_without_cells_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    for read in (read_manifest, results, lambda folder: run_cells(folder, print)):
+        with pytest.raises(ValueError, match=r"holds no cells: manifest\.json is not there\. Give the folder"):
+            read(tmp_path)
 
 
 def test_each_cell_is_run_once_by_several_processes(tmp_path: Path) -> None:
