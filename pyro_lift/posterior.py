@@ -110,14 +110,18 @@ class TaskPosterior:
         if not calibrated or self.task.kind == "regression":
             return p
         # Classes that the task has not keep a probability of zero, which no temperature raises.
-        q = p if self.heads is not None else p[..., : rows.classes]
+        q = self._of_its_classes(p, rows)
         q = tempered(q, self.prediction_temperature, class_rates(self.class_counts, q.shape[-1]))
         return pad(q, (0, p.shape[-1] - q.shape[-1]))
 
     def predicted(self, rows: Rows) -> Predicted:
         """Predict rows whose targets are known as they come, at no temperature: what one is fitted to."""
-        p = self.predict(rows, calibrated=False)
+        p = self._of_its_classes(self.predict(rows, calibrated=False), self._rows(rows))
         return Predicted(p, rows.target, class_rates(self.class_counts, p.shape[-1]))
+
+    def _of_its_classes(self, p: Tensor, rows: Rows) -> Tensor:
+        """Leave out the network's outputs that are no classes of the task."""
+        return p if self.heads is not None else p[..., : rows.classes]
 
     def predict_sd(self, inputs: Any, *, calibrated: bool = True) -> Tensor:
         r"""Return the standard deviation of new targets of a regression, of the shape of :meth:`predict`'s means.

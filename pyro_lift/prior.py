@@ -19,6 +19,7 @@ from pyro_lift.data.encoding import TextEncoding
 from pyro_lift.defaults import inherited, one_width, resolved, warn_of_adaptation
 from pyro_lift.generation.decode import generate
 from pyro_lift.inference.adaptation.chain import Shown, Source
+from pyro_lift.inference.adaptation.temperature import HIGHEST, LOWEST
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
@@ -215,6 +216,12 @@ class LiFTPrior:
         warn_of_what_is_given_away(tasks)
         adapt = partial(self.adapt_many, seed=seed, **options)
         self.prediction_temperature = fitted_on_held_out(tasks, adapt, most_rows)
+        if self.prediction_temperature in (LOWEST, HIGHEST) and tasks[0].kind != "regression":
+            log.warning(
+                "calibrate: the temperature is %g, the bound of what is looked for: the rows are all right, all wrong, "
+                "or of one class. More tasks or rows, or a longer adaptation, would tell better.",
+                self.prediction_temperature,
+            )  # fmt: skip
         return self.prediction_temperature
 
     @at_top_level()

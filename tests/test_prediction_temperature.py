@@ -92,6 +92,28 @@ def test_a_task_of_uneven_classes_is_tempered_around_their_rates(prior: LiFTPrio
         assert (posterior.predict(x).amax(-1) > tempered(plain, 3.0).amax(-1)).all()
 
 
+def test_what_a_temperature_is_fitted_to_has_the_rates_that_predictions_have(prior: LiFTPrior) -> None:
+    task = tiny_tasks(5)[4]
+    two = Task("two", (task.train.positional[0][:9], torch.tensor([0] * 4 + [1] * 5)), num_classes=2)
+    assert task.num_classes == 3  # of which this one has two
+    posterior = prior.adapt(two, **OPTIONS)
+    fitted = posterior.predicted(two.train)
+    assert fitted.rates is None and fitted.probabilities.shape == (9, 2)
+    full = posterior.predict(two.train, calibrated=False)
+    torch.testing.assert_close(fitted.probabilities, full[:, :2])
+    assert not full[:, 2:].any()
+
+
+def test_a_temperature_at_a_bound_is_warned_of(prior: LiFTPrior, caplog: pytest.LogCaptureFixture) -> None:
+    prior.calibrate(tiny_tasks(5)[3:], **OPTIONS)
+    assert "the bound of what is looked for" not in caplog.text
+    task = tiny_tasks(5)[4]
+    right = torch.zeros(30, dtype=torch.long)
+    x = task.train.positional[0][:1].expand(30, -1)
+    prior.calibrate([Task("sure", (x, right), num_classes=3, test=(x, right))], **OPTIONS)
+    assert "the temperature is 5, the bound of what is looked for" in caplog.text  # the rate of its one class
+
+
 def test_rates_are_saved_and_folders_from_before_are_tempered_around_even_ones(
     prior: LiFTPrior, tmp_path: Path
 ) -> None:
