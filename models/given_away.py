@@ -1,11 +1,14 @@
-"""Answers that are given away: rows to be judged by among the training rows, and tasks that stand twice."""
+"""Answers that are given away: rows to be judged by among training rows, and tasks that stand twice."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 
-from pyro_lift.models.digest import digest_of_rows
+import numpy as np
+from numpy.typing import NDArray
+
 from pyro_lift.models.rows import Rows
 from pyro_lift.models.task import Task
 from pyro_lift.support.wording import some_names
@@ -14,13 +17,14 @@ __all__ = ["are_in_both", "warn_of_what_is_given_away"]
 
 log = logging.getLogger("pyro_lift")
 
-#: Share of the rows to be judged by that are training rows too, beside twice the share of training rows that stand
-#: there more than once, from which on it is told: few different rows meet again by themselves.
+#: Share of the rows to be judged by that are training rows too, from which on it is told, past what chance may do.
 SHARE = 0.1
-#: Rows that meet by chance.
-FEW = 2
+#: Share of a task's rows that another task has from which on they are one task.
+SAME = 0.9
 #: Numbers of an input that rows are compared by, at most: more say no more, and take their time.
 NUMBERS = 4096
+
+Digests = NDArray[np.uint64]
 
 
 def warn_of_what_is_given_away(tasks: Sequence[Task]) -> None:
@@ -29,16 +33,11 @@ def warn_of_what_is_given_away(tasks: Sequence[Task]) -> None:
         names = [task.name for task in tasks if are_in_both(task.train, getattr(task, part))]
         if names:
             log.warning(
-                "%s rows of %s are training rows too, inputs and targets: what is measured on them is better than of a "
-                "new row. Give %s= rows that are not among those to learn from.", part, some_names(names), part,
+                "%s rows of %s are training rows too, inputs and targets, more than would meet by chance: what is "
+                "measured on them is better than of a new row. Give %s= rows that are not among those to learn from.",
+                part, some_names(names), part,
             )  # fmt: skip
-    first: dict[str, str] = {}
-    again = []
-    for task in tasks:
-        other = first.setdefault(digest_of_rows(task.train), task.name)
-        if other != task.name:
-            again.append(f"{task.name} (as {other})")
-    if again:
+    if again := _twice(tasks):
         log.warning(
             "training rows of %s stand twice: each counts as a task of its own, and where one is held out, the other "
             "gives its answers away. Leave one of them out.", some_names(again),
@@ -48,25 +47,65 @@ def warn_of_what_is_given_away(tasks: Sequence[Task]) -> None:
 def are_in_both(train: Rows, others: Rows | None) -> bool:
     """Tell whether more of the other rows are training rows than would be by chance.
 
+    How often rows meet by chance is read off those that stand in one part more than once: of c pairs among P the rate
+    is at most about :math:`(c + 3 + 2 \\sqrt{c}) / P`, and as many of the pairs between the parts are expected.
+
     Args:
         train: rows to learn from.
         others: rows to be judged by; None has none.
     """
     if others is None:
         return False
-    known, seen = list(_digests(train)), list(_digests(others))
-    different = set(known)
-    again = 1.0 - len(different) / max(len(known), 1)
-    both = sum(digest in different for digest in seen)
-    return both > FEW and both > (SHARE + 2.0 * again) * len(seen)
+    known, seen = _digests(train), _digests(others)
+    both = int(np.isin(seen, known).sum())
+    if both <= SHARE * len(seen):
+        return False
+    met = _meetings(known) + _meetings(seen)
+    pairs = math.comb(len(known), 2) + math.comb(len(seen), 2)
+    rate = min((met + 3.0 + 2.0 * math.sqrt(met)) / max(pairs, 1), 1.0)
+    expected = len(seen) * (1.0 - (1.0 - rate) ** len(known))
+    return both > expected + 2.0 * math.sqrt(expected)
 
 
-def _digests(rows: Rows) -> Iterator[int]:
-    """Digest inputs and target of each row."""
-    columns = []
-    for name in (*sorted(rows.inputs), None):
+def _meetings(digests: Digests) -> int:
+    """Count the pairs of equal rows."""
+    counts = np.unique(digests, return_counts=True)[1].astype(np.int64)
+    return int((counts * (counts - 1) // 2).sum())
+
+
+def _twice(tasks: Sequence[Task]) -> list[str]:
+    """Return names of tasks nearly all rows of which stand in an earlier one, and its name with each."""
+    digests = [_digests(task.train) for task in tasks]
+    # Few different rows meet by themselves, and two of three rows say little.
+    rows = [np.unique(x) if len(x) > 2 and _meetings(x) == 0 else x[:0] for x in digests]
+    if not tasks or sum(map(len, rows)) == 0:
+        return []
+    owner = np.repeat(np.arange(len(rows)), [len(x) for x in rows])
+    _, place = np.unique(np.concatenate(rows), return_inverse=True)
+    first = np.full(int(place.max()) + 1, len(rows))
+    np.minimum.at(first, place, owner)
+    found = []
+    for k, others in enumerate(np.split(first[place], np.cumsum([len(x) for x in rows])[:-1])):
+        earlier = others[others < k]
+        if len(earlier) and len(earlier) >= SAME * len(others):
+            found.append(f"{tasks[k].name} (as {tasks[int(np.bincount(earlier).argmax())].name})")
+    return found
+
+
+def _digests(rows: Rows) -> Digests:
+    """Digest inputs and target of each row to 64 bits, ``[n]``: equal for the same numbers of whatever type."""
+    total = np.zeros(len(rows), dtype=np.uint64)
+    for number, name in enumerate((*sorted(rows.inputs), None)):
         values = (rows.target if name is None else rows.inputs[name]).detach().reshape(len(rows), -1)
-        step = max(-(-values.shape[-1] // NUMBERS), 1)
-        columns.append(values[:, ::step].cpu().double().numpy())
-    for row in zip(*columns, strict=True):
-        yield hash(tuple(values.tobytes() for values in row))
+        values = values[:, :: max(-(-values.shape[-1] // NUMBERS), 1)]
+        weights = np.random.default_rng(number).integers(1, 2**63, values.shape[-1], dtype=np.uint64)
+        bits = (values.cpu().double().numpy() + 0.0).view(np.uint64)  # one zero, not two
+        total += (_mixed(bits) * weights).sum(-1, dtype=np.uint64)
+    return total
+
+
+def _mixed(bits: Digests) -> Digests:
+    """Spread each number's bits over all 64, as SplitMix64 does."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))

@@ -49,11 +49,18 @@ def test_other_targets_or_a_few_rows_that_meet_are_not_told(caplog: pytest.LogCa
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("values", [4, 30, 300, 3000])
-def test_rows_of_a_small_world_meet_by_themselves(values: int) -> None:
+WORLDS = [(2, 20, 100), (32, 10, 100), (64, 20, 100), (81, 15, 100), (128, 40, 100), (30, 200, 200), (64, 10, 10)]
+
+
+@pytest.mark.parametrize(("values", "train", "test"), [*WORLDS, (3000, 200, 200)])
+def test_rows_of_a_small_world_meet_by_themselves(values: int, train: int, test: int) -> None:
     generator = torch.Generator().manual_seed(values)
-    drawn = [torch.randint(values, (200, 1), generator=generator).float() for _ in range(2)]
-    assert not are_in_both(rows_of(drawn[0]), rows_of(drawn[1]))
+    draws = 200
+    told = sum(
+        are_in_both(*(rows_of(torch.randint(values, (n, 1), generator=generator).float()) for n in (train, test)))
+        for _ in range(draws)
+    )
+    assert told <= 0.05 * draws
 
 
 def test_large_inputs_are_compared_by_some_of_their_numbers() -> None:
@@ -62,11 +69,27 @@ def test_large_inputs_are_compared_by_some_of_their_numbers() -> None:
     assert not are_in_both(rows_of(x), rows_of(torch.randn(8, 3, 64, 64)))
 
 
-def test_two_tasks_of_the_same_rows_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    one = task("one")
-    warn_of_what_is_given_away([one, task("two", seed=1), replace(one, name="copy")])
+def test_a_task_that_stands_twice_is_told_in_whatever_order_and_a_row_short(caplog: pytest.LogCaptureFixture) -> None:
+    one, two = task("one"), task("two", seed=1)
+    turned = replace(one, name="turned", train=one.train.take(torch.arange(len(one.train)).flip(0)))
+    short = replace(two, name="short", train=two.train.take(slice(0, len(two.train) - 1)))
+    double = replace(one, name="double", train=Rows({"": one.train.positional[0].double()}, one.train.target.int()))
+    warn_of_what_is_given_away([one, two, turned, short, double])
     (message,) = caplog.messages
-    assert message.startswith("training rows of 'copy (as one)' stand twice")
+    assert message.startswith("training rows of 'turned (as one)', 'short (as two)', 'double (as one)' stand twice")
+
+
+def test_the_same_inputs_under_other_questions_are_other_tasks(caplog: pytest.LogCaptureFixture) -> None:
+    one = task("one")
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(2, (len(one.train),), generator=generator)
+    other = replace(one, name="other", train=replace(one.train, target=labels))
+    small = [
+        Task(f"s{k}", (torch.randint(4, (30, 1), generator=generator).float(), torch.arange(30) % 2), num_classes=2)
+        for k in range(4)
+    ]
+    warn_of_what_is_given_away([one, other, *small])
+    assert not caplog.messages
 
 
 def test_meta_training_and_calibration_say_it(caplog: pytest.LogCaptureFixture) -> None:
