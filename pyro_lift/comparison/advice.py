@@ -39,10 +39,12 @@ class Contestant(NamedTuple):
         losses: one a task, in one order for all methods; NaN where it gave none.
         rank: how much there is to it: 0 a regression on frozen features, 1 an adapter of the task's own, 2 and more
             methods that learn from other tasks.
+        steps: whether it takes steps of gradients; regressions on frozen features do not.
     """
 
     losses: Sequence[float]
     rank: int
+    steps: bool = True
 
     @property
     def meta(self) -> bool:
@@ -146,15 +148,16 @@ def _with_meta(
     others = {name: c.losses for name, c in usable.items() if name != simplest} | alone
     second = min(others, key=lambda name: statistics.fmean(others[name]))
     beside = "" if second == bar else _beside(second, difference(others[second], losses), unit)
+    trains = usable[simplest].steps
+    without = f"the best without {'meta-learning' if trains else 'other tasks'}"
     if test.p_value <= ALPHA and test.difference > 0.0:
-        what = "the next" if second == bar else "the best without meta-learning"
-        return (
-            f"{simplest}: {_better(test, unit)} than {what} ({bar}{_p(test)}): meta-learning pays here, use it{beside}."
-        )
+        what = "the next" if second == bar else without
+        pays = "meta-learning pays here" if trains else "one regression over the rows of all tasks is enough here"
+        return f"{simplest}: {_better(test, unit)} than {what} ({bar}{_p(test)}): {pays}, use it{beside}."
+    pays = "meta-learning may pay here" if trains else "one regression over the rows of all tasks may be enough here"
     return (
         f"{simplest} is ahead by {_size(test.difference, unit)} (standard error {_size(test.standard_error, unit)}) of "
-        f"the best without meta-learning ({bar}{_p(test)}): meta-learning may pay here, and more tasks to be judged "
-        f"by would tell{beside}."
+        f"{without} ({bar}{_p(test)}): {pays}, and more tasks to be judged by would tell{beside}."
     )
 
 

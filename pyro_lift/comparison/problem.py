@@ -147,8 +147,45 @@ def chance_loss(task: Task) -> float | None:
         return unexplained(train.double().mean(0).expand_as(test), task)
     classes = task.num_classes or 1
     by_row = "option_input_ids" in task.train.inputs
-    counts = torch.ones(classes) if by_row else torch.bincount(train, minlength=classes) + 1.0
-    return float(-(counts / counts.sum()).log()[test].mean())
+    return _nll_of(torch.ones(classes) if by_row else torch.bincount(train, minlength=classes) + 1.0, task)
+
+
+def chance_losses(tasks: Sequence[Task], learned: Sequence[Task]) -> dict[str, float | None]:
+    """Return the losses of the best answer that looks at no input, by task: one sort of answer for all of them.
+
+    Class frequencies of the task's own rows (:func:`chance_loss`), which a few rows hardly tell; even ones; or, where
+    tasks have as many classes, those of all tasks' rows. Of regressions the mean of the own rows or of all.
+
+    Args:
+        tasks: to be judged, with the rows that they are judged by.
+        learned: whose training rows are known.
+    """
+    own = {task.name: chance_loss(task) for task in tasks}
+    kinds = {(task.kind, task.num_classes, task.train.target.shape[1:]) for task in (*tasks, *learned)}
+    if not tasks or None in own.values() or any("option_input_ids" in task.train.inputs for task in tasks):
+        return own
+    ways = [own]
+    if tasks[0].kind == "regression":
+        if len(kinds) == 1:
+            mean = torch.cat([task.train.target for task in learned]).double().mean(0).cpu()
+            ways.append({task.name: unexplained(mean.expand_as(_judged(task)), task) for task in tasks})
+    else:
+        ways.append({task.name: _nll_of(torch.ones(task.num_classes or 1), task) for task in tasks})
+        if len(kinds) == 1:
+            classes = tasks[0].num_classes or 1
+            counts = sum(torch.bincount(task.train.target.cpu(), minlength=classes) for task in learned) + torch.ones(1)
+            ways.append({task.name: _nll_of(counts, task) for task in tasks})
+    return min(ways, key=lambda way: sum(value or 0.0 for value in way.values()))
+
+
+def _judged(task: Task) -> Tensor:
+    assert task.test is not None
+    return task.test.target.cpu()
+
+
+def _nll_of(counts: Tensor, task: Task) -> float:
+    """Compute the mean NLL of the rows to be judged by under class frequencies."""
+    return float(-(counts / counts.sum()).log()[_judged(task)].mean())
 
 
 def told_of_one_class(tasks: Sequence[Task]) -> tuple[str | None, str | None]:

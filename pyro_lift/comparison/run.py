@@ -29,7 +29,7 @@ from pyro_lift.comparison.plan import Plan, solve, whole_budget
 from pyro_lift.comparison.problem import (
     Fold,
     Problem,
-    chance_loss,
+    chance_losses,
     folds_of,
     pooled_missing,
     probe_missing,
@@ -187,7 +187,7 @@ def run(
         agenda = _agenda(problem, folds, settings, names, folder, start, overwrite)
         done = _run_turns(problem, folds, settings, names, agenda, start)
         by_name = {task.name: judged(task, settings.test_rows) for fold in folds for task in fold.judged}
-        chance = {name: chance_loss(task) for name, task in by_name.items()}
+        chance = chance_losses(list(by_name.values()), tasks)
         summary = summarise(done, folder / CELLS, names, chance)
         notes += _notes(agenda, summary, done, names)
         records = [record for cell in done.values() for record in cell["records"]]

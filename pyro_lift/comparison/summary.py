@@ -61,7 +61,8 @@ class Summary(NamedTuple):
         if not self.results:
             return "Nothing was finished in the time given: there is nothing to advise. Give a longer budget."
         contestants = {
-            entrant(name).title: Contestant(losses, entrant(name).rank) for name, losses in self.losses.items()
+            entrant(name).title: Contestant(losses, entrant(name).rank, entrant(name).steps)
+            for name, losses in self.losses.items()
         }
         unit, measure = ("nats", "NLL") if self.measure == "nll" else ("of the variance", "unexplained variance")
         return advise(contestants, self.chance, unit=unit, measure=measure)

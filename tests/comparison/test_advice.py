@@ -69,11 +69,25 @@ def test_a_lead_is_told_over_guessing_where_guessing_is_the_best_without_meta_le
     assert "(Tuned LoRA, p < 0.001)" in advise(contestants)
 
 
+def test_one_regression_over_all_rows_is_not_called_meta_learning() -> None:
+    contestants = {
+        "Linear Probe": Contestant([x + 0.3 + 0.01 * (-1) ** k for k, x in enumerate(BASE)], 0),
+        "Pooled Probe": Contestant(BASE, 2, steps=False),
+        "LiFT": Contestant([x + 0.1 for x in BASE], 4),
+    }
+    sentence = advise(contestants, CHANCE)
+    assert sentence.startswith(
+        "Pooled Probe: 0.30 nats better than the best without other tasks (Linear Probe, p < 0.0"
+    )
+    assert "one regression over the rows of all tasks is enough here, use it; it is 0.10 nats better" in sentence
+    assert "meta-learning" not in sentence
+
+
 def test_a_runner_up_that_is_not_clearly_behind_is_said_with_its_gap() -> None:
     gaps = [0.05 * (-1) ** k + 0.02 for k in range(TASKS)]
     contestants = {
         "Linear Probe": Contestant([x + 0.3 for x in BASE], 0),
-        "Pooled Probe": Contestant([x + gap for x, gap in zip(BASE, gaps, strict=True)], 2),
+        "Pooled Probe": Contestant([x + gap for x, gap in zip(BASE, gaps, strict=True)], 2, steps=False),
         "LiFT": Contestant(BASE, 4),
     }
     sentence = advise(contestants, CHANCE)

@@ -30,6 +30,7 @@ from pyro_lift.comparison.plan import Costs, Plan
 from pyro_lift.comparison.problem import (
     Problem,
     chance_loss,
+    chance_losses,
     folds_of,
     told_of_one_class,
     unexplained,
@@ -299,6 +300,24 @@ def test_the_guess_is_that_of_the_class_frequencies_or_of_the_mean() -> None:
     values = Task("v", (torch.zeros(2, 1), y), "regression", test=(torch.zeros(2, 1), y))
     assert chance_loss(values) == pytest.approx(1.0)
     assert unexplained(y, values) == 0.0
+
+
+def judged_task(name: str, train: list[int], test: list[int], classes: int = 2) -> Task:
+    rows = [(torch.zeros(len(y), 1), torch.tensor(y)) for y in (train, test)]
+    return Task(name, rows[0], num_classes=classes, test=rows[1])
+
+
+def test_the_guess_is_the_best_of_own_even_and_common_frequencies_for_all_tasks() -> None:
+    coins = [judged_task("a", [0, 0, 0, 1], [0, 1]), judged_task("b", [1, 1, 1, 0], [0, 1])]
+    assert list(chance_losses(coins, coins).values()) == pytest.approx([math.log(2.0)] * 2)  # own frequencies mislead
+    odd = [judged_task("a", [0] * 9, [0, 0]), judged_task("b", [1] * 9, [1, 1])]
+    assert chance_losses(odd, odd)["a"] == pytest.approx(-math.log(10 / 11)) == chance_loss(odd[0])
+    common = [judged_task(name, [0, 0, 1], [0, 0, 0, 1]) for name in "ab"]
+    more = [*common, judged_task("c", [0] * 30 + [1] * 10, [0])]
+    expected = -(3.0 * math.log(35 / 48) + math.log(13 / 48)) / 4
+    assert chance_losses(common, more)["a"] == pytest.approx(expected)
+    mixed = [*common, judged_task("d", [0, 1, 2], [0, 1, 2], 3)]  # no class is another task's
+    assert chance_losses(mixed, mixed)["d"] == pytest.approx(math.log(3.0))
 
 
 def test_a_method_that_diverges_is_named_and_the_others_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
