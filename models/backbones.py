@@ -6,7 +6,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ from pyro_lift.models.peft_layers import active_adapter, file_name, peft_layers
 from pyro_lift.models.quantised import Quantisation, loading_config, quantisation_of
 from pyro_lift.support.hub_names import check_findable, not_found, reason_of
 from pyro_lift.support.options import check_literal
+from pyro_lift.support.wording import some_names
 
 if TYPE_CHECKING:
     import peft
@@ -347,11 +348,26 @@ def adapt_backbone(
         with private_stream(seed, twin):
             prepared = copy.deepcopy(peft_config)
             prepared.inference_mode = False  # a configuration read from a folder would have nothing to train
-            adapted = get_peft_model(twin, prepared)
+            adapted = _wrapped(get_peft_model, twin, prepared)
     share_hooks(backbone, memo)  # after PEFT's own, which belong to the copy alone
     adapter = RandomAdapter(adapted, **options)
     adapted.requires_grad_(False)
     return adapter
+
+
+def _wrapped(wrap: Callable[..., Any], network: nn.Module, config: peft.PeftConfig) -> Any:
+    """Let PEFT put its layers in; where none is of the names it is told, say which there are.
+
+    Raises:
+        ValueError: no layer of the names.
+    """
+    try:
+        return wrap(network, config)
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        layers = dict.fromkeys(name.rsplit(".", 1)[-1] for name, m in network.named_modules() if hasattr(m, "weight"))
+        raise ValueError(f"{error} Its layers with weights are called {some_names(list(layers))}.") from error
 
 
 def _check_on_quantised(config: peft.PeftConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,3 +250,9 @@ def test_unknown_kinds_and_dtypes_are_refused() -> None:
         load_backbone("x", "seq2sec")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="did you mean 'bfloat16'"):
         load_backbone("x", "encoder", dtype="float16")  # type: ignore[arg-type]
+
+
+def test_where_no_layer_has_the_names_that_peft_is_told_the_layers_are_named() -> None:
+    network = nn.Sequential(OrderedDict(first=nn.Linear(2, 3), act=nn.Tanh(), last=nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match=r"nope.*Its layers with weights are called 'first', 'last'\."):
+        adapt_backbone(network, peft.LoraConfig(r=1, target_modules=["nope"]))
