@@ -29,8 +29,13 @@ FAR = 8.0
 WIDE = 30.0
 #: Targets of a unit that is the prior's may be so much larger than its noise, which is a hundredth of them at least.
 EXACT = 1e3
+#: Tasks from which on their spreads say something of all.
+FEWEST = 4
 #: Columns of targets that share a noise vary so many times as much as one another.
 APART = 30.0
+#: Times as wide as those of the narrowest tenth of the tasks that targets of the widest tenth are, where no task is far
+#: from most: one noise is then too large for some and too small for others.
+UNEVEN = 10.0
 #: Spread of the targets from which on they are small or large beside what networks, widths and rates are made for.
 STANDARD = 10.0
 
@@ -118,6 +123,7 @@ def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task], *, own_heads: b
             units.target, units.spread, units.output, units.varies, _less(units.target, units.spread),
             units.spread,
         )  # fmt: skip
+    _warn_of_uneven(tasks)
     columns = [_columns(task.train.target).std(0, correction=0) for task in tasks]
     if len({len(each) for each in columns}) > 1:  # heads of their own, or refused where the network is called
         return
@@ -128,6 +134,22 @@ def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task], *, own_heads: b
             "the columns of the targets vary by %.3g to %.3g within a task, and share one noise: those that vary "
             "little will have far too wide predictions, and others none of the data's pull. Bring them to one scale, "
             "each column divided by its own standard deviation.", float(spreads.min()), float(spreads.max()),
+        )  # fmt: skip
+
+
+def _warn_of_uneven(tasks: Sequence[Task]) -> None:
+    """Say in the log where tasks' targets vary so unevenly that one noise fits few of them."""
+    each = torch.tensor([float(_columns(task.train.target).double().std(0, correction=0).max()) for task in tasks])
+    each = each[each > 0.0]
+    if len(each) < FEWEST:
+        return
+    low, high = torch.quantile(each, torch.tensor([0.1, 0.9], dtype=each.dtype)).tolist()
+    if high > UNEVEN * low:
+        log.warning(
+            "the targets vary by %.3g within some tasks and by %.3g within others (the tenths of the tasks that vary "
+            "least and most), and all share one noise: predictions are too wide for some and too narrow for others. "
+            "Divide each task's targets by their own standard deviation, and multiply its predictions by it.",
+            low, high,
         )  # fmt: skip
 
 

@@ -155,3 +155,16 @@ def test_tasks_of_several_numbers_of_values_are_refused_by_name_or_have_heads_of
     with pytest.raises(ValueError, match=r"task 'two': regression: the network's output has shape \[1, 1\]"):
         lift(network()).meta_train(mixed, progress=False)
     warn_of_units(adapt_backbone(features(), peft.LoraConfig(r=1, target_modules=["0"])), mixed, own_heads=True)
+
+
+@pytest.mark.parametrize(("sd", "told"), [(0.5, False), (1.2, True)])
+def test_tasks_that_vary_unevenly_are_told_though_none_is_far_from_most(
+    sd: float, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    units = torch.distributions.Normal(0.0, sd).icdf(torch.linspace(0.05, 0.95, 12)).exp()
+    given = [
+        Task(f"t{k}", (x, unit * x.sum(-1, keepdim=True)), "regression")
+        for k, (unit, x) in enumerate(zip(units, X.repeat(2, 1, 1), strict=True))
+    ]
+    warn_of_units(adapt_backbone(features(), peft.LoraConfig(r=1, target_modules=["0"])), given, own_heads=True)
+    assert [("share one noise" in message) for message in caplog.messages] == [True] * told
