@@ -23,6 +23,8 @@ class ClassHead(NamedTuple):
             standard deviation of a logit.
         feature_sd: of regressions, standard deviation of each feature over the rows of all tasks, ``[E]``; None in
             priors that were saved without it.
+        around_width: of regressions that share a head, where the ratios of their heads' priors stand around it; None
+            where each task chooses it by its own rows, as of priors that were saved without it.
         bias_sd: of classes, standard deviation of a bias; None where each task chooses its width by its own rows, as of
             priors that were saved without it.
     """
@@ -32,6 +34,7 @@ class ClassHead(NamedTuple):
     width: float = 1.0
     feature_sd: Tensor | None = None
     bias_sd: float | None = None
+    around_width: float | None = None
 
     @property
     def usual(self) -> UsualPrior | None:
@@ -54,7 +57,7 @@ def are_alike(one: ClassHead | None, other: ClassHead | None) -> bool:
     """Whether two heads are the same but for what another machine may round."""
     if one is None or other is None:
         return one is other
-    return (one[1:3], one.bias_sd) == (other[1:3], other.bias_sd) and all(
+    return (one[1:3], one[4:]) == (other[1:3], other[4:]) and all(
         _are_close(*pair) for pair in ((one.head, other.head), (one.feature_sd, other.feature_sd))
     )
 

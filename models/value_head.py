@@ -12,8 +12,9 @@ best for all tasks of meta-training together (:func:`best_width`). Where there a
 say as much as noise does, :math:`1 / \sqrt E`, and its prior half as wide in variance.
 
 No unit of the targets changes the choice, nor their level: the biases' prior stands at their mean. Around a head that
-all tasks share it stands at that one's, and a bias is as near to it as the rest of the head; how near it is has nothing
-to do with the ratio of heads that stand alone.
+all tasks share it stands at that one's, and a bias is as near to it as the rest of the head; how near that is has
+nothing to do with the ratio of heads that stand alone. All tasks say it together too, and a task's own rows then take
+more to say otherwise: the second term is :data:`~pyro_lift.models.heads.SURE` times as large.
 
 A value, unlike a probability, has no bounds. Where the adapter comes to where a feature is level on a task's few rows,
 a head on it would be steep, and predictions of other rows beyond all proportion. So features are divided by no less
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from pyro_lift.models.head_choice import HeadChoice
 from pyro_lift.models.head_problem import BIAS_SD, HeadModel, head_problem, least_squares
-from pyro_lift.models.heads import folds, scaling_of
+from pyro_lift.models.heads import SURE, folds, scaling_of
 from pyro_lift.support.small_problems import on_one_thread
 
 __all__ = ["RATIO_WIDTHS", "best_width", "choose_value_head", "columns_of", "standard_ratios"]
@@ -55,19 +56,22 @@ def standard_ratios(features: int) -> tuple[float, ...]:
     return tuple(width / math.sqrt(features) for width in RATIO_WIDTHS)
 
 
-def best_width(told: Sequence[tuple[Tensor, Tensor]], feature_sd: Tensor | None = None) -> float:
+def best_width(
+    told: Sequence[tuple[Tensor, Tensor]], feature_sd: Tensor | None = None, around: Tensor | None = None
+) -> float:
     """Return the one of :data:`RATIO_WIDTHS` that predicts the left-out rows of several tasks best, all together.
 
     Args:
         told: features ``[n, E]`` and targets of each task; of a single row nothing can be left out.
         feature_sd: as of :func:`choose_value_head`.
+        around: the head ``[M, E + 1]`` that theirs stand around, which has not seen the tasks; None is none.
     """
     costs = [0.5 * math.log(width) ** 2 for width in RATIO_WIDTHS]
     for features, target in told:
         if len(features) < 2:
             continue
         least = _least_spread(features, feature_sd)
-        errors = _errors(features.double(), columns_of(target), _models(target, None, least), 10)
+        errors = _errors(features.double(), columns_of(target), _models(target, around, least), 10)
         costs = [cost + _cost(error, target) for cost, error in zip(costs, errors, strict=True)]
     return RATIO_WIDTHS[costs.index(min(costs))]
 
@@ -90,8 +94,8 @@ def choose_value_head(
         features: ``[n, E]``.
         target: values ``[n]`` or ``[n, M]``.
         around: the head ``[M, E + 1]`` at which the prior stands; None stands at the mean of the targets.
-        width: what other tasks say of the ratio (:func:`best_width`); None where there are none, and not asked around
-            a head.
+        width: what other tasks say of the ratio (:func:`best_width`), around the head where there is one; None where
+            there are none, and around a head is 1.
         feature_sd: standard deviation of each feature over the rows of all tasks, ``[E]``; None where it is unknown.
         noise_scale: standard deviation of the noise where a single row says nothing of it.
         most_folds: number of folds, at most.
@@ -103,13 +107,14 @@ def choose_value_head(
     n, E = features.shape
     models = _models(target, around, _least_spread(features, feature_sd))
     y, tried = columns_of(target), standard_ratios(E)
+    sure = 1.0
     if around is not None:
-        width = 1.0
+        sure, width = (1.0, 1.0) if width is None else (SURE, width)
     if n < 2:  # one row says next to nothing against a head of all tasks
         usual = RATIO_WIDTHS.index(1.0 if width is None else width) if around is None else 0
         return _scaled(models[usual], tried[usual], noise_scale, math.nan)
     errors = _errors(features.double(), y, models, most_folds)
-    prior = [math.log(w) ** 2 if width is None else 0.5 * math.log(w / width) ** 2 for w in RATIO_WIDTHS]
+    prior = [math.log(w) ** 2 if width is None else 0.5 * sure * math.log(w / width) ** 2 for w in RATIO_WIDTHS]
     costs = [_cost(error, target) + penalty for error, penalty in zip(errors, prior, strict=True)]
     best = costs.index(min(costs))
     score = -0.5 * y.shape[-1] * (math.log(2.0 * math.pi * errors[best]) + 1.0)

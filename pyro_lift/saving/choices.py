@@ -34,6 +34,7 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "head_labels": [] if prior.head_mean is None else list(prior.head_mean.labels),
         "head_width": 1.0 if prior.head_mean is None else prior.head_mean.width,
         "head_bias_sd": None if prior.head_mean is None else prior.head_mean.bias_sd,
+        "head_around_width": None if prior.head_mean is None else prior.head_mean.around_width,
     }
 
 
@@ -111,8 +112,11 @@ def _saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str
             f"{path}: tensor 'head_feature_sd' has shape {tuple(sd.shape)}, not ({head.shape[-1] - 1},)."
         )
     width = saved_positive(path, config, "head_width")
-    bias_sd = None if config.get("head_bias_sd") is None else saved_positive(path, config, "head_bias_sd")
-    return ClassHead(head, tuple(labels), width, sd, bias_sd)
+    bias_sd, around_width = (
+        None if config.get(name) is None else saved_positive(path, config, name)
+        for name in ("head_bias_sd", "head_around_width")
+    )
+    return ClassHead(head, tuple(labels), width, sd, bias_sd, around_width)
 
 
 def saved_positive(path: Path, config: Mapping[str, Any], name: str) -> float:

@@ -13,8 +13,9 @@ left out, and taken where it predicts them better by the one-sided test at 5 %.
 Of classes, the tasks also choose the prior's width s and the standard deviation of a bias together, whether they share
 a head or not: twenty rows know little of either, and a bias that is free to follow their class frequencies costs a
 quarter of a nat a row where all tasks have the same. A task of hundreds of rows still has the width that they choose
-(:data:`~pyro_lift.models.heads.SURE`). Regressions share a head of their values likewise, and in any case what their
-rows say together of how strong a ridge it takes (:func:`~pyro_lift.models.value_head.best_width`).
+(:data:`~pyro_lift.models.heads.SURE`). Regressions share a head of their values likewise, and how near to it their own
+are: where all tasks are one, twenty rows do not know it. In any case they share what their rows say together of how
+strong a ridge it takes (:func:`~pyro_lift.models.value_head.best_width`).
 
 Meta-training's tasks see the shared head itself: theta is moved to where one head serves all of them, as in a network
 that ends in its class layer, and a new task has a head of its own around it. What joint training of one half is judged
@@ -117,13 +118,16 @@ def shared_classes(tasks: Sequence[Task]) -> list[str] | int | None:
 
 
 @torch.no_grad()
-def head_mean(adapter: RandomAdapter, tasks: Sequence[Task], *, widths: bool = True) -> HeadMean | None:
+def head_mean(
+    adapter: RandomAdapter, tasks: Sequence[Task], *, widths: bool = True, around: bool = True
+) -> HeadMean | None:
     """Solve one head on the rows of all tasks, and let them choose the prior of their heads together.
 
     Args:
         adapter: the network as a function of theta; its output is features.
         tasks: of meta-training, on its device.
         widths: whether tasks of classes choose the prior's widths together; as runs of before, each by itself.
+        around: the same of regressions, of how near to the head of all theirs are.
 
     Returns:
         None where nothing is shared. A head without rows leaves heads of the tasks' own around zero.
@@ -139,16 +143,23 @@ def head_mean(adapter: RandomAdapter, tasks: Sequence[Task], *, widths: bool = T
     gains: list[float] = []
     found = []
     for seen, unseen in (halves, halves[::-1]):
-        around = _pooled(seen, classes)
-        found.append((_names(seen), around))
-        gains += [_gain(task, x, y, around) for task, x, y in unseen[:JUDGED]]
+        head = _pooled(seen, classes)
+        if tasks[0].kind == "regression" and around:
+            of = [(features, target) for _, features, target in unseen[:JUDGED]]
+            head = head._replace(around_width=best_width(of, head.feature_sd, head.head))
+        found.append((_names(seen), head))
+        gains += [_gain(task, x, y, head) for task, x, y in unseen[:JUDGED]]
     told = torch.tensor(gains, dtype=torch.float64)
     if not _helps(told, tasks[0].kind):
         if tasks[0].kind != "regression":
             return None
         alone = tuple((names, head._replace(head=head.head[:0])) for names, head in found)
         return HeadMean(_pooled(_whole(halves), classes)._replace(head=found[0][1].head[:0]), 0.0, 0.0, alone)
-    return HeadMean(_pooled(_whole(halves), classes), *paired(told), tuple(found))
+    whole = _pooled(_whole(halves), classes)
+    between = [head.around_width for _, head in found if head.around_width is not None]
+    if between:
+        whole = whole._replace(around_width=math.exp(sum(map(math.log, between)) / len(between)))
+    return HeadMean(whole, *paired(told), tuple(found))
 
 
 #: A task's name and classes, the features and the targets of some of its rows.
@@ -263,8 +274,8 @@ def _gain(task: Task, x: Tensor, y: Tensor, around: ClassHead) -> float:
     if task.kind == "regression":
         if len(x) == 1:
             return 0.0
-        choose = partial(choose_value_head, x, y, width=around.width, feature_sd=around.feature_sd)
-        own, shared = (choose(around=where).score for where in (None, head))
+        choose = partial(choose_value_head, x, y, feature_sd=around.feature_sd)
+        own, shared = choose(width=around.width).score, choose(width=around.around_width, around=head).score
         return min(max(shared - own, -MOST), MOST)
     if len(x) == 1:
         told = apply_head(x.double(), head.double()).log_softmax(-1)[0, int(y)]

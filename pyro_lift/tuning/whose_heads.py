@@ -25,6 +25,7 @@ __all__ = [
     "counts_width",
     "has_head_mean",
     "has_usual_widths",
+    "has_value_widths",
     "leaves_outliers_out",
     "lets_one_task_lose",
     "run_config",
@@ -37,7 +38,8 @@ __all__ = [
 #: runs: an output wider than all tasks' classes calls for heads of their own; the length of the chain for control
 #: variates in its translation; heads of tasks that share their classes stand around one head; theta sees that one; one
 #: odd task leaves the trial of joint training to the others; tasks choose the prior of their heads of classes together;
-#: predictions are tempered around the rates of a task's classes.
+#: predictions are tempered around the rates of a task's classes; regressions choose together how near to the head of
+#: all their own are.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -46,6 +48,7 @@ RULES = {
     "trial": "one may lose",
     "head widths": "of all tasks",
     "prediction temperature": "around rates",
+    "value widths": "of all tasks",
 }
 
 
@@ -104,6 +107,11 @@ def trains_through_mean(session: Session | None) -> bool:
 def has_usual_widths(session: Session | None) -> bool:
     """Whether tasks choose the prior of their heads of classes together: in a run of before each chooses its own."""
     return _has_rule(session, "head widths")
+
+
+def has_value_widths(session: Session | None) -> bool:
+    """Whether regressions choose together how near to the head of all theirs are: in a run of before each by itself."""
+    return _has_rule(session, "value widths")
 
 
 def tempers_around_rates(session: Session | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
+from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.models.class_head import are_alike
+from pyro_lift.models.class_head import ClassHead, are_alike
 from pyro_lift.models.head_choice import HeadChoice
 from pyro_lift.models.head_problem import HeadModel, apply_head
 from pyro_lift.models.heads import folds, laplace_head, scaling_of, solve_head
@@ -25,7 +27,9 @@ from pyro_lift.models.observation import has_head, network_output, own_head_scal
 from pyro_lift.models.solved_heads import SolvedHeads, held_out_log_prob
 from pyro_lift.models.value_head import RATIO_WIDTHS, best_width, choose_value_head, standard_ratios
 from pyro_lift.settings import AdaptSettings
+from pyro_lift.support.archive import DamagedError, sealed
 from pyro_lift.tuning.head_mean import head_mean
+from pyro_lift.tuning.whose_heads import RULES, run_config
 
 WIDTH = 8
 SHORT: dict[str, Any] = {
@@ -380,3 +384,77 @@ def test_one_task_of_equal_targets_does_not_decide_for_all() -> None:
     equal = Task("equal", (x, torch.full((14,), 5.0)), "regression")
     found = head_mean(adapter(), [*tasks(8, n=6), equal])
     assert found is not None and len(found.head.head) == 1
+
+
+def common(number: int, n: int, own: float, seed: int = 1) -> list[Task]:
+    """Noisy values of one linear map of the features, and of a share of each task's own."""
+    generator = torch.Generator().manual_seed(seed)
+    slope = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
+    made = []
+    for k in range(number):
+        x = torch.randn(n + 60, 6, generator=generator)
+        with torch.no_grad():
+            features = network()(x)
+        y = features @ (slope + own * torch.randn(WIDTH, generator=generator)) + torch.randn(
+            n + 60, generator=generator
+        )
+        made.append(Task(f"c{seed}-{k}", (x[:n], y[:n]), "regression", test=(x[n:], y[n:])))
+    return made
+
+
+def error(net: RandomAdapter, made: Sequence[Task], mean: ClassHead) -> Tensor:
+    """Compute the mean square error of solved heads on rows that they have not seen, by task."""
+    heads, found = SolvedHeads(net, made, net.initial, mean=mean), []
+    for k, task in enumerate(made):
+        assert task.test is not None
+        output = apply_head(network_output(net, task.test, net.initial).double(), heads.solve(k, net.initial).double())
+        found.append((output.squeeze(-1) - task.test.target).square().mean())
+    return torch.stack(found)
+
+
+def test_tasks_say_together_how_near_to_the_head_of_all_theirs_are() -> None:
+    net = adapter()
+    one, apart = (head_mean(net, common(8, 15, own)) for own in (0.0, 1.0))
+    assert one is not None and one.head.around_width is not None and one.head.around_width < 0.5
+    assert apart is None or len(apart.head.head) == 0 or (apart.head.around_width or 0.0) > 1.0
+    each = head_mean(net, common(8, 15, 0.0), around=False)
+    assert each is not None and each.head.around_width is None
+    torch.testing.assert_close(each.head.head, one.head.head)
+    new = common(64, 15, 0.0, seed=5)
+    gains = error(net, new, each.head) - error(net, new, one.head)
+    differ = gains[gains.abs() > 1e-9]
+    assert len(differ) > 8 and float((differ > 0).double().mean()) > 0.75 and float(gains.mean()) > 0.0
+
+
+def test_how_near_they_are_is_saved_and_a_folder_from_before_leaves_it_to_each_task(tmp_path: Path) -> None:
+    prior = LiFT(network(), peft.LoraConfig(r=2, target_modules=["0", "2"]), **SHORT).meta_train(
+        common(8, 15, 0.0), progress=False
+    )
+    assert prior.head_mean is not None and prior.head_mean.around_width is not None
+    read = LiFTPrior.from_pretrained(prior.save_pretrained(tmp_path), network())
+    assert read.head_mean is not None and are_alike(read.head_mean, prior.head_mean)
+    new = common(1, 15, 0.0, seed=7)[0]
+    assert new.test is not None
+    torch.testing.assert_close(read.adapt(new, seed=0).predict(new.test), prior.adapt(new, seed=0).predict(new.test))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(sealed({**config, "head_around_width": 0.0})))
+    with pytest.raises(DamagedError, match="'head_around_width'"):
+        LiFTPrior.from_pretrained(tmp_path, network())
+    before = {name: value for name, value in config.items() if name != "head_around_width"}
+    (tmp_path / "config.json").write_text(json.dumps(sealed(before)))
+    old = LiFTPrior.from_pretrained(tmp_path, network())
+    assert old.head_mean is not None and old.head_mean.around_width is None
+
+
+def test_a_run_of_before_goes_on_with_each_task_choosing_how_near_it_is(tmp_path: Path) -> None:
+    then = {name: rule for name, rule in RULES.items() if name != "value widths"}
+    seen = []
+    for rules, folder in ((then, tmp_path / "then"), (RULES, tmp_path / "today")):
+        lift = LiFT(network(), peft.LoraConfig(r=2, target_modules=["0", "2"]), **SHORT)
+        made = common(8, 15, 0.0)
+        config = run_config(lift.settings, lift.seed, lift.adapter, made, rules=rules)
+        mean = lift.before_chain(made, Session(folder, config=config)).run.head_mean
+        assert mean is not None
+        seen.append(mean.head.around_width is None)
+    assert seen == [True, False]
