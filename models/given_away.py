@@ -61,10 +61,19 @@ def are_in_both(train: Rows, others: Rows | None) -> bool:
     if both <= SHARE * len(seen):
         return False
     met = _meetings(known) + _meetings(seen)
+    if met == 0 and both == len(seen) > 1 and _has_fractions(others):
+        return True
     pairs = math.comb(len(known), 2) + math.comb(len(seen), 2)
     rate = min((met + 3.0 + 2.0 * math.sqrt(met)) / max(pairs, 1), 1.0)
     expected = len(seen) * (1.0 - (1.0 - rate) ** len(known))
     return both > expected + 2.0 * math.sqrt(expected)
+
+
+def _has_fractions(rows: Rows) -> bool:
+    """Whether inputs are measured, not counted: rows of several such numbers do not meet by chance."""
+    return any(
+        x.is_floating_point() and x[0].numel() > 1 and bool((x != x.round()).any()) for x in rows.inputs.values()
+    )
 
 
 def _meetings(digests: Digests) -> int:

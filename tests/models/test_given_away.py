@@ -63,6 +63,12 @@ def test_rows_of_a_small_world_meet_by_themselves(values: int, train: int, test:
     assert told <= 0.05 * draws
 
 
+def test_two_measured_rows_that_are_both_training_rows_are_told_and_two_counted_ones_not() -> None:
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    assert are_in_both(rows_of(x), rows_of(x[:2])) and not are_in_both(rows_of(x), rows_of(x[:1]))
+    assert not are_in_both(rows_of(x.round()), rows_of(x[:2].round()))
+
+
 def test_large_inputs_are_compared_by_some_of_their_numbers() -> None:
     x = torch.randn(8, 3, 64, 64)
     assert are_in_both(rows_of(x), rows_of(x.flip(0)))
