@@ -116,7 +116,7 @@ class TaskPosterior:
 
     def predicted(self, rows: Rows) -> Predicted:
         """Predict rows whose targets are known as they come, at no temperature: what one is fitted to."""
-        p = self._of_its_classes(self.predict(rows, calibrated=False), self._rows(rows))
+        p = self._of_its_classes(self.predict(rows, calibrated=False), rows_of(rows, self.task))
         return Predicted(p, rows.target, class_rates(self.class_counts, p.shape[-1]))
 
     def _of_its_classes(self, p: Tensor, rows: Rows) -> Tensor:

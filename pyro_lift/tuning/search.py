@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_lift.inference.adaptation.temperature import fit_temperature
+from pyro_lift.inference.adaptation.class_rates import class_rates
+from pyro_lift.inference.adaptation.temperature import Predicted, fit_temperature
 from pyro_lift.inference.baselines.protocol import Posterior
 from pyro_lift.inference.lost import ChainLostError
 from pyro_lift.inference.sgld import DivergedError
@@ -209,7 +210,7 @@ class _Judged(NamedTuple):
     """A candidate's scores on held-out tasks, and the predictions that a temperature is fitted to."""
 
     scores: list[Mapping[str, float]]
-    predictions: list[tuple[Tensor, Tensor]]
+    predictions: list[Predicted]
 
 
 class _Split:
@@ -379,15 +380,20 @@ class _Search:
         return math.inf if self.seconds is None else self.seconds - (time.monotonic() - self.start)
 
 
-def scored(posterior: Posterior, task: Task) -> tuple[Mapping[str, float], list[tuple[Tensor, Tensor]]]:
+def scored(posterior: Posterior, task: Task) -> tuple[Mapping[str, float], list[Predicted]]:
     """Score one task on its test rows; of classes, return what a temperature is fitted to too."""
     assert task.test is not None
     p = _predicted(posterior, task.test)
     values = scores(p, task.test, task)
     if task.kind == "regression":
         return {"nll": values["mse"], "ece": 0.0}, []
-    pair = [] if task.kind == "tokens" else [(p, task.test.target.cpu())]
-    return {"nll": values["nll"], "ece": values["ece"]}, pair
+    losses = {"nll": values["nll"], "ece": values["ece"]}
+    if task.kind == "tokens":
+        return losses, []
+    counts = getattr(posterior, "class_counts", None)
+    if counts is not None:  # LiFT's predicts at a temperature around their rates, and nothing past the task's classes
+        p = p[..., : task.test.classes]
+    return losses, [Predicted(p, task.test.target.cpu(), class_rates(counts, p.shape[-1]))]
 
 
 def _predicted(posterior: Posterior, rows: Rows) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_lift import DivergedError, Task
 from pyro_lift.tuning.early_stopping import with_held_out
 from pyro_lift.tuning.held_out import dealt, has_unseen_rows
-from pyro_lift.tuning.search import Candidate, Trial, Tuning, _Split, search, trial_bar
+from pyro_lift.tuning.search import Candidate, Trial, Tuning, _Split, scored, search, trial_bar
 
 
 class Guess(NamedTuple):
@@ -198,3 +198,22 @@ def test_tasks_of_one_row_are_learned_from_and_never_held_out(caplog: pytest.Log
 
 def replace_name(task: Task, name: str) -> Task:
     return Task(name, task.train, num_classes=task.num_classes)
+
+
+class Counted(NamedTuple):
+    """A posterior of LiFT's, that is: it knows how many rows of each class its task has."""
+
+    class_counts: Tensor
+
+    def predict(self, inputs: Any) -> Tensor:
+        return torch.tensor([0.6, 0.4, 0.0]).expand(len(inputs), 3)
+
+
+def test_a_temperature_is_fitted_with_the_rates_that_predictions_have() -> None:
+    x, y = torch.zeros(30, 1), torch.tensor([0] * 28 + [1] * 2)
+    task = Task("uneven", (x, y), num_classes=2, test=(x[:4], y[:4]))
+    _, (found,) = scored(Counted(torch.tensor([28, 2])), task)  # type: ignore[arg-type]
+    assert found.rates is not None and found.probabilities.shape == (4, 2)
+    torch.testing.assert_close(found.rates, torch.tensor([29.0, 3.0]).double() / 32.0)
+    _, (plain,) = scored(Guess(0.7), replace(task, test=Task("t", (y.float()[:, None], y)).train))
+    assert plain.rates is None
