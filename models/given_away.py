@@ -29,15 +29,17 @@ Digests = NDArray[np.uint64]
 
 def warn_of_what_is_given_away(tasks: Sequence[Task]) -> None:
     """Say in the log which tasks have training rows among their test or dev rows, and which have another's rows."""
+    known = [_digests(task.train) for task in tasks]
     for part in ("test", "dev"):
-        names = [task.name for task in tasks if are_in_both(task.train, getattr(task, part))]
+        parts = [getattr(task, part) for task in tasks]
+        names = [task.name for task, mine, rows in zip(tasks, known, parts, strict=True) if _among(mine, rows)]
         if names:
             log.warning(
                 "%s rows of %s are training rows too, inputs and targets, more than would meet by chance: what is "
                 "measured on them is better than of a new row. Give %s= rows that are not among those to learn from.",
                 part, some_names(names), part,
             )  # fmt: skip
-    if again := _twice(tasks):
+    if again := _twice([task.name for task in tasks], known):
         log.warning(
             "training rows of %s stand twice: each counts as a task of its own, and where one is held out, the other "
             "gives its answers away. Leave one of them out.", some_names(again),
@@ -54,9 +56,13 @@ def are_in_both(train: Rows, others: Rows | None) -> bool:
         train: rows to learn from.
         others: rows to be judged by; None has none.
     """
+    return others is not None and _among(_digests(train), others)
+
+
+def _among(known: Digests, others: Rows | None) -> bool:
     if others is None:
         return False
-    known, seen = _digests(train), _digests(others)
+    seen = _digests(others)
     both = int(np.isin(seen, known).sum())
     if both <= SHARE * len(seen):
         return False
@@ -82,12 +88,11 @@ def _meetings(digests: Digests) -> int:
     return int((counts * (counts - 1) // 2).sum())
 
 
-def _twice(tasks: Sequence[Task]) -> list[str]:
+def _twice(names: Sequence[str], digests: Sequence[Digests]) -> list[str]:
     """Return names of tasks nearly all rows of which stand in an earlier one, and its name with each."""
-    digests = [_digests(task.train) for task in tasks]
     # Few different rows meet by themselves, and two of three rows say little.
     rows = [np.unique(x) if len(x) > 2 and _meetings(x) == 0 else x[:0] for x in digests]
-    if not tasks or sum(map(len, rows)) == 0:
+    if sum(map(len, rows)) == 0:
         return []
     owner = np.repeat(np.arange(len(rows)), [len(x) for x in rows])
     _, place = np.unique(np.concatenate(rows), return_inverse=True)
@@ -97,7 +102,7 @@ def _twice(tasks: Sequence[Task]) -> list[str]:
     for k, others in enumerate(np.split(first[place], np.cumsum([len(x) for x in rows])[:-1])):
         earlier = others[others < k]
         if len(earlier) and len(earlier) >= SAME * len(others):
-            found.append(f"{tasks[k].name} (as {tasks[int(np.bincount(earlier).argmax())].name})")
+            found.append(f"{names[k]} (as {names[int(np.bincount(earlier).argmax())]})")
     return found
 
 
