@@ -123,8 +123,8 @@ def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task], *, own_heads: b
             units.target, units.spread, units.output, units.varies, _less(units.target, units.spread),
             units.spread,
         )  # fmt: skip
-    _warn_of_uneven(tasks)
     columns = [_columns(task.train.target).std(0, correction=0) for task in tasks]
+    _warn_of_uneven(torch.stack([each.max() for each in columns]))
     if len({len(each) for each in columns}) > 1:  # heads of their own, or refused where the network is called
         return
     spreads = torch.stack(columns).mean(0)
@@ -137,13 +137,12 @@ def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task], *, own_heads: b
         )  # fmt: skip
 
 
-def _warn_of_uneven(tasks: Sequence[Task]) -> None:
-    """Say in the log where tasks' targets vary so unevenly that one noise fits few of them."""
-    each = torch.tensor([float(_columns(task.train.target).double().std(0, correction=0).max()) for task in tasks])
-    each = each[each > 0.0]
-    if len(each) < FEWEST:
+def _warn_of_uneven(spreads: Tensor) -> None:
+    """Say in the log where tasks' targets, which vary by ``[N]``, do so so unevenly that one noise fits few of them."""
+    spreads = spreads[spreads > 0.0]
+    if len(spreads) < FEWEST:
         return
-    low, high = torch.quantile(each, torch.tensor([0.1, 0.9], dtype=each.dtype)).tolist()
+    low, high = torch.quantile(spreads, torch.tensor([0.1, 0.9], dtype=spreads.dtype)).tolist()
     if high > UNEVEN * low:
         log.warning(
             "the targets vary by %.3g within some tasks and by %.3g within others (the tenths of the tasks that vary "
