@@ -6,7 +6,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -311,7 +311,7 @@ def adapt_backbone(
         ValueError: a config with dropout, a kind that is not supported, or one that PEFT cannot apply; a network that
             does not use the adapter's weights, or whose export would not hold them all.
     """
-    from peft import PeftConfig, PeftModel, get_peft_model
+    from peft import PeftConfig, PeftModel
 
     if isinstance(backbone, RandomAdapter):
         raise TypeError("the backbone is a RandomAdapter already; use it as it is.")
@@ -348,21 +348,23 @@ def adapt_backbone(
         with private_stream(seed, twin):
             prepared = copy.deepcopy(peft_config)
             prepared.inference_mode = False  # a configuration read from a folder would have nothing to train
-            adapted = _wrapped(get_peft_model, twin, prepared)
+            adapted = _wrapped(twin, prepared)
     share_hooks(backbone, memo)  # after PEFT's own, which belong to the copy alone
     adapter = RandomAdapter(adapted, **options)
     adapted.requires_grad_(False)
     return adapter
 
 
-def _wrapped(wrap: Callable[..., Any], network: nn.Module, config: peft.PeftConfig) -> Any:
+def _wrapped(network: nn.Module, config: peft.PeftConfig) -> Any:
     """Let PEFT put its layers in; where none is of the names it is told, say which there are.
 
     Raises:
         ValueError: no layer of the names.
     """
+    from peft import get_peft_model
+
     try:
-        return wrap(network, config)
+        return get_peft_model(network, config)  # type: ignore[arg-type]
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
