@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_lift.inference.adaptation.class_rates import class_counts
 from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.baselines.linear_probe import has_probe
 from pyro_lift.inference.baselines.pooled_probe import why_not_pooled
@@ -139,15 +140,12 @@ def chance_loss(task: Task) -> float | None:
     Each class counts one row more than it has, so that one without rows keeps a probability. Rows with options of their
     own are answered uniformly. None for tokens.
     """
-    assert task.test is not None
-    train, test = task.train.target.cpu(), task.test.target.cpu()
     if task.kind == "tokens":
         return None
     if task.kind == "regression":
-        return unexplained(train.double().mean(0).expand_as(test), task)
-    classes = task.num_classes or 1
-    by_row = "option_input_ids" in task.train.inputs
-    return _nll_of(torch.ones(classes) if by_row else torch.bincount(train, minlength=classes) + 1.0, task)
+        return unexplained(task.train.target.cpu().double().mean(0).expand_as(_judged(task)), task)
+    counts = class_counts(task)
+    return _nll_of(_even(task) if counts is None else counts + 1.0, task)
 
 
 def chance_losses(tasks: Sequence[Task], learned: Sequence[Task]) -> dict[str, float | None]:
@@ -162,7 +160,7 @@ def chance_losses(tasks: Sequence[Task], learned: Sequence[Task]) -> dict[str, f
     """
     own = {task.name: chance_loss(task) for task in tasks}
     kinds = {(task.kind, task.num_classes, task.train.target.shape[1:]) for task in (*tasks, *learned)}
-    if not tasks or None in own.values() or any("option_input_ids" in task.train.inputs for task in tasks):
+    if not tasks or None in own.values():
         return own
     ways = [own]
     if tasks[0].kind == "regression":
@@ -170,17 +168,23 @@ def chance_losses(tasks: Sequence[Task], learned: Sequence[Task]) -> dict[str, f
             mean = torch.cat([task.train.target for task in learned]).double().mean(0).cpu()
             ways.append({task.name: unexplained(mean.expand_as(_judged(task)), task) for task in tasks})
     else:
-        ways.append({task.name: _nll_of(torch.ones(task.num_classes or 1), task) for task in tasks})
+        counts = [found for task in (*tasks, *learned) if (found := class_counts(task)) is not None]
+        if len(counts) < len(tasks) + len(learned):  # options of the rows' own, answered evenly already
+            return own
+        ways.append({task.name: _nll_of(_even(task), task) for task in tasks})
         if len(kinds) == 1:
-            classes = tasks[0].num_classes or 1
-            counts = sum(torch.bincount(task.train.target.cpu(), minlength=classes) for task in learned) + torch.ones(1)
-            ways.append({task.name: _nll_of(counts, task) for task in tasks})
+            common = torch.stack(counts[len(tasks) :]).sum(0) + 1.0
+            ways.append({task.name: _nll_of(common, task) for task in tasks})
     return min(ways, key=lambda way: sum(value or 0.0 for value in way.values()))
 
 
 def _judged(task: Task) -> Tensor:
     assert task.test is not None
     return task.test.target.cpu()
+
+
+def _even(task: Task) -> Tensor:
+    return torch.ones(task.num_classes or 1)
 
 
 def _nll_of(counts: Tensor, task: Task) -> float:
