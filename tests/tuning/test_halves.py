@@ -23,6 +23,7 @@ from pyro_lift.inference.checkpoint.session import RunStopped
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.weight_scales import by_weight
+from pyro_lift.tuning import halves
 from pyro_lift.tuning.halves import (
     PLAIN,
     Joint,
@@ -272,6 +273,14 @@ def test_the_one_task_that_decides_against_joint_training_is_named(caplog: pytes
             joint = joint_on_trial(tasks(shared=True), torch.zeros(2), 0.1, 320, stand_in.begin, score, of=of)
         assert not joint.helps and joint.against == "t5"
         assert "without 't5' it would help" in caplog.text
+
+
+def test_a_task_that_loses_most_is_called_odd_by_chance_once_in_a_hundred_times() -> None:
+    gains = torch.randn(2000, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort().values
+    odd = sum(halves._is_odd(float(each[0]), each[1:]) for each in gains) / len(gains)
+    # one side of a test at 1 % over fourteen tasks; Bonferroni's bound is all but exact for the least of them
+    assert abs(odd - halves.ODD) < 4.0 * (halves.ODD / len(gains)) ** 0.5
+    assert halves._is_odd(-8.0, gains[0, 1:]) and not halves._is_odd(-2.0, gains[0, 1:])
 
 
 def test_one_odd_task_does_not_keep_the_others_from_joint_training(caplog: pytest.LogCaptureFixture) -> None:
