@@ -21,6 +21,7 @@ from pyro_lift.defaults import (
     with_translation,
 )
 from pyro_lift.inference.adaptation.chain import rows_of_moments
+from pyro_lift.inference.adaptation.unmoved import usual_share
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import MOVED, weights_moved
@@ -30,7 +31,7 @@ from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.digest import digest
 from pyro_lift.models.hierarchical import AdapterHierarchy
-from pyro_lift.models.observation import own_head_scale
+from pyro_lift.models.observation import has_head, own_head_scale
 from pyro_lift.models.task import Task, mean_rows
 from pyro_lift.models.weight_scales import by_weight, groups_of_weights, sizes_of_tensors
 from pyro_lift.posterior import TaskPosterior
@@ -51,8 +52,10 @@ from pyro_lift.tuning.halves import (
 )
 from pyro_lift.tuning.head_mean import HeadMean, head_mean
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
+from pyro_lift.tuning.unmoved_share import HALF
 from pyro_lift.tuning.whose_heads import (
     counts_rounds,
+    finds_unmoved,
     has_head_mean,
     has_usual_widths,
     has_value_widths,
@@ -136,6 +139,8 @@ class ChainSetup:
             program.noise_scale = s.noise_sd
             if halves.power != 1.0 and self.leaves_power_open:  # a run that goes on may have been given one since
                 adapt = replace(adapt, n_inflate=halves.power * (s.n_inflate or 1.0))
+            if halves.unmoved is not None and self.leaves_share_open:
+                adapt = replace(adapt, unmoved_few=halves.unmoved)
         return BeforeChain(run, program, self._widened(s, program, joint), adapt, joint, halves)
 
     def _widened(self, s: LiFTSettings, program: AdapterHierarchy, joint: Joint | None) -> LiFTSettings:
@@ -150,6 +155,12 @@ class ChainSetup:
     def leaves_power_open(self) -> bool:
         """Whether the power on the likelihood in adaptation may be found."""
         return self.adapt_settings.n_inflate is None and self.settings.n_inflate is None
+
+    @property
+    def leaves_share_open(self) -> bool:
+        """Whether the share of draws that stay at the start of an adaptation may be found."""
+        a = self.adapt_settings
+        return a.unmoved is None and a.unmoved_few is None and a.dev_every == 0
 
     def _joint(
         self, tasks: Sequence[Task], session: Session | None, progress: bool, on_step: Watchers | None
@@ -200,6 +211,9 @@ class ChainSetup:
         classes = all(task.kind == "classification" for task in tasks)
         sure = noise is not None or classes
         strength = self.leaves_power_open and (noise is not None or all(task.kind == "tokens" for task in tasks))
+        says_at_start = heads or not any(has_head(task, program.head_scale) for task in tasks)
+        may_stay = classes and says_at_start and self.leaves_share_open and finds_unmoved(session)
+        usual = usual_share(heads) if may_stay else None
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
         score = self._score(s, program.head_scale)
 
@@ -235,10 +249,12 @@ class ChainSetup:
                 around_rates=tempers_around_rates(session),
             )
             options: dict[str, Any] = {} if power == 1.0 else {"n_inflate": power * (s.n_inflate or 1.0)}
+            if usual is not None:
+                options["unmoved_few"] = HALF
             return prior.adapt_many(unseen, seed=0, **options)
 
         predict = partial(predicted, self.adapter) if classes and not heads else None
-        judge = Judge(score, predict, adapt if sure or strength else None, noise, strength)
+        judge = Judge(score, predict, adapt if sure or strength else None, noise, strength, usual)
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 
     def _moved(self, s: LiFTSettings, moments: dict[str, Tensor], tasks: Sequence[Task]) -> dict[str, float]:

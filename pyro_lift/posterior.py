@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,6 +119,12 @@ class TaskPosterior:
         """Predict rows whose targets are known as they come, at no temperature: what one is fitted to."""
         p = self._of_its_classes(self.predict(rows, calibrated=False), rows_of(rows, self.task))
         return Predicted(p, rows.target, class_rates(self.class_counts, p.shape[-1]))
+
+    def of_draws(self, which: slice) -> TaskPosterior:
+        """Return the posterior of some of the draws alone."""
+        some = copy(self)
+        some.thetas, some.heads = self.thetas[which], None if self.heads is None else self.heads[which]
+        return some
 
     def _of_its_classes(self, p: Tensor, rows: Rows) -> Tensor:
         """Leave out the network's outputs that are no classes of the task."""

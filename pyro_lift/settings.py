@@ -61,7 +61,13 @@ class AdaptSettings:
             "the rows says where there are 100 or more; else 0"
         },
     )
-
+    unmoved_few: float | None = field(
+        default=None,
+        metadata={
+            "help": "the same for tasks of fewer than 100 rows where unmoved is left open; none: what a default run "
+            "finds on tasks of classes, else half where heads are solved, else 0"
+        },
+    )
     untouched: float = field(
         default=0.05,
         metadata={"help": "probability that a task is none of the kind: it then begins at the untouched adapter"},
@@ -86,10 +92,11 @@ class AdaptSettings:
             check_number("n_inflate", self.n_inflate)
         if self.temperature is not None:
             check_number("temperature", self.temperature, open_below=False)
-        if self.unmoved is not None:
-            check_number("unmoved", self.unmoved, open_below=False)
-            if self.unmoved >= 1.0:
-                raise ValueError(f"unmoved={self.unmoved:g}: some draws have to move; give a share below 1.")
+        for name in ("unmoved", "unmoved_few"):
+            if (share := getattr(self, name)) is not None:
+                check_number(name, share, open_below=False)
+                if share >= 1.0:
+                    raise ValueError(f"{name}={share:g}: some draws have to move; give a share below 1.")
         if self.steps < 2 * self.draws:
             raise ValueError(f"steps={self.steps}: {self.draws} draws from the last half need {2 * self.draws} steps.")
 

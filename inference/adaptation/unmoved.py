@@ -2,9 +2,10 @@ r"""How many of the networks behind a prediction stay where adaptation began, an
 
 The adapter's path is only as good as a task's rows let it be: with few of them it overfits, and more is lost than won.
 Where heads are solved, a network at the start of the path predicts by itself, and an average of both kinds is a choice
-between "these rows ask for other features" and "they do not". With few rows each has half of the weight. A task with
-more of them can tell: a fifth of its rows, every fifth of each class, is kept from the chain, and the share of the
-networks at the start is the weight w that predicts these rows best (stacking),
+between "these rows ask for other features" and "they do not". With few rows each has half of the weight, or what tasks
+of the kind say together (:mod:`~pyro_lift.tuning.unmoved_share`). Where no head is solved all draws move, unless these
+say otherwise. A task with more rows can tell: a fifth of them, every fifth of each class, is kept from the chain, and
+the share of the networks at the start is the weight w that predicts these rows best (stacking),
 
 .. math:: \max_w\; \sum_{n} \log\big(w\, p_0(y_n) + (1 - w)\, p_1(y_n)\big) + c \log w + c \log(1 - w),
 
@@ -28,7 +29,16 @@ from pyro_lift.models.observation import has_head
 from pyro_lift.models.solved_heads import SolvedHeads
 from pyro_lift.models.task import Task
 
-__all__ = ["STACKED_FROM", "UNMOVED", "Unmoved", "stacked_share", "unmoved_draws", "with_unmoved"]
+__all__ = [
+    "STACKED_FROM",
+    "UNMOVED",
+    "Unmoved",
+    "kept_from_the_chain",
+    "stacked_share",
+    "unmoved_draws",
+    "usual_share",
+    "with_unmoved",
+]
 
 #: Share of the networks that stay at the start where it is not found from rows.
 UNMOVED = 0.5
@@ -49,11 +59,13 @@ class Unmoved:
         tasks: new ones.
         solved: their heads; None where heads are not solved.
         share: that is taken as it is; None finds it.
+        few: share of a task of fewer than :data:`STACKED_FROM` rows, where it is not given; None is :data:`UNMOVED`
+            where heads are solved, and nothing elsewhere.
         looks: whether tasks are looked at on their development rows, which find the draws then.
         head_scale: of heads that move with the weights.
 
     Raises:
-        ValueError: a share is given, and the heads are not solved.
+        ValueError: a share is given, and heads move with the weights.
 
     Attributes:
         tasks: with the rows that chains see.
@@ -67,15 +79,17 @@ class Unmoved:
         solved: SolvedHeads | None,
         *,
         share: float | None = None,
+        few: float | None = None,
         looks: bool = False,
         head_scale: float | None = None,
     ) -> None:
-        self.heads, self._given = solved, share
-        if solved is None and share and any(has_head(task, head_scale) for task in tasks):
-            raise ValueError(
-                f"unmoved={share:g}: a head that moves with the weights says nothing at the start. "
-                'Solve the heads (head="solve"), or leave unmoved out.'
-            )
+        self.heads, self._given, self._few = solved, share, few
+        for name, given in {"unmoved": share, "unmoved_few": few}.items():
+            if solved is None and given and any(has_head(task, head_scale) for task in tasks):
+                raise ValueError(
+                    f"{name}={given:g}: a head that moves with the weights says nothing at the start. "
+                    f'Solve the heads (head="solve"), or leave {name} out.'
+                )
         self.tasks, self.solved = list(tasks), solved
         self._kept: list[Tensor | None] = [None] * len(self.tasks)
         if solved is None or share is not None:
@@ -95,14 +109,22 @@ class Unmoved:
 
     def _share(self, task: int, start: Tensor, thetas: Tensor) -> float:
         kept = self._kept[task]
-        if self.heads is None or self._given is not None:
-            return self._given or 0.0
+        if self._given is not None:
+            return self._given
         if kept is None:
-            return UNMOVED
+            usual = usual_share(self.heads is not None)
+            few = len(self.tasks[task].train) < STACKED_FROM and self._few is not None
+            return self._few or 0.0 if few else usual
+        assert self.heads is not None
         later = thetas[len(thetas) // 2 :]
         log_p = [self.heads.log_prob_without(task, theta, kept) for theta in (start.to(thetas), *later)]
         moved = torch.stack(log_p[1:]).logsumexp(0) - torch.tensor(float(len(later))).log()
         return stacked_share(log_p[0], moved)
+
+
+def usual_share(solved: bool) -> float:
+    """Return the share of the draws that stay where nothing is known of the tasks: half of them if heads are solved."""
+    return UNMOVED if solved else 0.0
 
 
 def kept_from_the_chain(task: Task) -> Tensor | None:

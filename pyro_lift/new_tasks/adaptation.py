@@ -217,8 +217,9 @@ class Adaptation:
 
     def _unmoved(self, tasks: Sequence[Task], solved: SolvedHeads | None) -> Unmoved:
         """Keep some rows from the chains, and find on them how many draws go back to the start."""
-        scale = self.settings.head_scale
-        return Unmoved(tasks, solved, share=self.how.unmoved, looks=self.how.dev_every > 0, head_scale=scale)
+        how, scale = self.how, self.settings.head_scale
+        looks = how.dev_every > 0
+        return Unmoved(tasks, solved, share=how.unmoved, few=how.unmoved_few, looks=looks, head_scale=scale)
 
     def _heads(self, solved: SolvedHeads, task: int, thetas: Tensor, seed: int | None) -> Tensor:
         """Solve a task's head at each draw ``[S, D]``, or draw it there: ``[S, C, E + 1]``."""

@@ -21,6 +21,9 @@ surer than all of them will: a temperature above 1 is divided by :data:`HALVED`,
 Where joint training does not begin, tasks are adapted to from the untouched network; from there and on all of their
 rows nothing is exaggerated. Heads that stand around one head of all tasks stand here around that of the other half.
 
+**Draws that stay.** How many draws of an adaptation stay at its start is found from the same predictions, before the
+temperature: :mod:`~pyro_lift.tuning.unmoved_share`.
+
 **Noise of regressions.** In place of a temperature, where it was left open: :mod:`~pyro_lift.tuning.noise`, by
 adaptations from the halves' vectors.
 
@@ -43,9 +46,8 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.adaptation.predict import predict
-from pyro_lift.inference.adaptation.temperature import HIGHEST, Predicted, fit_temperature, tempered
+from pyro_lift.inference.adaptation.temperature import HIGHEST, Predicted, fit_temperature
 from pyro_lift.inference.checkpoint.before import WorkBefore
-from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Task
@@ -55,6 +57,7 @@ from pyro_lift.tuning.joint_run import Standing
 from pyro_lift.tuning.noise import EXAGGERATED, Noise, fitted_noise, less_exaggerated
 from pyro_lift.tuning.strength import TASKS as STRENGTH_TASKS
 from pyro_lift.tuning.strength import stronger_where_better
+from pyro_lift.tuning.unmoved_share import apart, best_share, loss_of
 
 __all__ = ["MARKS", "CrossFit", "cross_fit", "helpful_temperature", "predicted", "rows_apart"]
 
@@ -87,6 +90,8 @@ class Judge(NamedTuple):
         adapt: gives posteriors of tasks; None fits neither temperature, noise nor power.
         noise: of regressions to begin with, where it is to be found; None otherwise.
         strength: whether the power in adaptation is to be found, in place of a temperature or beside the noise.
+        usual_share: of draws that stay at the start of an adaptation, where another one may be found: ``adapt`` then
+            leaves half of them there. None finds none.
     """
 
     score: Score
@@ -94,6 +99,7 @@ class Judge(NamedTuple):
     adapt: Adapt | None = None
     noise: float | None = None
     strength: bool = False
+    usual_share: float | None = None
 
     def log_probs(self, vectors: Sequence[Tensor], halves: Sequence[Sequence[Task]]) -> Tensor:
         """Compute each task's mean log probability a row, classes at the best temperature for all.
@@ -107,7 +113,7 @@ class Judge(NamedTuple):
             return torch.cat([self.score(vector, half) for vector, half in crossed])
         pairs = [self.predict(vector, task) for vector, half in crossed for task in half]
         temperature = fit_temperature(pairs)
-        return torch.tensor([-_loss(each, temperature) for each in pairs], dtype=torch.float64)
+        return torch.tensor([-loss_of(each, temperature) for each in pairs], dtype=torch.float64)
 
 
 class CrossFit(NamedTuple):
@@ -120,6 +126,7 @@ class CrossFit(NamedTuple):
             tried.
         noise: of regressions, standard deviation; None where it was not to be found.
         power: on the likelihood in adaptation, over meta-training's.
+        unmoved: share of the draws that stay at the start of an adaptation; None leaves it as it is.
     """
 
     steps: int | None
@@ -127,12 +134,14 @@ class CrossFit(NamedTuple):
     looks: tuple[tuple[int, float, float], ...] = ()
     noise: float | None = None
     power: float = 1.0
+    unmoved: float | None = None
 
     def results(self) -> dict[str, float]:
         """Measures for the prior's folder and card."""
         found = {"steps of joint training": self.steps, "noise of targets": self.noise}
         if self.power != 1.0:
             found["power in adaptation, over meta-training's"] = self.power
+        found["share of draws at the start of an adaptation"] = self.unmoved
         return {name: value for name, value in found.items() if value is not None}
 
     def settings(self) -> dict[str, Any]:
@@ -168,6 +177,8 @@ class CrossFit(NamedTuple):
             sure += ", the highest there is: they were wrong and sure of it"
         if self.temperature == 1.0:
             sure = "predictions stay as they are: they are about as sure as they are right"
+        if self.unmoved is not None:
+            sure = f"{self.unmoved:.0%} of the draws stay at the start of an adaptation to few rows; {sure}"
         parts = [*([length] if self.looks else []), *([sure] if tempered else [])]
         return f"{'; '.join(parts)}." if parts else ""
 
@@ -252,10 +263,25 @@ def _sureness(
         sure = 1.0 if exact else EXAGGERATED
         noise = fitted_noise(judge.noise, adapted, sure, stronger=judge.strength) or Noise(judge.noise, 1.0)
         return found._replace(temperature=noise.temperature, noise=noise.scale, power=noise.power)
-    predictions = [posterior.predicted(task.test) for posterior, task in adapted(None) if task.test is not None]
-    return (
-        found._replace(temperature=helpful_temperature(predictions, 1.0 if exact else HALVED)) if predictions else found
-    )
+    predictions, share = _predictions(list(adapted(None)), judge.usual_share)
+    if not predictions:
+        return found
+    return found._replace(temperature=helpful_temperature(predictions, 1.0 if exact else HALVED), unmoved=share)
+
+
+def _predictions(adapted: Sequence[tuple[Any, Task]], usual: float | None) -> tuple[list[Predicted], float | None]:
+    """Predict the rows that were set apart, with the share of draws at the start that is best where one is sought."""
+    parts = [None if usual is None else apart(posterior, task) for posterior, task in adapted]
+    together = [part for part in parts if part is not None]
+    share = usual
+    if usual is not None and together:
+        share = best_share(together, usual)
+    predictions = [
+        posterior.predicted(task.test) if part is None or share is None else part.mixed(share)
+        for part, (posterior, task) in zip(parts, adapted, strict=True)
+        if task.test is not None
+    ]
+    return predictions, None if share == usual else share
 
 
 def predicted(adapter: RandomAdapter, vector: Tensor, task: Task) -> Predicted:
@@ -307,10 +333,5 @@ def helpful_temperature(predictions: Sequence[Predicted], exaggerated: float = H
     temperature = fit_temperature(predictions)
     if temperature > 1.0:
         return less_exaggerated(temperature, exaggerated)
-    gains = [_loss(each, 1.0) - _loss(each, temperature) for each in predictions]
+    gains = [loss_of(each, 1.0) - loss_of(each, temperature) for each in predictions]
     return temperature if is_above_zero(torch.tensor(gains, dtype=torch.float64)) else 1.0
-
-
-def _loss(predictions: Predicted, temperature: float) -> float:
-    """Compute the NLL a row at a temperature."""
-    return nll(tempered(predictions.probabilities, temperature, predictions.rates), predictions.target)

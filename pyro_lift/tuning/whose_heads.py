@@ -23,6 +23,7 @@ __all__ = [
     "as_saved",
     "counts_rounds",
     "counts_width",
+    "finds_unmoved",
     "has_head_mean",
     "has_usual_widths",
     "has_value_widths",
@@ -39,7 +40,7 @@ __all__ = [
 #: variates in its translation; heads of tasks that share their classes stand around one head; theta sees that one; one
 #: odd task leaves the trial of joint training to the others; tasks choose the prior of their heads of classes together;
 #: predictions are tempered around the rates of a task's classes; regressions choose together how near to the head of
-#: all their own are.
+#: all their own are; tasks of classes say together how many draws stay at the start of an adaptation.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -49,6 +50,7 @@ RULES = {
     "head widths": "of all tasks",
     "prediction temperature": "around rates",
     "value widths": "of all tasks",
+    "unmoved draws": "of all tasks",
 }
 
 
@@ -117,6 +119,11 @@ def has_value_widths(session: Session | None) -> bool:
 def tempers_around_rates(session: Session | None) -> bool:
     """Whether predictions are tempered around the rates of a task's classes: in a run of before around even ones."""
     return _has_rule(session, "prediction temperature")
+
+
+def finds_unmoved(session: Session | None) -> bool:
+    """Whether tasks say together how many draws stay at the start: in a run of before half, or none."""
+    return _has_rule(session, "unmoved draws")
 
 
 def lets_one_task_lose(session: Session | None) -> bool:
