@@ -52,7 +52,7 @@ from pyro_lift.tuning.halves import (
 )
 from pyro_lift.tuning.head_mean import HeadMean, head_mean
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
-from pyro_lift.tuning.unmoved_share import HALF
+from pyro_lift.tuning.unmoved_share import one_stays
 from pyro_lift.tuning.whose_heads import (
     counts_rounds,
     finds_unmoved,
@@ -213,7 +213,7 @@ class ChainSetup:
         strength = self.leaves_power_open and (noise is not None or all(task.kind == "tokens" for task in tasks))
         says_at_start = heads or not any(has_head(task, program.head_scale) for task in tasks)
         may_stay = classes and says_at_start and self.leaves_share_open and finds_unmoved(session)
-        usual = usual_share(heads) if may_stay else None
+        usual = usual_share(heads) if may_stay and self.adapt_settings.draws > 1 else None
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
         score = self._score(s, program.head_scale)
 
@@ -250,7 +250,7 @@ class ChainSetup:
             )
             options: dict[str, Any] = {} if power == 1.0 else {"n_inflate": power * (s.n_inflate or 1.0)}
             if usual is not None:
-                options["unmoved_few"] = HALF
+                options["unmoved_few"] = one_stays(how.draws)
             return prior.adapt_many(unseen, seed=0, **options)
 
         predict = partial(predicted, self.adapter) if classes and not heads else None

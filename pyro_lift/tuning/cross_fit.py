@@ -57,7 +57,7 @@ from pyro_lift.tuning.joint_run import Standing
 from pyro_lift.tuning.noise import EXAGGERATED, Noise, fitted_noise, less_exaggerated
 from pyro_lift.tuning.strength import TASKS as STRENGTH_TASKS
 from pyro_lift.tuning.strength import stronger_where_better
-from pyro_lift.tuning.unmoved_share import apart, best_share, loss_of
+from pyro_lift.tuning.unmoved_share import apart, chosen_share, loss_of
 
 __all__ = ["MARKS", "CrossFit", "cross_fit", "helpful_temperature", "predicted", "rows_apart"]
 
@@ -91,7 +91,7 @@ class Judge(NamedTuple):
         noise: of regressions to begin with, where it is to be found; None otherwise.
         strength: whether the power in adaptation is to be found, in place of a temperature or beside the noise.
         usual_share: of draws that stay at the start of an adaptation, where another one may be found: ``adapt`` then
-            leaves half of them there. None finds none.
+            leaves one of several there. None finds none.
     """
 
     score: Score
@@ -275,7 +275,7 @@ def _predictions(adapted: Sequence[tuple[Any, Task]], usual: float | None) -> tu
     together = [part for part in parts if part is not None]
     share = usual
     if usual is not None and together:
-        share = best_share(together, usual)
+        share = chosen_share(together, usual)
     predictions = [
         posterior.predicted(task.test) if part is None or share is None else part.mixed(share)
         for part, (posterior, task) in zip(parts, adapted, strict=True)

@@ -1,14 +1,16 @@
 r"""How many draws of an adaptation stay at its start: what tasks say together that have few rows each.
 
 A task of few rows cannot tell whether the network is to move for it (:mod:`~pyro_lift.inference.adaptation.unmoved`).
-Tasks of a kind can: each is adapted to, and rows that it was not adapted to are predicted from the start alone,
-:math:`p_0`, and from the draws that moved, :math:`p_1`. The share w of the start is the one of
+Tasks of a kind can: each is adapted to, and rows that it was not adapted to are predicted with every share w of the
+draws at the start, as a posterior of S draws predicts them,
 
-.. math:: \min_w \min_T \tfrac1M \sum_i \tfrac1{n_i} \sum_n -\log p_{wT}(y_{in}), \qquad p_w = w p_0 + (1 - w) p_1,
+.. math:: p_w = w\, p_0 + \frac1S \sum_{s > wS} p_s, \qquad
+          \hat w = \arg\min_w \min_T \tfrac1M \sum_i \tfrac1{n_i} \sum_n -\log p_{wT}(y_{in}),
 
 w = 0, 0.1, ..., 0.9, with :math:`p_{wT}` at the temperature that is best for all tasks at this w: how sure predictions
-are is another question, and an average is less sure than its parts. It is taken where the loss is below that of the
-usual share by the paired one-sided test over tasks at 5 %.
+are is another question, and an average is less sure than its parts. A few rows of a few tasks say it roughly. So the
+share is half way between the usual one and :math:`\hat w`. On 21 made-up families that kept most of what
+:math:`\hat w` gains, was nowhere worse by more than its error, and better than asking for a gain beyond chance.
 """
 
 from __future__ import annotations
@@ -17,66 +19,73 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pyro_lift.inference.adaptation.temperature import Predicted, fit_temperature, tempered
-from pyro_lift.inference.adaptation.unmoved import STACKED_FROM
+from pyro_lift.inference.adaptation.unmoved import STACKED_FROM, unmoved_draws
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.task import Task
-from pyro_lift.tuning.halves import is_above_zero
 
-__all__ = ["HALF", "Apart", "apart", "best_share", "loss_of"]
+__all__ = ["Apart", "apart", "chosen_share", "loss_of", "one_stays"]
 
-#: Share that adaptations are made with for both predictions to be there.
-HALF = 0.5
 #: Shares that are tried.
 SHARES = tuple(k / 10 for k in range(10))
 
 
 class Apart(NamedTuple):
-    """Predictions of the same rows of a task, from the start of its adaptation and from the draws that moved."""
+    """Predictions of the same rows of a task, from the start of its adaptation and from each draw that moved.
+
+    Attributes:
+        start: of it.
+        moved: of the later draws ``[S - 1, n, C]``, in their order.
+    """
 
     start: Predicted
-    moved: Predicted
+    moved: Tensor
 
     def mixed(self, share: float) -> Predicted:
-        """Average them with a weight of the start's."""
-        p = share * self.start.probabilities + (1.0 - share) * self.moved.probabilities
+        """Predict as a posterior does with this share of S draws at the start: the first of them make room."""
+        draws = len(self.moved) + 1
+        stay = unmoved_draws(draws, share)
+        p = torch.cat([self.start.probabilities.expand(stay, -1, -1), self.moved[max(stay - 1, 0) :]]).mean(0)
         return self.start._replace(probabilities=p)
 
 
+def one_stays(draws: int) -> float:
+    """Return the share of one draw, with which predictions of all shares can be had."""
+    return 1.0 / draws
+
+
 def apart(posterior: Any, task: Task) -> Apart | None:
-    """Predict a task's test rows from the start and from the other draws; None of a task that says by itself.
+    """Predict a task's test rows from each draw; None of a task that says by itself which of them stay.
 
     Args:
-        posterior: made with a share of :data:`HALF`.
+        posterior: the first of whose draws is at the start of the adaptation.
         task: that it is of.
     """
     assert task.test is not None
-    stay = int((posterior.thetas == posterior.thetas[0]).all(-1).sum())
-    if len(task.train) >= STACKED_FROM or stay == len(posterior.thetas):
+    if len(task.train) >= STACKED_FROM:
         return None
-    parts = (slice(0, stay), slice(stay, None))
-    return Apart(*(posterior.of_draws(part).predicted(task.test) for part in parts))
+    each = [posterior.of_draws(slice(k, k + 1)).predicted(task.test) for k in range(len(posterior.thetas))]
+    return Apart(each[0], torch.stack([one.probabilities for one in each[1:]]))
 
 
-def best_share(predictions: Sequence[Apart], usual: float) -> float:
-    """Return the share of the start with the lowest loss, or the usual one where that is not worse by the test.
+def chosen_share(predictions: Sequence[Apart], usual: float) -> float:
+    """Return the mean of the usual share of draws at the start and the one with the lowest loss.
 
     Args:
-        predictions: of each task.
+        predictions: of each task, one or more.
         usual: share, where tasks say nothing.
     """
-    losses = {share: _losses([each.mixed(share) for each in predictions]) for share in (*SHARES, usual)}
-    best = min(SHARES, key=lambda share: float(losses[share].mean()))
-    return best if len(predictions) > 1 and is_above_zero(losses[usual] - losses[best]) else usual
+
+    def loss(share: float) -> float:
+        mixed = [each.mixed(share) for each in predictions]
+        temperature = fit_temperature(mixed)
+        return sum(loss_of(each, temperature) for each in mixed) / len(mixed)
+
+    return 0.5 * (usual + min(SHARES, key=loss))
 
 
 def loss_of(predictions: Predicted, temperature: float) -> float:
     """Compute the NLL a row at a temperature."""
     return nll(tempered(predictions.probabilities, temperature, predictions.rates), predictions.target)
-
-
-def _losses(predictions: Sequence[Predicted]) -> torch.Tensor:
-    """Compute the NLL a row of each task at the temperature that is best for all, ``[M]``."""
-    temperature = fit_temperature(predictions)
-    return torch.tensor([loss_of(each, temperature) for each in predictions], dtype=torch.float64)
