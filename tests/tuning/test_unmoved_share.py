@@ -49,7 +49,7 @@ def loss(predictions: Sequence[Apart], stay: int) -> float:
         p = stay * each.start.probabilities + each.moved[max(stay - 1, 0) :].sum(0)
         pairs.append((p / p.sum(-1, keepdim=True), each.start.target))
     losses = []
-    for T in torch.logspace(-0.7, 0.7, 2000, dtype=torch.float64):
+    for T in torch.logspace(-0.7, 0.7, 300, dtype=torch.float64):
         losses.append(sum(nll(p ** (1 / T) / (p ** (1 / T)).sum(-1, keepdim=True), y) for p, y in pairs) / len(pairs))
     return min(losses)
 
