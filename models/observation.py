@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.door import check_rows
@@ -380,8 +380,26 @@ def naming_inputs(saying: str, rows: Rows, adapter: RandomAdapter, hint: str = "
         raise ValueError(f"{saying} ({shapes_of(rows)}): {reason}. {ACROSS_ROWS}") from error
     except (RuntimeError, TypeError, IndexError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = _layer_of_another_width(error, adapter) or reason
         types = _way_out_of_types(reason, rows, adapter)
         raise ValueError(f"{saying} ({shapes_of(rows)}): {reason}{types}{hint}") from error
+
+
+def _layer_of_another_width(error: BaseException, adapter: RandomAdapter) -> str:
+    """Say which linear layer was given rows of another width, by the calls that the error came through; or nothing."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        told = trace.tb_frame.f_locals
+        layer, given = told.get("self"), next(iter(told.get("args") or ()), None)
+        width = getattr(layer, "in_features", None)
+        if isinstance(layer, nn.Module) and isinstance(width, int) and isinstance(given, Tensor) and given.dim():
+            found = ""
+            if given.shape[-1] != width:
+                names = [name for name, module in adapter.backbone.named_modules() if module is layer]
+                name = names[0].removeprefix("base_model.model.") if names else type(layer).__name__
+                found = f"its layer {name!r} takes {width} numbers a row, and is given {given.shape[-1]}."
+        trace = trace.tb_next
+    return found
 
 
 def _way_out_of_types(reason: str, rows: Rows, adapter: RandomAdapter) -> str:

@@ -335,8 +335,8 @@ DOOR: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "test rows of another width": (
         lambda: LiFT(adapter(3), sgd_steps=2, burn_in=2, samples=2).meta_train([ALSO_NARROWER]),
         ValueError,
-        r"task 'u', test data: the network cannot be called with its first row.*\[1, 2\].* rows are inputs "
-        r"torch.float32 \[1, 3\]",
+        r"task 'u', test data: the network cannot be called with its first row.*\[1, 2\].*: its layer '0' takes 3 "
+        r"numbers a row, and is given 2\. .* rows are inputs torch.float32 \[1, 3\]",
     ),
     "a task of another width among heads of their own": (
         lambda: LiFT(adapter(8), sgd_steps=2, burn_in=2, samples=2).meta_train([*FEATURES, NARROWER]),
