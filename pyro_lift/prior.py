@@ -141,7 +141,8 @@ class LiFTPrior:
     def merge(self, *others: LiFTPrior) -> LiFTPrior:
         """Merge this prior with those of other chains, as if their draws were one chain's.
 
-        Mixtures are merged by matching components, preconditioners averaged.
+        Mixtures are merged by matching components. Preconditioners, temperatures of predictions and shares of draws
+        that stay at the start of an adaptation are averaged.
 
         Args:
             others: of the same tasks, settings and adapter, with other seeds; one process each is enough.
@@ -171,11 +172,14 @@ class LiFTPrior:
         moments = {
             k: torch.stack([p.second_moment[k].to(v) for p in chains]).mean(0) for k, v in self.second_moment.items()
         }
+        shares = [p.adapt_settings.unmoved_few for p in chains]
+        found = [share for share in shares if share is not None]
+        share = sum(found) / len(found) if len(found) == len(chains) else shares[0]
         return LiFTPrior(
             self.adapter,
             mixture,
             self.settings,
-            self.adapt_settings,
+            replace(self.adapt_settings, unmoved_few=share),
             moments,
             seed=self.seed,
             prediction_temperature=math.exp(sum(math.log(p.prediction_temperature) for p in chains) / len(chains)),

@@ -112,9 +112,8 @@ class Unmoved:
         if self._given is not None:
             return self._given
         if kept is None:
-            usual = usual_share(self.heads is not None)
-            few = len(self.tasks[task].train) < STACKED_FROM and self._few is not None
-            return self._few or 0.0 if few else usual
+            few = self._few if len(self.tasks[task].train) < STACKED_FROM else None
+            return usual_share(self.heads is not None) if few is None else few
         assert self.heads is not None
         later = thetas[len(thetas) // 2 :]
         log_p = [self.heads.log_prob_without(task, theta, kept) for theta in (start.to(thetas), *later)]

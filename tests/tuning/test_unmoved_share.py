@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -176,3 +177,13 @@ def test_what_was_given_is_not_looked_for_and_a_run_of_before_goes_on_without(tm
         asked.append(found.halves.unmoved is not None)
         assert found.adapt.unmoved_few == (found.halves.unmoved if name == "today" else given.get("unmoved_few"))
     assert asked == [False, False, False, False, True]
+
+
+def test_chains_of_one_model_have_the_mean_of_their_shares() -> None:
+    first, second = learned(), copy(learned())
+    second.adapt_settings = replace(second.adapt_settings, unmoved_few=0.2)
+    assert first.merge(second).adapt_settings.unmoved_few is None
+    third = copy(second)
+    third.adapt_settings = replace(third.adapt_settings, unmoved_few=0.5)
+    assert second.merge(third).adapt_settings.unmoved_few == pytest.approx(0.35)
+    assert second.adapt_settings.unmoved_few == 0.2
