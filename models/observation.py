@@ -391,9 +391,9 @@ def _layer_of_another_width(error: BaseException, adapter: RandomAdapter) -> str
     while trace is not None:
         told = trace.tb_frame.f_locals
         layer, given = told.get("self"), next(iter(told.get("args") or ()), None)
-        width = getattr(layer, "in_features", None)
-        if isinstance(layer, nn.Module) and isinstance(width, int) and isinstance(given, Tensor) and given.dim():
-            found = ""
+        linear = getattr(layer, "base_layer", layer)  # PEFT's convolutions and tables have in_features too
+        if isinstance(layer, nn.Module) and isinstance(linear, nn.Linear) and isinstance(given, Tensor) and given.dim():
+            found, width = "", linear.in_features
             if given.shape[-1] != width:
                 names = [name for name, module in adapter.backbone.named_modules() if module is layer]
                 name = names[0].removeprefix("base_model.model.") if names else type(layer).__name__
