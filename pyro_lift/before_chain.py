@@ -52,7 +52,6 @@ from pyro_lift.tuning.halves import (
 )
 from pyro_lift.tuning.head_mean import HeadMean, head_mean
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
-from pyro_lift.tuning.unmoved_share import one_stays
 from pyro_lift.tuning.whose_heads import (
     counts_rounds,
     finds_unmoved,
@@ -160,7 +159,7 @@ class ChainSetup:
     def leaves_share_open(self) -> bool:
         """Whether the share of draws that stay at the start of an adaptation may be found."""
         a = self.adapt_settings
-        return a.unmoved is None and a.unmoved_few is None and a.dev_every == 0
+        return a.unmoved is None and a.unmoved_few is None and a.dev_every == 0 and a.draws > 1
 
     def _joint(
         self, tasks: Sequence[Task], session: Session | None, progress: bool, on_step: Watchers | None
@@ -213,7 +212,7 @@ class ChainSetup:
         strength = self.leaves_power_open and (noise is not None or all(task.kind == "tokens" for task in tasks))
         says_at_start = heads or not any(has_head(task, program.head_scale) for task in tasks)
         may_stay = classes and says_at_start and self.leaves_share_open and finds_unmoved(session)
-        usual = usual_share(heads) if may_stay and self.adapt_settings.draws > 1 else None
+        usual = usual_share(heads) if may_stay else None
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
         score = self._score(s, program.head_scale)
 
@@ -250,7 +249,7 @@ class ChainSetup:
             )
             options: dict[str, Any] = {} if power == 1.0 else {"n_inflate": power * (s.n_inflate or 1.0)}
             if usual is not None:
-                options["unmoved_few"] = one_stays(how.draws)
+                options["unmoved_few"] = 1.0 / how.draws  # one stays: predictions of all shares can be had
             return prior.adapt_many(unseen, seed=0, **options)
 
         predict = partial(predicted, self.adapter) if classes and not heads else None

@@ -55,9 +55,10 @@ from pyro_lift.tuning.halves import TASKS, Begin, Joint, Score, is_above_zero, p
 from pyro_lift.tuning.held_out import dealt, has_unseen_rows, judged
 from pyro_lift.tuning.joint_run import Standing
 from pyro_lift.tuning.noise import EXAGGERATED, Noise, fitted_noise, less_exaggerated
+from pyro_lift.tuning.predictions import least_losses, loss_of
 from pyro_lift.tuning.strength import TASKS as STRENGTH_TASKS
 from pyro_lift.tuning.strength import stronger_where_better
-from pyro_lift.tuning.unmoved_share import apart, chosen_share, loss_of
+from pyro_lift.tuning.unmoved_share import apart, chosen_share
 
 __all__ = ["MARKS", "CrossFit", "cross_fit", "helpful_temperature", "predicted", "rows_apart"]
 
@@ -112,8 +113,7 @@ class Judge(NamedTuple):
         if self.predict is None:
             return torch.cat([self.score(vector, half) for vector, half in crossed])
         pairs = [self.predict(vector, task) for vector, half in crossed for task in half]
-        temperature = fit_temperature(pairs)
-        return torch.tensor([-loss_of(each, temperature) for each in pairs], dtype=torch.float64)
+        return -least_losses(pairs)
 
 
 class CrossFit(NamedTuple):
@@ -272,9 +272,8 @@ def _sureness(
 def _predictions(adapted: Sequence[tuple[Any, Task]], usual: float | None) -> tuple[list[Predicted], float | None]:
     """Predict the rows that were set apart, with the share of draws at the start that is best where one is sought."""
     parts = [None if usual is None else apart(posterior, task) for posterior, task in adapted]
-    together = [part for part in parts if part is not None]
     share = usual
-    if usual is not None and together:
+    if usual is not None and (together := [part for part in parts if part is not None]):
         share = chosen_share(together, usual)
     predictions = [
         posterior.predicted(task.test) if part is None or share is None else part.mixed(share)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pyro_lift.inference.adaptation.failures import those_kept
-from pyro_lift.inference.adaptation.temperature import fit_temperature
+from pyro_lift.inference.adaptation.temperature import Predicted, fit_temperature, tempered
+from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.task import Task
 from pyro_lift.tuning.held_out import judged, that_can_be_judged
 from pyro_lift.tuning.noise import variance_factor
 
-__all__ = ["fitted_on_held_out"]
+__all__ = ["fitted_on_held_out", "least_losses", "loss_of"]
 
 
 def fitted_on_held_out(
@@ -49,3 +53,14 @@ def fitted_on_held_out(
         assert task.test is not None
         pairs.append(posterior.predicted(task.test))
     return fit_temperature(pairs)
+
+
+def least_losses(predictions: Sequence[Predicted]) -> Tensor:
+    """Compute the NLL a row of each task at the temperature that is best for all, ``[M]``."""
+    temperature = fit_temperature(predictions)
+    return torch.tensor([loss_of(each, temperature) for each in predictions], dtype=torch.float64)
+
+
+def loss_of(predictions: Predicted, temperature: float) -> float:
+    """Compute the NLL a row at a temperature."""
+    return nll(tempered(predictions.probabilities, temperature, predictions.rates), predictions.target)

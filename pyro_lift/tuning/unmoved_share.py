@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.inference.adaptation.temperature import Predicted, fit_temperature, tempered
+from pyro_lift.inference.adaptation.temperature import Predicted
 from pyro_lift.inference.adaptation.unmoved import STACKED_FROM, unmoved_draws
-from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.task import Task
+from pyro_lift.tuning.predictions import least_losses
 
-__all__ = ["Apart", "apart", "chosen_share", "loss_of", "one_stays"]
+__all__ = ["Apart", "apart", "chosen_share"]
 
 #: Shares that are tried.
 SHARES = tuple(k / 10 for k in range(10))
@@ -49,11 +49,6 @@ class Apart(NamedTuple):
         stay = unmoved_draws(draws, share)
         p = torch.cat([self.start.probabilities.expand(stay, -1, -1), self.moved[max(stay - 1, 0) :]]).mean(0)
         return self.start._replace(probabilities=p)
-
-
-def one_stays(draws: int) -> float:
-    """Return the share of one draw, with which predictions of all shares can be had."""
-    return 1.0 / draws
 
 
 def apart(posterior: Any, task: Task) -> Apart | None:
@@ -79,13 +74,6 @@ def chosen_share(predictions: Sequence[Apart], usual: float) -> float:
     """
 
     def loss(share: float) -> float:
-        mixed = [each.mixed(share) for each in predictions]
-        temperature = fit_temperature(mixed)
-        return sum(loss_of(each, temperature) for each in mixed) / len(mixed)
+        return float(least_losses([each.mixed(share) for each in predictions]).mean())
 
     return 0.5 * (usual + min(SHARES, key=loss))
-
-
-def loss_of(predictions: Predicted, temperature: float) -> float:
-    """Compute the NLL a row at a temperature."""
-    return nll(tempered(predictions.probabilities, temperature, predictions.rates), predictions.target)

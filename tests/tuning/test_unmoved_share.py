@@ -24,7 +24,7 @@ from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.settings import AdaptSettings
-from pyro_lift.tuning.unmoved_share import Apart, apart, chosen_share, one_stays
+from pyro_lift.tuning.unmoved_share import Apart, apart, chosen_share
 from pyro_lift.tuning.whose_heads import RULES, run_config
 
 SHORT: dict[str, Any] = {"sgd_steps": 400, "burn_in": 20, "samples": 20, "seed": 0}
@@ -82,7 +82,7 @@ def few_adapted(rows: int, **options: Any) -> tuple[Task, Any]:
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
 def test_parts_are_put_together_as_a_posterior_of_that_share_is(share: float) -> None:
-    task, posterior = few_adapted(12, unmoved_few=one_stays(10))
+    task, posterior = few_adapted(12, unmoved_few=0.1)
     assert not torch.equal(posterior.thetas[0], posterior.thetas[1]) and len(posterior.thetas) == 10
     parts = apart(posterior, task)
     assert parts is not None and task.test is not None
