@@ -7,16 +7,16 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_lift.models.before_head import BeforeHead, named_before_head
 from pyro_lift.models.blocks import BlockCall, Slot, bound, flattened, slots_of
+from pyro_lift.models.coordinates import coordinates_of, note_coordinates
 from pyro_lift.models.fused_lora import fused
 from pyro_lift.models.lengths import TEXT_INPUTS, by_length
 from pyro_lift.models.networks import (
@@ -40,8 +40,6 @@ log = logging.getLogger("pyro_lift")
 
 #: Rows with which the layers below the adapter are looked for.
 TRIED = 4
-#: Networks that an adapter stands on, and the names of its tensors: they are frozen by then.
-_COORDINATES: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
 
 
 class AdapterTensor(NamedTuple):
@@ -123,7 +121,7 @@ class RandomAdapter(PyroModule):
             raise TypeError("give a readout or a postprocess, not both.")
         backbone = plain_network(backbone)
         check_network(backbone)
-        trainable = _coordinates(backbone)
+        trainable = coordinates_of(backbone)
         layers = peft_layers(backbone)
         #: Name of the PEFT adapter whose weights theta is; None for a network without PEFT.
         self.adapter_name = active_adapter(backbone)
@@ -147,11 +145,12 @@ class RandomAdapter(PyroModule):
         object.__setattr__(self, "_block", BlockCall(self._slots, self._read, self._kept))
         object.__setattr__(self, "prefix", FrozenPrefix(frozen_prefix))
         self._layers = list(layers.values())
-        _COORDINATES[backbone] = tuple(entry.name for entry in self.layout)
+        note_coordinates(backbone, [entry.name for entry in self.layout])
         self._note_weights()
         self.readout, self.postprocess = readout, postprocess
         self.allow_unreached, self._reached = allow_unreached, False
         self._features: bool | None = None
+        self._before_head: BeforeHead | None = None
         if prior is not None:
             self.theta = PyroSample(prior)
         self._try_made_up_rows()
@@ -165,8 +164,23 @@ class RandomAdapter(PyroModule):
         view = copy.deepcopy(self, memo)
         share_hooks(self.backbone, memo)
         view.initial = initial.detach().to(self.initial).clone()
-        _COORDINATES[view.backbone] = tuple(entry.name for entry in view.layout)
+        note_coordinates(view.backbone, [entry.name for entry in view.layout])
         return view
+
+    def reading(self, before_head: BeforeHead | None) -> RandomAdapter:
+        """Make the same adapter on features before the network's own head, in place of its output; an object apart.
+
+        None makes it on the output again.
+        """
+        view = self.beginning_at(self.initial)
+        view._features, view._reached = (None if before_head is None else True), before_head is not None
+        view._before_head = None if before_head is None else named_before_head(view.backbone, before_head.name)
+        return view
+
+    @property
+    def before_head(self) -> BeforeHead | None:
+        """Where the features are that are read in place of the network's output; None: that is read."""
+        return self._before_head
 
     def check_use(self) -> None:
         """Refuse a network that no longer is what the adapter was made on; at the beginning of every run.
@@ -213,6 +227,15 @@ class RandomAdapter(PyroModule):
         if zero:
             log.warning("the gradient of these adapter tensors is zero on the first rows: %s", ", ".join(zero))
         self._reached = True
+
+    def check_some_reach(self, *inputs: Any, **named: Any) -> None:
+        """Show with some rows that at least one adapter tensor has an effect on what is read of the network.
+
+        Raises:
+            ReachError: none has.
+        """
+        if len(check_reach(self._probe(), inputs, named, allow_none=True)) == len(self.layout):
+            raise ReachError("no adapter weight has an effect on what is read of the network.")
 
     @property
     def gives_features(self) -> bool:
@@ -373,6 +396,8 @@ class RandomAdapter(PyroModule):
             return readout(self.network, named)
         if block:
             inputs, named = [flattened(x) for x in inputs], {k: flattened(x) for k, x in named.items()}
+        if self._before_head is not None:
+            return self._before_head(self.network, inputs, named)
         output = self.network(*inputs, **named)
         if self.postprocess:
             return self.postprocess(output)
@@ -423,55 +448,6 @@ def _layout(trainable: list[tuple[str, nn.Parameter]]) -> tuple[AdapterTensor, .
         entries.append(AdapterTensor(name, parameter.shape, slice(start, stop)))
         start = stop
     return tuple(entries)
-
-
-def _coordinates(backbone: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """List the adapter's tensors, in order of name.
-
-    Raises:
-        ValueError: none, or all of the network's; one that is tied to another.
-    """
-    known = _COORDINATES.get(backbone, ())
-    trainable = sorted((name, p) for name, p in backbone.named_parameters() if p.requires_grad or name in known)
-    if not trainable:
-        loaded = "PeftModel.from_pretrained(..., is_trainable=True)"
-        raise ValueError(
-            "the backbone has no trainable tensor, so there is no adapter to make random. Wrap it first: "
-            f"peft.get_peft_model(backbone, peft.LoraConfig(target_modules=...)); or load an adapter by {loaded}."
-        )
-    total = sum(p.numel() for p in backbone.parameters())
-    if sum(p.numel() for _, p in trainable) == total:
-        raise ValueError(
-            f"all {total} weights of the backbone are trainable. Wrap it with peft.get_peft_model first; "
-            "RandomAdapter makes the trainable tensors random and takes the others as they are."
-        )
-    if compiled := [name for name, _ in trainable if "_orig_mod" in name.split(".")]:
-        raise ValueError(
-            f"the adapter tensor {compiled[0]!r} is inside a network compiled by torch.compile(network), whose prefix "
-            "would be part of every exported name. Wrap the plain network, and compile afterwards: model.compile()."
-        )
-    _check_apart(trainable)
-    return trainable
-
-
-def _check_apart(trainable: Sequence[tuple[str, nn.Parameter]]) -> None:
-    """Refuse tensors that share memory: as coordinates they would stand twice, and PEFT saves one of them."""
-    places: dict[int, list[tuple[int, int, str]]] = {}
-    for name, p in trainable:
-        if not p.is_floating_point():
-            raise ValueError(f"the adapter tensor {name!r} is {p.dtype}; expected floating-point weights.")
-        start = int(p.storage_offset() * p.element_size())
-        last = sum((int(n) - 1) * int(s) for n, s in zip(p.shape, p.stride(), strict=True))
-        end = start + (last + 1) * p.element_size()
-        places.setdefault(p.untyped_storage().data_ptr(), []).append((start, end, name))
-    for spans in places.values():
-        spans.sort()
-        for (_, end, first), (start, _, second) in pairwise(spans):
-            if start < end:
-                raise ValueError(
-                    f"the adapter tensors {first!r} and {second!r} share their memory, so that they cannot be "
-                    "coordinates of their own. Adapt one of the tied layers only (ensure_weight_tying=False)."
-                )
 
 
 def _rewritten(layers: Mapping[str, Any]) -> list[Slot]:

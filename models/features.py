@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.before_head import BeforeHead
+from pyro_lift.models.networks import without_compilation
 from pyro_lift.models.penultimate import watched_linear
 from pyro_lift.models.readouts import pool, read
 from pyro_lift.models.task import Rows
 
-__all__ = ["Reader", "all_features", "features", "head_features"]
+__all__ = ["Reader", "all_features", "before_head", "features", "head_features"]
 
 #: From the network, some rows and its weights ``[D]`` to one vector a row ``[n, E]``.
 Reader = Callable[[RandomAdapter, Rows, Tensor], Tensor]
@@ -81,3 +83,42 @@ def _features(adapter: RandomAdapter, network: Any, rows: Rows) -> Tensor:
     named.setdefault("attention_mask", None)
     states = call(body, (), named).last_hidden_state
     return pool(states, named["attention_mask"])
+
+
+def before_head(adapter: RandomAdapter, inputs: Sequence[Any], named: Mapping[str, Any]) -> BeforeHead | None:
+    """Find the features before a network's own head, by a call with some rows; None where there are none.
+
+    A transformers model has them in its body's hidden states. Any other network that ends in a linear layer has them in
+    what goes into that; there is nothing to read where something comes after the layer, or where it sees no vector a
+    row.
+
+    Args:
+        adapter: the network, which is called at its start.
+        inputs: positional inputs of two rows or more.
+        named: inputs by keyword.
+    """
+    network, names = adapter.backbone, {id(m): name for name, m in adapter.backbone.named_modules()}
+    body = _body_of(network)
+    if body is not None:
+        return BeforeHead(names[id(body)], body, network) if id(body) in names else None
+    rows = len(next(x for x in (*inputs, *named.values()) if isinstance(x, Tensor)))
+    with torch.no_grad(), adapter.bound(adapter.initial), without_compilation(network), watched_linear(network) as last:
+        output = read(adapter.network(*inputs, **named), named.get("attention_mask"))
+    if last.features_of(output, rows) is None or last.seen is None:
+        return None
+    # PEFT's copy of a layer stands under the adapter's name, which another PEFT model may have changed.
+    name = names[id(last.seen.layer)].partition(".modules_to_save.")[0]
+    return BeforeHead(name, network.get_submodule(name), network)
+
+
+def _body_of(network: nn.Module) -> nn.Module | None:
+    """Return the body of a transformers model that has a head: for an encoder-decoder, its encoder; else None."""
+    unwrap: Any = getattr(network, "get_base_model", None)
+    model: Any = unwrap() if unwrap else network
+    body = getattr(model, "base_model", None)
+    if not isinstance(getattr(model, "base_model_prefix", None), str) or not isinstance(body, nn.Module):
+        return None
+    if getattr(model.config, "is_encoder_decoder", False):
+        encoder: nn.Module = model.get_encoder()
+        return encoder
+    return None if body is model else body

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["LastLinear", "watched_linear"]
+__all__ = ["LastCall", "Seen", "is_linear", "watched", "watched_linear"]
 
 
-class LastLinear:
-    """The input and the output of the linear layer that was the last to finish.
+class Seen(NamedTuple):
+    """What a module was given first, and what came of it; ``version`` counts the output's changes in place by then."""
+
+    layer: nn.Module
+    given: Any
+    output: Any
+    version: int
+
+
+class LastCall:
+    """The input and the output of that of some modules that was the last to finish.
 
     A layer with LoRA finishes after the layers that it is made of, so that it counts as one.
     """
 
     def __init__(self) -> None:
-        self._seen: tuple[Tensor, Tensor, int] | None = None
+        #: None before any of them was called.
+        self.seen: Seen | None = None
 
-    def see(self, features: Any, output: Any) -> None:
-        """Note a layer's input and output; of what is no tensor there is nothing to note."""
-        both = isinstance(features, Tensor) and isinstance(output, Tensor)
-        self._seen = (features, output, _version(output)) if both else None
+    def see(self, layer: nn.Module, given: Any, output: Any) -> None:
+        """Note a module's input and output."""
+        self.seen = Seen(layer, given, output, _version(output) if isinstance(output, Tensor) else 0)
 
     def features_of(self, result: Tensor, rows: int) -> Tensor | None:
         """Return the layer's input ``[n, E]`` where its output is the network's ``result``, in whatever shape.
 
         None where something comes after the layer, and where its input is no vector a row.
         """
-        if self._seen is None:
+        if self.seen is None:
             return None
-        features, output, version = self._seen
+        _, features, output, version = self.seen
+        if not (isinstance(features, Tensor) and isinstance(output, Tensor)):
+            return None
         if not _share_memory(output, result) or output.numel() != result.numel() or _version(output) != version:
             return None
         return features if features.dim() == 2 and len(features) == rows else None
@@ -50,31 +61,40 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else int(x._version)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, adapted by PEFT or not."""
+    return isinstance(getattr(module, "base_layer", module), nn.Linear)
+
+
+def watched_linear(network: nn.Module) -> Any:
+    """Watch the linear layers of a network, PEFT's adapted ones among them, while the context lasts."""
+    return watched([module for module in network.modules() if is_linear(module)])
+
+
 @contextmanager
-def watched_linear(network: nn.Module) -> Iterator[LastLinear]:
-    """Watch the linear layers of a network, PEFT's adapted ones among them, while the context lasts.
+def watched(modules: Iterable[nn.Module]) -> Iterator[LastCall]:
+    """Watch some modules while the context lasts.
 
     Their ``forward`` is replaced and put back. Hooks would be shared with the network that the caller keeps.
     """
-    last = LastLinear()
-    layers = [m for m in network.modules() if isinstance(getattr(m, "base_layer", m), nn.Linear)]
-    before = [(layer, layer.forward, "forward" in vars(layer)) for layer in layers]
+    last = LastCall()
+    before = [(module, module.forward, "forward" in vars(module)) for module in modules]
 
-    def watching(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def watching(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            last.see(next(iter((*args, *kwargs.values())), None), output)
+            last.see(layer, next(iter((*args, *kwargs.values())), None), output)
             return output
 
         return run
 
     try:
-        for layer, forward, _ in before:
-            vars(layer)["forward"] = watching(forward)
+        for module, forward, _ in before:
+            vars(module)["forward"] = watching(module, forward)
         yield last
     finally:
-        for layer, forward, patched in before:
+        for module, forward, patched in before:
             if patched:
-                vars(layer)["forward"] = forward
+                vars(module)["forward"] = forward
             else:
-                vars(layer).pop("forward", None)
+                vars(module).pop("forward", None)

@@ -103,6 +103,8 @@ class ChainSetup:
     ) -> None:
         self.adapter, self.settings, self.adapt_settings, self.seed = adapter, settings, adapt_settings, seed
         self.head_mean: HeadMean | None = None
+        #: Folder inside a run's in which what is found before its chain is kept; the run's own where it is empty.
+        self.kept_under = ""
 
     def before_chain(
         self,
@@ -166,7 +168,7 @@ class ChainSetup:
     ) -> Joint | None:
         """Put the joint training on trial, where its rate was left open; None where there is none."""
         s = resolved(self.settings, self.adapter)
-        kept, saved_without = WorkBefore.of(session, "joint", partial(digest, self.adapter, tasks))
+        kept, saved_without = WorkBefore.of(session, "joint", partial(digest, self.adapter, tasks), self.kept_under)
         given = self.settings.sgd_learning_rate is not None
         steps = steps_beside_trial(s.sgd_steps, len(tasks)) if s.sgd_includes_trial else s.sgd_steps
         if given or s.ranks_block_size or saved_without or not has_trial(steps, len(tasks)):
@@ -201,8 +203,8 @@ class ChainSetup:
         **shown: Any,
     ) -> CrossFit | None:
         """Find the length of joint training and how sure predictions may be; None where there is nothing to find."""
-        kept, saved_without = WorkBefore.of(session, "cross-fit", partial(digest, self.adapter, program.tasks))
         heads, tasks = program.solved is not None, program.tasks
+        kept, saved_without = WorkBefore.of(session, "cross-fit", partial(digest, self.adapter, tasks), self.kept_under)
         if joint is not None and joint.helps and few_passes(joint.steps, s.batch_size, tasks):
             joint = None
         if saved_without or s.ranks_block_size or (joint is None and noise is None) or len(tasks) < 2:
@@ -320,7 +322,7 @@ class ChainSetup:
 
     def _with(self, settings: LiFTSettings) -> ChainSetup:
         run = ChainSetup(self.adapter, settings, self.adapt_settings, self.seed)
-        run.head_mean = self.head_mean
+        run.head_mean, run.kept_under = self.head_mean, self.kept_under
         return run
 
     def _score(self, s: LiFTSettings, head_scale: float | None) -> Score:

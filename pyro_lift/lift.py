@@ -15,7 +15,7 @@ import torch
 from pyro.ops.streaming import StatsOfDict
 from torch import Tensor, nn
 
-from pyro_lift.before_chain import ChainSetup
+from pyro_lift.before_chain import BeforeChain, ChainSetup
 from pyro_lift.defaults import resolved, resolved_adaptation, say_loosened, warn_of_rates, with_translation
 from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.adaptation.failures import named_chain, those_kept
@@ -34,6 +34,7 @@ from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_names import class_numbers_by_name
 from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.hierarchical import VARIANCE
+from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.out_of_proportion import usual_sizes
 from pyro_lift.models.solved_heads import has_solved_head
 from pyro_lift.models.target_units import advice_on_units, warn_of_units
@@ -48,6 +49,7 @@ from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_number, current_names
 from pyro_lift.support.said_once import said_once
 from pyro_lift.tuning.candidates import LiFTContender, lift_candidates, shortened
+from pyro_lift.tuning.class_layer import loses_to
 from pyro_lift.tuning.early_stopping import HeldOutLooks, mean_loss, with_held_out
 from pyro_lift.tuning.held_out import has_unseen_rows
 from pyro_lift.tuning.joint_run import moments_of
@@ -58,9 +60,10 @@ from pyro_lift.tuning.whose_heads import (
     RULES,
     as_saved,
     counts_width,
+    heads_settled,
     run_config,
     tempers_around_rates,
-    with_heads_settled,
+    tests_classes,
 )
 from pyro_lift.watching.steps import Run
 from pyro_lift.watching.watch import Watchers
@@ -79,6 +82,8 @@ ADVICE_WHERE_OPEN = (
     "Look at the tasks' data first, the size of their inputs column by column; else lower the temperature, or let "
     "`lift.tune` choose it."
 )
+#: Folder inside a run's for what is found of the network with its own last layer.
+CLASS_LAYER = "class-layer"
 #: What held-out tasks are adapted to for.
 LOOK = "a look at held-out tasks"
 
@@ -140,6 +145,10 @@ class LiFT(ChainSetup):
                 "stop_patience=%d does nothing without stop_every: no held-out tasks are looked at. Give "
                 "stop_every=20, say, beside it.", self.settings.stop_patience,
             )  # fmt: skip
+        # Whether heads are settled, what it is with the network's last layer, and what was found before the chain.
+        self._heads_are_settled = False
+        self._beside: LiFT | None = None
+        self._found: BeforeChain | None = None
         #: How :meth:`tune` chose the settings; None where they are as they were given.
         self.tuning: Tuning | None = None
 
@@ -174,21 +183,22 @@ class LiFT(ChainSetup):
         check_to_learn_from(tasks)
         noise = self._noise_of(tasks)
         found: dict[str, Any] = {} if noise is None else {"noise_scale": noise.scale}
-        settings = replace(with_heads_settled(self.settings, self.adapter, tasks), **found)
+        settled = heads_settled(self.settings, self.adapter, tasks)
+        settings, adapter = replace(settled.settings, **found), settled.adapter
         given, stronger = self.adapt_settings, dict[str, Any]()
         if noise is not None and noise.power != 1.0:
             stronger = {"n_inflate": noise.power * (settings.n_inflate or 1.0)}
             given = replace(given, **stronger)
         seconds = max(seconds - (time.monotonic() - begun), 1e-3)
-        known = resolved(with_translation(settings, tasks), self.adapter)
-        scale = self._head_scale(tasks, known)
-        heads = known.head != "langevin" and any(has_solved_head(self.adapter, task, scale) for task in tasks)
+        known = resolved(with_translation(settings, tasks), adapter)
+        scale = own_head_scale(adapter, tasks, known.head_scale, solve=known.head not in ("langevin", "shared"))
+        heads = known.head != "langevin" and any(has_solved_head(adapter, task, scale) for task in tasks)
         adapt = resolved_adaptation(given, self.settings, known, heads)
         candidates = lift_candidates(known, adapt, trainings=trainings, heads=heads)
 
         def make(candidate: Candidate, share: float) -> LiFTContender:
             short = shortened(replace(settings, **candidate.meta), share)
-            return LiFTContender(LiFT(self.adapter, settings=short, adapt=given, seed=self.seed), candidate)
+            return LiFTContender(LiFT(adapter, settings=short, adapt=given, seed=self.seed), candidate)
 
         with trial_bar(progress, callbacks) as on_trial:
             tuning = search(candidates, make, tasks, seconds=seconds, on_trial=on_trial)
@@ -321,11 +331,10 @@ class LiFT(ChainSetup):
                     f"samples={self.settings.samples} with components={k}: a component needs a draw of phi at least. "
                     "Raise samples, or lower components."
                 )
-        settings = with_heads_settled(self.settings, self.adapter, tasks, by_width=counts_width(session))
-        if settings != self.settings:
-            lift, shown = copy(self), {"progress": progress, "on_step": on_step, "callbacks": callbacks}
-            lift.settings = settings
-            return lift.meta_train_many(tasks, components, session=session, start=start, crossed=crossed, **shown)
+        again: dict[str, Any] = {"session": session, "start": start, "crossed": crossed}
+        again |= {"progress": progress, "on_step": on_step, "callbacks": callbacks}
+        if (settled := self._settled(tasks, session, crossed)) is not self:
+            return settled.meta_train_many(tasks, components, **again)
         check_kinds(tasks)
         if start is not None and start.shape != self.adapter.initial.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}; the adapter has {self.adapter.dim} weights.")
@@ -333,14 +342,21 @@ class LiFT(ChainSetup):
         classes = {} if own_heads else class_numbers_by_name(tasks)  # which all share the network's outputs
         warn_of_units(self.adapter, tasks, own_heads=own_heads)
         warn_of_what_is_given_away(tasks)
+        all_tasks = tasks
         tasks, held_out = with_held_out(tasks) if self.settings.stop_every else (tasks, [])
         if self.settings.ranks_block_size:
             distributed.join()
         rows, names = [len(task.train) for task in tasks], [task.name for task in tasks]
         sizes = usual_sizes(tasks)
         watchers = Watchers(callbacks, Run("meta-train"), rows, names, on_step)
-        shown = {"progress": progress, "watchers": watchers}
-        run, program, s, adapt, joint, halves = self.before_chain(tasks, session, start, crossed=crossed, **shown)
+        shown: dict[str, Any] = {"progress": progress, "watchers": watchers}
+        found = self._found or self.before_chain(tasks, session, start, crossed=crossed, **shown)
+        if self._beside is not None:
+            beside = self._beside.before_chain(tasks, session, start, crossed=crossed, **shown)
+            if loses_to(found.halves, beside.halves):
+                self._beside._found = beside
+                return self._beside.meta_train_many(all_tasks, components, **again)
+        run, program, s, adapt, joint, halves = found
         s = with_rounds_to_learn(s, len(tasks)) if run.settings.learns_beta else s
         warn_of_rates(s, self.adapter)
         kernel = run.kernel(program)
@@ -427,6 +443,21 @@ class LiFT(ChainSetup):
         before = [work.results() for work in (joint, halves, run.head_mean) if work is not None]
         results = {**moved, **{name: x for part in before for name, x in part.items()}, **looks.results()}
         return [prior(k, summary, moments, results) for k in components]
+
+    def _settled(self, tasks: Sequence[Task], session: Session | None, crossed: bool) -> LiFT:
+        """Return itself, or what it is with its heads settled, beside it what it is with the network's last layer."""
+        if self._heads_are_settled:
+            return self
+        by = {"by_width": counts_width(session), "by_rows": tests_classes(session)}
+        settings, adapter, layer = heads_settled(self.settings, self.adapter, tasks, **by)
+        if settings == self.settings and adapter is self.adapter:
+            return self
+        lift, beside = copy(self), copy(self)
+        lift.settings, lift.adapter, lift._heads_are_settled = settings, adapter, True
+        if layer is not None and crossed:
+            beside.settings, beside.kept_under, beside._heads_are_settled = layer, CLASS_LAYER, True
+            lift._beside = beside
+        return lift
 
 
 def _adapter(backbone: nn.Module, peft_config: peft.PeftConfig | None, seed: int | None) -> RandomAdapter:

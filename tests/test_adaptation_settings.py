@@ -21,7 +21,8 @@ def task(name: str, seed: int, **parts: Any) -> Task:
 def lift(**options: Any) -> LiFT:
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
-    return LiFT(net, peft.LoraConfig(r=2, target_modules=["0", "2"]), sgd_steps=20, burn_in=5, samples=10, **options)
+    options = {"sgd_steps": 20, "burn_in": 5, "samples": 10, "head": "shared", **options}
+    return LiFT(net, peft.LoraConfig(r=2, target_modules=["0", "2"]), **options)
 
 
 TASKS = [task(f"t{k}", k) for k in range(4)]

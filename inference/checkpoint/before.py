@@ -54,20 +54,23 @@ class WorkBefore:
         self.folder, self.config, self._signals = folder, jsonable(dict(config or {})), signals
 
     @classmethod
-    def of(cls, session: Session | None, name: str, digest: Callable[[], str] | None = None) -> tuple[WorkBefore, bool]:
+    def of(
+        cls, session: Session | None, name: str, digest: Callable[[], str] | None = None, under: str = ""
+    ) -> tuple[WorkBefore, bool]:
         """Return what a run did before its chain, and whether its chain began without the work of that name.
 
         Args:
             session: of the run; without one nothing is kept.
             name: of the work.
             digest: of data and network, asked for where something is kept.
+            under: name of a folder inside the run's, for work on what the run may turn out not to be of.
         """
         if session is None:
             return cls(None), False
         config = {name: value for name, value in (session.config or {}).items() if name not in DIGESTS}
         config |= {} if digest is None else {"digest": digest()}  # which says as much of tasks and weights
         config |= {name: value for name, value in (session.config or {}).items() if name == ARCHITECTURE}
-        kept = cls(session.folder, config, session.signals_before_chain)
+        kept = cls(session.folder / under, config, session.signals_before_chain)
         return kept, session.transitions > 0 and not kept.has(name)
 
     def has(self, name: str) -> bool:

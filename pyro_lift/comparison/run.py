@@ -54,7 +54,7 @@ from pyro_lift.support.durations import format_duration
 from pyro_lift.support.folder_lock import only_run_in
 from pyro_lift.support.options import check_choice
 from pyro_lift.support.said_once import said_once
-from pyro_lift.tuning.whose_heads import with_heads_settled
+from pyro_lift.tuning.whose_heads import heads_settled
 
 if TYPE_CHECKING:
     import peft
@@ -183,7 +183,7 @@ def run(
         warn_of_what_is_given_away([*problem.train, *problem.dev, *problem.test])
         problem = problem._replace(adapter=functools.cache(problem.adapter))  # what it keeps of rows is for all methods
         tasks = [*problem.train, *problem.dev, *problem.test]
-        problem = problem._replace(settings=with_heads_settled(problem.settings, problem.adapter(0), tasks))
+        problem = _with_heads_settled(problem, tasks)
         agenda = _agenda(problem, folds, settings, names, folder, start, overwrite)
         done = _run_turns(problem, folds, settings, names, agenda, start)
         by_name = {task.name: judged(task, settings.test_rows) for fold in folds for task in fold.judged}
@@ -199,6 +199,17 @@ def run(
         advice, notes = instead or advice, notes + ([note] if note else [])
         comparison = Comparison(advice, table, summary, records, tuple(notes), out)
         return comparison if out is None else _written(comparison, out)
+
+
+def _with_heads_settled(problem: Problem, tasks: Sequence[Task]) -> Problem:
+    """Settle whose the heads are and what they stand on, for all methods alike."""
+    settled = heads_settled(problem.settings, problem.adapter(0), tasks)
+    before, adapter = settled.adapter.before_head, problem.adapter
+    if before is None:
+        return problem._replace(settings=settled.settings)
+    return problem._replace(
+        settings=settled.settings, adapter=functools.cache(lambda seed: adapter(seed).reading(before))
+    )
 
 
 def _written(comparison: Comparison, out: Path) -> Comparison:

@@ -23,6 +23,7 @@ from pyro_lift.models.networks import plain_network
 from pyro_lift.models.peft_layers import default_name, peft_layers
 from pyro_lift.models.task import Rows, Task, undeclared
 from pyro_lift.saving.base_model import check_base, describe_base
+from pyro_lift.saving.before_head import described_reading, read_as_saved
 from pyro_lift.saving.choices import described_choices, head_tensors, saved_choices, saved_input_sizes
 from pyro_lift.saving.destination import check_destination
 from pyro_lift.saving.hub import local_folder
@@ -426,7 +427,7 @@ def _described(adapter: RandomAdapter) -> dict[str, Any]:
     layers = peft_layers(adapter.backbone)
     table = [[default_name(entry.name, layers), list(entry.shape)] for entry in adapter.layout]
     return {
-        "adapter": {"dim": adapter.dim, "tensors": table},
+        "adapter": {"dim": adapter.dim, "tensors": table, **described_reading(adapter)},
         "peft": config_to_dict(adapter_config(adapter)),
         "base_model": describe_base(adapter),
     }
@@ -454,7 +455,7 @@ def _adapter(
     if check:
         check_base(adapter, config["base_model"], path)
     check_sealed(path, config)
-    return adapter
+    return read_as_saved(adapter, config["adapter"], path)
 
 
 def _check_layout(path: Path, adapter: RandomAdapter, saved: dict[str, Any]) -> None:

@@ -127,6 +127,7 @@ class CrossFit(NamedTuple):
         noise: of regressions, standard deviation; None where it was not to be found.
         power: on the likelihood in adaptation, over meta-training's.
         unmoved: share of the draws that stay at the start of an adaptation; None leaves it as it is.
+        losses: of the tasks that were adapted to, at that temperature and share, nats a row; of classes alone.
     """
 
     steps: int | None
@@ -135,6 +136,7 @@ class CrossFit(NamedTuple):
     noise: float | None = None
     power: float = 1.0
     unmoved: float | None = None
+    losses: tuple[float, ...] = ()
 
     def results(self) -> dict[str, float]:
         """Measures for the prior's folder and card."""
@@ -204,7 +206,8 @@ def cross_fit(
     """
     kept = kept or WorkBefore(None)
     data = kept.data("cross-fit", lambda: _cross_fit(tasks, start, joint, begin, judge)._asdict())
-    fit = CrossFit(**{**data, "looks": tuple(tuple(look) for look in data["looks"])})
+    looks, losses = tuple(tuple(look) for look in data["looks"]), tuple(data.get("losses", ()))
+    fit = CrossFit(**{**data, "looks": looks, "losses": losses})
     if said := fit.sentence(judge.adapt is not None and not judge.strength):
         log.info("%s", said)
     if doubt := fit.doubt():
@@ -266,7 +269,9 @@ def _sureness(
     predictions, share = _predictions(list(adapted(None)), judge.usual_share)
     if not predictions:
         return found
-    return found._replace(temperature=helpful_temperature(predictions, 1.0 if exact else HALVED), unmoved=share)
+    temperature = helpful_temperature(predictions, 1.0 if exact else HALVED)
+    losses = tuple(loss_of(each, temperature) for each in predictions)
+    return found._replace(temperature=temperature, unmoved=share, losses=losses)
 
 
 def _predictions(adapted: Sequence[tuple[Any, Task]], usual: float | None) -> tuple[list[Predicted], float | None]:

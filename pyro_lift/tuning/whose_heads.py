@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyro_lift.inference.checkpoint.folder import ARCHITECTURE, NETWORK, TASK_DATA, saved_config
 from pyro_lift.inference.checkpoint.session import Session
@@ -17,9 +17,11 @@ from pyro_lift.models.door import check_rows
 from pyro_lift.models.observation import is_narrower, own_head_scale
 from pyro_lift.models.task import Task
 from pyro_lift.settings import LiFTSettings, upgraded_run
+from pyro_lift.tuning.class_layer import SCALE, without_foreign_classes
 
 __all__ = [
     "RULES",
+    "Settled",
     "as_saved",
     "counts_rounds",
     "counts_width",
@@ -27,10 +29,12 @@ __all__ = [
     "has_head_mean",
     "has_usual_widths",
     "has_value_widths",
+    "heads_settled",
     "leaves_outliers_out",
     "lets_one_task_lose",
     "run_config",
     "tempers_around_rates",
+    "tests_classes",
     "trains_through_mean",
     "with_heads_settled",
 ]
@@ -40,7 +44,8 @@ __all__ = [
 #: variates in its translation; heads of tasks that share their classes stand around one head; theta sees that one; one
 #: odd task leaves the trial of joint training to the others; tasks choose the prior of their heads of classes together;
 #: predictions are tempered around the rates of a task's classes; regressions choose together how near to the head of
-#: all their own are; tasks of classes say together how many draws stay at the start of an adaptation.
+#: all their own are; tasks of classes say together how many draws stay at the start of an adaptation; rows say whether
+#: a network's own classes are the tasks'.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -51,7 +56,51 @@ RULES = {
     "prediction temperature": "around rates",
     "value widths": "of all tasks",
     "unmoved draws": "of all tasks",
+    "class layer": "by rows",
 }
+
+
+class Settled(NamedTuple):
+    """Whose the heads of a run are, and what they stand on.
+
+    Attributes:
+        settings: of meta-training.
+        adapter: the network, read where the heads stand.
+        layer: settings with the network's own last layer, where that is left out but is worth a trial; else None.
+    """
+
+    settings: LiFTSettings
+    adapter: RandomAdapter
+    layer: LiFTSettings | None = None
+
+
+def heads_settled(
+    settings: LiFTSettings,
+    adapter: RandomAdapter,
+    tasks: Sequence[Task],
+    *,
+    by_width: bool = True,
+    by_rows: bool = True,
+) -> Settled:
+    """Settle whose the heads are (:func:`with_heads_settled`), and what they stand on.
+
+    Args:
+        settings: of meta-training; what is given in them stays.
+        adapter: the network as a function of theta.
+        tasks: all of the run.
+        by_width: see :func:`with_heads_settled`.
+        by_rows: whether a network's own classes are put to the test (:mod:`~pyro_lift.tuning.class_layer`).
+
+    Raises:
+        ValueError: rows that the network would misread.
+    """
+    settled = with_heads_settled(settings, adapter, tasks, by_width=by_width)
+    if not by_rows or settings.head_scale is not None or settings.head in ("langevin", "shared"):
+        return Settled(settled, adapter)
+    apart = without_foreign_classes(adapter, tasks, settled.head_scale)
+    if apart is None:
+        return Settled(settled, adapter)
+    return Settled(replace(settings, head_scale=SCALE), apart.adapter, settled if apart.shared else None)
 
 
 def with_heads_settled(
@@ -124,6 +173,11 @@ def tempers_around_rates(session: Session | None) -> bool:
 def finds_unmoved(session: Session | None) -> bool:
     """Whether tasks say together how many draws stay at the start: in a run of before half, or none."""
     return _has_rule(session, "unmoved draws")
+
+
+def tests_classes(session: Session | None) -> bool:
+    """Whether rows say if a network's own classes are the tasks': in a run of before they are taken to be."""
+    return _has_rule(session, "class layer")
 
 
 def lets_one_task_lose(session: Session | None) -> bool:

@@ -158,11 +158,11 @@ def test_the_start_of_an_adapter_is_no_part_of_the_network() -> None:
 
 
 def of_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs be saved as by a version that kept no digests of tasks."""
+    """Let runs be saved as by a version that kept no digests of tasks, nor asked their rows about the class layer."""
 
     def config(*run: Any, **options: Any) -> dict[str, Any]:
         told = run_config(*run, **options)
-        del told["task_data"], told["network"], told["architecture"]
+        del told["task_data"], told["network"], told["architecture"], told["class layer"]
         return told
 
     monkeypatch.setattr("pyro_lift.lift.run_config", config)
@@ -180,7 +180,7 @@ def test_a_chain_saved_without_digests_goes_on_as_it_did(tmp_path: Path, monkeyp
 def test_a_run_saved_without_digests_keeps_what_it_found_before_its_chain_and_its_looks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"sgd_steps": 150, "burn_in": 5, "samples": 12, "stop_every": 4, "seed": 0}
+    options = {"sgd_steps": 150, "burn_in": 5, "samples": 12, "stop_every": 4, "head": "shared", "seed": 0}
     far = Task("t0", (1e3 * tasks()[0].train.inputs[""], tasks()[0].train.target), num_classes=3)
     given, count = [*tasks()[1:5], far, *tasks()[5:]], 0
     with monkeypatch.context() as earlier:

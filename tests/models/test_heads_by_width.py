@@ -86,7 +86,7 @@ def test_an_output_that_is_no_matrix_is_left_to_the_check_of_its_shape() -> None
 def test_narrower_tasks_get_solved_heads_and_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
     tasks = [of_classes(3, f"t{k}") for k in range(5)]
     with caplog.at_level(logging.INFO, "pyro_lift"):
-        prior = lift(eight_wide()).meta_train(tasks[:4], progress=False)
+        prior = lift(eight_wide()).meta_train(tasks[:3], progress=False)  # too few to ask about what is before it
     said = [line for line in caplog.messages if SAID in line]
     assert len(said) == 1 and 'head="shared"' in said[0] and f"num_classes={WIDTH}" in said[0]
     assert prior.settings.head_scale == 1.0 and prior.settings.head == "solve"

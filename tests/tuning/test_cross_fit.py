@@ -157,7 +157,7 @@ def test_a_run_that_is_gone_on_with_is_the_run_that_went_through() -> None:
 def test_predictions_that_are_too_sure_are_brought_to_what_they_are_worth() -> None:
     made = tasks(28, rows=64, noise=0.5)
     made = [replace(t, train=t.train.take(slice(0, 16)), test=t.train.take(slice(16, 64))) for t in made]
-    lift = LiFT(adapter(32, sureness=8.0), sgd_steps=160, burn_in=10, samples=20, seed=0)
+    lift = LiFT(adapter(32, sureness=8.0), sgd_steps=160, burn_in=10, samples=20, head="shared", seed=0)
     prior = lift.meta_train(made[:12], progress=False)
     assert prior.prediction_temperature > 1.0
     gain = calibrated_gains(prior, made[12:])

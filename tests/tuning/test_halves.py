@@ -57,7 +57,7 @@ def tasks(shared: bool, number: int = 8, rows: int = 24) -> list[Task]:
     return made
 
 
-OPTIONS = {"sgd_steps": 200, "burn_in": 5, "samples": 10, "seed": 0}
+OPTIONS = {"sgd_steps": 200, "burn_in": 5, "samples": 10, "seed": 0, "head": "shared"}
 
 
 def test_joint_training_goes_on_where_tasks_share_their_labels() -> None:

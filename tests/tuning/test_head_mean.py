@@ -375,7 +375,7 @@ def test_how_sure_predictions_may_be_is_asked_around_the_head_of_the_other_half(
     monkeypatch.setattr("pyro_lift.before_chain.LiFTPrior", Seen)
     made = [replace(task, test=None) for task in tasks(number=8, rows=16)]
     found = head_mean(adapter(), made)
-    LiFT(adapter(), **{**SHORT, "sgd_steps": 80}).meta_train(made, progress=False)  # type: ignore[arg-type]
+    LiFT(adapter(), **{**SHORT, "sgd_steps": 80}, head_scale=1.0).meta_train(made, progress=False)  # type: ignore[arg-type]
     assert found is not None and len(around) == 2
     for mean, names in around:
         unseen = [task for task in made if task.name in names]

@@ -38,7 +38,7 @@ FAR = task("far", 9, scale=1e3)
 
 @pytest.fixture(scope="module")
 def plain() -> LiFTPrior:
-    return lift(preconditioner="none").meta_train(TASKS, progress=False)
+    return lift(preconditioner="none", head="shared").meta_train(TASKS, progress=False)
 
 
 def test_a_rate_past_its_limit_is_refused_by_the_names_of_adapt_and_its_advice_works(plain: LiFTPrior) -> None:

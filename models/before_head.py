@@ -1,0 +1,62 @@
+"""What a network's own last layer sees, read in place of its output: features, where its classes are no task's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_lift.models.networks import without_compilation
+from pyro_lift.models.penultimate import watched
+from pyro_lift.models.readouts import pool
+
+__all__ = ["BeforeHead", "named_before_head"]
+
+
+@dataclass(frozen=True)
+class BeforeHead:
+    """Where in a network the features before its own head are.
+
+    Attributes:
+        name: of the module in the adapter's network, ``backbone``.
+        module: a linear layer, whose input is the features ``[n, E]``; or a transformers model's body, whose hidden
+            states they are, averaged over the tokens of a text, or at the class token of a picture.
+        network: that it is part of; it runs uncompiled while the module is watched.
+    """
+
+    name: str
+    module: nn.Module
+    network: nn.Module
+
+    def __call__(self, call: Callable[..., Any], inputs: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+        """Run the whole network, and return the features ``[n, E]``, in its own type.
+
+        Raises:
+            ValueError: the module was not called.
+        """
+        with watched([self.module]) as last, without_compilation(self.network):
+            call(*inputs, **named)
+        seen = last.seen
+        if seen is None:
+            raise ValueError(f"the network's module {self.name!r} was not called: its features are not to be had.")
+        if isinstance(seen.output, Tensor):
+            return torch.as_tensor(seen.given)
+        states = seen.output[0] if isinstance(seen.output, tuple) else seen.output.last_hidden_state
+        return pool(states, named.get("attention_mask"), "first" if "pixel_values" in named else "mean")
+
+
+def named_before_head(network: nn.Module, name: str) -> BeforeHead:
+    """Return the features before a network's own head, by the name of the module that has them.
+
+    Raises:
+        ValueError: no module of that name.
+    """
+    try:
+        return BeforeHead(name, network.get_submodule(name), network)
+    except AttributeError as error:
+        raise ValueError(
+            f"the network has no module {name!r}, whose features the tasks' heads stand on. Another network?"
+        ) from error

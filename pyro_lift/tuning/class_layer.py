@@ -1,0 +1,176 @@
+r"""Whether a network's own classes are the tasks': else its last layer is left out, and tasks have heads of their own.
+
+A network that ends in as many outputs as the tasks have classes may have been trained for these classes; or its last
+layer is new and knows nothing; or every task names its classes in another order. In the latter cases what the layer
+says is noise that adaptation has to undo, where a head that is solved on what the layer sees begins at the task's own
+classes. Which case it is only rows can tell. On the untouched network, in nats a row and means over tasks,
+
+.. math:: g = \text{entropy of a task's classes} - \text{loss of the network's scores},
+          \qquad h = \text{the same} - \text{loss of heads of the tasks' own},
+
+the scores at the one temperature that is best for all tasks, the heads on rows that they were not solved on, around a
+head of the other half of the tasks where these share their classes. The layer is left out where heads are better by
+the one-sided test at 5 %, and g is less than a quarter of h: what the network does know of the classes, it is better
+adapted with, though heads alone may do more at first.
+
+A new layer may come to know classes that all tasks share: joint training moves it and the features together, which
+heads on features do not. So where one head of half of the tasks serves the other half, both ways are gone before the
+chain, and the one whose adaptations predict unseen tasks better (:mod:`~pyro_lift.tuning.cross_fit`) is taken.
+
+Heads of the tasks' own on an output that is wider than all their classes, which may be meant as features, give way by
+the test alone, at 0.05 %.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_lift.inference.adaptation.temperature import Predicted
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.chance import chance_loss
+from pyro_lift.models.features import all_features, before_head
+from pyro_lift.models.observation import naming_inputs, outputs
+from pyro_lift.models.reach import ReachError
+from pyro_lift.models.task import Rows, Task
+from pyro_lift.tuning.cross_fit import CrossFit
+from pyro_lift.tuning.halves import FEWEST_TASKS, PLAIN, is_above_zero, log_probs_at
+from pyro_lift.tuning.head_mean import head_mean
+from pyro_lift.tuning.held_out import drawn_rows
+from pyro_lift.tuning.predictions import least_losses
+
+__all__ = ["SCALE", "Apart", "loses_to", "without_foreign_classes"]
+
+log = logging.getLogger("pyro_lift")
+
+#: Tasks that are asked, and rows of each, at most.
+ASKED, ROWS = 64, 200
+#: Of what heads of the tasks' own know of the classes, what the network's scores need to know to stay.
+SHARE = 0.25
+#: Prior sd of heads that are solved; each chooses its own.
+SCALE = 1.0
+
+
+class Apart(NamedTuple):
+    """A network that is read before its own last layer.
+
+    Attributes:
+        adapter: that reads it there.
+        shared: whether the tasks share their classes all the same, which the layer could be trained for.
+    """
+
+    adapter: RandomAdapter
+    shared: bool
+
+
+@torch.no_grad()
+def without_foreign_classes(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float | None) -> Apart | None:
+    """Return the network read before its own last layer, where what that says is of other classes than the tasks'.
+
+    Args:
+        adapter: the network as a function of theta.
+        tasks: of meta-training, which have passed the door.
+        head_scale: of the tasks' own heads on the network's output; None where they share it.
+
+    Returns:
+        None where the network stays as it is: for tasks that are few, or not all of two classes or more; where its
+        output is features already, or nothing before it can be read; and where the tasks' rows say so.
+    """
+    if len(tasks) < FEWEST_TASKS or any((task.num_classes or 0) < 2 for task in tasks):
+        return None
+    if {task.kind for task in tasks} != {"classification"} or adapter.gives_features:
+        return None
+    if adapter.postprocess is not None or adapter.readout is not None or adapter.before_head is not None:
+        return None
+    device = adapter.initial.device
+    some = [tasks[k * len(tasks) // min(ASKED, len(tasks))] for k in range(min(ASKED, len(tasks)))]
+    some = [replace(task, train=drawn_rows(task.train, ROWS)).to(device) for task in some]
+    apart = _apart(adapter, some)
+    if apart is None:
+        return None
+    if head_scale is None:
+        scores = [_scores(adapter, task) for task in some]
+        if any(of_task.shape[-1] < (task.num_classes or 0) for of_task, task in zip(scores, some, strict=True)):
+            return None  # the door says what is wrong
+        pairs = [Predicted(x.softmax(-1), task.train.target) for x, task in zip(scores, some, strict=True)]
+        network = -least_losses(pairs)
+    else:
+        network = log_probs_at(adapter, adapter.initial, some, head_scale=head_scale)
+    mean = head_mean(apart, some)
+    unseen = [None if mean is None else mean.unseen_by([task]) for task in some]
+    alone = [
+        log_probs_at(apart, apart.initial, [task], head_scale=SCALE, head_mean=around)
+        for task, around in zip(some, unseen, strict=True)
+    ]
+    heads, frequencies = torch.cat(alone), -torch.tensor([chance_loss(task) for task in some], dtype=torch.float64)
+    known, could = float((network - frequencies).mean()), float((heads - frequencies).mean())
+    if head_scale is not None and not is_above_zero(heads - network, PLAIN):
+        return None
+    if head_scale is None and (known >= SHARE * could or not is_above_zero(heads - network)):
+        return None
+    _tell([float(-x.mean()) for x in (network, heads, frequencies)], head_scale)
+    return Apart(apart, head_scale is None and mean is not None and len(mean.head.head) > 0)
+
+
+def loses_to(heads: CrossFit | None, layer: CrossFit | None) -> bool:
+    """Whether unseen tasks are predicted worse with heads on features than with the layer, once it has been trained.
+
+    Args:
+        heads: what unseen tasks said where each has a head of its own on the features before the network's last layer.
+        layer: the same of the network with that layer.
+    """
+    if heads is None or layer is None or not heads.losses or len(heads.losses) != len(layer.losses):
+        return False
+    with_heads, with_layer = (sum(found.losses) / len(found.losses) for found in (heads, layer))
+    kept = with_layer < with_heads
+    log.info(
+        "the tasks share their classes, and the network's last layer was trained for them on trial: unseen tasks then "
+        "have %.3g nats a row, with heads of their own %.3g. %s",
+        with_layer,
+        with_heads,
+        "The layer stays." if kept else "The layer is left out.",
+    )
+    return kept
+
+
+def _tell(losses: Sequence[float], head_scale: float | None) -> None:
+    scores = "scores say little of the tasks' classes" if head_scale is None else "output says less than what it is of"
+    log.info(
+        "the network's own %s (%.3g nats a row; heads of the tasks' own on the features before its last layer: %.3g; "
+        "class frequencies: %.3g): that layer is left out, and every task has a linear head of its own in its place, "
+        'solved on its rows. head="shared" keeps it.',
+        scores,
+        *losses,
+    )
+
+
+def _apart(adapter: RandomAdapter, tasks: Sequence[Task]) -> RandomAdapter | None:
+    """Read the network before its own last layer; None where it cannot be, or theta has no effect there."""
+    rows = next((task.train for task in tasks if len(task.train) > 1), None)
+    if rows is None:
+        return None
+    rows = rows.take(slice(0, 16))
+    found = before_head(adapter, rows.positional, rows.named)
+    if found is None:
+        return None
+    apart = adapter.reading(found)
+    try:
+        apart.check_some_reach(*rows.positional, **rows.named)
+    except ReachError:
+        return None
+    return apart
+
+
+def _scores(adapter: RandomAdapter, task: Task) -> Tensor:
+    """Compute the network's scores of a task's rows as it stands, ``[n, C]``."""
+
+    def read(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
+        return outputs(adapter, rows, theta, None)
+
+    with naming_inputs(f"task {task.name!r}: the network cannot be called with its rows", task.train, adapter):
+        return all_features(adapter, task.train, adapter.initial, read)

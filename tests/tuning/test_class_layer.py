@@ -1,0 +1,305 @@
+"""A network's last layer is left out where it says nothing of the tasks' classes, and kept where it does."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+
+from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
+from pyro_lift.inference.checkpoint.session import Session
+from pyro_lift.metrics.probabilities import nll
+from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.backbones import adapt_backbone
+from pyro_lift.models.features import before_head
+from pyro_lift.models.readouts import pool
+from pyro_lift.settings import LiFTSettings
+from pyro_lift.tuning.class_layer import loses_to, without_foreign_classes
+from pyro_lift.tuning.cross_fit import CrossFit
+from pyro_lift.tuning.whose_heads import RULES, heads_settled, run_config
+
+CLASSES, WIDTH = 4, 12
+SHORT: dict[str, Any] = {"sgd_steps": 20, "burn_in": 5, "samples": 10, "seed": 0}
+
+
+def labels(x: Tensor, generator: torch.Generator) -> Tensor:
+    noise = -torch.rand(len(x), CLASSES, generator=generator).log().neg().log()
+    means = torch.randn(6, CLASSES, generator=torch.Generator().manual_seed(3))
+    return (2.0 * torch.tanh(x) @ means + noise).argmax(-1)
+
+
+def tasks(number: int = 12, rows: int = 24, *, permuted: bool, classes: int = CLASSES) -> list[Task]:
+    """Tasks of one map, whose classes each task may name in an order of its own."""
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for k in range(number):
+        x = torch.randn(rows + 100, 6, generator=generator)
+        y = labels(x, generator)
+        y = torch.randperm(CLASSES, generator=generator)[y] if permuted else y
+        made.append(Task(f"t{k}", (x[:rows], y[:rows]), num_classes=classes, test=(x[rows:], y[rows:])))
+    return made
+
+
+def network(outputs: int = CLASSES) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, outputs))
+
+
+@cache
+def trained() -> nn.Sequential:
+    """A network that knows the classes in the order in which they are numbered."""
+    net, generator = network(), torch.Generator().manual_seed(5)
+    x = torch.randn(1000, 6, generator=generator)
+    y = labels(x, generator)
+    optimiser = torch.optim.Adam(net.parameters(), 5e-3)
+    for _ in range(150):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimiser.step()
+    return net
+
+
+def config(*layers: str) -> peft.LoraConfig:
+    return peft.LoraConfig(r=2, target_modules=list(layers or ("0", "2", "4")))
+
+
+def adapted(net: nn.Module, *layers: str) -> RandomAdapter:
+    return adapt_backbone(net, config(*layers), seed=0)
+
+
+# --------------------------------------------------------------------------------------------------------- the choice
+
+
+@pytest.mark.parametrize(
+    ("net", "permuted", "leaves"),
+    [(trained, False, False), (trained, True, True), (network, False, True), (network, True, True)],
+    ids=["knows the classes", "knows others", "new, shared", "new, permuted"],
+)
+def test_rows_say_whether_the_networks_classes_are_the_tasks(
+    net: Callable[[], nn.Module], permuted: bool, leaves: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = tasks(permuted=permuted)
+    with caplog.at_level(logging.INFO, "pyro_lift"):
+        apart = without_foreign_classes(adapted(net()), made, None)
+    assert (apart is not None) == leaves == ("that layer is left out" in caplog.text)
+    if apart is not None:
+        assert apart.shared == (not permuted) and apart.adapter.gives_features
+
+
+def test_half_of_the_tasks_with_other_names_are_enough() -> None:
+    mixed = [
+        *tasks(6, permuted=False),
+        *(Task(f"p{k}", t.train, num_classes=4) for k, t in enumerate(tasks(permuted=True))),
+    ]
+    assert without_foreign_classes(adapted(trained()), mixed[:12], None) is not None
+
+
+def test_wide_outputs_give_way_to_features_that_say_more_and_to_no_others() -> None:
+    made, one = tasks(40, 40, permuted=True), nn.Linear(WIDTH, 5)
+    with torch.no_grad():
+        one.weight.copy_(torch.ones(5, 1) @ one.weight[:1])  # five times the same
+    assert without_foreign_classes(adapted(nn.Sequential(*network()[:4], one)), made, 1.0) is not None
+    with torch.no_grad():
+        straight = nn.Linear(WIDTH, WIDTH)
+        straight.weight.copy_(torch.eye(WIDTH))
+    assert without_foreign_classes(adapted(nn.Sequential(*trained()[:4], straight)), made, 1.0) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"head": "shared"}, {"head": "langevin", "head_scale": 0.5}, {"head": "langevin"}, {"head_scale": 1.0}],
+    ids=str,
+)
+def test_what_is_given_is_not_asked_about(settings: dict[str, Any]) -> None:
+    adapter, given = adapted(network()), LiFTSettings(**settings)
+    settled = heads_settled(given, adapter, tasks(permuted=True))
+    assert settled.adapter is adapter and settled.settings == given and settled.layer is None
+
+
+def softmax_after() -> nn.Module:
+    return nn.Sequential(*network(), nn.LogSoftmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "number", "rows"),
+    [
+        (lambda: adapted(network()), 3, 24),  # too few tasks for a test
+        (lambda: adapted(nn.Sequential(nn.Linear(6, CLASSES)), "0"), 12, 24),  # theta has no effect before the layer
+        (lambda: adapted(network(), "4"), 12, 24),
+        (lambda: adapted(softmax_after()), 12, 24),  # something comes after it
+        (lambda: adapted(network()), 12, 1),
+        (lambda: adapt_backbone(network(), config(), seed=0, postprocess=lambda x: 2.0 * x), 12, 24),
+    ],
+    ids=["three tasks", "one layer", "the layer alone", "softmax", "single rows", "postprocess"],
+)
+def test_where_nothing_can_be_read_before_the_layer_or_rows_cannot_tell_it_stays(
+    adapter: Callable[[], RandomAdapter], number: int, rows: int
+) -> None:
+    assert without_foreign_classes(adapter(), tasks(number, rows, permuted=True), None) is None
+
+
+def test_labels_beyond_the_output_are_the_doors_to_refuse() -> None:
+    wide = [*tasks(permuted=True), Task("wide", (torch.randn(8, 6), torch.arange(8)), num_classes=8)]
+    with pytest.raises(ValueError, match="outside the range of the network's head"):
+        LiFT(network(), config(), **SHORT).meta_train(wide, progress=False)
+
+
+def test_the_layer_stays_where_trained_for_shared_classes_it_predicts_better(caplog: pytest.LogCaptureFixture) -> None:
+    better, worse = CrossFit(1, 1.0, losses=(0.5, 0.6)), CrossFit(1, 1.0, losses=(0.6, 0.7))
+    with caplog.at_level(logging.INFO, "pyro_lift"):
+        assert loses_to(worse, better) and not loses_to(better, worse)
+    assert "The layer stays." in caplog.text and "The layer is left out." in caplog.text
+    for unknown in (None, CrossFit(1, 1.0), CrossFit(1, 1.0, losses=(0.1,))):
+        assert not loses_to(worse, unknown) and not loses_to(unknown, better)
+
+
+# ------------------------------------------------------------------------------------------------------ what is read
+
+
+@pytest.mark.parametrize("layers", [("0", "2", "4"), ("0",), ("2", "4")], ids=str)
+def test_a_network_is_read_before_its_layer_alone_and_in_blocks(layers: tuple[str, ...]) -> None:
+    net, adapter = network(), adapted(network(), *layers)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 5, 6, generator=generator)
+    found = before_head(adapter, (x[0],), {})
+    assert found is not None
+    apart = adapter.reading(found)
+    torch.testing.assert_close(apart(x[0], theta=apart.initial), net[:4](x[0]))
+    theta = apart.initial + 0.3 * torch.randn(3, apart.dim, generator=generator)
+    alone = torch.stack([apart(x[k], theta=theta[k]) for k in range(3)])
+    torch.testing.assert_close(apart(x, theta=theta), alone, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(alone[0], net[:4](x[0]), atol=1e-3)
+    assert adapter(x[0], theta=adapter.initial).shape == (5, CLASSES) and adapter.before_head is None
+    torch.testing.assert_close(apart.reading(None)(x[0], theta=adapter.initial), net(x[0]))
+
+
+def classifier(kind: str) -> tuple[nn.Module, list[str]]:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"vocab_size": 40, "num_labels": 2, "pad_token_id": 0}
+    if kind == "bert":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        return BertForSequenceClassification(BertConfig(**sizes, **small)), ["query", "value"]
+    return GPT2ForSequenceClassification(GPT2Config(n_embd=16, n_layer=2, n_head=2, **small)), ["c_attn"]
+
+
+@pytest.mark.parametrize(("kind", "head"), [("bert", "classifier"), ("gpt2", "score"), ("bert", None)])
+def test_a_transformers_classifier_is_read_at_its_body(kind: str, head: str | None) -> None:
+    net, targets = classifier(kind)
+    body: Any = copy.deepcopy(net.base_model)
+    body.eval()
+    lora = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=None if head is None else [head])
+    lora.fan_in_fan_out = kind == "gpt2"  # whose layers have their weights transposed
+    adapter = adapt_backbone(net, lora, seed=0)
+    ids = torch.randint(1, 40, (2, 3, 6))
+    mask = torch.ones_like(ids)
+    mask[:, 1, 4:] = 0
+    found = before_head(adapter, (), {"input_ids": ids[0], "attention_mask": mask[0]})
+    assert found is not None
+    apart = adapter.reading(found)
+    given = {"input_ids": ids[0], "attention_mask": mask[0]}
+    with torch.no_grad():
+        states = pool(body(**given).last_hidden_state, mask[0])
+        torch.testing.assert_close(apart(theta=apart.initial, **given), states, rtol=1e-4, atol=1e-5)
+        theta = apart.initial + 0.1 * torch.randn(2, apart.dim)
+        alone = torch.stack([apart(theta=theta[k], input_ids=ids[k], attention_mask=mask[k]) for k in range(2)])
+        together = apart(theta=theta, input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_without_the_layer_leaves_the_callers_things_alone_and_is_saved(tmp_path: Path) -> None:
+    net, made = trained(), tasks(permuted=True)
+    before = copy.deepcopy(net.state_dict())
+    lift = LiFT(net, config(), **SHORT)
+    prior = lift.meta_train(made[:10], progress=False)
+    assert prior.adapter.before_head is not None and prior.settings.head_scale == 1.0
+    assert lift.adapter.before_head is None and lift.settings.head_scale is None
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+    posterior = prior.adapt(made[11])
+    rows = made[11].test
+    assert rows is not None
+    prior.save_pretrained(tmp_path / "prior")
+    posterior.save_pretrained(tmp_path / "posterior")
+    expected = posterior.predict(rows)
+    again = LiFTPrior.from_pretrained(tmp_path / "prior", net).adapt(made[11])
+    for read in (again, TaskPosterior.from_pretrained(tmp_path / "posterior", net)):
+        torch.testing.assert_close(read.predict(rows), expected, rtol=0, atol=0)
+    on_adapter = LiFTPrior.from_pretrained(tmp_path / "prior", prior.adapter)  # read there already
+    torch.testing.assert_close(on_adapter.adapt(made[11]).predict(rows), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"no module 'base_model.model.4'|does not fit|no place"):
+        LiFTPrior.from_pretrained(tmp_path / "prior", net[:4])
+
+
+def test_a_prior_of_the_output_is_loaded_on_an_adapter_that_is_read_before_it(tmp_path: Path) -> None:
+    made = tasks(permuted=False)
+    prior = LiFT(trained(), config(), **SHORT).meta_train(made[:10], progress=False)
+    assert prior.adapter.before_head is None
+    prior.save_pretrained(tmp_path)
+    found = before_head(prior.adapter, (made[0].train.inputs[""],), {})
+    assert found is not None
+    read = LiFTPrior.from_pretrained(tmp_path, prior.adapter.reading(found))
+    rows = made[11].test
+    assert rows is not None and read.adapter.before_head is None
+    torch.testing.assert_close(read.adapt(made[11]).predict(rows), prior.adapt(made[11]).predict(rows), rtol=0, atol=0)
+
+
+def test_new_tasks_are_predicted_better_than_by_the_layer_where_they_name_their_classes_anew() -> None:
+    made = tasks(52, permuted=True)
+
+    def losses(**options: Any) -> Tensor:
+        lift = LiFT(trained(), config(), sgd_steps=100, burn_in=10, samples=20, seed=0, **options)
+        posteriors = lift.meta_train(made[:12], progress=False).adapt_many(made[12:], seed=0)
+        rows = [task.test for task in made[12:] if task.test is not None]
+        return torch.tensor([nll(p.predict(r), r.target) for p, r in zip(posteriors, rows, strict=True)])
+
+    gain = losses(head="shared") - losses()
+    assert float(gain.mean()) > 3.0 * float(gain.std()) / len(gain) ** 0.5
+
+
+def test_a_run_of_before_goes_on_with_the_layer(tmp_path: Path) -> None:
+    made = tasks(permuted=True)
+    then = {name: rule for name, rule in RULES.items() if name != "class layer"}
+    for rules, keeps in ((then, True), (RULES, False)):
+        lift = LiFT(trained(), config(), **SHORT)
+        session = Session(
+            tmp_path / str(keeps), config=run_config(lift.settings, lift.seed, lift.adapter, made, rules=rules)
+        )
+        (prior,) = lift.meta_train_many(made, [1], session=session, progress=False)
+        assert (prior.adapter.before_head is None) == keeps
+
+
+@pytest.mark.parametrize("visits", [50, 200, 400, 500], ids=str)
+def test_a_run_that_tries_both_ways_ends_as_the_whole_one_does(visits: int, tmp_path: Path) -> None:
+    made, options = tasks(8, permuted=False), {**SHORT, "sgd_steps": 200}
+    told: list[str] = []
+    whole = LiFT(network(), config(), **options).meta_train(
+        made, progress=False, callbacks=lambda step: told.append(step.run.kind)
+    )
+    assert visits < len(told), "the run is stopped before its end"
+    count = 0
+
+    def stop() -> None:
+        nonlocal count
+        count += 1
+        if count == visits:
+            raise KeyboardInterrupt
+
+    kept: dict[str, Any] = {"checkpoint_every": 100, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        LiFT(network(), config(), **options).meta_train(made, checkpoint=tmp_path, on_step=stop, **kept)
+    resumed = LiFT(network(), config(), **options).meta_train(made, resume=tmp_path, **kept)
+    assert whole.results == resumed.results
+    assert (whole.adapter.before_head is None) == (resumed.adapter.before_head is None)
+    mean, again = (prior.mixture.get().component_distribution.mean for prior in (whole, resumed))
+    assert torch.equal(mean, again)
