@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.before_head import BeforeHead
 from pyro_lift.models.networks import without_compilation
-from pyro_lift.models.penultimate import watched_linear
+from pyro_lift.models.penultimate import Seen, watched_linear
 from pyro_lift.models.readouts import pool, read
 from pyro_lift.models.task import Rows
 
@@ -89,8 +89,8 @@ def before_head(adapter: RandomAdapter, inputs: Sequence[Any], named: Mapping[st
     """Find the features before a network's own head, by a call with some rows; None where there are none.
 
     A transformers model has them in its body's hidden states. Any other network that ends in a linear layer has them in
-    what goes into that; there is nothing to read where something comes after the layer, or where it sees no vector a
-    row.
+    what goes into that; there is nothing to read where something else than a log softmax comes after the layer, or
+    where it sees no vector a row.
 
     Args:
         adapter: the network, which is called at its start.
@@ -104,11 +104,21 @@ def before_head(adapter: RandomAdapter, inputs: Sequence[Any], named: Mapping[st
     rows = len(next(x for x in (*inputs, *named.values()) if isinstance(x, Tensor)))
     with torch.no_grad(), adapter.bound(adapter.initial), without_compilation(network), watched_linear(network) as last:
         output = read(adapter.network(*inputs, **named), named.get("attention_mask"))
-    if last.features_of(output, rows) is None or last.seen is None:
+    if last.seen is None or (
+        last.features_of(output, rows) is None and not _are_its_log_probs(last.seen, output, rows)
+    ):
         return None
     # PEFT's copy of a layer stands under the adapter's name, which another PEFT model may have changed.
     name = names[id(last.seen.layer)].partition(".modules_to_save.")[0]
     return BeforeHead(name, network.get_submodule(name), network)
+
+
+def _are_its_log_probs(seen: Seen, output: Tensor, rows: int) -> bool:
+    """Whether an output is the log softmax of what a linear layer gave for a vector a row."""
+    given, scores = seen.given, seen.output
+    if not (isinstance(given, Tensor) and isinstance(scores, Tensor) and given.dim() == 2 and len(given) == rows):
+        return False
+    return output.shape == scores.shape and torch.allclose(output, scores.log_softmax(-1), rtol=1e-4, atol=1e-5)
 
 
 def _body_of(network: nn.Module) -> nn.Module | None:

@@ -17,6 +17,9 @@ A new layer may come to know classes that all tasks share: joint training moves 
 heads on features do not. So where one head of half of the tasks serves the other half, both ways are gone before the
 chain, and the one whose adaptations predict unseen tasks better (:mod:`~pyro_lift.tuning.cross_fit`) is taken.
 
+Where nothing before the scores can be read, because something comes after the last linear layer or theta has no effect
+before it, heads stand on the scores themselves, and both ways are gone likewise.
+
 Heads of the tasks' own on an output that is wider than all their classes, which may be meant as features, give way by
 the test alone, at 0.05 %.
 """
@@ -57,15 +60,16 @@ SCALE = 1.0
 
 
 class Apart(NamedTuple):
-    """A network that is read before its own last layer.
+    """A network whose own classes are not the tasks'.
 
     Attributes:
-        adapter: that reads it there.
-        shared: whether the tasks share their classes all the same, which the layer could be trained for.
+        adapter: read where the tasks' own heads stand, before its last layer or at its output.
+        doubtful: whether the network as it stands could be trained to do better: where the tasks share their classes,
+            or heads have nothing else to stand on than its scores.
     """
 
     adapter: RandomAdapter
-    shared: bool
+    doubtful: bool
 
 
 @torch.no_grad()
@@ -79,32 +83,37 @@ def without_foreign_classes(adapter: RandomAdapter, tasks: Sequence[Task], head_
 
     Returns:
         None where the network stays as it is: for tasks that are few, or not all of two classes or more; where its
-        output is features already, or nothing before it can be read; and where the tasks' rows say so.
+        output is features already; and where the tasks' rows say so.
     """
-    if len(tasks) < FEWEST_TASKS or any((task.num_classes or 0) < 2 for task in tasks):
+    if any(task.kind != "classification" or (task.num_classes or 0) < 2 for task in tasks) or adapter.gives_features:
         return None
-    if {task.kind for task in tasks} != {"classification"} or adapter.gives_features:
-        return None
-    if adapter.postprocess is not None or adapter.readout is not None or adapter.before_head is not None:
+    tasks = [task for task in tasks if len(task.train) > 1]  # a single row is left out from none
+    if len(tasks) < FEWEST_TASKS:
+        log.info(
+            "whether the network's own classes are the tasks' is not asked: that takes %d tasks of two rows or more. "
+            "They are taken to be; head_scale=1.0 gives every task a head of its own.",
+            FEWEST_TASKS,
+        )
         return None
     device = adapter.initial.device
     some = [tasks[k * len(tasks) // min(ASKED, len(tasks))] for k in range(min(ASKED, len(tasks)))]
     some = [replace(task, train=drawn_rows(task.train, ROWS)).to(device) for task in some]
-    apart = _apart(adapter, some)
-    if apart is None:
-        return None
+    apart = _apart(adapter, some[0].train)
     if head_scale is None:
         scores = [_scores(adapter, task) for task in some]
         if any(of_task.shape[-1] < (task.num_classes or 0) for of_task, task in zip(scores, some, strict=True)):
             return None  # the door says what is wrong
         pairs = [Predicted(x.softmax(-1), task.train.target) for x, task in zip(scores, some, strict=True)]
         network = -least_losses(pairs)
+    elif apart is None:
+        return None
     else:
         network = log_probs_at(adapter, adapter.initial, some, head_scale=head_scale)
-    mean = head_mean(apart, some)
+    read = adapter if apart is None else apart
+    mean = head_mean(read, some)
     unseen = [None if mean is None else mean.unseen_by([task]) for task in some]
     alone = [
-        log_probs_at(apart, apart.initial, [task], head_scale=SCALE, head_mean=around)
+        log_probs_at(read, read.initial, [task], head_scale=SCALE, head_mean=around)
         for task, around in zip(some, unseen, strict=True)
     ]
     heads, frequencies = torch.cat(alone), -torch.tensor([chance_loss(task) for task in some], dtype=torch.float64)
@@ -113,8 +122,9 @@ def without_foreign_classes(adapter: RandomAdapter, tasks: Sequence[Task], head_
         return None
     if head_scale is None and (known >= SHARE * could or not is_above_zero(heads - network)):
         return None
-    _tell([float(-x.mean()) for x in (network, heads, frequencies)], head_scale)
-    return Apart(apart, head_scale is None and mean is not None and len(mean.head.head) > 0)
+    _tell([float(-x.mean()) for x in (network, heads, frequencies)], head_scale, apart is not None)
+    shared = mean is not None and len(mean.head.head) > 0
+    return Apart(read, head_scale is None and (shared or apart is None))
 
 
 def loses_to(heads: CrossFit | None, layer: CrossFit | None) -> bool:
@@ -129,30 +139,33 @@ def loses_to(heads: CrossFit | None, layer: CrossFit | None) -> bool:
     with_heads, with_layer = (sum(found.losses) / len(found.losses) for found in (heads, layer))
     kept = with_layer < with_heads
     log.info(
-        "the tasks share their classes, and the network's last layer was trained for them on trial: unseen tasks then "
-        "have %.3g nats a row, with heads of their own %.3g. %s",
+        "the network was tried as it stands too, its scores the tasks' classes: unseen tasks then have %.3g nats a "
+        "row, with heads of their own %.3g. %s",
         with_layer,
         with_heads,
-        "The layer stays." if kept else "The layer is left out.",
+        "Its classes stay." if kept else "The heads stay.",
     )
     return kept
 
 
-def _tell(losses: Sequence[float], head_scale: float | None) -> None:
+def _tell(losses: Sequence[float], head_scale: float | None, before: bool) -> None:
     scores = "scores say little of the tasks' classes" if head_scale is None else "output says less than what it is of"
+    where = "on the features before its last layer" if before else "on these scores, nothing before them being readable"
     log.info(
-        "the network's own %s (%.3g nats a row; heads of the tasks' own on the features before its last layer: %.3g; "
-        "class frequencies: %.3g): that layer is left out, and every task has a linear head of its own in its place, "
-        'solved on its rows. head="shared" keeps it.',
+        "the network's own %s (%.3g nats a row; heads of the tasks' own %s: %.3g; class frequencies: %.3g): %severy "
+        'task has a linear head of its own%s, solved on its rows. head="shared" keeps the network\'s classes.',
         scores,
-        *losses,
+        losses[0],
+        where,
+        *losses[1:],
+        "that layer is left out, and " if before else "",
+        " in its place" if before else "",
     )
 
 
-def _apart(adapter: RandomAdapter, tasks: Sequence[Task]) -> RandomAdapter | None:
+def _apart(adapter: RandomAdapter, rows: Rows) -> RandomAdapter | None:
     """Read the network before its own last layer; None where it cannot be, or theta has no effect there."""
-    rows = next((task.train for task in tasks if len(task.train) > 1), None)
-    if rows is None:
+    if adapter.postprocess is not None or adapter.readout is not None:
         return None
     rows = rows.take(slice(0, 16))
     found = before_head(adapter, rows.positional, rows.named)

@@ -66,7 +66,7 @@ class Settled(NamedTuple):
     Attributes:
         settings: of meta-training.
         adapter: the network, read where the heads stand.
-        layer: settings with the network's own last layer, where that is left out but is worth a trial; else None.
+        layer: settings with the network's scores as the tasks' classes, where that is worth a trial too; else None.
     """
 
     settings: LiFTSettings
@@ -100,7 +100,7 @@ def heads_settled(
     apart = without_foreign_classes(adapter, tasks, settled.head_scale)
     if apart is None:
         return Settled(settled, adapter)
-    return Settled(replace(settings, head_scale=SCALE), apart.adapter, settled if apart.shared else None)
+    return Settled(replace(settings, head_scale=SCALE), apart.adapter, settled if apart.doubtful else None)
 
 
 def with_heads_settled(

@@ -92,7 +92,7 @@ def test_rows_say_whether_the_networks_classes_are_the_tasks(
         apart = without_foreign_classes(adapted(net()), made, None)
     assert (apart is not None) == leaves == ("that layer is left out" in caplog.text)
     if apart is not None:
-        assert apart.shared == (not permuted) and apart.adapter.gives_features
+        assert apart.doubtful == (not permuted) and apart.adapter.gives_features
 
 
 def test_half_of_the_tasks_with_other_names_are_enough() -> None:
@@ -125,26 +125,53 @@ def test_what_is_given_is_not_asked_about(settings: dict[str, Any]) -> None:
     assert settled.adapter is adapter and settled.settings == given and settled.layer is None
 
 
-def softmax_after() -> nn.Module:
-    return nn.Sequential(*network(), nn.LogSoftmax(-1))
+class Halved(nn.Module):
+    """Scores at the temperature two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x
+
+
+def test_a_log_softmax_after_the_layer_is_none_of_the_features() -> None:
+    net, x = nn.Sequential(*trained(), nn.LogSoftmax(-1)), torch.randn(5, 6)
+    adapter = adapted(net)
+    found = before_head(adapter, (x,), {})
+    assert found is not None
+    torch.testing.assert_close(adapter.reading(found)(x, theta=adapter.initial), trained()[:4](x))
+    assert before_head(adapted(nn.Sequential(*trained(), Halved())), (x,), {}) is None
 
 
 @pytest.mark.parametrize(
-    ("adapter", "number", "rows"),
+    "adapter",
     [
-        (lambda: adapted(network()), 3, 24),  # too few tasks for a test
-        (lambda: adapted(nn.Sequential(nn.Linear(6, CLASSES)), "0"), 12, 24),  # theta has no effect before the layer
-        (lambda: adapted(network(), "4"), 12, 24),
-        (lambda: adapted(softmax_after()), 12, 24),  # something comes after it
-        (lambda: adapted(network()), 12, 1),
-        (lambda: adapt_backbone(network(), config(), seed=0, postprocess=lambda x: 2.0 * x), 12, 24),
+        lambda: adapted(trained(), "4"),  # theta has no effect before the layer
+        lambda: adapted(nn.Sequential(*trained(), Halved())),  # something comes after it
+        lambda: adapt_backbone(trained(), config(), seed=0, postprocess=lambda x: 2.0 * x),
     ],
-    ids=["three tasks", "one layer", "the layer alone", "softmax", "single rows", "postprocess"],
+    ids=["the layer alone", "halved", "postprocess"],
 )
-def test_where_nothing_can_be_read_before_the_layer_or_rows_cannot_tell_it_stays(
-    adapter: Callable[[], RandomAdapter], number: int, rows: int
+def test_where_nothing_before_the_scores_can_be_read_heads_stand_on_them(
+    adapter: Callable[[], RandomAdapter], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert without_foreign_classes(adapter(), tasks(number, rows, permuted=True), None) is None
+    network = adapter()
+    with caplog.at_level(logging.INFO, "pyro_lift"):
+        found = without_foreign_classes(network, tasks(permuted=True), None)
+    assert found is not None and found.adapter is network and found.doubtful and "on these scores" in caplog.text
+    assert without_foreign_classes(network, tasks(permuted=False), None) is None
+    settled = heads_settled(LiFTSettings(), network, tasks(permuted=True))
+    assert settled.adapter is network and settled.settings.head_scale == 1.0
+
+
+@pytest.mark.parametrize(("number", "rows"), [(3, 24), (12, 1)], ids=["three tasks", "single rows"])
+def test_few_tasks_of_some_rows_are_not_asked(number: int, rows: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "pyro_lift"):
+        assert without_foreign_classes(adapted(network()), tasks(number, rows, permuted=True), None) is None
+    assert "is not asked" in caplog.text
+
+
+def test_a_task_of_one_row_leaves_the_others_to_be_asked() -> None:
+    made = [*tasks(permuted=True), Task("one", (torch.randn(1, 6), torch.tensor([2])), num_classes=CLASSES)]
+    assert without_foreign_classes(adapted(trained()), made, None) is not None
 
 
 def test_labels_beyond_the_output_are_the_doors_to_refuse() -> None:
@@ -157,7 +184,7 @@ def test_the_layer_stays_where_trained_for_shared_classes_it_predicts_better(cap
     better, worse = CrossFit(1, 1.0, losses=(0.5, 0.6)), CrossFit(1, 1.0, losses=(0.6, 0.7))
     with caplog.at_level(logging.INFO, "pyro_lift"):
         assert loses_to(worse, better) and not loses_to(better, worse)
-    assert "The layer stays." in caplog.text and "The layer is left out." in caplog.text
+    assert "Its classes stay." in caplog.text and "The heads stay." in caplog.text
     for unknown in (None, CrossFit(1, 1.0), CrossFit(1, 1.0, losses=(0.1,))):
         assert not loses_to(worse, unknown) and not loses_to(unknown, better)
 
