@@ -14,7 +14,7 @@ from scipy.stats import friedmanchisquare, ttest_ind, ttest_rel
 from pyro_lift.bench.page.command import command
 from pyro_lift.bench.page.drawing import ticks
 from pyro_lift.bench.page.evidence import read_evidence
-from pyro_lift.bench.page.findings import Case, by_task, row_tests, shortfalls, verdict_of
+from pyro_lift.bench.page.findings import Case, by_task, observations, row_tests, shortfalls, verdict_of
 from pyro_lift.bench.page.ranks import Ranking, critical_difference, ranked
 from pyro_lift.bench.page.statements import statement_of
 from pyro_lift.bench.paper.tables import TABLES, Column
@@ -198,6 +198,15 @@ def test_a_task_that_several_splits_judge_by_is_one_observation() -> None:
     assert by_task({a: 1.0, b: 3.0, of_one: 5.0}) == {"a": 2.0, "b": 5.0}
     scanners = {Case(split, "a", seed): 1.0 for split in ("10 labels", "25 labels") for seed in (0, 1)}
     assert by_task(scanners) == scanners
+
+
+def test_tasks_that_a_seed_makes_are_one_observation_of_a_test(tmp_path: Path) -> None:
+    cells = {Case("10 labels", task, seed): float(seed + place) for seed in (0, 1) for place, task in enumerate("ab")}
+    assert observations(cells) == {Case("10 labels", "", 0): 0.5, Case("10 labels", "", 1): 1.5}
+    alone = {case: value for case, value in cells.items() if case.seed == 0}
+    assert observations(alone) == alone, "of one seed the tasks are all there is"
+    shared = {Case("CLS-45", "a", None): 1.0, Case("CLS-0", "a", None): 3.0}
+    assert observations(shared) == {"a": 2.0}
 
 
 class _Page(HTMLParser):

@@ -21,6 +21,7 @@ __all__ = [
     "by_task",
     "cases",
     "family_names",
+    "observations",
     "row_tests",
     "shortfalls",
     "verdict_of",
@@ -41,7 +42,10 @@ LEAST = 4
 
 
 class TableTests(NamedTuple):
-    """p-values of a row against the reference: over seeds as the paper has it, Welch's, and paired over tasks."""
+    """p-values of a row against the reference: over seeds as the paper has it, Welch's, and paired over tasks.
+
+    Where seeds make tasks of their own, the pairs are seeds (:func:`observations`).
+    """
 
     pooled: float | None
     welch: float | None
@@ -58,7 +62,7 @@ class FamilyVerdict(NamedTuple):
         ranking: of all methods over the tasks that all have; None where there is nothing to rank.
         place: of LiFT among the others, from 1.
         runner_up: the best of the others.
-        against: LiFT's loss minus another method's, paired over tasks, by method.
+        against: LiFT's loss minus another method's, paired over tasks or seeds (:func:`observations`), by method.
         calibration: LiFT's ECE minus that of methods that the paper compares it with.
         seeds: how many.
         guessing: mean loss of the same probability for each class, or of each task's own mean for all rows; None where
@@ -241,12 +245,27 @@ def by_task(found: Mapping[Case, float]) -> dict[Case | str, float]:
     return {task: statistics.fmean(values) for task, values in kept.items()}
 
 
+def observations(found: Mapping[Case, float]) -> dict[Case | str, float]:
+    """Average over what belongs to one observation of a test: a task; where seeds make tasks of their own, a seed.
+
+    Tasks of one seed and split are judged after one meta-training, whose luck they share: counted one by one they would
+    say how surely this meta-training is ahead, not the method. Of a single seed its tasks are all there is.
+    """
+    made = {case.seed for case in found}
+    if None in made or len(made) < 2:
+        return by_task(found)
+    by_seed: dict[Case, list[float]] = {}
+    for case, value in found.items():
+        by_seed.setdefault(case._replace(task=""), []).append(value)
+    return {seed: statistics.fmean(values) for seed, values in by_seed.items()}
+
+
 def _paired(ours: Mapping[Case, float], theirs: Mapping[Case, float]) -> PairedTest | None:
-    """Test over tasks, of the cases that both have."""
-    first, second = (by_task({case: of[case] for case in ours if case in theirs}) for of in (ours, theirs))
+    """Test over the observations of the cases that both have."""
+    first, second = (observations({case: of[case] for case in ours if case in theirs}) for of in (ours, theirs))
     if len(first) < 2:
         return None
-    return paired_test([first[task] for task in first], [second[task] for task in first])
+    return paired_test([first[one] for one in first], [second[one] for one in first])
 
 
 def row_tests(evidence: Evidence, columns: Sequence[Column], row: str, reference: str) -> TableTests:

@@ -116,8 +116,9 @@ def _summary(verdicts: Sequence[FamilyVerdict]) -> str:
         )
     note = (
         "<p class='small'>Loss: NLL in nats, of regressions the unexplained variance. Differences are paired over "
-        "tasks (means over seeds) ± their standard error, with Student's p; below zero LiFT is better. Place: by mean "
-        "rank over tasks, LiFT with K = 1 among the other methods.</p>"
+        "tasks (means over seeds), where seeds make tasks of their own over seeds, ± their standard error, with "
+        "Student's p; below zero LiFT is better. Place: by mean rank over tasks, LiFT with K = 1 among the other "
+        "methods.</p>"
     )
     return "".join(parts) + _grid(header, rows) + note
 
