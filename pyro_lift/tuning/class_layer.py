@@ -185,5 +185,8 @@ def _scores(adapter: RandomAdapter, task: Task) -> Tensor:
     def read(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
         return outputs(adapter, rows, theta, None)
 
+    first = task.train.take(slice(0, 1))
+    with naming_inputs(f"task {task.name!r}: the network cannot be called with its first row", first, adapter):
+        read(adapter, first, adapter.initial)
     with naming_inputs(f"task {task.name!r}: the network cannot be called with its rows", task.train, adapter):
         return all_features(adapter, task.train, adapter.initial, read)
