@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.before_head import BeforeHead
+from pyro_lift.models.conventions import base_of
 from pyro_lift.models.networks import without_compilation
 from pyro_lift.models.penultimate import Seen, watched_linear
 from pyro_lift.models.readouts import pool, read
@@ -32,7 +33,7 @@ def features(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
     network its output. Label texts and decoder inputs are ignored: tasks are compared by their inputs.
     """
     with adapter.bound(theta):
-        return _features(adapter, _plain(adapter.backbone), rows)
+        return _features(adapter, base_of(adapter.backbone), rows)
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def head_features(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
     As :func:`features`, except for a network of the user's own that ends in a linear layer: that is its head, and its
     input the features (:mod:`~pyro_lift.models.penultimate`). Where it ends in another layer, they are its output.
     """
-    network: Any = _plain(adapter.backbone)
+    network: Any = base_of(adapter.backbone)
     if hasattr(network, "forward_head") or hasattr(network, "config"):
         return features(adapter, rows, theta)
     with adapter.bound(theta), watched_linear(network) as last:
@@ -60,13 +61,6 @@ def all_features(
     return torch.cat([reader(adapter, rows.take(slice(i, i + batch_size)), theta) for i in parts])
 
 
-def _plain(backbone: nn.Module) -> nn.Module:
-    """Unwrap the network from PEFT's model, its adapted layers in place."""
-    unwrap: Any = getattr(backbone, "get_base_model", None)
-    inner: nn.Module = unwrap() if unwrap else backbone
-    return inner
-
-
 def _features(adapter: RandomAdapter, network: Any, rows: Rows) -> Tensor:
     call = adapter.prefix.call  # layers below the adapter, once a row
     rows = replace(rows, inputs={name: adapter.typed(x) for name, x in rows.inputs.items()})
@@ -79,9 +73,8 @@ def _features(adapter: RandomAdapter, network: Any, rows: Rows) -> Tensor:
     named: dict[str, Any] = {name: x for name, x in rows.inputs.items() if name and not name.startswith(NOT_INPUTS)}
     if "pixel_values" in named:
         return pool(call(network, (), named).last_hidden_state, how="first")
-    body = network.get_encoder() if getattr(network.config, "is_encoder_decoder", False) else network.base_model
     named.setdefault("attention_mask", None)
-    states = call(body, (), named).last_hidden_state
+    states = call(_encoder_of(network), (), named).last_hidden_state
     return pool(states, named["attention_mask"])
 
 
@@ -123,12 +116,15 @@ def _are_its_log_probs(seen: Seen, output: Tensor, rows: int) -> bool:
 
 def _body_of(network: nn.Module) -> nn.Module | None:
     """Return the body of a transformers model that has a head: for an encoder-decoder, its encoder; else None."""
-    unwrap: Any = getattr(network, "get_base_model", None)
-    model: Any = unwrap() if unwrap else network
-    body = getattr(model, "base_model", None)
-    if not isinstance(getattr(model, "base_model_prefix", None), str) or not isinstance(body, nn.Module):
+    model: Any = base_of(network)
+    known = isinstance(getattr(model, "base_model_prefix", None), str)
+    if not known or not isinstance(getattr(model, "base_model", None), nn.Module):
         return None
-    if getattr(model.config, "is_encoder_decoder", False):
-        encoder: nn.Module = model.get_encoder()
-        return encoder
+    body = _encoder_of(model)
     return None if body is model else body
+
+
+def _encoder_of(model: Any) -> nn.Module:
+    """Return what encodes the inputs of a transformers model."""
+    body: nn.Module = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model.base_model
+    return body

@@ -23,9 +23,11 @@ from pyro_lift.models.task import Rows, Task, head_outputs
 from pyro_lift.models.vocabulary import check_targets_known
 
 __all__ = [
+    "AUTOMATIC_SCALE",
     "WHOLE",
     "batch_of",
     "check_width",
+    "first_output",
     "has_head",
     "head_features_of",
     "head_inputs_of",
@@ -84,7 +86,7 @@ def own_head_scale(
     if scale is not None or not solve or not classes:
         return scale
     adapter.check_use()
-    output = _first_output(adapter, classes[0])
+    output = first_output(adapter, classes[0])
     width = output.shape[-1]
     if adapter.gives_features:
         log.info(
@@ -108,7 +110,7 @@ def own_head_scale(
 def _scale_of_regressions(adapter: RandomAdapter, task: Task, scale: float | None, *, solve: bool) -> float | None:
     """Return the scale of the heads of regressions, which an output that is their values already has no room for."""
     adapter.check_use()
-    shape, values = _first_output(adapter, task).shape, head_outputs(task)
+    shape, values = first_output(adapter, task).shape, head_outputs(task)
     assert values is not None
     wider = len(shape) == 2 and shape[-1] > values and task.train.target.dim() <= 2
     if not (adapter.gives_features or wider):
@@ -134,7 +136,7 @@ def is_narrower(adapter: RandomAdapter, tasks: Sequence[Task]) -> bool:
     if not classes:
         return False
     adapter.check_use()
-    width = _first_output(adapter, classes[0]).shape[-1]
+    width = first_output(adapter, classes[0]).shape[-1]
     return any((task.num_classes or 0) < width for task in classes)
 
 
@@ -295,7 +297,7 @@ def _output_shapes(adapter: RandomAdapter, tasks: Sequence[Task]) -> dict[Signat
             signature = _signature(rows)
             if signature in shapes:
                 continue
-            output = _first_output(adapter, task, None if rows is task.train else (part, rows))
+            output = first_output(adapter, task, None if rows is task.train else (part, rows))
             shapes[signature] = output.shape
             if rows is tasks[0].train:
                 note_alone(adapter, rows, output)
@@ -333,7 +335,7 @@ def _way_to_values(task: Task, shape: torch.Size) -> str:
     )
 
 
-def _first_output(adapter: RandomAdapter, task: Task, part: tuple[str, Rows] | None = None) -> Tensor:
+def first_output(adapter: RandomAdapter, task: Task, part: tuple[str, Rows] | None = None) -> Tensor:
     """Compute the output on the first row, of training or a part's; the network's own errors then name it."""
     whose, rows = part or (f"task {task.name!r}", task.train)
     row = rows.take(slice(0, 1)).to(adapter.initial.device)

@@ -34,7 +34,6 @@ from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_names import class_numbers_by_name
 from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.hierarchical import VARIANCE
-from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.out_of_proportion import usual_sizes
 from pyro_lift.models.solved_heads import has_solved_head
 from pyro_lift.models.target_units import advice_on_units, warn_of_units
@@ -183,7 +182,7 @@ class LiFT(ChainSetup):
         check_to_learn_from(tasks)
         noise = self._noise_of(tasks)
         found: dict[str, Any] = {} if noise is None else {"noise_scale": noise.scale}
-        settled = heads_settled(self.settings, self.adapter, tasks)
+        settled = self._settled(tasks, None, crossed=False)
         settings, adapter = replace(settled.settings, **found), settled.adapter
         given, stronger = self.adapt_settings, dict[str, Any]()
         if noise is not None and noise.power != 1.0:
@@ -191,7 +190,7 @@ class LiFT(ChainSetup):
             given = replace(given, **stronger)
         seconds = max(seconds - (time.monotonic() - begun), 1e-3)
         known = resolved(with_translation(settings, tasks), adapter)
-        scale = own_head_scale(adapter, tasks, known.head_scale, solve=known.head not in ("langevin", "shared"))
+        scale = settled._head_scale(tasks, known)
         heads = known.head != "langevin" and any(has_solved_head(adapter, task, scale) for task in tasks)
         adapt = resolved_adaptation(given, self.settings, known, heads)
         candidates = lift_candidates(known, adapt, trainings=trainings, heads=heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -43,6 +44,19 @@ def gibbs(block: int = 1, **options: Any) -> SGLDGibbs:
 def table() -> SGLDGibbs:
     options: dict[str, Any] = {"phi_update": "langevin", "accumulator": "table", "phi_step_size": 0.002}
     return gibbs(2, scan="random", sgd_steps=0, thinning=1, **options)
+
+
+def stops_at(visits: int) -> Callable[[], None]:
+    """Make a hook that interrupts a run at so many of its transitions."""
+    count = 0
+
+    def stop() -> None:
+        nonlocal count
+        count += 1
+        if count == visits:
+            raise KeyboardInterrupt
+
+    return stop
 
 
 class Both(StreamingStats):

@@ -38,16 +38,15 @@ from pyro_lift.inference.adaptation.temperature import Predicted
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.chance import chance_loss
 from pyro_lift.models.features import all_features, before_head
-from pyro_lift.models.observation import naming_inputs, outputs
-from pyro_lift.models.reach import ReachError
+from pyro_lift.models.observation import AUTOMATIC_SCALE, first_output, naming_inputs, outputs
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.tuning.cross_fit import CrossFit
-from pyro_lift.tuning.halves import FEWEST_TASKS, PLAIN, is_above_zero, log_probs_at
+from pyro_lift.tuning.halves import FEWEST_TASKS, LEVEL, PLAIN, is_above_zero, log_probs_at
 from pyro_lift.tuning.head_mean import head_mean
 from pyro_lift.tuning.held_out import drawn_rows
 from pyro_lift.tuning.predictions import least_losses
 
-__all__ = ["SCALE", "Apart", "loses_to", "without_foreign_classes"]
+__all__ = ["Apart", "loses_to", "without_foreign_classes"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -55,8 +54,6 @@ log = logging.getLogger("pyro_lift")
 ASKED, ROWS = 64, 200
 #: Of what heads of the tasks' own know of the classes, what the network's scores need to know to stay.
 SHARE = 0.25
-#: Prior sd of heads that are solved; each chooses its own.
-SCALE = 1.0
 
 
 class Apart(NamedTuple):
@@ -113,14 +110,13 @@ def without_foreign_classes(adapter: RandomAdapter, tasks: Sequence[Task], head_
     mean = head_mean(read, some)
     unseen = [None if mean is None else mean.unseen_by([task]) for task in some]
     alone = [
-        log_probs_at(read, read.initial, [task], head_scale=SCALE, head_mean=around)
+        log_probs_at(read, read.initial, [task], head_scale=AUTOMATIC_SCALE, head_mean=around)
         for task, around in zip(some, unseen, strict=True)
     ]
     heads, frequencies = torch.cat(alone), -torch.tensor([chance_loss(task) for task in some], dtype=torch.float64)
     known, could = float((network - frequencies).mean()), float((heads - frequencies).mean())
-    if head_scale is not None and not is_above_zero(heads - network, PLAIN):
-        return None
-    if head_scale is None and (known >= SHARE * could or not is_above_zero(heads - network)):
+    knows = head_scale is None and known >= SHARE * could
+    if knows or not is_above_zero(heads - network, LEVEL if head_scale is None else PLAIN):
         return None
     _tell([float(-x.mean()) for x in (network, heads, frequencies)], head_scale, apart is not None)
     shared = mean is not None and len(mean.head.head) > 0
@@ -172,11 +168,7 @@ def _apart(adapter: RandomAdapter, rows: Rows) -> RandomAdapter | None:
     if found is None:
         return None
     apart = adapter.reading(found)
-    try:
-        apart.check_some_reach(*rows.positional, **rows.named)
-    except ReachError:
-        return None
-    return apart
+    return apart if apart.has_reach(*rows.positional, **rows.named) else None
 
 
 def _scores(adapter: RandomAdapter, task: Task) -> Tensor:
@@ -185,8 +177,6 @@ def _scores(adapter: RandomAdapter, task: Task) -> Tensor:
     def read(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
         return outputs(adapter, rows, theta, None)
 
-    first = task.train.take(slice(0, 1))
-    with naming_inputs(f"task {task.name!r}: the network cannot be called with its first row", first, adapter):
-        read(adapter, first, adapter.initial)
+    first_output(adapter, task)  # what it cannot be called with is refused as at the door
     with naming_inputs(f"task {task.name!r}: the network cannot be called with its rows", task.train, adapter):
         return all_features(adapter, task.train, adapter.initial, read)

@@ -14,10 +14,10 @@ from pyro_lift.models.architecture import architecture_of
 from pyro_lift.models.conventions import base_of
 from pyro_lift.models.digest import digest_of_network, digests_of_tasks
 from pyro_lift.models.door import check_rows
-from pyro_lift.models.observation import is_narrower, own_head_scale
+from pyro_lift.models.observation import AUTOMATIC_SCALE, is_narrower, own_head_scale
 from pyro_lift.models.task import Task
 from pyro_lift.settings import LiFTSettings, upgraded_run
-from pyro_lift.tuning.class_layer import SCALE, without_foreign_classes
+from pyro_lift.tuning.class_layer import without_foreign_classes
 
 __all__ = [
     "RULES",
@@ -100,7 +100,7 @@ def heads_settled(
     apart = without_foreign_classes(adapter, tasks, settled.head_scale)
     if apart is None:
         return Settled(settled, adapter)
-    return Settled(replace(settings, head_scale=SCALE), apart.adapter, settled if apart.doubtful else None)
+    return Settled(replace(settings, head_scale=AUTOMATIC_SCALE), apart.adapter, settled if apart.doubtful else None)
 
 
 def with_heads_settled(

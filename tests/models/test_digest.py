@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from resumed_runs import stops_at
 
 from pyro_lift import LiFT, Task
 from pyro_lift.inference.checkpoint.before import WorkBefore
@@ -50,14 +51,7 @@ def test_what_was_found_before_the_chain_is_not_taken_for_other_data_or_another_
     what: str, visits: int, tmp_path: Path
 ) -> None:
     options = {"sgd_steps": 200, "burn_in": 5, "samples": 10, "seed": 0}
-    count = 0
-
-    def stop() -> None:
-        nonlocal count
-        count += 1
-        if count == visits:  # after the trial, whose verdict is kept
-            raise KeyboardInterrupt
-
+    stop = stops_at(visits)  # after the trial, whose verdict is kept
     first = (adapter(), tasks(shift=1)) if what == "labels" else (adapter(1), tasks())
     with pytest.raises(KeyboardInterrupt):
         LiFT(first[0], **options).meta_train(first[1], checkpoint=tmp_path, on_step=stop, progress=False)  # type: ignore[arg-type]
@@ -73,17 +67,9 @@ OPTIONS = {"sgd_steps": 4, "burn_in": 3, "samples": 6, "sgd_learning_rate": 1e-3
 
 def stopped(folder: Path) -> None:
     """Save a run that has come to the middle of its chain."""
-    count = 0
-
-    def stop() -> None:
-        nonlocal count
-        count += 1
-        if count == 9:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         LiFT(adapter(), **OPTIONS).meta_train(  # type: ignore[arg-type]
-            tasks(), checkpoint=folder, checkpoint_every=1, on_step=stop, progress=False
+            tasks(), checkpoint=folder, checkpoint_every=1, on_step=stops_at(9), progress=False
         )
 
 

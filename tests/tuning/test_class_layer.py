@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from resumed_runs import stops_at
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
@@ -314,17 +315,9 @@ def test_a_run_that_tries_both_ways_ends_as_the_whole_one_does(visits: int, tmp_
         made, progress=False, callbacks=lambda step: told.append(step.run.kind)
     )
     assert visits < len(told), "the run is stopped before its end"
-    count = 0
-
-    def stop() -> None:
-        nonlocal count
-        count += 1
-        if count == visits:
-            raise KeyboardInterrupt
-
     kept: dict[str, Any] = {"checkpoint_every": 100, "progress": False}
     with pytest.raises(KeyboardInterrupt):
-        LiFT(network(), config(), **options).meta_train(made, checkpoint=tmp_path, on_step=stop, **kept)
+        LiFT(network(), config(), **options).meta_train(made, checkpoint=tmp_path, on_step=stops_at(visits), **kept)
     resumed = LiFT(network(), config(), **options).meta_train(made, resume=tmp_path, **kept)
     assert whole.results == resumed.results
     assert (whole.adapter.before_head is None) == (resumed.adapter.before_head is None)

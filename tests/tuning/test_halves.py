@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from resumed_runs import stops_at
 from scipy.stats import ttest_rel
 from torch import Tensor
 
@@ -353,17 +354,9 @@ def test_a_resumed_run_ends_where_the_whole_one_ends(tmp_path: Path, visits: int
     made = tasks(shared=True, rows=rows)
     whole = LiFT(adapter(), **OPTIONS).meta_train(made, progress=False)  # type: ignore[arg-type]
 
-    count = 0
-
-    def stop() -> None:
-        nonlocal count
-        count += 1
-        if count == visits:
-            raise KeyboardInterrupt
-
     options = {"checkpoint_every": 100, "progress": False}
     with pytest.raises(KeyboardInterrupt):
-        LiFT(adapter(), **OPTIONS).meta_train(made, checkpoint=tmp_path, on_step=stop, **options)  # type: ignore[arg-type]
+        LiFT(adapter(), **OPTIONS).meta_train(made, checkpoint=tmp_path, on_step=stops_at(visits), **options)  # type: ignore[arg-type]
     resumed = LiFT(adapter(), **OPTIONS).meta_train(made, resume=tmp_path, **options)  # type: ignore[arg-type]
     assert torch.equal(
         whole.mixture.get().component_distribution.mean, resumed.mixture.get().component_distribution.mean
