@@ -447,13 +447,13 @@ class LiFT(ChainSetup):
         """Return itself, or what it is with its heads settled, beside it what it is with the network's last layer."""
         if self._heads_are_settled:
             return self
-        by = {"by_width": counts_width(session), "by_rows": tests_classes(session)}
+        by = {"by_width": counts_width(session), "by_rows": tests_classes(session), "trial": crossed}
         settings, adapter, layer = heads_settled(self.settings, self.adapter, tasks, **by)
         if settings == self.settings and adapter is self.adapter:
             return self
         lift, beside = copy(self), copy(self)
         lift.settings, lift.adapter, lift._heads_are_settled = settings, adapter, True
-        if layer is not None and crossed:
+        if layer is not None:
             beside.settings, beside.kept_under, beside._heads_are_settled = layer, CLASS_LAYER, True
             lift._beside = beside
         return lift

@@ -15,7 +15,9 @@ adapted with, though heads alone may do more at first.
 
 A new layer may come to know classes that all tasks share: joint training moves it and the features together, which
 heads on features do not. So where one head of half of the tasks serves the other half, both ways are gone before the
-chain, and the one whose adaptations predict unseen tasks better (:mod:`~pyro_lift.tuning.cross_fit`) is taken.
+chain, and the one whose adaptations predict unseen tasks better (:mod:`~pyro_lift.tuning.cross_fit`) is taken. Where
+nothing is tried before a chain, as in comparisons, the network stays as it is: under scanners, whose digits the network
+knew as they were, heads on the features before its layer were 0.03 to 0.10 behind that layer, trained with the rest.
 
 Where nothing before the scores can be read, because something comes after the last linear layer or theta has no effect
 before it, heads stand on the scores themselves, and both ways are gone likewise.
@@ -118,9 +120,10 @@ def without_foreign_classes(adapter: RandomAdapter, tasks: Sequence[Task], head_
     knows = head_scale is None and known >= SHARE * could
     if knows or not is_above_zero(heads - network, LEVEL if head_scale is None else PLAIN):
         return None
-    _tell([float(-x.mean()) for x in (network, heads, frequencies)], head_scale, apart is not None)
     shared = mean is not None and len(mean.head.head) > 0
-    return Apart(read, head_scale is None and (shared or apart is None))
+    doubtful = head_scale is None and (shared or apart is None)
+    _tell([float(-x.mean()) for x in (network, heads, frequencies)], head_scale, apart is not None, doubtful)
+    return Apart(read, doubtful)
 
 
 def loses_to(heads: CrossFit | None, layer: CrossFit | None) -> bool:
@@ -144,18 +147,19 @@ def loses_to(heads: CrossFit | None, layer: CrossFit | None) -> bool:
     return kept
 
 
-def _tell(losses: Sequence[float], head_scale: float | None, before: bool) -> None:
+def _tell(losses: Sequence[float], head_scale: float | None, before: bool, doubtful: bool) -> None:
     scores = "scores say little of the tasks' classes" if head_scale is None else "output says less than what it is of"
     where = "on the features before its last layer" if before else "on these scores, nothing before them being readable"
+    left_out = "that layer is left out, and every task has a linear head of its own in its place, solved on its rows"
+    doubt = "trained, either may be better. Both ways are tried before the chain; where nothing is, the network stays"
     log.info(
-        "the network's own %s (%.3g nats a row; heads of the tasks' own %s: %.3g; class frequencies: %.3g): %severy "
-        'task has a linear head of its own%s, solved on its rows. head="shared" keeps the network\'s classes.',
+        "the network's own %s (%.3g nats a row; heads of the tasks' own %s: %.3g; class frequencies: %.3g): %s. "
+        'head="shared" keeps the network\'s classes.',
         scores,
         losses[0],
         where,
         *losses[1:],
-        "that layer is left out, and " if before else "",
-        " in its place" if before else "",
+        doubt if doubtful else left_out,
     )
 
 

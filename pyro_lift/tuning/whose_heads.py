@@ -81,6 +81,7 @@ def heads_settled(
     *,
     by_width: bool = True,
     by_rows: bool = True,
+    trial: bool = False,
 ) -> Settled:
     """Settle whose the heads are (:func:`with_heads_settled`), and what they stand on.
 
@@ -90,6 +91,7 @@ def heads_settled(
         tasks: all of the run.
         by_width: see :func:`with_heads_settled`.
         by_rows: whether a network's own classes are put to the test (:mod:`~pyro_lift.tuning.class_layer`).
+        trial: whether both ways can be gone where it is doubtful which is better; else the network stays as it is.
 
     Raises:
         ValueError: rows that the network would misread.
@@ -98,7 +100,7 @@ def heads_settled(
     if not by_rows or settings.head_scale is not None or settings.head in ("langevin", "shared"):
         return Settled(settled, adapter)
     apart = without_foreign_classes(adapter, tasks, settled.head_scale)
-    if apart is None:
+    if apart is None or (apart.doubtful and not trial):
         return Settled(settled, adapter)
     return Settled(replace(settings, head_scale=AUTOMATIC_SCALE), apart.adapter, settled if apart.doubtful else None)
 

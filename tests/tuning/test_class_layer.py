@@ -91,9 +91,28 @@ def test_rows_say_whether_the_networks_classes_are_the_tasks(
     made = tasks(permuted=permuted)
     with caplog.at_level(logging.INFO, "pyro_lift"):
         apart = without_foreign_classes(adapted(net()), made, None)
-    assert (apart is not None) == leaves == ("that layer is left out" in caplog.text)
+    assert (apart is not None) == leaves
+    assert ("that layer is left out" in caplog.text) == (leaves and permuted)
     if apart is not None:
         assert apart.doubtful == (not permuted) and apart.adapter.gives_features
+
+
+def test_where_nothing_can_be_tried_a_new_layer_stays_under_shared_classes_alone() -> None:
+    adapter = adapted(network())
+    stays, goes = (heads_settled(LiFTSettings(), adapter, tasks(permuted=permuted)) for permuted in (False, True))
+    assert stays.adapter is adapter and stays.settings == LiFTSettings() and stays.layer is None
+    assert goes.adapter.before_head is not None and goes.layer is None
+    tried = heads_settled(LiFTSettings(), adapter, tasks(permuted=False), trial=True)
+    assert tried.adapter.before_head is not None and tried.layer == LiFTSettings()
+
+
+def test_a_chain_without_trials_is_the_one_with_the_layer_under_shared_classes() -> None:
+    def mean(**options: Any) -> Tensor:
+        lift = LiFT(network(), config(), **SHORT, **options)
+        prior = lift.meta_train(tasks(permuted=False), progress=False, calibrate=False)
+        return torch.as_tensor(prior.mixture.get().mean)
+
+    assert torch.equal(mean(), mean(head="shared"))
 
 
 def test_half_of_the_tasks_with_other_names_are_enough() -> None:
@@ -159,8 +178,9 @@ def test_where_nothing_before_the_scores_can_be_read_heads_stand_on_them(
         found = without_foreign_classes(network, tasks(permuted=True), None)
     assert found is not None and found.adapter is network and found.doubtful and "on these scores" in caplog.text
     assert without_foreign_classes(network, tasks(permuted=False), None) is None
-    settled = heads_settled(LiFTSettings(), network, tasks(permuted=True))
+    settled = heads_settled(LiFTSettings(), network, tasks(permuted=True), trial=True)
     assert settled.adapter is network and settled.settings.head_scale == 1.0
+    assert heads_settled(LiFTSettings(), network, tasks(permuted=True)).settings == LiFTSettings()
 
 
 @pytest.mark.parametrize(("number", "rows"), [(3, 24), (12, 1)], ids=["three tasks", "single rows"])
