@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,9 @@ class ClassHead(NamedTuple):
             where each task chooses it by its own rows, as of priors that were saved without it.
         bias_sd: of classes, standard deviation of a bias; None where each task chooses its width by its own rows, as of
             priors that were saved without it.
+        rows: of classes, that :attr:`width` and :attr:`bias_sd` are of: the usual number of the tasks that chose them.
+        few: of classes, numbers of rows below that, rising, and the prior of heads of so many; none in priors that
+            were saved without.
     """
 
     head: Tensor
@@ -35,11 +39,19 @@ class ClassHead(NamedTuple):
     feature_sd: Tensor | None = None
     bias_sd: float | None = None
     around_width: float | None = None
+    rows: int = 0
+    few: tuple[tuple[int, UsualPrior], ...] = ()
 
     @property
     def usual(self) -> UsualPrior | None:
         """What the tasks say together of the prior of their heads of classes; None where they were not asked."""
         return None if self.bias_sd is None else UsualPrior(self.width, self.bias_sd)
+
+    def usual_of(self, rows: int) -> UsualPrior | None:
+        """Return the prior of a head of so many rows: that of the nearest number, in ratio, which tasks speak of."""
+        if self.usual is None or not self.few:
+            return self.usual
+        return min([*self.few, (self.rows, self.usual)], key=lambda known: abs(math.log(rows / known[0])))[1]
 
     def of(self, task: Task) -> Tensor | None:
         """Return the rows of a task's classes, in its own order, ``[c, E + 1]``; None where it has others.

@@ -138,7 +138,8 @@ class SolvedHeads:
             told |= {} if mean is None or around is None else {"width": mean.around_width}
             return choose_value_head(features, target, noise_scale=self.noise_scale, around=around, **told)
         # What tasks say of a prior is of where theirs stand: around the head of all, or around zero.
-        usual = mean.usual if mean is not None and (around is not None or len(mean.head) == 0) else None
+        told_of = mean is not None and (around is not None or len(mean.head) == 0)
+        usual = mean.usual_of(len(target)) if mean is not None and told_of else None
         return choose_head(features, target, outputs, around=around, usual=usual)
 
     def _is_odd(self, task: int, gain: float) -> bool:

@@ -50,11 +50,13 @@ from pyro_lift.tuning.halves import (
     log_probs_at,
     steps_beside_trial,
 )
-from pyro_lift.tuning.head_mean import HeadMean, head_mean
+from pyro_lift.tuning.head_mean import HeadMean, asked_at, head_mean
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
+from pyro_lift.tuning.usual_priors import Asked, few_rows
 from pyro_lift.tuning.whose_heads import (
     counts_rounds,
     finds_unmoved,
+    has_few_rows,
     has_head_mean,
     has_usual_widths,
     has_value_widths,
@@ -120,6 +122,7 @@ class ChainSetup:
         on_step = {part: None if watchers is None else watchers.of(part) for part in ("joint-trial", "cross-fit")}
         run = self._with(for_targets(self.settings, tasks))
         widths = {"widths": has_usual_widths(session), "around": has_value_widths(session)}
+        widths["few_rows"] = has_few_rows(session)
         run.head_mean = run._head_mean(tasks, **widths) if has_head_mean(session) else None
         if run.head_mean is not None and not trains_through_mean(session):
             run.head_mean = run.head_mean._replace(halves=())
@@ -140,6 +143,8 @@ class ChainSetup:
             program.noise_scale = s.noise_sd
             if halves.power != 1.0 and self.leaves_power_open:  # a run that goes on may have been given one since
                 adapt = replace(adapt, n_inflate=halves.power * (s.n_inflate or 1.0))
+            if run.head_mean is not None:
+                run.head_mean = run.head_mean.with_few(halves.few_rows)
             if halves.unmoved is not None and self.leaves_share_open:
                 adapt = replace(adapt, unmoved_few=halves.unmoved)
         return BeforeChain(run, program, self._widened(s, program, joint), adapt, joint, halves)
@@ -216,6 +221,7 @@ class ChainSetup:
         may_stay = classes and says_at_start and self.leaves_share_open and finds_unmoved(session)
         usual = usual_share(heads) if may_stay else None
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
+        asked: list[Asked] = []  # what unseen tasks say of heads of few rows, where the chains of the halves arrive
         score = self._score(s, program.head_scale)
 
         def adapt(
@@ -238,6 +244,10 @@ class ChainSetup:
             moments = {name: rescaled * moment for name, moment in standing.moments.items()}
             rows = rows_of_moments(tasks, alike=s.task_steps == "tasks")
             mean = None if self.head_mean is None else self.head_mean.unseen_by(unseen)
+            if mean is not None and mean.few and standing.tasks:
+                seen = {task.name for task in standing.tasks}
+                others = [task for task in tasks if task.name not in seen]
+                asked.extend(asked_at(self.adapter, others, at.mean[0], mean))
             prior = LiFTPrior(
                 self.adapter,
                 mixture,
@@ -255,7 +265,9 @@ class ChainSetup:
             return prior.adapt_many(unseen, seed=0, **options)
 
         predict = partial(predicted, self.adapter) if classes and not heads else None
-        judge = Judge(score, predict, adapt if sure or strength else None, noise, strength, usual)
+        judge = Judge(
+            score, predict, adapt if sure or strength else None, noise, strength, usual, partial(few_rows, asked)
+        )
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 
     def _moved(self, s: LiFTSettings, moments: dict[str, Tensor], tasks: Sequence[Task]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from pyro_lift.models.class_head import ClassHead
+from pyro_lift.models.heads import UsualPrior
 from pyro_lift.models.likelihoods import LossKind
 from pyro_lift.models.out_of_proportion import InputSize
 from pyro_lift.saving.parts import SavablePrior
@@ -35,6 +36,8 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "head_width": 1.0 if prior.head_mean is None else prior.head_mean.width,
         "head_bias_sd": None if prior.head_mean is None else prior.head_mean.bias_sd,
         "head_around_width": None if prior.head_mean is None else prior.head_mean.around_width,
+        "head_rows": None if prior.head_mean is None else prior.head_mean.rows,
+        "head_few": [] if prior.head_mean is None else [[rows, *usual] for rows, usual in prior.head_mean.few],
     }
 
 
@@ -116,7 +119,27 @@ def _saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str
         None if config.get(name) is None else saved_positive(path, config, name)
         for name in ("head_bias_sd", "head_around_width")
     )
-    return ClassHead(head, tuple(labels), width, sd, bias_sd, around_width)
+    few = _saved_few(path, config)
+    rows = saved_positive(path, config, "head_rows") if few else 0
+    return ClassHead(head, tuple(labels), width, sd, bias_sd, around_width, int(rows), few)
+
+
+def _saved_few(path: Path, config: Mapping[str, Any]) -> tuple[tuple[int, UsualPrior], ...]:
+    """Read the priors of heads of few rows; folders from before have none.
+
+    Raises:
+        DamagedError: not a number of rows and two standard deviations each.
+    """
+    few = config.get("head_few", [])
+    try:
+        found = tuple((int(rows), UsualPrior(float(width), float(bias_sd))) for rows, width, bias_sd in few)
+    except (TypeError, ValueError):
+        found = ((0, UsualPrior(0.0, 0.0)),)
+    if not all(0.0 < x < math.inf for rows, usual in found for x in (rows, *usual)):
+        raise DamagedError(
+            f"{path}: key 'head_few' is {few!r}; expected numbers of rows, each with two standard deviations."
+        )
+    return found
 
 
 def saved_positive(path: Path, config: Mapping[str, Any], name: str) -> float:

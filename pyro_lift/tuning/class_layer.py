@@ -109,7 +109,7 @@ def without_foreign_classes(adapter: RandomAdapter, tasks: Sequence[Task], head_
     else:
         network = log_probs_at(adapter, adapter.initial, some, head_scale=head_scale)
     read = adapter if apart is None else apart
-    mean = head_mean(read, some)
+    mean = head_mean(read, some, few_rows=False)  # as runs of before asked it: a run that goes on asks again
     unseen = [None if mean is None else mean.unseen_by([task]) for task in some]
     alone = [
         log_probs_at(read, read.initial, [task], head_scale=AUTOMATIC_SCALE, head_mean=around)

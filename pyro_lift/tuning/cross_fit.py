@@ -24,6 +24,9 @@ rows nothing is exaggerated. Heads that stand around one head of all tasks stand
 **Draws that stay.** How many draws of an adaptation stay at its start is found from the same predictions, before the
 temperature: :mod:`~pyro_lift.tuning.unmoved_share`.
 
+**Heads of few rows.** On features where the chain of the other half arrives, tasks say what prior they have
+(:mod:`~pyro_lift.tuning.usual_priors`).
+
 **Noise of regressions.** In place of a temperature, where it was left open: :mod:`~pyro_lift.tuning.noise`, by
 adaptations from the halves' vectors.
 
@@ -49,6 +52,7 @@ from pyro_lift.inference.adaptation.predict import predict
 from pyro_lift.inference.adaptation.temperature import HIGHEST, Predicted, fit_temperature
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.heads import UsualPrior
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Task
 from pyro_lift.tuning.halves import TASKS, Begin, Joint, Score, is_above_zero, paired
@@ -76,6 +80,8 @@ ADAPTED, ROWS = 12, 50
 #: temperature: 0.8 to 1.9 on 17 families, 1.2 in the mean of logarithms.
 HALVED = 1.2
 
+#: Numbers of rows, rising, and the prior of heads of so many.
+FewRows = tuple[tuple[int, UsualPrior], ...]
 #: Posteriors of some tasks, adapted to from where joint training of others stands, at a noise (of regressions; None
 #: elsewhere) and with a power on the likelihood over meta-training's.
 Adapt = Callable[[Standing, Sequence[Task], float | None, float], Sequence[Any]]
@@ -93,6 +99,8 @@ class Judge(NamedTuple):
         strength: whether the power in adaptation is to be found, in place of a temperature or beside the noise.
         usual_share: of draws that stay at the start of an adaptation, where another one may be found: ``adapt`` then
             leaves one of several there. None finds none.
+        few_rows: asked after the adaptations, where those of the chain's end say what prior heads of few rows have;
+            None leaves it to the untouched network.
     """
 
     score: Score
@@ -101,6 +109,7 @@ class Judge(NamedTuple):
     noise: float | None = None
     strength: bool = False
     usual_share: float | None = None
+    few_rows: Callable[[], FewRows] | None = None
 
     def log_probs(self, vectors: Sequence[Tensor], halves: Sequence[Sequence[Task]]) -> Tensor:
         """Compute each task's mean log probability a row, classes at the best temperature for all.
@@ -128,6 +137,7 @@ class CrossFit(NamedTuple):
         power: on the likelihood in adaptation, over meta-training's.
         unmoved: share of the draws that stay at the start of an adaptation; None leaves it as it is.
         losses: of the tasks that were adapted to, at that temperature and share, nats a row; of classes alone.
+        few_rows: numbers of rows and the prior of heads of so many, where joint training goes on.
     """
 
     steps: int | None
@@ -137,6 +147,7 @@ class CrossFit(NamedTuple):
     power: float = 1.0
     unmoved: float | None = None
     losses: tuple[float, ...] = ()
+    few_rows: FewRows = ()
 
     def results(self) -> dict[str, float]:
         """Measures for the prior's folder and card."""
@@ -207,7 +218,8 @@ def cross_fit(
     kept = kept or WorkBefore(None)
     data = kept.data("cross-fit", lambda: _cross_fit(tasks, start, joint, begin, judge)._asdict())
     looks, losses = tuple(tuple(look) for look in data["looks"]), tuple(data.get("losses", ()))
-    fit = CrossFit(**{**data, "looks": looks, "losses": losses})
+    few = tuple((rows, UsualPrior(*usual)) for rows, usual in data.get("few_rows", ()))
+    fit = CrossFit(**{**data, "looks": looks, "losses": losses, "few_rows": few})
     if said := fit.sentence(judge.adapt is not None and not judge.strength):
         log.info("%s", said)
     if doubt := fit.doubt():
@@ -271,7 +283,8 @@ def _sureness(
         return found
     temperature = helpful_temperature(predictions, 1.0 if exact else HALVED)
     losses = tuple(loss_of(each, temperature) for each in predictions)
-    return found._replace(temperature=temperature, unmoved=share, losses=losses)
+    few_rows = () if judge.few_rows is None else judge.few_rows()
+    return found._replace(temperature=temperature, unmoved=share, losses=losses, few_rows=few_rows)
 
 
 def _predictions(adapted: Sequence[tuple[Any, Task]], usual: float | None) -> tuple[list[Predicted], float | None]:

@@ -11,11 +11,12 @@ tasks can tell: the head of one half of them is tried on those of the other, by 
 left out, and taken where it predicts them better by the one-sided test at 5 %.
 
 Of classes, the tasks also choose the prior's width s and the standard deviation of a bias together, whether they share
-a head or not: twenty rows know little of either, and a bias that is free to follow their class frequencies costs a
-quarter of a nat a row where all tasks have the same. A task of hundreds of rows still has the width that they choose
-(:data:`~pyro_lift.models.heads.SURE`). Regressions share a head of their values likewise, and how near to it their own
-are: where all tasks are one, twenty rows do not know it. In any case they share what their rows say together of how
-strong a ridge it takes (:func:`~pyro_lift.models.value_head.best_width`).
+a head or not, and one for each number of rows (:mod:`~pyro_lift.tuning.usual_priors`): twenty rows know little of
+either, and a bias that is free to follow their class frequencies costs a quarter of a nat a row where all tasks have
+the same. A task of hundreds of rows still has the width that they choose (:data:`~pyro_lift.models.heads.SURE`).
+Regressions share a head of their values likewise, and how near to it their own are: where all tasks are one, twenty
+rows do not know it. In any case they share what their rows say together of how strong a ridge it takes
+(:func:`~pyro_lift.models.value_head.best_width`).
 
 Meta-training's tasks see the shared head itself: theta is moved to where one head serves all of them, as in a network
 that ends in its class layer, and a new task has a head of its own around it. What joint training of one half is judged
@@ -37,22 +38,21 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.head_choice import choose_head
 from pyro_lift.models.head_problem import HeadModel, apply_head
-from pyro_lift.models.heads import BIAS_SDS, LOGIT_WIDTHS, UsualPrior, choose_prior_sd, solve_head
+from pyro_lift.models.heads import UsualPrior, choose_prior_sd, solve_head
 from pyro_lift.models.observation import head_features_of
 from pyro_lift.models.target_families import families_of
 from pyro_lift.models.task import Task, head_outputs
 from pyro_lift.models.value_head import best_width, choose_value_head, columns_of
 from pyro_lift.tuning.halves import FEWEST_TASKS, is_above_zero, paired
 from pyro_lift.tuning.held_out import dealt, drawn_rows
+from pyro_lift.tuning.usual_priors import CHOICE_ROWS, Asked, by_number_of_rows, scores_of, under, usual_prior
 
-__all__ = ["HeadMean", "head_mean", "shared_classes"]
+__all__ = ["HeadMean", "asked_at", "head_mean", "shared_classes"]
 
 log = logging.getLogger("pyro_lift")
 
 #: Tasks of each half that are judged, rows that the head is solved on, and rows that choose its width, at most.
 JUDGED, ROWS, CHOOSING = 32, 20_000, 1_000
-#: Rows of a task by which tasks choose the prior of their heads together, at most.
-CHOICE_ROWS = 100
 #: Classes of all tasks over those of the largest, at most, where they go by their names.
 MOST_CLASSES = 2
 #: A feature that varies by less than this over the usual one's spread says nothing.
@@ -84,6 +84,11 @@ class HeadMean(NamedTuple):
     def unseen_by(self, tasks: Sequence[Task]) -> ClassHead:
         """Return the head of the half that has none of the tasks; that of all where they are of both."""
         return next((head for names, head in self.halves if not any(task.name in names for task in tasks)), self.head)
+
+    def with_few(self, few: tuple[tuple[int, UsualPrior], ...]) -> HeadMean:
+        """Return the same with what tasks say of heads of few rows after joint training; none leaves what they said."""
+        few = tuple((rows, usual) for rows, usual in few if rows < self.head.rows)
+        return self._replace(head=self.head._replace(few=few)) if few else self
 
     def results(self) -> dict[str, float]:
         """Measures for the prior's folder and card; none where no head is shared."""
@@ -119,7 +124,12 @@ def shared_classes(tasks: Sequence[Task]) -> list[str] | int | None:
 
 @torch.no_grad()
 def head_mean(
-    adapter: RandomAdapter, tasks: Sequence[Task], *, widths: bool = True, around: bool = True
+    adapter: RandomAdapter,
+    tasks: Sequence[Task],
+    *,
+    widths: bool = True,
+    around: bool = True,
+    few_rows: bool = True,
 ) -> HeadMean | None:
     """Solve one head on the rows of all tasks, and let them choose the prior of their heads together.
 
@@ -128,13 +138,14 @@ def head_mean(
         tasks: of meta-training, on its device.
         widths: whether tasks of classes choose the prior's widths together; as runs of before, each by itself.
         around: the same of regressions, of how near to the head of all theirs are.
+        few_rows: whether tasks of classes say what prior heads of few rows have too; as runs of before, all have one.
 
     Returns:
         None where nothing is shared. A head without rows leaves heads of the tasks' own around zero.
     """
     classes = shared_classes(tasks)
     if tasks[0].kind == "classification" and widths:
-        return _of_classes(adapter, tasks, classes)
+        return _of_classes(adapter, tasks, classes, few_rows)
     if classes is None:
         log.info("heads of the tasks' own stand around zero: the tasks are few, or have other classes or values.")
         return None
@@ -166,64 +177,63 @@ def head_mean(
 Read = tuple[Task, Tensor, Tensor]
 
 
-def _of_classes(adapter: RandomAdapter, tasks: Sequence[Task], classes: list[str] | int | None) -> HeadMean | None:
+def _of_classes(
+    adapter: RandomAdapter, tasks: Sequence[Task], classes: list[str] | int | None, few: bool
+) -> HeadMean | None:
     """Find what classifications share: the prior of their heads, and perhaps one head."""
     if len(tasks) < FEWEST_TASKS or {task.kind for task in tasks} != {"classification"}:
         log.info("heads of the tasks' own stand around zero, under priors of their own: the tasks are few or differ.")
         return None
     halves = _halves(adapter, tasks)
-    usual, own = _best([_scores(*read, None) for half in halves[::-1] for read in half[:JUDGED]])
+    asked = [_asked(*read, None) for half in halves[::-1] for read in half[:JUDGED]]
+    usual, own = usual_prior([scores_of(task, drawn=few) for task in asked])
     if classes is not None:
         heads = [_pooled(half, classes) for half in halves]
         pairs = zip(heads, halves[::-1], strict=True)
-        found = [_scores(*read, head.of(read[0])) for head, unseen in pairs for read in unseen[:JUDGED]]
-        usual_around, shared = _best(found)
+        around = [_asked(*read, head.of(read[0])) for head, unseen in pairs for read in unseen[:JUDGED]]
+        usual_around, shared = usual_prior([scores_of(task, drawn=few) for task in around])
         if _helps(shared - own, "classification"):
             _tell(usual_around)
-            each = [(_names(half), _under(head, usual_around)) for half, head in zip(halves, heads, strict=True)]
-            whole = _under(_pooled(_whole(halves), classes), usual_around)
+            told = by_number_of_rows(under(heads[0], usual_around), around) if few else under(heads[0], usual_around)
+            each = [(_names(half), told._replace(head=head.head)) for half, head in zip(halves, heads, strict=True)]
+            whole = told._replace(head=_pooled(_whole(halves), classes).head)
             return HeadMean(whole, *paired(shared - own), tuple(each))
     if usual is None:
         return None
     _tell(usual)
     _, features, _ = halves[0][0]
-    none = ClassHead(features.new_zeros(0, features.shape[-1] + 1))
-    return HeadMean(_under(none, usual), 0.0, 0.0)
+    none = under(ClassHead(features.new_zeros(0, features.shape[-1] + 1)), usual)
+    return HeadMean(by_number_of_rows(none, asked) if few else none, 0.0, 0.0)
+
+
+@torch.no_grad()
+def asked_at(adapter: RandomAdapter, tasks: Sequence[Task], vector: Tensor, mean: ClassHead) -> list[Asked]:
+    """Return what tasks have to say of the prior of their heads where phi is another than at the start.
+
+    Args:
+        adapter: the network as a function of theta.
+        tasks: classifications, on its device; those of other classes than a shared head's are left out.
+        vector: theta, ``[D]``.
+        mean: that their heads stand around.
+    """
+    shared, found = len(mean.head) > 0, []
+    for task in tasks[: 2 * JUDGED]:
+        around = mean.of(task) if shared else None
+        if around is not None or not shared:
+            rows = drawn_rows(task.train, CHOICE_ROWS)
+            found.append(_asked(task, head_features_of(adapter, task, rows, vector), rows.target, around))
+    return found
+
+
+def _asked(task: Task, x: Tensor, y: Tensor, around: Tensor | None) -> Asked:
+    classes = head_outputs(task)
+    assert classes is not None
+    return Asked(x, y, classes, around)
 
 
 def _tell(usual: UsualPrior | None) -> None:
     if usual is not None:
         log.info("the tasks' heads have a prior of sd %.3g a logit and %.3g a bias.", usual.width, usual.bias_sd)
-
-
-def _under(head: ClassHead, usual: UsualPrior | None) -> ClassHead:
-    return head if usual is None else head._replace(width=usual.width, bias_sd=usual.bias_sd)
-
-
-def _scores(task: Task, x: Tensor, y: Tensor, around: Tensor | None) -> Tensor:
-    """Return the log probability of a task's left-out rows, a row, for each sd of a bias and each width.
-
-    Of a single row, which is left out from none, that of the head that it stands around.
-    """
-    C = head_outputs(task)
-    assert C is not None
-    if len(x) == 1:
-        told = -math.log(C) if around is None else float(apply_head(x.double(), around.double()).log_softmax(-1)[0, y])
-        return torch.full((len(BIAS_SDS), len(LOGIT_WIDTHS)), told, dtype=torch.float64)
-    if len(x) > CHOICE_ROWS:
-        some = _drawn(x, CHOICE_ROWS)
-        x, y = x[some], y[some]
-    each = [choose_prior_sd(x, y, HeadModel(C, around=around, bias_sd=sd)).scores for sd in BIAS_SDS]
-    return -torch.tensor(each, dtype=torch.float64)
-
-
-def _best(scores: Sequence[Tensor]) -> tuple[UsualPrior | None, Tensor]:
-    """Return the prior under which the tasks' left-out rows are the most likely, and what each then has, ``[N]``."""
-    all_of = torch.stack(list(scores))
-    bias, width = divmod(int(all_of.mean(0).argmax()), len(LOGIT_WIDTHS))
-    if bool((all_of == all_of[:, :1, :1]).all()):  # single rows say nothing of it
-        return None, all_of[:, 0, 0]
-    return UsualPrior(LOGIT_WIDTHS[width], BIAS_SDS[bias]), all_of[:, bias, width]
 
 
 def _halves(adapter: RandomAdapter, tasks: Sequence[Task]) -> list[list[Read]]:

@@ -26,6 +26,7 @@ __all__ = [
     "counts_rounds",
     "counts_width",
     "finds_unmoved",
+    "has_few_rows",
     "has_head_mean",
     "has_usual_widths",
     "has_value_widths",
@@ -45,7 +46,7 @@ __all__ = [
 #: odd task leaves the trial of joint training to the others; tasks choose the prior of their heads of classes together;
 #: predictions are tempered around the rates of a task's classes; regressions choose together how near to the head of
 #: all their own are; tasks of classes say together how many draws stay at the start of an adaptation; rows say whether
-#: a network's own classes are the tasks'.
+#: a network's own classes are the tasks'; tasks choose a prior of their heads of classes for each number of rows.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -57,6 +58,7 @@ RULES = {
     "value widths": "of all tasks",
     "unmoved draws": "of all tasks",
     "class layer": "by rows",
+    "few rows": "a prior of their own",
 }
 
 
@@ -160,6 +162,11 @@ def trains_through_mean(session: Session | None) -> bool:
 def has_usual_widths(session: Session | None) -> bool:
     """Whether tasks choose the prior of their heads of classes together: in a run of before each chooses its own."""
     return _has_rule(session, "head widths")
+
+
+def has_few_rows(session: Session | None) -> bool:
+    """Whether heads of few rows have a prior of their own: in a run of before all have that of the usual number."""
+    return _has_rule(session, "few rows")
 
 
 def has_value_widths(session: Session | None) -> bool:
