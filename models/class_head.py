@@ -48,10 +48,19 @@ class ClassHead(NamedTuple):
         return None if self.bias_sd is None else UsualPrior(self.width, self.bias_sd)
 
     def usual_of(self, rows: int) -> UsualPrior | None:
-        """Return the prior of a head of so many rows: that of the nearest number, in ratio, which tasks speak of."""
-        if self.usual is None or not self.few:
+        """Return the prior of a head of so many rows.
+
+        Between two numbers that tasks speak of, logarithms of the standard deviations go as that of the number.
+        """
+        if self.usual is None or not self.few or rows >= self.rows:
             return self.usual
-        return min([*self.few, (self.rows, self.usual)], key=lambda known: abs(math.log(rows / known[0])))[1]
+        known = [*self.few, (self.rows, self.usual)]
+        after = next(k for k, (number, _) in enumerate(known) if number >= rows)
+        (low, one), (high, other) = known[max(after - 1, 0)], known[after]
+        t = 1.0 if high <= max(low, rows) else math.log(rows / low) / math.log(high / low)
+        return UsualPrior(
+            *(math.exp((1.0 - t) * math.log(x) + t * math.log(y)) for x, y in zip(one, other, strict=True))
+        )
 
     def of(self, task: Task) -> Tensor | None:
         """Return the rows of a task's classes, in its own order, ``[c, E + 1]``; None where it has others.

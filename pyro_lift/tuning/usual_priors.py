@@ -11,7 +11,7 @@ are asked with as few of their rows as a new one may have,
 .. math:: \max_{s, s_b} \sum_i \sum_{n \notin M_i} \log p\big(y_n \mid x_n, \hat h_{M_i}(s, s_b)\big), \qquad
           |M_i| = 1, 2, 4, 8, \dots
 
-drawn :data:`DRAWS` times each or more, and a head has the prior of the number that is nearest to its own, in ratio.
+drawn :data:`DRAWS` times each or more, and a head has the prior of its number, between two of them by logarithms.
 Features on which joint training has made heads of twenty rows good may make those of three worse, and surer. So where
 it goes on, tasks are asked again with few rows, on features of the half of the tasks that they are not in
 (:mod:`~pyro_lift.tuning.cross_fit`).

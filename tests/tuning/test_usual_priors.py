@@ -92,13 +92,17 @@ def test_no_row_says_nothing_and_one_row_says_what_the_head_of_all_says() -> Non
     assert few_rows([Asked(torch.randn(9, 3), torch.arange(9) % 2, 2)] * 3) == ()  # too few tasks to say it
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (2, 2), (3, 4), (5, 4), (6, 20), (20, 20), (500, 20)])
-def test_a_head_has_the_prior_of_the_nearest_number_of_rows(rows: int, expected: int) -> None:
-    few = tuple((n, UsualPrior(0.01 * n, 0.1)) for n in (1, 2, 4))
-    head = ClassHead(torch.zeros(0, 3), width=0.2, bias_sd=0.1, rows=20 if expected != 20 else 8, few=few)
+@pytest.mark.parametrize(("rows", "width"), [(1, 0.1), (2, 0.4), (8, 1.6), (20, 2.0), (500, 2.0)])
+def test_a_head_has_the_prior_of_its_rows_and_between_two_numbers_one_between(rows: int, width: float) -> None:
+    few = ((1, UsualPrior(0.1, 0.3)), (2, UsualPrior(0.4, 0.3)), (8, UsualPrior(1.6, 1.0)))
+    head = ClassHead(torch.zeros(0, 3), width=2.0, bias_sd=1.0, rows=20, few=few)
     found = head.usual_of(rows)
-    assert found is not None and found.width == pytest.approx(0.2 if expected == 20 else 0.01 * expected)
-    assert head._replace(few=()).usual_of(rows) == UsualPrior(0.2, 0.1)
+    assert found is not None
+    assert found.width == pytest.approx(width)
+    between = head.usual_of(4)
+    assert between is not None
+    assert between == pytest.approx((0.8, 0.3**0.5))
+    assert head._replace(few=()).usual_of(rows) == UsualPrior(2.0, 1.0)
 
 
 def test_a_task_is_solved_under_the_prior_of_its_rows(prior: LiFTPrior) -> None:
