@@ -58,9 +58,7 @@ class ClassHead(NamedTuple):
         after = next(k for k, (number, _) in enumerate(known) if number >= rows)
         (low, one), (high, other) = known[max(after - 1, 0)], known[after]
         t = 1.0 if high <= max(low, rows) else math.log(rows / low) / math.log(high / low)
-        return UsualPrior(
-            *(math.exp((1.0 - t) * math.log(x) + t * math.log(y)) for x, y in zip(one, other, strict=True))
-        )
+        return UsualPrior(*(x ** (1.0 - t) * y**t for x, y in zip(one, other, strict=True)))
 
     def of(self, task: Task) -> Tensor | None:
         """Return the rows of a task's classes, in its own order, ``[c, E + 1]``; None where it has others.

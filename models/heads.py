@@ -134,7 +134,7 @@ class PriorChoice(NamedTuple):
     @property
     def loss(self) -> float:
         """Mean negative log likelihood of left-out rows under the chosen width; NaN for a single row."""
-        return self.scores[self.tried.index(self.sd)]
+        return self.scores[self.tried.index(self.sd)] if self.sd in self.tried else math.nan
 
 
 def scaling_of(features: Tensor, weight: Tensor | None = None) -> Scaling:
@@ -249,7 +249,7 @@ def choose_prior_sd(
         tried: standard deviations s; None takes :func:`standard_widths`.
         offset: logits or values that the head is added to, ``[n, C]``.
         most_folds: number of folds, at most.
-        usual: the width that other tasks have, among those that are tried; None where nothing is known of them.
+        usual: the width that other tasks have; None where nothing is known of them.
     """
     n = len(features)
     x, similarity = model.split(features.double())
