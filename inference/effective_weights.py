@@ -103,23 +103,31 @@ def warn_of_few(
         "a new task has an adapter close to phi, and what is its own is its head"
         if heads
         else "a new task is predicted as phi predicts it",
-        _way_out(rows, power, temperature, given, values=values),
+        _way_out(rows, power, temperature, given, values=values, heads=heads),
     )
 
 
-def _way_out(rows: float, power: float, temperature: float, given: Collection[str], *, values: bool) -> str:
+def _way_out(
+    rows: float, power: float, temperature: float, given: Collection[str], *, values: bool, heads: bool
+) -> str:
     """Say what to do about tasks whose data move nothing; of settings only what the user chose can be left open."""
     ways = []
     if "beta" in given:
         ways.append("leave beta open, or give it a larger value")
     if "temperature" in given:
         ways.append(f"lower the temperature ({temperature:g}), so that the prior's noise drowns less")
-    # Where n_inflate is given, a temperature that is left open is another.
-    kept = "" if "temperature" in given else f", together with temperature={temperature:g}, the one of this run"
-    ways.append(f"let every row count more often: n_inflate={10.0 * power:g}, say, in place of {power:g}{kept}")
+    if "n_inflate" not in given or power <= 1.0:  # who raised it knows of it, and there is no end to ever larger ones
+        # Where n_inflate is given, a temperature that is left open is another.
+        kept = "" if "temperature" in given else f", together with temperature={temperature:g}, the one of this run"
+        ways.append(f"let every row count more often: n_inflate={10.0 * power:g}, say, in place of {power:g}{kept}")
     if values:
         ways.append("give noise_scale a smaller value, if predictions are closer to the targets than it says")
     ways.append(f"give tasks more rows ({rows:.0f} on average here)")
+    if heads:  # which may be all that the tasks ask for
+        return (
+            f"It need not be changed: `pyro-lift compare` says whether predictions are better than a linear probe's. "
+            f"What lets the adapter move: {'; '.join(ways)}."
+        )
     return (
         f"What helps: {'; '.join(ways)}. Where none does, the network says little of these tasks: `pyro-lift compare` "
         "holds it against a linear probe, which may do as well."

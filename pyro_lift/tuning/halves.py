@@ -191,11 +191,11 @@ class Joint(NamedTuple):
         tried = self.tried or (Tried(self.rate, self.gain, self.error, self.helps),)
         if not self.helps:
             return (
-                f"joint training of the network is left out: it was tried at the {_rates(tried)}, and does not help by "
-                f"more than chance: {' and '.join(each.gained() for each in tried)} nats a row on tasks that it has "
-                f"not seen. So phi stays at the untouched network. {self._against()}Another rate may still help: give "
-                "one as sgd_learning_rate=, which is not put on trial. `pyro-lift compare` says what other methods "
-                "make of these tasks."
+                f"joint training of the network is left out: it was tried at the {_rates(tried)}, where its gain on "
+                f"tasks that it has not seen, {' and '.join(each.gained() for each in tried)} nats a row, is not more "
+                f"than chance. So phi stays at the untouched network. {self._against()}Another rate may still help: "
+                "give one as sgd_learning_rate=, which is not put on trial. `pyro-lift compare` says what other "
+                "methods make of these tasks."
             )
         by_rate = sorted(tried, key=lambda each: each.rate)
         lower = [each for each in by_rate if each.rate < self.rate]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_lift import Task
-from pyro_lift.inference.effective_weights import effective_weights, warn_of_few, weights_moved
+from pyro_lift.inference.effective_weights import MOVED, effective_weights, warn_of_few, weights_moved
 
 
 @pytest.mark.parametrize("power", [1.0, 7.0])
@@ -70,3 +70,13 @@ def test_regressions_are_advised_of_their_noise_too(caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.WARNING, logger="pyro_lift"):
         warn_of_few(moved, 5, [task], power=1.0)
     assert "give noise_scale a smaller value" in caplog.text
+
+
+@pytest.mark.parametrize("given", [(), ("n_inflate",)])
+def test_who_raised_the_power_is_not_asked_for_a_larger_one_and_heads_may_be_all_there_is(
+    given: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = (torch.zeros(6, 2), torch.arange(6) % 2)
+    warn_of_few({MOVED: 0.2}, 9, [Task("t", rows, num_classes=2)], power=10.0, given=given, heads=True)
+    assert ("n_inflate=100" in caplog.text) == (not given)
+    assert "need not be changed" in caplog.text and "may do as well" not in caplog.text
