@@ -31,6 +31,16 @@ class BeforeHead:
     module: nn.Module
     network: nn.Module
 
+    @property
+    def layer(self) -> Tensor | None:
+        """The weights and biases ``[C, E + 1]`` of a linear layer as it stands; None of a body, or where quantised."""
+        own = getattr(self.module, "base_layer", self.module)  # an adapter's layer has it inside
+        if not isinstance(own, nn.Linear) or not own.weight.is_floating_point():
+            return None
+        weight = own.weight.detach()
+        bias = weight.new_zeros(len(weight)) if own.bias is None else own.bias.detach()
+        return torch.cat([weight, bias.unsqueeze(-1)], -1)
+
     def __call__(self, call: Callable[..., Any], inputs: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
         """Run the whole network, and return the features ``[n, E]``, in its own type.
 

@@ -64,6 +64,7 @@ from pyro_lift.tuning.whose_heads import (
     lets_one_task_lose,
     tempers_around_rates,
     trains_through_mean,
+    tries_known_classes,
 )
 from pyro_lift.watching.watch import Watchers
 
@@ -122,7 +123,7 @@ class ChainSetup:
         on_step = {part: None if watchers is None else watchers.of(part) for part in ("joint-trial", "cross-fit")}
         run = self._with(for_targets(self.settings, tasks))
         widths = {"widths": has_usual_widths(session), "around": has_value_widths(session)}
-        widths["few_rows"] = has_few_rows(session)
+        widths |= {"few_rows": has_few_rows(session), "layer": tries_known_classes(session)}
         run.head_mean = run._head_mean(tasks, **widths) if has_head_mean(session) else None
         if run.head_mean is not None and not trains_through_mean(session):
             run.head_mean = run.head_mean._replace(halves=())

@@ -63,6 +63,7 @@ from pyro_lift.tuning.whose_heads import (
     run_config,
     tempers_around_rates,
     tests_classes,
+    tries_known_classes,
 )
 from pyro_lift.watching.steps import Run
 from pyro_lift.watching.watch import Watchers
@@ -448,6 +449,7 @@ class LiFT(ChainSetup):
         if self._heads_are_settled:
             return self
         by = {"by_width": counts_width(session), "by_rows": tests_classes(session), "trial": crossed}
+        by["known_too"] = tries_known_classes(session)
         settings, adapter, layer = heads_settled(self.settings, self.adapter, tasks, **by)
         if settings == self.settings and adapter is self.adapter:
             return self

@@ -10,12 +10,13 @@ classes. Which case it is only rows can tell. On the untouched network, in nats 
 
 the scores at the one temperature that is best for all tasks, the heads on rows that they were not solved on, around a
 head of the other half of the tasks where these share their classes. The layer is left out where heads are better by
-the one-sided test at 5 %, and g is less than a quarter of h: what the network does know of the classes, it is better
-adapted with, though heads alone may do more at first.
+the one-sided test at 5 %, and g is less than a quarter of h. Of a larger part it is not known which is better: what
+the network knows of the classes it is often better adapted with, though heads alone do more at first, and often not.
+So both ways are gone before the chain, and the one whose adaptations predict unseen tasks better
+(:mod:`~pyro_lift.tuning.cross_fit`) is taken.
 
 A new layer may come to know classes that all tasks share: joint training moves it and the features together, which
-heads on features do not. So where one head of half of the tasks serves the other half, both ways are gone before the
-chain, and the one whose adaptations predict unseen tasks better (:mod:`~pyro_lift.tuning.cross_fit`) is taken. Where
+heads on features do not. So where one head of half of the tasks serves the other half, both ways are gone too. Where
 nothing is tried before a chain, as in comparisons, the network stays as it is: under scanners, whose digits the network
 knew as they were, heads on the features before its layer were 0.03 to 0.10 behind that layer, trained with the rest.
 
@@ -63,8 +64,8 @@ class Apart(NamedTuple):
 
     Attributes:
         adapter: read where the tasks' own heads stand, before its last layer or at its output.
-        doubtful: whether the network as it stands could be trained to do better: where the tasks share their classes,
-            or heads have nothing else to stand on than its scores.
+        doubtful: whether the network as it stands could be trained to do better: where it knows the tasks' classes,
+            where these share them, or heads have nothing else to stand on than its scores.
     """
 
     adapter: RandomAdapter
@@ -72,13 +73,16 @@ class Apart(NamedTuple):
 
 
 @torch.no_grad()
-def without_foreign_classes(adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float | None) -> Apart | None:
+def without_foreign_classes(
+    adapter: RandomAdapter, tasks: Sequence[Task], head_scale: float | None, *, known_too: bool = True
+) -> Apart | None:
     """Return the network read before its own last layer, where what that says is of other classes than the tasks'.
 
     Args:
         adapter: the network as a function of theta.
         tasks: of meta-training, which have passed the door.
         head_scale: of the tasks' own heads on the network's output; None where they share it.
+        known_too: whether a network that knows the tasks' classes is put in doubt; as in runs of before, it stays.
 
     Returns:
         None where the network stays as it is: for tasks that are few, or not all of two classes or more; where its
@@ -109,7 +113,7 @@ def without_foreign_classes(adapter: RandomAdapter, tasks: Sequence[Task], head_
     else:
         network = log_probs_at(adapter, adapter.initial, some, head_scale=head_scale)
     read = adapter if apart is None else apart
-    mean = head_mean(read, some, few_rows=False)  # as runs of before asked it: a run that goes on asks again
+    mean = head_mean(read, some, few_rows=False, layer=known_too)  # as a run that goes on has asked it before
     unseen = [None if mean is None else mean.unseen_by([task]) for task in some]
     alone = [
         log_probs_at(read, read.initial, [task], head_scale=AUTOMATIC_SCALE, head_mean=around)
@@ -118,10 +122,11 @@ def without_foreign_classes(adapter: RandomAdapter, tasks: Sequence[Task], head_
     heads, frequencies = torch.cat(alone), -torch.tensor([chance_loss(task) for task in some], dtype=torch.float64)
     known, could = float((network - frequencies).mean()), float((heads - frequencies).mean())
     knows = head_scale is None and known >= SHARE * could
-    if knows or not is_above_zero(heads - network, LEVEL if head_scale is None else PLAIN):
+    better = is_above_zero(heads - network, LEVEL if head_scale is None else PLAIN)
+    if not better or (knows and not known_too):
         return None
     shared = mean is not None and len(mean.head.head) > 0
-    doubtful = head_scale is None and (shared or apart is None)
+    doubtful = head_scale is None and (knows or shared or apart is None)
     _tell([float(-x.mean()) for x in (network, heads, frequencies)], head_scale, apart is not None, doubtful)
     return Apart(read, doubtful)
 
@@ -148,7 +153,7 @@ def loses_to(heads: CrossFit | None, layer: CrossFit | None) -> bool:
 
 
 def _tell(losses: Sequence[float], head_scale: float | None, before: bool, doubtful: bool) -> None:
-    scores = "scores say little of the tasks' classes" if head_scale is None else "output says less than what it is of"
+    scores = "scores say less of the tasks' classes" if head_scale is None else "output says less than what it is of"
     where = "on the features before its last layer" if before else "on these scores, nothing before them being readable"
     left_out = "that layer is left out, and every task has a linear head of its own in its place, solved on its rows"
     doubt = "trained, either may be better. Both ways are tried before the chain; where nothing is, the network stays"

@@ -18,6 +18,9 @@ Regressions share a head of their values likewise, and how near to it their own 
 rows do not know it. In any case they share what their rows say together of how strong a ridge it takes
 (:func:`~pyro_lift.models.value_head.best_width`).
 
+A network that is read before its own last layer (:mod:`~pyro_lift.tuning.class_layer`) has such a head already: where
+heads around that predict left-out rows better, it is the one.
+
 Meta-training's tasks see the shared head itself: theta is moved to where one head serves all of them, as in a network
 that ends in its class layer, and a new task has a head of its own around it. What joint training of one half is judged
 by is the head of that half, which has not seen the rows of the other.
@@ -130,6 +133,7 @@ def head_mean(
     widths: bool = True,
     around: bool = True,
     few_rows: bool = True,
+    layer: bool = True,
 ) -> HeadMean | None:
     """Solve one head on the rows of all tasks, and let them choose the prior of their heads together.
 
@@ -139,13 +143,14 @@ def head_mean(
         widths: whether tasks of classes choose the prior's widths together; as runs of before, each by itself.
         around: the same of regressions, of how near to the head of all theirs are.
         few_rows: whether tasks of classes say what prior heads of few rows have too; as runs of before, all have one.
+        layer: whether the layer that the network is read before may be the shared head; in runs of before it is not.
 
     Returns:
         None where nothing is shared. A head without rows leaves heads of the tasks' own around zero.
     """
     classes = shared_classes(tasks)
     if tasks[0].kind == "classification" and widths:
-        return _of_classes(adapter, tasks, classes, few_rows)
+        return _of_classes(adapter, tasks, classes, few_rows, _layer(adapter, tasks) if layer else None)
     if classes is None:
         log.info("heads of the tasks' own stand around zero: the tasks are few, or have other classes or values.")
         return None
@@ -178,7 +183,11 @@ Read = tuple[Task, Tensor, Tensor]
 
 
 def _of_classes(
-    adapter: RandomAdapter, tasks: Sequence[Task], classes: list[str] | int | None, few: bool
+    adapter: RandomAdapter,
+    tasks: Sequence[Task],
+    classes: list[str] | int | None,
+    few: bool,
+    layer: ClassHead | None,
 ) -> HeadMean | None:
     """Find what classifications share: the prior of their heads, and perhaps one head."""
     if len(tasks) < FEWEST_TASKS or {task.kind for task in tasks} != {"classification"}:
@@ -187,23 +196,50 @@ def _of_classes(
     halves = _halves(adapter, tasks)
     asked = [_asked(*read, None) for half in halves[::-1] for read in half[:JUDGED]]
     usual, own = usual_prior([scores_of(task, drawn=few) for task in asked])
-    if classes is not None:
-        heads = [_pooled(half, classes) for half in halves]
-        pairs = zip(heads, halves[::-1], strict=True)
-        around = [_asked(*read, head.of(read[0])) for head, unseen in pairs for read in unseen[:JUDGED]]
-        usual_around, shared = usual_prior([scores_of(task, drawn=few) for task in around])
-        if _helps(shared - own, "classification"):
-            _tell(usual_around)
-            told = by_number_of_rows(under(heads[0], usual_around), around) if few else under(heads[0], usual_around)
-            each = [(_names(half), told._replace(head=head.head)) for half, head in zip(halves, heads, strict=True)]
-            whole = told._replace(head=_pooled(_whole(halves), classes).head)
-            return HeadMean(whole, *paired(shared - own), tuple(each))
+    pooled = [] if classes is None else [_pooled(half, classes) for half in halves]
+    both = [heads for heads in (pooled, [layer, layer] if layer else []) if heads]  # of either half, or of neither
+    if both:
+        found = [_around(heads, halves, few) for heads in both]
+        shared = max(found, key=lambda each: float(each.told.mean()))
+        if _helps(shared.told - own, "classification"):
+            _tell(shared.usual)
+            told = under(shared.heads[0], shared.usual)
+            told = by_number_of_rows(told, shared.asked) if few else told
+            pairs = zip(halves, shared.heads, strict=True)
+            each = [(_names(half), told._replace(head=head.head)) for half, head in pairs]
+            whole = told
+            if classes is not None and shared.heads is pooled:
+                whole = told._replace(head=_pooled(_whole(halves), classes).head)
+            return HeadMean(whole, *paired(shared.told - own), tuple(each))
     if usual is None:
         return None
     _tell(usual)
     _, features, _ = halves[0][0]
     none = under(ClassHead(features.new_zeros(0, features.shape[-1] + 1)), usual)
     return HeadMean(by_number_of_rows(none, asked) if few else none, 0.0, 0.0)
+
+
+class _Around(NamedTuple):
+    """What tasks say of heads around a shared one: that of the half that they are not in."""
+
+    heads: list[ClassHead]
+    asked: list[Asked]
+    usual: UsualPrior | None
+    told: Tensor
+
+
+def _around(heads: list[ClassHead], halves: Sequence[Sequence[Read]], few: bool) -> _Around:
+    pairs = zip(heads, halves[::-1], strict=True)
+    asked = [_asked(*read, head.of(read[0])) for head, unseen in pairs for read in unseen[:JUDGED]]
+    return _Around(heads, asked, *usual_prior([scores_of(task, drawn=few) for task in asked]))
+
+
+def _layer(adapter: RandomAdapter, tasks: Sequence[Task]) -> ClassHead | None:
+    """Return the layer that the network is read before as a head of the tasks' classes, by their numbers."""
+    layer = None if adapter.before_head is None else adapter.before_head.layer
+    if layer is None or any(task.num_classes != len(layer) for task in tasks):
+        return None
+    return ClassHead(layer.to(adapter.initial))
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ __all__ = [
     "tempers_around_rates",
     "tests_classes",
     "trains_through_mean",
+    "tries_known_classes",
     "with_heads_settled",
 ]
 
@@ -46,7 +47,8 @@ __all__ = [
 #: odd task leaves the trial of joint training to the others; tasks choose the prior of their heads of classes together;
 #: predictions are tempered around the rates of a task's classes; regressions choose together how near to the head of
 #: all their own are; tasks of classes say together how many draws stay at the start of an adaptation; rows say whether
-#: a network's own classes are the tasks'; tasks choose a prior of their heads of classes for each number of rows.
+#: a network's own classes are the tasks'; tasks choose a prior of their heads of classes for each number of rows; a
+#: network that knows the tasks' classes is tried beside heads of their own too.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -59,6 +61,7 @@ RULES = {
     "unmoved draws": "of all tasks",
     "class layer": "by rows",
     "few rows": "a prior of their own",
+    "known classes": "on trial",
 }
 
 
@@ -83,6 +86,7 @@ def heads_settled(
     *,
     by_width: bool = True,
     by_rows: bool = True,
+    known_too: bool = True,
     trial: bool = False,
 ) -> Settled:
     """Settle whose the heads are (:func:`with_heads_settled`), and what they stand on.
@@ -93,6 +97,7 @@ def heads_settled(
         tasks: all of the run.
         by_width: see :func:`with_heads_settled`.
         by_rows: whether a network's own classes are put to the test (:mod:`~pyro_lift.tuning.class_layer`).
+        known_too: whether that is also asked of classes that the network knows.
         trial: whether both ways can be gone where it is doubtful which is better; else the network stays as it is.
 
     Raises:
@@ -101,7 +106,7 @@ def heads_settled(
     settled = with_heads_settled(settings, adapter, tasks, by_width=by_width)
     if not by_rows or settings.head_scale is not None or settings.head in ("langevin", "shared"):
         return Settled(settled, adapter)
-    apart = without_foreign_classes(adapter, tasks, settled.head_scale)
+    apart = without_foreign_classes(adapter, tasks, settled.head_scale, known_too=known_too)
     if apart is None or (apart.doubtful and not trial):
         return Settled(settled, adapter)
     return Settled(replace(settings, head_scale=AUTOMATIC_SCALE), apart.adapter, settled if apart.doubtful else None)
@@ -187,6 +192,11 @@ def finds_unmoved(session: Session | None) -> bool:
 def tests_classes(session: Session | None) -> bool:
     """Whether rows say if a network's own classes are the tasks': in a run of before they are taken to be."""
     return _has_rule(session, "class layer")
+
+
+def tries_known_classes(session: Session | None) -> bool:
+    """Whether heads are tried beside a network that knows the tasks' classes: in a run of before it stays."""
+    return _has_rule(session, "known classes")
 
 
 def lets_one_task_lose(session: Session | None) -> bool:

@@ -26,6 +26,7 @@ from pyro_lift.models.readouts import pool
 from pyro_lift.settings import LiFTSettings
 from pyro_lift.tuning.class_layer import loses_to, without_foreign_classes
 from pyro_lift.tuning.cross_fit import CrossFit
+from pyro_lift.tuning.head_mean import head_mean
 from pyro_lift.tuning.whose_heads import RULES, heads_settled, run_config
 
 CLASSES, WIDTH = 4, 12
@@ -47,6 +48,17 @@ def tasks(number: int = 12, rows: int = 24, *, permuted: bool, classes: int = CL
         y = labels(x, generator)
         y = torch.randperm(CLASSES, generator=generator)[y] if permuted else y
         made.append(Task(f"t{k}", (x[:rows], y[:rows]), num_classes=classes, test=(x[rows:], y[rows:])))
+    return made
+
+
+def shifted(number: int = 12, rows: int = 24) -> list[Task]:
+    """The same classes in every task, whose inputs lie elsewhere: a network that knows them is off by something."""
+    generator, made = torch.Generator().manual_seed(11), []
+    for task in tasks(number, rows, permuted=False):
+        by = 0.6 * torch.randn(6, generator=generator)
+        assert task.test is not None
+        near, far = ((part.positional[0] + by, part.target) for part in (task.train, task.test))
+        made.append(Task(task.name, near, num_classes=CLASSES, test=far))
     return made
 
 
@@ -103,6 +115,22 @@ def test_where_nothing_can_be_tried_a_new_layer_stays_under_shared_classes_alone
     assert stays.adapter is adapter and stays.settings == LiFTSettings() and stays.layer is None
     assert goes.adapter.before_head is not None and goes.layer is None
     tried = heads_settled(LiFTSettings(), adapter, tasks(permuted=False), trial=True)
+    assert tried.adapter.before_head is not None and tried.layer == LiFTSettings()
+
+
+def test_a_network_that_knows_the_classes_is_tried_beside_heads_that_know_more() -> None:
+    adapter, made = adapted(trained()), shifted()
+    apart = without_foreign_classes(adapter, made, None)
+    assert apart is not None and apart.doubtful and apart.adapter.before_head is not None
+    assert without_foreign_classes(adapter, made, None, known_too=False) is None
+    around = head_mean(apart.adapter, made)
+    assert around is not None and torch.equal(
+        around.head.head[:, :-1], torch.as_tensor(trained()[4].weight)
+    )  # the layer, not a pool's
+    pooled = head_mean(apart.adapter, made, layer=False)
+    assert pooled is None or not torch.equal(pooled.head.head, around.head.head)
+    stays, tried = (heads_settled(LiFTSettings(), adapter, made, trial=trial) for trial in (False, True))
+    assert stays.adapter is adapter and stays.layer is None
     assert tried.adapter.before_head is not None and tried.layer == LiFTSettings()
 
 
@@ -302,8 +330,8 @@ def test_a_prior_of_the_output_is_loaded_on_an_adapter_that_is_read_before_it(tm
     torch.testing.assert_close(read.adapt(made[11]).predict(rows), prior.adapt(made[11]).predict(rows), rtol=0, atol=0)
 
 
-def test_new_tasks_are_predicted_better_than_by_the_layer_where_they_name_their_classes_anew() -> None:
-    made = tasks(52, permuted=True)
+@pytest.mark.parametrize("made", [tasks(52, permuted=True), shifted(52)], ids=["named anew", "shifted"])
+def test_new_tasks_are_predicted_better_than_by_the_layer_where_it_is_off(made: list[Task]) -> None:
 
     def losses(**options: Any) -> Tensor:
         lift = LiFT(trained(), config(), sgd_steps=100, burn_in=10, samples=20, seed=0, **options)
@@ -315,16 +343,26 @@ def test_new_tasks_are_predicted_better_than_by_the_layer_where_they_name_their_
     assert float(gain.mean()) > 3.0 * float(gain.std()) / len(gain) ** 0.5
 
 
-def test_a_run_of_before_goes_on_with_the_layer(tmp_path: Path) -> None:
-    made = tasks(permuted=True)
-    then = {name: rule for name, rule in RULES.items() if name != "class layer"}
-    for rules, keeps in ((then, True), (RULES, False)):
+@pytest.mark.parametrize(
+    ("made", "rule", "said"),
+    [
+        (tasks(permuted=True), "class layer", "that layer is left out"),
+        (shifted(), "known classes", "Both ways are tried before the chain"),
+    ],
+    ids=["others", "known"],
+)
+def test_a_run_of_before_goes_on_with_the_layer(
+    made: list[Task], rule: str, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    then = {name: value for name, value in RULES.items() if name != rule}
+    for rules, asks in ((then, False), (RULES, True)):
         lift = LiFT(trained(), config(), **SHORT)
         session = Session(
-            tmp_path / str(keeps), config=run_config(lift.settings, lift.seed, lift.adapter, made, rules=rules)
+            tmp_path / str(asks), config=run_config(lift.settings, lift.seed, lift.adapter, made, rules=rules)
         )
-        (prior,) = lift.meta_train_many(made, [1], session=session, progress=False)
-        assert (prior.adapter.before_head is None) == keeps
+        with caplog.at_level(logging.INFO, "pyro_lift"):
+            (prior,) = lift.meta_train_many(made, [1], session=session, progress=False)
+        assert (said in caplog.text) == asks and (asks or prior.adapter.before_head is None)
 
 
 @pytest.mark.parametrize("visits", [50, 200, 400, 500], ids=str)
