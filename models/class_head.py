@@ -8,10 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.models.heads import UsualPrior
+from pyro_lift.models.heads import BIAS_SD, UsualPrior
 from pyro_lift.models.task import Task, head_outputs
 
 __all__ = ["ClassHead", "are_alike"]
+
+#: Times the rows by which tasks chose the prior of their heads, from which on a task knows its own biases.
+MANY_MORE = 4
 
 
 class ClassHead(NamedTuple):
@@ -50,9 +53,15 @@ class ClassHead(NamedTuple):
     def usual_of(self, rows: int) -> UsualPrior | None:
         """Return the prior of a head of so many rows.
 
-        Between two numbers that tasks speak of, logarithms of the standard deviations go as that of the number.
+        Between two numbers that tasks speak of, logarithms of the standard deviations go as that of the number. Of
+        :data:`MANY_MORE` times the rows that they were asked with, biases are free: on eight hundred rows those that
+        are right for a hundred cost 0.01 to 0.2 nats.
         """
-        if self.usual is None or not self.few or rows >= self.rows:
+        if self.usual is None or not self.few:
+            return self.usual
+        if rows >= MANY_MORE * self.rows:
+            return self.usual._replace(bias_sd=BIAS_SD)
+        if rows >= self.rows:
             return self.usual
         known = [*self.few, (self.rows, self.usual)]
         after = next(k for k, (number, _) in enumerate(known) if number >= rows)

@@ -32,7 +32,7 @@ from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.features import all_features
 from pyro_lift.models.head_choice import HeadChoice, choose_head
 from pyro_lift.models.head_problem import apply_head
-from pyro_lift.models.heads import ODD, HeadModel, ScalePrior, laplace_head, solve_head
+from pyro_lift.models.heads import BIAS_SD, ODD, HeadModel, ScalePrior, laplace_head, solve_head
 from pyro_lift.models.likelihoods import LossKind, log_likelihood
 from pyro_lift.models.observation import batch_of, has_head, head_features_of, network_output
 from pyro_lift.models.readouts import LabelMatching
@@ -51,6 +51,8 @@ __all__ = [
 
 #: Heads of a pass: each sees three quarters of its rows.
 FOLDS = 4
+#: Rows from which on a task's own may ask for biases that are freer than the other tasks' are.
+MANY = 32
 #: Features that are remembered, and the most numbers of each: the draws behind a prediction are read twice.
 REMEMBERED, LARGEST = 16, 2**21
 
@@ -140,7 +142,11 @@ class SolvedHeads:
         # What tasks say of a prior is of where theirs stand: around the head of all, or around zero.
         told_of = mean is not None and (around is not None or len(mean.head) == 0)
         usual = mean.usual_of(len(target)) if mean is not None and told_of else None
-        return choose_head(features, target, outputs, around=around, usual=usual)
+        choice = choose_head(features, target, outputs, around=around, usual=usual)
+        if usual is None or mean is None or not mean.few or usual.bias_sd >= BIAS_SD or len(target) < MANY:
+            return choice
+        free = choose_head(features, target, outputs, around=around, usual=usual._replace(bias_sd=BIAS_SD))
+        return free if (free.score - choice.score) * len(target) > ODD else choice
 
     def _is_odd(self, task: int, gain: float) -> bool:
         """Whether a task's rows are so much better predicted by a head around zero that it has that."""

@@ -20,7 +20,7 @@ from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_head import ClassHead
-from pyro_lift.models.head_problem import HeadModel, apply_head
+from pyro_lift.models.head_problem import BIAS_SD, HeadModel, apply_head
 from pyro_lift.models.heads import BIAS_SDS, LOGIT_WIDTHS, UsualPrior, solve_head
 from pyro_lift.models.solved_heads import SolvedHeads
 from pyro_lift.support.archive import DamagedError, sealed
@@ -99,6 +99,7 @@ def test_a_head_has_the_prior_of_its_rows_and_between_two_numbers_one_between(ro
     found = head.usual_of(rows)
     assert found is not None
     assert found.width == pytest.approx(width)
+    assert (found.bias_sd == BIAS_SD) == (rows == 500)  # which knows its own
     between = head.usual_of(4)
     assert between is not None
     assert between == pytest.approx((0.8, 0.3**0.5))
@@ -115,6 +116,19 @@ def test_a_task_is_solved_under_the_prior_of_its_rows(prior: LiFTPrior) -> None:
     assert solved.choice(0).sd * math.sqrt(WIDTH) == pytest.approx(known[2].width)
     assert solved.choice(0).model.bias_sd == known[2].bias_sd
     assert solved.choice(1).model.bias_sd == prior.head_mean.bias_sd
+
+
+def test_a_task_of_some_rows_may_ask_for_freer_biases_than_the_others(prior: LiFTPrior) -> None:
+    assert prior.head_mean is not None and prior.head_mean.bias_sd is not None
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(60, 6, generator=generator)
+    even, uneven = torch.arange(60) % CLASSES, (torch.arange(60) % 20 == 0).long()
+    new = [Task(str(k), (inputs, y), num_classes=CLASSES) for k, y in enumerate((even, uneven))]
+    tight = prior.head_mean._replace(bias_sd=0.1)
+    solved = SolvedHeads(prior.adapter, new, prior.adapter.initial, mean=tight)
+    assert [solved.choice(k).model.bias_sd for k in (0, 1)] == [0.1, BIAS_SD]
+    old = SolvedHeads(prior.adapter, new, prior.adapter.initial, mean=tight._replace(few=()))
+    assert old.choice(1).model.bias_sd == 0.1  # as priors of before have it
 
 
 def loss_a_task(prior: LiFTPrior, new: list[Task]) -> Tensor:
