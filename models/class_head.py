@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lift.models.heads import BIAS_SD, UsualPrior
+from pyro_lift.models.heads import BIAS_SD, FewRows, UsualPrior
 from pyro_lift.models.task import Task, head_outputs
 
 __all__ = ["ClassHead", "are_alike"]
@@ -43,12 +43,16 @@ class ClassHead(NamedTuple):
     bias_sd: float | None = None
     around_width: float | None = None
     rows: int = 0
-    few: tuple[tuple[int, UsualPrior], ...] = ()
+    few: FewRows = ()
 
     @property
     def usual(self) -> UsualPrior | None:
         """What the tasks say together of the prior of their heads of classes; None where they were not asked."""
         return None if self.bias_sd is None else UsualPrior(self.width, self.bias_sd)
+
+    def with_few(self, few: FewRows) -> ClassHead:
+        """Return the same with priors of heads of fewer rows than :attr:`rows`."""
+        return self._replace(few=tuple((rows, usual) for rows, usual in few if rows < self.rows))
 
     def usual_of(self, rows: int) -> UsualPrior | None:
         """Return the prior of a head of so many rows.
@@ -65,8 +69,11 @@ class ClassHead(NamedTuple):
             return self.usual
         known = [*self.few, (self.rows, self.usual)]
         after = next(k for k, (number, _) in enumerate(known) if number >= rows)
-        (low, one), (high, other) = known[max(after - 1, 0)], known[after]
-        t = 1.0 if high <= max(low, rows) else math.log(rows / low) / math.log(high / low)
+        high, other = known[after]
+        if after == 0 or high == rows:
+            return other
+        low, one = known[after - 1]
+        t = math.log(rows / low) / math.log(high / low)
         return UsualPrior(*(x ** (1.0 - t) * y**t for x, y in zip(one, other, strict=True)))
 
     def of(self, task: Task) -> Tensor | None:

@@ -56,6 +56,7 @@ __all__ = [
     "LOGIT_WIDTHS",
     "ODD",
     "SURE",
+    "FewRows",
     "HeadKind",
     "HeadModel",
     "PriorChoice",
@@ -116,6 +117,10 @@ class UsualPrior(NamedTuple):
 
     width: float
     bias_sd: float
+
+
+#: Numbers of rows, rising, and the prior of heads of so many.
+FewRows = tuple[tuple[int, UsualPrior], ...]
 
 
 class PriorChoice(NamedTuple):

@@ -20,6 +20,7 @@ from pyro_lift.models.row_outputs import are_probabilities, mixing_of
 from pyro_lift.models.rows import some_rows
 from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
 from pyro_lift.models.task import Task
+from pyro_lift.support.evenly import spread_evenly
 
 __all__ = ["PriorLoss", "prior_loss"]
 
@@ -84,7 +85,7 @@ def prior_loss(
     """
     generator = torch.Generator(device=centre.device).manual_seed(0)
     noise = torch.randn(DRAWS, len(centre), generator=generator, dtype=centre.dtype, device=centre.device)
-    some = [tasks[k * len(tasks) // min(TASKS, len(tasks))] for k in range(min(TASKS, len(tasks)))]
+    some = spread_evenly(tasks, TASKS)
     at_centre, drawn, chance, seen = [], [], [], []
     for task in some:
         own = has_solved_head(adapter, task, head_scale) if solve else has_head(task, head_scale)

@@ -16,6 +16,7 @@ from pyro_lift.models.prior_loss import ROWS, TASKS
 from pyro_lift.models.rows import some_rows
 from pyro_lift.models.target_families import families_of
 from pyro_lift.models.task import Task
+from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.support.wording import some_tasks
 
 __all__ = ["Units", "advice_on_units", "units_of", "warn_of_new_units", "warn_of_units"]
@@ -82,7 +83,7 @@ def units_of(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor | None
 
 @torch.no_grad()
 def _units_of_each(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor, noise: float) -> list[Units]:
-    some = [tasks[k * len(tasks) // min(TASKS, len(tasks))] for k in range(min(TASKS, len(tasks)))]
+    some = spread_evenly(tasks, TASKS)
     targets, means, within = [], [], []
     for task in some:
         rows = some_rows(task.train, ROWS)

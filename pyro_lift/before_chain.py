@@ -122,9 +122,9 @@ class ChainSetup:
         """Find what is left to the tasks: whether joint training helps, the prior's widths, what unseen tasks say."""
         on_step = {part: None if watchers is None else watchers.of(part) for part in ("joint-trial", "cross-fit")}
         run = self._with(for_targets(self.settings, tasks))
-        widths = {"widths": has_usual_widths(session), "around": has_value_widths(session)}
-        widths |= {"few_rows": has_few_rows(session), "layer": tries_known_classes(session)}
-        run.head_mean = run._head_mean(tasks, **widths) if has_head_mean(session) else None
+        rules = {"widths": has_usual_widths(session), "around": has_value_widths(session)}
+        rules |= {"few_rows": has_few_rows(session), "layer": tries_known_classes(session)}
+        run.head_mean = run._head_mean(tasks, **rules) if has_head_mean(session) else None
         if run.head_mean is not None and not trains_through_mean(session):
             run.head_mean = run.head_mean._replace(halves=())
         joint = None if start is not None else run._joint(tasks, session, progress, on_step["joint-trial"])
@@ -349,12 +349,12 @@ class ChainSetup:
 
         return score
 
-    def _head_mean(self, tasks: Sequence[Task], **widths: bool) -> HeadMean | None:
+    def _head_mean(self, tasks: Sequence[Task], **rules: bool) -> HeadMean | None:
         """Find the head that tasks' own stand around, where these are solved on the network's output."""
         head = self.settings.head
         if head in ("langevin", "shared") or self._head_scale(tasks, self.settings) is None:
             return None
-        return head_mean(self.adapter, [task.to(self.adapter.initial.device) for task in tasks], **widths)
+        return head_mean(self.adapter, [task.to(self.adapter.initial.device) for task in tasks], **rules)
 
     def program(self, tasks: Sequence[Task]) -> AdapterHierarchy:
         """Return the Pyro program that :meth:`meta_train` samples."""

@@ -40,6 +40,7 @@ from pyro_lift.metrics.task import scores
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.settings import LiFTSettings
+from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.support.options import check_number
 from pyro_lift.tuning.choosing import FAILED, tune
 from pyro_lift.tuning.development import development_verdict
@@ -174,17 +175,13 @@ def benchmark_of(
 def _cut(benchmark: Benchmark, settings: ComparisonSettings) -> Benchmark:
     """Return the benchmark with no more development and unseen tasks than the settings say."""
     tasks = benchmark.tasks
-    dev, test = _spread(tasks.dev, settings.dev_tasks), _spread(tasks.test, settings.test_tasks)
+    dev, test = (
+        tuple(spread_evenly(tasks.dev, settings.dev_tasks)),
+        tuple(spread_evenly(tasks.test, settings.test_tasks)),
+    )
     return benchmark._replace(
         tasks=replace(tasks, dev=dev if len(settings.rates) > 1 or settings.tune else (), test=test)
     )
-
-
-def _spread(tasks: Sequence[Any], most: int) -> tuple[Any, ...]:
-    """Pick at most so many, evenly over the list: neighbours in a list of tasks are often relatives."""
-    if len(tasks) <= most:
-        return tuple(tasks)
-    return tuple(tasks[k * len(tasks) // most] for k in range(most))
 
 
 def hold_out(tasks: TaskCollection[Any], names: Sequence[str]) -> TaskCollection[Any]:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from pyro_lift.models.class_head import ClassHead
-from pyro_lift.models.heads import UsualPrior
+from pyro_lift.models.heads import FewRows, UsualPrior
 from pyro_lift.models.likelihoods import LossKind
 from pyro_lift.models.out_of_proportion import InputSize
 from pyro_lift.saving.parts import SavablePrior
@@ -124,7 +124,7 @@ def _saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str
     return ClassHead(head, tuple(labels), width, sd, bias_sd, around_width, int(rows), few)
 
 
-def _saved_few(path: Path, config: Mapping[str, Any]) -> tuple[tuple[int, UsualPrior], ...]:
+def _saved_few(path: Path, config: Mapping[str, Any]) -> FewRows:
     """Read the priors of heads of few rows; folders from before have none.
 
     Raises:
@@ -133,13 +133,13 @@ def _saved_few(path: Path, config: Mapping[str, Any]) -> tuple[tuple[int, UsualP
     few = config.get("head_few", [])
     try:
         found = tuple((int(rows), UsualPrior(float(width), float(bias_sd))) for rows, width, bias_sd in few)
+        if all(0.0 < x < math.inf for rows, usual in found for x in (rows, *usual)):
+            return found
     except (TypeError, ValueError):
-        found = ((0, UsualPrior(0.0, 0.0)),)
-    if not all(0.0 < x < math.inf for rows, usual in found for x in (rows, *usual)):
-        raise DamagedError(
-            f"{path}: key 'head_few' is {few!r}; expected numbers of rows, each with two standard deviations."
-        )
-    return found
+        pass
+    raise DamagedError(
+        f"{path}: key 'head_few' is {few!r}; expected numbers of rows, each with two standard deviations."
+    )
 
 
 def saved_positive(path: Path, config: Mapping[str, Any], name: str) -> float:

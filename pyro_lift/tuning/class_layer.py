@@ -43,6 +43,7 @@ from pyro_lift.models.chance import chance_loss
 from pyro_lift.models.features import all_features, before_head
 from pyro_lift.models.observation import AUTOMATIC_SCALE, first_output, naming_inputs, outputs
 from pyro_lift.models.task import Rows, Task
+from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.tuning.cross_fit import CrossFit
 from pyro_lift.tuning.halves import FEWEST_TASKS, LEVEL, PLAIN, is_above_zero, log_probs_at
 from pyro_lift.tuning.head_mean import head_mean
@@ -99,8 +100,7 @@ def without_foreign_classes(
         )
         return None
     device = adapter.initial.device
-    some = [tasks[k * len(tasks) // min(ASKED, len(tasks))] for k in range(min(ASKED, len(tasks)))]
-    some = [replace(task, train=drawn_rows(task.train, ROWS)).to(device) for task in some]
+    some = [replace(task, train=drawn_rows(task.train, ROWS)).to(device) for task in spread_evenly(tasks, ASKED)]
     apart = _apart(adapter, some[0].train)
     if head_scale is None:
         scores = [_scores(adapter, task) for task in some]

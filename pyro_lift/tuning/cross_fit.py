@@ -52,7 +52,7 @@ from pyro_lift.inference.adaptation.predict import predict
 from pyro_lift.inference.adaptation.temperature import HIGHEST, Predicted, fit_temperature
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.heads import UsualPrior
+from pyro_lift.models.heads import FewRows, UsualPrior
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Task
 from pyro_lift.tuning.halves import TASKS, Begin, Joint, Score, is_above_zero, paired
@@ -80,8 +80,6 @@ ADAPTED, ROWS = 12, 50
 #: temperature: 0.8 to 1.9 on 17 families, 1.2 in the mean of logarithms.
 HALVED = 1.2
 
-#: Numbers of rows, rising, and the prior of heads of so many.
-FewRows = tuple[tuple[int, UsualPrior], ...]
 #: Posteriors of some tasks, adapted to from where joint training of others stands, at a noise (of regressions; None
 #: elsewhere) and with a power on the likelihood over meta-training's.
 Adapt = Callable[[Standing, Sequence[Task], float | None, float], Sequence[Any]]

@@ -41,7 +41,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.head_choice import choose_head
 from pyro_lift.models.head_problem import HeadModel, apply_head
-from pyro_lift.models.heads import UsualPrior, choose_prior_sd, solve_head
+from pyro_lift.models.heads import FewRows, UsualPrior, choose_prior_sd, solve_head
 from pyro_lift.models.observation import head_features_of
 from pyro_lift.models.target_families import families_of
 from pyro_lift.models.task import Task, head_outputs
@@ -88,10 +88,9 @@ class HeadMean(NamedTuple):
         """Return the head of the half that has none of the tasks; that of all where they are of both."""
         return next((head for names, head in self.halves if not any(task.name in names for task in tasks)), self.head)
 
-    def with_few(self, few: tuple[tuple[int, UsualPrior], ...]) -> HeadMean:
+    def with_few(self, few: FewRows) -> HeadMean:
         """Return the same with what tasks say of heads of few rows after joint training; none leaves what they said."""
-        few = tuple((rows, usual) for rows, usual in few if rows < self.head.rows)
-        return self._replace(head=self.head._replace(few=few)) if few else self
+        return self._replace(head=self.head.with_few(few)) if few else self
 
     def results(self) -> dict[str, float]:
         """Measures for the prior's folder and card; none where no head is shared."""
@@ -256,15 +255,15 @@ def asked_at(adapter: RandomAdapter, tasks: Sequence[Task], vector: Tensor, mean
     for task in tasks[: 2 * JUDGED]:
         around = mean.of(task) if shared else None
         if around is not None or not shared:
-            rows = drawn_rows(task.train, CHOICE_ROWS)
-            found.append(_asked(task, head_features_of(adapter, task, rows, vector), rows.target, around))
+            found.append(_asked(task, *_read(adapter, task, CHOICE_ROWS, vector), around))
     return found
 
 
 def _asked(task: Task, x: Tensor, y: Tensor, around: Tensor | None) -> Asked:
     classes = head_outputs(task)
     assert classes is not None
-    return Asked(x, y, classes, around)
+    some = _drawn(x, CHOICE_ROWS) if len(x) > CHOICE_ROWS else slice(None)
+    return Asked(x[some], y[some], classes, around)
 
 
 def _tell(usual: UsualPrior | None) -> None:
@@ -275,7 +274,7 @@ def _tell(usual: UsualPrior | None) -> None:
 def _halves(adapter: RandomAdapter, tasks: Sequence[Task]) -> list[list[Read]]:
     """Deal the tasks into halves, with the features of some rows of each."""
     share = max(ROWS // len(tasks), 1)
-    return [[(task, *_read(adapter, task, share)) for task in half] for half in dealt(tasks, 2)]
+    return [[(task, *_read(adapter, task, share, adapter.initial)) for task in half] for half in dealt(tasks, 2)]
 
 
 def _whole(halves: Sequence[Sequence[Read]]) -> list[Read]:
@@ -330,10 +329,10 @@ def _gain(task: Task, x: Tensor, y: Tensor, around: ClassHead) -> float:
     return shared - own
 
 
-def _read(adapter: RandomAdapter, task: Task, most: int) -> tuple[Tensor, Tensor]:
+def _read(adapter: RandomAdapter, task: Task, most: int, theta: Tensor) -> tuple[Tensor, Tensor]:
     """Read the features and the targets of some rows of a task; of more rows than these they are drawn."""
     rows = drawn_rows(task.train, most)
-    return head_features_of(adapter, task, rows, adapter.initial), rows.target
+    return head_features_of(adapter, task, rows, theta), rows.target
 
 
 def _pooled(read: Sequence[tuple[Task, Tensor, Tensor]], classes: list[str] | int) -> ClassHead:

@@ -19,7 +19,6 @@ it goes on, tasks are asked again with few rows, on features of the half of the 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -29,13 +28,12 @@ from torch import Tensor
 
 from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.head_problem import HeadModel, apply_head, head_problem, newton
-from pyro_lift.models.heads import BIAS_SDS, LOGIT_WIDTHS, UsualPrior, choose_prior_sd, scaling_of
+from pyro_lift.models.heads import BIAS_SDS, LOGIT_WIDTHS, FewRows, UsualPrior, choose_prior_sd, scaling_of
+from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.support.small_problems import on_one_thread
 from pyro_lift.tuning.halves import FEWEST_TASKS
 
 __all__ = ["CHOICE_ROWS", "Asked", "by_number_of_rows", "few_rows", "scores_of", "under", "usual_prior"]
-
-log = logging.getLogger("pyro_lift")
 
 #: Rows of a task by which it chooses, at most; and of the few that it is asked with.
 CHOICE_ROWS, MOST_FEW = 100, 32
@@ -51,7 +49,7 @@ TOLERANCE = 1e-3
 
 
 class Asked(NamedTuple):
-    """Rows of a task that say something of the prior of its head.
+    """Rows of a task that say something of the prior of its head, :data:`CHOICE_ROWS` at most.
 
     Attributes:
         features: ``[n, E]``.
@@ -65,13 +63,6 @@ class Asked(NamedTuple):
     num_classes: int
     around: Tensor | None = None
 
-    def some(self) -> Asked:
-        """Return the same of no more rows than a task chooses by, drawn."""
-        if len(self.target) <= CHOICE_ROWS:
-            return self
-        chosen = _order(len(self.target), 0)[:CHOICE_ROWS].to(self.target.device)
-        return self._replace(features=self.features[chosen], target=self.target[chosen])
-
 
 def scores_of(asked: Asked, *, drawn: bool = True) -> Tensor:
     """Return the log probability of a task's left-out rows, a row, for each sd of a bias and each width.
@@ -82,7 +73,7 @@ def scores_of(asked: Asked, *, drawn: bool = True) -> Tensor:
         asked: the task's rows.
         drawn: whether what is left out is drawn; as runs of before, it is dealt class by class.
     """
-    x, y, C, around = asked.some()
+    x, y, C, around = asked
     if len(x) == 1:
         told = -math.log(C) if around is None else float(apply_head(x.double(), around.double()).log_softmax(-1)[0, y])
         return torch.full((len(BIAS_SDS), len(LOGIT_WIDTHS)), told, dtype=torch.float64)
@@ -104,7 +95,7 @@ def usual_prior(scores: Sequence[Tensor]) -> tuple[UsualPrior | None, Tensor]:
     return UsualPrior(LOGIT_WIDTHS[width], BIAS_SDS[bias]), all_of[:, bias, width]
 
 
-def few_rows(tasks: Sequence[Asked]) -> tuple[tuple[int, UsualPrior], ...]:
+def few_rows(tasks: Sequence[Asked]) -> FewRows:
     """Find the prior of heads of 1, 2, 4, ... rows, up to half of what four of the tasks have.
 
     Args:
@@ -113,11 +104,9 @@ def few_rows(tasks: Sequence[Asked]) -> tuple[tuple[int, UsualPrior], ...]:
     Returns:
         Numbers of rows, rising, and the prior of each; none where all tasks are of a single row.
     """
-    some = [tasks[k * len(tasks) // FEW_ASKED] for k in range(FEW_ASKED)] if len(tasks) > FEW_ASKED else list(tasks)
-    some = [task.some() for task in some]
     found, number = [], 1
     while number <= MOST_FEW:
-        able = [(k, task) for k, task in enumerate(some) if len(task.target) >= 2 * number]
+        able = [(k, task) for k, task in enumerate(spread_evenly(tasks, FEW_ASKED)) if len(task.target) >= 2 * number]
         if len(able) < FEWEST_TASKS:
             break
         usual, _ = usual_prior([_with_few(task, number, seed) for seed, task in able])
@@ -129,8 +118,8 @@ def few_rows(tasks: Sequence[Asked]) -> tuple[tuple[int, UsualPrior], ...]:
 
 def by_number_of_rows(head: ClassHead, tasks: Sequence[Asked]) -> ClassHead:
     """Give a head what its tasks say of heads of few rows, and how many rows what they say of theirs is of."""
-    rows = sorted(min(len(task.target), CHOICE_ROWS) for task in tasks)[len(tasks) // 2]
-    return head._replace(rows=rows, few=tuple((n, usual) for n, usual in few_rows(tasks) if n < rows))
+    rows = sorted(len(task.target) for task in tasks)[len(tasks) // 2]
+    return head._replace(rows=rows).with_few(few_rows(tasks))
 
 
 def under(head: ClassHead, usual: UsualPrior | None) -> ClassHead:

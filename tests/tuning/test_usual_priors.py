@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift import LiFT, LiFTPrior, Task
+from pyro_lift.inference.adaptation.temperature import Predicted
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.metrics.probabilities import nll
@@ -187,13 +188,11 @@ def test_a_run_of_before_goes_on_with_one_prior_for_all(tmp_path: Path) -> None:
 
 def test_after_joint_training_tasks_are_asked_again_and_the_answer_is_kept(tmp_path: Path) -> None:
     answers = [((1, UsualPrior(0.1, 0.3)), (2, UsualPrior(0.5, 1.0)))]
-    probabilities = torch.full((5, CLASSES), 1.0 / CLASSES)
+    probabilities = torch.full((50, CLASSES), 1.0 / CLASSES)
 
     class Adapted:
         def predicted(self, rows: Any) -> Any:
-            from pyro_lift.inference.adaptation.temperature import Predicted
-
-            return Predicted(probabilities[: len(rows)].expand(len(rows), -1), rows.target)
+            return Predicted(probabilities[: len(rows)], rows.target)
 
     def adapt(standing: Any, some: Any, noise: float | None, power: float) -> list[Any]:
         return [Adapted() for _ in some]
@@ -201,7 +200,6 @@ def test_after_joint_training_tasks_are_asked_again_and_the_answer_is_kept(tmp_p
     judge = Judge(lambda *_: torch.zeros(1), adapt=adapt, few_rows=answers.pop)
     made = tasks(4, 4)
     options: Any = (made, torch.zeros(2), None, lambda *_: None, judge, WorkBefore(tmp_path / "kept"))
-    probabilities = torch.full((50, CLASSES), 1.0 / CLASSES)
     found = cross_fit(*options)
     again = cross_fit(*options)  # of the folder: nobody is asked, or the list would be empty
     assert isinstance(found, CrossFit) and found.few_rows == again.few_rows and found.few_rows[1][1].width == 0.5

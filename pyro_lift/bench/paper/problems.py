@@ -15,6 +15,7 @@ from pyro_lift.data.collection import TaskCollection
 from pyro_lift.data.load import load_tasks
 from pyro_lift.data.text import CHOICES, TextTask
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.wiring import adapter_of, encode_tasks
 
 __all__ = ["DataAbsentError", "PaperProblem", "check_data", "load_collection", "problem_of", "spread"]
@@ -109,12 +110,7 @@ def _with_labels(tasks: TaskCollection[Any]) -> TaskCollection[Any]:
 
 def spread(tasks: Sequence[Any], most: int) -> tuple[Any, ...]:
     """Pick at most so many, evenly over the list, and never all of it: neighbours are often relatives."""
-    return _evenly(tasks, min(most, max(len(tasks) - 2, 0)))
-
-
-def _evenly(tasks: Sequence[Any], most: int) -> tuple[Any, ...]:
-    count = min(most, len(tasks))
-    return tuple(tasks[k * len(tasks) // count] for k in range(count))
+    return tuple(spread_evenly(tasks, min(most, max(len(tasks) - 2, 0))))
 
 
 def problem_of(
@@ -141,8 +137,8 @@ def problem_of(
         collection = replace(collection, train=collection.train[:3])
     collection = replace(
         collection,
-        dev=_evenly(collection.dev, sizes.dev_tasks),
-        test=_evenly(collection.test, sizes.test_tasks),
+        dev=tuple(spread_evenly(collection.dev, sizes.dev_tasks)),
+        test=tuple(spread_evenly(collection.test, sizes.test_tasks)),
     )
     config = RunConfig(
         backbone=BackboneConfig(name=setting.backbone, kind=setting.kind),
