@@ -62,6 +62,7 @@ from pyro_lift.tuning.whose_heads import (
     has_value_widths,
     leaves_outliers_out,
     lets_one_task_lose,
+    sharpens_by_rows,
     tempers_around_rates,
     trains_through_mean,
     tries_known_classes,
@@ -269,6 +270,8 @@ class ChainSetup:
         judge = Judge(
             score, predict, adapt if sure or strength else None, noise, strength, usual, partial(few_rows, asked)
         )
+        if not sharpens_by_rows(session):
+            judge = judge._replace(own_rows=None)
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 
     def _moved(self, s: LiFTSettings, moments: dict[str, Tensor], tasks: Sequence[Task]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from pyro_lift.before_chain import BeforeChain, ChainSetup
 from pyro_lift.defaults import resolved, resolved_adaptation, say_loosened, warn_of_rates, with_translation
 from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.adaptation.failures import named_chain, those_kept
+from pyro_lift.inference.adaptation.tempered_rows import tempered_rows
 from pyro_lift.inference.chain_summary import ChainSummary, LogMean, SummaryMaker
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import MOVED, warn_of_few
@@ -61,6 +62,7 @@ from pyro_lift.tuning.whose_heads import (
     counts_width,
     heads_settled,
     run_config,
+    sharpens_by_rows,
     tempers_around_rates,
     tests_classes,
     tries_known_classes,
@@ -372,6 +374,10 @@ class LiFT(ChainSetup):
         def beta_of() -> Any:
             return learned_beta(s.beta, kept.stats.get((0, VARIANCE)))
 
+        rows_of_temperature = None if halves is None else halves.rows
+        if self.tuning is not None and self.tuning.temperature is not None and sharpens_by_rows(session):
+            rows_of_temperature = tempered_rows(tasks)
+
         def prior(k: int, summary: ChainSummary, moments: dict[str, Tensor], results: dict[str, float]) -> LiFTPrior:
             return LiFTPrior(
                 self.adapter,
@@ -393,6 +399,7 @@ class LiFT(ChainSetup):
                 head_mean=None if run.head_mean is None else run.head_mean.head,
                 input_sizes=sizes,
                 around_rates=tempers_around_rates(session),
+                tempered_rows=rows_of_temperature,
                 encoding=next((task.encoding for task in tasks if task.encoding is not None), None),
             )
 

@@ -20,6 +20,7 @@ from pyro_lift.defaults import inherited, one_width, resolved, warn_of_adaptatio
 from pyro_lift.generation.decode import generate
 from pyro_lift.inference.adaptation.chain import Shown, Source
 from pyro_lift.inference.adaptation.temperature import HIGHEST, LOWEST
+from pyro_lift.inference.adaptation.tempered_rows import TemperedRows, tempered_rows
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
@@ -59,6 +60,7 @@ _OF_THE_TASKS = (
     "classes",
     "masks",
     "around_rates",
+    "tempered_rows",
     "head_mean",
     "input_sizes",
 )
@@ -89,6 +91,8 @@ class LiFTPrior:
         masks: whether shared outputs that are no classes of a new task have no probability; False of one saved before.
         around_rates: whether predictions are tempered around the rates of a task's classes where these are plainly
             uneven (:mod:`~pyro_lift.inference.adaptation.class_rates`); False of one saved before.
+        tempered_rows: of the tasks that the temperature of predictions was found at, where one below 1 holds for such
+            (:mod:`~pyro_lift.inference.adaptation.tempered_rows`); None, as of a prior saved before, for all.
         head_mean: the head that new tasks' own have their prior around, where the tasks it was learned
             from share their classes (:mod:`~pyro_lift.tuning.head_mean`); None is zero.
         input_sizes: how large inputs are in most of the tasks it was learned from (:func:`.usual_sizes`), against which
@@ -117,6 +121,7 @@ class LiFTPrior:
         classes: Mapping[str, int] | None = None,
         masks: bool = True,
         around_rates: bool = True,
+        tempered_rows: TemperedRows | None = None,
         head_mean: ClassHead | None = None,
         input_sizes: Mapping[str, InputSize] | None = None,
     ) -> None:
@@ -127,7 +132,7 @@ class LiFTPrior:
         self.adapt_settings = adapt_settings or AdaptSettings()
         self.second_moment = second_moment or {}
         self.mcmc, self.seed, self.encoding, self.masks = mcmc, seed, encoding, masks
-        self.around_rates = around_rates
+        self.around_rates, self.tempered_rows = around_rates, tempered_rows
         self.head_mean, self.input_sizes = head_mean, dict(input_sizes or {})
 
     def __repr__(self) -> str:
@@ -220,6 +225,7 @@ class LiFTPrior:
         warn_of_what_is_given_away(tasks)
         adapt = partial(self.adapt_many, seed=seed, **options)
         self.prediction_temperature = fitted_on_held_out(tasks, adapt, most_rows)
+        self.tempered_rows = tempered_rows(tasks)
         if self.prediction_temperature in (LOWEST, HIGHEST) and tasks[0].kind != "regression":
             log.warning(
                 "calibrate: the temperature is %g, the bound of what is looked for: the rows are all right, all wrong, "
@@ -314,6 +320,7 @@ class LiFTPrior:
             prediction_temperature=self.prediction_temperature,
             head_mean=self.head_mean,
             around_rates=self.around_rates,
+            tempered_rows=self.tempered_rows,
         )
 
     def theta(self, task: str) -> Tensor:

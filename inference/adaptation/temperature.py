@@ -9,6 +9,14 @@ elsewhere they are even, and fall out. With b = 1/T and :math:`\ell = \log (p / 
 :math:`\log \sum_c r_c e^{b \ell_c} - \log r_y - b\,\ell_y`, is convex in b, so the derivative has one root. It is the
 averaged probabilities that are tempered, not each draw's.
 
+A hundred rows that are nearly all right would have a temperature next to 0, at which a single wrong one costs ten nats.
+Predictions may so be rows of their own, :math:`K` of them, dealt as the :math:`N` rows are:
+
+.. math:: \hat T = \arg\min_T \tfrac1M \sum_i \tfrac1{n_i} \sum_n \Big(-\log p_T(y_{in} \mid x_{in})
+          - \tfrac K N \sum_c p(c \mid x_{in}) \log p_T(c \mid x_{in})\Big)
+
+whose second term is least at 1: of few rows T is closer to that, and on the same side of it.
+
 References:
     On calibration of modern neural networks, Guo et al., 2017, arXiv:1706.04599.
 """
@@ -67,16 +75,18 @@ def tempered(probabilities: Tensor, temperature: float, rates: Tensor | None = N
     return torch.softmax(base + (logs - base) / temperature, -1)
 
 
-def fit_temperature(predictions: Sequence[Predicted | tuple[Tensor, Tensor]]) -> float:
+def fit_temperature(predictions: Sequence[Predicted | tuple[Tensor, Tensor]], own_rows: float = 0.0) -> float:
     """Return the temperature with the lowest mean NLL over tasks, at least ``LOWEST``, at most ``HIGHEST``.
 
     Args:
         predictions: of each task; a pair has no rates.
+        own_rows: rows K that predictions are of their own.
 
     Raises:
         ValueError: no rows at all.
     """
-    tasks: list[tuple[Tensor, Tensor, Tensor | float]] = []
+    tasks: list[tuple[Tensor, Tensor, Tensor | float, Tensor | float]] = []
+    count = 0
     for probabilities, target, rates in (Predicted(*each) for each in predictions):
         counted = target.cpu() != IGNORED
         p = probabilities.cpu()[counted]
@@ -84,16 +94,22 @@ def fit_temperature(predictions: Sequence[Predicted | tuple[Tensor, Tensor]]) ->
         if len(p):
             base = 0.0 if rates is None else rates.double().cpu().log()
             logs = _logarithms(p) - base
-            tasks.append((logs, logs.gather(-1, target.cpu()[counted].unsqueeze(-1)).squeeze(-1), base))
+            right = logs.gather(-1, target.cpu()[counted].unsqueeze(-1)).squeeze(-1)
+            tasks.append((logs, right, base, (p.double() * logs).sum(-1) if own_rows else 0.0))
+            count += len(right)
     if not tasks:
         raise ValueError("no row to fit a temperature on.")
     from scipy.optimize import brentq
 
     def slope(inverse: float) -> float:
-        """Differentiate the mean NLL by b: the mean of E_b[log (p / r)] - log (p(y) / r_y)."""
-        means = [(((base + inverse * logs).softmax(-1) * logs).sum(-1) - right).mean() for logs, right, base in tasks]
+        """Differentiate the mean NLL by b: the mean of E_b[log (p / r)] - log (p(y) / r_y), and of own rows."""
+        means = []
+        for logs, right, base, own in tasks:
+            expected = ((base + inverse * logs).softmax(-1) * logs).sum(-1)
+            means.append((expected - right + share * (expected - own)).mean())
         return float(torch.stack(means).mean())
 
+    share = own_rows / count
     low, high = 1.0 / HIGHEST, 1.0 / LOWEST
     at_low, at_high = slope(low), slope(high)
     if at_low >= 0.0 and at_high <= 0.0:  # flat: the predictions are uniform, and every temperature is as good

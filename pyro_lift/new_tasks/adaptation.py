@@ -29,6 +29,7 @@ from pyro_lift.inference.adaptation.meta_testing import (
     best_starts,
     heads_at_best_start,
 )
+from pyro_lift.inference.adaptation.tempered_rows import TemperedRows
 from pyro_lift.inference.adaptation.unmoved import Unmoved
 from pyro_lift.inference.mcmc import MCMC
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
@@ -80,6 +81,8 @@ class Adaptation:
         prediction_temperature: that posteriors predict with.
         head_mean: the head that tasks' own have their prior around; None is zero.
         around_rates: whether predictions are tempered around the rates of a task's classes.
+        tempered_rows: that tasks had from which the temperature was found, where below 1 it holds for such; None for
+            all.
     """
 
     adapter: RandomAdapter
@@ -93,6 +96,7 @@ class Adaptation:
     prediction_temperature: float
     head_mean: ClassHead | None = None
     around_rates: bool = True
+    tempered_rows: TemperedRows | None = None
 
     def alone(self, task: Task, source: Source, shown: Shown) -> TaskPosterior:
         """Adapt to one task, by a chain of its own."""
@@ -269,6 +273,9 @@ class Adaptation:
     ) -> TaskPosterior:
         mcmc, results = (None, chain.results) if isinstance(chain, DrawWindows) else (chain, None)
         told: dict[str, Any] = {"results": results, "noise_scale": self.settings.noise_sd}
-        told |= {"prediction_temperature": self.prediction_temperature, "head_spread": head_spread}
+        temperature = self.prediction_temperature
+        if self.tempered_rows is not None:
+            temperature = self.tempered_rows.holds(temperature, task)
+        told |= {"prediction_temperature": temperature, "head_spread": head_spread}
         told["class_counts"] = class_counts(task) if self.around_rates else None
         return TaskPosterior(self.adapter, task, thetas, heads, component, mcmc, **told)

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from pyro_lift.inference.adaptation.tempered_rows import TemperedRows
 from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.heads import FewRows, UsualPrior
 from pyro_lift.models.likelihoods import LossKind
@@ -31,6 +32,7 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "moment_rows": prior.rows,
         "masks": prior.masks,
         "around_rates": prior.around_rates,
+        "tempered_rows": None if prior.tempered_rows is None else list(prior.tempered_rows),
         "input_sizes": {name: list(size) for name, size in prior.input_sizes.items()},
         "head_labels": [] if prior.head_mean is None else list(prior.head_mean.labels),
         "head_width": 1.0 if prior.head_mean is None else prior.head_mean.width,
@@ -72,7 +74,7 @@ def saved_choices(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     # Before that was written, outputs that were no classes of a new task had probability, and still do.
     masks, around_rates = config.get("masks") is True, config.get("around_rates") is True
     choices |= {"input_sizes": saved_input_sizes(path, config), "head_mean": _saved_head_mean(path, config, tensors)}
-    choices |= {"masks": masks, "around_rates": around_rates}
+    choices |= {"masks": masks, "around_rates": around_rates, "tempered_rows": _saved_rows(path, config)}
     return {**choices, "rows": rows, "kinds": tuple(kinds), "classes": classes}
 
 
@@ -140,6 +142,22 @@ def _saved_few(path: Path, config: Mapping[str, Any]) -> FewRows:
     raise DamagedError(
         f"{path}: key 'head_few' is {few!r}; expected numbers of rows, each with two standard deviations."
     )
+
+
+def _saved_rows(path: Path, config: Mapping[str, Any]) -> TemperedRows | None:
+    """Read the rows that a temperature was found at; in folders from before it holds for all tasks.
+
+    Raises:
+        DamagedError: not a number of rows and a share of classes.
+    """
+    rows = config.get("tempered_rows")
+    try:
+        found = None if rows is None else TemperedRows(*map(float, rows))
+        if found is None or (0.0 < found.rows < math.inf and 0.0 <= found.unseen <= 1.0):
+            return found
+    except (TypeError, ValueError):
+        pass
+    raise DamagedError(f"{path}: key 'tempered_rows' is {rows!r}; expected a number of rows and a share of classes.")
 
 
 def saved_positive(path: Path, config: Mapping[str, Any], name: str) -> float:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from pyro_lift.data.encoding import TextEncoding
+from pyro_lift.inference.adaptation.tempered_rows import TemperedRows
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead
@@ -42,6 +43,7 @@ class PriorParts(NamedTuple):
         classes: the output of each class name, where they shared the network's outputs.
         masks: whether shared outputs that are no classes of a new task have no probability.
         around_rates: whether predictions are tempered around the rates of a task's classes.
+        tempered_rows: of the tasks that the temperature was found at, where one below 1 holds for such; None for all.
         head_mean: the head that new tasks' own have their prior around, or None.
         input_sizes: of most of its tasks' inputs, by name.
     """
@@ -64,6 +66,7 @@ class PriorParts(NamedTuple):
     classes: dict[str, int] | None = None
     masks: bool = True
     around_rates: bool = True
+    tempered_rows: TemperedRows | None = None
     head_mean: ClassHead | None = None
     input_sizes: dict[str, InputSize] | None = None
 
@@ -121,6 +124,7 @@ class SavablePrior(Protocol):
     classes: dict[str, int]
     masks: bool
     around_rates: bool
+    tempered_rows: TemperedRows | None
     head_mean: ClassHead | None
     input_sizes: dict[str, InputSize]
     mcmc: Any

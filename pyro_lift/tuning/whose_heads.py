@@ -34,6 +34,7 @@ __all__ = [
     "leaves_outliers_out",
     "lets_one_task_lose",
     "run_config",
+    "sharpens_by_rows",
     "tempers_around_rates",
     "tests_classes",
     "trains_through_mean",
@@ -48,7 +49,8 @@ __all__ = [
 #: predictions are tempered around the rates of a task's classes; regressions choose together how near to the head of
 #: all their own are; tasks of classes say together how many draws stay at the start of an adaptation; rows say whether
 #: a network's own classes are the tasks'; tasks choose a prior of their heads of classes for each number of rows; a
-#: network that knows the tasks' classes is tried beside heads of their own too.
+#: network that knows the tasks' classes is tried beside heads of their own too; predictions are surer than they came
+#: where tasks have rows enough for that.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -62,6 +64,7 @@ RULES = {
     "class layer": "by rows",
     "few rows": "a prior of their own",
     "known classes": "on trial",
+    "sharper predictions": "of rows enough",
 }
 
 
@@ -197,6 +200,11 @@ def tests_classes(session: Session | None) -> bool:
 def tries_known_classes(session: Session | None) -> bool:
     """Whether heads are tried beside a network that knows the tasks' classes: in a run of before it stays."""
     return _has_rule(session, "known classes")
+
+
+def sharpens_by_rows(session: Session | None) -> bool:
+    """Whether predictions are surer where tasks have rows enough: in a run of before all are, by a test."""
+    return _has_rule(session, "sharper predictions")
 
 
 def lets_one_task_lose(session: Session | None) -> bool:

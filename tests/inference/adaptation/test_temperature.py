@@ -42,6 +42,30 @@ def test_around_rates_it_is_the_minimum_that_scipy_finds_too() -> None:
     assert found != pytest.approx(fit_temperature([task._replace(rates=None) for task in tasks]), rel=1e-3)
 
 
+def test_with_rows_of_the_predictions_own_it_is_the_minimum_that_scipy_finds_too() -> None:
+    rates = torch.tensor([0.7, 0.1, 0.1, 0.1], dtype=torch.float64)
+    tasks = [Predicted(*calibrated(40, 0.5), rates), Predicted(*calibrated(60, 0.6, classes=3))]
+    own = 30.0
+
+    def mean(u: float) -> float:
+        total = 0.0
+        for p, y, r in tasks:
+            q = tempered(p, float(torch.tensor(u).exp()), r)
+            total += nll(q, y) - own / 100 * float((p * q.log()).sum(-1).mean())
+        return total / len(tasks)
+
+    oracle = minimize_scalar(mean, bounds=(-1.6, 1.6), method="bounded", options={"xatol": 1e-9})
+    assert fit_temperature(tasks, own) == pytest.approx(float(torch.tensor(oracle.x).exp()), rel=1e-4)
+    assert fit_temperature(tasks) < fit_temperature(tasks, own) < 1.0
+
+
+def test_rows_of_the_predictions_own_leave_one_that_is_right_on_its_side_and_say_nothing_of_many() -> None:
+    right = (torch.tensor([[0.9, 0.1]] * 5), torch.zeros(5, dtype=torch.long))
+    assert LOWEST < fit_temperature([right], 36.0) < 1.0
+    many = calibrated(20_000, 0.4)
+    assert fit_temperature([many], 36.0) == pytest.approx(fit_temperature([many]), rel=0.01)
+
+
 def test_a_high_temperature_leads_to_the_rates_and_even_ones_fall_out() -> None:
     p = torch.rand(6, 3).softmax(-1)
     rates = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
