@@ -31,7 +31,8 @@ class ClassHead(NamedTuple):
             where each task chooses it by its own rows, as of priors that were saved without it.
         bias_sd: of classes, standard deviation of a bias; None where each task chooses its width by its own rows, as of
             priors that were saved without it.
-        rows: of classes, that :attr:`width` and :attr:`bias_sd` are of: the usual number of the tasks that chose them.
+        rows: that :attr:`width` and :attr:`bias_sd` are of: the usual number of the tasks that chose them; 0 in priors
+            that were saved without.
         few: of classes, numbers of rows below that, rising, and the prior of heads of so many; none in priors that
             were saved without.
     """

@@ -70,6 +70,8 @@ class HeadModel(NamedTuple):
         centred: whether the biases' prior stands at the mean of the targets that count, which no unit and no level of
             these changes; for regression. One value, or one (of zeros and ones) for each problem, ``[...]``.
         least_spread: what features are divided by at least when they are standardised, ``[..., E]``; None for no limit.
+        level_spread: whether features that are level on the rows have ``least_spread`` in place of 1. It changes no
+            mode, which knows nothing of them, but how far a head may be off where they are not level.
     """
 
     num_outputs: int
@@ -80,6 +82,7 @@ class HeadModel(NamedTuple):
     bias_sd: float | Tensor = BIAS_SD
     centred: bool | Tensor = False
     least_spread: Tensor | None = None
+    level_spread: bool = False
 
     def offset(self, features: Tensor, given: Tensor | None = None) -> Tensor | None:
         """Add the outputs ``[..., n, C]`` of the head that the prior stands at to an offset; None stands for zero."""

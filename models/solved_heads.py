@@ -138,6 +138,7 @@ class SolvedHeads:
         if self.tasks[task].kind == "regression":
             told: dict[str, Any] = {} if mean is None else {"width": mean.width, "feature_sd": mean.feature_sd}
             told |= {} if mean is None or around is None else {"width": mean.around_width}
+            told |= {} if mean is None else {"rows": mean.rows}
             return choose_value_head(features, target, noise_scale=self.noise_scale, around=around, **told)
         # What tasks say of a prior is of where theirs stand: around the head of all, or around zero.
         told_of = mean is not None and (around is not None or len(mean.head) == 0)

@@ -68,6 +68,9 @@ def spread_of(features: Tensor, choice: HeadChoice, noise_scale: float) -> Value
     x, model = features.double(), choice.model
     assert isinstance(model.bias_sd, float) and isinstance(model.noise_scale, float)
     m, d = model.limited(scaling_of(x))
+    if model.level_spread and model.least_spread is not None:
+        level = (x - m).abs().amax(0) <= 1e-9 * (1.0 + m.abs())
+        d = torch.where(level, model.least_spread.to(d), d)
     unit = noise_scale / model.noise_scale  # the choice is in units of the noise that the task's left-out rows showed
     scale = torch.cat([choice.sd * unit / d, d.new_tensor([model.bias_sd * unit])])
     _, size, basis = torch.linalg.svd(_coordinates(x, scale, m) / noise_scale, full_matrices=False)

@@ -122,7 +122,7 @@ def _saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str
         for name in ("head_bias_sd", "head_around_width")
     )
     few = _saved_few(path, config)
-    rows = saved_positive(path, config, "head_rows") if few else 0
+    rows = saved_positive(path, config, "head_rows") if few or config.get("head_rows") not in (None, 0) else 0
     return ClassHead(head, tuple(labels), width, sd, bias_sd, around_width, int(rows), few)
 
 

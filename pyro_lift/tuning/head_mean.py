@@ -133,6 +133,7 @@ def head_mean(
     around: bool = True,
     few_rows: bool = True,
     layer: bool = True,
+    few_values: bool = True,
 ) -> HeadMean | None:
     """Solve one head on the rows of all tasks, and let them choose the prior of their heads together.
 
@@ -143,6 +144,7 @@ def head_mean(
         around: the same of regressions, of how near to the head of all theirs are.
         few_rows: whether tasks of classes say what prior heads of few rows have too; as runs of before, all have one.
         layer: whether the layer that the network is read before may be the shared head; in runs of before it is not.
+        few_values: whether regressions of few rows go by all tasks; in runs of before each goes by its own rows.
 
     Returns:
         None where nothing is shared. A head without rows leaves heads of the tasks' own around zero.
@@ -165,12 +167,15 @@ def head_mean(
         found.append((_names(seen), head))
         gains += [_gain(task, x, y, head) for task, x, y in unseen[:JUDGED]]
     told = torch.tensor(gains, dtype=torch.float64)
+    values = tasks[0].kind == "regression"
+    usual = sorted(len(task.train) for task in tasks)[len(tasks) // 2] if values and few_values else 0
+    found = [(names, head._replace(rows=usual)) for names, head in found]
+    whole = _pooled(_whole(halves), classes)._replace(rows=usual)
     if not _helps(told, tasks[0].kind):
-        if tasks[0].kind != "regression":
+        if not values:
             return None
         alone = tuple((names, head._replace(head=head.head[:0])) for names, head in found)
-        return HeadMean(_pooled(_whole(halves), classes)._replace(head=found[0][1].head[:0]), 0.0, 0.0, alone)
-    whole = _pooled(_whole(halves), classes)
+        return HeadMean(whole._replace(head=whole.head[:0]), 0.0, 0.0, alone)
     between = [head.around_width for _, head in found if head.around_width is not None]
     if between:
         whole = whole._replace(around_width=math.exp(sum(map(math.log, between)) / len(between)))

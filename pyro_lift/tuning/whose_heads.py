@@ -27,6 +27,7 @@ __all__ = [
     "counts_width",
     "finds_unmoved",
     "has_few_rows",
+    "has_few_values",
     "has_head_mean",
     "has_usual_widths",
     "has_value_widths",
@@ -50,7 +51,7 @@ __all__ = [
 #: all their own are; tasks of classes say together how many draws stay at the start of an adaptation; rows say whether
 #: a network's own classes are the tasks'; tasks choose a prior of their heads of classes for each number of rows; a
 #: network that knows the tasks' classes is tried beside heads of their own too; predictions are surer than they came
-#: where tasks have rows enough for that.
+#: where tasks have rows enough for that; regressions of few rows go by all tasks.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -65,6 +66,7 @@ RULES = {
     "few rows": "a prior of their own",
     "known classes": "on trial",
     "sharper predictions": "of rows enough",
+    "few values": "by all tasks",
 }
 
 
@@ -175,6 +177,11 @@ def has_usual_widths(session: Session | None) -> bool:
 def has_few_rows(session: Session | None) -> bool:
     """Whether heads of few rows have a prior of their own: in a run of before all have that of the usual number."""
     return _has_rule(session, "few rows")
+
+
+def has_few_values(session: Session | None) -> bool:
+    """Whether regressions of few rows go by all tasks: in a run of before each goes by its own rows."""
+    return _has_rule(session, "few values")
 
 
 def has_value_widths(session: Session | None) -> bool:
