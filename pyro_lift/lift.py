@@ -47,6 +47,7 @@ from pyro_lift.support.devices import check_device
 from pyro_lift.support.durations import seconds_of
 from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_number, current_names
+from pyro_lift.support.said_of import said_of
 from pyro_lift.support.said_once import said_once
 from pyro_lift.tuning.candidates import LiFTContender, lift_candidates, shortened
 from pyro_lift.tuning.class_layer import loses_to
@@ -352,9 +353,11 @@ class LiFT(ChainSetup):
         sizes = usual_sizes(tasks)
         watchers = Watchers(callbacks, Run("meta-train"), rows, names, on_step)
         shown: dict[str, Any] = {"progress": progress, "watchers": watchers}
-        found = self._found or self.before_chain(tasks, session, start, crossed=crossed, **shown)
+        with said_of("" if self._beside is None else "on trial, heads of the tasks' own"):
+            found = self._found or self.before_chain(tasks, session, start, crossed=crossed, **shown)
         if self._beside is not None:
-            beside = self._beside.before_chain(tasks, session, start, crossed=crossed, **shown)
+            with said_of("on trial, the network's own classes"):
+                beside = self._beside.before_chain(tasks, session, start, crossed=crossed, **shown)
             if loses_to(found.halves, beside.halves):
                 self._beside._found = beside
                 return self._beside.meta_train_many(all_tasks, components, **again)

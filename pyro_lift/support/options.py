@@ -123,7 +123,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     if value in known:
         return
     near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{name}={value!r} is not known{hint} (one of: {', '.join(map(repr, known))})")
 
 

@@ -193,9 +193,9 @@ class Joint(NamedTuple):
             return (
                 f"joint training of the network is left out: it was tried at the {_rates(tried)}, where its gain on "
                 f"tasks that it has not seen, {' and '.join(each.gained() for each in tried)} nats a row, is not more "
-                f"than chance. So phi stays at the untouched network. {self._against()}Another rate may still help: "
-                "give one as sgd_learning_rate=, which is not put on trial. `pyro-lift compare` says what other "
-                "methods make of these tasks."
+                f"than chance. So phi stays at the untouched network, and nothing need be done. {self._against()}"
+                "Another rate may still help: give one as sgd_learning_rate=, which is not put on trial. `pyro-lift "
+                "compare` says what other methods make of these tasks."
             )
         by_rate = sorted(tried, key=lambda each: each.rate)
         lower = [each for each in by_rate if each.rate < self.rate]

@@ -366,12 +366,17 @@ def test_a_run_of_before_goes_on_with_the_layer(
 
 
 @pytest.mark.parametrize("visits", [50, 200, 400, 500], ids=str)
-def test_a_run_that_tries_both_ways_ends_as_the_whole_one_does(visits: int, tmp_path: Path) -> None:
+def test_a_run_that_tries_both_ways_ends_as_the_whole_one_does(
+    visits: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     made, options = tasks(8, permuted=False), {**SHORT, "sgd_steps": 200}
     told: list[str] = []
-    whole = LiFT(network(), config(), **options).meta_train(
-        made, progress=False, callbacks=lambda step: told.append(step.run.kind)
-    )
+    with caplog.at_level(logging.INFO, "pyro_lift"):
+        whole = LiFT(network(), config(), **options).meta_train(
+            made, progress=False, callbacks=lambda step: told.append(step.run.kind)
+        )
+    ways = [record.getMessage().split(":")[0] for record in caplog.records if "on trial, " in record.getMessage()]
+    assert set(ways) == {"on trial, heads of the tasks' own", "on trial, the network's own classes"}
     assert visits < len(told), "the run is stopped before its end"
     kept: dict[str, Any] = {"checkpoint_every": 100, "progress": False}
     with pytest.raises(KeyboardInterrupt):
