@@ -32,10 +32,14 @@ from torch import Tensor
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.support.options import check_number
 
-__all__ = ["HIGHEST", "LOWEST", "Predicted", "fit_temperature", "tempered"]
+__all__ = ["HIGHEST", "LOWEST", "OWN_ROWS", "Predicted", "careful_temperature", "fit_temperature", "tempered"]
 
 #: Bounds of a fitted temperature: a few dozen rows that are all right, or all wrong, would send it to 0 or infinity.
 LOWEST, HIGHEST = 0.2, 5.0
+#: Rows that predictions are of their own, where a temperature below 1 is fitted. On thirteen families of digits (3 to
+#: 5 classes, 12 to 40 rows) it changes the NLL a row of new tasks by -0.014 on average, -0.003 at worst; without own
+#: rows by -0.003, +0.054.
+OWN_ROWS = 36.0
 
 
 class Predicted(NamedTuple):
@@ -119,6 +123,19 @@ def fit_temperature(predictions: Sequence[Predicted | tuple[Tensor, Tensor]], ow
     if at_high <= 0.0:
         return LOWEST
     return 1.0 / float(brentq(slope, low, high, xtol=1e-6))
+
+
+def careful_temperature(predictions: Sequence[Predicted | tuple[Tensor, Tensor]]) -> float:
+    """Return the fitted temperature; where that is below 1, the one with :data:`OWN_ROWS` rows of the predictions' own.
+
+    Args:
+        predictions: of each task; a pair has no rates.
+
+    Raises:
+        ValueError: no rows at all.
+    """
+    temperature = fit_temperature(predictions)
+    return temperature if temperature >= 1.0 else fit_temperature(predictions, OWN_ROWS)
 
 
 def _logarithms(probabilities: Tensor) -> Tensor:

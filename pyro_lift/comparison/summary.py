@@ -14,7 +14,7 @@ from pyro_lift.bench.records import Record, format_table
 from pyro_lift.comparison.advice import GUESS, Contestant, advise, difference
 from pyro_lift.comparison.cells import read_predictions
 from pyro_lift.comparison.settings import REFERENCE, entrant
-from pyro_lift.inference.adaptation.temperature import fit_temperature, tempered
+from pyro_lift.inference.adaptation.temperature import careful_temperature, tempered
 from pyro_lift.metrics.probabilities import class_scores
 from pyro_lift.tuning.choosing import FAILED, choose
 
@@ -192,7 +192,7 @@ def _chosen(records: Sequence[Record], measure: str) -> int:
 
 def _temperature(records: Sequence[Record], predictions: Mapping[str, Mapping[str, Tensor]]) -> float | None:
     pairs = [pair for pair in (_pair(r, predictions) for r in records) if pair is not None]
-    return fit_temperature(pairs) if pairs else None
+    return careful_temperature(pairs) if pairs else None
 
 
 def _pair(record: Record, predictions: Mapping[str, Mapping[str, Tensor]]) -> tuple[Tensor, Tensor] | None:

@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_lift.inference.adaptation.class_rates import class_rates
-from pyro_lift.inference.adaptation.temperature import Predicted, fit_temperature
+from pyro_lift.inference.adaptation.temperature import Predicted, careful_temperature
 from pyro_lift.inference.baselines.protocol import Posterior
 from pyro_lift.inference.lost import ChainLostError
 from pyro_lift.inference.sgld import DivergedError
@@ -289,7 +289,7 @@ class _Search:
             tuple(self.trials),
             tuple(task.name for task in self.split.held_out(reached)),
             "mse" if self.split.kind == "regression" else "nll",
-            fit_temperature(predictions) if predictions else None,
+            careful_temperature(predictions) if predictions else None,
             tuple(self.notes),
         )
 

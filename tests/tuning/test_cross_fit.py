@@ -14,11 +14,11 @@ from common_map import adapter, tasks
 from torch import Tensor
 
 from pyro_lift import LiFT, Task
-from pyro_lift.inference.adaptation.temperature import HIGHEST, Predicted, fit_temperature
+from pyro_lift.inference.adaptation.temperature import HIGHEST, OWN_ROWS, Predicted, fit_temperature
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.models.rows import Rows
-from pyro_lift.tuning.cross_fit import HALVED, OWN_ROWS, CrossFit, Judge, cross_fit, helpful_temperature, rows_apart
+from pyro_lift.tuning.cross_fit import HALVED, CrossFit, Judge, cross_fit, helpful_temperature, rows_apart
 from pyro_lift.tuning.halves import Joint
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
 from pyro_lift.tuning.whose_heads import RULES, run_config

@@ -7,7 +7,15 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from pyro_lift.inference.adaptation.temperature import HIGHEST, LOWEST, Predicted, fit_temperature, tempered
+from pyro_lift.inference.adaptation.temperature import (
+    HIGHEST,
+    LOWEST,
+    OWN_ROWS,
+    Predicted,
+    careful_temperature,
+    fit_temperature,
+    tempered,
+)
 from pyro_lift.metrics.probabilities import nll
 
 
@@ -64,6 +72,12 @@ def test_rows_of_the_predictions_own_leave_one_that_is_right_on_its_side_and_say
     assert LOWEST < fit_temperature([right], 36.0) < 1.0
     many = calibrated(20_000, 0.4)
     assert fit_temperature([many], 36.0) == pytest.approx(fit_temperature([many]), rel=0.01)
+
+
+def test_with_care_one_above_is_as_fitted_and_one_below_is_fitted_with_own_rows() -> None:
+    sharp, flat = [calibrated(40, 2.0)], [calibrated(40, 0.5)]
+    assert careful_temperature(sharp) == fit_temperature(sharp) > 1.0
+    assert fit_temperature(flat) < careful_temperature(flat) == fit_temperature(flat, OWN_ROWS) < 1.0
 
 
 def test_a_high_temperature_leads_to_the_rates_and_even_ones_fall_out() -> None:
