@@ -167,8 +167,15 @@ def _results(results: Mapping[str, Any]) -> str:
 
 def _choices(prior: SavablePrior) -> str:
     """Say what was chosen on tasks that meta-training did not see: the temperature, and the settings."""
-    T = prior.prediction_temperature
-    said = f"Predictions are brought to the temperature {T:.3g}." if T != 1.0 else "Predictions have no temperature."
+    T, at = prior.prediction_temperature, prior.tempered_rows
+    of = (
+        f" of tasks of {at.rows:.0f} rows or more"
+        if at is not None and T < 1.0 and "regression" not in prior.kinds
+        else ""
+    )
+    said = (
+        f"Predictions{of} are brought to the temperature {T:.3g}." if T != 1.0 else "Predictions have no temperature."
+    )
     if prior.tuning is None:
         return f"{said} The settings were not tuned."
     trials = sorted(prior.tuning["trials"], key=lambda trial: (-trial["share"], trial["loss"]))[:8]

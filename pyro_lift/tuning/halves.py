@@ -191,9 +191,9 @@ class Joint(NamedTuple):
         tried = self.tried or (Tried(self.rate, self.gain, self.error, self.helps),)
         if not self.helps:
             return (
-                f"joint training of the network is left out: it was tried at the {_rates(tried)}, where its gain on "
-                f"tasks that it has not seen, {' and '.join(each.gained() for each in tried)} nats a row, is not more "
-                f"than chance. So phi stays at the untouched network, and nothing need be done. {self._against()}"
+                f"joint training of the network is left out: it was tried at the {_rates(tried)}, where unseen tasks "
+                f"gain no more than chance by it ({' and '.join(each.gained() for each in tried)} nats a row). So phi "
+                f"stays at the untouched network, and nothing need be done. {self._against()}"
                 "Another rate may still help: give one as sgd_learning_rate=, which is not put on trial. `pyro-lift "
                 "compare` says what other methods make of these tasks."
             )

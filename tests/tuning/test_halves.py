@@ -210,7 +210,10 @@ def test_where_steps_are_scarce_the_larger_rate_is_tried_first(
     assert joint.spent == sum(steps) - (40 if len(steps) > 2 else 0)  # a run that goes on from its look
     assert joint.helps == (rate is not None)
     if rate is None:
-        assert "tried at the rates 0.3 and 0.1 and 0.02, where its gain" in caplog.messages[-1]
+        assert (
+            "tried at the rates 0.3 and 0.1 and 0.02, where unseen tasks gain no more than chance"
+            in caplog.messages[-1]
+        )
     else:
         assert joint.rate == pytest.approx(rate)
         assert f"joint training at {rate:g} helps (+{joint.gain:.3f} ± 0.00" in caplog.messages[-1]
@@ -316,11 +319,11 @@ def test_the_log_says_which_rates_were_tried_and_why_one_was_taken(caplog: pytes
             0.1: -0.5,
             0.1 * 0.2: 0.2,
         },
-        "at the rates 0.1 and 0.02, where its gain on tasks that it has not seen, -0.499 ± 0.001 and -0.200": {
+        "at the rates 0.1 and 0.02, where unseen tasks gain no more than chance by it (-0.499 ± 0.001 and -0.200": {
             0.1: -0.5,
             0.1 * 0.2: -0.2,
         },
-        "at the rate 0.1, where its gain on tasks that it has not seen, -0.499": {0.1: -0.5},
+        "at the rate 0.1, where unseen tasks gain no more than chance by it (-0.499": {0.1: -0.5},
     }
     for words, by_rate in gains.items():
         caplog.clear()

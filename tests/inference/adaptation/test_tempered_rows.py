@@ -70,6 +70,10 @@ def test_a_new_task_of_fewer_rows_is_not_predicted_surer_than_it_comes(prior: Li
     assert posterior.prediction_temperature == 1.0
     assert torch.equal(posterior.predict(x), posterior.predict(x, calibrated=False))
     prior.save_pretrained(tmp_path)
+    assert (
+        "Predictions of tasks of 12 rows or more are brought to the temperature 0.4."
+        in (tmp_path / "README.md").read_text()
+    )
     again = LiFTPrior.from_pretrained(tmp_path, tiny_adapter())
     assert again.tempered_rows == prior.tempered_rows
     assert torch.equal(again.adapt(few, **OPTIONS).predict(x), posterior.predict(x))
