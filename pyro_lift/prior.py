@@ -160,7 +160,8 @@ class LiFTPrior:
             if not torch.equal(self.adapter.initial, other.adapter.initial.to(self.adapter.initial.device)):
                 raise ValueError(
                     "the priors' adapters begin at other weights, around which phi's own prior stands: only chains of "
-                    "one model can be merged. Make one adapter and give it to each LiFT(adapter, seed=...)."
+                    "one model can be merged. Make one, adapter = pyro_lift.models.backbones.adapt_backbone(network, "
+                    "peft_config), and give it to each LiFT(adapter, seed=...)."
                 )
             for name in ("tasks", "settings"):
                 if getattr(self, name) != getattr(other, name):
