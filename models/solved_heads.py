@@ -136,9 +136,10 @@ class SolvedHeads:
         target, outputs, mean = self.tasks[task].train.target, head_outputs(self.tasks[task]), self.mean
         assert outputs is not None
         if self.tasks[task].kind == "regression":
-            told: dict[str, Any] = {} if mean is None else {"width": mean.width, "feature_sd": mean.feature_sd}
-            told |= {} if mean is None or around is None else {"width": mean.around_width}
-            told |= {} if mean is None else {"rows": mean.rows}
+            told: dict[str, Any] = {}
+            if mean is not None:
+                width = mean.width if around is None else mean.around_width
+                told = {"width": width, "feature_sd": mean.feature_sd, "by_all": mean.rows > 0}
             return choose_value_head(features, target, noise_scale=self.noise_scale, around=around, **told)
         # What tasks say of a prior is of where theirs stand: around the head of all, or around zero.
         told_of = mean is not None and (around is not None or len(mean.head) == 0)

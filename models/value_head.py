@@ -61,9 +61,9 @@ FEW = 16
 DEAD = 1e-3
 
 
-def standard_ratios(features: int) -> tuple[float, ...]:
+def standard_ratios(features: int, widths: Sequence[float] = RATIO_WIDTHS) -> tuple[float, ...]:
     """The ratios that are tried for so many features."""
-    return tuple(width / math.sqrt(features) for width in RATIO_WIDTHS)
+    return tuple(width / math.sqrt(features) for width in widths)
 
 
 def best_width(
@@ -80,8 +80,8 @@ def best_width(
     for features, target in told:
         if len(features) < 2:
             continue
-        least = _least_spread(features, feature_sd)
-        errors = _errors(features.double(), columns_of(target), _models(target, around, least), 10)
+        models = _models(target, around, _least_spread(features, feature_sd))
+        errors = _errors(features.double(), columns_of(target), models, standard_ratios(features.shape[-1]), 10)
         costs = [cost + _cost(error, target) for cost, error in zip(costs, errors, strict=True)]
     return RATIO_WIDTHS[costs.index(min(costs))]
 
@@ -95,7 +95,7 @@ def choose_value_head(
     around: Tensor | None = None,
     width: float | None = None,
     feature_sd: Tensor | None = None,
-    rows: int = 0,
+    by_all: bool = False,
     noise_scale: float = 1.0,
     most_folds: int = 10,
 ) -> HeadChoice:
@@ -108,8 +108,7 @@ def choose_value_head(
         width: what other tasks say of the ratio (:func:`best_width`), around the head where there is one; None where
             there are none, and around a head is 1.
         feature_sd: standard deviation of each feature over the rows of all tasks, ``[E]``; None where it is unknown.
-        rows: usual number of those tasks, which a task of few rows goes by; 0, as in runs of before, leaves it to its
-            own rows.
+        by_all: whether a task of few rows goes by all tasks; in runs of before it goes by its own.
         noise_scale: standard deviation of the noise where a single row says nothing of it.
         most_folds: number of folds, at most.
 
@@ -118,19 +117,20 @@ def choose_value_head(
         row, which cannot be left out.
     """
     n, E = features.shape
-    few = rows > 0 and n <= FEW and width is not None and feature_sd is not None
-    models = _models(target, around, _least_spread(features, feature_sd, few=few), few)
-    y, tried = columns_of(target), standard_ratios(E)
+    told = width if by_all and n <= FEW and feature_sd is not None else None  # what a task of few rows goes by
+    few, widths = told is not None, RATIO_WIDTHS if told is None else (_nearest(told),)
+    models = _models(target, around, _least_spread(features, feature_sd, few=few), widths, level=few)
+    y, tried = columns_of(target), standard_ratios(E, widths)
     sure = 1.0
     if around is not None:
         sure, width = (1.0, 1.0) if width is None else (SURE, width)
     if n < 2:  # one row says next to nothing against a head of all tasks
-        usual = _nearest(1.0 if width is None else width) if around is None or few else 0
+        usual = widths.index(_nearest(1.0 if width is None else width)) if around is None else 0
         return _scaled(models[usual], tried[usual], noise_scale, math.nan)
-    errors = _errors(features.double(), y, models, most_folds)
-    prior = [math.log(w) ** 2 if width is None else 0.5 * sure * math.log(w / width) ** 2 for w in RATIO_WIDTHS]
+    errors = _errors(features.double(), y, models, tried, most_folds)
+    prior = [math.log(w) ** 2 if width is None else 0.5 * sure * math.log(w / width) ** 2 for w in widths]
     costs = [_cost(error, target) + penalty for error, penalty in zip(errors, prior, strict=True)]
-    best = _nearest(width) if few and width is not None else costs.index(min(costs))
+    best = costs.index(min(costs))
     score = -0.5 * y.shape[-1] * (math.log(2.0 * math.pi * errors[best]) + 1.0)
     return _scaled(models[best], tried[best], math.sqrt(errors[best]), score)
 
@@ -140,18 +140,25 @@ def columns_of(target: Tensor) -> Tensor:
     return target.double().reshape(len(target), -1)
 
 
-def _nearest(width: float) -> int:
-    """Return which of the widths is the nearest."""
-    return min(range(len(RATIO_WIDTHS)), key=lambda k: abs(math.log(RATIO_WIDTHS[k] / width)))
+def _nearest(width: float) -> float:
+    """Return the nearest of the widths that are tried."""
+    return min(RATIO_WIDTHS, key=lambda tried: abs(math.log(tried / width)))
 
 
-def _models(target: Tensor, around: Tensor | None, least: Tensor, level: bool = False) -> list[HeadModel]:
-    """Make the likelihood in units of the noise, for each ratio."""
+def _models(
+    target: Tensor,
+    around: Tensor | None,
+    least: Tensor,
+    widths: Sequence[float] = RATIO_WIDTHS,
+    *,
+    level: bool = False,
+) -> list[HeadModel]:
+    """Make the likelihood in units of the noise, for each width."""
     values = columns_of(target).shape[-1]
     model = HeadModel(values, "regression", around=around, least_spread=least, level_spread=level)
     if around is None:
-        return [model._replace(bias_sd=BIAS_SD * width, centred=True) for width in RATIO_WIDTHS]
-    return [model._replace(bias_sd=width) for width in RATIO_WIDTHS]
+        return [model._replace(bias_sd=BIAS_SD * width, centred=True) for width in widths]
+    return [model._replace(bias_sd=width) for width in widths]
 
 
 def _least_spread(features: Tensor, feature_sd: Tensor | None, *, few: bool = False) -> Tensor:
@@ -163,7 +170,7 @@ def _least_spread(features: Tensor, feature_sd: Tensor | None, *, few: bool = Fa
     return least if feature_sd is None else least.maximum(USUAL_SPREAD * feature_sd.to(least))
 
 
-def _errors(x: Tensor, y: Tensor, models: Sequence[HeadModel], most_folds: int) -> list[float]:
+def _errors(x: Tensor, y: Tensor, models: Sequence[HeadModel], ratios: Sequence[float], most_folds: int) -> list[float]:
     """Compute the mean square error of the rows left out for each ratio, no less than that of rows taken for exact."""
     n, offset = len(x), models[0].offset(x)
     z = models[0].limited(scaling_of(x)).apply(x)
@@ -171,7 +178,7 @@ def _errors(x: Tensor, y: Tensor, models: Sequence[HeadModel], most_folds: int) 
     kept = torch.stack([(fold != k).double() for k in range(int(fold.max()) + 1)]).to(x.device)  # [F, n]
     least = LEAST**2 * float(y.var(0, correction=0).mean()) + 1e-24 * float(1.0 + y.square().mean())
     errors = []
-    for model, ratio in zip(models, standard_ratios(x.shape[-1]), strict=True):
+    for model, ratio in zip(models, ratios, strict=True):
         problem = head_problem(z, y, model, ratio, None, offset).of_rows(kept)
         miss = (problem.outputs(least_squares(problem)) - problem.target).square().mean(-1)
         errors.append(float(((1.0 - kept) * miss).sum() / n) + least)

@@ -269,11 +269,9 @@ class ChainSetup:
             return prior.adapt_many(unseen, seed=0, **options)
 
         predict = partial(predicted, self.adapter) if classes and not heads else None
-        judge = Judge(
-            score, predict, adapt if sure or strength else None, noise, strength, usual, partial(few_rows, asked)
-        )
-        if not sharpens_by_rows(session):
-            judge = judge._replace(own_rows=None)
+        asking, careful = partial(few_rows, asked), sharpens_by_rows(session)
+        adapting = adapt if sure or strength else None
+        judge = Judge(score, predict, adapting, noise, strength, usual, asking, careful)
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 
     def _moved(self, s: LiFTSettings, moments: dict[str, Tensor], tasks: Sequence[Task]) -> dict[str, float]:

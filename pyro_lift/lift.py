@@ -377,9 +377,10 @@ class LiFT(ChainSetup):
         def beta_of() -> Any:
             return learned_beta(s.beta, kept.stats.get((0, VARIANCE)))
 
-        rows_of_temperature = None if halves is None else halves.rows
-        if self.tuning is not None and self.tuning.temperature is not None and sharpens_by_rows(session):
-            rows_of_temperature = tempered_rows(tasks)
+        temperature, at_rows = (1.0, None) if halves is None else (halves.temperature, halves.rows)
+        if self.tuning is not None and self.tuning.temperature is not None:
+            temperature = self.tuning.temperature
+            at_rows = tempered_rows(tasks) if sharpens_by_rows(session) else None
 
         def prior(k: int, summary: ChainSummary, moments: dict[str, Tensor], results: dict[str, float]) -> LiFTPrior:
             return LiFTPrior(
@@ -395,14 +396,13 @@ class LiFT(ChainSetup):
                 results=results,
                 kinds=sorted({task.kind for task in tasks}),
                 classes=classes,
-                prediction_temperature=(self.tuning and self.tuning.temperature)
-                or (1.0 if halves is None else halves.temperature),
+                prediction_temperature=temperature,
                 tuning=None if self.tuning is None else self.tuning.to_dict(),
                 matching_scale=None if program.solved is None else program.solved.mean_scale(),
                 head_mean=None if run.head_mean is None else run.head_mean.head,
                 input_sizes=sizes,
                 around_rates=tempers_around_rates(session),
-                tempered_rows=rows_of_temperature,
+                tempered_rows=at_rows,
                 encoding=next((task.encoding for task in tasks if task.encoding is not None), None),
             )
 

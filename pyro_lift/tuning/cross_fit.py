@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.adaptation.predict import predict
-from pyro_lift.inference.adaptation.temperature import HIGHEST, OWN_ROWS, Predicted, fit_temperature
+from pyro_lift.inference.adaptation.temperature import HIGHEST, Predicted, careful_temperature, fit_temperature
 from pyro_lift.inference.adaptation.tempered_rows import TemperedRows, tempered_rows
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.models.adapters import RandomAdapter
@@ -102,8 +102,8 @@ class Judge(NamedTuple):
             leaves one of several there. None finds none.
         few_rows: asked after the adaptations, where those of the chain's end say what prior heads of few rows have;
             None leaves it to the untouched network.
-        own_rows: that predictions are, where a temperature below 1 is fitted, which then holds for tasks of as many
-            rows; None, as in runs of before, takes one for all tasks where it is better by the test.
+        careful: whether a temperature below 1 is fitted with care, and holds for tasks of as many rows; in runs of
+            before it is taken where it is better by the test, and holds for all.
     """
 
     score: Score
@@ -113,7 +113,7 @@ class Judge(NamedTuple):
     strength: bool = False
     usual_share: float | None = None
     few_rows: Callable[[], FewRows] | None = None
-    own_rows: float | None = OWN_ROWS
+    careful: bool = True
 
     def log_probs(self, vectors: Sequence[Tensor], halves: Sequence[Sequence[Task]]) -> Tensor:
         """Compute each task's mean log probability a row, classes at the best temperature for all.
@@ -291,8 +291,8 @@ def _sureness(
     predictions, share = _predictions(posteriors, judge.usual_share)
     if not predictions:
         return found
-    temperature = helpful_temperature(predictions, 1.0 if exact else HALVED, judge.own_rows)
-    rows = None if judge.own_rows is None else tempered_rows([task for _, task in posteriors])
+    temperature = helpful_temperature(predictions, 1.0 if exact else HALVED, careful=judge.careful)
+    rows = tempered_rows([task for _, task in posteriors]) if judge.careful else None
     losses = tuple(loss_of(each, temperature) for each in predictions)
     few_rows = () if judge.few_rows is None else judge.few_rows()
     return found._replace(temperature=temperature, unmoved=share, losses=losses, few_rows=few_rows, rows=rows)
@@ -352,19 +352,20 @@ def _split(tasks: Sequence[Task], most: int) -> list[Task]:
 
 
 def helpful_temperature(
-    predictions: Sequence[Predicted], exaggerated: float = HALVED, own_rows: float | None = OWN_ROWS
+    predictions: Sequence[Predicted], exaggerated: float = HALVED, *, careful: bool = True
 ) -> float:
-    """Return the fitted temperature: above 1 less what halves exaggerate, below 1 with the predictions' own rows.
+    """Return the fitted temperature: above 1 less what halves exaggerate, below 1 with care.
 
     Args:
         predictions: of each task, of rows that it was not adapted to.
         exaggerated: factor by which a temperature above 1 is too high.
-        own_rows: that predictions are, below 1; None takes it as it is, where it lowers the loss by the test.
+        careful: as of :func:`.careful_temperature`; else one below 1 is taken as it is, where it lowers the loss by the
+            test.
     """
-    temperature = fit_temperature(predictions)
+    temperature = (careful_temperature if careful else fit_temperature)(predictions)
     if temperature > 1.0:
         return less_exaggerated(temperature, exaggerated)
-    if own_rows is not None:
-        return fit_temperature(predictions, own_rows)
+    if careful:
+        return temperature
     gains = [loss_of(each, 1.0) - loss_of(each, temperature) for each in predictions]
     return temperature if is_above_zero(torch.tensor(gains, dtype=torch.float64)) else 1.0

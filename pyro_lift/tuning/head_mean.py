@@ -32,6 +32,7 @@ import logging
 import math
 from collections.abc import Sequence
 from functools import partial
+from statistics import median_high
 from typing import NamedTuple
 
 import torch
@@ -156,24 +157,24 @@ def head_mean(
         log.info("heads of the tasks' own stand around zero: the tasks are few, or have other classes or values.")
         return None
     tasks = _alike(tasks)
+    values = tasks[0].kind == "regression"
+    usual = median_high(len(task.train) for task in tasks) if values and few_values else 0
     halves = _halves(adapter, tasks)
     gains: list[float] = []
     found = []
     for seen, unseen in (halves, halves[::-1]):
-        head = _pooled(seen, classes)
-        if tasks[0].kind == "regression" and around:
+        head = _pooled(seen, classes)._replace(rows=usual)
+        if values and around:
             of = [(features, target) for _, features, target in unseen[:JUDGED]]
             head = head._replace(around_width=best_width(of, head.feature_sd, head.head))
         found.append((_names(seen), head))
         gains += [_gain(task, x, y, head) for task, x, y in unseen[:JUDGED]]
     told = torch.tensor(gains, dtype=torch.float64)
-    values = tasks[0].kind == "regression"
-    usual = sorted(len(task.train) for task in tasks)[len(tasks) // 2] if values and few_values else 0
-    found = [(names, head._replace(rows=usual)) for names, head in found]
+    helps = _helps(told, tasks[0].kind)
+    if not helps and not values:
+        return None
     whole = _pooled(_whole(halves), classes)._replace(rows=usual)
-    if not _helps(told, tasks[0].kind):
-        if not values:
-            return None
+    if not helps:
         alone = tuple((names, head._replace(head=head.head[:0])) for names, head in found)
         return HeadMean(whole._replace(head=whole.head[:0]), 0.0, 0.0, alone)
     between = [head.around_width for _, head in found if head.around_width is not None]

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median_high
 from typing import NamedTuple
 
 import torch
@@ -118,8 +119,7 @@ def few_rows(tasks: Sequence[Asked]) -> FewRows:
 
 def by_number_of_rows(head: ClassHead, tasks: Sequence[Asked]) -> ClassHead:
     """Give a head what its tasks say of heads of few rows, and how many rows what they say of theirs is of."""
-    rows = sorted(len(task.target) for task in tasks)[len(tasks) // 2]
-    return head._replace(rows=rows).with_few(few_rows(tasks))
+    return head._replace(rows=median_high(len(task.target) for task in tasks)).with_few(few_rows(tasks))
 
 
 def under(head: ClassHead, usual: UsualPrior | None) -> ClassHead:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
+from short_runs import SHORT
 from torch import Tensor
 
 from pyro_lift import LiFT, LiFTPrior, Task
@@ -18,18 +18,10 @@ from pyro_lift.models.head_problem import HeadModel, apply_head
 from pyro_lift.models.heads import solve_head
 from pyro_lift.models.value_head import FEW, RATIO_WIDTHS, choose_value_head
 from pyro_lift.models.value_spread import spread_of
-from pyro_lift.settings import AdaptSettings
 from pyro_lift.support.archive import sealed
 from pyro_lift.tuning.whose_heads import RULES, run_config
 
 FEATURES = 5
-SHORT: dict[str, Any] = {
-    "adapt": AdaptSettings(steps=20, draws=6),
-    "sgd_steps": 0,
-    "burn_in": 2,
-    "samples": 6,
-    "seed": 0,
-}
 CONFIG = peft.LoraConfig(r=2, target_modules=["0", "2"])
 
 
@@ -64,7 +56,7 @@ def tasks(number: int, n: int, seed: int = 0) -> list[Task]:
 def test_few_rows_have_the_ratio_of_all_tasks_and_their_spread(width: float, around: bool, n: int) -> None:
     x, y = rows(n)
     head = torch.zeros(1, FEATURES + 1, dtype=torch.float64) if around else None
-    choice = choose_value_head(x, y, around=head, width=width, feature_sd=SD, rows=24)
+    choice = choose_value_head(x, y, around=head, width=width, feature_sd=SD, by_all=True)
     usual = min(RATIO_WIDTHS, key=lambda w: abs(math.log(w / width)))
     assert choice.sd / choice.model.noise_scale == pytest.approx(usual / math.sqrt(FEATURES))
     assert choice.model.least_spread is not None and choice.model.level_spread
@@ -74,15 +66,15 @@ def test_few_rows_have_the_ratio_of_all_tasks_and_their_spread(width: float, aro
 
 def test_more_rows_and_priors_of_before_choose_by_their_own() -> None:
     x, y = rows(FEW + 1)
-    for n, told in ((FEW + 1, 24), (6, 0)):
-        now = choose_value_head(x[:n], y[:n], width=0.1, feature_sd=SD, rows=told)
+    for n, by_all in ((FEW + 1, True), (6, False)):
+        now = choose_value_head(x[:n], y[:n], width=0.1, feature_sd=SD, by_all=by_all)
         before = choose_value_head(x[:n], y[:n], width=0.1, feature_sd=SD)
         assert now.sd == before.sd and now.score == before.score and not now.model.level_spread
 
 
 def test_a_score_is_that_of_the_rows_left_out_under_the_ratio_of_all_tasks() -> None:
     x, y = rows(6)
-    choice = choose_value_head(x, y, width=4.0, feature_sd=SD, rows=24)
+    choice = choose_value_head(x, y, width=4.0, feature_sd=SD, by_all=True)
     squares = []
     for k in range(6):
         kept = torch.arange(6) != k
@@ -99,7 +91,7 @@ def test_a_score_is_that_of_the_rows_left_out_under_the_ratio_of_all_tasks() -> 
 def test_a_feature_that_is_level_on_the_rows_is_as_wide_as_over_all_tasks() -> None:
     x, y = rows(4)
     x[:, 0] = 2.0
-    choice = choose_value_head(x, y, width=4.0, feature_sd=SD, rows=24)
+    choice = choose_value_head(x, y, width=4.0, feature_sd=SD, by_all=True)
     other = x[:1].clone()
     other[0, 0] += 0.1  # one standard deviation over all tasks
     spread = spread_of(x, choice, 1.0)
@@ -113,7 +105,7 @@ def test_features_that_never_vary_are_no_error() -> None:
     x, y = rows(3)
     x[:, 0] = 1.0
     for sd in (torch.tensor([0.0, 0.1, 0.1, 0.1, 0.1]).double(), torch.zeros(FEATURES).double()):
-        choice = choose_value_head(x, y, width=4.0, feature_sd=sd, rows=24)
+        choice = choose_value_head(x, y, width=4.0, feature_sd=sd, by_all=True)
         assert torch.isfinite(solve_head(x, y, choice.model, prior_sd=choice.sd).head).all()
         assert torch.isfinite(spread_of(x, choice, 1.0).variance(x)).all()
 

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from short_runs import SHORT
 from sklearn.linear_model import Ridge
 from torch import Tensor
 from torch.distributions import Normal
@@ -26,19 +27,11 @@ from pyro_lift.models.heads import folds, laplace_head, scaling_of, solve_head
 from pyro_lift.models.observation import has_head, network_output, own_head_scale
 from pyro_lift.models.solved_heads import SolvedHeads, held_out_log_prob
 from pyro_lift.models.value_head import RATIO_WIDTHS, best_width, choose_value_head, standard_ratios
-from pyro_lift.settings import AdaptSettings
 from pyro_lift.support.archive import DamagedError, sealed
 from pyro_lift.tuning.head_mean import head_mean
 from pyro_lift.tuning.whose_heads import RULES, run_config
 
 WIDTH = 8
-SHORT: dict[str, Any] = {
-    "adapt": AdaptSettings(steps=20, draws=6),
-    "sgd_steps": 0,
-    "burn_in": 2,
-    "samples": 6,
-    "seed": 0,
-}
 
 
 def rows(n: int, features: int = 5, values: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from common_map import adapter, tasks
 from torch import Tensor
 
 from pyro_lift import LiFT, Task
-from pyro_lift.inference.adaptation.temperature import HIGHEST, OWN_ROWS, Predicted, fit_temperature
+from pyro_lift.inference.adaptation.temperature import HIGHEST, Predicted, fit_temperature
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.models.rows import Rows
@@ -125,40 +125,42 @@ def test_rows_that_nothing_was_trained_on_are_predicted_where_some_tasks_have_th
     assert len(rows_apart([with_test, with_dev], 1)) == 1
 
 
-def test_a_temperature_above_one_is_taken_and_one_below_with_rows_of_the_predictions_own() -> None:
+def sharpened(factor: float) -> list[Predicted]:
+    """Predictions of twelve tasks whose logits are so many times the right ones."""
     generator = torch.Generator().manual_seed(0)
-    pairs = []
+    made = []
     for _ in range(12):
         logits = torch.randn(30, 3, generator=generator)
         y = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
-        pairs.append((logits, y))
-    sure = [Predicted((3.0 * logits).softmax(-1), y) for logits, y in pairs]
+        made.append(Predicted((factor * logits).softmax(-1), y))
+    return made
+
+
+def test_a_temperature_above_one_is_taken_and_one_below_with_rows_of_the_predictions_own() -> None:
+    sure, unsure = sharpened(3.0), sharpened(0.3)
     assert helpful_temperature(sure) == pytest.approx(fit_temperature(sure) / HALVED)
     assert helpful_temperature(sure, 1.0) == pytest.approx(fit_temperature(sure))
-    unsure = [Predicted((0.3 * logits).softmax(-1), y) for logits, y in pairs]
+    assert 0.9 < helpful_temperature(sharpened(1.0)) <= 1.0
     assert fit_temperature(unsure) < helpful_temperature(unsure) < 0.5
     few = [Predicted(p[:2], y[:2]) for p, y, _ in unsure[:2]]
     assert fit_temperature(few) < 0.6 and 0.7 < helpful_temperature(few) < 1.0  # four rows say little
 
 
 def test_in_runs_of_before_one_below_is_taken_where_it_lowers_the_loss_by_more_than_chance() -> None:
-    generator = torch.Generator().manual_seed(0)
-    unsure = []
-    for _ in range(12):
-        logits = torch.randn(30, 3, generator=generator)
-        y = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
-        unsure.append(Predicted((0.3 * logits).softmax(-1), y))
-    assert helpful_temperature(unsure, own_rows=None) == pytest.approx(fit_temperature(unsure))
+    unsure = sharpened(0.3)
+    assert helpful_temperature(sharpened(1.0), careful=False) == 1.0
+    assert helpful_temperature(unsure, careful=False) == pytest.approx(fit_temperature(unsure))
+    assert fit_temperature(unsure) < 0.5
     few = [Predicted(p[:2], y[:2]) for p, y, _ in unsure[:2]]
-    assert fit_temperature(few) < 1.0 and helpful_temperature(few, own_rows=None) == 1.0
+    assert fit_temperature(few) < 1.0 and helpful_temperature(few, careful=False) == 1.0
 
 
 def test_a_run_of_before_has_one_temperature_for_all_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     then = {name: rule for name, rule in RULES.items() if name != "sharper predictions"}
-    lift, made, own = LiFT(adapter(), sgd_steps=80, burn_in=5, samples=10, seed=0), tasks(8), []
+    lift, made, care = LiFT(adapter(), sgd_steps=80, burn_in=5, samples=10, seed=0), tasks(8), []
 
-    def seen(predictions: Any, exaggerated: float, own_rows: float | None) -> float:
-        own.append(own_rows)
+    def seen(predictions: Any, exaggerated: float, *, careful: bool) -> float:
+        care.append(careful)
         return 0.5
 
     monkeypatch.setattr("pyro_lift.tuning.cross_fit.helpful_temperature", seen)
@@ -170,7 +172,7 @@ def test_a_run_of_before_has_one_temperature_for_all_tasks(tmp_path: Path, monke
         rows.append(prior.tempered_rows)
         again = lift.before_chain(made, Session(session.folder, config=config, resume=True), crossed=True).halves
         assert again is not None and again.rows == prior.tempered_rows  # as it was kept
-    assert own == [None, OWN_ROWS] and rows[0] is None
+    assert care == [False, True] and rows[0] is None
     assert rows[1] is not None and 0.0 < rows[1].rows < len(made[0].train)  # a part of them was predicted
 
 
