@@ -32,8 +32,11 @@ WIDE = 30.0
 EXACT = 1e3
 #: Tasks from which on their spreads say something of all.
 FEWEST = 4
-#: Columns of targets that share a noise vary so many times as much as one another.
-APART = 30.0
+#: Columns of targets that share a noise vary so many times as much as one another. One noise for both then costs
+#: a third of a nat a value where it is in proportion to what they vary by, a fifth at 2.7 times.
+APART = 3.5
+#: How seldom targets of a new task of a few rows may vary so little, or lie so far away, by chance alone.
+SELDOM = 1e-3
 #: Times as wide as those of the narrowest tenth of the tasks that targets of the widest tenth are, where no task is far
 #: from most: one noise is then too large for some and too small for others.
 UNEVEN = 10.0
@@ -50,6 +53,7 @@ class Units(NamedTuple):
         output: mean of the network's outputs on the same rows.
         varies: their standard deviation.
         noise: of the targets around the outputs, where a prior knows it.
+        rows: that the spread is of, where they are those of one new task.
     """
 
     target: float
@@ -57,17 +61,44 @@ class Units(NamedTuple):
     output: float
     varies: float
     noise: float = 0.0
+    rows: int | None = None
 
     @property
     def differ(self) -> bool:
-        """Whether they are so far apart that an adapter is not what is missing."""
+        """Whether they are so far apart that an adapter is not what is missing.
+
+        Two or three rows may have nearly the same target by chance, and then neither vary little nor lie far away.
+        """
         known = max(self.varies, self.noise)
-        far = abs(self.target - self.output) > FAR * max(self.spread, self.noise) > 0.0 and self.spread > 0.0
+        spread = self.spread if self.rows is None else self.spread * _by_few(self.rows)
+        far = abs(self.target - self.output) > FAR * max(spread, self.noise) > 0.0 and self.spread > 0.0
         wide = 0.0 < WIDE * known < self.spread
-        return far or wide or 0.0 < WIDE * self.spread < known
+        return far or wide or _vary_little(self.spread, known, self.rows)
 
 
-def units_of(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor | None = None, noise: float = 0.0) -> Units:
+def _by_few(rows: int) -> float:
+    """Return how many times as far from their mean targets of so few rows may lie as those of many, by chance."""
+    from scipy.stats import norm, t
+
+    return float(t.isf(0.5 * SELDOM, rows - 1) / norm.isf(0.5 * SELDOM)) if rows > 1 else 1.0
+
+
+def _vary_little(spread: float, known: float, rows: int | None) -> bool:
+    """Whether targets vary far less than is known, and not by chance alone: n spread^2 / known^2 is chi-squared."""
+    if not 0.0 < WIDE * spread < known:
+        return False
+    from scipy.stats import chi2
+
+    return rows is None or float(chi2.cdf(rows * (spread / known) ** 2, rows - 1)) < SELDOM
+
+
+def units_of(
+    adapter: RandomAdapter,
+    tasks: Sequence[Task],
+    theta: Tensor | None = None,
+    noise: float = 0.0,
+    rows: int | None = None,
+) -> Units:
     """Look at a few rows of a few tasks; of the first output that is in another unit, else of the furthest off.
 
     Args:
@@ -75,8 +106,10 @@ def units_of(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor | None
         tasks: regressions without heads of their own.
         theta: where the network is looked at, ``[D]``; None where it begins.
         noise: of the targets, where it is known.
+        rows: of the one task, where chance in so few is allowed for.
     """
     units = _units_of_each(adapter, tasks, adapter.initial if theta is None else theta, noise)
+    units = [each._replace(rows=rows) for each in units]
     worst = max(units, key=lambda u: abs(u.target - u.output) / max(u.spread, 1e-300))
     return next((u for u in units if u.differ), worst)
 
@@ -132,9 +165,10 @@ def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task], *, own_heads: b
     spreads = spreads[spreads > 0.0]
     if len(spreads) > 1 and float(spreads.max()) > APART * float(spreads.min()):
         log.warning(
-            "the columns of the targets vary by %.3g to %.3g within a task, and share one noise: those that vary "
-            "little will have far too wide predictions, and others none of the data's pull. Bring them to one scale, "
-            "each column divided by its own standard deviation.", float(spreads.min()), float(spreads.max()),
+            "the columns of the targets vary by %.3g to %.3g within a task, and share one noise: predictions of those "
+            "that vary little are too wide, and the others are heard more. Bring them to one scale: divide each column "
+            "by its own standard deviation, and multiply its predictions by it.",
+            float(spreads.min()), float(spreads.max()),
         )  # fmt: skip
 
 
@@ -226,13 +260,13 @@ def warn_of_new_units(
     for task in tasks:
         if own_heads and task.kind == "regression":
             spread = float(_columns(task.train.target).std(0, correction=0).max())
-            if spread > EXACT * noise or 0.0 < WIDE * spread < noise:
+            if spread > EXACT * noise or _vary_little(spread, noise, len(task.train)):
                 log.warning(
                     "task %r: its targets vary by %.3g, and the prior has learned of a noise of %.2g: they are in "
                     "another unit than the tasks of meta-training, and predictions will have the wrong width. Bring "
                     "the targets to the unit of those, or leave the task out.", task.name, spread, noise,
                 )  # fmt: skip
-        elif task.kind == "regression" and (units := units_of(adapter, [task], theta, noise)).differ:
+        elif task.kind == "regression" and (units := units_of(adapter, [task], theta, noise, len(task.train))).differ:
             log.warning(
                 "task %r: its targets lie around %.3g and vary by %.3g; the network that the prior was learned with "
                 "gives %.3g, varying by %.3g, with noise %.2g. They are in another unit than the tasks of "

@@ -10,7 +10,7 @@ import torch
 
 from pyro_lift import LiFT, Task
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.models.target_units import units_of, warn_of_units
+from pyro_lift.models.target_units import units_of, warn_of_new_units, warn_of_units
 from pyro_lift.settings import AdaptSettings
 
 #: The noise is found by adaptations; what is warned of does not depend on how long they are.
@@ -100,7 +100,7 @@ def test_a_new_task_in_another_unit_is_warned_of(
 
 
 def test_columns_of_different_units_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    for factor, differ in ((1.0, False), (10.0, False), (1e3, True)):
+    for factor, differ in ((1.0, False), (2.0, False), (5.0, True), (1e3, True)):
         caplog.clear()
         two = [
             Task(task.name, (task.train.inputs[""], task.train.target * torch.tensor([1.0, factor])), "regression")
@@ -168,3 +168,25 @@ def test_tasks_that_vary_unevenly_are_told_though_none_is_far_from_most(
     ]
     warn_of_units(adapt_backbone(features(), peft.LoraConfig(r=1, target_modules=["0"])), given, own_heads=True)
     assert [("share one noise" in message) for message in caplog.messages] == [True] * told
+
+
+def new_task(*targets: float) -> Task:
+    y = torch.tensor(targets).unsqueeze(-1)
+    return Task("new", (torch.linspace(-1.0, 1.0, len(y)).unsqueeze(-1).expand(-1, 3), y), "regression")
+
+
+@pytest.mark.parametrize("own_heads", [True, False])
+def test_two_rows_with_nearly_one_target_are_in_no_other_unit(
+    own_heads: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = adapt_backbone(features() if own_heads else network(), peft.LoraConfig(r=1, target_modules=["0"]), seed=0)
+
+    def told(*targets: float) -> bool:
+        caplog.clear()
+        warn_of_new_units(adapter, [new_task(*targets)], adapter.initial, 0.5, own_heads=own_heads)
+        return any("another unit" in message for message in caplog.messages)
+
+    assert not told(6.0, 6.01) and not told(0.0, 0.02, 0.04)
+    assert told(*(1e-3 * torch.linspace(-1.0, 1.0, 6)).tolist()) and told(-1e5, 1e5)
+    if not own_heads:  # where a head of its own does not go to where they lie
+        assert told(400.0, 400.01) and told(*(6.0 + 0.01 * torch.linspace(-1.0, 1.0, 6)).tolist())
