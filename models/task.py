@@ -46,9 +46,10 @@ class Task:
             has options of its own (multiple choice), the rows' inputs ``option_input_ids`` and
             ``option_attention_mask`` ``[n, C, L]``, an absent option having a mask of zeros.
         num_classes: width of the head; None takes the number of labels where these are given, else the largest label
-            plus one, with a warning where that is a single class. Where it is given, by itself or by names, and the
-            tasks share a head of more outputs, the others have no probability. Of matching, the number of label texts
-            or of options.
+            plus one, with a warning where that is a single class; what learns from several tasks gives one whose rows
+            lack the last classes by chance those of the others, and says so. Where it is given, by itself or by names,
+            and the tasks share a head of more outputs, the others have no probability. Of matching, the number of label
+            texts or of options.
         test: what to be judged by, never trained on; in any form of ``train``.
         dev: what choices may be made on, never trained on; in any form of ``train``.
         metric: name of the score that the task is judged by, of :data:`pyro_lift.metrics.text.METRICS`.

@@ -33,6 +33,7 @@ from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_names import class_numbers_by_name
+from pyro_lift.models.common_classes import with_common_classes
 from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.hierarchical import VARIANCE
 from pyro_lift.models.out_of_proportion import usual_sizes
@@ -60,6 +61,7 @@ from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
 from pyro_lift.tuning.whose_heads import (
     RULES,
     as_saved,
+    counts_together,
     counts_width,
     heads_settled,
     run_config,
@@ -184,6 +186,7 @@ class LiFT(ChainSetup):
         """
         begun, seconds = time.monotonic(), seconds_of(budget)
         check_to_learn_from(tasks)
+        tasks = with_common_classes(tasks)
         noise = self._noise_of(tasks)
         found: dict[str, Any] = {} if noise is None else {"noise_scale": noise.scale}
         settled = self._settled(tasks, None, crossed=False)
@@ -334,6 +337,7 @@ class LiFT(ChainSetup):
                     f"samples={self.settings.samples} with components={k}: a component needs a draw of phi at least. "
                     "Raise samples, or lower components."
                 )
+        tasks = with_common_classes(tasks) if counts_together(session) else tasks
         again: dict[str, Any] = {"session": session, "start": start, "crossed": crossed}
         again |= {"progress": progress, "on_step": on_step, "callbacks": callbacks}
         if (settled := self._settled(tasks, session, crossed)) is not self:

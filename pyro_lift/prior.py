@@ -26,6 +26,7 @@ from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead, are_alike
 from pyro_lift.models.class_names import check_class_numbers
+from pyro_lift.models.common_classes import with_classes_of_head
 from pyro_lift.models.door import check_rows
 from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.out_of_proportion import InputSize, warn_of_tasks_of_other_sizes
@@ -297,6 +298,8 @@ class LiFTPrior:
     def _admitted(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """Refuse tasks that are no new ones of this prior: the one door, before their heads are solved or they move."""
         check_kinds(tasks, self.kinds)
+        if self.head_mean is not None and not self.head_mean.labels and "classification" in self.kinds:
+            tasks = with_classes_of_head(tasks, len(self.head_mean.head))
         check_class_numbers(tasks, self.classes)  # none where they had heads of their own
         check_rows(self.adapter, tasks)  # what comes after takes them as admitted
         warn_of_tasks_of_other_sizes(tasks, self.input_sizes)

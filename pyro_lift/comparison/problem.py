@@ -14,6 +14,7 @@ from pyro_lift.inference.adaptation.inner_loop import HeadPolicy
 from pyro_lift.inference.baselines.linear_probe import has_probe
 from pyro_lift.inference.baselines.pooled_probe import why_not_pooled
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.common_classes import with_common_classes
 from pyro_lift.models.task import Task, check_task_names
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.tuning.held_out import can_be_judged, dealt, told_unjudged
@@ -24,6 +25,7 @@ __all__ = [
     "chance_loss",
     "folds_of",
     "heads_of",
+    "in_common_classes",
     "measure_of",
     "pooled_missing",
     "probe_missing",
@@ -89,6 +91,13 @@ def without_unjudged(problem: Problem) -> tuple[Problem, list[str]]:
     log.warning("%s", told_unjudged(left_out, told))
     fit = problem._replace(train=kept["train"], test=kept["test"], dev=kept["dev"])
     return fit, [told_unjudged(left_out, told)]
+
+
+def in_common_classes(problem: Problem) -> Problem:
+    """Give tasks whose rows lack some of the classes by chance those of the others, for all methods alike."""
+    tasks = iter(with_common_classes([*problem.train, *problem.test, *problem.dev]))
+    train, test, dev = ([next(tasks) for _ in part] for part in (problem.train, problem.test, problem.dev))
+    return problem._replace(train=train, test=test, dev=dev)
 
 
 def folds_of(problem: Problem, count: int) -> list[Fold]:

@@ -31,6 +31,7 @@ from pyro_lift.comparison.problem import (
     Problem,
     chance_losses,
     folds_of,
+    in_common_classes,
     pooled_missing,
     probe_missing,
     told_of_one_class,
@@ -176,7 +177,7 @@ def run(
         if out is not None:
             stack.enter_context(only_run_in(out))
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        problem, left_out = without_unjudged(problem)
+        problem, left_out = without_unjudged(in_common_classes(problem))
         folds = folds_of(problem, settings.folds)
         names, notes = _names(problem, settings)
         notes = [*left_out, *notes]

@@ -24,6 +24,7 @@ __all__ = [
     "Settled",
     "as_saved",
     "counts_rounds",
+    "counts_together",
     "counts_width",
     "finds_unmoved",
     "has_few_rows",
@@ -51,7 +52,8 @@ __all__ = [
 #: all their own are; tasks of classes say together how many draws stay at the start of an adaptation; rows say whether
 #: a network's own classes are the tasks'; tasks choose a prior of their heads of classes for each number of rows; a
 #: network that knows the tasks' classes is tried beside heads of their own too; predictions are surer than they came
-#: where tasks have rows enough for that; regressions of few rows go by all tasks.
+#: where tasks have rows enough for that; regressions of few rows go by all tasks; tasks whose rows lack some of the
+#: classes by chance have those of the others.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -67,6 +69,7 @@ RULES = {
     "known classes": "on trial",
     "sharper predictions": "of rows enough",
     "few values": "by all tasks",
+    "counted classes": "of all tasks",
 }
 
 
@@ -157,6 +160,11 @@ def counts_width(session: Session | None) -> bool:
 def counts_rounds(session: Session | None) -> bool:
     """Whether the length of the chain counts in its translation: in a run of before the step of that always falls."""
     return _has_rule(session, "translation")
+
+
+def counts_together(session: Session | None) -> bool:
+    """Whether tasks whose rows lack some classes by chance have those of the others: in a run of before they do not."""
+    return _has_rule(session, "counted classes")
 
 
 def has_head_mean(session: Session | None) -> bool:
