@@ -200,7 +200,8 @@ class LiFTPrior:
         """Fit the temperature of predictions, and keep it with the prior: later posteriors predict with it.
 
         Each task is adapted to on its training rows, and one temperature is fitted to the predictions of rows that it
-        did not see: its test or dev rows, else a third of its rows.
+        did not see: its test or dev rows, else a third of its rows. One below 1 is fitted with care
+        (:func:`~pyro_lift.inference.adaptation.temperature.careful_temperature`).
 
         Args:
             tasks: of the prior's kind; best are some that it was not learned from. Those that it was, by their names,

@@ -12,7 +12,7 @@ import torch
 from tiny_methods import tiny_adapter, tiny_tasks
 
 from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
-from pyro_lift.inference.adaptation.temperature import fit_temperature, tempered
+from pyro_lift.inference.adaptation.temperature import careful_temperature, tempered
 from pyro_lift.support.archive import DamagedError, sealed
 
 OPTIONS: dict[str, Any] = {"steps": 8, "draws": 2}
@@ -29,7 +29,7 @@ def test_it_is_fitted_on_the_rows_that_adaptation_did_not_see_and_posteriors_pre
     plain = [(p.predict(t.test, calibrated=False), t.test.target)
              for t, p in zip(tasks, prior.adapt_many(tasks, **OPTIONS), strict=True) if t.test]  # fmt: skip
     temperature = prior.calibrate(tasks, **OPTIONS)
-    assert temperature == prior.prediction_temperature == pytest.approx(fit_temperature(plain), rel=1e-6)
+    assert temperature == prior.prediction_temperature == pytest.approx(careful_temperature(plain), rel=1e-6)
     posterior = prior.adapt(tasks[0], **OPTIONS)
     x = torch.randn(4, 4, dtype=torch.float64)
     torch.testing.assert_close(posterior.predict(x), tempered(posterior.predict(x, calibrated=False), temperature))

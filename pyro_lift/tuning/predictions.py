@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.adaptation.failures import those_kept
-from pyro_lift.inference.adaptation.temperature import Predicted, fit_temperature, tempered
+from pyro_lift.inference.adaptation.temperature import Predicted, careful_temperature, fit_temperature, tempered
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.task import Task
 from pyro_lift.tuning.held_out import judged, that_can_be_judged
@@ -23,8 +23,9 @@ def fitted_on_held_out(
 ) -> float:
     """Fit one temperature to the predictions of rows that no posterior saw: test or dev rows, else a third of a task's.
 
-    The mean NLL over tasks is at its lowest with it. Of regressions, whose variance it multiplies, it is the mean over
-    tasks of the mean square error over the variance.
+    The mean NLL over tasks is at its lowest with it; one below 1 is fitted with care (:func:`.careful_temperature`),
+    since a hundred rows that are nearly all right would send it to its bound. Of regressions, whose variance it
+    multiplies, it is the mean over tasks of the mean square error over the variance.
 
     Args:
         tasks: of classes or tokens, or all regressions.
@@ -52,7 +53,7 @@ def fitted_on_held_out(
     for task, posterior in zip(split, posteriors, strict=True):
         assert task.test is not None
         pairs.append(posterior.predicted(task.test))
-    return fit_temperature(pairs)
+    return careful_temperature(pairs)
 
 
 def least_losses(predictions: Sequence[Predicted]) -> Tensor:
