@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_lift.models.heads import BIAS_SD, FewRows, UsualPrior
+from pyro_lift.models.few_values import FewValues
+from pyro_lift.models.heads import BIAS_SD, FewRows, UsualPrior, between
 from pyro_lift.models.task import Task, head_outputs
 
 __all__ = ["ClassHead", "are_alike"]
@@ -35,6 +35,8 @@ class ClassHead(NamedTuple):
             that were saved without.
         few: of classes, numbers of rows below that, rising, and the prior of heads of so many; none in priors that
             were saved without.
+        few_values: the same of regressions, at phi; None where they were not asked, as of priors that were saved
+            without.
     """
 
     head: Tensor
@@ -45,6 +47,7 @@ class ClassHead(NamedTuple):
     around_width: float | None = None
     rows: int = 0
     few: FewRows = ()
+    few_values: FewValues | None = None
 
     @property
     def usual(self) -> UsualPrior | None:
@@ -68,14 +71,7 @@ class ClassHead(NamedTuple):
             return self.usual._replace(bias_sd=BIAS_SD)
         if rows >= self.rows:
             return self.usual
-        known = [*self.few, (self.rows, self.usual)]
-        after = next(k for k, (number, _) in enumerate(known) if number >= rows)
-        high, other = known[after]
-        if after == 0 or high == rows:
-            return other
-        low, one = known[after - 1]
-        t = math.log(rows / low) / math.log(high / low)
-        return UsualPrior(*(x ** (1.0 - t) * y**t for x, y in zip(one, other, strict=True)))
+        return between((*self.few, (self.rows, self.usual)), rows)
 
     def of(self, task: Task) -> Tensor | None:
         """Return the rows of a task's classes, in its own order, ``[c, E + 1]``; None where it has others.
@@ -93,7 +89,9 @@ def are_alike(one: ClassHead | None, other: ClassHead | None) -> bool:
     """Whether two heads are the same but for what another machine may round."""
     if one is None or other is None:
         return one is other
-    return (one[1:3], one[4:]) == (other[1:3], other[4:]) and all(
+    if (one.few_values is None) != (other.few_values is None):
+        return False
+    return (one[1:3], one[4:-1]) == (other[1:3], other[4:-1]) and all(
         _are_close(*pair) for pair in ((one.head, other.head), (one.feature_sd, other.feature_sd))
     )
 

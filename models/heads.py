@@ -64,6 +64,7 @@ __all__ = [
     "Scaling",
     "SolvedHead",
     "UsualPrior",
+    "between",
     "choose_prior_sd",
     "folds",
     "laplace_head",
@@ -121,6 +122,24 @@ class UsualPrior(NamedTuple):
 
 #: Numbers of rows, rising, and the prior of heads of so many.
 FewRows = tuple[tuple[int, UsualPrior], ...]
+
+
+def between(known: FewRows, rows: int) -> UsualPrior:
+    """Return the prior of a head of so many rows: between two numbers its logarithms go as that of the number.
+
+    Before the first number and after the last it is theirs.
+
+    Args:
+        known: one number at least.
+        rows: n.
+    """
+    after = next((k for k, (number, _) in enumerate(known) if number >= rows), len(known) - 1)
+    high, other = known[after]
+    if after == 0 or high <= rows:
+        return other
+    low, one = known[after - 1]
+    t = math.log(rows / low) / math.log(high / low)
+    return UsualPrior(*(x ** (1.0 - t) * y**t for x, y in zip(one, other, strict=True)))
 
 
 class PriorChoice(NamedTuple):

@@ -30,6 +30,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import Block, block_outputs
 from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.features import all_features
+from pyro_lift.models.few_values import MOVES_FROM
 from pyro_lift.models.head_choice import HeadChoice, choose_head
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.heads import BIAS_SD, ODD, HeadModel, ScalePrior, laplace_head, solve_head
@@ -38,7 +39,7 @@ from pyro_lift.models.observation import batch_of, has_head, head_features_of, n
 from pyro_lift.models.readouts import LabelMatching
 from pyro_lift.models.task import Rows, Task, head_outputs
 from pyro_lift.models.tensor_digest import digest_of
-from pyro_lift.models.value_head import choose_value_head
+from pyro_lift.models.value_head import choose_value_head, few_value_head
 from pyro_lift.models.value_spread import ValueSpread, spread_of
 from pyro_lift.support.options import check_choice, check_number
 
@@ -121,6 +122,11 @@ class SolvedHeads:
             self._remember(task, self.start, found)
             scale = self.scale if self.adapter.matches(rows.named) else None
             mean = None if self.mean is None or scale is not None else self.mean.of(self.tasks[task])
+            few = None if self.mean is None else self.mean.few_values
+            by_few = None if few is None else few_value_head(found, rows.target, few, self.noise_scale)
+            if by_few is not None:
+                self._choices[task] = by_few
+                return by_few
             if scale is not None:
                 choice = choose_head(found, rows.target, outputs, scale)
             else:
@@ -154,6 +160,11 @@ class SolvedHeads:
         """Whether a task's rows are so much better predicted by a head around zero that it has that."""
         known = self.mean is not None and self.mean.usual is not None
         return gain * len(self.tasks[task].train) > (ODD if known else 0.0)
+
+    def stays(self, task: int) -> bool:
+        """Whether a regression that goes by all tasks has too few rows to say how theta should move."""
+        few, rows = None if self.mean is None else self.mean.few_values, len(self.tasks[task].train)
+        return few is not None and few.of(rows) is not None and rows < MOVES_FROM
 
     def mean_scale(self) -> float | None:
         """Average the scales of label matching that the tasks chose; None where none of them has label texts.

@@ -22,9 +22,10 @@ than :data:`LEAST_SPREAD` of what they varied by when the choice was made. What 
 what rows to come will, so they are divided by no less than :data:`USUAL_SPREAD` of what rows of all tasks vary by
 either.
 
-A task of :data:`FEW` rows or fewer has the ratio of all tasks as it is, features are divided by no less than what rows
-of all tasks vary by, and those that are level on its rows by that too: how wide its predictions are is then what all
-tasks say of rows to come.
+Where tasks were asked with few of their rows, a task of so few has the prior that they say
+(:mod:`~pyro_lift.models.few_values`). Else one of :data:`FEW` rows or fewer has the ratio of all tasks as it is,
+features are divided by no less than what rows of all tasks vary by, and those that are level on its rows by that too:
+how wide its predictions are is then what all tasks say of rows to come.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_lift.models.few_values import FewValues, least_spread
 from pyro_lift.models.head_choice import HeadChoice
 from pyro_lift.models.head_problem import BIAS_SD, HeadModel, head_problem, least_squares
 from pyro_lift.models.heads import SURE, folds, scaling_of
 from pyro_lift.support.small_problems import on_one_thread
 
-__all__ = ["RATIO_WIDTHS", "best_width", "choose_value_head", "columns_of", "standard_ratios"]
+__all__ = ["RATIO_WIDTHS", "best_width", "choose_value_head", "columns_of", "few_value_head", "standard_ratios"]
 
 #: Standard deviations of a value under the prior (standardised features, so ``r * sqrt(E)``) over that of the noise
 #: that are tried. Targets without noise are common in regressions, and classes never are so sure.
@@ -57,6 +59,7 @@ USUAL_SPREAD = 0.5
 #: 24 rows; nats a row): of one row 5.4 to 7.3 without it and 3.7 to 4.5 with it, of 12 rows -0.13, -0.14, -0.03, +0.03
 #: and +0.02, of 24 -0.08, +0.01, -0.05, +0.06 and -0.01.
 FEW = 16
+
 #: Of the median spread over features, the least that one is divided by there.
 DEAD = 1e-3
 
@@ -131,8 +134,34 @@ def choose_value_head(
     prior = [math.log(w) ** 2 if width is None else 0.5 * sure * math.log(w / width) ** 2 for w in widths]
     costs = [_cost(error, target) + penalty for error, penalty in zip(errors, prior, strict=True)]
     best = costs.index(min(costs))
-    score = -0.5 * y.shape[-1] * (math.log(2.0 * math.pi * errors[best]) + 1.0)
-    return _scaled(models[best], tried[best], math.sqrt(errors[best]), score)
+    noise = math.sqrt(errors[best])
+    return _scaled(models[best], tried[best], noise, _score(noise, target))
+
+
+@on_one_thread
+@torch.no_grad()
+def few_value_head(features: Tensor, target: Tensor, few: FewValues, noise_scale: float) -> HeadChoice | None:
+    """Return what tasks say of a head of so few rows, with the noise that its left-out rows show.
+
+    Args:
+        features: ``[n, E]``.
+        target: values ``[n]`` or ``[n, M]``.
+        few: what tasks say.
+        noise_scale: standard deviation of the noise that they said it of.
+
+    Returns:
+        As :func:`choose_value_head`; None of more rows than tasks were asked with.
+    """
+    n, E = features.shape
+    asked = few.of(n)
+    if asked is None:
+        return None
+    model, ratio = few.model(asked, noise_scale), asked.width / (noise_scale * math.sqrt(E))
+    if n < 2:
+        return _scaled(model, ratio, noise_scale, math.nan)
+    (error,) = _errors(features.double(), columns_of(target), [model], [ratio], n)
+    noise = math.sqrt(error)
+    return _scaled(model, ratio, noise, _score(noise, target))
 
 
 def columns_of(target: Tensor) -> Tensor:
@@ -165,7 +194,7 @@ def _least_spread(features: Tensor, feature_sd: Tensor | None, *, few: bool = Fa
     """Return the least that each feature is divided by; of few rows what rows of all tasks vary by."""
     own = scaling_of(features).sd
     if few and feature_sd is not None and bool((feature_sd > 0.0).any()):
-        return feature_sd.to(own).maximum(DEAD * feature_sd[feature_sd > 0.0].median().to(own))
+        return least_spread(feature_sd.to(own), DEAD)
     least = LEAST_SPREAD * own
     return least if feature_sd is None else least.maximum(USUAL_SPREAD * feature_sd.to(least))
 
@@ -188,6 +217,11 @@ def _errors(x: Tensor, y: Tensor, models: Sequence[HeadModel], ratios: Sequence[
 def _cost(error: float, target: Tensor) -> float:
     """Return the negative log likelihood of left-out rows at the noise that fits them best, but for constants."""
     return 0.5 * target.numel() * math.log(error)
+
+
+def _score(noise: float, target: Tensor) -> float:
+    """Return the mean log density of left-out rows at the noise that fits them best."""
+    return -0.5 * columns_of(target).shape[-1] * (math.log(2.0 * math.pi * noise**2) + 1.0)
 
 
 def _scaled(model: HeadModel, ratio: float, noise: float, score: float) -> HeadChoice:

@@ -29,7 +29,9 @@ from pyro_lift.inference.gibbs.kernel import SGLDGibbs
 from pyro_lift.inference.mixture.batch_em import Moments
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.digest import digest
+from pyro_lift.models.heads import FewRows
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.observation import has_head, own_head_scale
 from pyro_lift.models.task import Task, mean_rows
@@ -39,6 +41,7 @@ from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.tuning.chain_kernel import chain_kernel
 from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit, predicted
+from pyro_lift.tuning.few_values import said_by_unseen, with_few_values
 from pyro_lift.tuning.half_chain import Settled, half_chain
 from pyro_lift.tuning.halves import (
     SOME_PASSES,
@@ -54,6 +57,7 @@ from pyro_lift.tuning.head_mean import HeadMean, asked_at, head_mean
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
 from pyro_lift.tuning.usual_priors import Asked, few_rows
 from pyro_lift.tuning.whose_heads import (
+    asks_few_values,
     counts_rounds,
     finds_unmoved,
     has_few_rows,
@@ -108,6 +112,8 @@ class ChainSetup:
     ) -> None:
         self.adapter, self.settings, self.adapt_settings, self.seed = adapter, settings, adapt_settings, seed
         self.head_mean: HeadMean | None = None
+        #: What regressions say of heads of few rows, at vectors that have not seen them.
+        self.few_values: FewRows = ()
         #: Folder inside a run's in which what is found before its chain is kept; the run's own where it is empty.
         self.kept_under = ""
 
@@ -147,7 +153,9 @@ class ChainSetup:
             program.noise_scale = s.noise_sd
             if halves.power != 1.0 and self.leaves_power_open:  # a run that goes on may have been given one since
                 adapt = replace(adapt, n_inflate=halves.power * (s.n_inflate or 1.0))
-            if run.head_mean is not None:
+            if run.head_mean is not None and tasks[0].kind == "regression":
+                run.few_values = halves.few_rows
+            elif run.head_mean is not None:
                 run.head_mean = run.head_mean.with_few(halves.few_rows)
             if halves.unmoved is not None and self.leaves_share_open:
                 adapt = replace(adapt, unmoved_few=halves.unmoved)
@@ -271,7 +279,10 @@ class ChainSetup:
         predict = partial(predicted, self.adapter) if classes and not heads else None
         asking, careful = partial(few_rows, asked), sharpens_by_rows(session)
         adapting = adapt if sure or strength else None
-        judge = Judge(score, predict, adapting, noise, strength, usual, asking, careful)
+        values = None
+        if self.head_mean is not None and tasks[0].kind == "regression" and asks_few_values(session):
+            values = partial(said_by_unseen, self.adapter, tasks)
+        judge = Judge(score, predict, adapting, noise, strength, usual, asking, careful, values)
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 
     def _moved(self, s: LiFTSettings, moments: dict[str, Tensor], tasks: Sequence[Task]) -> dict[str, float]:
@@ -358,6 +369,14 @@ class ChainSetup:
         if head in ("langevin", "shared") or self._head_scale(tasks, self.settings) is None:
             return None
         return head_mean(self.adapter, [task.to(self.adapter.initial.device) for task in tasks], **rules)
+
+    def head_of_new(self, phi: Tensor, program: AdapterHierarchy, session: Session | None) -> ClassHead | None:
+        """Return the head that new tasks' own stand around, with what tasks at phi say of those of few rows."""
+        head = None if self.head_mean is None else self.head_mean.head
+        if not asks_few_values(session):
+            return head
+        phi = phi.to(self.adapter.initial)
+        return with_few_values(head, self.adapter, program.tasks, phi, program.noise_scale, self.few_values)
 
     def program(self, tasks: Sequence[Task]) -> AdapterHierarchy:
         """Return the Pyro program that :meth:`meta_train` samples."""

@@ -403,7 +403,7 @@ class LiFT(ChainSetup):
                 prediction_temperature=temperature,
                 tuning=None if self.tuning is None else self.tuning.to_dict(),
                 matching_scale=None if program.solved is None else program.solved.mean_scale(),
-                head_mean=None if run.head_mean is None else run.head_mean.head,
+                head_mean=run.head_of_new(summary.mixtures[k].get().mean, program, session),
                 input_sizes=sizes,
                 around_rates=tempers_around_rates(session),
                 tempered_rows=at_rows,

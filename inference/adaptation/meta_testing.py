@@ -125,6 +125,10 @@ def _candidates(mixture: dist.MixtureSameFamily, untouched: Untouched | None) ->
     return candidates
 
 
+def _without_untouched(candidates: list[_Candidate]) -> list[_Candidate]:
+    return [candidate for candidate in candidates if candidate.component != UNTOUCHED]
+
+
 def heads_at_best_start(
     adapter: RandomAdapter,
     tasks: Sequence[Task],
@@ -151,12 +155,18 @@ def heads_at_best_start(
         left-out rows (sum over training rows).
     """
     candidates = _candidates(mixture, untouched)
-    options: dict[str, Any] = {"scale": scale, "mean": mean, "noise_scale": noise_scale}
-    heads = [SolvedHeads(adapter, tasks, candidate.theta, **options) for candidate in candidates]
+    options: dict[str, Any] = {"scale": scale, "noise_scale": noise_scale}
+    few = None if mean is None else mean.few_values
+    before = None if mean is None else mean._replace(few_values=None)  # which are of features at phi
+    of = [before if candidate.component == UNTOUCHED else mean for candidate in candidates]
+    pairs = zip(candidates, of, strict=True)
+    heads = [SolvedHeads(adapter, tasks, candidate.theta, mean=each, **options) for candidate, each in pairs]
     starts, chosen, begun = [], [], []
     for k, task in enumerate(tasks):
-        scores = [each.score(k) * len(task.train) for each in heads]
-        odds = [score + candidate.log_odds for score, candidate in zip(scores, candidates, strict=True)]
+        # Two rows that are left out in turn, under a noise that is small beside what heads leave open, say nothing.
+        able = candidates if few is None or few.of(len(task.train)) is None else _without_untouched(candidates)
+        scores = [each.score(k) * len(task.train) for each in heads[: len(able)]]
+        odds = [score + candidate.log_odds for score, candidate in zip(scores, able, strict=True)]
         best = odds.index(max(odds))
         starts.append(Start(candidates[best].component, candidates[best].theta, scores[best]))
         chosen.append(heads[best].choice(k))

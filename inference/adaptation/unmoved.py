@@ -4,7 +4,8 @@ The adapter's path is only as good as a task's rows let it be: with few of them 
 Where heads are solved, a network at the start of the path predicts by itself, and an average of both kinds is a choice
 between "these rows ask for other features" and "they do not". With few rows each has half of the weight, or what tasks
 of the kind say together (:mod:`~pyro_lift.tuning.unmoved_share`). Where no head is solved all draws move, unless these
-say otherwise. A task with more rows can tell: a fifth of them, every fifth of each class, is kept from the chain, and
+say otherwise. A regression of seven rows or fewer that goes by all tasks stays (:mod:`~pyro_lift.models.few_values`). A
+task with more rows can tell: a fifth of them, every fifth of each class, is kept from the chain, and
 the share of the networks at the start is the weight w that predicts these rows best (stacking),
 
 .. math:: \max_w\; \sum_{n} \log\big(w\, p_0(y_n) + (1 - w)\, p_1(y_n)\big) + c \log w + c \log(1 - w),
@@ -105,6 +106,8 @@ class Unmoved:
 
     def put_back(self, task: int, start: Tensor, thetas: Tensor) -> Tensor:
         """Put the start ``[D]`` in the place of the first of a task's draws ``[S, D]``, as many as its share says."""
+        if self._given is None and self.heads is not None and self.heads.stays(task):
+            return with_unmoved(start, thetas, 1.0, all_may=True)
         return with_unmoved(start, thetas, self._share(task, start, thetas), all_may=self._kept[task] is not None)
 
     def _share(self, task: int, start: Tensor, thetas: Tensor) -> float:

@@ -35,6 +35,7 @@ from pyro_lift.inference.mcmc import MCMC
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead
+from pyro_lift.models.few_values import MOVES_FROM
 from pyro_lift.models.flat import FlatAdapter, FlatBlock
 from pyro_lift.models.hierarchical import can_share_pass
 from pyro_lift.models.observation import own_head_scale
@@ -274,7 +275,10 @@ class Adaptation:
         mcmc, results = (None, chain.results) if isinstance(chain, DrawWindows) else (chain, None)
         told: dict[str, Any] = {"results": results, "noise_scale": self.settings.noise_sd}
         temperature = self.prediction_temperature
-        if self.tempered_rows is not None:
+        few, rows = None if self.head_mean is None else self.head_mean.few_values, len(task.train)
+        if few is not None and few.of(rows) is not None:  # at phi tasks have said how wide predictions are
+            temperature = 1.0 if rows < MOVES_FROM else max(temperature, 1.0)
+        elif self.tempered_rows is not None:
             temperature = self.tempered_rows.holds(temperature, task)
         told |= {"prediction_temperature": temperature, "head_spread": head_spread}
         told["class_counts"] = class_counts(task) if self.around_rates else None

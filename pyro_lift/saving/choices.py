@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_lift.inference.adaptation.tempered_rows import TemperedRows
 from pyro_lift.models.class_head import ClassHead
+from pyro_lift.models.few_values import FewValues
 from pyro_lift.models.heads import FewRows, UsualPrior
 from pyro_lift.models.likelihoods import LossKind
 from pyro_lift.models.out_of_proportion import InputSize
@@ -19,9 +20,13 @@ from pyro_lift.support.archive import DamagedError
 
 __all__ = ["described_choices", "saved_choices", "saved_input_sizes", "saved_positive"]
 
+#: Names of the tensors of the head that regressions of few rows stand around, and of what its features vary by.
+FEW_VALUES, FEW_VALUES_SD = "head_few_values", "head_few_values_sd"
+
 
 def described_choices(prior: SavablePrior) -> dict[str, Any]:
     """Return what is written of a prior."""
+    few_values = None if prior.head_mean is None else prior.head_mean.few_values
     return {
         "matching_scale": prior.matching_scale,
         "prediction_temperature": prior.prediction_temperature,
@@ -39,7 +44,8 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "head_bias_sd": None if prior.head_mean is None else prior.head_mean.bias_sd,
         "head_around_width": None if prior.head_mean is None else prior.head_mean.around_width,
         "head_rows": None if prior.head_mean is None else prior.head_mean.rows,
-        "head_few": [] if prior.head_mean is None else [[rows, *usual] for rows, usual in prior.head_mean.few],
+        "head_few": [] if prior.head_mean is None else _written_few(prior.head_mean.few),
+        "head_few_values": [] if few_values is None else _written_few(few_values.priors),
     }
 
 
@@ -94,6 +100,8 @@ def saved_input_sizes(path: Path, config: Mapping[str, Any]) -> dict[str, InputS
 def head_tensors(mean: ClassHead | None) -> dict[str, Tensor]:
     """Return the tensors of the head that tasks' own have their prior around, by the names they are saved under."""
     found = {} if mean is None else {"head_mean": mean.head, "head_feature_sd": mean.feature_sd}
+    if mean is not None and mean.few_values is not None:
+        found |= {FEW_VALUES: mean.few_values.head, FEW_VALUES_SD: mean.few_values.feature_sd}
     return {name: x for name, x in found.items() if x is not None}
 
 
@@ -121,27 +129,45 @@ def _saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str
         None if config.get(name) is None else saved_positive(path, config, name)
         for name in ("head_bias_sd", "head_around_width")
     )
-    few = _saved_few(path, config)
+    few, values = _saved_few(path, config, "head_few"), _saved_few_values(path, config, tensors)
     rows = saved_positive(path, config, "head_rows") if few or config.get("head_rows") not in (None, 0) else 0
-    return ClassHead(head, tuple(labels), width, sd, bias_sd, around_width, int(rows), few)
+    return ClassHead(head, tuple(labels), width, sd, bias_sd, around_width, int(rows), few, values)
 
 
-def _saved_few(path: Path, config: Mapping[str, Any]) -> FewRows:
+def _saved_few_values(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FewValues | None:
+    """Read what regressions say of heads of few rows; folders from before have nothing.
+
+    Raises:
+        DamagedError: one part without the others, or a head and spreads of different features.
+    """
+    priors, head, sd = _saved_few(path, config, "head_few_values"), tensors.get(FEW_VALUES), tensors.get(FEW_VALUES_SD)
+    if not priors and head is None and sd is None:
+        return None
+    if not priors or head is None or sd is None or head.dim() != 2 or sd.shape != (head.shape[-1] - 1,):
+        raise DamagedError(
+            f"{path}: key 'head_few_values' and tensors {FEW_VALUES!r} and {FEW_VALUES_SD!r} do not belong together."
+        )
+    return FewValues(head, sd, priors)
+
+
+def _written_few(few: FewRows) -> list[list[float]]:
+    return [[rows, *usual] for rows, usual in few]
+
+
+def _saved_few(path: Path, config: Mapping[str, Any], name: str) -> FewRows:
     """Read the priors of heads of few rows; folders from before have none.
 
     Raises:
         DamagedError: not a number of rows and two standard deviations each.
     """
-    few = config.get("head_few", [])
+    few = config.get(name, [])
     try:
         found = tuple((int(rows), UsualPrior(float(width), float(bias_sd))) for rows, width, bias_sd in few)
         if all(0.0 < x < math.inf for rows, usual in found for x in (rows, *usual)):
             return found
     except (TypeError, ValueError):
         pass
-    raise DamagedError(
-        f"{path}: key 'head_few' is {few!r}; expected numbers of rows, each with two standard deviations."
-    )
+    raise DamagedError(f"{path}: key {name!r} is {few!r}; expected numbers of rows, each with two standard deviations.")
 
 
 def _saved_rows(path: Path, config: Mapping[str, Any]) -> TemperedRows | None:

@@ -102,6 +102,8 @@ class Judge(NamedTuple):
             leaves one of several there. None finds none.
         few_rows: asked after the adaptations, where those of the chain's end say what prior heads of few rows have;
             None leaves it to the untouched network.
+        few_values: asks regressions what prior heads of few rows have, at the vectors that each half of the tasks has
+            not trained, under the noise that was found; None in runs of before, and of classes.
         careful: whether a temperature below 1 is fitted with care, and holds for tasks of as many rows; in runs of
             before it is taken where it is better by the test, and holds for all.
     """
@@ -114,6 +116,7 @@ class Judge(NamedTuple):
     usual_share: float | None = None
     few_rows: Callable[[], FewRows] | None = None
     careful: bool = True
+    few_values: Callable[[Sequence[Tensor], float], FewRows] | None = None
 
     def log_probs(self, vectors: Sequence[Tensor], halves: Sequence[Sequence[Task]]) -> Tensor:
         """Compute each task's mean log probability a row, classes at the best temperature for all.
@@ -286,7 +289,10 @@ def _sureness(
     if judge.noise is not None:
         sure = 1.0 if exact else EXAGGERATED
         noise = fitted_noise(judge.noise, adapted, sure, stronger=judge.strength) or Noise(judge.noise, 1.0)
-        return found._replace(temperature=noise.temperature, noise=noise.scale, power=noise.power)
+        found = found._replace(temperature=noise.temperature, noise=noise.scale, power=noise.power)
+        if judge.few_values is None or not found.looks:  # without joint training all vectors are the start
+            return found
+        return found._replace(few_rows=judge.few_values([standing.vector for standing in standings], noise.scale))
     posteriors = list(adapted(None))
     predictions, share = _predictions(posteriors, judge.usual_share)
     if not predictions:

@@ -23,6 +23,7 @@ __all__ = [
     "RULES",
     "Settled",
     "as_saved",
+    "asks_few_values",
     "counts_rounds",
     "counts_together",
     "counts_width",
@@ -53,7 +54,7 @@ __all__ = [
 #: a network's own classes are the tasks'; tasks choose a prior of their heads of classes for each number of rows; a
 #: network that knows the tasks' classes is tried beside heads of their own too; predictions are surer than they came
 #: where tasks have rows enough for that; regressions of few rows go by all tasks; tasks whose rows lack some of the
-#: classes by chance have those of the others.
+#: classes by chance have those of the others; regressions say what prior heads of each number of rows have.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -70,6 +71,7 @@ RULES = {
     "sharper predictions": "of rows enough",
     "few values": "by all tasks",
     "counted classes": "of all tasks",
+    "values by rows": "of all tasks",
 }
 
 
@@ -190,6 +192,11 @@ def has_few_rows(session: Session | None) -> bool:
 def has_few_values(session: Session | None) -> bool:
     """Whether regressions of few rows go by all tasks: in a run of before each goes by its own rows."""
     return _has_rule(session, "few values")
+
+
+def asks_few_values(session: Session | None) -> bool:
+    """Whether regressions say what prior heads of each number of rows have: in a run of before all have one."""
+    return _has_rule(session, "values by rows")
 
 
 def has_value_widths(session: Session | None) -> bool:

@@ -128,6 +128,8 @@ def test_tasks_of_one_row_and_more_know_what_they_do_not(tmp_path: Path) -> None
     torch.testing.assert_close(
         loaded.adapt(new, seed=0).predict_sd(new.test), prior.adapt(new, seed=0).predict_sd(new.test)
     )
+    prior.head_mean = prior.head_mean._replace(few_values=None)  # which says it by number (test_values_by_rows.py)
+    prior.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     before = {name: value for name, value in config.items() if name not in ("head_rows", "sha256")}
     (tmp_path / "config.json").write_text(json.dumps(sealed(before)))
