@@ -163,8 +163,9 @@ class SolvedHeads:
 
     def stays(self, task: int) -> bool:
         """Whether a regression that goes by all tasks has too few rows to say how theta should move."""
-        few, rows = None if self.mean is None else self.mean.few_values, len(self.tasks[task].train)
-        return few is not None and few.of(rows) is not None and rows < MOVES_FROM
+        few = None if self.mean is None else self.mean.few_values
+        by_few = few is not None and self.choice(task).model.around is few.head
+        return by_few and len(self.tasks[task].train) < MOVES_FROM
 
     def mean_scale(self) -> float | None:
         """Average the scales of label matching that the tasks chose; None where none of them has label texts.

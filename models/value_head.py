@@ -62,6 +62,8 @@ FEW = 16
 
 #: Of the median spread over features, the least that one is divided by there.
 DEAD = 1e-3
+#: How seldom a task of few rows may be as far as that from what the others say.
+SELDOM = 1e-4
 
 
 def standard_ratios(features: int, widths: Sequence[float] = RATIO_WIDTHS) -> tuple[float, ...]:
@@ -141,7 +143,12 @@ def choose_value_head(
 @on_one_thread
 @torch.no_grad()
 def few_value_head(features: Tensor, target: Tensor, few: FewValues, noise_scale: float) -> HeadChoice | None:
-    """Return what tasks say of a head of so few rows, with the noise that its left-out rows show.
+    r"""Return what tasks say of a head of so few rows, with the noise that its left-out rows show.
+
+    The rows themselves may say that their task is none of these: with residuals r from the head of all tasks, whose
+    covariance is K under the prior and the noise, the level as far off as a bias and a value together,
+    :math:`r^\top K^{-1} r` is chi-squared, and a task that is beyond all but one in ten thousand (:data:`SELDOM`) goes
+    by its own rows.
 
     Args:
         features: ``[n, E]``.
@@ -150,18 +157,34 @@ def few_value_head(features: Tensor, target: Tensor, few: FewValues, noise_scale
         noise_scale: standard deviation of the noise that they said it of.
 
     Returns:
-        As :func:`choose_value_head`; None of more rows than tasks were asked with.
+        As :func:`choose_value_head`; None of more rows than tasks were asked with, and of a task that is unlike them.
     """
     n, E = features.shape
     asked = few.of(n)
     if asked is None:
         return None
     model, ratio = few.model(asked, noise_scale), asked.width / (noise_scale * math.sqrt(E))
+    if _unlike(features.double(), columns_of(target), model, ratio, noise_scale):
+        return None
     if n < 2:
         return _scaled(model, ratio, noise_scale, math.nan)
     (error,) = _errors(features.double(), columns_of(target), [model], [ratio], n)
     noise = math.sqrt(error)
     return _scaled(model, ratio, noise, _score(noise, target))
+
+
+def _unlike(x: Tensor, y: Tensor, model: HeadModel, ratio: float, noise: float) -> bool:
+    """Whether targets are too far from the head that theirs stands around to have come from its prior."""
+    from scipy.stats import chi2
+
+    offset = model.offset(x)
+    assert offset is not None and isinstance(model.bias_sd, float)
+    z = model.limited(scaling_of(x)).apply(x)
+    level = model.bias_sd**2 + ratio**2 * x.shape[-1]  # where the task's mean row lies the slopes say too
+    covariance = ratio**2 * (z @ z.mT) + level + torch.eye(len(x)).to(z)
+    missed = (y - offset) / noise
+    far = float((missed * torch.linalg.solve(covariance, missed)).sum())
+    return not far < chi2.isf(SELDOM, y.numel())
 
 
 def columns_of(target: Tensor) -> Tensor:

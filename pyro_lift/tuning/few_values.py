@@ -35,6 +35,7 @@ from pyro_lift.models.value_head import RATIO_WIDTHS, columns_of
 from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.support.small_problems import on_one_thread
 from pyro_lift.tuning.halves import FEWEST_TASKS
+from pyro_lift.tuning.head_mean import alike
 from pyro_lift.tuning.held_out import dealt, drawn_rows
 
 __all__ = ["said_by_unseen", "with_few_values"]
@@ -78,7 +79,7 @@ def with_few_values(
     """
     if mean is None or mean.feature_sd is None:
         return mean
-    one, other = (_read(adapter, half, theta, ROWS // len(tasks)) for half in dealt(tasks, 2))
+    one, other = _halves(adapter, tasks, theta)
     every = [*one, *other]
     sd = least_spread(torch.cat([read.x for read in every]).std(0))
     strength, priors = _asked([_Unseen(one, other, sd), _Unseen(other, one, sd)], noise_scale)
@@ -102,9 +103,10 @@ def said_by_unseen(
         Numbers of rows, rising, with the standard deviations of a value and of a bias; none where fewer than four tasks
         have two rows, or targets do not vary.
     """
-    halves, parts = dealt(tasks, 2), []
+    parts = []
     for k, vector in enumerate(vectors):
-        unseen, seen = (_read(adapter, half, vector, ROWS // len(tasks)) for half in (halves[k], halves[1 - k]))
+        halves = _halves(adapter, tasks, vector)
+        unseen, seen = halves[k], halves[1 - k]
         sd = least_spread(torch.cat([read.x for read in (*seen, *unseen)]).std(0))
         parts.append(_Unseen(seen, unseen, sd))
     return _asked(parts, noise_scale)[1]
@@ -116,6 +118,13 @@ class _Unseen(NamedTuple):
     seen: Sequence[_Read]
     unseen: Sequence[_Read]
     sd: Tensor
+
+
+def _halves(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor) -> list[list[_Read]]:
+    """Read some rows of each half of the tasks, but for those whose targets are in another unit than most."""
+    names = {task.name for task in alike(tasks)}
+    halves = [[task for task in half if task.name in names] for half in dealt(tasks, 2)]
+    return [_read(adapter, half, theta, ROWS // len(tasks)) for half in halves]
 
 
 def _read(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor, most: int) -> list[_Read]:
@@ -131,7 +140,7 @@ def _asked(parts: Sequence[_Unseen], noise: float) -> tuple[int, FewRows]:
     every = [read for part in parts for read in part.unseen]
     several = [read for read in every if len(read.x) > 1]
     spread = math.sqrt(sum(float(read.y.var(0).mean()) for read in several) / max(len(several), 1))
-    if len(several) < FEWEST_TASKS or not spread > 0.0:
+    if len(several) < FEWEST_TASKS or not spread > 0.0 or not all(part.seen for part in parts):
         return 0, ()
     heads = [_ridges(part.seen, part.sd) for part in parts]
     missed = [sum(_missed(each[k], part.unseen) for each, part in zip(heads, parts, strict=True)) for k in range(TRIED)]

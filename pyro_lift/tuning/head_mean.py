@@ -51,7 +51,7 @@ from pyro_lift.tuning.halves import FEWEST_TASKS, is_above_zero, paired
 from pyro_lift.tuning.held_out import dealt, drawn_rows
 from pyro_lift.tuning.usual_priors import CHOICE_ROWS, Asked, by_number_of_rows, scores_of, under, usual_prior
 
-__all__ = ["HeadMean", "asked_at", "head_mean", "shared_classes"]
+__all__ = ["HeadMean", "alike", "asked_at", "head_mean", "shared_classes"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -156,7 +156,7 @@ def head_mean(
     if classes is None:
         log.info("heads of the tasks' own stand around zero: the tasks are few, or have other classes or values.")
         return None
-    tasks = _alike(tasks)
+    tasks = alike(tasks)
     values = tasks[0].kind == "regression"
     usual = median_high(len(task.train) for task in tasks) if values and few_values else 0
     halves = _halves(adapter, tasks)
@@ -303,7 +303,7 @@ def _helps(told: Tensor, kind: str) -> bool:
     return True
 
 
-def _alike(tasks: Sequence[Task]) -> Sequence[Task]:
+def alike(tasks: Sequence[Task]) -> Sequence[Task]:
     """Leave out regressions whose targets are in another unit than most, or all equal; all stay where few are left.
 
     One of them would decide for all. What tasks are unlike the others is warned of elsewhere.

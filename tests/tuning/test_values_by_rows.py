@@ -92,6 +92,15 @@ def test_a_head_of_one_row_is_as_far_off_as_the_prior_leaves_open() -> None:
     torch.testing.assert_close(found, left + 9.0 / FEATURES * (new - x).square().sum(-1), rtol=1e-5, atol=0.0)
 
 
+def test_a_task_that_is_none_of_these_goes_by_its_own_rows() -> None:
+    few = FewValues(torch.zeros(1, FEATURES + 1), UNIT.float(), ((1, UsualPrior(1.0, 0.5)), (4, UsualPrior(1.0, 0.5))))
+    told = [few_value_head(*made(seed, 1 + seed % 4, 1.0, 0.5), few, NOISE) is not None for seed in range(200)]
+    assert all(told)  # one in fifty would see one that is called odd
+    for n in (1, 3):
+        x, y = made(0, n, 1.0, 0.5)
+        assert few_value_head(x, y + 20.0, few, NOISE) is None
+
+
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 12), torch.nn.Tanh())
