@@ -127,6 +127,7 @@ def _halves(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor) -> lis
     return [_read(adapter, half, theta, ROWS // len(tasks)) for half in halves]
 
 
+@torch.no_grad()
 def _read(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor, most: int) -> list[_Read]:
     rows = [drawn_rows(task.train, max(most, 1)) for task in tasks]
     found = [head_features_of(adapter, task, each, theta) for task, each in zip(tasks, rows, strict=True)]
