@@ -40,6 +40,7 @@ from pyro_lift.models.few_values import FewValues, least_spread
 from pyro_lift.models.head_choice import HeadChoice
 from pyro_lift.models.head_problem import BIAS_SD, HeadModel, head_problem, least_squares
 from pyro_lift.models.heads import SURE, folds, scaling_of
+from pyro_lift.models.value_spread import scaling_under
 from pyro_lift.support.small_problems import on_one_thread
 
 __all__ = ["RATIO_WIDTHS", "best_width", "choose_value_head", "columns_of", "few_value_head", "standard_ratios"]
@@ -179,7 +180,7 @@ def _unlike(x: Tensor, y: Tensor, model: HeadModel, ratio: float, noise: float) 
 
     offset = model.offset(x)
     assert offset is not None and isinstance(model.bias_sd, float)
-    z = model.limited(scaling_of(x)).apply(x)
+    z = scaling_under(model, x).apply(x)
     level = model.bias_sd**2 + ratio**2 * x.shape[-1]  # where the task's mean row lies the slopes say too
     covariance = ratio**2 * (z @ z.mT) + level + torch.eye(len(x)).to(z)
     missed = (y - offset) / noise

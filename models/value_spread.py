@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from pyro_lift.models.head_choice import HeadChoice
-from pyro_lift.models.heads import scaling_of
+from pyro_lift.models.heads import HeadModel, Scaling, scaling_of
 
-__all__ = ["ValueSpread", "spread_of"]
+__all__ = ["ValueSpread", "scaling_under", "spread_of"]
 
 
 class ValueSpread(NamedTuple):
@@ -53,6 +53,18 @@ class ValueSpread(NamedTuple):
         return unseen.clamp_min(0.0) + (left * seen.square()).sum(-1)
 
 
+def scaling_under(model: HeadModel, x: Tensor) -> Scaling:
+    """Return what features ``[n, E]`` in float64 are divided by where it counts how far a head may be off.
+
+    Those that are level on the rows by what they vary by elsewhere, where the model says so.
+    """
+    m, d = model.limited(scaling_of(x))
+    if model.level_spread and model.least_spread is not None:
+        level = (x - m).abs().amax(0) <= 1e-9 * (1.0 + m.abs())
+        d = torch.where(level, model.least_spread.to(d), d)
+    return Scaling(m, d)
+
+
 @torch.no_grad()
 def spread_of(features: Tensor, choice: HeadChoice, noise_scale: float) -> ValueSpread:
     """Find how far a regression's head may be off.
@@ -67,10 +79,7 @@ def spread_of(features: Tensor, choice: HeadChoice, noise_scale: float) -> Value
     """
     x, model = features.double(), choice.model
     assert isinstance(model.bias_sd, float) and isinstance(model.noise_scale, float)
-    m, d = model.limited(scaling_of(x))
-    if model.level_spread and model.least_spread is not None:
-        level = (x - m).abs().amax(0) <= 1e-9 * (1.0 + m.abs())
-        d = torch.where(level, model.least_spread.to(d), d)
+    m, d = scaling_under(model, x)
     unit = noise_scale / model.noise_scale  # the choice is in units of the noise that the task's left-out rows showed
     scale = torch.cat([choice.sd * unit / d, d.new_tensor([model.bias_sd * unit])])
     _, size, basis = torch.linalg.svd(_coordinates(x, scale, m) / noise_scale, full_matrices=False)

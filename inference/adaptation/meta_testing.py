@@ -125,10 +125,6 @@ def _candidates(mixture: dist.MixtureSameFamily, untouched: Untouched | None) ->
     return candidates
 
 
-def _without_untouched(candidates: list[_Candidate]) -> list[_Candidate]:
-    return [candidate for candidate in candidates if candidate.component != UNTOUCHED]
-
-
 def heads_at_best_start(
     adapter: RandomAdapter,
     tasks: Sequence[Task],
@@ -161,12 +157,13 @@ def heads_at_best_start(
     of = [before if candidate.component == UNTOUCHED else mean for candidate in candidates]
     pairs = zip(candidates, of, strict=True)
     heads = [SolvedHeads(adapter, tasks, candidate.theta, mean=each, **options) for candidate, each in pairs]
+    components = len(candidates) - (untouched is not None)  # which come before the untouched weights
     starts, chosen, begun = [], [], []
     for k, task in enumerate(tasks):
         # Two rows that are left out in turn, under a noise that is small beside what heads leave open, say nothing.
-        able = candidates if few is None or few.of(len(task.train)) is None else _without_untouched(candidates)
-        scores = [each.score(k) * len(task.train) for each in heads[: len(able)]]
-        odds = [score + candidate.log_odds for score, candidate in zip(scores, able, strict=True)]
+        able = len(candidates) if few is None or few.of(len(task.train)) is None else components
+        scores = [each.score(k) * len(task.train) for each in heads[:able]]
+        odds = [score + candidate.log_odds for score, candidate in zip(scores, candidates[:able], strict=True)]
         best = odds.index(max(odds))
         starts.append(Start(candidates[best].component, candidates[best].theta, scores[best]))
         chosen.append(heads[best].choice(k))

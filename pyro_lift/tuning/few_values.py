@@ -28,10 +28,11 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.few_values import FewValues, least_spread
 from pyro_lift.models.head_problem import HeadModel, apply_head
-from pyro_lift.models.heads import FewRows, UsualPrior, scaling_of
+from pyro_lift.models.heads import FewRows, UsualPrior
 from pyro_lift.models.observation import head_features_of
 from pyro_lift.models.task import Task
 from pyro_lift.models.value_head import RATIO_WIDTHS, columns_of
+from pyro_lift.models.value_spread import scaling_under
 from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.support.small_problems import on_one_thread
 from pyro_lift.tuning.halves import FEWEST_TASKS
@@ -82,8 +83,7 @@ def with_few_values(
     one, other = _halves(adapter, tasks, theta)
     every = [*one, *other]
     sd = least_spread(torch.cat([read.x for read in every]).std(0))
-    strength, priors = _asked([_Unseen(one, other, sd), _Unseen(other, one, sd)], noise_scale)
-    priors = known or priors
+    strength, priors = _asked([_Unseen(one, other, sd), _Unseen(other, one, sd)], noise_scale, known)
     found = FewValues(_ridges(every, sd)[strength], sd, priors) if priors else None
     return mean._replace(few_values=found)
 
@@ -136,16 +136,18 @@ def _read(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor, most: in
 
 @on_one_thread
 @torch.no_grad()
-def _asked(parts: Sequence[_Unseen], noise: float) -> tuple[int, FewRows]:
-    """Find the strength of the ridge that is best for unseen tasks, and their priors around it."""
+def _asked(parts: Sequence[_Unseen], noise: float, known: FewRows = ()) -> tuple[int, FewRows]:
+    """Find the strength of the ridge that is best for unseen tasks, and their priors around it if none are known."""
     every = [read for part in parts for read in part.unseen]
     several = [read for read in every if len(read.x) > 1]
     spread = math.sqrt(sum(float(read.y.var(0).mean()) for read in several) / max(len(several), 1))
     if len(several) < FEWEST_TASKS or not spread > 0.0 or not all(part.seen for part in parts):
-        return 0, ()
+        return 0, known
     heads = [_ridges(part.seen, part.sd) for part in parts]
     missed = [sum(_missed(each[k], part.unseen) for each, part in zip(heads, parts, strict=True)) for k in range(TRIED)]
     best = missed.index(min(missed))
+    if known:
+        return best, known
     asked = [
         (read, each[best], part.sd) for each, part in zip(heads, parts, strict=True) for read in part.unseen
         if len(read.x) > 1
@@ -196,9 +198,7 @@ def _drawn(
     spread, noise = sizes
     order = torch.randperm(len(x), generator=generator).to(x.device)
     own, other = order[:number], order[number : number + JUDGED]
-    scaling = HeadModel(1, "regression", least_spread=sd).limited(scaling_of(x[own]))
-    level = (x[own] - scaling.mean).abs().amax(0) <= 1e-9 * (1.0 + scaling.mean.abs())
-    scaling = scaling._replace(sd=torch.where(level, sd, scaling.sd))
+    scaling = scaling_under(HeadModel(1, "regression", least_spread=sd, level_spread=True), x[own])
     z, q = (scaling.apply(x[rows]) / math.sqrt(x.shape[-1]) for rows in (own, other))
     slopes = (spread / noise * torch.tensor(VALUES).to(x)).square()[:, None, None, None]
     biases = (spread / noise * torch.tensor(BIASES).to(x)).square()[:, None, None]
