@@ -22,7 +22,7 @@ from pyro_lift.models.targets import CountedClasses
 from pyro_lift.models.task import Task
 from pyro_lift.support.wording import some_names
 
-__all__ = ["with_classes_of_head", "with_common_classes"]
+__all__ = ["classes_in_common", "with_classes_of_prior", "with_common_classes"]
 
 #: How seldom a task's rows may lack classes that it has.
 SELDOM = 1e-4
@@ -65,12 +65,25 @@ def with_common_classes(tasks: Sequence[Task]) -> list[Task]:
     return [_counted(task, most) if _classes(task) < most else task for task in tasks]
 
 
-def with_classes_of_head(tasks: Sequence[Task], classes: int) -> list[Task]:
-    """Return new tasks, those whose count of classes falls short by chance with the classes of the prior's head.
+def classes_in_common(tasks: Sequence[Task]) -> int:
+    """Return the number of classes that each of a prior's tasks has, told by numbers alone; 0 where there is none.
+
+    Args:
+        tasks: all that it is learned from.
+    """
+    if any(task.kind != "classification" or task.labels is not None for task in tasks):
+        return 0
+    counts = {_classes(task) for task in tasks}
+    return counts.pop() if len(counts) == 1 else 0
+
+
+def with_classes_of_prior(tasks: Sequence[Task], classes: int, *, shared: bool) -> list[Task]:
+    """Return new tasks, those whose count of classes falls short by chance with the classes of the prior's tasks.
 
     Args:
         tasks: new ones.
-        classes: rows of a head that the prior's tasks share by their numbers; 0 where they share none.
+        classes: that each of the prior's tasks has (:func:`classes_in_common`); 0 where they have none in common.
+        shared: whether the prior's tasks share a head of these classes.
     """
     taken: list[str] = []
     own: list[str] = []
@@ -88,9 +101,9 @@ def with_classes_of_head(tasks: Sequence[Task], classes: int) -> list[Task]:
         )  # fmt: skip
     if own:
         log.warning(
-            "%s: rows of fewer classes than the %d of the prior's tasks, and too many rows for that to be chance: the "
-            "head that these share is not used. If the classes are the same, say num_classes=%d.",
-            some_names(own), classes, classes,
+            "%s: rows of fewer classes than the %d of the prior's tasks, and too many rows for that to be chance: %s. "
+            "If the classes are the same, say num_classes=%d.", some_names(own), classes,
+            "the head that these share is not used" if shared else "the others have no probability", classes,
         )  # fmt: skip
     return found
 

@@ -195,8 +195,8 @@ def _classes(
     classes = count_classes(class_numbers(train.target, where), where)
     if classes == 1:
         log.warning(
-            "%s: every label is 0, and nothing says how many classes there are: the task is taken to have one. Pass "
-            "num_classes=, or the classes' names as labels=.", where,
+            "%s: every label is 0, and nothing says how many classes there are: the task has one, unless the tasks "
+            "beside it have more. Pass num_classes=, or the classes' names as labels=.", where,
         )  # fmt: skip
     if classes > 2 and train.target.unique().tolist() == list(range(1, classes)):
         log.warning(

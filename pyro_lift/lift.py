@@ -33,7 +33,7 @@ from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_names import class_numbers_by_name
-from pyro_lift.models.common_classes import with_common_classes
+from pyro_lift.models.common_classes import classes_in_common, with_common_classes
 from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.hierarchical import VARIANCE
 from pyro_lift.models.out_of_proportion import usual_sizes
@@ -405,6 +405,7 @@ class LiFT(ChainSetup):
                 matching_scale=None if program.solved is None else program.solved.mean_scale(),
                 head_mean=run.head_of_new(summary.mixtures[k].get().mean, program, session),
                 input_sizes=sizes,
+                common_classes=classes_in_common(all_tasks) if own_heads else 0,
                 around_rates=tempers_around_rates(session),
                 tempered_rows=at_rows,
                 encoding=next((task.encoding for task in tasks if task.encoding is not None), None),

@@ -26,7 +26,7 @@ from pyro_lift.inference.top_level import at_top_level
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead, are_alike
 from pyro_lift.models.class_names import check_class_numbers
-from pyro_lift.models.common_classes import with_classes_of_head
+from pyro_lift.models.common_classes import with_classes_of_prior
 from pyro_lift.models.door import check_rows
 from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.out_of_proportion import InputSize, warn_of_tasks_of_other_sizes
@@ -64,6 +64,7 @@ _OF_THE_TASKS = (
     "tempered_rows",
     "head_mean",
     "input_sizes",
+    "common_classes",
 )
 
 
@@ -98,6 +99,9 @@ class LiFTPrior:
             from share their classes (:mod:`~pyro_lift.tuning.head_mean`); None is zero.
         input_sizes: how large inputs are in most of the tasks it was learned from (:func:`.usual_sizes`), against which
             new ones are held; empty where nobody says.
+        common_classes: that each of the tasks it was learned from has, told by numbers alone, where heads are their
+            own; 0 where they have none in common. A new task that counts fewer by chance has these. None, as of a prior
+            saved before: the classes of ``head_mean``.
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class LiFTPrior:
         tempered_rows: TemperedRows | None = None,
         head_mean: ClassHead | None = None,
         input_sizes: Mapping[str, InputSize] | None = None,
+        common_classes: int | None = None,
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
         self.matching_scale, self.rescales, self.rows = matching_scale, rescales, rows
@@ -134,7 +139,7 @@ class LiFTPrior:
         self.second_moment = second_moment or {}
         self.mcmc, self.seed, self.encoding, self.masks = mcmc, seed, encoding, masks
         self.around_rates, self.tempered_rows = around_rates, tempered_rows
-        self.head_mean, self.input_sizes = head_mean, dict(input_sizes or {})
+        self.head_mean, self.input_sizes, self.common_classes = head_mean, dict(input_sizes or {}), common_classes
 
     def __repr__(self) -> str:
         return f"LiFTPrior({self.mixture!r}, beta={one_width(self.settings.beta):.3g}, adapter={self.adapter!r})"
@@ -299,8 +304,8 @@ class LiFTPrior:
     def _admitted(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """Refuse tasks that are no new ones of this prior: the one door, before their heads are solved or they move."""
         check_kinds(tasks, self.kinds)
-        if self.head_mean is not None and not self.head_mean.labels and "classification" in self.kinds:
-            tasks = with_classes_of_head(tasks, len(self.head_mean.head))
+        shared = self.head_mean is not None and len(self.head_mean.head) > 0
+        tasks = with_classes_of_prior(tasks, self._classes_of_tasks(), shared=shared)
         check_class_numbers(tasks, self.classes)  # none where they had heads of their own
         check_rows(self.adapter, tasks)  # what comes after takes them as admitted
         warn_of_tasks_of_other_sizes(tasks, self.input_sizes)
@@ -310,6 +315,13 @@ class LiFTPrior:
             mean, noise = self.mixture.get().mean, self.settings.noise_sd
             warn_of_new_units(self.adapter, tasks, mean, noise, own_heads=own_heads)
         return tasks if self.masks else [undeclared(task) for task in tasks]
+
+    def _classes_of_tasks(self) -> int:
+        """Return the number of classes that each of its tasks has, 0 where there is none in common."""
+        if self.common_classes is not None:
+            return self.common_classes
+        known = self.head_mean is not None and not self.head_mean.labels and "classification" in self.kinds
+        return len(self.head_mean.head) if known and self.head_mean is not None else 0
 
     def _adaptation(self, options: Mapping[str, Any]) -> Adaptation:
         """Make the adaptation of new tasks, with some of its settings changed."""

@@ -38,6 +38,7 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "masks": prior.masks,
         "around_rates": prior.around_rates,
         "tempered_rows": None if prior.tempered_rows is None else list(prior.tempered_rows),
+        "common_classes": prior.common_classes,
         "input_sizes": {name: list(size) for name, size in prior.input_sizes.items()},
         "head_labels": [] if prior.head_mean is None else list(prior.head_mean.labels),
         "head_width": 1.0 if prior.head_mean is None else prior.head_mean.width,
@@ -80,6 +81,7 @@ def saved_choices(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     # Before that was written, outputs that were no classes of a new task had probability, and still do.
     masks, around_rates = config.get("masks") is True, config.get("around_rates") is True
     choices |= {"input_sizes": saved_input_sizes(path, config), "head_mean": _saved_head_mean(path, config, tensors)}
+    choices["common_classes"] = _saved_classes(path, config)
     choices |= {"masks": masks, "around_rates": around_rates, "tempered_rows": _saved_rows(path, config)}
     return {**choices, "rows": rows, "kinds": tuple(kinds), "classes": classes}
 
@@ -168,6 +170,18 @@ def _saved_few(path: Path, config: Mapping[str, Any], name: str) -> FewRows:
     except (TypeError, ValueError):
         pass
     raise DamagedError(f"{path}: key {name!r} is {few!r}; expected numbers of rows, each with two standard deviations.")
+
+
+def _saved_classes(path: Path, config: Mapping[str, Any]) -> int | None:
+    """Read how many classes tasks have in common; folders from before do not say.
+
+    Raises:
+        DamagedError: not a number of classes.
+    """
+    classes = config.get("common_classes")
+    if classes is None or (type(classes) is int and classes >= 0):
+        return classes
+    raise DamagedError(f"{path}: key 'common_classes' is {classes!r}; expected a whole number, 0 or more.")
 
 
 def _saved_rows(path: Path, config: Mapping[str, Any]) -> TemperedRows | None:

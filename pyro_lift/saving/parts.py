@@ -46,6 +46,7 @@ class PriorParts(NamedTuple):
         tempered_rows: of the tasks that the temperature was found at, where one below 1 holds for such; None for all.
         head_mean: the head that new tasks' own have their prior around, or None.
         input_sizes: of most of its tasks' inputs, by name.
+        common_classes: that each of its tasks has, 0 where there is no such number; None where nobody has said.
     """
 
     adapter: RandomAdapter
@@ -69,6 +70,7 @@ class PriorParts(NamedTuple):
     tempered_rows: TemperedRows | None = None
     head_mean: ClassHead | None = None
     input_sizes: dict[str, InputSize] | None = None
+    common_classes: int | None = None
 
 
 class PosteriorParts(NamedTuple):
@@ -127,6 +129,7 @@ class SavablePrior(Protocol):
     tempered_rows: TemperedRows | None
     head_mean: ClassHead | None
     input_sizes: dict[str, InputSize]
+    common_classes: int | None
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:

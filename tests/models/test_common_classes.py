@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from short_runs import SHORT
 from torch import Tensor
 
-from pyro_lift import LiFT, Task, compare
+from pyro_lift import LiFT, LiFTPrior, Task, compare
 from pyro_lift.inference.checkpoint.session import Session
-from pyro_lift.models.common_classes import with_classes_of_head, with_common_classes
+from pyro_lift.models.common_classes import classes_in_common, with_classes_of_prior, with_common_classes
+from pyro_lift.support.archive import DamagedError, sealed
 from pyro_lift.tuning.whose_heads import RULES, run_config
 
 CLASSES = 4
@@ -61,13 +63,27 @@ def test_where_few_tasks_have_the_most_all_stay() -> None:
 
 def test_new_tasks_have_the_classes_of_the_head_that_the_prior_s_share(caplog: pytest.LogCaptureFixture) -> None:
     new = [counted("few", 0, 1, 0), counted("one", *[0] * 50), counted("own", *[0, 1] * 30), counted("all", 0, 2)]
-    assert [task.num_classes for task in with_classes_of_head(new, 3)] == [3, 3, 2, 3]
+    assert [task.num_classes for task in with_classes_of_prior(new, 3, shared=True)] == [3, 3, 2, 3]
     taken, own = caplog.messages[-2:]
     assert taken.startswith("'few', 'one': no row of the last of the 3")
     assert own.startswith("'own': rows of fewer classes than the 3") and "say num_classes=3" in own
+    assert "the head that these share is not used" in own
+    with_classes_of_prior(new, 3, shared=False)
+    assert "the others have no probability" in caplog.messages[-1]
     caplog.clear()
     said = [counted("said", 0, num_classes=2), Task("v", (torch.zeros(3, 2), torch.zeros(3)), "regression")]
-    assert with_classes_of_head(said, 3) == said and with_classes_of_head(new, 0) == new and not caplog.messages
+    for some, count in ((said, 3), (new, 0)):
+        assert with_classes_of_prior(some, count, shared=True) == some
+    assert not caplog.messages
+
+
+def test_classes_in_common_are_told_by_numbers_alone() -> None:
+    value = Task("v", (torch.zeros(3, 2), torch.zeros(3)), "regression")
+    named = Task("n", (torch.zeros(2, 2), torch.tensor([0, 2])), labels=["a", "b", "c"])
+    assert classes_in_common(FULL) == 3
+    assert classes_in_common([*FULL, counted("d", 0, 0)]) == 0
+    for other in (value, named):
+        assert classes_in_common([*FULL, other]) == 0
 
 
 def network() -> torch.nn.Module:
@@ -100,6 +116,37 @@ def test_learning_and_adapting_are_as_with_declared_classes() -> None:
     for one, other in zip(found, wanted, strict=True):
         assert one.shape == (30, CLASSES)
         torch.testing.assert_close(one, other, rtol=0.0, atol=0.0)
+
+
+def own(k: int) -> Task:
+    """Make a task whose classes are its own: their numbers say nothing."""
+    x, y = rows(k, 24)
+    return Task(f"t{k}", (x, torch.randperm(CLASSES, generator=torch.Generator().manual_seed(k))[y]))
+
+
+def test_a_count_is_kept_where_heads_are_each_task_s_own(tmp_path: Path) -> None:
+    prior = LiFT(network(), CONFIG, **SHORT).meta_train([own(k) for k in range(8)], progress=False)
+    assert prior.head_mean is not None and len(prior.head_mean.head) == 0
+    assert prior.common_classes == CLASSES
+    folder = prior.save_pretrained(tmp_path / "prior")
+    x, _ = rows(20, 3)
+    new = [Task("ones", (x, torch.tensor([0, 0, 0]))), Task("few", (x, torch.tensor([0, 1, 0])))]
+    for one in (prior, LiFTPrior.from_pretrained(folder, network())):
+        assert [each.predict(x).shape[-1] for each in one.adapt_many(new, seed=0)] == [CLASSES, CLASSES]
+
+
+def test_a_prior_saved_before_has_the_classes_of_its_head(tmp_path: Path) -> None:
+    folder = LiFT(network(), CONFIG, **SHORT).meta_train(tasks(CLASSES), progress=False).save_pretrained(tmp_path)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("common_classes") == CLASSES
+    path.write_text(json.dumps(sealed(config)))
+    before = LiFTPrior.from_pretrained(folder, network())
+    x, y = rows(20, 3, 2)
+    assert before.common_classes is None and before.adapt(Task("new", (x, y))).predict(x).shape == (3, CLASSES)
+    path.write_text(json.dumps(sealed({**config, "common_classes": -1})))
+    with pytest.raises(DamagedError, match="key 'common_classes' is -1"):
+        LiFTPrior.from_pretrained(folder, network())
 
 
 def test_a_run_of_before_goes_on_with_the_classes_that_it_counted(tmp_path: Path) -> None:
