@@ -29,6 +29,7 @@ from torch import Tensor
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.block_likelihood import Block, block_outputs
 from pyro_lift.models.class_head import ClassHead
+from pyro_lift.models.dispersion import left_out_squares
 from pyro_lift.models.features import all_features
 from pyro_lift.models.few_values import MOVES_FROM
 from pyro_lift.models.head_choice import HeadChoice, choose_head
@@ -320,6 +321,16 @@ class SolvedHeads:
         if self.tasks[task].kind != "regression":
             return None
         return spread_of(self._read(task, theta), self.choice(task), self.noise_scale)
+
+    def left_out(self, task: int, theta: Tensor) -> Tensor | None:
+        """Return what a regression's rows miss of one another at theta ``[D]``, for each value; None for classes.
+
+        In units of what is expected, see :mod:`~pyro_lift.models.dispersion`.
+        """
+        if self.tasks[task].kind != "regression":
+            return None
+        target = self.tasks[task].train.target
+        return left_out_squares(self._read(task, theta), target, self.choice(task), self.noise_scale)
 
     def draw_each(self, task: int, thetas: Tensor, seed: int | None) -> Tensor:
         """Draw a task's head at each of some weights ``[S, D]``: ``[S, C, E + 1]``; seed None takes torch's stream."""

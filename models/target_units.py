@@ -19,7 +19,7 @@ from pyro_lift.models.task import Task
 from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.support.wording import some_tasks
 
-__all__ = ["Units", "advice_on_units", "units_of", "warn_of_new_units", "warn_of_units"]
+__all__ = ["Units", "advice_on_units", "units_of", "warn_of_new_units", "warn_of_units", "warn_of_width"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -33,13 +33,17 @@ EXACT = 1e3
 #: Tasks from which on their spreads say something of all.
 FEWEST = 4
 #: Columns of targets that share a noise vary so many times as much as one another. One noise for both then costs
-#: a third of a nat a value where it is in proportion to what they vary by, a fifth at 2.7 times.
-APART = 3.5
+#: a third of a nat a value where it is in proportion to what they vary by, a fifth at 2.7 times. Heads of the tasks'
+#: own have widths by value, and adapters alone hear the narrow ones less.
+APART, APART_WITH_HEADS = 3.5, 30.0
 #: How seldom targets of a new task of a few rows may vary so little, or lie so far away, by chance alone.
 SELDOM = 1e-3
 #: Times as wide as those of the narrowest tenth of the tasks that targets of the widest tenth are, where no task is far
 #: from most: one noise is then too large for some and too small for others.
 UNEVEN = 10.0
+#: Times as far as those of the prior's tasks, or as near, that the rows of a new one are missed by from which on it is
+#: told of. A map that is easy for the network is missed by a third of what most are; what is too wide is wrong as well.
+FURTHER, NEARER = 3.0, 10.0
 #: Spread of the targets from which on they are small or large beside what networks, widths and rates are made for.
 STANDARD = 10.0
 
@@ -158,21 +162,23 @@ def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task], *, own_heads: b
             units.spread,
         )  # fmt: skip
     columns = [_columns(task.train.target).std(0, correction=0) for task in tasks]
-    _warn_of_uneven(torch.stack([each.max() for each in columns]))
+    _warn_of_uneven(torch.stack([each.max() for each in columns]), own_heads)
     if len({len(each) for each in columns}) > 1:  # heads of their own, or refused where the network is called
         return
     spreads = torch.stack(columns).mean(0)
     spreads = spreads[spreads > 0.0]
-    if len(spreads) > 1 and float(spreads.max()) > APART * float(spreads.min()):
+    apart = APART_WITH_HEADS if own_heads else APART
+    if len(spreads) > 1 and float(spreads.max()) > apart * float(spreads.min()):
+        what = "the adapter learns from those that vary much alone"
         log.warning(
-            "the columns of the targets vary by %.3g to %.3g within a task, and share one noise: predictions of those "
-            "that vary little are too wide, and the others are heard more. Bring them to one scale: divide each column "
-            "by its own standard deviation, and multiply its predictions by it.",
+            "the columns of the targets vary by %.3g to %.3g within a task, and share one noise: %s. Bring them to one "
+            "scale: divide each column by its own standard deviation, and multiply its predictions by it.",
             float(spreads.min()), float(spreads.max()),
+            what if own_heads else f"predictions of those that vary little are too wide, and {what}",
         )  # fmt: skip
 
 
-def _warn_of_uneven(spreads: Tensor) -> None:
+def _warn_of_uneven(spreads: Tensor, own_heads: bool) -> None:
     """Say in the log where tasks' targets, which vary by ``[N]``, do so so unevenly that one noise fits few of them."""
     spreads = spreads[spreads > 0.0]
     if len(spreads) < FEWEST:
@@ -181,9 +187,10 @@ def _warn_of_uneven(spreads: Tensor) -> None:
     if high > UNEVEN * low:
         log.warning(
             "the targets vary by %.3g within some tasks and by %.3g within others (the tenths of the tasks that vary "
-            "least and most), and all share one noise: predictions are too wide for some and too narrow for others. "
-            "Divide each task's targets by their own standard deviation, and multiply its predictions by it.",
-            low, high,
+            "least and most), and all share one noise: %s. Divide each task's targets by their own standard "
+            "deviation, and multiply its predictions by it.", low, high,
+            "the adapter hears the first little beside the others" if own_heads
+            else "predictions are too wide for some and too narrow for others",
         )  # fmt: skip
 
 
@@ -259,12 +266,11 @@ def warn_of_new_units(
     """
     for task in tasks:
         if own_heads and task.kind == "regression":
-            spread = float(_columns(task.train.target).std(0, correction=0).max())
-            if spread > EXACT * noise or _vary_little(spread, noise, len(task.train)):
+            if _is_in_another_unit(task, noise):
                 log.warning(
                     "task %r: its targets vary by %.3g, and the prior has learned of a noise of %.2g: they are in "
                     "another unit than the tasks of meta-training, and predictions will have the wrong width. Bring "
-                    "the targets to the unit of those, or leave the task out.", task.name, spread, noise,
+                    "the targets to the unit of those, or leave the task out.", task.name, _spread(task), noise,
                 )  # fmt: skip
         elif task.kind == "regression" and (units := units_of(adapter, [task], theta, noise, len(task.train))).differ:
             log.warning(
@@ -274,6 +280,34 @@ def warn_of_new_units(
                 "those, or leave the task out.",
                 task.name, units.target, units.spread, units.output, units.varies, noise,
             )  # fmt: skip
+
+
+def _is_in_another_unit(task: Task, noise: float) -> bool:
+    """Whether targets with a head of their own vary out of all proportion to the noise."""
+    spread = _spread(task)
+    return spread > EXACT * noise or _vary_little(spread, noise, len(task.train))
+
+
+def _spread(task: Task) -> float:
+    return float(_columns(task.train.target).std(0, correction=0).max())
+
+
+def warn_of_width(task: Task, missed: float, noise: float) -> None:
+    """Say in the log where a new regression's rows are missed too unlike those of the prior's tasks to be one of them.
+
+    Args:
+        task: new.
+        missed: mean square of rows that are left out in turn, over that of most tasks.
+        noise: standard deviation of the targets, as the prior knows it; a task in another unit has been told of.
+    """
+    times, way = (missed**0.5, "further") if missed > 1.0 else (missed**-0.5, "nearer")
+    if times < (FURTHER if missed > 1.0 else NEARER) or _is_in_another_unit(task, noise):
+        return
+    log.warning(
+        "task %r: its rows lie %.2g times %s from what its other rows predict than those of the prior's tasks. How "
+        "wide its predictions are goes by its own %d rows. If its targets are in another unit, bring them to that of "
+        "the tasks of meta-training.", task.name, times, way, len(task.train),
+    )  # fmt: skip
 
 
 def _columns(x: Tensor) -> Tensor:

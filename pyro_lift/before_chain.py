@@ -57,6 +57,7 @@ from pyro_lift.tuning.head_mean import HeadMean, asked_at, head_mean
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
 from pyro_lift.tuning.usual_priors import Asked, few_rows
 from pyro_lift.tuning.whose_heads import (
+    asks_dispersion,
     asks_few_values,
     counts_rounds,
     finds_unmoved,
@@ -282,7 +283,8 @@ class ChainSetup:
         values = None
         if self.head_mean is not None and tasks[0].kind == "regression" and asks_few_values(session):
             values = partial(said_by_unseen, self.adapter, tasks)
-        judge = Judge(score, predict, adapting, noise, strength, usual, asking, careful, values)
+        dispersed = asks_dispersion(session)
+        judge = Judge(score, predict, adapting, noise, strength, usual, asking, careful, values, dispersed)
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 
     def _moved(self, s: LiFTSettings, moments: dict[str, Tensor], tasks: Sequence[Task]) -> dict[str, float]:

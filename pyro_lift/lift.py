@@ -210,7 +210,8 @@ class LiFT(ChainSetup):
             tuning = search(candidates, make, tasks, seconds=seconds, on_trial=on_trial)
         if noise is not None:
             meta, chosen = {**tuning.meta, **found}, {**stronger, **tuning.adapt}
-            tuning = replace(tuning, meta=meta, adapt=chosen, temperature=noise.temperature)
+            said: dict[str, Any] = {"temperature": noise.temperature, "dispersion": noise.dispersion}
+            tuning = replace(tuning, meta=meta, adapt=chosen, **said)
         self.follow(tuning)
         return tuning
 
@@ -226,7 +227,9 @@ class LiFT(ChainSetup):
         if self.settings.noise_scale is not None or any(task.kind != "regression" for task in tasks):
             return None
         halves = self.before_chain(tasks).halves
-        return None if halves is None or halves.noise is None else Noise(halves.noise, halves.temperature, halves.power)
+        if halves is None or halves.noise is None:
+            return None
+        return Noise(halves.noise, halves.temperature, halves.power, halves.dispersion)
 
     def meta_train(
         self,
@@ -385,6 +388,8 @@ class LiFT(ChainSetup):
         if self.tuning is not None and self.tuning.temperature is not None:
             temperature = self.tuning.temperature
             at_rows = tempered_rows(tasks) if sharpens_by_rows(session) else None
+        dispersion = None if self.tuning is None else self.tuning.dispersion
+        dispersion = dispersion if halves is None or halves.dispersion is None else halves.dispersion
 
         def prior(k: int, summary: ChainSummary, moments: dict[str, Tensor], results: dict[str, float]) -> LiFTPrior:
             return LiFTPrior(
@@ -405,6 +410,7 @@ class LiFT(ChainSetup):
                 matching_scale=None if program.solved is None else program.solved.mean_scale(),
                 head_mean=run.head_of_new(summary.mixtures[k].get().mean, program, session),
                 input_sizes=sizes,
+                dispersion=dispersion,
                 common_classes=classes_in_common(all_tasks) if own_heads else 0,
                 around_rates=tempers_around_rates(session),
                 tempered_rows=at_rows,

@@ -54,6 +54,10 @@ class TaskPosterior:
         head_spread: how far a regression's solved head may be off, at the last draw (:mod:`.value_spread`); or None.
         input_sizes: how large the task's rows are, by input (:func:`.sizes_of_inputs`), against which those to predict
             are held.
+        left_out: what the rows of a regression miss of one another for each value, ``[M]``, over what its head's prior
+            and the noise expect (:mod:`~pyro_lift.models.dispersion`); None where nobody has asked.
+        dispersion: factors on the variance of a regression's predictions, one a value ``[M]``, where the prior's tasks
+            say how unevenly they vary; None is one for all.
         class_counts: rows of each class, ``[C]``, around whose rates predictions are tempered where these are plainly
             uneven (:mod:`~pyro_lift.inference.adaptation.class_rates`); or None.
     """
@@ -74,6 +78,8 @@ class TaskPosterior:
         head_spread: ValueSpread | None = None,
         input_sizes: Mapping[str, InputSize] | None = None,
         class_counts: Tensor | None = None,
+        left_out: Tensor | None = None,
+        dispersion: Tensor | None = None,
     ) -> None:
         self.adapter, self.task, self.thetas, self.heads = adapter, task, thetas, heads
         self.component, self.mcmc = component, mcmc
@@ -81,6 +87,7 @@ class TaskPosterior:
         self.encoding: TextEncoding | None = task.encoding if encoding is None else encoding
         self.prediction_temperature, self.noise_scale = prediction_temperature, noise_scale
         self.head_spread, self.class_counts = head_spread, class_counts
+        self.left_out, self.dispersion = left_out, dispersion
         self._input_sizes = None if input_sizes is None else dict(input_sizes)
 
     def __repr__(self) -> str:
@@ -133,10 +140,11 @@ class TaskPosterior:
     def predict_sd(self, inputs: Any, *, calibrated: bool = True) -> Tensor:
         r"""Return the standard deviation of new targets of a regression, of the shape of :meth:`predict`'s means.
 
-        .. math:: s^2(x) = T\,\big(\tau^2 + \operatorname{Var}_s f_{\theta^{(s)}}(x) + \operatorname{Var} h(x)\big)
+        .. math:: s^2(x) = T c\,\big(\tau^2 + \operatorname{Var}_s f_{\theta^{(s)}}(x) + \operatorname{Var} h(x)\big)
 
         with the noise :math:`\tau` (``noise_scale``), the variance of the outputs over the draws, and that of a head
-        that was solved (:mod:`.value_spread`), which is nothing where there is none.
+        that was solved (:mod:`.value_spread`), which is nothing where there is none; and with what the task's own rows
+        say of its noise, c (``dispersion``, :mod:`.dispersion`).
 
         Args:
             inputs: as of :meth:`predict`.
@@ -159,6 +167,9 @@ class TaskPosterior:
         if self.head_spread is not None:
             found = all_features(self.adapter, rows.to(self.thetas.device), self.thetas[-1], network_output)
             variance = variance + self.head_spread.variance(found).to(variance).view(-1, *[1] * (variance.dim() - 1))
+        if self.dispersion is not None:
+            factors = self.dispersion.to(variance)
+            variance = variance * (factors if variance.dim() > 1 else factors.squeeze(0))
         return ((self.prediction_temperature if calibrated else 1.0) * variance).sqrt()
 
     def _head(self, draw: int) -> Tensor | None:

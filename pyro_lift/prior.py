@@ -27,6 +27,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead, are_alike
 from pyro_lift.models.class_names import check_class_numbers
 from pyro_lift.models.common_classes import with_classes_of_prior
+from pyro_lift.models.dispersion import Dispersion
 from pyro_lift.models.door import check_rows
 from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.out_of_proportion import InputSize, warn_of_tasks_of_other_sizes
@@ -65,6 +66,7 @@ _OF_THE_TASKS = (
     "head_mean",
     "input_sizes",
     "common_classes",
+    "dispersion",
 )
 
 
@@ -102,6 +104,9 @@ class LiFTPrior:
         common_classes: that each of the tasks it was learned from has, told by numbers alone, where heads are their
             own; 0 where they have none in common. A new task that counts fewer by chance has these. None, as of a prior
             saved before: the classes of ``head_mean``.
+        dispersion: how unevenly its regressions vary around the noise (:mod:`~pyro_lift.models.dispersion`): a new
+            task's predictions are as wide as its own rows say, against that. None, as of a prior saved before and where
+            the noise was given, takes tasks for alike.
     """
 
     def __init__(
@@ -130,6 +135,7 @@ class LiFTPrior:
         head_mean: ClassHead | None = None,
         input_sizes: Mapping[str, InputSize] | None = None,
         common_classes: int | None = None,
+        dispersion: Dispersion | None = None,
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
         self.matching_scale, self.rescales, self.rows = matching_scale, rescales, rows
@@ -138,7 +144,7 @@ class LiFTPrior:
         self.adapt_settings = adapt_settings or AdaptSettings()
         self.second_moment = second_moment or {}
         self.mcmc, self.seed, self.encoding, self.masks = mcmc, seed, encoding, masks
-        self.around_rates, self.tempered_rows = around_rates, tempered_rows
+        self.around_rates, self.tempered_rows, self.dispersion = around_rates, tempered_rows, dispersion
         self.head_mean, self.input_sizes, self.common_classes = head_mean, dict(input_sizes or {}), common_classes
 
     def __repr__(self) -> str:
@@ -338,6 +344,7 @@ class LiFTPrior:
             head_mean=self.head_mean,
             around_rates=self.around_rates,
             tempered_rows=self.tempered_rows,
+            dispersion=self.dispersion,
         )
 
     def theta(self, task: str) -> Tensor:

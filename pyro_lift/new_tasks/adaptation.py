@@ -35,14 +35,15 @@ from pyro_lift.inference.mcmc import MCMC
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead
+from pyro_lift.models.dispersion import Dispersion
 from pyro_lift.models.few_values import MOVES_FROM
 from pyro_lift.models.flat import FlatAdapter, FlatBlock
 from pyro_lift.models.hierarchical import can_share_pass
 from pyro_lift.models.observation import own_head_scale
 from pyro_lift.models.priors import broadened
 from pyro_lift.models.solved_heads import SolvedHeads, has_solved_head
+from pyro_lift.models.target_units import warn_of_width
 from pyro_lift.models.task import Task
-from pyro_lift.models.value_spread import ValueSpread
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
@@ -84,6 +85,7 @@ class Adaptation:
         around_rates: whether predictions are tempered around the rates of a task's classes.
         tempered_rows: that tasks had from which the temperature was found, where below 1 it holds for such; None for
             all.
+        dispersion: how unevenly regressions vary around the noise; None takes them for alike.
     """
 
     adapter: RandomAdapter
@@ -98,6 +100,7 @@ class Adaptation:
     head_mean: ClassHead | None = None
     around_rates: bool = True
     tempered_rows: TemperedRows | None = None
+    dispersion: Dispersion | None = None
 
     def alone(self, task: Task, source: Source, shown: Shown) -> TaskPosterior:
         """Adapt to one task, by a chain of its own."""
@@ -124,8 +127,8 @@ class Adaptation:
         draws = chain.get_samples()
         thetas = unmoved.put_back(0, start.theta, draws["theta"])
         heads = draws.get("head") if solve is None else solve(thetas)
-        spread = self._spread(solved, 0, thetas)
-        return self._posterior(task, thetas, heads, start.component, chain, spread)
+        told = self._told(solved, 0, start.theta, thetas)
+        return self._posterior(task, thetas, heads, start.component, chain, told)
 
     def many(self, tasks: Sequence[Task], block_size: int, seed: int | None, shown: Shown) -> list[TaskPosterior]:
         """Adapt to several tasks: to a block of them in one pass where they can share it, else one by one.
@@ -176,8 +179,8 @@ class Adaptation:
             theta = unmoved.put_back(k, start.theta, theta)
             if solved is not None:
                 head = self._heads(solved, k, theta, source.seed)
-            spread = self._spread(solved, k, theta)
-            posteriors.append(self._posterior(task, theta, head, start.component, mcmc, spread))
+            told = self._told(solved, k, start.theta, theta)
+            posteriors.append(self._posterior(task, theta, head, start.component, mcmc, told))
         return posteriors
 
     def _in_two(
@@ -235,9 +238,20 @@ class Adaptation:
     def _takes_modes(self) -> bool:
         return self.settings.head in ("solve", "shared")
 
-    def _spread(self, solved: SolvedHeads | None, task: int, thetas: Tensor) -> ValueSpread | None:
-        """Find how far a regression's modes may be off, by the last draw; draws of heads need nobody to say it."""
-        return None if solved is None or not self._takes_modes() else solved.spread(task, thetas[-1])
+    def _told(self, solved: SolvedHeads | None, task: int, start: Tensor, thetas: Tensor) -> dict[str, Any]:
+        """Find how far a regression's predictions may be off; draws of heads need nobody to say it.
+
+        Its modes by the last draw, and the noise of its rows at the start, where no draw has seen them.
+        """
+        if solved is None or not self._takes_modes():
+            return {}
+        left_out, found = solved.left_out(task, start), None
+        if left_out is not None and self.dispersion is not None:
+            found = self.dispersion.of(left_out, len(solved.tasks[task].train))
+            if found.odd:
+                warn_of_width(solved.tasks[task], found.missed, self.settings.noise_sd)
+        factors = None if found is None else found.factors
+        return {"head_spread": solved.spread(task, thetas[-1]), "left_out": left_out, "dispersion": factors}
 
     def _run(
         self, program: Any, start: Tensor, source: Source, shown: Shown, windows: DrawWindows | None
@@ -270,16 +284,16 @@ class Adaptation:
         heads: Tensor | None,
         component: int,
         chain: MCMC | DrawWindows,
-        head_spread: ValueSpread | None = None,
+        told: Mapping[str, Any],
     ) -> TaskPosterior:
         mcmc, results = (None, chain.results) if isinstance(chain, DrawWindows) else (chain, None)
-        told: dict[str, Any] = {"results": results, "noise_scale": self.settings.noise_sd}
+        told = {**told, "results": results, "noise_scale": self.settings.noise_sd}
         temperature = self.prediction_temperature
         few, rows = None if self.head_mean is None else self.head_mean.few_values, len(task.train)
         if few is not None and few.of(rows) is not None:  # at phi tasks have said how wide predictions are
             temperature = 1.0 if rows < MOVES_FROM else max(temperature, 1.0)
         elif self.tempered_rows is not None:
             temperature = self.tempered_rows.holds(temperature, task)
-        told |= {"prediction_temperature": temperature, "head_spread": head_spread}
+        told["prediction_temperature"] = temperature
         told["class_counts"] = class_counts(task) if self.around_rates else None
         return TaskPosterior(self.adapter, task, thetas, heads, component, mcmc, **told)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_lift.inference.adaptation.tempered_rows import TemperedRows
 from pyro_lift.models.class_head import ClassHead
+from pyro_lift.models.dispersion import Dispersion
 from pyro_lift.models.few_values import FewValues
 from pyro_lift.models.heads import FewRows, UsualPrior
 from pyro_lift.models.likelihoods import LossKind
@@ -18,7 +19,7 @@ from pyro_lift.models.out_of_proportion import InputSize
 from pyro_lift.saving.parts import SavablePrior
 from pyro_lift.support.archive import DamagedError
 
-__all__ = ["described_choices", "saved_choices", "saved_input_sizes", "saved_positive"]
+__all__ = ["described_choices", "saved_choices", "saved_input_sizes", "saved_positive", "saved_positives"]
 
 #: Names of the tensors of the head that regressions of few rows stand around, and of what its features vary by.
 FEW_VALUES, FEW_VALUES_SD = "head_few_values", "head_few_values_sd"
@@ -38,6 +39,7 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "masks": prior.masks,
         "around_rates": prior.around_rates,
         "tempered_rows": None if prior.tempered_rows is None else list(prior.tempered_rows),
+        "dispersion": None if prior.dispersion is None else list(prior.dispersion),
         "common_classes": prior.common_classes,
         "input_sizes": {name: list(size) for name, size in prior.input_sizes.items()},
         "head_labels": [] if prior.head_mean is None else list(prior.head_mean.labels),
@@ -81,6 +83,7 @@ def saved_choices(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     # Before that was written, outputs that were no classes of a new task had probability, and still do.
     masks, around_rates = config.get("masks") is True, config.get("around_rates") is True
     choices |= {"input_sizes": saved_input_sizes(path, config), "head_mean": _saved_head_mean(path, config, tensors)}
+    choices["dispersion"] = _saved_dispersion(path, config)
     choices["common_classes"] = _saved_classes(path, config)
     choices |= {"masks": masks, "around_rates": around_rates, "tempered_rows": _saved_rows(path, config)}
     return {**choices, "rows": rows, "kinds": tuple(kinds), "classes": classes}
@@ -198,6 +201,34 @@ def _saved_rows(path: Path, config: Mapping[str, Any]) -> TemperedRows | None:
     except (TypeError, ValueError):
         pass
     raise DamagedError(f"{path}: key 'tempered_rows' is {rows!r}; expected a number of rows and a share of classes.")
+
+
+def _saved_dispersion(path: Path, config: Mapping[str, Any]) -> Dispersion | None:
+    """Read how unevenly regressions vary; those of folders from before are alike.
+
+    Raises:
+        DamagedError: not a number and two lists of as many numbers above zero.
+    """
+    told = config.get("dispersion")
+    if told is None:
+        return None
+    if not isinstance(told, list) or len(told) != 3:
+        raise DamagedError(f"{path}: key 'dispersion' is {told!r}; expected a number and two lists.")
+    rows, usual, values = (saved_positives(path, "dispersion", part) for part in ([told[0]], *told[1:]))
+    if len(usual) != len(values):
+        raise DamagedError(f"{path}: key 'dispersion' is {told!r}; expected two lists of one length.")
+    return Dispersion(rows[0], usual, values)
+
+
+def saved_positives(path: Path, name: str, values: Any) -> tuple[float, ...]:
+    """Read numbers above zero.
+
+    Raises:
+        DamagedError: not a list of these.
+    """
+    if isinstance(values, list) and values and all(type(x) in (int, float) and 0.0 < x < math.inf for x in values):
+        return tuple(map(float, values))
+    raise DamagedError(f"{path}: key {name!r} has {values!r}; expected a list of numbers above 0.")
 
 
 def saved_positive(path: Path, config: Mapping[str, Any], name: str) -> float:

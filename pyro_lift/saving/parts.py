@@ -13,6 +13,7 @@ from pyro_lift.inference.adaptation.tempered_rows import TemperedRows
 from pyro_lift.inference.mixture.online_em import OnlineGaussianMixture
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead
+from pyro_lift.models.dispersion import Dispersion
 from pyro_lift.models.out_of_proportion import InputSize
 from pyro_lift.models.task import Task
 from pyro_lift.models.value_spread import ValueSpread
@@ -46,6 +47,7 @@ class PriorParts(NamedTuple):
         tempered_rows: of the tasks that the temperature was found at, where one below 1 holds for such; None for all.
         head_mean: the head that new tasks' own have their prior around, or None.
         input_sizes: of most of its tasks' inputs, by name.
+        dispersion: how unevenly its regressions vary around the noise; None takes them for alike.
         common_classes: that each of its tasks has, 0 where there is no such number; None where nobody has said.
     """
 
@@ -71,6 +73,7 @@ class PriorParts(NamedTuple):
     head_mean: ClassHead | None = None
     input_sizes: dict[str, InputSize] | None = None
     common_classes: int | None = None
+    dispersion: Dispersion | None = None
 
 
 class PosteriorParts(NamedTuple):
@@ -89,6 +92,7 @@ class PosteriorParts(NamedTuple):
         head_spread: of its solved head, or None.
         input_sizes: of the task's rows; None where these are given, empty where nobody has saved them.
         class_counts: rows of each class, or None.
+        dispersion: factors on the variance of a regression's predictions, or None.
     """
 
     adapter: RandomAdapter
@@ -103,6 +107,7 @@ class PosteriorParts(NamedTuple):
     head_spread: ValueSpread | None = None
     input_sizes: dict[str, InputSize] | None = None
     class_counts: Tensor | None = None
+    dispersion: Tensor | None = None
 
 
 class SavablePrior(Protocol):
@@ -130,6 +135,7 @@ class SavablePrior(Protocol):
     head_mean: ClassHead | None
     input_sizes: dict[str, InputSize]
     common_classes: int | None
+    dispersion: Dispersion | None
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:
@@ -151,6 +157,7 @@ class SavablePosterior(Protocol):
     noise_scale: float
     head_spread: ValueSpread | None
     class_counts: Tensor | None
+    dispersion: Tensor | None
 
     @property
     def input_sizes(self) -> dict[str, InputSize]:

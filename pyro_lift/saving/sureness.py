@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pyro_lift.saving.choices import saved_positive
+from pyro_lift.saving.choices import saved_positive, saved_positives
 from pyro_lift.saving.parts import SavablePosterior
 from pyro_lift.support.archive import DamagedError
 
@@ -22,16 +22,21 @@ def described_sureness(posterior: SavablePosterior) -> dict[str, Any]:
         "prediction_temperature": posterior.prediction_temperature,
         "noise_scale": posterior.noise_scale,
         "class_counts": None if counts is None else counts.tolist(),
+        "dispersion": None if posterior.dispersion is None else posterior.dispersion.tolist(),
     }
 
 
 def saved_sureness(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Read what was written; folders from before have factors of 1, and no rows of classes.
+    """Read what was written; folders from before have factors of 1, no rows of classes and tasks that are alike.
 
     Raises:
         DamagedError: values that were never written; names the file and the key.
     """
-    factors = {name: saved_positive(path, config, name) for name in ("prediction_temperature", "noise_scale")}
+    factors: dict[str, Any] = {
+        name: saved_positive(path, config, name) for name in ("prediction_temperature", "noise_scale")
+    }
+    if config.get("dispersion") is not None:
+        factors["dispersion"] = torch.tensor(saved_positives(path, "dispersion", config["dispersion"])).double()
     counts = config.get("class_counts")
     if counts is None:
         return factors

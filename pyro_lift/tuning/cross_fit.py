@@ -55,6 +55,7 @@ from pyro_lift.inference.adaptation.temperature import HIGHEST, Predicted, caref
 from pyro_lift.inference.adaptation.tempered_rows import TemperedRows, tempered_rows
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.models.adapters import RandomAdapter
+from pyro_lift.models.dispersion import Dispersion
 from pyro_lift.models.heads import FewRows, UsualPrior
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Task
@@ -102,6 +103,7 @@ class Judge(NamedTuple):
             leaves one of several there. None finds none.
         few_rows: asked after the adaptations, where those of the chain's end say what prior heads of few rows have;
             None leaves it to the untouched network.
+        dispersed: whether regressions say how unevenly they vary; in runs of before all are alike.
         few_values: asks regressions what prior heads of few rows have, at the vectors that each half of the tasks has
             not trained, under the noise that was found; None in runs of before, and of classes.
         careful: whether a temperature below 1 is fitted with care, and holds for tasks of as many rows; in runs of
@@ -117,6 +119,7 @@ class Judge(NamedTuple):
     few_rows: Callable[[], FewRows] | None = None
     careful: bool = True
     few_values: Callable[[Sequence[Tensor], float], FewRows] | None = None
+    dispersed: bool = True
 
     def log_probs(self, vectors: Sequence[Tensor], halves: Sequence[Sequence[Task]]) -> Tensor:
         """Compute each task's mean log probability a row, classes at the best temperature for all.
@@ -146,6 +149,7 @@ class CrossFit(NamedTuple):
         losses: of the tasks that were adapted to, at that temperature and share, nats a row; of classes alone.
         few_rows: numbers of rows and the prior of heads of so many, where joint training goes on.
         rows: of the tasks that the temperature was found at, and below 1 holds for; None holds for all.
+        dispersion: how unevenly regressions vary around the noise; None where they were not asked.
     """
 
     steps: int | None
@@ -157,6 +161,7 @@ class CrossFit(NamedTuple):
     losses: tuple[float, ...] = ()
     few_rows: FewRows = ()
     rows: TemperedRows | None = None
+    dispersion: Dispersion | None = None
 
     def results(self) -> dict[str, float]:
         """Measures for the prior's folder and card."""
@@ -231,7 +236,10 @@ def cross_fit(
     looks, losses = tuple(tuple(look) for look in data["looks"]), tuple(data.get("losses", ()))
     few = tuple((rows, UsualPrior(*usual)) for rows, usual in data.get("few_rows", ()))
     rows = None if data.get("rows") is None else TemperedRows(*data["rows"])
-    fit = CrossFit(**{**data, "looks": looks, "losses": losses, "few_rows": few, "rows": rows})
+    told = data.get("dispersion")
+    dispersion = None if told is None else Dispersion(told[0], *map(tuple, told[1:]))
+    read = {"looks": looks, "losses": losses, "few_rows": few, "rows": rows, "dispersion": dispersion}
+    fit = CrossFit(**{**data, **read})
     if said := fit.sentence(judge.adapt is not None and not judge.strength):
         log.info("%s", said)
     if doubt := fit.doubt():
@@ -288,8 +296,10 @@ def _sureness(
         return found._replace(power=stronger_where_better(lambda power: list(adapted(None, power)), judge.score))
     if judge.noise is not None:
         sure = 1.0 if exact else EXAGGERATED
-        noise = fitted_noise(judge.noise, adapted, sure, stronger=judge.strength) or Noise(judge.noise, 1.0)
+        asked = {"stronger": judge.strength, "dispersed": judge.dispersed}
+        noise = fitted_noise(judge.noise, adapted, sure, **asked) or Noise(judge.noise, 1.0)
         found = found._replace(temperature=noise.temperature, noise=noise.scale, power=noise.power)
+        found = found._replace(dispersion=noise.dispersion)
         if judge.few_values is None or not found.looks:  # without joint training all vectors are the start
             return found
         return found._replace(few_rows=judge.few_values([standing.vector for standing in standings], noise.scale))

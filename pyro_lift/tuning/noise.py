@@ -32,7 +32,9 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.sgld import DivergedError
+from pyro_lift.models.dispersion import Dispersion
 from pyro_lift.models.task import Rows, Task
+from pyro_lift.tuning.dispersion import Widths, fitted_dispersion
 from pyro_lift.tuning.halves import is_above_zero, paired
 
 __all__ = ["EXAGGERATED", "Noise", "fitted_noise", "less_exaggerated", "variance_factor"]
@@ -64,15 +66,22 @@ class Noise(NamedTuple):
         scale: standard deviation of a target around the network's output.
         temperature: factor on the variance of predictions.
         power: on the likelihood in adaptation, over meta-training's.
+        dispersion: how unevenly tasks vary around the noise; None where that was not asked, or cannot be.
     """
 
     scale: float
     temperature: float
     power: float = 1.0
+    dispersion: Dispersion | None = None
 
 
 def fitted_noise(
-    first: float, adapt: Adapt, exaggerated: float = EXAGGERATED, *, stronger: bool = False
+    first: float,
+    adapt: Adapt,
+    exaggerated: float = EXAGGERATED,
+    *,
+    stronger: bool = False,
+    dispersed: bool = True,
 ) -> Noise | None:
     """Find the noise, and the temperature of predictions; and the power in adaptation, where it may be found.
 
@@ -81,6 +90,7 @@ def fitted_noise(
         adapt: to tasks at a noise; it is called once a round.
         exaggerated: factor by which a temperature above 1 is too high.
         stronger: whether a larger power may be found.
+        dispersed: whether tasks say how unevenly they vary; in runs of before all are alike.
 
     Returns:
         None where no task could be adapted to: none has rows to leave out, or the chain diverged at once.
@@ -89,15 +99,17 @@ def fitted_noise(
         "the noise of the targets is looked for: some tasks are adapted to up to %d times. noise_scale= gives it.",
         ROUNDS + (len(POWERS) if stronger else 0),
     )
-    found: Noise | None = None
-    judged: list[_Judged] = []
+    best: _Found | None = None
     for _ in range(ROUNDS):
-        scale = first if found is None else found.scale
+        scale = first if best is None else best.noise.scale
         told = _judged(adapt, scale)
         if not told:
             break
-        judged, found = told, _fitted(told, scale, LEAST * first, exaggerated)
-    return found if found is None or not stronger else _with_power(found, judged, first, adapt, exaggerated)
+        best = _Found(_fitted(told, scale, LEAST * first, exaggerated), told, scale)
+    if best is None:
+        return None
+    best = _with_power(best, first, adapt, exaggerated) if stronger else best
+    return best.dispersed(exaggerated) if dispersed else best.noise
 
 
 def _judged(adapt: Adapt, scale: float) -> list[_Judged]:
@@ -117,26 +129,44 @@ def _fitted(judged: Sequence[_Judged], before: float, least: float, exaggerated:
     return Noise(scale, less_exaggerated(float(torch.stack(ratios).mean()), exaggerated))
 
 
-def _with_power(found: Noise, judged: Sequence[_Judged], first: float, adapt: Adapt, exaggerated: float) -> Noise:
+class _Found(NamedTuple):
+    """A noise, and the adaptations at another one that it was found by."""
+
+    noise: Noise
+    judged: Sequence[_Judged]
+    before: float
+
+    def dispersed(self, exaggerated: float) -> Noise:
+        """Add how unevenly tasks vary, and take the temperature that is left."""
+        told = [each.widths(self.before, self.noise.scale) for each in self.judged]
+        known = [each for each in told if each is not None]
+        fitted = fitted_dispersion(known) if len(known) == len(told) else None
+        if fitted is None:
+            return self.noise
+        dispersion, temperature = fitted
+        return self.noise._replace(dispersion=dispersion, temperature=less_exaggerated(temperature, exaggerated))
+
+
+def _with_power(found: _Found, first: float, adapt: Adapt, exaggerated: float) -> _Found:
     """Try larger powers on the likelihood, and take the best where it is better by the test."""
-    best, most = found, torch.zeros(len(judged), dtype=torch.float64)
+    best, most = found, torch.zeros(len(found.judged), dtype=torch.float64)
     for power in POWERS:
-        scale = found.scale / math.sqrt(power)
+        scale = found.noise.scale / math.sqrt(power)
         tried = _judged(adapt, scale)
-        if len(tried) != len(judged):
+        if len(tried) != len(found.judged):
             break
-        pairs = zip(judged, tried, strict=True)
+        pairs = zip(found.judged, tried, strict=True)
         gains = torch.stack([0.5 * (one.miss.mean() / two.miss.mean()).log() for one, two in pairs])
         if not float(gains.mean()) > float(most.mean()) + (0.0 if best is found else TIE):
             break
         noise = _fitted(tried, scale, LEAST * first, exaggerated)
-        best, most = noise._replace(power=(noise.scale / scale) ** 2), gains
+        best, most = _Found(noise._replace(power=(noise.scale / scale) ** 2), tried, scale), gains
     if best is found:
         return found
     taken = is_above_zero(most - TIE)
     log.info(
         "adaptation with %.3g times the power on the likelihood: %+.3f ± %.3f nats a row on rows left out; it is %s.",
-        best.power, *paired(most), "taken" if taken else "not taken",
+        best.noise.power, *paired(most), "taken" if taken else "not taken",
     )  # fmt: skip
     return best if taken else found
 
@@ -157,18 +187,31 @@ def variance_factor(judged: Iterable[tuple[Any, Task]]) -> float:
 
 
 class _Judged(NamedTuple):
-    """Square errors of a task's own rows and of those left out, and the variance of the latter's predictions."""
+    """Square errors of a task's own rows and of those left out, and the variance of the latter's predictions.
+
+    With the number of its own rows and what these miss of one another, where its head was solved.
+    """
 
     fit: Tensor
     miss: Tensor
     variance: Tensor
+    rows: int
+    left_out: Tensor | None
+
+    def widths(self, before: float, scale: float) -> Widths | None:
+        """Return what was predicted as if under another noise than that of the adaptation."""
+        if self.left_out is None:
+            return None
+        miss, variance = (x.reshape(len(x), -1) for x in (self.miss, self.variance))
+        return Widths(self.rows, self.left_out * (before / scale) ** 2, miss, variance - before**2 + scale**2)
 
     @classmethod
     def of(cls, posterior: Any, task: Task) -> _Judged:
         assert task.test is not None
         variance = posterior.predict_sd(task.test, calibrated=False).double().square()
         miss = _square_errors(posterior, task.test)
-        return cls(_square_errors(posterior, task.train), miss, variance.reshape(miss.shape))
+        fit, rows = _square_errors(posterior, task.train), len(task.train)
+        return cls(fit, miss, variance.reshape(miss.shape), rows, posterior.left_out)
 
 
 def _square_errors(posterior: Any, rows: Rows) -> Tensor:

@@ -37,6 +37,7 @@ from pyro_lift.inference.baselines.protocol import Posterior
 from pyro_lift.inference.lost import ChainLostError
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.metrics.task import scores
+from pyro_lift.models.dispersion import Dispersion
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.tuning.choosing import FAILED, choose
 from pyro_lift.tuning.held_out import dealt, judged, that_can_be_judged
@@ -110,6 +111,7 @@ class Tuning:
         measure: ``"nll"`` in nats, or ``"mse"``.
         temperature: of predictions, fitted on the same rows; of regressions the factor on their variance that was
             found with their noise, None where that was given.
+        dispersion: of regressions how unevenly they vary around their noise, found with it; else None.
         notes: what time did not allow.
     """
 
@@ -121,6 +123,7 @@ class Tuning:
     measure: str = "nll"
     temperature: float | None = None
     notes: tuple[str, ...] = field(default=())
+    dispersion: Dispersion | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as they are saved with a prior; a loss that is not finite becomes a large one."""
@@ -139,8 +142,10 @@ class Tuning:
             True
         """
         trials = tuple(Trial(**trial) for trial in plain["trials"])
-        held_out, notes = tuple(plain["held_out"]), tuple(plain["notes"])
-        return cls(**{**plain, "trials": trials, "held_out": held_out, "notes": notes})
+        held_out, notes, told = tuple(plain["held_out"]), tuple(plain["notes"]), plain.get("dispersion")
+        dispersion = None if told is None else Dispersion(told[0], *map(tuple, told[1:]))
+        read = {"trials": trials, "held_out": held_out, "notes": notes, "dispersion": dispersion}
+        return cls(**{**plain, **read})
 
     def table(self) -> str:
         """Format the trials, the last rung on top, best first."""

@@ -23,6 +23,7 @@ __all__ = [
     "RULES",
     "Settled",
     "as_saved",
+    "asks_dispersion",
     "asks_few_values",
     "counts_rounds",
     "counts_together",
@@ -54,7 +55,8 @@ __all__ = [
 #: a network's own classes are the tasks'; tasks choose a prior of their heads of classes for each number of rows; a
 #: network that knows the tasks' classes is tried beside heads of their own too; predictions are surer than they came
 #: where tasks have rows enough for that; regressions of few rows go by all tasks; tasks whose rows lack some of the
-#: classes by chance have those of the others; regressions say what prior heads of each number of rows have.
+#: classes by chance have those of the others; regressions say what prior heads of each number of rows have; and how
+#: unevenly they vary around one noise.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -72,6 +74,7 @@ RULES = {
     "few values": "by all tasks",
     "counted classes": "of all tasks",
     "values by rows": "of all tasks",
+    "noise": "of each task",
 }
 
 
@@ -227,6 +230,11 @@ def tries_known_classes(session: Session | None) -> bool:
 def sharpens_by_rows(session: Session | None) -> bool:
     """Whether predictions are surer where tasks have rows enough: in a run of before all are, by a test."""
     return _has_rule(session, "sharper predictions")
+
+
+def asks_dispersion(session: Session | None) -> bool:
+    """Whether regressions say how unevenly they vary around one noise: in a run of before they were taken for alike."""
+    return _has_rule(session, "noise")
 
 
 def lets_one_task_lose(session: Session | None) -> bool:

@@ -29,6 +29,7 @@ class Line(NamedTuple):
 
     weights: Tensor
     scale: float
+    left_out: None = None
 
     def predict(self, rows: Rows) -> Tensor:
         return rows.inputs[""] @ self.weights
@@ -104,6 +105,7 @@ class Shrunk(NamedTuple):
 
     weights: Tensor
     scale: float
+    left_out: None = None
 
     @classmethod
     def of(cls, task: Task, scale: float, width: float) -> Shrunk:
