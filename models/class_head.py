@@ -35,6 +35,9 @@ class ClassHead(NamedTuple):
             that were saved without.
         few: of classes, numbers of rows below that, rising, and the prior of heads of so many; none in priors that
             were saved without.
+        kept: of classes, rows of a task that heads were made of where :attr:`width` and :attr:`bias_sd` were chosen: of
+            many more the prior weighs less (:meth:`sureness_of`); 0, as of priors that were saved without, always the
+            same.
         few_values: the same of regressions, at phi; None where they were not asked, as of priors that were saved
             without.
     """
@@ -47,6 +50,7 @@ class ClassHead(NamedTuple):
     around_width: float | None = None
     rows: int = 0
     few: FewRows = ()
+    kept: int = 0
     few_values: FewValues | None = None
 
     @property
@@ -73,6 +77,17 @@ class ClassHead(NamedTuple):
             return self.usual
         return between((*self.few, (self.rows, self.usual)), rows)
 
+    def sureness_of(self, rows: int) -> float:
+        """Return how much the prior weighs against what a task of so many rows says itself, 1 at most.
+
+        Heads of one row have a prior under which they say nothing, and of twenty rows that is wrong. So of more rows
+        than tasks have it weighs less from :data:`MANY_MORE` times those on that heads were made of where it was
+        chosen, of which one does not count: nothing where that one was all.
+        """
+        if self.kept == 0 or rows <= self.rows:
+            return 1.0
+        return min(MANY_MORE * (self.kept - 1) / rows, 1.0)
+
     def of(self, task: Task) -> Tensor | None:
         """Return the rows of a task's classes, in its own order, ``[c, E + 1]``; None where it has others.
 
@@ -89,9 +104,9 @@ def are_alike(one: ClassHead | None, other: ClassHead | None) -> bool:
     """Whether two heads are the same but for what another machine may round."""
     if one is None or other is None:
         return one is other
-    if (one.few_values is None) != (other.few_values is None):
+    if (one.few_values is None) != (other.few_values is None) or one.kept != other.kept:
         return False
-    return (one[1:3], one[4:-1]) == (other[1:3], other[4:-1]) and all(
+    return (one[1:3], one[4:9]) == (other[1:3], other[4:9]) and all(
         _are_close(*pair) for pair in ((one.head, other.head), (one.feature_sd, other.feature_sd))
     )
 

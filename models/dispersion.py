@@ -34,7 +34,7 @@ from pyro_lift.models.head_choice import HeadChoice
 from pyro_lift.models.value_spread import scaling_under
 from pyro_lift.support.small_problems import on_one_thread
 
-__all__ = ["Dispersed", "Dispersion", "left_out_squares"]
+__all__ = ["UNKNOWN", "Dispersed", "Dispersion", "left_out_squares"]
 
 #: Share of the tasks that are taken to be of none of the kind, and the degrees of freedom of their factor.
 ODD, ODD_ROWS = 0.001, 1.0
@@ -66,8 +66,8 @@ class Dispersion(NamedTuple):
 
     Attributes:
         rows: degrees of freedom of the factor, the rows that what all tasks say counts for; the more the more alike.
-        usual: r of most tasks, for each value.
-        values: c, how wide predictions of each value are beside the others.
+        usual: r of most tasks, for each value; or one for all.
+        values: c, how wide predictions of each value are beside the others; or one for all.
     """
 
     rows: float
@@ -84,6 +84,9 @@ class Dispersion(NamedTuple):
         from scipy.stats import f
 
         values, number = torch.tensor(self.values, dtype=torch.float64), min(rows, COUNTED)
+        if len(values) not in (1, len(left_out)):  # the others had other values
+            return Dispersed(torch.ones(len(left_out), dtype=torch.float64), False, 1.0)
+        values = values.expand(len(left_out))
         if rows < 2 or not bool(torch.isfinite(left_out).all()):
             return Dispersed(values, False, 1.0)
         missed = left_out.double().cpu() / torch.tensor(self.usual, dtype=torch.float64)
@@ -95,6 +98,11 @@ class Dispersion(NamedTuple):
         usual = usual if rows >= FEWEST else torch.ones_like(usual)
         furthest = int(missed.log().abs().argmax())
         return Dispersed(values * ((1.0 - odd) * usual + odd * own), bool((odd > 0.5).any()), float(missed[furthest]))
+
+
+#: Of tasks that cannot be asked, as none has rows to leave out: r is what the noise expects, and own rows soon say
+#: more.
+UNKNOWN = Dispersion(8.0, (1.0,), (1.0,))
 
 
 @on_one_thread

@@ -59,6 +59,7 @@ def choose_head(
     *,
     around: Tensor | None = None,
     usual: UsualPrior | None = None,
+    sureness: float = 1.0,
 ) -> HeadChoice:
     """Choose a task's prior by cross-validation on its rows.
 
@@ -73,12 +74,13 @@ def choose_head(
         scale: s_0, of label matching; None where there are no label texts.
         around: the head ``[C, E + 1]`` at which the prior stands; not under label matching.
         usual: what other tasks say of the prior; not under label matching. None where nothing is known of them.
+        sureness: how much that weighs, 1 at most.
     """
-    told: tuple[object, ...] = (num_classes, scale) if usual is None else (num_classes, scale, *usual)
+    told: tuple[object, ...] = (num_classes, scale) if usual is None else (num_classes, scale, *usual, sureness)
     key = digest_of(features, target, told=told) if around is None else digest_of(features, target, around, told=told)
     found = _choices.get(key)
     if found is None:
-        found = _choices[key] = _cross_validated(features, target, num_classes, scale, around, usual)
+        found = _choices[key] = _cross_validated(features, target, num_classes, scale, around, usual, sureness)
         while len(_choices) > REMEMBERED:
             _choices.popitem(last=False)
     return found
@@ -91,12 +93,13 @@ def _cross_validated(
     scale: float | None,
     around: Tensor | None,
     usual: UsualPrior | None,
+    sureness: float,
 ) -> HeadChoice:
     if scale is None and usual is None:
         return _chosen(features, target, HeadModel(num_classes, around=around))
     if scale is None and usual is not None:
         model = HeadModel(num_classes, around=around, bias_sd=usual.bias_sd)
-        return _chosen(features, target, model, usual.width / math.sqrt(features.shape[-1]))
+        return _chosen(features, target, model, usual.width / math.sqrt(features.shape[-1]), sureness)
     assert scale is not None
     if features.shape[-1] == num_classes:
         return _chosen(features, target, HeadModel(num_classes, scale=ScalePrior(scale, scale)))
@@ -115,6 +118,8 @@ def _cross_validated(
     return best
 
 
-def _chosen(features: Tensor, target: Tensor, model: HeadModel, usual: float | None = None) -> HeadChoice:
-    choice = choose_prior_sd(features, target, model, usual=usual)
+def _chosen(
+    features: Tensor, target: Tensor, model: HeadModel, usual: float | None = None, sureness: float = 1.0
+) -> HeadChoice:
+    choice = choose_prior_sd(features, target, model, usual=usual, sureness=sureness)
     return HeadChoice(model, choice.sd, -choice.loss)

@@ -256,6 +256,7 @@ def choose_prior_sd(
     offset: Tensor | None = None,
     most_folds: int = 10,
     usual: float | None = None,
+    sureness: float = 1.0,
 ) -> PriorChoice:
     r"""Choose the prior's width by cross-validation on a task's own rows, every fold and width solved exactly at once.
 
@@ -274,6 +275,7 @@ def choose_prior_sd(
         offset: logits or values that the head is added to, ``[n, C]``.
         most_folds: number of folds, at most.
         usual: the width that other tasks have; None where nothing is known of them.
+        sureness: factor on what that weighs, 1 at most.
     """
     n = len(features)
     x, similarity = model.split(features.double())
@@ -297,7 +299,8 @@ def choose_prior_sd(
             value = -(many.outputs(v).log_softmax(-1) * many.target).sum(-1)
         scores.append(float(((1.0 - kept) * value).sum() / n))
     penalty = width_penalty if usual is None else usual_penalty
-    best = min(range(len(tried)), key=lambda k: n * scores[k] + penalty(tried[k], middle))
+    weight = 1.0 if usual is None else sureness
+    best = min(range(len(tried)), key=lambda k: n * scores[k] + weight * penalty(tried[k], middle))
     return PriorChoice(tried[best], tuple(scores), tried)
 
 

@@ -151,10 +151,13 @@ class SolvedHeads:
         # What tasks say of a prior is of where theirs stand: around the head of all, or around zero.
         told_of = mean is not None and (around is not None or len(mean.head) == 0)
         usual = mean.usual_of(len(target)) if mean is not None and told_of else None
-        choice = choose_head(features, target, outputs, around=around, usual=usual)
+        sure = 1.0 if mean is None else mean.sureness_of(len(target))
+        choice = choose_head(features, target, outputs, around=around, usual=usual, sureness=sure)
         if usual is None or mean is None or not mean.few or usual.bias_sd >= BIAS_SD or len(target) < MANY:
             return choice
-        free = choose_head(features, target, outputs, around=around, usual=usual._replace(bias_sd=BIAS_SD))
+        free = choose_head(
+            features, target, outputs, around=around, usual=usual._replace(bias_sd=BIAS_SD), sureness=sure
+        )
         return free if (free.score - choice.score) * len(target) > ODD else choice
 
     def _is_odd(self, task: int, gain: float) -> bool:

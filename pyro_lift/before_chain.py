@@ -60,6 +60,7 @@ from pyro_lift.tuning.whose_heads import (
     asks_dispersion,
     asks_few_values,
     counts_rounds,
+    fades_with_rows,
     finds_unmoved,
     has_few_rows,
     has_few_values,
@@ -137,6 +138,8 @@ class ChainSetup:
         run.head_mean = run._head_mean(tasks, **rules) if has_head_mean(session) else None
         if run.head_mean is not None and not trains_through_mean(session):
             run.head_mean = run.head_mean._replace(halves=())
+        if run.head_mean is not None and not fades_with_rows(session):
+            run.head_mean = run.head_mean.with_one_sureness()
         joint = None if start is not None else run._joint(tasks, session, progress, on_step["joint-trial"])
         run = run if joint is None else run._after(joint)
         run = run._with(with_translation(run.settings, tasks, by_rounds=counts_rounds(session)))

@@ -47,6 +47,7 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "head_bias_sd": None if prior.head_mean is None else prior.head_mean.bias_sd,
         "head_around_width": None if prior.head_mean is None else prior.head_mean.around_width,
         "head_rows": None if prior.head_mean is None else prior.head_mean.rows,
+        "head_kept": 0 if prior.head_mean is None else prior.head_mean.kept,
         "head_few": [] if prior.head_mean is None else _written_few(prior.head_mean.few),
         "head_few_values": [] if few_values is None else _written_few(few_values.priors),
     }
@@ -136,7 +137,8 @@ def _saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str
     )
     few, values = _saved_few(path, config, "head_few"), _saved_few_values(path, config, tensors)
     rows = saved_positive(path, config, "head_rows") if few or config.get("head_rows") not in (None, 0) else 0
-    return ClassHead(head, tuple(labels), width, sd, bias_sd, around_width, int(rows), few, values)
+    kept = saved_positive(path, config, "head_kept") if config.get("head_kept") not in (None, 0) else 0
+    return ClassHead(head, tuple(labels), width, sd, bias_sd, around_width, int(rows), few, int(kept), values)
 
 
 def _saved_few_values(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FewValues | None:

@@ -66,9 +66,9 @@ def fitted_dispersion(told: Sequence[Widths]) -> tuple[Dispersion, float] | None
         told: of some tasks.
 
     Returns:
-        None where the tasks are fewer than four.
+        None where the tasks are fewer than four, or have different numbers of values.
     """
-    if len(told) < FEWEST_TASKS:
+    if len(told) < FEWEST_TASKS or len({len(each.left_out) for each in told}) > 1:
         return None
     ratios = torch.stack([(each.miss / each.variance).mean(0) for each in told]).median(0).values
     values = tuple((ratios / ratios.mean()).clamp_min(1e-12).tolist()) if float(ratios.mean()) > 0.0 else ()

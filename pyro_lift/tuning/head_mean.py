@@ -93,6 +93,11 @@ class HeadMean(NamedTuple):
         """Return the same with what tasks say of heads of few rows after joint training; none leaves what they said."""
         return self._replace(head=self.head.with_few(few)) if few else self
 
+    def with_one_sureness(self) -> HeadMean:
+        """Return the same with a prior of heads that weighs the same for any number of rows, as in runs of before."""
+        halves = tuple((names, head._replace(kept=0)) for names, head in self.halves)
+        return self._replace(head=self.head._replace(kept=0), halves=halves)
+
     def results(self) -> dict[str, float]:
         """Measures for the prior's folder and card; none where no head is shared."""
         if len(self.head.head) == 0:

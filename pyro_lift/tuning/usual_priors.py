@@ -119,7 +119,9 @@ def few_rows(tasks: Sequence[Asked]) -> FewRows:
 
 def by_number_of_rows(head: ClassHead, tasks: Sequence[Asked]) -> ClassHead:
     """Give a head what its tasks say of heads of few rows, and how many rows what they say of theirs is of."""
-    return head._replace(rows=median_high(len(task.target) for task in tasks)).with_few(few_rows(tasks))
+    rows = median_high(len(task.target) for task in tasks)
+    kept = rows - -(-rows // min(PARTS, rows))
+    return head._replace(rows=rows, kept=kept).with_few(few_rows(tasks))
 
 
 def under(head: ClassHead, usual: UsualPrior | None) -> ClassHead:

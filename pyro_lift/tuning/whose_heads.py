@@ -28,6 +28,7 @@ __all__ = [
     "counts_rounds",
     "counts_together",
     "counts_width",
+    "fades_with_rows",
     "finds_unmoved",
     "has_few_rows",
     "has_few_values",
@@ -56,7 +57,7 @@ __all__ = [
 #: network that knows the tasks' classes is tried beside heads of their own too; predictions are surer than they came
 #: where tasks have rows enough for that; regressions of few rows go by all tasks; tasks whose rows lack some of the
 #: classes by chance have those of the others; regressions say what prior heads of each number of rows have; and how
-#: unevenly they vary around one noise.
+#: unevenly they vary around one noise; what tasks say of a prior of heads weighs less where there are many more rows.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -75,6 +76,7 @@ RULES = {
     "counted classes": "of all tasks",
     "values by rows": "of all tasks",
     "noise": "of each task",
+    "many rows": "less sure",
 }
 
 
@@ -235,6 +237,11 @@ def sharpens_by_rows(session: Session | None) -> bool:
 def asks_dispersion(session: Session | None) -> bool:
     """Whether regressions say how unevenly they vary around one noise: in a run of before they were taken for alike."""
     return _has_rule(session, "noise")
+
+
+def fades_with_rows(session: Session | None) -> bool:
+    """Whether a prior of heads weighs less where there are more rows than it is of: in a run of before it did not."""
+    return _has_rule(session, "many rows")
 
 
 def lets_one_task_lose(session: Session | None) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
 from pyro_lift.inference.checkpoint.session import Session
-from pyro_lift.models.dispersion import COUNTED, ODD, ODD_ROWS, Dispersion, left_out_squares
+from pyro_lift.models.dispersion import COUNTED, ODD, ODD_ROWS, UNKNOWN, Dispersion, left_out_squares
 from pyro_lift.models.heads import scaling_of
 from pyro_lift.models.value_head import choose_value_head
 from pyro_lift.models.value_spread import spread_of
@@ -100,6 +100,21 @@ def test_few_rows_say_little_and_many_no_more_than_some() -> None:
     assert dispersion.of(missed, COUNTED).factors == dispersion.of(missed, 1000 * COUNTED).factors
     nothing = dispersion.of(torch.tensor([math.nan]), 8)
     assert float(nothing.factors) == 1.0 and not nothing.odd
+
+
+def test_tasks_of_other_values_or_that_nobody_could_ask() -> None:
+    told = Dispersion(10.0, (1.0, 2.0), (1.0, 4.0)).of(torch.ones(3), 20)
+    torch.testing.assert_close(told.factors, torch.ones(3).double())
+    unknown = UNKNOWN.of(torch.tensor([0.2, 1.0]), 56)
+    torch.testing.assert_close(unknown.factors, torch.tensor([(8.0 + 11.2) / 64.0, 1.0]).double(), rtol=0.1, atol=0.0)
+
+
+def test_where_no_task_has_rows_to_leave_out_a_new_one_s_own_say_how_noisy_it_is() -> None:
+    given = [regression(k, 0.3, 2) for k in range(10)]
+    prior = LiFT(network(), CONFIG, **SHORT).meta_train(given, progress=False)
+    assert prior.dispersion == UNKNOWN
+    given_noise = LiFT(network(), CONFIG, noise_scale=0.5, **SHORT).meta_train(given, progress=False)
+    assert given_noise.dispersion is None
 
 
 def network() -> torch.nn.Module:

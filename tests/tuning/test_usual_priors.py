@@ -22,7 +22,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.head_problem import BIAS_SD, HeadModel, apply_head
-from pyro_lift.models.heads import BIAS_SDS, LOGIT_WIDTHS, UsualPrior, solve_head
+from pyro_lift.models.heads import BIAS_SDS, LOGIT_WIDTHS, UsualPrior, choose_prior_sd, solve_head
 from pyro_lift.models.solved_heads import SolvedHeads
 from pyro_lift.support.archive import DamagedError, sealed
 from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit
@@ -172,6 +172,55 @@ def test_the_priors_are_saved(prior: LiFTPrior, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps(sealed({**config, "head_few": wrong})))
         with pytest.raises(DamagedError, match="'head_few'"):
             LiFTPrior.from_pretrained(tmp_path, adapter())
+
+
+@pytest.mark.parametrize(
+    ("kept", "rows", "wanted"), [(0, 500, 1.0), (1, 2, 1.0), (1, 3, 0.0), (19, 24, 1.0), (19, 72, 1.0), (19, 144, 0.5)]
+)
+def test_what_tasks_say_weighs_less_of_many_more_rows(kept: int, rows: int, wanted: float) -> None:
+    head = ClassHead(torch.zeros(0, 3), bias_sd=1.0, rows=2 if kept == 1 else 24, kept=kept)
+    assert head.sureness_of(rows) == pytest.approx(wanted)
+
+
+def test_a_width_that_weighs_nothing_is_chosen_by_the_task_s_rows_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 4, generator=generator)
+    y, model = (x[:, 0] > 0.0).long(), HeadModel(2)
+    alone = choose_prior_sd(x, y, model)
+    best = min(range(len(alone.tried)), key=lambda k: alone.scores[k])
+    for sureness, sd in ((0.0, alone.tried[best]), (100.0, alone.tried[0])):
+        assert choose_prior_sd(x, y, model, usual=alone.tried[0], sureness=sureness).sd == sd
+
+
+def test_tasks_of_two_rows_do_not_silence_those_of_ten() -> None:
+    """Heads of one row have the narrowest prior, under which ten rows would say nothing."""
+    prior = LiFT(adapter(), sgd_steps=0, burn_in=2, samples=4).meta_train(tasks(14, 2, seed=4), progress=False)
+    assert prior.head_mean is not None and prior.head_mean.kept == 1
+    new = tasks(24, 10, seed=5)
+    one = LiFTPrior(**{**vars_of(prior), "head_mean": prior.head_mean._replace(kept=0)})
+    gain = loss_a_task(one, new) - loss_a_task(prior, new)
+    assert gain.mean() > 3.0 * gain.std() / math.sqrt(len(gain))
+
+
+def test_a_prior_of_before_weighs_the_same_for_all_rows(prior: LiFTPrior, tmp_path: Path) -> None:
+    prior.save_pretrained(tmp_path / "prior")
+    path = tmp_path / "prior" / "config.json"
+    config = json.loads(path.read_text())
+    assert prior.head_mean is not None and config.pop("head_kept") == prior.head_mean.kept > 0
+    path.write_text(json.dumps(sealed(config)))
+    then = LiFTPrior.from_pretrained(tmp_path / "prior", adapter()).head_mean
+    assert then is not None and then.kept == 0
+    found = []
+    for name, rules in (("then", {k: v for k, v in RULES.items() if k != "many rows"}), ("today", RULES)):
+        lift = LiFT(adapter(), sgd_steps=0, burn_in=2, samples=4)
+        given = tasks(8)
+        session = Session(
+            tmp_path / name, config=run_config(lift.settings, lift.seed, lift.adapter, given, rules=rules)
+        )
+        mean = lift.before_chain(given, session).run.head_mean
+        assert mean is not None
+        found.append({head.kept for head in (mean.head, *(head for _, head in mean.halves))})
+    assert found[0] == {0} and found[1] == {prior.head_mean.kept}
 
 
 def test_a_run_of_before_goes_on_with_one_prior_for_all(tmp_path: Path) -> None:
