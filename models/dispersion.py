@@ -43,6 +43,8 @@ ODD, ODD_ROWS = 0.001, 1.0
 FEWEST = 3
 #: Rows of a task that count, at most: what r is in most tasks is of as many rows as these have, and grows with them.
 COUNTED = 64
+#: The least of r over what it is in most tasks: of targets that are all alike it would be zero.
+LEAST = 1e-12
 #: Rows that are looked at, at most.
 MOST = 1_000
 
@@ -89,10 +91,10 @@ class Dispersion(NamedTuple):
         values = values.expand(len(left_out))
         if rows < 2 or not bool(torch.isfinite(left_out).all()):
             return Dispersed(values, False, 1.0)
-        missed = left_out.double().cpu() / torch.tensor(self.usual, dtype=torch.float64)
+        missed = (left_out.double().cpu() / torch.tensor(self.usual, dtype=torch.float64)).clamp_min(LEAST)
         told = []
         for share, known in ((1.0 - ODD, self.rows), (ODD, ODD_ROWS)):
-            told.append(math.log(share) + torch.as_tensor(f.logpdf(missed.clamp_min(1e-12).numpy(), number, known)))
+            told.append(math.log(share) + torch.as_tensor(f.logpdf(missed.numpy(), number, known)))
         odd = torch.stack(told).softmax(0)[1]
         usual, own = ((known + number * missed) / (known + number) for known in (self.rows, ODD_ROWS))
         usual = usual if rows >= FEWEST else torch.ones_like(usual)

@@ -300,11 +300,11 @@ def warn_of_width(task: Task, missed: float, noise: float) -> None:
         missed: mean square of rows that are left out in turn, over that of most tasks.
         noise: standard deviation of the targets, as the prior knows it; a task in another unit has been told of.
     """
-    times, way = (missed**0.5, "further") if missed > 1.0 else (missed**-0.5, "nearer")
+    times, way = (missed**0.5, "further from") if missed > 1.0 else (missed**-0.5, "nearer to")
     if times < (FURTHER if missed > 1.0 else NEARER) or _is_in_another_unit(task, noise):
         return
     log.warning(
-        "task %r: its rows lie %.2g times %s from what its other rows predict than those of the prior's tasks. How "
+        "task %r: its rows lie %.2g times %s what its other rows predict than those of the prior's tasks. How "
         "wide its predictions are goes by its own %d rows. If its targets are in another unit, bring them to that of "
         "the tasks of meta-training.", task.name, times, way, len(task.train),
     )  # fmt: skip

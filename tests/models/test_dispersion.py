@@ -162,6 +162,10 @@ def test_a_task_of_another_width_is_told_of(prior: LiFTPrior, caplog: pytest.Log
         caplog.clear()
         alike.adapt(regression(41, 0.3), seed=0)
         assert "other rows predict" not in caplog.text
+        x, y = regression(42, 0.3).train.inputs[""], torch.full((24,), 2.0)
+        level = alike.adapt(Task("level", (x, y), "regression"), seed=0)
+        assert "nearer to what its other rows predict" in caplog.text
+        assert bool(torch.isfinite(level.predict_sd(x)).all()) and float(level.predict_sd(x).min()) > 0.0
 
 
 @pytest.mark.parametrize("values", [[0.0, [1.0], [1.0]], [8.0, [1.0], [1.0, 2.0]], [8.0, [1.0]], [8.0, 1.0, 1.0], "8"])
