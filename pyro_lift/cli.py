@@ -58,6 +58,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+Names = Annotated[list[str] | None, typer.Option(help="names with commas, or repeat; by default all")]
 Out = Annotated[
     Path, typer.Option("--out", help="folder for records and figures", file_okay=False, callback=_new_folder)
 ]
@@ -95,6 +96,11 @@ def _root(
     ] = False,
 ) -> None:
     """Learn a prior over LoRA adapters from many tasks, and adapt to new ones by Bayesian inference."""
+
+
+def _named(given: list[str] | None) -> tuple[str, ...] | None:
+    """Return the names of an option that may be repeated, and have several with commas between; None of none."""
+    return None if given is None else tuple(name.strip() for names in given for name in names.split(","))
 
 
 def _with_options(options: type[Any]) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
@@ -176,7 +182,9 @@ class CompareOptions:
     out: Out = Path("comparison")
     budget: Annotated[str, typer.Option(help="time that the whole may take")] = "10 min"
     seeds: Annotated[int, typer.Option(help="repetitions", min=1)] = 1
-    methods: Annotated[str | None, typer.Option(help="names with commas between; by default five")] = None
+    methods: Annotated[list[str] | None, typer.Option(help="names with commas between, or repeat; by default five")] = (
+        None
+    )
     folds: Annotated[int, typer.Option(help="parts that the tasks are held out in, in turn", min=2)] = 3
     tune: Annotated[int, typer.Option(help="settings of each method to be tried; takes half of the time", min=0)] = 0
     overwrite: Annotated[bool, typer.Option("--overwrite", help="drop another comparison in the folder")] = False
@@ -191,8 +199,7 @@ def compare(options: CompareOptions) -> None:
     from pyro_lift.comparison.settings import CompareSettings
 
     o = options
-    names = None if o.methods is None else tuple(name.strip() for name in o.methods.split(","))
-    settings = CompareSettings(o.budget, o.seeds, names, o.folds, trials=o.tune)
+    settings = CompareSettings(o.budget, o.seeds, _named(o.methods), o.folds, trials=o.tune)
     command(o.config, o.out, settings, overwrite=o.overwrite, device=o.device)
 
 
@@ -336,7 +343,7 @@ class MethodsOptions:
     root: Annotated[str | None, typer.Option(help="where these tasks' data lies")] = None
     backbone: Annotated[str | None, typer.Option(help="of these tasks: folder or name")] = None
     kind: Annotated[str | None, typer.Option(help="of that backbone")] = None
-    methods: Annotated[str | None, typer.Option(help="names with commas between; by default all")] = None
+    methods: Names = None
     seeds: Annotated[int | None, typer.Option(help="families of tasks, or repetitions", min=1)] = None
     workers: Annotated[int | None, typer.Option(help="processes", min=1)] = None
     choose: Annotated[bool, typer.Option("--tune", help="choose settings again; write OUT/tuned.json")] = False
@@ -365,7 +372,7 @@ def bench_methods(options: MethodsOptions) -> None:
         if value is not None
     }
     settings = replace(MethodsSettings.smoke(o.device) if o.smoke else MethodsSettings(device=o.device), **sizes)
-    bench_of_methods.command(o.out, experiment, settings, o.methods, choose=o.choose, tuned=o.tuned)
+    bench_of_methods.command(o.out, experiment, settings, _named(o.methods), choose=o.choose, tuned=o.tuned)
 
 
 @dataclass(frozen=True)
@@ -383,15 +390,15 @@ class PaperCommand:
     root: Annotated[Path | None, typer.Option(help="where the data lie")] = None
     smoke: Smoke = False
     seeds: Annotated[int | None, typer.Option(help="the first so many; by default the families'", min=1)] = None
-    methods: Annotated[str | None, typer.Option(help="names with commas between; by default all")] = None
-    splits: Annotated[str | None, typer.Option(help="names with commas between; by default all")] = None
+    methods: Names = None
+    splits: Names = None
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 1
     dry_run: Annotated[bool, typer.Option("--dry-run", help="configuration, shapes, memory and time; runs none")] = (
         False
     )
     retry: Annotated[bool, typer.Option("--retry", help="take cells that a process which is gone had begun")] = False
     cluster: Annotated[str | None, typer.Option(help="partition that submitit submits to; local: here")] = None
-    again: Annotated[str | None, typer.Option(help="cells to run a second time and compare; names with commas")] = None
+    again: Annotated[list[str] | None, typer.Option(help="cells to run a second time and compare; names")] = None
 
 
 @bench.command("paper")
@@ -400,14 +407,11 @@ def bench_paper(options: PaperCommand) -> None:
     """Run the cells of the paper's tables and figures, at its scale or at a small one; `report` shows them."""
     from pyro_lift.bench.paper.command import PaperOptions, command
 
-    def named(given: str | None) -> tuple[str, ...] | None:
-        return None if given is None else tuple(name.strip() for name in given.split(","))
-
     o = options
     if o.again is not None:
         from pyro_lift.bench.paper.again import run_again
 
-        if any(run_again(o.out, named(o.again) or (), o.root).values()):
+        if any(run_again(o.out, _named(o.again) or (), o.root).values()):
             raise typer.Exit(1)
         return
     chosen = PaperOptions(
@@ -418,8 +422,8 @@ def bench_paper(options: PaperCommand) -> None:
         root=o.root,
         smoke=o.smoke,
         seeds=o.seeds,
-        methods=named(o.methods),
-        splits=named(o.splits),
+        methods=_named(o.methods),
+        splits=_named(o.splits),
         jobs=o.jobs,
         dry=o.dry_run,
         retry=o.retry,

@@ -55,7 +55,8 @@ class TaskPosterior:
         input_sizes: how large the task's rows are, by input (:func:`.sizes_of_inputs`), against which those to predict
             are held.
         left_out: what the rows of a regression miss of one another for each value, ``[M]``, over what its head's prior
-            and the noise expect (:mod:`~pyro_lift.models.dispersion`); None where nobody has asked, and in one that was loaded.
+            and the noise expect (:mod:`~pyro_lift.models.dispersion`); None where nobody has asked, and in one that was
+            loaded.
         dispersion: factors on the variance of a regression's predictions, one a value ``[M]``, where the prior's tasks
             say how unevenly they vary; None is one for all.
         class_counts: rows of each class, ``[C]``, around whose rates predictions are tempered where these are plainly

@@ -14,7 +14,7 @@ from tiny_backbones import FAMILIES, D
 from typer.testing import CliRunner
 
 from pyro_lift import LiFTPrior, TaskPosterior, commands
-from pyro_lift.cli import app
+from pyro_lift.cli import _named, app
 from pyro_lift.config import read_config
 from pyro_lift.data.folder import read_task
 from pyro_lift.models.backbones import load_backbone
@@ -222,3 +222,7 @@ def test_a_posterior_does_not_take_the_priors_or_the_tasks_folder_nor_a_prior_th
         with pytest.raises((OSError, ValueError), match="another folder"):
             commands.train(config)
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_names_may_be_repeated_or_have_commas_between() -> None:
+    assert _named(["a, b", "c"]) == ("a", "b", "c") and _named(None) is None

@@ -399,7 +399,7 @@ def command(
     out: Path,
     experiment: Experiment,
     settings: MethodsSettings,
-    methods: str | None = None,
+    methods: Sequence[str] | None = None,
     *,
     choose: bool = False,
     tuned: Path | None = None,
@@ -410,22 +410,21 @@ def command(
         out: folder for ``methods.json`` and ``methods.png``, or for ``tuned.json``.
         experiment: where tasks come from.
         settings: sizes.
-        methods: names with commas between; None takes all.
+        methods: names; None takes all.
         choose: whether to choose the settings again, print and write them, instead.
         tuned: file that was written so, whose settings are taken.
 
     Raises:
         DamagedError: a file of settings that is none.
     """
-    names = None if methods is None else [name.strip() for name in methods.split(",")]
     if choose:
-        for name in names or ():
+        for name in methods or ():
             check_choice("method", name, BASELINES)
-        write_json(out / "tuned.json", tune(experiment, settings, names))
+        write_json(out / "tuned.json", tune(experiment, settings, methods))
         print(f"settings written: {out / 'tuned.json'}")
         return
     records = run(
-        experiment, settings, names, path=out / "methods.json", tuned=None if tuned is None else read_json(tuned)
+        experiment, settings, methods, path=out / "methods.json", tuned=None if tuned is None else read_json(tuned)
     )
     print(experiment.name)
     print(table(records))

@@ -34,7 +34,7 @@ def test_settings_are_chosen_written_and_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = replace(MethodsSettings.smoke(), trials=2)
-    methods.command(tmp_path, DIGITS, settings, "no-meta-train", choose=True)
+    methods.command(tmp_path, DIGITS, settings, ["no-meta-train"], choose=True)
     assert set(json.loads((tmp_path / "tuned.json").read_text())) == {"no-meta-train"}
     assert "rung" in capsys.readouterr().out
     problem = DIGITS.problem(settings, 0)
@@ -75,10 +75,10 @@ def test_memory_reckoned_before_a_run_is_what_it_takes() -> None:
 
 
 def test_records_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = "no-meta-train,union-train,maml,lift,retriever-fusion-k5"
+    names = ["no-meta-train", "union-train", "maml", "lift", "retriever-fusion-k5"]
     methods.command(tmp_path, DIGITS, MethodsSettings.smoke(), names)
     records = json.loads((tmp_path / "methods.json").read_text())
-    assert {r["method"] for r in records} == set(names.split(","))
+    assert {r["method"] for r in records} == set(names)
     for r in records:
         assert {"seed", "task", "accuracy", "nll", "ece", "meta_seconds", "adapt_seconds"} <= set(r)
         assert (r["seconds_per_visit_rel"] is None) == (r["method"] == "no-meta-train")
