@@ -118,7 +118,8 @@ def _way_out(
         ways.append(f"lower the temperature ({temperature:g}), so that the prior's noise drowns less")
     if "n_inflate" not in given or power <= 1.0:  # who raised it knows of it, and there is no end to ever larger ones
         # Where n_inflate is given, a temperature that is left open is another.
-        kept = "" if "temperature" in given else f", together with temperature={temperature:g}, the one of this run"
+        beside = f", together with temperature={temperature:g}, which this run has and n_inflate alone would change"
+        kept = "" if "temperature" in given else beside
         ways.append(f"let every row count more often: n_inflate={10.0 * power:g}, say, in place of {power:g}{kept}")
     if values:
         ways.append("give noise_scale a smaller value, if predictions are closer to the targets than it says")
