@@ -275,7 +275,7 @@ def choose_prior_sd(
         offset: logits or values that the head is added to, ``[n, C]``.
         most_folds: number of folds, at most.
         usual: the width that other tasks have; None where nothing is known of them.
-        sureness: factor on what that weighs, 1 at most.
+        sureness: how much that weighs, 1 at most; the rest has the prior of tasks that nothing is known of.
     """
     n = len(features)
     x, similarity = model.split(features.double())
@@ -298,9 +298,13 @@ def choose_prior_sd(
             v, _ = newton(many, many.start if v is None else v, tolerance=1e-4)
             value = -(many.outputs(v).log_softmax(-1) * many.target).sum(-1)
         scores.append(float(((1.0 - kept) * value).sum() / n))
-    penalty = width_penalty if usual is None else usual_penalty
-    weight = 1.0 if usual is None else sureness
-    best = min(range(len(tried)), key=lambda k: n * scores[k] + weight * penalty(tried[k], middle))
+    known, unknown = (0.0, 1.0) if usual is None else (sureness, 1.0 - sureness)
+
+    def cost(k: int) -> float:
+        penalty = unknown * width_penalty(tried[k], tried[len(tried) // 2])
+        return n * scores[k] + penalty + (0.0 if usual is None else known * usual_penalty(tried[k], usual))
+
+    best = min(range(len(tried)), key=cost)
     return PriorChoice(tried[best], tuple(scores), tried)
 
 

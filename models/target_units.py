@@ -44,6 +44,8 @@ UNEVEN = 10.0
 #: Times as far as those of the prior's tasks, or as near, that the rows of a new one are missed by from which on it is
 #: told of. A map that is easy for the network is missed by a third of what most are; what is too wide is wrong as well.
 FURTHER, NEARER = 3.0, 10.0
+#: Rows from which on that is told of: of two or three some of the kind lie as far off by chance.
+SAYING = 6
 #: Spread of the targets from which on they are small or large beside what networks, widths and rates are made for.
 STANDARD = 10.0
 
@@ -301,7 +303,8 @@ def warn_of_width(task: Task, missed: float, noise: float) -> None:
         noise: standard deviation of the targets, as the prior knows it; a task in another unit has been told of.
     """
     times, way = (missed**0.5, "further from") if missed > 1.0 else (missed**-0.5, "nearer to")
-    if times < (FURTHER if missed > 1.0 else NEARER) or _is_in_another_unit(task, noise):
+    few = len(task.train) < SAYING
+    if few or times < (FURTHER if missed > 1.0 else NEARER) or _is_in_another_unit(task, noise):
         return
     log.warning(
         "task %r: its rows lie %.2g times %s what its other rows predict than those of the prior's tasks. How "

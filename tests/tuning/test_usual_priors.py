@@ -187,9 +187,10 @@ def test_a_width_that_weighs_nothing_is_chosen_by_the_task_s_rows_alone() -> Non
     x = torch.randn(40, 4, generator=generator)
     y, model = (x[:, 0] > 0.0).long(), HeadModel(2)
     alone = choose_prior_sd(x, y, model)
-    best = min(range(len(alone.tried)), key=lambda k: alone.scores[k])
-    for sureness, sd in ((0.0, alone.tried[best]), (100.0, alone.tried[0])):
+    for sureness, sd in ((0.0, alone.sd), (100.0, alone.tried[0])):
         assert choose_prior_sd(x, y, model, usual=alone.tried[0], sureness=sureness).sd == sd
+    same = choose_prior_sd(x[:2], y[:2] * 0, model)  # two rows of one class: the widest would be sure of it
+    assert choose_prior_sd(x[:2], y[:2] * 0, model, usual=same.tried[0], sureness=0.0).sd == same.sd < same.tried[-1]
 
 
 def test_tasks_of_two_rows_do_not_silence_those_of_ten() -> None:
