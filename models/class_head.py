@@ -104,9 +104,9 @@ def are_alike(one: ClassHead | None, other: ClassHead | None) -> bool:
     """Whether two heads are the same but for what another machine may round."""
     if one is None or other is None:
         return one is other
-    if (one.few_values is None) != (other.few_values is None) or one.kept != other.kept:
+    if (one.few_values is None) != (other.few_values is None):
         return False
-    return (one[1:3], one[4:9]) == (other[1:3], other[4:9]) and all(
+    return (one[1:3], one[4:-1]) == (other[1:3], other[4:-1]) and all(
         _are_close(*pair) for pair in ((one.head, other.head), (one.feature_sd, other.feature_sd))
     )
 

@@ -25,7 +25,8 @@ References:
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +76,11 @@ class Dispersion(NamedTuple):
     rows: float
     usual: tuple[float, ...]
     values: tuple[float, ...]
+
+    @classmethod
+    def read(cls, plain: Sequence[Any] | None) -> Dispersion | None:
+        """Make one of its parts as they come back from a file, in lists; none of none."""
+        return None if plain is None else cls(plain[0], *map(tuple, plain[1:]))
 
     def of(self, left_out: Tensor, rows: int) -> Dispersed:
         """Find a task's factors.

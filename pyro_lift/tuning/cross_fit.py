@@ -236,10 +236,8 @@ def cross_fit(
     looks, losses = tuple(tuple(look) for look in data["looks"]), tuple(data.get("losses", ()))
     few = tuple((rows, UsualPrior(*usual)) for rows, usual in data.get("few_rows", ()))
     rows = None if data.get("rows") is None else TemperedRows(*data["rows"])
-    told = data.get("dispersion")
-    dispersion = None if told is None else Dispersion(told[0], *map(tuple, told[1:]))
-    read = {"looks": looks, "losses": losses, "few_rows": few, "rows": rows, "dispersion": dispersion}
-    fit = CrossFit(**{**data, **read})
+    read = {"looks": looks, "losses": losses, "few_rows": few, "rows": rows}
+    fit = CrossFit(**{**data, **read, "dispersion": Dispersion.read(data.get("dispersion"))})
     if said := fit.sentence(judge.adapt is not None and not judge.strength):
         log.info("%s", said)
     if doubt := fit.doubt():

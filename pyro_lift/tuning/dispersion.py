@@ -49,13 +49,18 @@ class Widths(NamedTuple):
     miss: Tensor
     variance: Tensor
 
-    def ratios(self, dispersion: Dispersion) -> Tensor:
-        """Return square errors over variances under a dispersion, ``[m, M]``."""
-        return self.miss / (self.variance * dispersion.of(self.left_out, self.rows).factors.to(self.variance))
+    def under(self, dispersion: Dispersion) -> Widths:
+        """Return the same with the variances that a dispersion gives."""
+        return self._replace(variance=self.variance * dispersion.of(self.left_out, self.rows).factors.to(self.variance))
 
-    def _log_density(self, dispersion: Dispersion, temperature: float) -> Tensor:
-        factors = temperature * dispersion.of(self.left_out, self.rows).factors.to(self.variance)
-        variance = factors * self.variance
+    @property
+    def ratio(self) -> Tensor:
+        """Square errors over variances, the mean of all."""
+        return (self.miss / self.variance).mean()
+
+    def log_density(self, temperature: float) -> Tensor:
+        """Compute the log density of a value, but for constants, at a factor on the variance."""
+        variance = temperature * self.variance
         return -0.5 * (variance.log() + self.miss / variance).mean()
 
 
@@ -94,6 +99,7 @@ class _Judged(NamedTuple):
 
 
 def _judged(told: Sequence[Widths], dispersion: Dispersion) -> _Judged:
-    temperature = max(float(torch.stack([each.ratios(dispersion).mean() for each in told]).mean()), 1e-12)
-    density = torch.stack([each._log_density(dispersion, temperature) for each in told]).mean()
+    told = [each.under(dispersion) for each in told]
+    temperature = max(float(torch.stack([each.ratio for each in told]).mean()), 1e-12)
+    density = torch.stack([each.log_density(temperature) for each in told]).mean()
     return _Judged(dispersion, temperature, float(density) - NEAR * math.log(temperature) ** 2)

@@ -138,9 +138,9 @@ class _Found(NamedTuple):
 
     def dispersed(self, exaggerated: float) -> Noise:
         """Add how unevenly tasks vary, and take the temperature that is left."""
-        told = [each.widths(self.before, self.noise.scale) for each in self.judged]
-        known = [each for each in told if each is not None]
-        fitted = fitted_dispersion(known) if len(known) == len(told) else None
+        found = (each.widths(self.before, self.noise.scale) for each in self.judged)
+        told = [each for each in found if each is not None]
+        fitted = fitted_dispersion(told) if len(told) == len(self.judged) else None
         if fitted is None:
             return self.noise
         dispersion, temperature = fitted

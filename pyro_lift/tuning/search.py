@@ -142,10 +142,9 @@ class Tuning:
             True
         """
         trials = tuple(Trial(**trial) for trial in plain["trials"])
-        held_out, notes, told = tuple(plain["held_out"]), tuple(plain["notes"]), plain.get("dispersion")
-        dispersion = None if told is None else Dispersion(told[0], *map(tuple, told[1:]))
-        read = {"trials": trials, "held_out": held_out, "notes": notes, "dispersion": dispersion}
-        return cls(**{**plain, **read})
+        held_out, notes = tuple(plain["held_out"]), tuple(plain["notes"])
+        read = {"trials": trials, "held_out": held_out, "notes": notes}
+        return cls(**{**plain, **read, "dispersion": Dispersion.read(plain.get("dispersion"))})
 
     def table(self) -> str:
         """Format the trials, the last rung on top, best first."""

@@ -154,7 +154,7 @@ def test_predictions_are_as_wide_as_the_task_s_own_rows_say(prior: LiFTPrior, tm
     assert torch.equal(same.predict_sd(new), noisy.predict_sd(new))
 
 
-def test_a_task_of_another_width_is_told_of(prior: LiFTPrior, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_task_of_another_width_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     alike = LiFT(network(), CONFIG, **SHORT).meta_train([regression(k, 0.3) for k in range(10)], progress=False)
     with caplog.at_level(logging.WARNING, logger="pyro_lift"):
         alike.adapt(regression(40, 0.3, unit=20.0), seed=0)
