@@ -34,7 +34,6 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_names import class_numbers_by_name
 from pyro_lift.models.common_classes import classes_in_common, with_common_classes
-from pyro_lift.models.dispersion import UNKNOWN
 from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.hierarchical import VARIANCE
 from pyro_lift.models.out_of_proportion import usual_sizes
@@ -62,7 +61,6 @@ from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
 from pyro_lift.tuning.whose_heads import (
     RULES,
     as_saved,
-    asks_dispersion,
     counts_together,
     counts_width,
     heads_settled,
@@ -390,9 +388,8 @@ class LiFT(ChainSetup):
         if self.tuning is not None and self.tuning.temperature is not None:
             temperature = self.tuning.temperature
             at_rows = tempered_rows(tasks) if sharpens_by_rows(session) else None
-        dispersion = None if self.tuning is None else self.tuning.dispersion
-        if halves is not None and halves.noise is not None and asks_dispersion(session):
-            dispersion = halves.dispersion or UNKNOWN
+        of_tuning = None if self.tuning is None else self.tuning.dispersion
+        dispersion = of_tuning if halves is None or halves.dispersion is None else halves.dispersion
 
         def prior(k: int, summary: ChainSummary, moments: dict[str, Tensor], results: dict[str, float]) -> LiFTPrior:
             return LiFTPrior(

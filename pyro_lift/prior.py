@@ -326,8 +326,9 @@ class LiFTPrior:
         """Return the number of classes that each of its tasks has, 0 where there is none in common."""
         if self.common_classes is not None:
             return self.common_classes
-        known = self.head_mean is not None and not self.head_mean.labels and "classification" in self.kinds
-        return len(self.head_mean.head) if known and self.head_mean is not None else 0
+        if self.head_mean is None or self.head_mean.labels or "classification" not in self.kinds:
+            return 0
+        return len(self.head_mean.head)
 
     def _adaptation(self, options: Mapping[str, Any]) -> Adaptation:
         """Make the adaptation of new tasks, with some of its settings changed."""

@@ -55,7 +55,7 @@ from pyro_lift.inference.adaptation.temperature import HIGHEST, Predicted, caref
 from pyro_lift.inference.adaptation.tempered_rows import TemperedRows, tempered_rows
 from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.dispersion import Dispersion
+from pyro_lift.models.dispersion import UNKNOWN, Dispersion
 from pyro_lift.models.heads import FewRows, UsualPrior
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Task
@@ -297,7 +297,7 @@ def _sureness(
         asked = {"stronger": judge.strength, "dispersed": judge.dispersed}
         noise = fitted_noise(judge.noise, adapted, sure, **asked) or Noise(judge.noise, 1.0)
         found = found._replace(temperature=noise.temperature, noise=noise.scale, power=noise.power)
-        found = found._replace(dispersion=noise.dispersion)
+        found = found._replace(dispersion=(noise.dispersion or UNKNOWN) if judge.dispersed else None)
         if judge.few_values is None or not found.looks:  # without joint training all vectors are the start
             return found
         return found._replace(few_rows=judge.few_values([standing.vector for standing in standings], noise.scale))
