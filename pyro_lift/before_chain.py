@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from pyro_lift.models.digest import digest
 from pyro_lift.models.heads import FewRows
 from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.observation import has_head, own_head_scale
-from pyro_lift.models.task import Task, mean_rows
+from pyro_lift.models.task import Task, check_kinds, mean_rows
 from pyro_lift.models.weight_scales import by_weight, groups_of_weights, sizes_of_tensors
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
@@ -55,6 +56,8 @@ from pyro_lift.tuning.halves import (
 )
 from pyro_lift.tuning.head_mean import HeadMean, asked_at, head_mean
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
+from pyro_lift.tuning.lost_chain import Slower
+from pyro_lift.tuning.noise import Noise
 from pyro_lift.tuning.usual_priors import Asked, few_rows
 from pyro_lift.tuning.whose_heads import (
     asks_dispersion,
@@ -183,6 +186,22 @@ class ChainSetup:
         """Whether the share of draws that stay at the start of an adaptation may be found."""
         a = self.adapt_settings
         return a.unmoved is None and a.unmoved_few is None and a.dev_every == 0 and a.draws > 1
+
+    def noise_of(self, tasks: Sequence[Task]) -> Noise | None:
+        """Find the noise of regressions as :meth:`meta_train` does; None where it is given, or there is none."""
+        check_kinds(tasks)
+        if self.settings.noise_scale is not None or any(task.kind != "regression" for task in tasks):
+            return None
+        halves = self.before_chain(tasks).halves
+        if halves is None or halves.noise is None:
+            return None
+        return Noise(halves.noise, halves.temperature, halves.power, halves.dispersion)
+
+    @property
+    def leaves_rate_open(self) -> bool:
+        """Whether a chain that has lost what it knew may begin again at another rate than it had."""
+        s = self.settings
+        return s.learning_rate is None and not s.stop_every and not s.ranks_block_size
 
     def _joint(
         self, tasks: Sequence[Task], session: Session | None, progress: bool, on_step: Watchers | None
@@ -351,6 +370,19 @@ class ChainSetup:
             return self
         step = 2.0 * default.learning_rate * slower / tasks
         return self._with(replace(self.settings, translation_step_size=step))
+
+    def slower(self, found: BeforeChain, slower: Slower) -> BeforeChain:
+        """Return what was found before a chain with the rates at which it begins again, of those that are open."""
+        (chain, joint), s, run = slower.factors, found.settings, copy(found.run)
+        assert s.learning_rate is not None
+        changed: dict[str, Any] = {"learning_rate": chain * s.learning_rate}
+        step = run.settings.translation_step_size
+        if step is not None and self.settings.translation_step_size is None:
+            changed["translation_step_size"] = chain * step
+        if self.settings.sgd_learning_rate is None and s.sgd_learning_rate is not None:
+            changed["sgd_learning_rate"] = joint * s.sgd_learning_rate
+        run.settings = replace(run.settings, **changed)
+        return found._replace(run=run, settings=replace(s, **changed))
 
     def _with(self, settings: LiFTSettings) -> ChainSetup:
         run = ChainSetup(self.adapter, settings, self.adapt_settings, self.seed)

@@ -21,11 +21,12 @@ from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.adaptation.failures import named_chain, those_kept
 from pyro_lift.inference.adaptation.tempered_rows import tempered_rows
 from pyro_lift.inference.chain_summary import ChainSummary, LogMean, SummaryMaker
+from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import MOVED, warn_of_few
 from pyro_lift.inference.footprint import mixture_need
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
-from pyro_lift.inference.lost import LossWatch
+from pyro_lift.inference.lost import ChainLostError, LossWatch
 from pyro_lift.inference.mcmc import StreamingMCMC
 from pyro_lift.inference.progress import chain_bar
 from pyro_lift.inference.sgld import DivergedError
@@ -34,6 +35,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_names import class_numbers_by_name
 from pyro_lift.models.common_classes import classes_in_common, with_common_classes
+from pyro_lift.models.digest import digest
 from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.hierarchical import VARIANCE
 from pyro_lift.models.out_of_proportion import usual_sizes
@@ -56,7 +58,7 @@ from pyro_lift.tuning.early_stopping import HeldOutLooks, mean_loss, with_held_o
 from pyro_lift.tuning.held_out import has_unseen_rows
 from pyro_lift.tuning.joint_run import moments_of
 from pyro_lift.tuning.learned_beta import learned_beta, with_rounds_to_learn
-from pyro_lift.tuning.noise import Noise
+from pyro_lift.tuning.lost_chain import Slower, advice_where, once_slower, slower_so_far
 from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
 from pyro_lift.tuning.whose_heads import (
     RULES,
@@ -80,13 +82,6 @@ __all__ = ["LiFT"]
 
 log = logging.getLogger("pyro_lift")
 
-#: What to do where a chain has lost what it knew.
-ADVICE = "Leave beta, sigma and temperature open, or lower the temperature (or raise n_inflate, which is the same)."
-#: The same where all of these are open already.
-ADVICE_WHERE_OPEN = (
-    "Look at the tasks' data first, the size of their inputs column by column; else lower the temperature, or let "
-    "`lift.tune` choose it."
-)
 #: Folder inside a run's for what is found of the network with its own last layer.
 CLASS_LAYER = "class-layer"
 #: What held-out tasks are adapted to for.
@@ -154,6 +149,8 @@ class LiFT(ChainSetup):
         self._heads_are_settled = False
         self._beside: LiFT | None = None
         self._found: BeforeChain | None = None
+        #: How much slower its chain goes that has lost what it knew; None where the run's folder says it.
+        self._slower: Slower | None = None
         #: How :meth:`tune` chose the settings; None where they are as they were given.
         self.tuning: Tuning | None = None
 
@@ -187,7 +184,7 @@ class LiFT(ChainSetup):
         begun, seconds = time.monotonic(), seconds_of(budget)
         check_to_learn_from(tasks)
         tasks = with_common_classes(tasks)
-        noise = self._noise_of(tasks)
+        noise = self.noise_of(tasks)
         found: dict[str, Any] = {} if noise is None else {"noise_scale": noise.scale}
         settled = self._settled(tasks, None, crossed=False)
         settings, adapter = replace(settled.settings, **found), settled.adapter
@@ -220,16 +217,6 @@ class LiFT(ChainSetup):
         self.tuning = tuning
         self.settings = replace(self.settings, **tuning.meta)
         self.adapt_settings = replace(self.adapt_settings, **tuning.adapt)
-
-    def _noise_of(self, tasks: Sequence[Task]) -> Noise | None:
-        """Find the noise of regressions as :meth:`meta_train` does; None where it is given, or there is none."""
-        check_kinds(tasks)
-        if self.settings.noise_scale is not None or any(task.kind != "regression" for task in tasks):
-            return None
-        halves = self.before_chain(tasks).halves
-        if halves is None or halves.noise is None:
-            return None
-        return Noise(halves.noise, halves.temperature, halves.power, halves.dispersion)
 
     def meta_train(
         self,
@@ -267,7 +254,7 @@ class LiFT(ChainSetup):
             ValueError: no task, two of one name, a task without data, labels outside the head's range, a start of
                 another length; no task to calibrate on; another run at work in the folder; before any training.
             DivergedError: a loss that is not finite; names the task and the step.
-            ChainLostError: a loss that has climbed back to chance.
+            ChainLostError: a loss that has climbed back to chance; at smaller rates too, where the rate was left open.
             RunStopped: SIGTERM or Ctrl-C, where the run is saved.
         """
         on_step = hooks.pop("on_step", None)
@@ -368,13 +355,14 @@ class LiFT(ChainSetup):
             if loses_to(found.halves, beside.halves):
                 self._beside._found = beside
                 return self._beside.meta_train_many(all_tasks, components, **again)
-        run, program, s, adapt, joint, halves = found
+        kept_too, _ = WorkBefore.of(session, "slower", partial(digest, self.adapter, tasks), self.kept_under)
+        slower = slower_so_far(kept_too) if self._slower is None else self._slower
+        run, program, s, adapt, joint, halves = found if slower == Slower() else self.slower(found, slower)
         s = with_rounds_to_learn(s, len(tasks)) if run.settings.learns_beta else s
         warn_of_rates(s, self.adapter)
         kernel = run.kernel(program)
-        known = (self.settings.beta, self.settings.sigma, self.settings.temperature, self.settings.n_inflate)
-        advice = ADVICE_WHERE_OPEN if all(value is None for value in known) else ADVICE
-        watch = LossWatch.of(program.tasks, s.noise_sd, advice, advice_on_units(program.tasks))
+        advice = advice_where(self.settings), advice_on_units(program.tasks)
+        watch = LossWatch.of(program.tasks, s.noise_sd, *advice)
         make = SummaryMaker(tuple(components), s.covariance, self.adapter)
         kernel.memory_beside += [mixture_need(x, self.adapter.initial, s.samples) for x in make().mixtures.values()]
         warmup_steps = s.sgd_steps + s.burn_in
@@ -445,9 +433,22 @@ class LiFT(ChainSetup):
                 patience=s.stop_patience,
                 session=session,
             )
+            lost = None
             with named_chain(names, s.learning_rate or 0.0, s.sgd_learning_rate or 0.0, s.sgd_steps):
-                mcmc.run(checkpoint=session, until=looks.ends if held_out else None)
+                try:
+                    mcmc.run(checkpoint=session, until=looks.ends if held_out else None)
+                except ChainLostError as error:
+                    if not (slower.may_go_on and self.leaves_rate_open):
+                        raise
+                    lost = error
             mcmc.sampler.hook = None  # the bar's, which no pickle of the prior could take
+        if lost is not None:
+            if session is not None:
+                session.begin_again()
+            next_one = copy(self)
+            next_one._beside, next_one._found = None, found
+            next_one._slower = once_slower(slower, lost, kept_too, in_joint=lost.step <= s.sgd_steps)
+            return next_one.meta_train_many(all_tasks, components, **again)
         summary, moments = looks.kept() or (kept.stats[(0, "phi")], moments_of(kernel))
         given = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) not in (None, "learn")]
         moved = self._moved(replace(s, beta=beta_of()), moments, program.tasks)

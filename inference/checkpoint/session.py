@@ -181,6 +181,14 @@ class Session:
         if distributed.is_first():
             say_beginning(self.folder)
 
+    def begin_again(self) -> None:
+        """Forget the chain so far, its checkpoints too; what was found before it stays."""
+        for path in checkpoints_in(self.folder):
+            shutil.rmtree(path)
+        self.transitions = self.draws = 0
+        self._start, self._old_draws, self._found = {}, {}, None
+        self._newest = self._previous = None
+
     @contextmanager
     def alone(self, *, shared: bool = False) -> Iterator[None]:
         """Keep other runs out of the folder; a part of the same run may enter again.
