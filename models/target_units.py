@@ -14,12 +14,12 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.observation import outputs
 from pyro_lift.models.prior_loss import ROWS, TASKS
 from pyro_lift.models.rows import some_rows
-from pyro_lift.models.target_families import families_of
+from pyro_lift.models.target_families import families_by_column, families_of
 from pyro_lift.models.task import Task
 from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.support.wording import some_tasks
 
-__all__ = ["Units", "advice_on_units", "units_of", "warn_of_new_units", "warn_of_units", "warn_of_width"]
+__all__ = ["Units", "advice_on_units", "of_one_unit", "units_of", "warn_of_new_units", "warn_of_units", "warn_of_width"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -30,6 +30,8 @@ FAR = 8.0
 WIDE = 30.0
 #: Targets of a unit that is the prior's may be so much larger than its noise, which is a hundredth of them at least.
 EXACT = 1e3
+#: Share of the tasks that may be left out because they are in another unit; of more it is not clear who is right.
+MOST_LEFT_OUT = 0.25
 #: Tasks from which on their spreads say something of all.
 FEWEST = 4
 #: Columns of targets that share a noise vary so many times as much as one another. One noise for both then costs
@@ -178,6 +180,35 @@ def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task], *, own_heads: b
             float(spreads.min()), float(spreads.max()),
             what if own_heads else f"predictions of those that vary little are too wide, and {what}",
         )  # fmt: skip
+
+
+def of_one_unit(tasks: Sequence[Task], *, says: bool = True) -> Sequence[Task]:
+    """Leave out regressions whose targets vary far more than most tasks', where they are few.
+
+    All share one noise, and square errors are what it is found by: one task in a hundred times the unit made it ten
+    times too wide, kept joint training from helping, and cost new tasks of up to ten rows a nat.
+
+    Args:
+        tasks: to learn from; others than regressions are returned as they are.
+        says: whether the log does.
+    """
+    if any(task.kind != "regression" for task in tasks):
+        return tasks
+    columns = families_by_column(tasks)
+    found, wide = columns[0], dict[int, float]()
+    for column in reversed(columns):
+        wider = {k: spread for k, spread in column.units.items() if spread > column.spread}
+        found, wide = (column if wider else found), wide | wider
+    if not wide or len(wide) > MOST_LEFT_OUT * len(tasks) or len(tasks) - len(wide) < FEWEST:
+        return tasks
+    log.log(
+        logging.WARNING if says else logging.DEBUG,
+        "the targets of %s are in another unit than those of most tasks: they vary by %s within the task, and by %.3g "
+        "in most tasks (the median). All tasks share one noise, which they would spoil for the others: they are left "
+        "out. To learn from them too, divide their targets so that they vary as those of the others do, and undo that "
+        "in predictions.", _listed(tasks, wide), _from_to(list(wide.values())), found.spread,
+    )  # fmt: skip
+    return [task for k, task in enumerate(tasks) if k not in wide]
 
 
 def _warn_of_uneven(spreads: Tensor, own_heads: bool) -> None:

@@ -40,7 +40,7 @@ from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.hierarchical import VARIANCE
 from pyro_lift.models.out_of_proportion import usual_sizes
 from pyro_lift.models.solved_heads import has_solved_head
-from pyro_lift.models.target_units import advice_on_units, warn_of_units
+from pyro_lift.models.target_units import advice_on_units, of_one_unit, warn_of_units
 from pyro_lift.models.task import Task, check_kinds, check_to_learn_from, mean_rows
 from pyro_lift.posterior import TaskPosterior as TaskPosterior  # its place in earlier versions
 from pyro_lift.prior import LiFTPrior
@@ -66,6 +66,7 @@ from pyro_lift.tuning.whose_heads import (
     counts_together,
     counts_width,
     heads_settled,
+    leaves_units_out,
     run_config,
     sharpens_by_rows,
     tempers_around_rates,
@@ -183,7 +184,7 @@ class LiFT(ChainSetup):
         """
         begun, seconds = time.monotonic(), seconds_of(budget)
         check_to_learn_from(tasks)
-        tasks = with_common_classes(tasks)
+        tasks = of_one_unit(with_common_classes(tasks))
         noise = self.noise_of(tasks)
         found: dict[str, Any] = {} if noise is None else {"noise_scale": noise.scale}
         settled = self._settled(tasks, None, crossed=False)
@@ -327,11 +328,13 @@ class LiFT(ChainSetup):
                     f"samples={self.settings.samples} with components={k}: a component needs a draw of phi at least. "
                     "Raise samples, or lower components."
                 )
+        given = tasks
         tasks = with_common_classes(tasks) if counts_together(session) else tasks
+        tasks = of_one_unit(tasks) if leaves_units_out(session) else tasks
         again: dict[str, Any] = {"session": session, "start": start, "crossed": crossed}
         again |= {"progress": progress, "on_step": on_step, "callbacks": callbacks}
         if (settled := self._settled(tasks, session, crossed)) is not self:
-            return settled.meta_train_many(tasks, components, **again)
+            return settled.meta_train_many(given, components, **again)
         check_kinds(tasks)
         if start is not None and start.shape != self.adapter.initial.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}; the adapter has {self.adapter.dim} weights.")
@@ -354,7 +357,7 @@ class LiFT(ChainSetup):
                 beside = self._beside.before_chain(tasks, session, start, crossed=crossed, **shown)
             if loses_to(found.halves, beside.halves):
                 self._beside._found = beside
-                return self._beside.meta_train_many(all_tasks, components, **again)
+                return self._beside.meta_train_many(given, components, **again)
         kept_too, _ = WorkBefore.of(session, "slower", partial(digest, self.adapter, tasks), self.kept_under)
         slower = slower_so_far(kept_too) if self._slower is None else self._slower
         run, program, s, adapt, joint, halves = found if slower == Slower() else self.slower(found, slower)
@@ -448,9 +451,9 @@ class LiFT(ChainSetup):
             next_one = copy(self)
             next_one._beside, next_one._found = None, found
             next_one._slower = once_slower(slower, lost, kept_too, in_joint=lost.step <= s.sgd_steps)
-            return next_one.meta_train_many(all_tasks, components, **again)
+            return next_one.meta_train_many(given, components, **again)
         summary, moments = looks.kept() or (kept.stats[(0, "phi")], moments_of(kernel))
-        given = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) not in (None, "learn")]
+        chosen = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) not in (None, "learn")]
         moved = self._moved(replace(s, beta=beta_of()), moments, program.tasks)
         if MOVED in moved:
             log.info("the data of a task move about %.3g of the adapter's %d weights", moved[MOVED], self.adapter.dim)
@@ -460,7 +463,7 @@ class LiFT(ChainSetup):
         if adapt is not held:
             say_loosened(moved[MOVED], mean_rows(tasks))
         elif halves is None or halves.power == 1.0:  # at a power that was found they move more
-            told: dict[str, Any] = {"power": s.n_inflate or 1.0, "temperature": s.temperature or 0.0, "given": given}
+            told: dict[str, Any] = {"power": s.n_inflate or 1.0, "temperature": s.temperature or 0.0, "given": chosen}
             warn_of_few(moved, self.adapter.dim, program.tasks, heads=program.solved is not None, **told)
         before = [work.results() for work in (joint, halves, run.head_mean) if work is not None]
         results = {**moved, **{name: x for part in before for name, x in part.items()}, **looks.results()}

@@ -37,6 +37,7 @@ __all__ = [
     "has_value_widths",
     "heads_settled",
     "leaves_outliers_out",
+    "leaves_units_out",
     "lets_one_task_lose",
     "run_config",
     "sharpens_by_rows",
@@ -57,7 +58,8 @@ __all__ = [
 #: network that knows the tasks' classes is tried beside heads of their own too; predictions are surer than they came
 #: where tasks have rows enough for that; regressions of few rows go by all tasks; tasks whose rows lack some of the
 #: classes by chance have those of the others; regressions say what prior heads of each number of rows have; and how
-#: unevenly they vary around one noise; what tasks say of a prior of heads weighs less where there are many more rows.
+#: unevenly they vary around one noise; what tasks say of a prior of heads weighs less where there are many more rows; a
+#: few regressions in a larger unit than most are left out.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -77,6 +79,7 @@ RULES = {
     "values by rows": "of all tasks",
     "noise": "of each task",
     "many rows": "less sure",
+    "other units": "left out",
 }
 
 
@@ -242,6 +245,11 @@ def asks_dispersion(session: Session | None) -> bool:
 def fades_with_rows(session: Session | None) -> bool:
     """Whether a prior of heads weighs less where there are more rows than it is of: in a run of before it did not."""
     return _has_rule(session, "many rows")
+
+
+def leaves_units_out(session: Session | None) -> bool:
+    """Whether a few regressions in a larger unit than most are left out: in a run of before they were not."""
+    return _has_rule(session, "other units")
 
 
 def lets_one_task_lose(session: Session | None) -> bool:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 
 from pyro_lift import LiFT, Task
+from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.target_families import families_of
-from pyro_lift.models.target_units import warn_of_units
+from pyro_lift.models.target_units import of_one_unit, warn_of_units
+from pyro_lift.tuning.whose_heads import RULES, run_config
 
 
 def network(outputs: int = 1) -> torch.nn.Module:
@@ -114,3 +117,48 @@ def test_meta_training_says_it_once_and_gives_no_second_reason(caplog: pytest.Lo
     said = [r.getMessage() for r in caplog.records if "'t7'" in r.getMessage() and r.levelno >= logging.WARNING]
     assert len([each for each in said if "another unit than those of most tasks" in each]) == 1
     assert not [each for each in said if "before training the loss is" in each]
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_few_tasks_in_a_larger_unit_are_left_out(columns: int, caplog: pytest.LogCaptureFixture) -> None:
+    left = of_one_unit(family([1.0] * 5 + [100.0] + [1.0] * 5 + [0.001], columns=columns))
+    assert [task.name for task in left] == [f"t{k}" for k in range(12) if k != 5]
+    (said,) = caplog.messages
+    assert said.startswith("the targets of task 't5' are in another unit") and "they are left out" in said
+
+
+def test_tasks_whose_columns_are_unlike_are_left_out_together() -> None:
+    tasks = family([1.0] * 11 + [100.0], columns=2)
+    x, y = tasks[0].train.inputs[""], tasks[0].train.target.clone()
+    y[:, 0] *= 50.0
+    tasks[0] = Task("t0", (x, y), "regression")
+    assert [task.name for task in of_one_unit(tasks)] == [f"t{k}" for k in range(1, 11)]
+
+
+@pytest.mark.parametrize(
+    "units",
+    [
+        [1.0] * 8 + [100.0] * 4,  # a third: it is not clear who is right
+        [1.0] * 3 + [100.0],  # few would be left
+        [1.0] * 11 + [9.0],
+        [1.0] * 11 + [0.01],
+        [0.0] * 12,
+        [],
+    ],
+)
+def test_others_are_kept_without_a_word(units: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    tasks = family(units)
+    assert of_one_unit(tasks) is tasks and not caplog.messages
+
+
+def test_a_prior_does_not_learn_from_them_and_a_run_of_before_does(tmp_path: Path) -> None:
+    tasks = family([1.0] * 8 + [1e3])
+    lift = LiFT(network(), CONFIG, sgd_steps=20, burn_in=2, samples=4, seed=0)
+    alone, all_of_them = (lift.meta_train(some, progress=False) for some in (tasks[:8], tasks))
+    assert list(all_of_them.tasks) == list(alone.tasks) == [f"t{k}" for k in range(8)]
+    assert torch.equal(alone.mixture.get().mean, all_of_them.mixture.get().mean)
+    then = {name: value for name, value in RULES.items() if name != "other units"}
+    config = run_config(lift.settings, lift.seed, lift.adapter, tasks, rules=then)
+    session = Session(tmp_path, config=config)
+    (before,) = lift.meta_train_many(tasks, (1,), session=session, crossed=True, progress=False)
+    assert len(before.tasks) == 9
