@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_lift.models.few_classes import FewClasses, rows_of_classes
 from pyro_lift.models.few_values import FewValues
 from pyro_lift.models.heads import BIAS_SD, FewRows, UsualPrior, between
-from pyro_lift.models.task import Task, head_outputs
+from pyro_lift.models.task import Task
 
 __all__ = ["ClassHead", "are_alike"]
 
@@ -40,6 +41,8 @@ class ClassHead(NamedTuple):
             same.
         few_values: the same of regressions, at phi; None where they were not asked, as of priors that were saved
             without.
+        few_classes: of classes that share no head, one that tasks of few rows stand around, at phi; None where it does
+            not help them, as of priors that were saved without.
     """
 
     head: Tensor
@@ -52,6 +55,7 @@ class ClassHead(NamedTuple):
     few: FewRows = ()
     kept: int = 0
     few_values: FewValues | None = None
+    few_classes: FewClasses | None = None
 
     @property
     def usual(self) -> UsualPrior | None:
@@ -93,22 +97,22 @@ class ClassHead(NamedTuple):
 
         Classes go by their names where both have names, else by their numbers.
         """
-        if self.labels and task.labels is not None:
-            if not set(task.labels) <= set(self.labels):
-                return None
-            return self.head[[self.labels.index(name) for name in task.labels]]
-        return self.head if head_outputs(task) == len(self.head) else None
+        return rows_of_classes(self.head, self.labels, task)
 
 
 def are_alike(one: ClassHead | None, other: ClassHead | None) -> bool:
     """Whether two heads are the same but for what another machine may round."""
     if one is None or other is None:
         return one is other
-    if (one.few_values is None) != (other.few_values is None):
+    if (one.few_values is None) != (other.few_values is None) or _few_of(one) != _few_of(other):
         return False
-    return (one[1:3], one[4:-1]) == (other[1:3], other[4:-1]) and all(
+    return (one[1:3], one[4:-2]) == (other[1:3], other[4:-2]) and all(
         _are_close(*pair) for pair in ((one.head, other.head), (one.feature_sd, other.feature_sd))
     )
+
+
+def _few_of(one: ClassHead) -> tuple[object, ...] | None:
+    return None if one.few_classes is None else one.few_classes[1:]
 
 
 def _are_close(one: Tensor | None, other: Tensor | None) -> bool:

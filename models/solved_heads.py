@@ -31,6 +31,7 @@ from pyro_lift.models.block_likelihood import Block, block_outputs
 from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.dispersion import left_out_squares
 from pyro_lift.models.features import all_features
+from pyro_lift.models.few_classes import FewClasses
 from pyro_lift.models.few_values import MOVES_FROM
 from pyro_lift.models.head_choice import HeadChoice, choose_head
 from pyro_lift.models.head_problem import apply_head
@@ -135,8 +136,17 @@ class SolvedHeads:
             if mean is not None:
                 around = self._chosen(task, found, mean)
                 choice = choice if self._is_odd(task, choice.score - around.score) else around
+            elif scale is None and (few_classes := self._few_classes(task)) is not None:
+                near, usual = few_classes.of(self.tasks[task]), few_classes.usual_of(len(rows))
+                around = choose_head(found, rows.target, outputs, around=near, usual=usual)
+                choice = choice if self._is_odd(task, choice.score - around.score) else around
             self._choices[task] = choice
         return self._choices[task]
+
+    def _few_classes(self, task: int) -> FewClasses | None:
+        """Return what a task of few rows stands around; None where it has more rows, or other classes."""
+        few = None if self.mean is None else self.mean.few_classes
+        return None if few is None or few.of(self.tasks[task]) is None else few
 
     def _chosen(self, task: int, features: Tensor, around: Tensor | None) -> HeadChoice:
         """Choose a task's prior around zero, or around a head."""

@@ -42,6 +42,7 @@ from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.tuning.chain_kernel import chain_kernel
 from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit, predicted
+from pyro_lift.tuning.few_classes import with_few_classes
 from pyro_lift.tuning.few_values import said_by_unseen, with_few_values
 from pyro_lift.tuning.half_chain import Settled, half_chain
 from pyro_lift.tuning.halves import (
@@ -61,6 +62,7 @@ from pyro_lift.tuning.noise import Noise
 from pyro_lift.tuning.usual_priors import Asked, few_rows
 from pyro_lift.tuning.whose_heads import (
     asks_dispersion,
+    asks_few_classes,
     asks_few_values,
     counts_rounds,
     fades_with_rows,
@@ -413,6 +415,8 @@ class ChainSetup:
         if not asks_few_values(session):
             return head
         phi = phi.to(self.adapter.initial)
+        if asks_few_classes(session):
+            head = with_few_classes(head, self.adapter, program.tasks, phi)
         return with_few_values(head, self.adapter, program.tasks, phi, program.noise_scale, self.few_values)
 
     def program(self, tasks: Sequence[Task]) -> AdapterHierarchy:

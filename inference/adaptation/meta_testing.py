@@ -153,7 +153,7 @@ def heads_at_best_start(
     candidates = _candidates(mixture, untouched)
     options: dict[str, Any] = {"scale": scale, "noise_scale": noise_scale}
     few = None if mean is None else mean.few_values
-    before = None if mean is None else mean._replace(few_values=None)  # which are of features at phi
+    before = None if mean is None else mean._replace(few_values=None, few_classes=None)  # of features at phi
     of = [before if candidate.component == UNTOUCHED else mean for candidate in candidates]
     pairs = zip(candidates, of, strict=True)
     heads = [SolvedHeads(adapter, tasks, candidate.theta, mean=each, **options) for candidate, each in pairs]

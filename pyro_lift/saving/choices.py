@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_lift.inference.adaptation.tempered_rows import TemperedRows
 from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.dispersion import Dispersion
+from pyro_lift.models.few_classes import FewClasses
 from pyro_lift.models.few_values import FewValues
 from pyro_lift.models.heads import FewRows, UsualPrior
 from pyro_lift.models.likelihoods import LossKind
@@ -23,11 +24,14 @@ __all__ = ["described_choices", "saved_choices", "saved_input_sizes", "saved_pos
 
 #: Names of the tensors of the head that regressions of few rows stand around, and of what its features vary by.
 FEW_VALUES, FEW_VALUES_SD = "head_few_values", "head_few_values_sd"
+#: Name of the tensor of the head that classes of few rows stand around.
+FEW_CLASSES = "head_few_classes"
 
 
 def described_choices(prior: SavablePrior) -> dict[str, Any]:
     """Return what is written of a prior."""
     few_values = None if prior.head_mean is None else prior.head_mean.few_values
+    few_classes = None if prior.head_mean is None else prior.head_mean.few_classes
     return {
         "matching_scale": prior.matching_scale,
         "prediction_temperature": prior.prediction_temperature,
@@ -50,6 +54,8 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "head_kept": 0 if prior.head_mean is None else prior.head_mean.kept,
         "head_few": [] if prior.head_mean is None else _written_few(prior.head_mean.few),
         "head_few_values": [] if few_values is None else _written_few(few_values.priors),
+        "head_few_classes": [] if few_classes is None else _written_few(few_classes.priors),
+        "head_few_labels": [] if few_classes is None else list(few_classes.labels),
     }
 
 
@@ -108,6 +114,8 @@ def head_tensors(mean: ClassHead | None) -> dict[str, Tensor]:
     found = {} if mean is None else {"head_mean": mean.head, "head_feature_sd": mean.feature_sd}
     if mean is not None and mean.few_values is not None:
         found |= {FEW_VALUES: mean.few_values.head, FEW_VALUES_SD: mean.few_values.feature_sd}
+    if mean is not None and mean.few_classes is not None:
+        found[FEW_CLASSES] = mean.few_classes.head
     return {name: x for name, x in found.items() if x is not None}
 
 
@@ -117,14 +125,10 @@ def _saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str
     Raises:
         DamagedError: no matrix, not one name for each of its rows, or not one spread for each of its features.
     """
-    head, labels = tensors.get("head_mean"), config.get("head_labels", [])
+    head = tensors.get("head_mean")
     if head is None:
         return None
-    if head.dim() != 2 or head.shape[-1] < 2:
-        raise DamagedError(f"{path}: tensor 'head_mean' has shape {tuple(head.shape)}, not (classes, features + 1).")
-    named = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-    if not named or len(labels) not in (0, len(head)):
-        raise DamagedError(f"{path}: key 'head_labels' is {labels!r}; expected a name for each of {len(head)} classes.")
+    labels = _saved_labels(path, config, "head_labels", "head_mean", head)
     sd = tensors.get("head_feature_sd")
     if sd is not None and sd.shape != (head.shape[-1] - 1,):
         raise DamagedError(
@@ -138,7 +142,37 @@ def _saved_head_mean(path: Path, config: Mapping[str, Any], tensors: Mapping[str
     few, values = _saved_few(path, config, "head_few"), _saved_few_values(path, config, tensors)
     rows = saved_positive(path, config, "head_rows") if few or config.get("head_rows") not in (None, 0) else 0
     kept = saved_positive(path, config, "head_kept") if config.get("head_kept") not in (None, 0) else 0
-    return ClassHead(head, tuple(labels), width, sd, bias_sd, around_width, int(rows), few, int(kept), values)
+    classes = _saved_few_classes(path, config, tensors)
+    return ClassHead(head, labels, width, sd, bias_sd, around_width, int(rows), few, int(kept), values, classes)
+
+
+def _saved_labels(path: Path, config: Mapping[str, Any], key: str, name: str, head: Tensor) -> tuple[str, ...]:
+    """Read the names of a head's classes; none where they have only numbers.
+
+    Raises:
+        DamagedError: no matrix, or not one name for each of its rows.
+    """
+    labels = config.get(key, [])
+    if head.dim() != 2 or head.shape[-1] < 2:
+        raise DamagedError(f"{path}: tensor {name!r} has shape {tuple(head.shape)}, not (classes, features + 1).")
+    named = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not named or len(labels) not in (0, len(head)):
+        raise DamagedError(f"{path}: key {key!r} is {labels!r}; expected a name for each of {len(head)} classes.")
+    return tuple(labels)
+
+
+def _saved_few_classes(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FewClasses | None:
+    """Read the head that classes of few rows stand around; folders from before have none.
+
+    Raises:
+        DamagedError: one part without the other.
+    """
+    priors, head = _saved_few(path, config, "head_few_classes"), tensors.get(FEW_CLASSES)
+    if not priors and head is None:
+        return None
+    if not priors or head is None:
+        raise DamagedError(f"{path}: key 'head_few_classes' and tensor {FEW_CLASSES!r} do not belong together.")
+    return FewClasses(head, _saved_labels(path, config, "head_few_labels", FEW_CLASSES, head), priors)
 
 
 def _saved_few_values(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FewValues | None:

@@ -51,12 +51,14 @@ from pyro_lift.tuning.halves import FEWEST_TASKS, is_above_zero, paired
 from pyro_lift.tuning.held_out import dealt, drawn_rows
 from pyro_lift.tuning.usual_priors import CHOICE_ROWS, Asked, by_number_of_rows, scores_of, under, usual_prior
 
-__all__ = ["HeadMean", "alike", "asked_at", "head_mean", "shared_classes"]
+__all__ = ["HeadMean", "alike", "asked_at", "asked_of_parts", "head_mean", "pooled_head", "shared_classes"]
 
 log = logging.getLogger("pyro_lift")
 
 #: Tasks of each half that are judged, rows that the head is solved on, and rows that choose its width, at most.
 JUDGED, ROWS, CHOOSING = 32, 20_000, 1_000
+#: Parts that tasks are dealt into where a head is of few rows: that of half of them is worth less than the one of all.
+PARTS = 5
 #: Classes of all tasks over those of the largest, at most, where they go by their names.
 MOST_CLASSES = 2
 #: A feature that varies by less than this over the usual one's spread says nothing.
@@ -168,7 +170,7 @@ def head_mean(
     gains: list[float] = []
     found = []
     for seen, unseen in (halves, halves[::-1]):
-        head = _pooled(seen, classes)._replace(rows=usual)
+        head = pooled_head(seen, classes)._replace(rows=usual)
         if values and around:
             of = [(features, target) for _, features, target in unseen[:JUDGED]]
             head = head._replace(around_width=best_width(of, head.feature_sd, head.head))
@@ -178,7 +180,7 @@ def head_mean(
     helps = _helps(told, tasks[0].kind)
     if not helps and not values:
         return None
-    whole = _pooled(_whole(halves), classes)._replace(rows=usual)
+    whole = pooled_head(_whole(halves), classes)._replace(rows=usual)
     if not helps:
         alone = tuple((names, head._replace(head=head.head[:0])) for names, head in found)
         return HeadMean(whole._replace(head=whole.head[:0]), 0.0, 0.0, alone)
@@ -206,7 +208,7 @@ def _of_classes(
     halves = _halves(adapter, tasks)
     asked = [_asked(*read, None) for half in halves[::-1] for read in half[:JUDGED]]
     usual, own = usual_prior([scores_of(task, drawn=few) for task in asked])
-    pooled = [] if classes is None else [_pooled(half, classes) for half in halves]
+    pooled = [] if classes is None else [pooled_head(half, classes) for half in halves]
     both = [heads for heads in (pooled, [layer, layer] if layer else []) if heads]  # of either half, or of neither
     if both:
         found = [_around(heads, halves, few) for heads in both]
@@ -219,7 +221,7 @@ def _of_classes(
             each = [(_names(half), told._replace(head=head.head)) for half, head in pairs]
             whole = told
             if classes is not None and shared.heads is pooled:
-                whole = told._replace(head=_pooled(_whole(halves), classes).head)
+                whole = told._replace(head=pooled_head(_whole(halves), classes).head)
             return HeadMean(whole, *paired(shared.told - own), tuple(each))
     if usual is None:
         return None
@@ -270,6 +272,26 @@ def asked_at(adapter: RandomAdapter, tasks: Sequence[Task], vector: Tensor, mean
     return found
 
 
+@torch.no_grad()
+def asked_of_parts(
+    adapter: RandomAdapter, tasks: Sequence[Task], vector: Tensor, classes: list[str] | int
+) -> tuple[list[Read], list[Asked]]:
+    """Read the tasks at a vector; and what those of each part have to say of the head of all others.
+
+    Args:
+        adapter: the network as a function of theta.
+        tasks: classifications, on its device.
+        vector: theta, ``[D]``.
+        classes: what they share (:func:`shared_classes`).
+    """
+    parts = _read_parts(adapter, tasks, vector, min(PARTS, len(tasks)))
+    asked = []
+    for k, unseen in enumerate(parts):
+        head = pooled_head(_whole(parts[:k] + parts[k + 1 :]), classes)
+        asked += [_asked(*read, head.of(read[0])) for read in unseen[:JUDGED]]
+    return _whole(parts), asked
+
+
 def _asked(task: Task, x: Tensor, y: Tensor, around: Tensor | None) -> Asked:
     classes = head_outputs(task)
     assert classes is not None
@@ -283,9 +305,13 @@ def _tell(usual: UsualPrior | None) -> None:
 
 
 def _halves(adapter: RandomAdapter, tasks: Sequence[Task]) -> list[list[Read]]:
-    """Deal the tasks into halves, with the features of some rows of each."""
+    """Deal the tasks into halves, with the features of some rows of each at the start."""
+    return _read_parts(adapter, tasks, adapter.initial, 2)
+
+
+def _read_parts(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor, parts: int) -> list[list[Read]]:
     share = max(ROWS // len(tasks), 1)
-    return [[(task, *_read(adapter, task, share, adapter.initial)) for task in half] for half in dealt(tasks, 2)]
+    return [[(task, *_read(adapter, task, share, theta)) for task in part] for part in dealt(tasks, parts)]
 
 
 def _whole(halves: Sequence[Sequence[Read]]) -> list[Read]:
@@ -346,7 +372,7 @@ def _read(adapter: RandomAdapter, task: Task, most: int, theta: Tensor) -> tuple
     return head_features_of(adapter, task, rows, theta), rows.target
 
 
-def _pooled(read: Sequence[tuple[Task, Tensor, Tensor]], classes: list[str] | int) -> ClassHead:
+def pooled_head(read: Sequence[tuple[Task, Tensor, Tensor]], classes: list[str] | int) -> ClassHead:
     """Solve one head on the rows of several tasks, their classes numbered alike."""
     names = () if isinstance(classes, int) else tuple(classes)
     x = torch.cat([features for _, features, _ in read])

@@ -34,7 +34,18 @@ from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.support.small_problems import on_one_thread
 from pyro_lift.tuning.halves import FEWEST_TASKS
 
-__all__ = ["CHOICE_ROWS", "Asked", "by_number_of_rows", "few_rows", "scores_of", "under", "usual_prior"]
+__all__ = [
+    "CHOICE_ROWS",
+    "FEW_ASKED",
+    "MOST_FEW",
+    "Asked",
+    "by_number_of_rows",
+    "few_rows",
+    "scores_of",
+    "under",
+    "usual_prior",
+    "with_few",
+]
 
 #: Rows of a task by which it chooses, at most; and of the few that it is asked with.
 CHOICE_ROWS, MOST_FEW = 100, 32
@@ -110,7 +121,7 @@ def few_rows(tasks: Sequence[Asked]) -> FewRows:
         able = [(k, task) for k, task in enumerate(spread_evenly(tasks, FEW_ASKED)) if len(task.target) >= 2 * number]
         if len(able) < FEWEST_TASKS:
             break
-        usual, _ = usual_prior([_with_few(task, number, seed) for seed, task in able])
+        usual, _ = usual_prior([with_few(task, number, seed) for seed, task in able])
         if usual is not None:
             found.append((number, usual))
         number *= 2
@@ -129,8 +140,17 @@ def under(head: ClassHead, usual: UsualPrior | None) -> ClassHead:
     return head if usual is None else head._replace(width=usual.width, bias_sd=usual.bias_sd)
 
 
-def _with_few(asked: Asked, number: int, seed: int) -> Tensor:
-    """Score a task's other rows by heads of so many of them, drawn some times."""
+def with_few(asked: Asked, number: int, seed: int) -> Tensor:
+    """Return the log probability of a task's other rows, a row, by heads of so many of them, drawn some times.
+
+    Args:
+        asked: the task's rows, twice as many at least.
+        number: of the rows that a head is made of.
+        seed: of what is drawn.
+
+    Returns:
+        For each sd of a bias and each width, ``[sds of a bias, widths]``.
+    """
     n = len(asked.target)
     kept = torch.zeros(max(DRAWS, DRAWN // number), n)
     for k in range(len(kept)):

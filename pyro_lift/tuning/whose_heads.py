@@ -24,6 +24,7 @@ __all__ = [
     "Settled",
     "as_saved",
     "asks_dispersion",
+    "asks_few_classes",
     "asks_few_values",
     "counts_rounds",
     "counts_together",
@@ -59,7 +60,7 @@ __all__ = [
 #: where tasks have rows enough for that; regressions of few rows go by all tasks; tasks whose rows lack some of the
 #: classes by chance have those of the others; regressions say what prior heads of each number of rows have; and how
 #: unevenly they vary around one noise; what tasks say of a prior of heads weighs less where there are many more rows; a
-#: few regressions in a larger unit than most are left out.
+#: few regressions in a larger unit than most are left out; classes of few rows may share a head that helps no others.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -80,6 +81,7 @@ RULES = {
     "noise": "of each task",
     "many rows": "less sure",
     "other units": "left out",
+    "head of few rows": "of all tasks",
 }
 
 
@@ -200,6 +202,11 @@ def has_few_rows(session: Session | None) -> bool:
 def has_few_values(session: Session | None) -> bool:
     """Whether regressions of few rows go by all tasks: in a run of before each goes by its own rows."""
     return _has_rule(session, "few values")
+
+
+def asks_few_classes(session: Session | None) -> bool:
+    """Whether tasks of few rows may share a head that helps no others: in a run of before they shared none."""
+    return _has_rule(session, "head of few rows")
 
 
 def asks_few_values(session: Session | None) -> bool:
