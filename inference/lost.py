@@ -39,20 +39,25 @@ class LossWatch:
         chance: of each task, nats a row (:func:`~pyro_lift.models.chance.chance_loss`).
         advice: what to do, the end of the error's message.
         first: what to do before anything else, of the data; in joint training too.
+        visits: made before, by a run that goes on.
     """
 
-    def __init__(self, rows: Sequence[int], chance: Sequence[float], advice: str = "", first: str = "") -> None:
+    def __init__(
+        self, rows: Sequence[int], chance: Sequence[float], advice: str = "", first: str = "", visits: int = 0
+    ) -> None:
         self._rows, self._chance, self._advice, self._first = list(rows), list(chance), advice, first
         self._window: deque[tuple[float, float]] = deque(maxlen=max(WINDOW, len(self._rows)))
         self._waiting: list[tuple[Tensor, tuple[int, ...]]] = []
-        self._visits, self._rate, self._lost_since = 0, 0.0, 0
+        self._visits, self._rate, self._lost_since = visits, 0.0, 0
         self.lowest = float("inf")
 
     @classmethod
-    def of(cls, tasks: Sequence[Task], noise_scale: float, advice: str, first: str = "") -> LossWatch:
+    def of(
+        cls, tasks: Sequence[Task], noise_scale: float, advice: str, first: str = "", *, visits: int = 0
+    ) -> LossWatch:
         """Watch a run over some tasks; ``noise_scale`` is the sd of regression's noise."""
         rows = [len(task.train) for task in tasks]
-        return cls(rows, [chance_loss(task, noise_scale) for task in tasks], advice, first)
+        return cls(rows, [chance_loss(task, noise_scale) for task in tasks], advice, first, visits)
 
     def see(
         self, log_likelihood: Tensor, tasks: tuple[int, ...], phase: str = "sample", rate: float | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_lift.models.task import Task
 
-__all__ = ["Families", "families_by_column", "families_of"]
+__all__ = ["Families", "families_of"]
 
 #: Times the median over tasks that targets vary by, or its inverse. Honest families differ by 2 or 3.
 SPREADS = 10.0
@@ -46,23 +46,14 @@ def families_of(tasks: Sequence[Task]) -> Families:
     Args:
         tasks: regressions of one network.
     """
-    columns = families_by_column(tasks)
-    return next((found for found in columns if found.units or found.offsets), columns[0])
-
-
-def families_by_column(tasks: Sequence[Task]) -> list[Families]:
-    """Do the same and return what each column says; one that says nothing where tasks have different numbers of them.
-
-    Args:
-        tasks: regressions of one network.
-    """
     targets = [task.train.target.detach().double().cpu().reshape(len(task.train), -1) for task in tasks]
     if not targets or len({y.shape[1] for y in targets}) > 1:
-        return [Families()]
+        return Families()
     spreads = torch.stack([y.std(0, correction=0) for y in targets])
     means = torch.stack([y.mean(0) for y in targets])
     rows = torch.tensor([len(y) for y in targets])
-    return [_of_column(spreads[:, m], means[:, m], rows) for m in range(spreads.shape[1])]
+    columns = [_of_column(spreads[:, m], means[:, m], rows) for m in range(spreads.shape[1])]
+    return next((found for found in columns if found.units or found.offsets), columns[0])
 
 
 def _of_column(spreads: Tensor, means: Tensor, rows: Tensor) -> Families:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.observation import outputs
-from pyro_lift.models.prior_loss import ROWS, TASKS
+from pyro_lift.models.prior_loss import ROWS as LOOKED_AT
+from pyro_lift.models.prior_loss import TASKS
 from pyro_lift.models.rows import some_rows
-from pyro_lift.models.target_families import families_by_column, families_of
+from pyro_lift.models.target_families import ROWS, families_of
 from pyro_lift.models.task import Task
 from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.support.wording import some_tasks
@@ -127,7 +128,7 @@ def _units_of_each(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor,
     some = spread_evenly(tasks, TASKS)
     targets, means, within = [], [], []
     for task in some:
-        rows = some_rows(task.train, ROWS)
+        rows = some_rows(task.train, LOOKED_AT)
         y = _columns(rows.target)
         targets.append(y.mean(0))
         within.append((_columns(task.train.target) - _columns(task.train.target).mean(0)).square().mean(0))
@@ -185,8 +186,9 @@ def warn_of_units(adapter: RandomAdapter, tasks: Sequence[Task], *, own_heads: b
 def of_one_unit(tasks: Sequence[Task], *, says: bool = True) -> Sequence[Task]:
     """Leave out regressions whose targets vary far more than most tasks', where they are few.
 
-    All share one noise, and square errors are what it is found by: one task in a hundred times the unit made it ten
-    times too wide, kept joint training from helping, and cost new tasks of up to ten rows a nat.
+    These are tasks whose targets vary :data:`WIDE` times as much as is usual. All share one noise, and square errors
+    are what it is found by: one task in a hundred times the unit made it ten times too wide, kept joint training from
+    helping, and cost new tasks of up to ten rows a nat.
 
     Args:
         tasks: to learn from; others than regressions are returned as they are.
@@ -194,21 +196,44 @@ def of_one_unit(tasks: Sequence[Task], *, says: bool = True) -> Sequence[Task]:
     """
     if any(task.kind != "regression" for task in tasks):
         return tasks
-    columns = families_by_column(tasks)
-    found, wide = columns[0], dict[int, float]()
-    for column in reversed(columns):
-        wider = {k: spread for k, spread in column.units.items() if spread > column.spread}
-        found, wide = (column if wider else found), wide | wider
+    wide = _far_wider(tasks)
     if not wide or len(wide) > MOST_LEFT_OUT * len(tasks) or len(tasks) - len(wide) < FEWEST:
         return tasks
+    usual = next(iter(wide.values()))[1]
     log.log(
         logging.WARNING if says else logging.DEBUG,
         "the targets of %s are in another unit than those of most tasks: they vary by %s within the task, and by %.3g "
         "in most tasks (the median). All tasks share one noise, which they would spoil for the others: they are left "
         "out. To learn from them too, divide their targets so that they vary as those of the others do, and undo that "
-        "in predictions.", _listed(tasks, wide), _from_to(list(wide.values())), found.spread,
+        "in predictions.", _listed(tasks, wide), _from_to([spread for spread, _ in wide.values()]), usual,
     )  # fmt: skip
     return [task for k, task in enumerate(tasks) if k not in wide]
+
+
+def _far_wider(tasks: Sequence[Task]) -> dict[int, tuple[float, float]]:
+    """Find the tasks of which a column varies out of all proportion: their places, that spread, and the usual one.
+
+    It is held against tasks of as many rows, or of :data:`ROWS` and more: of two rows targets may lie close together.
+    """
+    columns = [_columns(task.train.target) for task in tasks]
+    if len({y.shape[1] for y in columns}) != 1:
+        return {}
+    spreads = torch.stack([y.std(0, correction=0) for y in columns])
+    rows = torch.tensor([min(len(y), ROWS) for y in columns])
+    found = {}
+    for number in rows.unique().tolist():
+        among = spreads[rows >= number]
+        if len(among) <= FEWEST:
+            continue
+        usual = torch.stack([_lower_median(column[column > 0.0]) for column in among.T])
+        for k in ((spreads > WIDE * usual).any(1) & (rows == number)).nonzero().flatten().tolist():
+            m = int((spreads[k] / usual).argmax())
+            found[k] = (float(spreads[k, m]), float(usual[m]))
+    return dict(sorted(found.items()))
+
+
+def _lower_median(x: Tensor) -> Tensor:
+    return x.median() if len(x) else x.new_tensor(math.inf)
 
 
 def _warn_of_uneven(spreads: Tensor, own_heads: bool) -> None:

@@ -262,7 +262,7 @@ class LiFT(ChainSetup):
         for name in hooks:
             raise TypeError(f"meta_train has no argument {name!r}; hooks are callbacks=[...] and on_step.")
         check_to_learn_from(tasks)
-        unseen = [task for task in tasks if has_unseen_rows(task)] if calibrate else []
+        unseen = [task for task in of_one_unit(tasks, says=False) if has_unseen_rows(task)] if calibrate else []
         if calibrate and not unseen:
             raise ValueError(
                 "calibrate=True: no task has test or dev rows, which meta-training does not see. Hold some tasks out, "
@@ -365,7 +365,7 @@ class LiFT(ChainSetup):
         warn_of_rates(s, self.adapter)
         kernel = run.kernel(program)
         advice = advice_where(self.settings), advice_on_units(program.tasks)
-        watch = LossWatch.of(program.tasks, s.noise_sd, *advice)
+        watch = LossWatch.of(program.tasks, s.noise_sd, *advice, visits=session.transitions if session else 0)
         make = SummaryMaker(tuple(components), s.covariance, self.adapter)
         kernel.memory_beside += [mixture_need(x, self.adapter.initial, s.samples) for x in make().mixtures.values()]
         warmup_steps = s.sgd_steps + s.burn_in

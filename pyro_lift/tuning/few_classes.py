@@ -79,8 +79,8 @@ def _helped(asked: Sequence[Asked]) -> tuple[float, FewRows]:
         if usual is None or not is_above_zero(around - alone):
             break
         log.info(
-            "tasks of %d rows have a head around one of all tasks: %+.3f ± %.3f nats a row.",
-            number, *paired(around - alone),
+            "tasks of %d row%s have a head around one of all tasks: %+.3f ± %.3f nats a row.",
+            number, "" if number == 1 else "s", *paired(around - alone),
         )  # fmt: skip
         found.append((number, usual))
         number *= 2

@@ -140,7 +140,7 @@ def test_tasks_whose_columns_are_unlike_are_left_out_together() -> None:
     [
         [1.0] * 8 + [100.0] * 4,  # a third: it is not clear who is right
         [1.0] * 3 + [100.0],  # few would be left
-        [1.0] * 11 + [9.0],
+        [1.0] * 11 + [25.0],
         [1.0] * 11 + [0.01],
         [0.0] * 12,
         [],
@@ -149,6 +149,26 @@ def test_tasks_whose_columns_are_unlike_are_left_out_together() -> None:
 def test_others_are_kept_without_a_word(units: list[float], caplog: pytest.LogCaptureFixture) -> None:
     tasks = family(units)
     assert of_one_unit(tasks) is tasks and not caplog.messages
+
+
+def test_tasks_of_many_rows_are_not_held_against_those_of_two() -> None:
+    made = torch.Generator().manual_seed(0)
+    near = [Task(f"n{k}", (torch.zeros(2, 3), 0.01 * torch.randn(2, generator=made)), "regression") for k in range(11)]
+    many = [Task(f"m{k}", (torch.zeros(30, 3), torch.randn(30, generator=made)), "regression") for k in range(3)]
+    assert len(of_one_unit(near + many)) == 14
+    more = [Task(f"m{k}", (torch.zeros(30, 3), torch.randn(30, generator=made)), "regression") for k in range(8)]
+    odd = Task("odd", (torch.zeros(30, 3), 100.0 * torch.randn(30, generator=made)), "regression")
+    assert [task.name for task in (*near, *more, odd) if task not in of_one_unit([*near, *more, odd])] == ["odd"]
+
+
+def test_a_temperature_is_fitted_without_them() -> None:
+    tasks = [
+        Task(task.name, task.train, "regression", test=(task.train.inputs[""], task.train.target))
+        for task in family([1.0] * 8 + [1e3])
+    ]
+    lift = LiFT(network(), CONFIG, sgd_steps=20, burn_in=2, samples=4, seed=0)
+    some, every = (lift.meta_train(made, progress=False, calibrate=True) for made in (tasks[:8], tasks))
+    assert some.prediction_temperature == every.prediction_temperature
 
 
 def test_a_prior_does_not_learn_from_them_and_a_run_of_before_does(tmp_path: Path) -> None:

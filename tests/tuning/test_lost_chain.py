@@ -40,8 +40,8 @@ class Watching:
         self.lost_at, self.begun = lost_at, 0
         self.visits = 0
 
-    def of(self, *args: Any) -> Watching:
-        self.begun, self.visits = self.begun + 1, 0
+    def of(self, *args: Any, visits: int) -> Watching:
+        self.begun, self.visits = self.begun + 1, visits
         return self
 
     def see(self, *args: Any) -> None:
@@ -137,6 +137,28 @@ def test_a_run_that_is_saved_goes_on_slower_to_the_bit(losing: Callable[..., Wat
     losing()
     resumed = lift().meta_train(tasks(), progress=False, resume=folder, checkpoint_every=4)
     assert same(resumed, through) and rate_of(resumed) == rate_of(through)
+
+
+def test_a_chain_that_is_lost_after_a_stop_is_told_by_all_its_steps(
+    losing: Callable[..., Watching], tmp_path: Path
+) -> None:
+    """Joint training was eight steps long, and the loss comes five after the run went on."""
+    steps = 0
+
+    def stop() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 16:
+            raise KeyboardInterrupt
+
+    losing()
+    with pytest.raises(KeyboardInterrupt):
+        lift().meta_train(tasks(), progress=False, checkpoint=tmp_path, checkpoint_every=4, on_step=stop)
+    losing(20)
+    resumed = lift().meta_train(tasks(), progress=False, resume=tmp_path, checkpoint_every=4)
+    losing(20)
+    through = lift().meta_train(tasks(), progress=False)
+    assert same(resumed, through) and resumed.settings.sgd_learning_rate == through.settings.sgd_learning_rate
 
 
 def test_a_folder_says_how_often(tmp_path: Path) -> None:
