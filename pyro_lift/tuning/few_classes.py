@@ -1,9 +1,9 @@
 r"""Whether classes that share no head are better off with one where rows are few, as the tasks say it at phi.
 
 The head of four fifths of the tasks is tried on the others with 1, 2, 4, ... of their rows, each time under the prior
-that all tasks choose together around it, against zero under the one that they choose there. It is taken for as many
-rows, from one on, as it predicts the others better by the one-sided test at 5 %
-(:func:`~pyro_lift.tuning.halves.is_above_zero`).
+that all tasks choose together around it, against zero under the one that they choose there. It is taken where
+it predicts the others of a single row better by the one-sided test at 5 %
+(:func:`~pyro_lift.tuning.halves.is_above_zero`), and then for as many rows as it does so in the mean.
 
 A head that is solved on the rows of all tasks is too sure of a single one, the more so the less tasks are alike: what
 is predicted of a new task is the average over heads, not their average's. So it is multiplied by the one of
@@ -76,11 +76,12 @@ def _helped(asked: Sequence[Asked]) -> tuple[float, FewRows]:
             break
         usual, around = usual_prior([with_few(task, number, seed) for seed, task in few])
         _, alone = usual_prior([with_few(task._replace(around=None), number, seed) for seed, task in few])
-        if usual is None or not is_above_zero(around - alone):
+        gain = around - alone
+        if usual is None or not (is_above_zero(gain) if not found else float(gain.mean()) > 0.0):
             break
         log.info(
             "tasks of %d row%s have a head around one of all tasks: %+.3f ± %.3f nats a row.",
-            number, "" if number == 1 else "s", *paired(around - alone),
+            number, "" if number == 1 else "s", *paired(gain),
         )  # fmt: skip
         found.append((number, usual))
         number *= 2
