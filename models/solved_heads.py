@@ -31,7 +31,6 @@ from pyro_lift.models.block_likelihood import Block, block_outputs
 from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.dispersion import left_out_squares
 from pyro_lift.models.features import all_features
-from pyro_lift.models.few_classes import FewClasses
 from pyro_lift.models.few_values import MOVES_FROM
 from pyro_lift.models.head_choice import HeadChoice, choose_head
 from pyro_lift.models.head_problem import apply_head
@@ -133,20 +132,23 @@ class SolvedHeads:
                 choice = choose_head(found, rows.target, outputs, scale)
             else:
                 choice = self._chosen(task, found, None)
+            around = None
             if mean is not None:
                 around = self._chosen(task, found, mean)
-                choice = choice if self._is_odd(task, choice.score - around.score) else around
-            elif scale is None and (few_classes := self._few_classes(task)) is not None:
-                near, usual = few_classes.of(self.tasks[task]), few_classes.usual_of(len(rows))
-                around = choose_head(found, rows.target, outputs, around=near, usual=usual)
-                choice = choice if self._is_odd(task, choice.score - around.score) else around
+            elif scale is None:
+                around = self._of_few_rows(task, found)
+            if around is not None and not self._is_odd(task, choice.score - around.score):
+                choice = around
             self._choices[task] = choice
         return self._choices[task]
 
-    def _few_classes(self, task: int) -> FewClasses | None:
-        """Return what a task of few rows stands around; None where it has more rows, or other classes."""
-        few = None if self.mean is None else self.mean.few_classes
-        return None if few is None or few.of(self.tasks[task]) is None else few
+    def _of_few_rows(self, task: int, features: Tensor) -> HeadChoice | None:
+        """Choose the prior around the head for few rows; None where a task has more of them, or other classes."""
+        few, whole = None if self.mean is None else self.mean.few_classes, self.tasks[task]
+        around, classes = None if few is None else few.of(whole), head_outputs(whole)
+        if few is None or around is None or classes is None:
+            return None
+        return choose_head(features, whole.train.target, classes, around=around, usual=few.usual_of(len(whole.train)))
 
     def _chosen(self, task: int, features: Tensor, around: Tensor | None) -> HeadChoice:
         """Choose a task's prior around zero, or around a head."""

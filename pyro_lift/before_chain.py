@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -372,6 +372,10 @@ class ChainSetup:
             return self
         step = 2.0 * default.learning_rate * slower / tasks
         return self._with(replace(self.settings, translation_step_size=step))
+
+    def work_of_chain(self, tasks: Sequence[Task], session: Session | None) -> Callable[[], WorkBefore]:
+        """Return what makes the work that is kept of a chain itself, beside its checkpoints."""
+        return lambda: WorkBefore.of(session, "slower", partial(digest, self.adapter, tasks), self.kept_under)[0]
 
     def slower(self, found: BeforeChain, slower: Slower) -> BeforeChain:
         """Return what was found before a chain with the rates at which it begins again, of those that are open."""

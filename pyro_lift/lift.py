@@ -21,7 +21,6 @@ from pyro_lift.inference.adaptation.chain import rows_of_moments
 from pyro_lift.inference.adaptation.failures import named_chain, those_kept
 from pyro_lift.inference.adaptation.tempered_rows import tempered_rows
 from pyro_lift.inference.chain_summary import ChainSummary, LogMean, SummaryMaker
-from pyro_lift.inference.checkpoint.before import WorkBefore
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.effective_weights import MOVED, warn_of_few
 from pyro_lift.inference.footprint import mixture_need
@@ -35,7 +34,6 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.class_names import class_numbers_by_name
 from pyro_lift.models.common_classes import classes_in_common, with_common_classes
-from pyro_lift.models.digest import digest
 from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.hierarchical import VARIANCE
 from pyro_lift.models.out_of_proportion import usual_sizes
@@ -358,8 +356,9 @@ class LiFT(ChainSetup):
             if loses_to(found.halves, beside.halves):
                 self._beside._found = beside
                 return self._beside.meta_train_many(given, components, **again)
-        kept_too, _ = WorkBefore.of(session, "slower", partial(digest, self.adapter, tasks), self.kept_under)
-        slower = slower_so_far(kept_too) if self._slower is None else self._slower
+        folder = None if session is None else session.folder / self.kept_under
+        work = self.work_of_chain(tasks, session)
+        slower = slower_so_far(folder, work) if self._slower is None else self._slower
         run, program, s, adapt, joint, halves = found if slower == Slower() else self.slower(found, slower)
         s = with_rounds_to_learn(s, len(tasks)) if run.settings.learns_beta else s
         warn_of_rates(s, self.adapter)
@@ -450,7 +449,7 @@ class LiFT(ChainSetup):
                 session.begin_again()
             next_one = copy(self)
             next_one._beside, next_one._found = None, found
-            next_one._slower = once_slower(slower, lost, kept_too, in_joint=lost.step <= s.sgd_steps)
+            next_one._slower = once_slower(slower, lost, work(), in_joint=lost.step <= s.sgd_steps)
             return next_one.meta_train_many(given, components, **again)
         summary, moments = looks.kept() or (kept.stats[(0, "phi")], moments_of(kernel))
         chosen = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) not in (None, "learn")]

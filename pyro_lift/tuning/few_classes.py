@@ -75,7 +75,7 @@ def _helped(asked: Sequence[Asked]) -> tuple[float, FewRows]:
     number = 1
     while number <= MOST_FEW:
         able = [(k, task) for k, task in enumerate(some) if len(task.target) >= 2 * number]
-        few = [(k, _drawn(task, max(2 * number, JUDGED))) for k, task in able]
+        few = [(k, task.at_most(max(2 * number, JUDGED))) for k, task in able]
         if len(few) < FEWEST_TASKS:
             break
         usual, around = usual_prior([with_few(task, number, seed) for seed, task in few])
@@ -102,11 +102,3 @@ def _by_head_alone(task: Asked, share: float) -> float:
 
 def _around(task: Asked, share: float) -> Asked:
     return task if task.around is None else task._replace(around=share * task.around)
-
-
-def _drawn(task: Asked, most: int) -> Asked:
-    """Draw so many of a task's rows, at most."""
-    if len(task.target) <= most:
-        return task
-    some = torch.randperm(len(task.target), generator=torch.Generator().manual_seed(0))[:most].to(task.target.device)
-    return task._replace(features=task.features[some], target=task.target[some])

@@ -295,8 +295,7 @@ def asked_of_parts(
 def _asked(task: Task, x: Tensor, y: Tensor, around: Tensor | None) -> Asked:
     classes = head_outputs(task)
     assert classes is not None
-    some = _drawn(x, CHOICE_ROWS) if len(x) > CHOICE_ROWS else slice(None)
-    return Asked(x[some], y[some], classes, around)
+    return Asked(x, y, classes, around).at_most(CHOICE_ROWS)
 
 
 def _tell(usual: UsualPrior | None) -> None:

@@ -17,6 +17,8 @@ regressions had -0.09 to +0.13 nats a row, with either sign.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from pyro_lift.inference.checkpoint.before import WorkBefore
@@ -66,9 +68,17 @@ def advice_where(settings: LiFTSettings) -> str:
     )
 
 
-def slower_so_far(kept: WorkBefore) -> Slower:
-    """Return what a run's folder says; nothing has been made slower where there is none."""
+def slower_so_far(folder: Path | None, work: Callable[[], WorkBefore]) -> Slower:
+    """Return what a run's folder says; nothing has been made slower where there is none.
+
+    Args:
+        folder: where that is kept.
+        work: makes what is kept there, for which all data are read: only where there is something.
+    """
     found = Slower()
+    if folder is None or not (folder / _name(0)).is_dir():
+        return found
+    kept = work()
     while kept.has(name := _name(found.chain)):
         found = Slower(**kept.data(name, dict))
     return found

@@ -75,6 +75,13 @@ class Asked(NamedTuple):
     num_classes: int
     around: Tensor | None = None
 
+    def at_most(self, rows: int) -> Asked:
+        """Return the same with so many of the rows, drawn, where there are more."""
+        if len(self.target) <= rows:
+            return self
+        some = _order(len(self.target), 0)[:rows].to(self.target.device)
+        return self._replace(features=self.features[some], target=self.target[some])
+
 
 def scores_of(asked: Asked, *, drawn: bool = True) -> Tensor:
     """Return the log probability of a task's left-out rows, a row, for each sd of a bias and each width.

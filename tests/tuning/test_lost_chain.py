@@ -163,10 +163,10 @@ def test_a_chain_that_is_lost_after_a_stop_is_told_by_all_its_steps(
 
 def test_a_folder_says_how_often(tmp_path: Path) -> None:
     kept = WorkBefore(tmp_path)
-    one = once_slower(slower_so_far(kept), ChainLostError("lost", 3), kept, in_joint=True)
+    one = once_slower(slower_so_far(tmp_path, lambda: kept), ChainLostError("lost", 3), kept, in_joint=True)
     two = once_slower(one, ChainLostError("lost", 5), kept, in_joint=False)
-    assert slower_so_far(WorkBefore(tmp_path)) == two == Slower(2, 1)
-    assert slower_so_far(WorkBefore(None)) == Slower()
+    assert slower_so_far(tmp_path, lambda: WorkBefore(tmp_path)) == two == Slower(2, 1)
+    assert slower_so_far(None, lambda: WorkBefore(None)) == Slower()
 
 
 def test_ordinary_regressions_of_two_values_are_learnt() -> None:
