@@ -1,9 +1,14 @@
-"""A watch over the loss of a chain: one that climbs back to chance is stopped, not averaged."""
+"""A watch over the loss of a chain: one that climbs back to chance is stopped, not averaged.
+
+What it has seen is saved with the chain, so that one that was stopped on its way back to chance is told of as early,
+and beside the same loss of before, as one that was not.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,11 +86,7 @@ class LossWatch:
         self._waiting.append((log_likelihood.detach(), tasks))
         if self._visits % EVERY:
             return
-        values = torch.stack([value for value, _ in self._waiting]).tolist()  # a device is asked once
-        for value, (_, visited) in zip(values, self._waiting, strict=True):
-            rows = sum(self._rows[k] for k in visited)
-            self._window.append((-value / rows, sum(self._rows[k] * self._chance[k] for k in visited) / rows))
-        self._waiting.clear()
+        self._take_in()
         if len(self._window) < (self._window.maxlen or 0):
             return
         loss, chance = (sum(values) / len(self._window) for values in zip(*self._window, strict=True))
@@ -108,3 +109,31 @@ class LossWatch:
             f"ignores its input has {chance:.3f}, and it was {self.lowest * chance:.3f} before: {why}",
             self._visits,
         )
+
+    def _take_in(self) -> None:
+        """Move the visits that wait into the window."""
+        if not self._waiting:
+            return
+        values = torch.stack([value for value, _ in self._waiting]).tolist()  # a device is asked once
+        for value, (_, visited) in zip(values, self._waiting, strict=True):
+            rows = sum(self._rows[k] for k in visited)
+            self._window.append((-value / rows, sum(self._rows[k] * self._chance[k] for k in visited) / rows))
+        self._waiting.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it has seen, as plain data."""
+        self._take_in()
+        return {
+            "window": [list(seen) for seen in self._window],
+            "lowest": self.lowest if self.lowest < float("inf") else None,
+            "visits": self._visits,
+            "rate": self._rate,
+            "lost_since": self._lost_since,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self._waiting.clear()
+        self._window = deque(((loss, chance) for loss, chance in state["window"]), maxlen=self._window.maxlen)
+        self.lowest = float("inf") if state["lowest"] is None else state["lowest"]
+        self._visits, self._rate, self._lost_since = state["visits"], state["rate"], state["lost_since"]

@@ -365,6 +365,8 @@ class LiFT(ChainSetup):
         kernel = run.kernel(program)
         advice = advice_where(self.settings), advice_on_units(program.tasks)
         watch = LossWatch.of(program.tasks, s.noise_sd, *advice, visits=session.transitions if session else 0)
+        if session is not None:
+            session.beside = {"losses": watch}
         make = SummaryMaker(tuple(components), s.covariance, self.adapter)
         kernel.memory_beside += [mixture_need(x, self.adapter.initial, s.samples) for x in make().mixtures.values()]
         warmup_steps = s.sgd_steps + s.burn_in

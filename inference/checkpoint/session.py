@@ -58,7 +58,7 @@ from pyro_lift.support.archive import (
 from pyro_lift.support.folder_lock import FolderInUseError, only_run_in
 from pyro_lift.support.options import check_number, renamed_keywords
 
-__all__ = ["RunStopped", "Session"]
+__all__ = ["RunStopped", "Savable", "Session"]
 
 
 log = logging.getLogger("pyro_lift")
@@ -103,6 +103,18 @@ class SavableKernel(Protocol):
         ...
 
 
+class Savable(Protocol):
+    """What follows a chain, and is saved with it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data, nested."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse."""
+        ...
+
+
 @renamed_keywords(way_on="resume_hint")
 class Session:
     """One run and its folder of checkpoints.
@@ -119,6 +131,8 @@ class Session:
     Attributes:
         transitions: made so far.
         draws: of those, after the warm-up.
+        beside: what follows the chain, by name: saved with it, and brought back to where it was with it. What a run of
+            before this was did not save begins anew.
 
     Raises:
         ValueError: a folder that holds another run, or nothing but damaged checkpoints, or is a checkpoint itself.
@@ -139,6 +153,7 @@ class Session:
         self.config, self._upgrade = jsonable(dict(config or {})), upgrade
         self.resume_hint = resume_hint or f"run(resume={str(self.folder)!r})"
         self.transitions = self.draws = 0
+        self.beside: dict[str, Savable] = {}
         self._start: dict[str, Any] = {}
         self._found: tuple[Path, dict[str, Any]] | None = None
         self._old_draws: dict[str, Any] = {}
@@ -254,6 +269,9 @@ class Session:
                     rows.write([int(task) for task in tensors], list(tensors.values()))
         if statistics is not None:
             load_statistics(statistics, moved(tree["statistics"], device))
+        for name, saved in tree.get("beside", {}).items():
+            if name in self.beside:
+                self.beside[name].load_state_dict(saved)
         self._old_draws = {file: record for file, record in state["files"].items() if file.startswith("draws-")}
         set_random_state(tree["random"])
 
@@ -361,6 +379,7 @@ class Session:
                 "statistics": None if statistics is None else statistics_state(statistics),
                 "random": random_state(),
                 "random_start": self._start,
+                "beside": {name: one.state_dict() for name, one in self.beside.items()},
             },
             tensors,
         )

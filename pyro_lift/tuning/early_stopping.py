@@ -15,13 +15,13 @@ import logging
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from pyro_lift.inference.baselines.protocol import Posterior
 from pyro_lift.inference.checkpoint.folder import ARCHITECTURE, jsonable
-from pyro_lift.inference.checkpoint.session import Session
+from pyro_lift.inference.checkpoint.session import Savable, Session
 from pyro_lift.models.task import Task
 from pyro_lift.support.archive import (
     DamagedError,
@@ -38,24 +38,12 @@ from pyro_lift.support.archive import (
 from pyro_lift.tuning.held_out import dealt, judged, that_can_be_judged
 from pyro_lift.tuning.search import MOST_ROWS, PARTS, scored
 
-__all__ = ["HeldOutLooks", "Look", "Summary", "mean_loss", "with_held_out"]
+__all__ = ["HeldOutLooks", "Look", "mean_loss", "with_held_out"]
 
 log = logging.getLogger("pyro_lift")
 
-
-class Summary(Protocol):
-    """What a chain has seen so far, and can be brought back to."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data, nested."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse."""
-        ...
-
-
-S = TypeVar("S", bound=Summary)
+#: What a chain has seen so far, and can be brought back to.
+S = TypeVar("S", bound=Savable)
 
 
 class Look(NamedTuple):

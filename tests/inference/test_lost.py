@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -36,6 +38,30 @@ def test_a_loss_that_comes_back_to_chance_stops_the_chain_and_says_so() -> None:
 )
 def test_others_go_on(losses: list[float]) -> None:
     watched(losses)
+
+
+def seen_with_stops(losses: list[float], stops: list[int]) -> None:
+    watch = watched([])
+    for k, loss in enumerate(losses):
+        if k in stops:
+            state = json.loads(json.dumps(watch.state_dict()))
+            watch = watched([])
+            watch.load_state_dict(state)
+        watch.see(torch.tensor(-loss * 5), (k % 2,))
+
+
+@pytest.mark.parametrize("stops", [[1, 30, 199, 205], [WINDOW, WINDOW + 60]])
+def test_what_it_has_seen_is_brought_back(stops: list[int]) -> None:
+    losses = [0.5] * WINDOW + [1.05] * 2 * WINDOW
+
+    def told(stops: list[int]) -> ChainLostError:
+        with pytest.raises(ChainLostError) as error:
+            seen_with_stops(losses, stops)
+        return error.value
+
+    through, again = told([]), told(stops)
+    assert (again.step, str(again)) == (through.step, str(through))
+    assert "it was 0.500 before" in str(again)
 
 
 def test_tasks_with_nothing_to_be_lost_are_not_watched() -> None:

@@ -49,6 +49,12 @@ class Watching:
         if self.begun <= len(self.lost_at) and self.visits == self.lost_at[self.begun - 1]:
             raise ChainLostError("lost", self.visits)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"visits": self.visits}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["visits"] == self.visits
+
 
 @pytest.fixture
 def losing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watching]:
