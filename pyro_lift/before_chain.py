@@ -75,6 +75,7 @@ from pyro_lift.tuning.whose_heads import (
     leaves_outliers_out,
     lets_one_task_lose,
     sharpens_by_rows,
+    takes_a_share,
     tempers_around_rates,
     trains_through_mean,
     tries_known_classes,
@@ -139,7 +140,7 @@ class ChainSetup:
         run = self._with(for_targets(self.settings, tasks))
         rules = {"widths": has_usual_widths(session), "around": has_value_widths(session)}
         rules |= {"few_rows": has_few_rows(session), "layer": tries_known_classes(session)}
-        rules["few_values"] = has_few_values(session)
+        rules |= {"few_values": has_few_values(session), "share": takes_a_share(session)}
         run.head_mean = run._head_mean(tasks, **rules) if has_head_mean(session) else None
         if run.head_mean is not None and not trains_through_mean(session):
             run.head_mean = run.head_mean._replace(halves=())

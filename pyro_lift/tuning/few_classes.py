@@ -1,17 +1,15 @@
 r"""Whether classes that share no head are better off with one where rows are few, as the tasks say it at phi.
 
-The head of four fifths of the tasks is tried on the others. It is solved on the rows of all, and too sure of a single
-task, the more so the less these are alike: what is predicted of a new task is the average over heads, not their
-average's. So it is multiplied by the one of :data:`SHARES` that alone predicts unseen tasks best. Where that is better
-than even classes by the one-sided test at 5 % (:func:`~pyro_lift.tuning.halves.is_above_zero`), tasks are asked with 1,
-2, 4, ... of their rows, under the prior that they choose together around it, and against zero under the one that they
-choose there. It is taken for as many rows, from one on, as it predicts the others better in the mean.
+The head of four fifths of the tasks is tried on the others, a share of it (:mod:`~pyro_lift.tuning.head_share`). Where
+that alone is better than even classes by the one-sided test at 5 % (:func:`~pyro_lift.tuning.halves.is_above_zero`),
+tasks are asked with 1, 2, 4, ... of their rows, under the prior that they choose together around it, and against zero
+under the one that they choose there. It is taken for as many rows, from one on, as it predicts the others better in the
+mean.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 
 import torch
@@ -20,18 +18,16 @@ from torch import Tensor
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.few_classes import FewClasses
-from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.heads import FewRows, UsualPrior
 from pyro_lift.models.task import Task
 from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.tuning.halves import FEWEST_TASKS, is_above_zero, paired
 from pyro_lift.tuning.head_mean import asked_of_parts, pooled_head, shared_classes
+from pyro_lift.tuning.head_share import best_share, with_share
 from pyro_lift.tuning.usual_priors import FEW_ASKED, MOST_FEW, Asked, usual_prior, with_few
 
 __all__ = ["with_few_classes"]
 
-#: Of the head of all tasks, what is tried.
-SHARES = (0.25, 0.35, 0.5, 0.7, 1.0)
 #: Rows of a task that are looked at, or twice as many as it is asked with.
 JUDGED = 40
 
@@ -53,11 +49,11 @@ def with_few_classes(
     classes = shared_classes(tasks)
     if mean is None or mean.usual is None or len(mean.head) > 0 or classes is None:
         return mean
-    reads, asked = asked_of_parts(adapter, tasks, theta, classes)
-    share, priors = _helped(asked)
+    of_parts = asked_of_parts(adapter, tasks, theta, classes)
+    share, priors = _helped(of_parts.asked)
     if not priors:
         return mean
-    whole = pooled_head(reads, classes)
+    whole = pooled_head(of_parts.reads, classes)
     return mean._replace(few_classes=FewClasses(share * whole.head, whole.labels, priors))
 
 
@@ -66,12 +62,11 @@ def _helped(asked: Sequence[Asked]) -> tuple[float, FewRows]:
     some = [task for task in spread_evenly(asked, FEW_ASKED) if len(task.target) > 1 and task.around is not None]
     if len(some) < FEWEST_TASKS:
         return 1.0, ()
-    told = torch.stack([torch.tensor([_by_head_alone(task, share) for share in SHARES]) for task in some])
-    best = int(told.mean(0).argmax())
-    found: list[tuple[int, UsualPrior]] = []
-    if not is_above_zero(told[:, best]):
+    share, told = best_share(some)
+    if not is_above_zero(told):
         return 1.0, ()
-    some = [_around(task, SHARES[best]) for task in some]
+    some = [with_share(task, share) for task in some]
+    found: list[tuple[int, UsualPrior]] = []
     number = 1
     while number <= MOST_FEW:
         able = [(k, task) for k, task in enumerate(some) if len(task.target) >= 2 * number]
@@ -89,16 +84,4 @@ def _helped(asked: Sequence[Asked]) -> tuple[float, FewRows]:
         )  # fmt: skip
         found.append((number, usual))
         number *= 2
-    return SHARES[best], tuple(found)
-
-
-def _by_head_alone(task: Asked, share: float) -> float:
-    """Return the log probability of a task's rows by a share of the head, a row, over that of even classes."""
-    around = _around(task, share).around
-    assert around is not None
-    told = apply_head(task.features.double(), around.double()).log_softmax(-1)
-    return float(told.gather(-1, task.target.unsqueeze(-1)).mean()) + math.log(task.num_classes)
-
-
-def _around(task: Asked, share: float) -> Asked:
-    return task if task.around is None else task._replace(around=share * task.around)
+    return share, tuple(found)

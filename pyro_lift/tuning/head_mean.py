@@ -7,8 +7,9 @@ own head is put around it,
 .. math:: w_c \sim \mathcal N(\bar w_c, s^2 I) \quad\text{in place of}\quad \mathcal N(0, s^2 I).
 
 Classes go by their names where tasks have names, else by their numbers. Whether they are the same classes only the
-tasks can tell: the head of one half of them is tried on those of the other, by the log probability of rows that were
-left out, and taken where it predicts them better by the one-sided test at 5 %.
+tasks can tell: the head of four fifths of them is tried on the others, by the log probability of rows that were left
+out, and taken where it predicts them better by the one-sided test at 5 %. It is a share of it that is tried
+(:mod:`~pyro_lift.tuning.head_share`), and of regressions all of it, of one half for the other.
 
 Of classes, the tasks also choose the prior's width s and the standard deviation of a bias together, whether they share
 a head or not, and one for each number of rows (:mod:`~pyro_lift.tuning.usual_priors`): twenty rows know little of
@@ -47,11 +48,13 @@ from pyro_lift.models.observation import head_features_of
 from pyro_lift.models.target_families import families_of
 from pyro_lift.models.task import Task, head_outputs
 from pyro_lift.models.value_head import best_width, choose_value_head, columns_of
+from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.tuning.halves import FEWEST_TASKS, is_above_zero, paired
+from pyro_lift.tuning.head_share import best_share, with_share
 from pyro_lift.tuning.held_out import dealt, drawn_rows
 from pyro_lift.tuning.usual_priors import CHOICE_ROWS, Asked, by_number_of_rows, scores_of, under, usual_prior
 
-__all__ = ["HeadMean", "alike", "asked_at", "asked_of_parts", "head_mean", "pooled_head", "shared_classes"]
+__all__ = ["HeadMean", "OfParts", "alike", "asked_at", "asked_of_parts", "head_mean", "pooled_head", "shared_classes"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -142,6 +145,7 @@ def head_mean(
     few_rows: bool = True,
     layer: bool = True,
     few_values: bool = True,
+    share: bool = True,
 ) -> HeadMean | None:
     """Solve one head on the rows of all tasks, and let them choose the prior of their heads together.
 
@@ -153,13 +157,15 @@ def head_mean(
         few_rows: whether tasks of classes say what prior heads of few rows have too; as runs of before, all have one.
         layer: whether the layer that the network is read before may be the shared head; in runs of before it is not.
         few_values: whether regressions of few rows go by all tasks; in runs of before each goes by its own rows.
+        share: whether heads may stand around a share of that of all tasks; in runs of before around all of it.
 
     Returns:
         None where nothing is shared. A head without rows leaves heads of the tasks' own around zero.
     """
     classes = shared_classes(tasks)
     if tasks[0].kind == "classification" and widths:
-        return _of_classes(adapter, tasks, classes, few_rows, _layer(adapter, tasks) if layer else None)
+        known = _layer(adapter, tasks) if layer else None
+        return _of_classes(adapter, tasks, classes, few_rows, known, share and few_rows)
     if classes is None:
         log.info("heads of the tasks' own stand around zero: the tasks are few, or have other classes or values.")
         return None
@@ -194,56 +200,92 @@ def head_mean(
 Read = tuple[Task, Tensor, Tensor]
 
 
+class _Candidate(NamedTuple):
+    """A head that those of tasks may stand around.
+
+    Attributes:
+        halves: it as either half of the tasks has it.
+        whole: as all have it.
+        around: its rows for each task that is judged, from tasks without this one; None where it is of other classes.
+    """
+
+    halves: Sequence[ClassHead]
+    whole: ClassHead
+    around: list[Tensor | None]
+
+
+class _Told(NamedTuple):
+    """What judged tasks say of heads around a candidate."""
+
+    candidate: _Candidate
+    asked: list[Asked]
+    usual: UsualPrior | None
+    told: Tensor
+
+
 def _of_classes(
     adapter: RandomAdapter,
     tasks: Sequence[Task],
     classes: list[str] | int | None,
     few: bool,
     layer: ClassHead | None,
+    share: bool,
 ) -> HeadMean | None:
     """Find what classifications share: the prior of their heads, and perhaps one head."""
     if len(tasks) < FEWEST_TASKS or {task.kind for task in tasks} != {"classification"}:
         log.info("heads of the tasks' own stand around zero, under priors of their own: the tasks are few or differ.")
         return None
     halves = _halves(adapter, tasks)
-    asked = [_asked(*read, None) for half in halves[::-1] for read in half[:JUDGED]]
-    usual, own = usual_prior([scores_of(task, drawn=few) for task in asked])
-    pooled = [] if classes is None else [pooled_head(half, classes) for half in halves]
-    both = [heads for heads in (pooled, [layer, layer] if layer else []) if heads]  # of either half, or of neither
-    if both:
-        found = [_around(heads, halves, few) for heads in both]
-        shared = max(found, key=lambda each: float(each.told.mean()))
-        if _helps(shared.told - own, "classification"):
-            _tell(shared.usual)
-            told = under(shared.heads[0], shared.usual)
-            told = by_number_of_rows(told, shared.asked) if few else told
-            pairs = zip(halves, shared.heads, strict=True)
-            each = [(_names(half), told._replace(head=head.head)) for half, head in pairs]
-            whole = told
-            if classes is not None and shared.heads is pooled:
-                whole = told._replace(head=pooled_head(_whole(halves), classes).head)
-            return HeadMean(whole, *paired(shared.told - own), tuple(each))
+    judged = [read for half in halves[::-1] for read in half[:JUDGED]]
+    candidates = []
+    if classes is not None:
+        pooled = [pooled_head(half, classes) for half in halves]
+        if share:
+            judged, one = _of_share(adapter, tasks, classes, pooled)
+        else:
+            around = [
+                head.of(task) for head, half in zip(pooled, halves[::-1], strict=True) for task, *_ in half[:JUDGED]
+            ]
+            one = _Candidate(pooled, pooled_head(_whole(halves), classes), around)
+        candidates.append(one)
+    if layer is not None:
+        candidates.append(_Candidate([layer, layer], layer, [layer.of(task) for task, *_ in judged]))
+    alone = [_asked(*read, None) for read in judged]
+    usual, own = usual_prior([scores_of(task, drawn=few) for task in alone])
+    if candidates:
+        best = max((_told(one, alone, few) for one in candidates), key=lambda each: float(each.told.mean()))
+        if _helps(best.told - own, "classification"):
+            _tell(best.usual)
+            told = under(best.candidate.whole, best.usual)
+            told = by_number_of_rows(told, best.asked) if few else told
+            of_halves = zip(halves, best.candidate.halves, strict=True)
+            each = tuple((_names(half), told._replace(head=head.head)) for half, head in of_halves)
+            return HeadMean(told, *paired(best.told - own), each)
     if usual is None:
         return None
     _tell(usual)
     _, features, _ = halves[0][0]
     none = under(ClassHead(features.new_zeros(0, features.shape[-1] + 1)), usual)
-    return HeadMean(by_number_of_rows(none, asked) if few else none, 0.0, 0.0)
+    return HeadMean(by_number_of_rows(none, alone) if few else none, 0.0, 0.0)
 
 
-class _Around(NamedTuple):
-    """What tasks say of heads around a shared one: that of the half that they are not in."""
+def _of_share(
+    adapter: RandomAdapter, tasks: Sequence[Task], classes: list[str] | int, pooled: Sequence[ClassHead]
+) -> tuple[list[Read], _Candidate]:
+    """Return tasks to be judged, and a share of the head of all tasks, for each of them without those of its fifth."""
+    of_parts = asked_of_parts(adapter, tasks, adapter.initial, classes)
+    pairs = spread_evenly(list(zip(of_parts.judged, of_parts.asked, strict=True)), 2 * JUDGED)
+    fit = [task for _, task in pairs if task.around is not None]
+    share = best_share(fit)[0] if fit else 1.0
+    whole = pooled_head(of_parts.reads, classes)
+    heads = [head._replace(head=share * head.head) for head in (whole, *pooled)]
+    around = [with_share(task, share).around for _, task in pairs]
+    return [read for read, _ in pairs], _Candidate(heads[1:], heads[0], around)
 
-    heads: list[ClassHead]
-    asked: list[Asked]
-    usual: UsualPrior | None
-    told: Tensor
 
-
-def _around(heads: list[ClassHead], halves: Sequence[Sequence[Read]], few: bool) -> _Around:
-    pairs = zip(heads, halves[::-1], strict=True)
-    asked = [_asked(*read, head.of(read[0])) for head, unseen in pairs for read in unseen[:JUDGED]]
-    return _Around(heads, asked, *usual_prior([scores_of(task, drawn=few) for task in asked]))
+def _told(candidate: _Candidate, alone: Sequence[Asked], few: bool) -> _Told:
+    asked = [task._replace(around=around) for task, around in zip(alone, candidate.around, strict=True)]
+    return _Told(candidate, asked, *usual_prior([scores_of(task, drawn=few) for task in asked]))
 
 
 def _layer(adapter: RandomAdapter, tasks: Sequence[Task]) -> ClassHead | None:
@@ -272,11 +314,23 @@ def asked_at(adapter: RandomAdapter, tasks: Sequence[Task], vector: Tensor, mean
     return found
 
 
+class OfParts(NamedTuple):
+    """Tasks dealt into parts.
+
+    Attributes:
+        reads: all of them.
+        judged: some of each part.
+        asked: what these have to say of the head of all tasks of the other parts.
+    """
+
+    reads: list[Read]
+    judged: list[Read]
+    asked: list[Asked]
+
+
 @torch.no_grad()
-def asked_of_parts(
-    adapter: RandomAdapter, tasks: Sequence[Task], vector: Tensor, classes: list[str] | int
-) -> tuple[list[Read], list[Asked]]:
-    """Read the tasks at a vector; and what those of each part have to say of the head of all others.
+def asked_of_parts(adapter: RandomAdapter, tasks: Sequence[Task], vector: Tensor, classes: list[str] | int) -> OfParts:
+    """Read the tasks at a vector, and find what those of each part have to say of the head of all others.
 
     Args:
         adapter: the network as a function of theta.
@@ -285,11 +339,12 @@ def asked_of_parts(
         classes: what they share (:func:`shared_classes`).
     """
     parts = _read_parts(adapter, tasks, vector, min(PARTS, len(tasks)))
-    asked = []
+    judged, asked = [], []
     for k, unseen in enumerate(parts):
         head = pooled_head(_whole(parts[:k] + parts[k + 1 :]), classes)
+        judged += unseen[:JUDGED]
         asked += [_asked(*read, head.of(read[0])) for read in unseen[:JUDGED]]
-    return _whole(parts), asked
+    return OfParts(_whole(parts), judged, asked)
 
 
 def _asked(task: Task, x: Tensor, y: Tensor, around: Tensor | None) -> Asked:

@@ -42,6 +42,7 @@ __all__ = [
     "lets_one_task_lose",
     "run_config",
     "sharpens_by_rows",
+    "takes_a_share",
     "tempers_around_rates",
     "tests_classes",
     "trains_through_mean",
@@ -60,7 +61,8 @@ __all__ = [
 #: where tasks have rows enough for that; regressions of few rows go by all tasks; tasks whose rows lack some of the
 #: classes by chance have those of the others; regressions say what prior heads of each number of rows have; and how
 #: unevenly they vary around one noise; what tasks say of a prior of heads weighs less where there are many more rows; a
-#: few regressions in a larger unit than most are left out; classes of few rows may share a head that helps no others.
+#: few regressions in a larger unit than most are left out; classes of few rows may share a head that helps no others;
+#: heads of classes stand around a share of that of all tasks, which four fifths of them are asked about.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -82,6 +84,7 @@ RULES = {
     "many rows": "less sure",
     "other units": "left out",
     "head of few rows": "of all tasks",
+    "share of the head": "by four fifths",
 }
 
 
@@ -207,6 +210,11 @@ def has_few_values(session: Session | None) -> bool:
 def asks_few_classes(session: Session | None) -> bool:
     """Whether tasks of few rows may share a head that helps no others: in a run of before they shared none."""
     return _has_rule(session, "head of few rows")
+
+
+def takes_a_share(session: Session | None) -> bool:
+    """Whether heads of classes stand around a share of that of all tasks: in a run of before around all of it."""
+    return _has_rule(session, "share of the head")
 
 
 def asks_few_values(session: Session | None) -> bool:
