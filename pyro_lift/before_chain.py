@@ -41,6 +41,7 @@ from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.tuning.chain_kernel import chain_kernel
+from pyro_lift.tuning.class_power import POWERS
 from pyro_lift.tuning.cross_fit import CrossFit, Judge, cross_fit, predicted
 from pyro_lift.tuning.few_classes import with_few_classes
 from pyro_lift.tuning.few_values import said_by_unseen, with_few_values
@@ -65,7 +66,9 @@ from pyro_lift.tuning.whose_heads import (
     asks_few_classes,
     asks_few_values,
     counts_rounds,
+    fades_temperature,
     fades_with_rows,
+    finds_class_power,
     finds_unmoved,
     has_few_rows,
     has_few_values,
@@ -309,7 +312,11 @@ class ChainSetup:
         if self.head_mean is not None and tasks[0].kind == "regression" and asks_few_values(session):
             values = partial(said_by_unseen, self.adapter, tasks)
         dispersed = asks_dispersion(session)
-        judge = Judge(score, predict, adapting, noise, strength, usual, asking, careful, values, dispersed)
+        finds = classes and not heads and self.leaves_power_open and finds_class_power(session)
+        powers = POWERS if finds and says_at_start else ()
+        fades = fades_temperature(session)
+        told = (noise, strength, usual, asking, careful, values, dispersed, powers, fades)
+        judge = Judge(score, predict, adapting, *told)
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 
     def _moved(self, s: LiFTSettings, moments: dict[str, Tensor], tasks: Sequence[Task]) -> dict[str, float]:

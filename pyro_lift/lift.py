@@ -63,6 +63,7 @@ from pyro_lift.tuning.whose_heads import (
     as_saved,
     counts_together,
     counts_width,
+    fades_temperature,
     heads_settled,
     leaves_units_out,
     run_config,
@@ -379,7 +380,7 @@ class LiFT(ChainSetup):
         temperature, at_rows = (1.0, None) if halves is None else (halves.temperature, halves.rows)
         if self.tuning is not None and self.tuning.temperature is not None:
             temperature = self.tuning.temperature
-            at_rows = tempered_rows(tasks) if sharpens_by_rows(session) else None
+            at_rows = tempered_rows(tasks, fades=fades_temperature(session)) if sharpens_by_rows(session) else None
         of_tuning = None if self.tuning is None else self.tuning.dispersion
         dispersion = of_tuning if halves is None or halves.dispersion is None else halves.dispersion
 

@@ -232,7 +232,9 @@ def _saved_rows(path: Path, config: Mapping[str, Any]) -> TemperedRows | None:
     rows = config.get("tempered_rows")
     try:
         found = None if rows is None else TemperedRows(*map(float, rows))
-        if found is None or (0.0 < found.rows < math.inf and 0.0 <= found.unseen <= 1.0):
+        if found is None or (
+            0.0 < found.rows < math.inf and 0.0 <= found.unseen <= 1.0 and 0.0 <= found.many_more < math.inf
+        ):
             return found
     except (TypeError, ValueError):
         pass

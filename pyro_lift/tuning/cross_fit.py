@@ -33,7 +33,8 @@ temperature: :mod:`~pyro_lift.tuning.unmoved_share`.
 adaptations from the halves' vectors.
 
 **Power in adaptation.** In place of a temperature where tasks are of tokens: :mod:`~pyro_lift.tuning.strength`; of
-regressions beside the noise.
+regressions beside the noise; of classes that the network has itself, before the temperature:
+:mod:`~pyro_lift.tuning.class_power`.
 
 It costs as many gradients again as joint training, and for a temperature as the chain. Where joint training makes few
 passes over the rows (:func:`~pyro_lift.tuning.joint_run.few_passes`), nothing can be known by heart, and there is none;
@@ -59,6 +60,7 @@ from pyro_lift.models.dispersion import UNKNOWN, Dispersion
 from pyro_lift.models.heads import FewRows, UsualPrior
 from pyro_lift.models.likelihoods import IGNORED
 from pyro_lift.models.task import Task
+from pyro_lift.tuning.class_power import at_best_power
 from pyro_lift.tuning.halves import TASKS, Begin, Joint, Score, is_above_zero, paired
 from pyro_lift.tuning.held_out import dealt, has_unseen_rows, judged
 from pyro_lift.tuning.joint_run import Standing
@@ -66,7 +68,6 @@ from pyro_lift.tuning.noise import EXAGGERATED, Noise, fitted_noise, less_exagge
 from pyro_lift.tuning.predictions import least_losses, loss_of
 from pyro_lift.tuning.strength import TASKS as STRENGTH_TASKS
 from pyro_lift.tuning.strength import stronger_where_better
-from pyro_lift.tuning.unmoved_share import apart, chosen_share
 
 __all__ = ["MARKS", "CrossFit", "cross_fit", "helpful_temperature", "predicted", "rows_apart"]
 
@@ -103,6 +104,8 @@ class Judge(NamedTuple):
             leaves one of several there. None finds none.
         few_rows: asked after the adaptations, where those of the chain's end say what prior heads of few rows have;
             None leaves it to the untouched network.
+        powers: on the likelihood in adaptation to classes, tried beside 1; none in runs of before.
+        fades: whether a temperature above 1 holds less for many more rows; in runs of before it did not.
         dispersed: whether regressions say how unevenly they vary; in runs of before all are alike.
         few_values: asks regressions what prior heads of few rows have, at the vectors that each half of the tasks has
             not trained, under the noise that was found; None in runs of before, and of classes.
@@ -120,6 +123,8 @@ class Judge(NamedTuple):
     careful: bool = True
     few_values: Callable[[Sequence[Tensor], float], FewRows] | None = None
     dispersed: bool = True
+    powers: Sequence[float] = ()
+    fades: bool = True
 
     def log_probs(self, vectors: Sequence[Tensor], halves: Sequence[Sequence[Task]]) -> Tensor:
         """Compute each task's mean log probability a row, classes at the best temperature for all.
@@ -301,29 +306,15 @@ def _sureness(
         if judge.few_values is None or not found.looks:  # without joint training all vectors are the start
             return found
         return found._replace(few_rows=judge.few_values([standing.vector for standing in standings], noise.scale))
-    posteriors = list(adapted(None))
-    predictions, share = _predictions(posteriors, judge.usual_share)
-    if not predictions:
+    best = at_best_power(lambda power: list(adapted(None, power)), judge.powers, judge.usual_share)
+    if not best.predictions:
         return found
-    temperature = helpful_temperature(predictions, 1.0 if exact else HALVED, careful=judge.careful)
-    rows = tempered_rows([task for _, task in posteriors]) if judge.careful else None
-    losses = tuple(loss_of(each, temperature) for each in predictions)
+    temperature = helpful_temperature(best.predictions, 1.0 if exact else HALVED, careful=judge.careful)
+    rows = tempered_rows([task for _, task in best.adapted], fades=judge.fades) if judge.careful else None
+    losses = tuple(loss_of(each, temperature) for each in best.predictions)
     few_rows = () if judge.few_rows is None else judge.few_rows()
-    return found._replace(temperature=temperature, unmoved=share, losses=losses, few_rows=few_rows, rows=rows)
-
-
-def _predictions(adapted: Sequence[tuple[Any, Task]], usual: float | None) -> tuple[list[Predicted], float | None]:
-    """Predict the rows that were set apart, with the share of draws at the start that is best where one is sought."""
-    parts = [None if usual is None else apart(posterior, task) for posterior, task in adapted]
-    share = usual
-    if usual is not None and (together := [part for part in parts if part is not None]):
-        share = chosen_share(together, usual)
-    predictions = [
-        posterior.predicted(task.test) if part is None or share is None else part.mixed(share)
-        for part, (posterior, task) in zip(parts, adapted, strict=True)
-        if task.test is not None
-    ]
-    return predictions, None if share == usual else share
+    found = found._replace(temperature=temperature, power=best.power, unmoved=best.share, rows=rows)
+    return found._replace(losses=losses, few_rows=few_rows)
 
 
 def predicted(adapter: RandomAdapter, vector: Tensor, task: Task) -> Predicted:

@@ -29,7 +29,9 @@ __all__ = [
     "counts_rounds",
     "counts_together",
     "counts_width",
+    "fades_temperature",
     "fades_with_rows",
+    "finds_class_power",
     "finds_unmoved",
     "has_few_rows",
     "has_few_values",
@@ -62,7 +64,8 @@ __all__ = [
 #: classes by chance have those of the others; regressions say what prior heads of each number of rows have; and how
 #: unevenly they vary around one noise; what tasks say of a prior of heads weighs less where there are many more rows; a
 #: few regressions in a larger unit than most are left out; classes of few rows may share a head that helps no others;
-#: heads of classes stand around a share of that of all tasks, which four fifths of them are asked about.
+#: heads of classes stand around a share of that of all tasks, which four fifths of them are asked about; classes that
+#: a network has itself choose the power in adaptation; a temperature above 1 holds less for tasks of many more rows.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -85,6 +88,8 @@ RULES = {
     "other units": "left out",
     "head of few rows": "of all tasks",
     "share of the head": "by four fifths",
+    "power of classes": "by rows left out",
+    "temperature of many rows": "fades",
 }
 
 
@@ -232,6 +237,11 @@ def tempers_around_rates(session: Session | None) -> bool:
     return _has_rule(session, "prediction temperature")
 
 
+def finds_class_power(session: Session | None) -> bool:
+    """Whether classes that a network has itself choose the power in adaptation: in a run of before it was 1."""
+    return _has_rule(session, "power of classes")
+
+
 def finds_unmoved(session: Session | None) -> bool:
     """Whether tasks say together how many draws stay at the start: in a run of before half, or none."""
     return _has_rule(session, "unmoved draws")
@@ -255,6 +265,11 @@ def sharpens_by_rows(session: Session | None) -> bool:
 def asks_dispersion(session: Session | None) -> bool:
     """Whether regressions say how unevenly they vary around one noise: in a run of before they were taken for alike."""
     return _has_rule(session, "noise")
+
+
+def fades_temperature(session: Session | None) -> bool:
+    """Whether a temperature above 1 holds less for tasks of many more rows: in a run of before it held for all."""
+    return _has_rule(session, "temperature of many rows")
 
 
 def fades_with_rows(session: Session | None) -> bool:

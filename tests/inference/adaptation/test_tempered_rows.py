@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_methods import tiny_adapter, tiny_tasks
 
 from pyro_lift import LiFT, LiFTPrior, TaskPosterior
-from pyro_lift.inference.adaptation.tempered_rows import TemperedRows, tempered_rows
+from pyro_lift.inference.adaptation.tempered_rows import MANY_MORE, TemperedRows, tempered_rows
 from pyro_lift.models.task import Task
 from pyro_lift.support.archive import DamagedError, sealed
 
@@ -43,6 +43,13 @@ def test_one_above_holds_for_all(temperature: float, rows: int) -> None:
     assert TemperedRows(20.0, 0.0).holds(temperature, of_rows(rows, 4)) == temperature
 
 
+@given(st.floats(1.0, 5.0), st.integers(1, 4000))
+def test_one_above_holds_less_for_many_more_rows(temperature: float, rows: int) -> None:
+    found = TemperedRows(20.0, 0.0, MANY_MORE).holds(temperature, of_rows(rows, 4))
+    assert found == pytest.approx(temperature ** min(1.0, MANY_MORE * 20.0 / rows))
+    assert TemperedRows(20.0, 0.0).holds(temperature, of_rows(rows)) == temperature  # a prior of before
+
+
 def test_of_a_regression_it_holds_for_all() -> None:
     task = Task("r", (torch.randn(3, 4), torch.randn(3)), "regression")
     assert TemperedRows(20.0, 0.0).holds(0.4, task) == 0.4
@@ -50,8 +57,8 @@ def test_of_a_regression_it_holds_for_all() -> None:
 
 def test_what_tasks_have_is_their_median() -> None:
     found = tempered_rows([of_rows(9), of_rows(20), of_rows(60, 4)])
-    assert found == TemperedRows(20.0, 0.0)
-    assert tempered_rows([of_rows(8, 4)] * 3) == TemperedRows(8.0, 0.25)
+    assert found == TemperedRows(20.0, 0.0, MANY_MORE)
+    assert tempered_rows([of_rows(8, 4)] * 3, fades=False) == TemperedRows(8.0, 0.25)
     assert tempered_rows([]) is None
 
 
@@ -92,7 +99,7 @@ def test_a_posterior_is_saved_with_the_temperature_that_holds_for_it(prior: LiFT
     assert TaskPosterior.from_pretrained(tmp_path, tiny_adapter()).prediction_temperature == 1.0
 
 
-@pytest.mark.parametrize("value", ["many", [1.5], [0.0, 0.1], [3.0, 2.0], [float("inf"), 0.0]])
+@pytest.mark.parametrize("value", ["many", [1.5], [0.0, 0.1], [3.0, 2.0], [float("inf"), 0.0], [3.0, 0.5, -1.0]])
 def test_rows_that_are_no_numbers_are_refused(prior: LiFTPrior, tmp_path: Path, value: object) -> None:
     prior.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
