@@ -342,6 +342,11 @@ def first_output(adapter: RandomAdapter, task: Task, part: tuple[str, Rows] | No
     hint = "" if part is None else f" The train data's rows are {shapes_of(task.train.take(slice(0, 1)))}."
     with naming_inputs(f"{whose}: the network cannot be called with its first row", row, adapter, hint):
         output: Tensor = adapter(*row.positional, theta=adapter.initial, **row.named)
+    if len(rows) > 1 and any(x.dim() == 1 for x in row.inputs.values()):  # one such row alone may pass for a vector
+        two = rows.take(slice(0, 2)).to(adapter.initial.device)
+        hint = " Its rows are single numbers: a network of vectors takes them as a column, x[:, None]."
+        with naming_inputs(f"{whose}: the network cannot be called with its first two rows", two, adapter, hint):
+            adapter(*two.positional, theta=adapter.initial, **two.named)
     return output
 
 
@@ -398,7 +403,11 @@ def _layer_of_another_width(error: BaseException, adapter: RandomAdapter) -> str
             found, width = "", linear.in_features
             if given.shape[-1] != width:
                 names = [name for name, module in adapter.backbone.named_modules() if module is layer]
-                name = names[0].removeprefix("base_model.model.") if names else type(layer).__name__
+                name = (
+                    names[0].removeprefix("base_model.model.").removesuffix(".base_layer")
+                    if names
+                    else type(layer).__name__
+                )
                 found = f"its layer {name!r} takes {width} numbers a row, and is given {given.shape[-1]}."
         trace = trace.tb_next
     return found

@@ -101,10 +101,10 @@ DEEPER = Task("w", (torch.zeros(4, 1, 3), TASK.train.target), num_classes=3)
 ALSO_NARROWER = Task("u", TASK.train, num_classes=3, test=(torch.zeros(2, 2), torch.tensor([0, 1])))
 
 
-def adapter(width: int = 2) -> RandomAdapter:
+def adapter(width: int = 2, inputs: int = 3) -> RandomAdapter:
     import peft
 
-    net = nn.Sequential(nn.Linear(3, width))
+    net = nn.Sequential(nn.Linear(inputs, width))
     return RandomAdapter(peft.get_peft_model(net, peft.LoraConfig(r=1, target_modules=["0"])))
 
 
@@ -331,6 +331,13 @@ DOOR: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: AdapterHierarchy(adapter(3), [Task("t", TASK.train, num_classes=5)], beta=0.1, sigma=1.0),
         ValueError,
         r"task 't': it has 5 classes \(labels up to 2 occur\), the last of which are outside the range .* 0 \.\. 2\.",
+    ),
+    "rows of single numbers for a network of vectors": (
+        lambda: LiFT(adapter(2, inputs=1), sgd_steps=2, burn_in=2, samples=2).meta_train(
+            [Task("t", (torch.zeros(4), torch.arange(4) % 2))]
+        ),
+        ValueError,
+        r"task 't': .* first two rows .*\[2\].*: its layer '0' takes 1 numbers a row, and is given 2\. .* x\[:, None\]",
     ),
     "test rows of another width": (
         lambda: LiFT(adapter(3), sgd_steps=2, burn_in=2, samples=2).meta_train([ALSO_NARROWER]),
