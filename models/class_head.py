@@ -106,13 +106,16 @@ def are_alike(one: ClassHead | None, other: ClassHead | None) -> bool:
         return one is other
     if (one.few_values is None) != (other.few_values is None) or _few_of(one) != _few_of(other):
         return False
-    return (one[1:3], one[4:-2]) == (other[1:3], other[4:-2]) and all(
-        _are_close(*pair) for pair in ((one.head, other.head), (one.feature_sd, other.feature_sd))
-    )
+    pairs = ((one.head, other.head), (one.feature_sd, other.feature_sd), (_few_head(one), _few_head(other)))
+    return (one[1:3], one[4:-2]) == (other[1:3], other[4:-2]) and all(_are_close(*pair) for pair in pairs)
 
 
 def _few_of(one: ClassHead) -> tuple[object, ...] | None:
     return None if one.few_classes is None else one.few_classes[1:]
+
+
+def _few_head(one: ClassHead) -> Tensor | None:
+    return None if one.few_classes is None else one.few_classes.head
 
 
 def _are_close(one: Tensor | None, other: Tensor | None) -> bool:

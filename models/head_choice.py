@@ -20,7 +20,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pyro_lift.models.head_problem import HeadModel, ScalePrior
-from pyro_lift.models.heads import UsualPrior, choose_prior_sd
+from pyro_lift.models.heads import BIAS_SD, UsualPrior, choose_prior_sd
 from pyro_lift.models.readouts import ABSENT, LabelMatching
 from pyro_lift.models.tensor_digest import digest_of
 
@@ -73,7 +73,8 @@ def choose_head(
         num_classes: C.
         scale: s_0, of label matching; None where there are no label texts.
         around: the head ``[C, E + 1]`` at which the prior stands; not under label matching.
-        usual: what other tasks say of the prior; not under label matching. None where nothing is known of them.
+        usual: what other tasks say of the prior, of biases alone under label matching. None where nothing is known of
+            them.
         sureness: how much that weighs, 1 at most.
     """
     told: tuple[object, ...] = (num_classes, scale) if usual is None else (num_classes, scale, *usual, sureness)
@@ -104,14 +105,15 @@ def _cross_validated(
     if features.shape[-1] == num_classes:
         return _chosen(features, target, HeadModel(num_classes, scale=ScalePrior(scale, scale)))
     absent = bool((features[..., -num_classes:] == ABSENT).any())
-    best = _chosen(features, target, HeadModel(num_classes, scale=ScalePrior(scale, 0.0)))
+    plain = HeadModel(num_classes, bias_sd=BIAS_SD if usual is None else usual.bias_sd)
+    best = _chosen(features, target, plain._replace(scale=ScalePrior(scale, 0.0)))
     lowest = -len(target) * best.score
     for share in SCALE_SHARES:
         if (absent and share == 0.0) or math.isnan(lowest):  # at zero a text that is absent would come to life
             continue
         if share * scale > max(LARGEST, scale):
             continue
-        choice = _chosen(features, target, HeadModel(num_classes, scale=ScalePrior(share * scale, 0.0)))
+        choice = _chosen(features, target, plain._replace(scale=ScalePrior(share * scale, 0.0)))
         loss = -len(target) * choice.score + 0.5 * (share - 1.0) ** 2
         if loss < lowest:
             best, lowest = choice, loss

@@ -129,7 +129,7 @@ class SolvedHeads:
                 self._choices[task] = by_few
                 return by_few
             if scale is not None:
-                choice = choose_head(found, rows.target, outputs, scale)
+                choice = self._matching(found, rows.target, outputs, scale)
             else:
                 choice = self._chosen(task, found, None)
             around = None
@@ -141,6 +141,11 @@ class SolvedHeads:
                 choice = around
             self._choices[task] = choice
         return self._choices[task]
+
+    def _matching(self, features: Tensor, target: Tensor, outputs: int, scale: float) -> HeadChoice:
+        """Choose scale and width under label matching, with biases as free as tasks say of so many rows."""
+        usual = None if self.mean is None else self.mean.usual_of(len(target))
+        return choose_head(features, target, outputs, scale, usual=usual)
 
     def _of_few_rows(self, task: int, features: Tensor) -> HeadChoice | None:
         """Choose the prior around the head for few rows; None where a task has more of them, or other classes."""

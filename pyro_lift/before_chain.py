@@ -59,6 +59,7 @@ from pyro_lift.tuning.halves import (
 from pyro_lift.tuning.head_mean import HeadMean, asked_at, head_mean
 from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
 from pyro_lift.tuning.lost_chain import Slower
+from pyro_lift.tuning.matching_biases import matching_biases
 from pyro_lift.tuning.noise import Noise
 from pyro_lift.tuning.usual_priors import Asked, few_rows
 from pyro_lift.tuning.whose_heads import (
@@ -69,6 +70,7 @@ from pyro_lift.tuning.whose_heads import (
     fades_temperature,
     fades_with_rows,
     finds_class_power,
+    finds_matching_biases,
     finds_unmoved,
     has_few_rows,
     has_few_values,
@@ -144,6 +146,7 @@ class ChainSetup:
         rules = {"widths": has_usual_widths(session), "around": has_value_widths(session)}
         rules |= {"few_rows": has_few_rows(session), "layer": tries_known_classes(session)}
         rules |= {"few_values": has_few_values(session), "share": takes_a_share(session)}
+        rules["matching"] = finds_matching_biases(session)
         run.head_mean = run._head_mean(tasks, **rules) if has_head_mean(session) else None
         if run.head_mean is not None and not trains_through_mean(session):
             run.head_mean = run.head_mean._replace(halves=())
@@ -285,7 +288,7 @@ class ChainSetup:
             moments = {name: rescaled * moment for name, moment in standing.moments.items()}
             rows = rows_of_moments(tasks, alike=s.task_steps == "tasks")
             mean = None if self.head_mean is None else self.head_mean.unseen_by(unseen)
-            if mean is not None and mean.few and standing.tasks:
+            if mean is not None and mean.few and standing.tasks and tasks[0].kind == "classification":
                 seen = {task.name for task in standing.tasks}
                 others = [task for task in tasks if task.name not in seen]
                 asked.extend(asked_at(self.adapter, others, at.mean[0], mean))
@@ -414,12 +417,17 @@ class ChainSetup:
 
         return score
 
-    def _head_mean(self, tasks: Sequence[Task], **rules: bool) -> HeadMean | None:
-        """Find the head that tasks' own stand around, where these are solved on the network's output."""
-        head = self.settings.head
-        if head in ("langevin", "shared") or self._head_scale(tasks, self.settings) is None:
+    def _head_mean(self, tasks: Sequence[Task], *, matching: bool, **rules: bool) -> HeadMean | None:
+        """Find the head that tasks' own stand around, where these are solved, or what they say of their biases."""
+        if self.settings.head in ("langevin", "shared"):
             return None
-        return head_mean(self.adapter, [task.to(self.adapter.initial.device) for task in tasks], **rules)
+        on_device = [task.to(self.adapter.initial.device) for task in tasks]
+        if all(task.kind == "matching" for task in tasks):  # their heads stand beside texts, whatever the output is
+            biases = matching_biases(self.adapter, on_device) if matching else None
+            return None if biases is None else HeadMean(biases, 0.0, 0.0)
+        if self._head_scale(tasks, self.settings) is None:
+            return None
+        return head_mean(self.adapter, on_device, **rules)
 
     def head_of_new(self, phi: Tensor, program: AdapterHierarchy, session: Session | None) -> ClassHead | None:
         """Return the head that new tasks' own stand around, with what tasks at phi say of those of few rows."""

@@ -32,6 +32,7 @@ __all__ = [
     "fades_temperature",
     "fades_with_rows",
     "finds_class_power",
+    "finds_matching_biases",
     "finds_unmoved",
     "has_few_rows",
     "has_few_values",
@@ -65,7 +66,8 @@ __all__ = [
 #: unevenly they vary around one noise; what tasks say of a prior of heads weighs less where there are many more rows; a
 #: few regressions in a larger unit than most are left out; classes of few rows may share a head that helps no others;
 #: heads of classes stand around a share of that of all tasks, which four fifths of them are asked about; classes that
-#: a network has itself choose the power in adaptation; a temperature above 1 holds less for tasks of many more rows.
+#: a network has itself choose the power in adaptation; a temperature above 1 holds less for tasks of many more rows;
+#: tasks say how free the biases of heads beside their label texts are.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -90,6 +92,7 @@ RULES = {
     "share of the head": "by four fifths",
     "power of classes": "by rows left out",
     "temperature of many rows": "fades",
+    "matching biases": "of all tasks",
 }
 
 
@@ -240,6 +243,11 @@ def tempers_around_rates(session: Session | None) -> bool:
 def finds_class_power(session: Session | None) -> bool:
     """Whether classes that a network has itself choose the power in adaptation: in a run of before it was 1."""
     return _has_rule(session, "power of classes")
+
+
+def finds_matching_biases(session: Session | None) -> bool:
+    """Whether tasks say how free biases are under label matching: in a run of before they were as free as can be."""
+    return _has_rule(session, "matching biases")
 
 
 def finds_unmoved(session: Session | None) -> bool:

@@ -114,6 +114,15 @@ def test_classes_go_by_their_names() -> None:
     assert few.usual_of(2).width == pytest.approx(2.0) and few.most == 4
 
 
+def test_a_head_that_is_another_is_told_apart(prior: LiFTPrior) -> None:
+    mean = prior.head_mean
+    assert mean is not None and mean.few_classes is not None
+    few = mean.few_classes
+    rounded = mean._replace(few_classes=few._replace(head=few.head + 1e-6))
+    other = mean._replace(few_classes=few._replace(head=2.0 * few.head))
+    assert are_alike(mean, rounded) and not are_alike(mean, other)
+
+
 def test_it_is_saved(prior: LiFTPrior, tmp_path: Path) -> None:
     prior.save_pretrained(tmp_path)
     read, new = LiFTPrior.from_pretrained(tmp_path, adapter()), tasks(3, 2, seed=5)
