@@ -265,6 +265,7 @@ class ChainSetup:
         may_stay = classes and says_at_start and self.leaves_share_open and finds_unmoved(session)
         usual = usual_share(heads) if may_stay else None
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
+        chains: dict[int, Settled | None] = {}  # of the halves, by their standing: for every power the same
         asked: list[Asked] = []  # what unseen tasks say of heads of few rows, where the chains of the halves arrive
         score = self._score(s, program.head_scale)
 
@@ -275,7 +276,9 @@ class ChainSetup:
             at = Moments(torch.ones(1), standing.vector.unsqueeze(0), torch.full_like(standing.vector, variance)[None])
             scale = None
             if joint is not None and classes:
-                settled = self._half_chain(standing, joint, s, len(tasks), **shown)
+                if id(standing) not in chains:
+                    chains[id(standing)] = self._half_chain(standing, joint, s, len(tasks), **shown)
+                settled = chains[id(standing)]
                 if settled is not None:
                     at, standing = settled.phi, standing._replace(moments=settled.second_moments)
                     scale = settled.matching_scale
@@ -288,7 +291,7 @@ class ChainSetup:
             moments = {name: rescaled * moment for name, moment in standing.moments.items()}
             rows = rows_of_moments(tasks, alike=s.task_steps == "tasks")
             mean = None if self.head_mean is None else self.head_mean.unseen_by(unseen)
-            if mean is not None and mean.few and standing.tasks and tasks[0].kind == "classification":
+            if classes and mean is not None and mean.few and standing.tasks:
                 seen = {task.name for task in standing.tasks}
                 others = [task for task in tasks if task.name not in seen]
                 asked.extend(asked_at(self.adapter, others, at.mean[0], mean))
@@ -309,17 +312,24 @@ class ChainSetup:
             return prior.adapt_many(unseen, seed=0, **options)
 
         predict = partial(predicted, self.adapter) if classes and not heads else None
-        asking, careful = partial(few_rows, asked), sharpens_by_rows(session)
-        adapting = adapt if sure or strength else None
         values = None
         if self.head_mean is not None and tasks[0].kind == "regression" and asks_few_values(session):
             values = partial(said_by_unseen, self.adapter, tasks)
-        dispersed = asks_dispersion(session)
         finds = classes and not heads and self.leaves_power_open and finds_class_power(session)
-        powers = POWERS if finds and says_at_start else ()
-        fades = fades_temperature(session)
-        told = (noise, strength, usual, asking, careful, values, dispersed, powers, fades)
-        judge = Judge(score, predict, adapting, *told)
+        judge = Judge(
+            score,
+            predict,
+            adapt if sure or strength else None,
+            noise,
+            strength=strength,
+            usual_share=usual,
+            few_rows=partial(few_rows, asked),
+            careful=sharpens_by_rows(session),
+            few_values=values,
+            dispersed=asks_dispersion(session),
+            powers=POWERS if finds and says_at_start else (),
+            fades=fades_temperature(session),
+        )
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 
     def _moved(self, s: LiFTSettings, moments: dict[str, Tensor], tasks: Sequence[Task]) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lift import LiFT, LiFTPrior, Task
+from pyro_lift.before_chain import ChainSetup
 from pyro_lift.inference.adaptation.temperature import Predicted
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.sgld import DivergedError
@@ -138,3 +139,21 @@ def test_a_run_of_before_goes_on_with_power_1(tmp_path: Path) -> None:
         (prior,) = one.meta_train_many(made, (1,), session=session, crossed=True, progress=False)
         found.append(prior.adapt_settings.n_inflate is None)
     assert found == [True, False]
+
+
+def test_the_chains_of_the_halves_run_once_for_all_powers(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, asked = [], []
+    chain, adapt = ChainSetup._half_chain, LiFTPrior.adapt_many
+
+    def half_chain(self: ChainSetup, *args: Any, **kwargs: Any) -> Any:
+        begun.append(args)
+        return chain(self, *args, **kwargs)
+
+    def adapt_many(self: LiFTPrior, *args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs.get("n_inflate", 1.0))
+        return adapt(self, *args, **kwargs)
+
+    monkeypatch.setattr(ChainSetup, "_half_chain", half_chain)
+    monkeypatch.setattr(LiFTPrior, "adapt_many", adapt_many)
+    lift().meta_train(tasks(12, 24, seed=1, far=1.5), progress=False)
+    assert asked == [1.0, 1.0, 10.0, 10.0, 100.0, 100.0] and len(begun) == 2
