@@ -22,7 +22,7 @@ from pyro_lift.models.heads import FewRows, UsualPrior
 from pyro_lift.models.task import Task
 from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.tuning.halves import FEWEST_TASKS, is_above_zero, paired
-from pyro_lift.tuning.head_mean import asked_of_parts, pooled_head, shared_classes
+from pyro_lift.tuning.head_mean import asked_of_parts, pooled_head, read_tasks, shared_classes
 from pyro_lift.tuning.head_share import best_share, with_share
 from pyro_lift.tuning.usual_priors import FEW_ASKED, MOST_FEW, Asked, usual_prior, with_few
 
@@ -49,7 +49,7 @@ def with_few_classes(
     classes = shared_classes(tasks)
     if mean is None or mean.usual is None or len(mean.head) > 0 or classes is None:
         return mean
-    of_parts = asked_of_parts(adapter, tasks, theta, classes)
+    of_parts = asked_of_parts(read_tasks(adapter, tasks, theta), classes)
     share, priors = _helped(of_parts.asked)
     if not priors:
         return mean

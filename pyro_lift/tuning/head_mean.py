@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median_high
 from typing import NamedTuple
@@ -54,7 +54,17 @@ from pyro_lift.tuning.head_share import best_share, with_share
 from pyro_lift.tuning.held_out import dealt, drawn_rows
 from pyro_lift.tuning.usual_priors import CHOICE_ROWS, Asked, by_number_of_rows, scores_of, under, usual_prior
 
-__all__ = ["HeadMean", "OfParts", "alike", "asked_at", "asked_of_parts", "head_mean", "pooled_head", "shared_classes"]
+__all__ = [
+    "HeadMean",
+    "OfParts",
+    "alike",
+    "asked_at",
+    "asked_of_parts",
+    "head_mean",
+    "pooled_head",
+    "read_tasks",
+    "shared_classes",
+]
 
 log = logging.getLogger("pyro_lift")
 
@@ -172,7 +182,7 @@ def head_mean(
     tasks = alike(tasks)
     values = tasks[0].kind == "regression"
     usual = median_high(len(task.train) for task in tasks) if values and few_values else 0
-    halves = _halves(adapter, tasks)
+    halves = dealt(read_tasks(adapter, tasks, adapter.initial), 2)
     gains: list[float] = []
     found = []
     for seen, unseen in (halves, halves[::-1]):
@@ -204,14 +214,12 @@ class _Candidate(NamedTuple):
     """A head that those of tasks may stand around.
 
     Attributes:
-        halves: it as either half of the tasks has it.
-        whole: as all have it.
         around: its rows for each task that is judged, from tasks without this one; None where it is of other classes.
+        heads: gives it as all tasks have it, and then as either half has it.
     """
 
-    halves: Sequence[ClassHead]
-    whole: ClassHead
     around: list[Tensor | None]
+    heads: Callable[[], Sequence[ClassHead]]
 
 
 class _Told(NamedTuple):
@@ -235,52 +243,57 @@ def _of_classes(
     if len(tasks) < FEWEST_TASKS or {task.kind for task in tasks} != {"classification"}:
         log.info("heads of the tasks' own stand around zero, under priors of their own: the tasks are few or differ.")
         return None
-    halves = _halves(adapter, tasks)
+    reads = read_tasks(adapter, tasks, adapter.initial)
+    halves = dealt(reads, 2)
     judged = [read for half in halves[::-1] for read in half[:JUDGED]]
     candidates = []
-    if classes is not None:
-        pooled = [pooled_head(half, classes) for half in halves]
-        if share:
-            judged, one = _of_share(adapter, tasks, classes, pooled)
-        else:
-            around = [
-                head.of(task) for head, half in zip(pooled, halves[::-1], strict=True) for task, *_ in half[:JUDGED]
-            ]
-            one = _Candidate(pooled, pooled_head(_whole(halves), classes), around)
+    if classes is not None and share:
+        judged, one = _of_share(reads, classes)
         candidates.append(one)
+    elif classes is not None:
+        candidates.append(_of_halves(halves, classes))
     if layer is not None:
-        candidates.append(_Candidate([layer, layer], layer, [layer.of(task) for task, *_ in judged]))
+        candidates.append(_Candidate([layer.of(task) for task, *_ in judged], lambda: [layer] * 3))
     alone = [_asked(*read, None) for read in judged]
     usual, own = usual_prior([scores_of(task, drawn=few) for task in alone])
     if candidates:
         best = max((_told(one, alone, few) for one in candidates), key=lambda each: float(each.told.mean()))
         if _helps(best.told - own, "classification"):
             _tell(best.usual)
-            told = under(best.candidate.whole, best.usual)
+            whole, *of_halves = best.candidate.heads()
+            told = under(whole, best.usual)
             told = by_number_of_rows(told, best.asked) if few else told
-            of_halves = zip(halves, best.candidate.halves, strict=True)
-            each = tuple((_names(half), told._replace(head=head.head)) for half, head in of_halves)
+            pairs = zip(halves, of_halves, strict=True)
+            each = tuple((_names(half), told._replace(head=head.head)) for half, head in pairs)
             return HeadMean(told, *paired(best.told - own), each)
     if usual is None:
         return None
     _tell(usual)
-    _, features, _ = halves[0][0]
+    _, features, _ = reads[0]
     none = under(ClassHead(features.new_zeros(0, features.shape[-1] + 1)), usual)
     return HeadMean(by_number_of_rows(none, alone) if few else none, 0.0, 0.0)
 
 
-def _of_share(
-    adapter: RandomAdapter, tasks: Sequence[Task], classes: list[str] | int, pooled: Sequence[ClassHead]
-) -> tuple[list[Read], _Candidate]:
+def _of_share(reads: Sequence[Read], classes: list[str] | int) -> tuple[list[Read], _Candidate]:
     """Return tasks to be judged, and a share of the head of all tasks, for each of them without those of its fifth."""
-    of_parts = asked_of_parts(adapter, tasks, adapter.initial, classes)
+    of_parts = asked_of_parts(reads, classes)
     pairs = spread_evenly(list(zip(of_parts.judged, of_parts.asked, strict=True)), 2 * JUDGED)
     fit = [task for _, task in pairs if task.around is not None]
     share = best_share(fit)[0] if fit else 1.0
-    whole = pooled_head(of_parts.reads, classes)
-    heads = [head._replace(head=share * head.head) for head in (whole, *pooled)]
+
+    def heads() -> list[ClassHead]:
+        of = [pooled_head(some, classes) for some in (of_parts.reads, *dealt(reads, 2))]
+        return [head._replace(head=share * head.head) for head in of]
+
     around = [with_share(task, share).around for _, task in pairs]
-    return [read for read, _ in pairs], _Candidate(heads[1:], heads[0], around)
+    return [read for read, _ in pairs], _Candidate(around, heads)
+
+
+def _of_halves(halves: Sequence[Sequence[Read]], classes: list[str] | int) -> _Candidate:
+    """Return the head of all tasks, for each that is judged of the half that it is not in."""
+    pooled = [pooled_head(half, classes) for half in halves]
+    around = [head.of(task) for head, half in zip(pooled, halves[::-1], strict=True) for task, *_ in half[:JUDGED]]
+    return _Candidate(around, lambda: [pooled_head(_whole(halves), classes), *pooled])
 
 
 def _told(candidate: _Candidate, alone: Sequence[Asked], few: bool) -> _Told:
@@ -329,16 +342,14 @@ class OfParts(NamedTuple):
 
 
 @torch.no_grad()
-def asked_of_parts(adapter: RandomAdapter, tasks: Sequence[Task], vector: Tensor, classes: list[str] | int) -> OfParts:
-    """Read the tasks at a vector, and find what those of each part have to say of the head of all others.
+def asked_of_parts(reads: Sequence[Read], classes: list[str] | int) -> OfParts:
+    """Deal tasks into parts, and find what those of each part have to say of the head of all others.
 
     Args:
-        adapter: the network as a function of theta.
-        tasks: classifications, on its device.
-        vector: theta, ``[D]``.
+        reads: classifications, as :func:`read_tasks` gives them.
         classes: what they share (:func:`shared_classes`).
     """
-    parts = _read_parts(adapter, tasks, vector, min(PARTS, len(tasks)))
+    parts = dealt(reads, min(PARTS, len(reads)))
     judged, asked = [], []
     for k, unseen in enumerate(parts):
         head = pooled_head(_whole(parts[:k] + parts[k + 1 :]), classes)
@@ -358,14 +369,10 @@ def _tell(usual: UsualPrior | None) -> None:
         log.info("the tasks' heads have a prior of sd %.3g a logit and %.3g a bias.", usual.width, usual.bias_sd)
 
 
-def _halves(adapter: RandomAdapter, tasks: Sequence[Task]) -> list[list[Read]]:
-    """Deal the tasks into halves, with the features of some rows of each at the start."""
-    return _read_parts(adapter, tasks, adapter.initial, 2)
-
-
-def _read_parts(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor, parts: int) -> list[list[Read]]:
+def read_tasks(adapter: RandomAdapter, tasks: Sequence[Task], theta: Tensor) -> list[Read]:
+    """Read the features of some rows of each task at a vector ``[D]``."""
     share = max(ROWS // len(tasks), 1)
-    return [[(task, *_read(adapter, task, share, theta)) for task in part] for part in dealt(tasks, parts)]
+    return [(task, *_read(adapter, task, share, theta)) for task in tasks]
 
 
 def _whole(halves: Sequence[Sequence[Read]]) -> list[Read]:

@@ -12,7 +12,7 @@ from torch import nn
 from pyro_lift import LiFT, RandomAdapter, Task
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.models.backbones import adapt_backbone
-from pyro_lift.tuning.head_mean import asked_of_parts, head_mean, pooled_head
+from pyro_lift.tuning.head_mean import asked_of_parts, head_mean, pooled_head, read_tasks
 from pyro_lift.tuning.head_share import SHARES, best_share, with_share
 from pyro_lift.tuning.usual_priors import Asked
 from pyro_lift.tuning.whose_heads import RULES, run_config
@@ -72,7 +72,7 @@ def test_tasks_that_differ_much_share_what_half_of_them_cannot_tell() -> None:
     assert then is not None and len(then.head.head) == 0
     assert now is not None and now.head.head.shape == (CLASSES, WIDTH + 1) and now.gain > 2.0 * now.error
     with torch.no_grad():
-        of_parts = asked_of_parts(adapter(), made, adapter().initial, CLASSES)
+        of_parts = asked_of_parts(read_tasks(adapter(), made, adapter().initial), CLASSES)
         share, _ = best_share(of_parts.asked)
         whole = pooled_head(of_parts.reads, CLASSES).head
     assert share < 1.0 and torch.equal(now.head.head, share * whole)
