@@ -403,11 +403,8 @@ def _layer_of_another_width(error: BaseException, adapter: RandomAdapter) -> str
             found, width = "", linear.in_features
             if given.shape[-1] != width:
                 names = [name for name, module in adapter.backbone.named_modules() if module is layer]
-                name = (
-                    names[0].removeprefix("base_model.model.").removesuffix(".base_layer")
-                    if names
-                    else type(layer).__name__
-                )
+                name = names[0] if names else type(layer).__name__
+                name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
                 found = f"its layer {name!r} takes {width} numbers a row, and is given {given.shape[-1]}."
         trace = trace.tb_next
     return found

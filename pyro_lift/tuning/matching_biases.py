@@ -32,7 +32,7 @@ from pyro_lift.models.task import Task, head_outputs
 from pyro_lift.support.evenly import spread_evenly
 from pyro_lift.tuning.halves import FEWEST_TASKS
 from pyro_lift.tuning.held_out import drawn_rows
-from pyro_lift.tuning.usual_priors import CHOICE_ROWS
+from pyro_lift.tuning.usual_priors import CHOICE_ROWS, order_of
 
 __all__ = ["matching_biases"]
 
@@ -93,7 +93,7 @@ def _read(adapter: RandomAdapter, task: Task) -> _Read | None:
 
 def _by_few(task: _Read, number: int, seed: int, scale: float) -> Tensor:
     """Return the log probability of a task's other rows, a row, by heads of so many of them, for each sd of a bias."""
-    orders = [_order(len(task.target), 1 + seed + k) for k in range(DRAWS)]
+    orders = [order_of(len(task.target), 1 + seed + k) for k in range(DRAWS)]
     return torch.stack([_told(task, order[:number], order[number:], scale) for order in orders]).mean(0)
 
 
@@ -110,7 +110,3 @@ def _told(task: _Read, kept: Tensor, left_out: Tensor, scale: float) -> Tensor:
 
 def _best(told: Sequence[Tensor]) -> float:
     return BIAS_SDS[int(torch.stack(list(told)).mean(0).argmax())]
-
-
-def _order(n: int, seed: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))

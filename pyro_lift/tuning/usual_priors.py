@@ -41,6 +41,7 @@ __all__ = [
     "Asked",
     "by_number_of_rows",
     "few_rows",
+    "order_of",
     "scores_of",
     "under",
     "usual_prior",
@@ -79,7 +80,7 @@ class Asked(NamedTuple):
         """Return the same with so many of the rows, drawn, where there are more."""
         if len(self.target) <= rows:
             return self
-        some = _order(len(self.target), 0)[:rows].to(self.target.device)
+        some = order_of(len(self.target), 0)[:rows].to(self.target.device)
         return self._replace(features=self.features[some], target=self.target[some])
 
 
@@ -97,7 +98,7 @@ def scores_of(asked: Asked, *, drawn: bool = True) -> Tensor:
         told = -math.log(C) if around is None else float(apply_head(x.double(), around.double()).log_softmax(-1)[0, y])
         return torch.full((len(BIAS_SDS), len(LOGIT_WIDTHS)), told, dtype=torch.float64)
     if drawn:
-        order, parts = _order(len(x), 0), min(PARTS, len(x))
+        order, parts = order_of(len(x), 0), min(PARTS, len(x))
         kept = torch.ones(parts, len(x))
         kept[torch.arange(len(x)) % parts, order] = 0.0
         return _left_out(x, y, C, around, kept)
@@ -161,7 +162,7 @@ def with_few(asked: Asked, number: int, seed: int) -> Tensor:
     n = len(asked.target)
     kept = torch.zeros(max(DRAWS, DRAWN // number), n)
     for k in range(len(kept)):
-        kept[k, _order(n, 1 + DRAWN * seed + k)[:number]] = 1.0
+        kept[k, order_of(n, 1 + DRAWN * seed + k)[:number]] = 1.0
     return _left_out(*asked, kept)
 
 
@@ -191,5 +192,6 @@ def _left_out(features: Tensor, target: Tensor, num_classes: int, around: Tensor
     return (((1.0 - kept) * told).sum((-2, -1)) / (1.0 - kept).sum()).cpu()
 
 
-def _order(n: int, seed: int) -> Tensor:
+def order_of(n: int, seed: int) -> Tensor:
+    """Draw the order of n rows."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
