@@ -41,6 +41,14 @@ class BeforeHead:
         bias = weight.new_zeros(len(weight)) if own.bias is None else own.bias.detach()
         return torch.cat([weight, bias.unsqueeze(-1)], -1)
 
+    def layer_in_use(self) -> Tensor:
+        """Return the weights and biases ``[C, E + 1]`` of a linear layer as it is called, its adapter within."""
+        layer = self.layer
+        assert layer is not None
+        unit = torch.eye(layer.shape[-1] - 1, dtype=layer.dtype, device=layer.device)
+        bias = self.module(torch.zeros_like(unit[:1]))
+        return torch.cat([(self.module(unit) - bias).mT, bias.mT], -1)
+
     def __call__(self, call: Callable[..., Any], inputs: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
         """Run the whole network, and return the features ``[n, E]``, in its own type.
 

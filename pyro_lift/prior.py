@@ -35,6 +35,7 @@ from pyro_lift.models.target_units import warn_of_new_units
 from pyro_lift.models.task import Task, check_kinds, check_tasks, undeclared
 from pyro_lift.models.weight_scales import by_weight
 from pyro_lift.new_tasks.adaptation import Adaptation, new_head_scale
+from pyro_lift.new_tasks.heads_beside_layer import adapt_alone, adapt_together
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.saving.folders import chosen_weights, export_library, export_prior, load_prior, save_prior
 from pyro_lift.saving.hub import push
@@ -269,7 +270,7 @@ class LiFTPrior:
         (task,) = self._admitted([task])
         adaptation, seed = self._adaptation(options), self.seed if seed is None else seed
         warn_of_adaptation(adaptation.how, self.settings, self.adapter, [task])
-        return adaptation.alone(task, Source(seed), Shown(progress, callbacks, [task]))
+        return adapt_alone(adaptation, task, Source(seed), Shown(progress, callbacks, [task]))
 
     @at_top_level()
     def adapt_many(
@@ -305,7 +306,7 @@ class LiFTPrior:
         tasks = self._admitted(tasks)
         adaptation, seed = self._adaptation(options), self.seed if seed is None else seed
         warn_of_adaptation(adaptation.how, self.settings, self.adapter, tasks)
-        return adaptation.many(tasks, block_size, seed, Shown(progress, callbacks, tasks))
+        return adapt_together(adaptation, tasks, block_size, seed, Shown(progress, callbacks, tasks))
 
     def _admitted(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """Refuse tasks that are no new ones of this prior: the one door, before their heads are solved or they move."""

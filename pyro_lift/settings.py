@@ -73,6 +73,13 @@ class AdaptSettings:
         metadata={"help": "probability that a task is none of the kind: it then begins at the untouched adapter"},
     )
 
+    own_head_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "rows from which on a task of classes that the network has itself has heads of its own too; 0: "
+            "never; none: twice what meta-training's tasks have"
+        },
+    )
     dev_every: int = field(
         default=0,
         metadata={"help": "steps between looks at a task's dev rows, the best look's draws being kept; 0: no looks"},
@@ -86,6 +93,8 @@ class AdaptSettings:
             raise ValueError(f"untouched={self.untouched:g}: a probability below 1 is needed; 0 leaves that start out.")
         _check_numbers(self, positive=(), counts=("steps", "draws", "patience"))
         check_number("batch_size", self.batch_size, open_below=False, whole=True)
+        if self.own_head_rows is not None:
+            check_number("own_head_rows", self.own_head_rows, open_below=False, whole=True)
         if self.learning_rate is not None:
             check_number("learning_rate", self.learning_rate)
         if self.n_inflate is not None:

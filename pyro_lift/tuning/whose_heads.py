@@ -34,6 +34,7 @@ __all__ = [
     "finds_class_power",
     "finds_matching_biases",
     "finds_unmoved",
+    "grows_heads",
     "has_few_rows",
     "has_few_values",
     "has_head_mean",
@@ -67,7 +68,8 @@ __all__ = [
 #: few regressions in a larger unit than most are left out; classes of few rows may share a head that helps no others;
 #: heads of classes stand around a share of that of all tasks, which four fifths of them are asked about; classes that
 #: a network has itself choose the power in adaptation; a temperature above 1 holds less for tasks of many more rows;
-#: tasks say how free the biases of heads beside their label texts are.
+#: tasks say how free the biases of heads beside their label texts are; new tasks of many more rows have heads of their
+#: own beside a network's classes.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -93,6 +95,7 @@ RULES = {
     "power of classes": "by rows left out",
     "temperature of many rows": "fades",
     "matching biases": "of all tasks",
+    "heads of many rows": "beside the layer",
 }
 
 
@@ -253,6 +256,11 @@ def finds_matching_biases(session: Session | None) -> bool:
 def finds_unmoved(session: Session | None) -> bool:
     """Whether tasks say together how many draws stay at the start: in a run of before half, or none."""
     return _has_rule(session, "unmoved draws")
+
+
+def grows_heads(session: Session | None) -> bool:
+    """Whether new tasks of many more rows have heads of their own beside a network's classes: before they had not."""
+    return _has_rule(session, "heads of many rows")
 
 
 def tests_classes(session: Session | None) -> bool:
