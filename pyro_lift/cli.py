@@ -478,7 +478,7 @@ def _let_threads_sleep() -> None:
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2, not a traceback."""
     _let_threads_sleep()
-    from pyro_lift.inference.checkpoint.session import RunStopped
+    from pyro_lift.inference.checkpoint.signals import RunStopped
     from pyro_lift.inference.sgld import DivergedError
     from pyro_lift.support.distributed import ProcessLostError
 

@@ -22,6 +22,7 @@ from pyro_lift.inference.adaptation.failures import named_chain, those_kept
 from pyro_lift.inference.adaptation.tempered_rows import tempered_rows
 from pyro_lift.inference.chain_summary import ChainSummary, LogMean, SummaryMaker
 from pyro_lift.inference.checkpoint.session import Session
+from pyro_lift.inference.checkpoint.signals import stops_with_a_word
 from pyro_lift.inference.effective_weights import MOVED, warn_of_few
 from pyro_lift.inference.footprint import mixture_need
 from pyro_lift.inference.gibbs.kernel import SGLDGibbs
@@ -293,8 +294,7 @@ class LiFT(ChainSetup):
         """Return the folder of checkpoints of a run over these tasks; None without a folder. See :meth:`meta_train`."""
         if checkpoint is not None and resume is not None:
             raise ValueError("give checkpoint=folder for a new run, or resume=folder to go on with one, not both.")
-        folder = checkpoint if resume is None else resume
-        if folder is None:
+        if (folder := checkpoint if resume is None else resume) is None:
             return None
         options.setdefault("resume_hint", f"meta_train(tasks, resume={str(folder)!r})")
         rules = RULES
@@ -307,6 +307,7 @@ class LiFT(ChainSetup):
 
     @at_top_level()
     @said_once()
+    @stops_with_a_word
     def meta_train_many(
         self,
         tasks: Sequence[Task],
@@ -346,7 +347,6 @@ class LiFT(ChainSetup):
         if self.settings.ranks_block_size:
             distributed.join()
         rows, names = [len(task.train) for task in tasks], [task.name for task in tasks]
-        sizes = usual_sizes(tasks)
         watchers = Watchers(callbacks, Run("meta-train"), rows, names, on_step)
         shown: dict[str, Any] = {"progress": progress, "watchers": watchers}
         with said_of("" if self._beside is None else "on trial, heads of the tasks' own"):
@@ -402,7 +402,7 @@ class LiFT(ChainSetup):
                 tuning=None if self.tuning is None else self.tuning.to_dict(),
                 matching_scale=None if program.solved is None else program.solved.mean_scale(),
                 head_mean=run.head_of_new(summary.mixtures[k].get().mean, program, session),
-                input_sizes=sizes,
+                input_sizes=usual_sizes(tasks),
                 dispersion=dispersion,
                 common_classes=classes_in_common(all_tasks) if own_heads else 0,
                 around_rates=tempers_around_rates(session),
@@ -451,8 +451,8 @@ class LiFT(ChainSetup):
             if session is not None:
                 session.begin_again()
             next_one = copy(self)
-            next_one._beside, next_one._found = None, found
-            next_one._slower = once_slower(slower, lost, work(), in_joint=lost.step <= s.sgd_steps)
+            again_at = once_slower(slower, lost, work(), in_joint=lost.step <= s.sgd_steps)
+            next_one._beside, next_one._found, next_one._slower = None, found, again_at
             return next_one.meta_train_many(given, components, **again)
         summary, moments = looks.kept() or (kept.stats[(0, "phi")], moments_of(kernel))
         chosen = [f.name for f in fields(LiFTSettings) if getattr(self.settings, f.name) not in (None, "learn")]

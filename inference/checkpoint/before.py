@@ -42,7 +42,7 @@ class WorkBefore:
         folder: of the run; None keeps nothing.
         config: plain data of the run; what was kept by a run of another is computed anew. Its ``"digest"`` of data and
             network, and its ``"architecture"``, are left out of account where an earlier version kept none.
-        signals: handled while something is computed (:meth:`Session.signals_before_chain`).
+        signals: handled while something is computed (:meth:`Session.signals_around_chain`).
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class WorkBefore:
         config = {name: value for name, value in (session.config or {}).items() if name not in DIGESTS}
         config |= {} if digest is None else {"digest": digest()}  # which says as much of tasks and weights
         config |= {name: value for name, value in (session.config or {}).items() if name == ARCHITECTURE}
-        kept = cls(session.folder / under, config, session.signals_before_chain)
+        kept = cls(session.folder / under, config, session.signals_around_chain)
         return kept, session.transitions > 0 and not kept.has(name)
 
     def has(self, name: str) -> bool:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -40,6 +39,7 @@ from pyro_lift.inference.checkpoint.folder import (
     write_rows,
 )
 from pyro_lift.inference.checkpoint.random_state import random_state, set_random_state
+from pyro_lift.inference.checkpoint.signals import Handlers, RunStopped, handled, restore
 from pyro_lift.inference.checkpoint.summaries import T, load_statistics, moved, statistics_state
 from pyro_lift.support import distributed
 from pyro_lift.support.archive import (
@@ -58,24 +58,12 @@ from pyro_lift.support.archive import (
 from pyro_lift.support.folder_lock import FolderInUseError, only_run_in
 from pyro_lift.support.options import check_number, renamed_keywords
 
-__all__ = ["RunStopped", "Savable", "Session"]
+__all__ = ["Savable", "Session"]
 
 
 log = logging.getLogger("pyro_lift")
 
 KEEP = 2
-#: Signals that ask a run to stop.
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-#: What stood for each signal before, as :func:`signal.getsignal` gives it.
-Handlers = Mapping[signal.Signals, Any]
-
-
-class RunStopped(SystemExit):
-    """A run that was asked to stop by a signal, and has saved itself."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.message, self.signal_number = message, signal_number
 
 
 class SavableKernel(Protocol):
@@ -446,9 +434,9 @@ class Session:
         def note(number: int, before: Handlers) -> None:
             self._signal = number
             log.warning("%s: finishing the transition and saving", signal.Signals(number).name)
-            _restore(before)
+            restore(before)
 
-        with _handled(note):
+        with handled(note):
             yield
 
     @property
@@ -456,8 +444,8 @@ class Session:
         """Whether the folder has a checkpoint, or a finished piece of what a run does before its chain."""
         return bool(checkpoints_in(self.folder)) or any(self.folder.glob("*/work.json"))
 
-    def signals_before_chain(self) -> AbstractContextManager[None]:
-        """Let SIGTERM and Ctrl-C end the work before the chain at once; pieces of it that were finished are kept.
+    def signals_around_chain(self) -> AbstractContextManager[None]:
+        """Let SIGTERM and Ctrl-C end the work around the chain at once; pieces of it that were finished are kept.
 
         Raises:
             RunStopped: after a signal.
@@ -468,26 +456,7 @@ class Session:
             kept = f"what was finished is kept in {self.folder}. Go on with {self.resume_hint}."
             if not self._holds_something:
                 kept = f"nothing was finished, and nothing is kept. Begin anew, with {self.resume_hint} if you like."
-            raise RunStopped(f"stopped by {signal.Signals(number).name} before the chain began; {kept}", number)
+            when = "" if checkpoints_in(self.folder) else " before the chain began"
+            raise RunStopped(f"stopped by {signal.Signals(number).name}{when}; {kept}", number)
 
-        return _handled(stop)
-
-
-@contextmanager
-def _handled(handler: Callable[[int, Handlers], None]) -> Iterator[None]:
-    """Give both signals a handler, which is told of those that stood before; only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in before:
-        signal.signal(number, lambda number, frame: handler(number, before))
-    try:
-        yield
-    finally:
-        _restore(before)
-
-
-def _restore(handlers: Handlers) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        return handled(stop)

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_lift import LiFT, Task
 from pyro_lift.defaults import widened
 from pyro_lift.inference.checkpoint.before import WorkBefore
-from pyro_lift.inference.checkpoint.session import RunStopped
+from pyro_lift.inference.checkpoint.signals import RunStopped
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.weight_scales import by_weight
@@ -58,7 +58,7 @@ def tasks(shared: bool, number: int = 8, rows: int = 24) -> list[Task]:
     return made
 
 
-OPTIONS = {"sgd_steps": 200, "burn_in": 5, "samples": 10, "seed": 0, "head": "shared"}
+OPTIONS: dict[str, Any] = {"sgd_steps": 200, "burn_in": 5, "samples": 10, "seed": 0, "head": "shared"}
 
 
 def test_joint_training_goes_on_where_tasks_share_their_labels() -> None:
@@ -376,6 +376,24 @@ def test_log_probs_are_means_over_rows_of_what_the_network_says() -> None:
             logits = network(*task.train.positional, theta=theta)
         mean = -torch.nn.functional.cross_entropy(logits, task.train.target)
         assert math.isclose(float(value), float(mean), rel_tol=1e-5)
+
+
+def test_a_signal_before_any_trial_says_how_to_go_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("pyro_lift.lift.heads_settled", lambda *args, **by: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(RunStopped, match=r"SIGINT before the chain began; nothing .*meta_train\(tasks, resume='"):
+        LiFT(adapter(), **OPTIONS).meta_train(tasks(shared=True), progress=False, checkpoint=tmp_path / "run")  # type: ignore[arg-type]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_after_a_checkpoint_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyro_lift.lift.warn_of_few", lambda *args, **told: os.kill(os.getpid(), signal.SIGTERM))
+    folder = tmp_path / "run"
+    with pytest.raises(RunStopped, match=r"stopped by SIGTERM; what was finished is kept in .*resume='"):
+        LiFT(adapter(), **OPTIONS).meta_train(
+            tasks(shared=True), progress=False, checkpoint=folder, checkpoint_every=20, calibrate=False
+        )  # type: ignore[arg-type]
+    assert any(folder.glob("step-*"))
 
 
 @pytest.mark.parametrize("stopped_at", [3, 30])

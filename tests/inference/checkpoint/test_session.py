@@ -36,7 +36,8 @@ from tiny_backbones import FAMILIES
 from torch import Tensor
 
 from pyro_lift import MCMC, SGLD, LiFT, SGLDGibbs, StreamingMCMC
-from pyro_lift.inference.checkpoint.session import RunStopped, Session
+from pyro_lift.inference.checkpoint.session import Session
+from pyro_lift.inference.checkpoint.signals import RunStopped
 from pyro_lift.models.backbones import recipe
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyro_lift import MCMC, DivergedError, LiFT, SGLDGibbs, Task
-from pyro_lift.inference.checkpoint.session import RunStopped
+from pyro_lift.inference.checkpoint.signals import RunStopped
 from pyro_lift.inference.gibbs import long_vectors
 from pyro_lift.inference.gibbs.shared_visit import check_alike, generator_of
 from pyro_lift.models.linear_gaussian import LinearGaussian, fit, gaussian_kl
