@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -27,7 +28,10 @@ def test_it_opens_with_the_two_commands() -> None:
     assert [command.split()[:2] for command in COMMANDS[:2]] == [["make", "demo"], ["make", "test"]]
 
 
-def test_its_programs_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_programs_run_one_after_the_other(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where they save
     names: dict[str, object] = {}
     for program in programs():
         exec(compile(program, "README.md", "exec"), names)
