@@ -32,7 +32,7 @@ from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.dispersion import left_out_squares
 from pyro_lift.models.features import all_features
 from pyro_lift.models.few_values import MOVES_FROM
-from pyro_lift.models.head_choice import HeadChoice, choose_head
+from pyro_lift.models.head_choice import HeadChoice, choose_head, choose_matching_head
 from pyro_lift.models.head_problem import apply_head
 from pyro_lift.models.heads import BIAS_SD, ODD, HeadModel, ScalePrior, laplace_head, solve_head
 from pyro_lift.models.likelihoods import LossKind, log_likelihood
@@ -129,7 +129,8 @@ class SolvedHeads:
                 self._choices[task] = by_few
                 return by_few
             if scale is not None:
-                choice = self._matching(found, rows.target, outputs, scale)
+                usual = None if self.mean is None else self.mean.usual_of(len(rows))
+                choice = choose_matching_head(found, rows.target, outputs, scale, usual)
             else:
                 choice = self._chosen(task, found, None)
             around = None
@@ -141,11 +142,6 @@ class SolvedHeads:
                 choice = around
             self._choices[task] = choice
         return self._choices[task]
-
-    def _matching(self, features: Tensor, target: Tensor, outputs: int, scale: float) -> HeadChoice:
-        """Choose scale and width under label matching, with biases as free as tasks say of so many rows."""
-        usual = None if self.mean is None else self.mean.usual_of(len(target))
-        return choose_head(features, target, outputs, scale, usual=usual)
 
     def _of_few_rows(self, task: int, features: Tensor) -> HeadChoice | None:
         """Choose the prior around the head for few rows; None where a task has more of them, or other classes."""

@@ -8,7 +8,8 @@ the same: one row makes its class as sure as nine tenths. So tasks are asked wit
 where a head has the scale and the width that it chooses by the rows M_i themselves. Rows that were dealt class by
 class would have the class frequencies of those that were not, and let biases look better than they are. Of as many rows
 as tasks have, one may have classes as even as the others, or not, and knows by itself: biases are as free as they were.
-A task of a number between has a standard deviation between (:func:`~pyro_lift.models.heads.between`).
+A task of a number between has a standard deviation between (:func:`~pyro_lift.models.heads.between`), or biases as
+free as can be where its rows say so against it (:func:`~pyro_lift.models.head_choice.choose_matching_head`).
 """
 
 from __future__ import annotations

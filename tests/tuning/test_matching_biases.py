@@ -19,6 +19,7 @@ from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone, recipe
 from pyro_lift.models.class_head import ClassHead
+from pyro_lift.models.head_choice import choose_head, choose_matching_head
 from pyro_lift.models.heads import BIAS_SD, BIAS_SDS, UsualPrior
 from pyro_lift.models.solved_heads import SolvedHeads
 from pyro_lift.tuning.matching_biases import NUMBERS, matching_biases
@@ -94,6 +95,26 @@ def test_a_task_has_the_biases_of_its_number_of_rows() -> None:
     assert [bias_sd(rows, held) for rows in (1, 4, 16, 90)] == [0.1, 0.3, BIAS_SD, BIAS_SD]
     assert bias_sd(8, held) == pytest.approx((0.3 * BIAS_SD) ** 0.5)
     assert bias_sd(1, None) == bias_sd(8, None) == BIAS_SD
+
+
+def test_a_task_of_uneven_classes_has_free_biases_where_its_rows_say_so() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(24, 16 + CLASSES, generator=generator), dim=-1)
+    told = UsualPrior(1.0, 0.3)
+    bound = 0.5 * math.log(BIAS_SD / told.bias_sd) ** 2
+    taken = []
+    for uneven in range(1, 25, 4):
+        target = torch.where(torch.arange(24) < uneven, torch.arange(24) % (CLASSES - 1) + 1, 0)
+        held, free = (
+            choose_head(features, target, CLASSES, 10.0, usual=told._replace(bias_sd=sd)) for sd in (0.3, BIAS_SD)
+        )
+        found = choose_matching_head(features, target, CLASSES, 10.0, told)
+        expected = free if 24 * (free.score - held.score) > bound else held
+        assert found == expected
+        taken.append(found.model.bias_sd)
+    assert taken[0] == BIAS_SD and taken[-1] == told.bias_sd  # one row of 24 of another class; even ones
+    one = choose_matching_head(features[:1], target[:1], CLASSES, 10.0, told)
+    assert one.model.bias_sd == told.bias_sd
 
 
 def test_few_tasks_and_runs_of_before_say_nothing(tmp_path: Path) -> None:
