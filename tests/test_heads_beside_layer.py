@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
+from pyro_lift.inference.adaptation.failures import LostTasksError
 from pyro_lift.inference.checkpoint.session import Session
+from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.metrics.probabilities import nll
 from pyro_lift.models.head_choice import choose_head
 from pyro_lift.models.head_problem import HeadModel
 from pyro_lift.models.heads import scaling_of
 from pyro_lift.models.observation import network_output
+from pyro_lift.new_tasks.adaptation import Adaptation
 from pyro_lift.new_tasks.heads_beside_layer import draws_of_heads, own_head_rows
 from pyro_lift.settings import AdaptSettings
 from pyro_lift.tuning.whose_heads import RULES, run_config
@@ -197,3 +200,38 @@ def test_it_is_saved_with_the_prior_and_a_posterior_predicts_the_same_when_loade
     torch.testing.assert_close(predicted(again.adapt(new, seed=0, **QUICK), new), predicted(posterior, new))
     with pytest.raises(ValueError, match="own_head_rows=0"):
         posterior.merge_and_save(tmp_path / "merged")
+
+
+def lose(name: str, monkeypatch: pytest.MonkeyPatch, *, heads: bool) -> None:
+    """Let a task's chain be lost: that of its heads, or that under the network's classes."""
+    run = Adaptation._run
+
+    def runs(self: Adaptation, program: Any, start: Tensor, source: Any, shown: Any, windows: Any) -> Any:
+        if (self.head_mean is not None) == heads and any(task.name == name for task in shown.tasks):
+            raise DivergedError("far away", 3, (name,))
+        return run(self, program, start, source, shown, windows)
+
+    monkeypatch.setattr(Adaptation, "_run", runs)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_task_whose_heads_are_lost_keeps_the_layer(
+    together: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    new, lost = task(60, 6 * ROWS), task(61, 6 * ROWS)
+    lose(lost.name, monkeypatch, heads=True)
+    if together:
+        posteriors = prior().adapt_many([new, lost], block_size=2, **QUICK)
+    else:
+        posteriors = [prior().adapt(one, **QUICK) for one in (new, lost)]
+    assert [posterior.heads is None for posterior in posteriors] == [False, True]
+    assert "'t61'" in caplog.text and "own_head_rows=0" in caplog.text and "far away" in caplog.text
+
+
+def test_tasks_that_are_lost_by_the_layer_leave_the_others_their_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    new, lost = task(60, 6 * ROWS), task(61, 6 * ROWS)
+    lose(lost.name, monkeypatch, heads=False)
+    with pytest.raises(LostTasksError) as error:
+        prior().adapt_many([new, lost], block_size=2, **QUICK)
+    kept, gone = error.value.posteriors
+    assert gone is None and kept.heads is not None

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.adaptation.chain import Shown, Source
+from pyro_lift.inference.adaptation.failures import LostTasksError
+from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead
 from pyro_lift.models.features import before_head
@@ -61,24 +63,57 @@ def adapt_alone(adaptation: Adaptation, task: Task, source: Source, shown: Shown
     """Adapt to one task (:meth:`.Adaptation.alone`), with heads of its own where it has rows for that."""
     posterior = adaptation.alone(task, source, shown)
     of_heads = _of_heads(adaptation, task)
-    return posterior if of_heads is None else _mixed(posterior, of_heads.alone(task, source, shown), adaptation)
+    if of_heads is None:
+        return posterior
+    try:
+        return _mixed(posterior, of_heads.alone(task, source, shown), adaptation)
+    except DivergedError as error:
+        return _kept(posterior, error)
 
 
 def adapt_together(
     adaptation: Adaptation, tasks: Sequence[Task], block_size: int, seed: int | None, shown: Shown
 ) -> list[TaskPosterior]:
-    """Adapt to several tasks (:meth:`.Adaptation.many`), with heads of their own where they have rows for that."""
-    posteriors = adaptation.many(tasks, block_size, seed, shown)
-    found = [_of_heads(adaptation, task) for task in tasks]
-    places = [k for k, of_heads in enumerate(found) if of_heads is not None]
-    if not places:
-        return posteriors
-    of_heads = found[places[0]]  # that of any other reads the same network at the same phi
-    assert of_heads is not None
-    many = [tasks[k] for k in places]
-    for k, posterior in zip(places, of_heads.many(many, block_size, seed, shown._replace(tasks=many)), strict=True):
-        posteriors[k] = _mixed(posteriors[k], posterior, adaptation)
-    return posteriors
+    """Adapt to several tasks (:meth:`.Adaptation.many`), with heads of their own where they have rows for that.
+
+    Raises:
+        LostTasksError: chains of some tasks diverged under the network's own classes; it has the others' posteriors.
+    """
+
+    def with_heads(posteriors: Sequence[TaskPosterior | None]) -> list[TaskPosterior | None]:
+        found = {k: _of_heads(adaptation, tasks[k]) for k, posterior in enumerate(posteriors) if posterior is not None}
+        places = [k for k, of_heads in found.items() if of_heads is not None]
+        many, mixed = [tasks[k] for k in places], list(posteriors)
+        of_heads = found[places[0]] if places else None  # any other reads the same network at the same phi
+        if of_heads is None:
+            return mixed
+        errors: list[DivergedError] = []
+        beside: Sequence[TaskPosterior | None]
+        try:
+            beside = of_heads.many(many, block_size, seed, shown._replace(tasks=many))
+        except LostTasksError as error:
+            beside, errors = error.posteriors, error.errors
+        for k, of_task in zip(places, beside, strict=True):
+            posterior = mixed[k]
+            assert posterior is not None
+            mixed[k] = _kept(posterior, errors[0]) if of_task is None else _mixed(posterior, of_task, adaptation)
+        return mixed
+
+    try:
+        mixed = with_heads(adaptation.many(tasks, block_size, seed, shown))
+        return [posterior for posterior in mixed if posterior is not None]  # all of them
+    except LostTasksError as error:
+        error.posteriors = with_heads(error.posteriors)
+        raise
+
+
+def _kept(posterior: TaskPosterior, error: DivergedError) -> TaskPosterior:
+    """Leave a posterior as it is, and say that its heads were lost."""
+    log.warning(
+        "task %r: the chain of heads of its own, beside the network's classes, was lost; its posterior is of these "
+        "alone, as with own_head_rows=0. %s", posterior.task.name, error,
+    )  # fmt: skip
+    return posterior
 
 
 def _of_heads(adaptation: Adaptation, task: Task) -> Adaptation | None:
