@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
 from pyro_lift.inference.adaptation.failures import LostTasksError
+from pyro_lift.inference.adaptation.tempered_rows import TemperedRows
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.metrics.probabilities import nll
@@ -212,6 +214,22 @@ def lose(name: str, monkeypatch: pytest.MonkeyPatch, *, heads: bool) -> None:
         return run(self, program, start, source, shown, windows)
 
     monkeypatch.setattr(Adaptation, "_run", runs)
+
+
+@pytest.mark.parametrize(
+    ("found", "rows", "expected"),
+    [
+        (2.0, 2 * ROWS, 2.0),  # the layer alone
+        (2.0, 6 * ROWS, 2.0**0.3),  # of ten draws seven are of heads
+        (2.0, 240 * ROWS, 2.0 ** (4.0 / 240.0)),  # of so many rows less of it holds than of the layer's one draw
+        (0.5, 6 * ROWS, 0.5**0.3),
+        (1.0, 6 * ROWS, 1.0),
+    ],
+)
+def test_a_temperature_is_of_the_share_of_the_layer(found: float, rows: int, expected: float) -> None:
+    one = copy(prior())
+    one.prediction_temperature, one.tempered_rows = found, TemperedRows(ROWS, 0.0, 4.0)
+    assert one.adapt(task(70, rows), steps=20, draws=10).prediction_temperature == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -11,11 +11,15 @@ of the draws is of a second chain, in which the task has a head of its own on th
 with its prior around the layer at phi (:mod:`~pyro_lift.models.solved_heads`). The layer of the other draws is a head
 on these features too, so that a posterior is of one kind, and predictions average over both. No row decides between
 them: of a hundred, a fifth of which were kept from both chains, the difference has a standard error of 0.15 nats.
+
+Rows are taken for rows like those to come: a class that a hundred of them lack is taken to be rare, though the network
+may know it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
@@ -132,12 +136,13 @@ def _of_heads(adaptation: Adaptation, task: Task) -> Adaptation | None:
         "classes: %d of %d draws do. own_head_rows=0 in its adaptation leaves them out.",
         task.name, len(task.train), how.own_head_rows, count, how.draws,
     )  # fmt: skip
-    mean = ClassHead(_layer_at(adapter, adaptation.mixture.get().mean.reshape(-1)))
+    layer = _layer_at(adapter, adaptation.mixture.get().mean.reshape(-1))
     return replace(
         adaptation,
         adapter=adapter,
-        head_mean=mean,
+        head_mean=ClassHead(layer),
         settings=replace(settings, head="solve", head_scale=AUTOMATIC_SCALE),
+        how=replace(how, untouched=0.0),  # the layer's chain has asked whether the task is none of the kind
     )
 
 
@@ -171,9 +176,19 @@ def _mixed(of_layer: TaskPosterior, of_heads: TaskPosterior, adaptation: Adaptat
     layers = torch.stack([_layer_at(of_heads.adapter, theta) for theta in of_layer.thetas[first]])
     mixed = copy(of_heads)
     mixed.component, mixed.mcmc = of_layer.component, of_layer.mcmc
+    mixed.prediction_temperature = _temperature(adaptation.prediction_temperature, of_layer, 1.0 - count / draws)
     mixed.thetas = torch.cat([of_layer.thetas[first], of_heads.thetas[second]])
     mixed.heads = torch.cat([layers.to(of_heads.heads), of_heads.heads[second]])
     return mixed
+
+
+def _temperature(found: float, of_layer: TaskPosterior, share: float) -> float:
+    """Return T to the power of the layer's share of the draws, or what of it holds for so many rows if nearer to 1.
+
+    It was found at predictions of the layer alone; a head of many rows is about as sure as it is right.
+    """
+    shared = math.pow(found, share)
+    return (min if found > 1.0 else max)(shared, of_layer.prediction_temperature)
 
 
 def _spread(draws: int, count: int) -> list[int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_lift.models.heads import (
     BIAS_SD,
+    CHOOSING,
     LEAST_SPREAD,
     HeadModel,
     choose_prior_sd,
@@ -203,6 +204,18 @@ def test_choice_of_the_prior_is_cross_validation_by_hand() -> None:
     told = [21 * score + 0.5 * math.log(sd / 0.1) ** 2 for sd, score in zip(choice.tried, choice.scores, strict=True)]
     best = int(np.argmin(told))
     assert choice.sd == choice.tried[best] and choice.loss == choice.scores[best]
+
+
+def test_of_thousands_of_rows_a_thousand_choose_the_width_and_each_class_keeps_its_part() -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = (torch.rand(3000, generator=generator) < 0.1).long()
+    x = torch.randn(3000, 4, generator=generator) + y.unsqueeze(-1)
+    some = torch.cat([torch.nonzero(y == c).flatten() for c in (0, 1)])[torch.arange(CHOOSING) * 3].sort().values
+    whole, part = choose_prior_sd(x, y, HeadModel(2)), choose_prior_sd(x[some], y[some], HeadModel(2))
+    assert whole.scores == part.scores and whole.sd == part.sd
+    assert abs(float(y[some].double().mean()) - float(y.double().mean())) < 2 / CHOOSING
+    few = choose_prior_sd(x[:CHOOSING], y[:CHOOSING], HeadModel(2))  # not fewer than all
+    assert few.scores != part.scores
 
 
 def test_the_chosen_prior_is_wide_for_clear_labels_and_narrow_for_noise() -> None:
