@@ -37,7 +37,7 @@ from pyro_lift.models.hierarchical import AdapterHierarchy
 from pyro_lift.models.observation import has_head, own_head_scale
 from pyro_lift.models.task import Task, check_kinds, mean_rows
 from pyro_lift.models.weight_scales import by_weight, groups_of_weights, sizes_of_tensors
-from pyro_lift.new_tasks.heads_beside_layer import own_head_rows
+from pyro_lift.new_tasks.heads_beside_layer import many_rows
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
 from pyro_lift.settings import AdaptSettings, LiFTSettings
@@ -161,9 +161,9 @@ class ChainSetup:
         program = run.program(tasks)
         s = run._fitted(program, leave_out=leaves_outliers_out(session))
         adapt = resolved_adaptation(self.adapt_settings, self.settings, s, program.solved is not None)
-        classes = all(task.kind == "classification" for task in tasks) and program.solved is None
-        if classes and adapt.own_head_rows is None and grows_heads(session):
-            adapt = replace(adapt, own_head_rows=own_head_rows(tasks))
+        shared = program.solved is None and tasks[0].kind in ("classification", "regression")
+        if shared and adapt.many_rows is None and grows_heads(session):
+            adapt = replace(adapt, many_rows=many_rows(tasks))
         if not crossed:
             return BeforeChain(run, program, self._widened(s, program, joint), adapt, joint, None)
         noise = run.settings.noise_scale if self.settings.noise_scale is None else None

@@ -323,7 +323,7 @@ class TaskPosterior:
         if self.heads is not None:
             raise ValueError(
                 f"task {self.task.name!r} has a head of its own, which a merged model has no place for. Export adapter "
-                "and head with to_peft; or, where the network has the classes itself, adapt with own_head_rows=0."
+                "and head with to_peft; or, where the network has the classes itself, adapt with many_rows=0."
             )
         tokenizer = None if self.encoding is None else self.encoding.encoder.tokenizer
         return save_merged(self.adapter, self._chosen(which)[0], Path(folder), tokenizer)

@@ -73,11 +73,11 @@ class AdaptSettings:
         metadata={"help": "probability that a task is none of the kind: it then begins at the untouched adapter"},
     )
 
-    own_head_rows: int | None = field(
+    many_rows: int | None = field(
         default=None,
         metadata={
-            "help": "rows from which on a task of classes that the network has itself has heads of its own too; 0: "
-            "never; none: twice what meta-training's tasks have"
+            "help": "rows from which on a task of classes that the network has itself has heads of its own too, and a "
+            "regression on its outputs a noise of its own; 0: never; none: twice what meta-training's tasks have"
         },
     )
     dev_every: int = field(
@@ -93,8 +93,8 @@ class AdaptSettings:
             raise ValueError(f"untouched={self.untouched:g}: a probability below 1 is needed; 0 leaves that start out.")
         _check_numbers(self, positive=(), counts=("steps", "draws", "patience"))
         check_number("batch_size", self.batch_size, open_below=False, whole=True)
-        if self.own_head_rows is not None:
-            check_number("own_head_rows", self.own_head_rows, open_below=False, whole=True)
+        if self.many_rows is not None:
+            check_number("many_rows", self.many_rows, open_below=False, whole=True)
         if self.learning_rate is not None:
             check_number("learning_rate", self.learning_rate)
         if self.n_inflate is not None:

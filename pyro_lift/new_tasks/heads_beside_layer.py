@@ -19,7 +19,6 @@ may know it.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
@@ -37,9 +36,10 @@ from pyro_lift.models.features import before_head
 from pyro_lift.models.observation import AUTOMATIC_SCALE
 from pyro_lift.models.task import Task
 from pyro_lift.new_tasks.adaptation import Adaptation, new_head_scale
+from pyro_lift.new_tasks.noise_of_many_rows import with_own_noise
 from pyro_lift.posterior import TaskPosterior
 
-__all__ = ["adapt_alone", "adapt_together", "draws_of_heads", "own_head_rows"]
+__all__ = ["adapt_alone", "adapt_together", "draws_of_heads", "many_rows"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -47,7 +47,7 @@ log = logging.getLogger("pyro_lift")
 MANY_MORE = 2
 
 
-def own_head_rows(tasks: Sequence[Task]) -> int:
+def many_rows(tasks: Sequence[Task]) -> int:
     """Return the rows from which on a new task has heads of its own too: twice the median over a prior's tasks."""
     return max(round(MANY_MORE * median([len(task.train) for task in tasks])), 1)
 
@@ -64,8 +64,8 @@ def draws_of_heads(rows: int, since: int, draws: int) -> int:
 
 
 def adapt_alone(adaptation: Adaptation, task: Task, source: Source, shown: Shown) -> TaskPosterior:
-    """Adapt to one task (:meth:`.Adaptation.alone`), with heads of its own where it has rows for that."""
-    posterior = adaptation.alone(task, source, shown)
+    """Adapt to one task (:meth:`.Adaptation.alone`), with heads or noise of its own where it has rows for that."""
+    posterior = with_own_noise(adaptation.alone(task, source, shown), adaptation.how.many_rows or 0)
     of_heads = _of_heads(adaptation, task)
     if of_heads is None:
         return posterior
@@ -78,7 +78,7 @@ def adapt_alone(adaptation: Adaptation, task: Task, source: Source, shown: Shown
 def adapt_together(
     adaptation: Adaptation, tasks: Sequence[Task], block_size: int, seed: int | None, shown: Shown
 ) -> list[TaskPosterior]:
-    """Adapt to several tasks (:meth:`.Adaptation.many`), with heads of their own where they have rows for that.
+    """Adapt to several tasks (:meth:`.Adaptation.many`), with heads or noise of their own where rows suffice.
 
     Raises:
         LostTasksError: chains of some tasks diverged under the network's own classes; it has the others' posteriors.
@@ -86,6 +86,9 @@ def adapt_together(
 
     def with_heads(posteriors: Sequence[TaskPosterior | None]) -> list[TaskPosterior | None]:
         found = {k: _of_heads(adaptation, tasks[k]) for k, posterior in enumerate(posteriors) if posterior is not None}
+        for each in posteriors:
+            if each is not None:
+                with_own_noise(each, adaptation.how.many_rows or 0)
         places = [k for k, of_heads in found.items() if of_heads is not None]
         many, mixed = [tasks[k] for k in places], list(posteriors)
         of_heads = found[places[0]] if places else None  # any other reads the same network at the same phi
@@ -115,7 +118,7 @@ def _kept(posterior: TaskPosterior, error: DivergedError) -> TaskPosterior:
     """Leave a posterior as it is, and say that its heads were lost."""
     log.warning(
         "task %r: the chain of heads of its own, beside the network's classes, was lost; its posterior is of these "
-        "alone, as with own_head_rows=0. %s", posterior.task.name, error,
+        "alone, as with many_rows=0. %s", posterior.task.name, error,
     )  # fmt: skip
     return posterior
 
@@ -123,7 +126,7 @@ def _kept(posterior: TaskPosterior, error: DivergedError) -> TaskPosterior:
 def _of_heads(adaptation: Adaptation, task: Task) -> Adaptation | None:
     """Make the adaptation with a head on what the network's class layer sees; None for a task that has none."""
     how, settings = adaptation.how, adaptation.settings
-    count = draws_of_heads(len(task.train), how.own_head_rows or 0, how.draws)
+    count = draws_of_heads(len(task.train), how.many_rows or 0, how.draws)
     if count == 0 or how.dev_every > 0 or task.kind != "classification" or settings.head in ("langevin", "shared"):
         return None
     if new_head_scale(adaptation.adapter, settings, [task]) is not None:
@@ -133,8 +136,8 @@ def _of_heads(adaptation: Adaptation, task: Task) -> Adaptation | None:
         return None
     log.info(
         "task %r has %d rows, more than the %d from which on tasks have heads of their own beside the network's "
-        "classes: %d of %d draws do. own_head_rows=0 in its adaptation leaves them out.",
-        task.name, len(task.train), how.own_head_rows, count, how.draws,
+        "classes: %d of %d draws do. many_rows=0 in its adaptation leaves them out.",
+        task.name, len(task.train), how.many_rows, count, how.draws,
     )  # fmt: skip
     layer = _layer_at(adapter, adaptation.mixture.get().mean.reshape(-1))
     return replace(
@@ -169,26 +172,17 @@ def _layer_at(adapter: RandomAdapter, theta: Tensor) -> Tensor:
 
 def _mixed(of_layer: TaskPosterior, of_heads: TaskPosterior, adaptation: Adaptation) -> TaskPosterior:
     """Put draws of both chains into one posterior, each chain's spread evenly over it; those of the layer first."""
-    draws, since = len(of_layer.thetas), adaptation.how.own_head_rows or 0
+    draws, since = len(of_layer.thetas), adaptation.how.many_rows or 0
     count = draws_of_heads(len(of_layer.task.train), since, draws)
     first, second = _spread(draws, draws - count), _spread(len(of_heads.thetas), count)
     assert of_heads.heads is not None
     layers = torch.stack([_layer_at(of_heads.adapter, theta) for theta in of_layer.thetas[first]])
     mixed = copy(of_heads)
     mixed.component, mixed.mcmc = of_layer.component, of_layer.mcmc
-    mixed.prediction_temperature = _temperature(adaptation.prediction_temperature, of_layer, 1.0 - count / draws)
+    mixed.prediction_temperature = 1.0  # that of the layer alone flattens what two kinds of draws have flattened
     mixed.thetas = torch.cat([of_layer.thetas[first], of_heads.thetas[second]])
     mixed.heads = torch.cat([layers.to(of_heads.heads), of_heads.heads[second]])
     return mixed
-
-
-def _temperature(found: float, of_layer: TaskPosterior, share: float) -> float:
-    """Return T to the power of the layer's share of the draws, or what of it holds for so many rows if nearer to 1.
-
-    It was found at predictions of the layer alone; a head of many rows is about as sure as it is right.
-    """
-    shared = math.pow(found, share)
-    return (min if found > 1.0 else max)(shared, of_layer.prediction_temperature)
 
 
 def _spread(draws: int, count: int) -> list[int]:

@@ -259,7 +259,7 @@ def finds_unmoved(session: Session | None) -> bool:
 
 
 def grows_heads(session: Session | None) -> bool:
-    """Whether new tasks of many more rows have heads of their own beside a network's classes: before they had not."""
+    """Whether new tasks of many more rows have heads of their own beside a network's classes, or noise: before not."""
     return _has_rule(session, "heads of many rows")
 
 
