@@ -221,6 +221,8 @@ def test_a_temperature_is_of_the_layer_alone() -> None:
     one.prediction_temperature, one.tempered_rows = 2.0, TemperedRows(ROWS, 0.0, 4.0)
     found = [one.adapt(task(70, rows), **QUICK).prediction_temperature for rows in (2 * ROWS, 6 * ROWS)]
     assert found == [2.0, 1.0]
+    one.tempered_rows = TemperedRows(6.0 * ROWS, 0.0, 4.0)  # as calibrate(...) finds it, on tasks of so many rows
+    assert one.adapt(task(70, 6 * ROWS), **QUICK).prediction_temperature == 2.0
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -179,7 +179,8 @@ def _mixed(of_layer: TaskPosterior, of_heads: TaskPosterior, adaptation: Adaptat
     layers = torch.stack([_layer_at(of_heads.adapter, theta) for theta in of_layer.thetas[first]])
     mixed = copy(of_heads)
     mixed.component, mixed.mcmc = of_layer.component, of_layer.mcmc
-    mixed.prediction_temperature = 1.0  # that of the layer alone flattens what two kinds of draws have flattened
+    if adaptation.tempered_rows is not None and adaptation.tempered_rows.rows <= since:
+        mixed.prediction_temperature = 1.0  # that of the layer alone flattens what two kinds of draws have flattened
     mixed.thetas = torch.cat([of_layer.thetas[first], of_heads.thetas[second]])
     mixed.heads = torch.cat([layers.to(of_heads.heads), of_heads.heads[second]])
     return mixed
