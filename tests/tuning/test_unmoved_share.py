@@ -94,7 +94,7 @@ def test_parts_are_put_together_as_a_posterior_of_that_share_is(share: float) ->
 
 
 def test_a_task_of_many_rows_is_not_asked_and_not_told() -> None:
-    task, posterior = few_adapted(STACKED_FROM, unmoved_few=0.5)
+    task, posterior = few_adapted(STACKED_FROM, unmoved_few=0.5, many_rows=0)
     assert len({tuple(theta.tolist()) for theta in posterior.thetas}) == 10  # its head is the network's: all move
     assert apart(posterior, task) is None
 
