@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +41,10 @@ class WorkBefore:
         folder: of the run; None keeps nothing.
         config: plain data of the run; what was kept by a run of another is computed anew. Its ``"digest"`` of data and
             network, and its ``"architecture"``, are left out of account where an earlier version kept none.
-        signals: handled while something is computed (:meth:`Session.signals_around_chain`).
     """
 
-    def __init__(
-        self,
-        folder: Path | None,
-        config: Mapping[str, Any] | None = None,
-        signals: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        self.folder, self.config, self._signals = folder, jsonable(dict(config or {})), signals
+    def __init__(self, folder: Path | None, config: Mapping[str, Any] | None = None) -> None:
+        self.folder, self.config = folder, jsonable(dict(config or {}))
 
     @classmethod
     def of(
@@ -70,7 +63,7 @@ class WorkBefore:
         config = {name: value for name, value in (session.config or {}).items() if name not in DIGESTS}
         config |= {} if digest is None else {"digest": digest()}  # which says as much of tasks and weights
         config |= {name: value for name, value in (session.config or {}).items() if name == ARCHITECTURE}
-        kept = cls(session.folder / under, config, session.signals_around_chain)
+        kept = cls(session.folder / under, config)
         return kept, session.transitions > 0 and not kept.has(name)
 
     def has(self, name: str) -> bool:
@@ -82,8 +75,7 @@ class WorkBefore:
         kept = self._read(name)
         if kept is not None:
             return kept
-        with self._signals():
-            vector, data = compute()
+        vector, data = compute()
         if self.folder is not None:
             data = jsonable(data)
             self._keep(self.folder, name, vector, data)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +117,7 @@ def test_a_chain_does_not_go_on_with_the_same_weights_in_another_network(tmp_pat
 
 def test_what_was_found_before_the_chain_is_not_taken_for_another_network(tmp_path: Path) -> None:
     class Of:
-        folder, transitions, signals_around_chain = tmp_path, 0, staticmethod(nullcontext)
+        folder, transitions = tmp_path, 0
 
         def __init__(self, network: RandomAdapter | None) -> None:
             told = {} if network is None else run_config(LiFTSettings(), 0, network, tasks(), rules=RULES)
