@@ -346,7 +346,7 @@ class LiFT(ChainSetup):
         tasks, held_out = with_held_out(tasks) if self.settings.stop_every else (tasks, [])
         if self.settings.ranks_block_size:
             distributed.join()
-        rows, names = [len(task.train) for task in tasks], [task.name for task in tasks]
+        rows, names, sizes = [len(task.train) for task in tasks], [task.name for task in tasks], usual_sizes(tasks)
         watchers = Watchers(callbacks, Run("meta-train"), rows, names, on_step)
         shown: dict[str, Any] = {"progress": progress, "watchers": watchers}
         with said_of("" if self._beside is None else "on trial, heads of the tasks' own"):
@@ -402,7 +402,7 @@ class LiFT(ChainSetup):
                 tuning=None if self.tuning is None else self.tuning.to_dict(),
                 matching_scale=None if program.solved is None else program.solved.mean_scale(),
                 head_mean=run.head_of_new(summary.mixtures[k].get().mean, program, session),
-                input_sizes=usual_sizes(tasks),
+                input_sizes=sizes,
                 dispersion=dispersion,
                 common_classes=classes_in_common(all_tasks) if own_heads else 0,
                 around_rates=tempers_around_rates(session),
