@@ -369,14 +369,17 @@ def laplace_head(
 def _evenly(target: Tensor, number: int, *, stratified: bool) -> Tensor:
     """The places of some of the rows, rising; stratified takes as large a part of each class, in its order."""
     n = len(target)
-    order = torch.argsort(target, stable=True) if stratified else torch.arange(n, device=target.device)
-    return order[torch.arange(number, device=target.device) * n // number].sort().values
+    return _order(target, stratified)[torch.arange(number, device=target.device) * n // number].sort().values
 
 
 def folds(target: Tensor, number: int, *, stratified: bool) -> Tensor:
     """The fold of each row ``[n]``; stratified deals the rows of each class out in turn, in their order."""
     n = len(target)
-    order = torch.argsort(target, stable=True) if stratified else torch.arange(n, device=target.device)
     fold = torch.empty(n, dtype=torch.long, device=target.device)
-    fold[order] = torch.arange(n, device=target.device) % number
+    fold[_order(target, stratified)] = torch.arange(n, device=target.device) % number
     return fold
+
+
+def _order(target: Tensor, stratified: bool) -> Tensor:
+    """The places of the rows ``[n]``, those of a class one after the other where it is stratified."""
+    return torch.argsort(target, stable=True) if stratified else torch.arange(len(target), device=target.device)

@@ -20,6 +20,7 @@ from pyro_lift.inference.adaptation.tempered_rows import TemperedRows
 from pyro_lift.inference.checkpoint.session import Session
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.metrics.probabilities import nll
+from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.head_choice import choose_head
 from pyro_lift.models.head_problem import HeadModel
 from pyro_lift.models.heads import scaling_of
@@ -169,6 +170,18 @@ def test_tasks_together_have_what_they_have_alone_and_others_are_as_they_were() 
     assert torch.equal(together[1].thetas, plain[1].thetas)
     for posterior, new in zip(together, tasks, strict=True):
         assert torch.isfinite(predicted(posterior, new)).all()
+
+
+def test_the_network_is_read_apart_once_for_all_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    views, reading = list[RandomAdapter](), RandomAdapter.reading
+
+    def read(self: RandomAdapter, before_head: Any) -> RandomAdapter:
+        views.append(reading(self, before_head))
+        return views[-1]
+
+    monkeypatch.setattr(RandomAdapter, "reading", read)
+    posteriors = prior().adapt_many([task(k, 6 * ROWS) for k in range(33, 37)], block_size=2, **QUICK)
+    assert len(views) == 1 and all(posterior.heads is not None for posterior in posteriors)
 
 
 @pytest.mark.parametrize("options", [{"dev_every": 5}, {"many_rows": 0}, {"draws": 1}])

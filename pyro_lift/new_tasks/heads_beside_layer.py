@@ -19,7 +19,7 @@ may know it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from statistics import median
@@ -36,7 +36,7 @@ from pyro_lift.models.features import before_head
 from pyro_lift.models.observation import AUTOMATIC_SCALE
 from pyro_lift.models.task import Task
 from pyro_lift.new_tasks.adaptation import Adaptation, new_head_scale
-from pyro_lift.new_tasks.noise_of_many_rows import with_own_noise
+from pyro_lift.new_tasks.noise_of_many_rows import set_own_noise
 from pyro_lift.posterior import TaskPosterior
 
 __all__ = ["adapt_alone", "adapt_together", "draws_of_heads", "many_rows"]
@@ -65,14 +65,9 @@ def draws_of_heads(rows: int, since: int, draws: int) -> int:
 
 def adapt_alone(adaptation: Adaptation, task: Task, source: Source, shown: Shown) -> TaskPosterior:
     """Adapt to one task (:meth:`.Adaptation.alone`), with heads or noise of its own where it has rows for that."""
-    posterior = with_own_noise(adaptation.alone(task, source, shown), adaptation.how.many_rows or 0)
-    of_heads = _of_heads(adaptation, task)
-    if of_heads is None:
-        return posterior
-    try:
-        return _mixed(posterior, of_heads.alone(task, source, shown), adaptation)
-    except DivergedError as error:
-        return _kept(posterior, error)
+    posteriors: list[TaskPosterior | None] = [adaptation.alone(task, source, shown)]
+    _go_by_own_rows(adaptation, [task], posteriors, lambda of_heads, some: [of_heads.alone(some[0], source, shown)])
+    return _all(posteriors)[0]
 
 
 def adapt_together(
@@ -84,78 +79,107 @@ def adapt_together(
         LostTasksError: chains of some tasks diverged under the network's own classes; it has the others' posteriors.
     """
 
-    def with_heads(posteriors: Sequence[TaskPosterior | None]) -> list[TaskPosterior | None]:
-        found = {k: _of_heads(adaptation, tasks[k]) for k, posterior in enumerate(posteriors) if posterior is not None}
-        for each in posteriors:
-            if each is not None:
-                with_own_noise(each, adaptation.how.many_rows or 0)
-        places = [k for k, of_heads in found.items() if of_heads is not None]
-        many, mixed = [tasks[k] for k in places], list(posteriors)
-        of_heads = found[places[0]] if places else None  # any other reads the same network at the same phi
-        if of_heads is None:
-            return mixed
-        errors: list[DivergedError] = []
-        beside: Sequence[TaskPosterior | None]
-        try:
-            beside = of_heads.many(many, block_size, seed, shown._replace(tasks=many))
-        except LostTasksError as error:
-            beside, errors = error.posteriors, error.errors
-        for k, of_task in zip(places, beside, strict=True):
-            posterior = mixed[k]
-            assert posterior is not None
-            mixed[k] = _kept(posterior, errors[0]) if of_task is None else _mixed(posterior, of_task, adaptation)
-        return mixed
+    def run(of_heads: Adaptation, some: Sequence[Task]) -> Sequence[TaskPosterior]:
+        return of_heads.many(some, block_size, seed, shown._replace(tasks=some))
 
     try:
-        mixed = with_heads(adaptation.many(tasks, block_size, seed, shown))
-        return [posterior for posterior in mixed if posterior is not None]  # all of them
+        posteriors: list[TaskPosterior | None] = list(adaptation.many(tasks, block_size, seed, shown))
     except LostTasksError as error:
-        error.posteriors = with_heads(error.posteriors)
+        _go_by_own_rows(adaptation, tasks, error.posteriors, run)
         raise
+    _go_by_own_rows(adaptation, tasks, posteriors, run)
+    return _all(posteriors)
 
 
-def _kept(posterior: TaskPosterior, error: DivergedError) -> TaskPosterior:
-    """Leave a posterior as it is, and say that its heads were lost."""
-    log.warning(
-        "task %r: the chain of heads of its own, beside the network's classes, was lost; its posterior is of these "
-        "alone, as with many_rows=0. %s", posterior.task.name, error,
-    )  # fmt: skip
-    return posterior
+def _all(posteriors: Sequence[TaskPosterior | None]) -> list[TaskPosterior]:
+    return [posterior for posterior in posteriors if posterior is not None]
 
 
-def _of_heads(adaptation: Adaptation, task: Task) -> Adaptation | None:
-    """Make the adaptation with a head on what the network's class layer sees; None for a task that has none."""
-    how, settings = adaptation.how, adaptation.settings
-    count = draws_of_heads(len(task.train), how.many_rows or 0, how.draws)
-    if count == 0 or how.dev_every > 0 or task.kind != "classification" or settings.head in ("langevin", "shared"):
-        return None
-    if new_head_scale(adaptation.adapter, settings, [task]) is not None:
-        return None
-    adapter = _before_layer(adaptation.adapter, task)
+def _go_by_own_rows(
+    adaptation: Adaptation,
+    tasks: Sequence[Task],
+    posteriors: list[TaskPosterior | None],
+    run: Callable[[Adaptation, Sequence[Task]], Sequence[TaskPosterior | None]],
+) -> None:
+    """Give posteriors of tasks that have rows enough a noise of their own, or put draws with heads into them.
+
+    Args:
+        adaptation: under the network's own classes.
+        tasks: all.
+        posteriors: of each, None where it was lost; those of tasks with heads are replaced.
+        run: makes posteriors of some tasks by another adaptation.
+    """
+    for posterior in _all(posteriors):
+        set_own_noise(posterior, adaptation.how.many_rows or 0)
+    places = [k for k, task in enumerate(tasks) if posteriors[k] is not None and _has_rows(adaptation, task)]
+    adapter = _before_layer(adaptation.adapter, tasks[places[0]]) if places else None
     if adapter is None:
-        return None
-    log.info(
-        "task %r has %d rows, more than the %d from which on tasks have heads of their own beside the network's "
-        "classes: %d of %d draws do. many_rows=0 in its adaptation leaves them out.",
-        task.name, len(task.train), how.many_rows, count, how.draws,
-    )  # fmt: skip
+        return
     layer = _layer_at(adapter, adaptation.mixture.get().mean.reshape(-1))
+    places = [k for k in places if tasks[k].num_classes == len(layer)]
+    some = [tasks[k] for k in places]
+    if not some:
+        return
+    _tell(adaptation, some)
+    try:
+        found = run(_of_heads(adaptation, adapter, layer), some)
+    except LostTasksError as lost:
+        found, error = lost.posteriors, lost.errors[0]
+    except DivergedError as lost:
+        found, error = [None], lost
+    for k, of_heads in zip(places, found, strict=True):
+        of_layer = posteriors[k]
+        assert of_layer is not None
+        if of_heads is not None:
+            posteriors[k] = _mixed(of_layer, of_heads, adaptation)
+            continue
+        log.warning(
+            "task %r: the chain of heads of its own, beside the network's classes, was lost; its posterior is of these "
+            "alone, as with many_rows=0. %s", tasks[k].name, error,
+        )  # fmt: skip
+
+
+def _draws_of_heads(adaptation: Adaptation, task: Task) -> int:
+    return draws_of_heads(len(task.train), adaptation.how.many_rows or 0, adaptation.how.draws)
+
+
+def _has_rows(adaptation: Adaptation, task: Task) -> bool:
+    """Whether a task of classes that the network has itself has rows enough for heads beside them."""
+    how, settings = adaptation.how, adaptation.settings
+    if how.dev_every > 0 or task.kind != "classification" or settings.head in ("langevin", "shared"):
+        return False
+    own = new_head_scale(adaptation.adapter, settings, [task])
+    return own is None and _draws_of_heads(adaptation, task) > 0
+
+
+def _tell(adaptation: Adaptation, tasks: Sequence[Task]) -> None:
+    for task in tasks:
+        log.info(
+            "task %r has %d rows, more than the %d from which on tasks have heads of their own beside the network's "
+            "classes: %d of %d draws do. many_rows=0 in its adaptation leaves them out.",
+            task.name, len(task.train), adaptation.how.many_rows, _draws_of_heads(adaptation, task),
+            adaptation.how.draws,
+        )  # fmt: skip
+
+
+def _of_heads(adaptation: Adaptation, adapter: RandomAdapter, layer: Tensor) -> Adaptation:
+    """Make the adaptation with heads on what the network's class layer sees, around that layer at phi."""
     return replace(
         adaptation,
         adapter=adapter,
         head_mean=ClassHead(layer),
-        settings=replace(settings, head="solve", head_scale=AUTOMATIC_SCALE),
-        how=replace(how, untouched=0.0),  # the layer's chain has asked whether the task is none of the kind
+        settings=replace(adaptation.settings, head="solve", head_scale=AUTOMATIC_SCALE),
+        how=replace(adaptation.how, untouched=0.0),  # the layer's chain has asked whether a task is none of the kind
     )
 
 
 def _before_layer(adapter: RandomAdapter, task: Task) -> RandomAdapter | None:
-    """Read the network before its class layer; None where that is not linear, or not of the task's classes alone."""
+    """Read the network before its class layer, found by some rows of a task; None where that is not linear."""
     if adapter.postprocess is not None or adapter.readout is not None or adapter.before_head is not None:
         return None
     rows = task.train.take(slice(0, 16)).to(adapter.initial.device)
     found = before_head(adapter, rows.positional, rows.named)
-    if found is None or found.layer is None or len(found.layer) != task.num_classes:
+    if found is None or found.layer is None:
         return None
     apart = adapter.reading(found)
     return apart if apart.has_reach(*rows.positional, **rows.named) else None
@@ -172,14 +196,13 @@ def _layer_at(adapter: RandomAdapter, theta: Tensor) -> Tensor:
 
 def _mixed(of_layer: TaskPosterior, of_heads: TaskPosterior, adaptation: Adaptation) -> TaskPosterior:
     """Put draws of both chains into one posterior, each chain's spread evenly over it; those of the layer first."""
-    draws, since = len(of_layer.thetas), adaptation.how.many_rows or 0
-    count = draws_of_heads(len(of_layer.task.train), since, draws)
+    draws, count = len(of_layer.thetas), _draws_of_heads(adaptation, of_layer.task)
     first, second = _spread(draws, draws - count), _spread(len(of_heads.thetas), count)
     assert of_heads.heads is not None
     layers = torch.stack([_layer_at(of_heads.adapter, theta) for theta in of_layer.thetas[first]])
     mixed = copy(of_heads)
     mixed.component, mixed.mcmc = of_layer.component, of_layer.mcmc
-    if adaptation.tempered_rows is not None and adaptation.tempered_rows.rows <= since:
+    if adaptation.tempered_rows is not None and adaptation.tempered_rows.rows <= (adaptation.how.many_rows or 0):
         mixed.prediction_temperature = 1.0  # that of the layer alone flattens what two kinds of draws have flattened
     mixed.thetas = torch.cat([of_layer.thetas[first], of_heads.thetas[second]])
     mixed.heads = torch.cat([layers.to(of_heads.heads), of_heads.heads[second]])

@@ -18,27 +18,26 @@ from __future__ import annotations
 import torch
 
 from pyro_lift.posterior import TaskPosterior
+from pyro_lift.support.evenly import spread_evenly
 
-__all__ = ["with_own_noise"]
+__all__ = ["set_own_noise"]
 
 #: Rows that a task is asked with at most, and those that stand against them.
 ASKED, AGAINST = 1_000, 8
 
 
 @torch.no_grad()
-def with_own_noise(posterior: TaskPosterior, since: int) -> TaskPosterior:
+def set_own_noise(posterior: TaskPosterior, since: int) -> None:
     """Give the posterior of a regression without a head the noise that its rows say; any other stays as it is.
 
     Args:
-        posterior: changed in place, its ``dispersion``.
+        posterior: its ``dispersion`` is set.
         since: rows from which on; 0: never.
     """
-    task = posterior.task
-    rows = len(task.train)
+    task, rows = posterior.task, len(posterior.task.train)
     if task.kind != "regression" or posterior.heads is not None or not since or rows <= since:
-        return posterior
-    some = task.train.take(torch.arange(min(rows, ASKED)) * rows // min(rows, ASKED))
+        return
+    some = task.train.take(torch.tensor(spread_evenly(range(rows), ASKED)))
     missed = some.target - posterior.predict(some).to(some.target)
     ratio = (missed / posterior.predict_sd(some).to(missed)).square().reshape(len(some), -1).double()
     posterior.dispersion = (AGAINST + rows * ratio.mean(0)) / (AGAINST + rows)
-    return posterior
