@@ -17,7 +17,7 @@ from pyro_lift.models.penultimate import Seen, watched_linear
 from pyro_lift.models.readouts import pool, read
 from pyro_lift.models.task import Rows
 
-__all__ = ["Reader", "all_features", "before_head", "features", "head_features"]
+__all__ = ["Reader", "all_features", "before_head", "before_layer", "features", "head_features"]
 
 #: From the network, some rows and its weights ``[D]`` to one vector a row ``[n, E]``.
 Reader = Callable[[RandomAdapter, Rows, Tensor], Tensor]
@@ -82,8 +82,25 @@ def before_head(adapter: RandomAdapter, inputs: Sequence[Any], named: Mapping[st
     """Find the features before a network's own head, by a call with some rows; None where there are none.
 
     A transformers model has them in its body's hidden states. Any other network that ends in a linear layer has them in
-    what goes into that; there is nothing to read where something else than a log softmax comes after the layer, or
-    where it sees no vector a row.
+    what goes into that (:func:`before_layer`); there is nothing to read where something else than a log softmax comes
+    after the layer, or where it sees no vector a row.
+
+    Args:
+        adapter: the network, which is called at its start.
+        inputs: positional inputs of two rows or more.
+        named: inputs by keyword.
+    """
+    network, body = adapter.backbone, _body_of(adapter.backbone)
+    if body is None:
+        return before_layer(adapter, inputs, named)
+    names = [name for name, module in network.named_modules() if module is body]
+    return BeforeHead(names[0], body, network) if names else None
+
+
+def before_layer(adapter: RandomAdapter, inputs: Sequence[Any], named: Mapping[str, Any]) -> BeforeHead | None:
+    """Find what goes into the linear layer that a network ends in, by a call with some rows; None where it has none.
+
+    Of a transformers model these are not :func:`before_head`'s features, but what its own classes are read from.
 
     Args:
         adapter: the network, which is called at its start.
@@ -91,9 +108,6 @@ def before_head(adapter: RandomAdapter, inputs: Sequence[Any], named: Mapping[st
         named: inputs by keyword.
     """
     network, names = adapter.backbone, {id(m): name for name, m in adapter.backbone.named_modules()}
-    body = _body_of(network)
-    if body is not None:
-        return BeforeHead(names[id(body)], body, network) if id(body) in names else None
     rows = len(next(x for x in (*inputs, *named.values()) if isinstance(x, Tensor)))
     with torch.no_grad(), adapter.bound(adapter.initial), without_compilation(network), watched_linear(network) as last:
         output = read(adapter.network(*inputs, **named), named.get("attention_mask"))

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
@@ -182,6 +183,33 @@ def test_the_network_is_read_apart_once_for_all_tasks(monkeypatch: pytest.Monkey
     monkeypatch.setattr(RandomAdapter, "reading", read)
     posteriors = prior().adapt_many([task(k, 6 * ROWS) for k in range(33, 37)], block_size=2, **QUICK)
     assert len(views) == 1 and all(posterior.heads is not None for posterior in posteriors)
+
+
+def texts(seed: int, rows: int) -> Task:
+    """Texts of eight tokens whose class is their second one's."""
+    ids = torch.randint(3, 30, (rows, 8), generator=torch.Generator().manual_seed(seed))
+    return Task(f"text{seed}", ({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids[:, 1] % CLASSES))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_transformers_model_has_them_before_its_own_layer_too(kind: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.AutoConfig.for_model(kind, vocab_size=30, num_labels=CLASSES, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
+    network = transformers.AutoModelForSequenceClassification.from_config(config)
+    lift = LiFT(network, peft.LoraConfig(r=1, target_modules=["query", "value"]), **SHORT)
+    found = lift.meta_train([texts(k, ROWS) for k in range(3)], progress=False)
+    assert found.adapt_settings.many_rows == 2 * ROWS  # the network's classes stay
+    new = texts(9, 6 * ROWS)
+    mixed, layer = found.adapt(new, **QUICK), found.adapt(new, many_rows=0, **QUICK)
+    assert layer.heads is None and mixed.heads is not None and mixed.heads.shape == (10, CLASSES, 17)
+    pair = [
+        p.of_draws(slice(k, k + 1)).predict(new.train.inputs, calibrated=False) for p, k in ((mixed, 0), (layer, 2))
+    ]
+    torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
+    mixed.save_pretrained(tmp_path)
+    again = TaskPosterior.from_pretrained(tmp_path, network)
+    torch.testing.assert_close(again.predict(new.train.inputs), mixed.predict(new.train.inputs))
 
 
 @pytest.mark.parametrize("options", [{"dev_every": 5}, {"many_rows": 0}, {"draws": 1}])

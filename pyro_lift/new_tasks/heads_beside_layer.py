@@ -32,7 +32,7 @@ from pyro_lift.inference.adaptation.failures import LostTasksError
 from pyro_lift.inference.sgld import DivergedError
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.class_head import ClassHead
-from pyro_lift.models.features import before_head
+from pyro_lift.models.features import before_layer
 from pyro_lift.models.observation import AUTOMATIC_SCALE
 from pyro_lift.models.task import Task
 from pyro_lift.new_tasks.adaptation import Adaptation, new_head_scale
@@ -178,7 +178,7 @@ def _before_layer(adapter: RandomAdapter, task: Task) -> RandomAdapter | None:
     if adapter.postprocess is not None or adapter.readout is not None or adapter.before_head is not None:
         return None
     rows = task.train.take(slice(0, 16)).to(adapter.initial.device)
-    found = before_head(adapter, rows.positional, rows.named)
+    found = before_layer(adapter, rows.positional, rows.named)
     if found is None or found.layer is None:
         return None
     apart = adapter.reading(found)
