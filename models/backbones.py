@@ -329,7 +329,8 @@ def adapt_backbone(
         )
     if peft_config is None:
         raise TypeError(
-            f"{type(backbone).__name__} has no adapter. Pass peft_config=peft.LoraConfig(target_modules=...)."
+            f"{type(backbone).__name__} has no adapter. Pass peft_config=peft.LoraConfig(target_modules=...); "
+            "recipe(backbone), of pyro_lift.models.backbones, writes one for the architectures it knows."
         )
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(
@@ -369,7 +370,8 @@ def _wrapped(network: nn.Module, config: peft.PeftConfig) -> Any:
         if "not found in the base model" not in str(error):
             raise
         layers = dict.fromkeys(name.rsplit(".", 1)[-1] for name, m in network.named_modules() if hasattr(m, "weight"))
-        raise ValueError(f"{error} Its layers with weights are called {some_names(list(layers))}.") from error
+        known = " recipe(backbone) chooses among them." if _family(network) in RECIPES else ""
+        raise ValueError(f"{error} Its layers with weights are called {some_names(list(layers))}.{known}") from error
 
 
 def _check_on_quantised(config: peft.PeftConfig) -> None:

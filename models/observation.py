@@ -273,7 +273,7 @@ def _way_into_range(task: Task, width: int) -> str:
             'The network has one output: numbers to predict take kind="regression", and two classes a network of two '
             "outputs."
         )
-    wider = "give the tasks heads of their own (head_scale=...), or a wider network."
+    wider = "give the tasks heads of their own (head_scale=...), or a wider network, and meta-train again."
     if task.num_classes == width + 1 and task.labels is None and int(task.train.target.min()) == 1:
         return f"No label is 0: if they begin at 1, take 1 off. Otherwise {wider}"
     return wider[0].upper() + wider[1:]

@@ -23,6 +23,9 @@ TARGETS = ("labels", "label")
 #: Of the spread of targets, what rounding to PyTorch's default type may move them by; and, of their size, a spread that
 #: is itself rounding of float64.
 ROUNDED, ROUNDING = 0.1, 1e-12
+#: What to do with strings among inputs, and among targets.
+ENCODE = 'encode them first: tokenizer(texts, padding=True, return_tensors="pt")'
+NUMBER = "number the classes from 0 and pass their names as labels=[...]"
 #: Whole-number types of NumPy that PyTorch can hold but hardly compute with.
 _UNSIGNED = (torch.uint16, torch.uint32)
 
@@ -120,7 +123,7 @@ def _quoted(key: str) -> str:
     return repr(key) if key else "inputs"
 
 
-def _tensor(value: Any, where: str, label: str) -> Tensor:
+def _tensor(value: Any, where: str, label: str, *, strings: str = ENCODE) -> Tensor:
     """Convert to a tensor without gradient; NumPy's unsigned types become int64, its float64 PyTorch's default."""
     value = plain(value, f"{where}: {label}")
     if isinstance(value, Tensor):
@@ -129,7 +132,7 @@ def _tensor(value: Any, where: str, label: str) -> Tensor:
         try:
             x = _converted(value)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            reason = _reason(value, error)
+            reason = _reason(value, error, strings)
             ragged = "expected sequence of length" in str(error)
             hint = " Bring the rows to one length: tokenizer(texts, padding=True)." if ragged else ""
             raise TypeError(f"{where}: {label} cannot be made a tensor of numbers ({reason}).{hint}") from error
@@ -145,7 +148,7 @@ def _target(value: Any, where: str, label: str) -> Tensor:
 
     A tensor keeps its type, and so its digits.
     """
-    target = _tensor(value, where, label)
+    target = _tensor(value, where, label, strings=NUMBER)
     if isinstance(value, Tensor) or not target.is_floating_point() or target.dim() == 0 or len(target) == 0:
         return target
     try:
@@ -178,8 +181,8 @@ def _converted(value: Any) -> Tensor:
     return torch.as_tensor(list(value) if isinstance(value, Sequence) else value)
 
 
-def _reason(value: Any, error: Exception) -> str:
-    """Say why a value is no tensor, in the user's terms where we know them."""
+def _reason(value: Any, error: Exception, strings: str) -> str:
+    """Say why a value is no tensor, in the user's terms where we know them, and what to do with ``strings``."""
     first = value
     while isinstance(first, (list, tuple)) and first:
         if any(x is None for x in first):
@@ -187,7 +190,7 @@ def _reason(value: Any, error: Exception) -> str:
         first = first[0]
     kind = getattr(getattr(value, "dtype", None), "kind", None)
     if isinstance(first, str) or kind in ("U", "S"):
-        return "strings; number the classes from 0 and pass their names as labels=[...]"
+        return f"strings; {strings}"
     if kind == "O":
         return "an array of objects; are the rows of unequal length?"
     return f"{error}"

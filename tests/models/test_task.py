@@ -112,3 +112,11 @@ def test_less_than_one_class_is_refused(classes: int) -> None:
 def test_texts_and_tensors_have_one_check_on_the_order_of_classes() -> None:
     with pytest.raises(TypeError, match="has no order of classes: give a list of names"):
         check_labels({"a", "b"}, "task 'new'")
+
+
+@pytest.mark.parametrize(
+    ("data", "way"), [((["a", "b"], [0, 1]), "encode them first"), ((X, ["a"] * len(X)), "number")]
+)
+def test_strings_are_refused_with_what_to_do_where_they_stand(data: Any, way: str) -> None:
+    with pytest.raises(TypeError, match=f"strings; {way}"):
+        Task("t", data)
