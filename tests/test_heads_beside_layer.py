@@ -257,11 +257,11 @@ def lose(name: str, monkeypatch: pytest.MonkeyPatch, *, heads: bool) -> None:
     monkeypatch.setattr(Adaptation, "_run", runs)
 
 
-def test_a_temperature_is_of_the_layer_alone() -> None:
+def test_less_of_the_layers_temperature_is_left_where_more_draws_have_heads() -> None:
     one = copy(prior())
     one.prediction_temperature, one.tempered_rows = 2.0, TemperedRows(ROWS, 0.0, 4.0)
-    found = [one.adapt(task(70, rows), **QUICK).prediction_temperature for rows in (2 * ROWS, 6 * ROWS)]
-    assert found == [2.0, 1.0]
+    found = [one.adapt(task(70, rows), **QUICK).prediction_temperature for rows in (24, 27, 34, 48, 72)]
+    assert found == pytest.approx([2.0, 2.0**0.8, 2.0**0.4, 1.0, 1.0])  # heads have 0, 1, 3, 5 and 7 of ten draws
     one.tempered_rows = TemperedRows(6.0 * ROWS, 0.0, 4.0)  # as calibrate(...) finds it, on tasks of so many rows
     assert one.adapt(task(70, 6 * ROWS), **QUICK).prediction_temperature == 2.0
 
