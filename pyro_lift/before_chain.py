@@ -62,6 +62,7 @@ from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
 from pyro_lift.tuning.lost_chain import Slower
 from pyro_lift.tuning.matching_biases import matching_biases
 from pyro_lift.tuning.noise import Noise
+from pyro_lift.tuning.share_of_tokens import token_log_probs
 from pyro_lift.tuning.usual_priors import Asked, few_rows
 from pyro_lift.tuning.whose_heads import (
     asks_dispersion,
@@ -72,6 +73,7 @@ from pyro_lift.tuning.whose_heads import (
     fades_with_rows,
     finds_class_power,
     finds_matching_biases,
+    finds_share_of_tokens,
     finds_unmoved,
     grows_heads,
     has_few_rows,
@@ -264,10 +266,11 @@ class ChainSetup:
         if saved_without or s.ranks_block_size or (joint is None and noise is None) or len(tasks) < 2:
             return None
         classes = all(task.kind == "classification" for task in tasks)
-        sure = noise is not None or classes
-        strength = self.leaves_power_open and (noise is not None or all(task.kind == "tokens" for task in tasks))
+        sure, tokens = noise is not None or classes, all(task.kind == "tokens" for task in tasks)
+        strength = self.leaves_power_open and (noise is not None or tokens)
         says_at_start = heads or not any(has_head(task, program.head_scale) for task in tasks)
-        may_stay = classes and says_at_start and self.leaves_share_open and finds_unmoved(session)
+        finds_share = (classes and finds_unmoved(session)) or (tokens and finds_share_of_tokens(session))
+        may_stay = finds_share and says_at_start and self.leaves_share_open
         usual = usual_share(heads) if may_stay else None
         begin = partial(self._joint_run, title="joint training of half of the tasks", **shown)
         chains: dict[int, Settled | None] = {}  # of the halves, by their standing: for every power the same
@@ -324,7 +327,7 @@ class ChainSetup:
         judge = Judge(
             score,
             predict,
-            adapt if sure or strength else None,
+            adapt if sure or strength or may_stay else None,
             noise,
             strength=strength,
             usual_share=usual,
@@ -334,6 +337,7 @@ class ChainSetup:
             dispersed=asks_dispersion(session),
             powers=POWERS if finds and says_at_start else (),
             fades=fades_temperature(session),
+            token_log_probs=partial(token_log_probs, self.adapter) if tokens and may_stay else None,
         )
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 

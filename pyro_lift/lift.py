@@ -48,7 +48,7 @@ from pyro_lift.support import distributed
 from pyro_lift.support.devices import check_device
 from pyro_lift.support.durations import seconds_of
 from pyro_lift.support.moved import names_moved_from
-from pyro_lift.support.options import check_choice, check_number, current_names
+from pyro_lift.support.options import check_choice, check_number, current_names, settings_of
 from pyro_lift.support.said_of import said_of
 from pyro_lift.support.said_once import said_once
 from pyro_lift.tuning.candidates import LiFTContender, lift_candidates, shortened
@@ -97,13 +97,13 @@ class LiFT(ChainSetup):
             changed, and may be given to any number of LiFT objects: its weights are shared, PEFT's layers are not.
         peft_config: the adapter to attach to a plain module.
         settings: a :class:`LiFTSettings`; or give its fields as keywords.
-        adapt: how new tasks are adapted to; a :class:`AdaptSettings`.
+        adapt: how new tasks are adapted to, :class:`AdaptSettings`.
         device: where to compute; None stays where the backbone is.
-        seed: of everything random, the start of the adapter that is made here too; None draws one from torch's global
-            stream.
+        seed: of everything random, a new adapter's start too; None draws one from torch's global stream.
 
     Raises:
         ValueError: an unknown setting, with the nearest known one; a setting out of range.
+        TypeError: settings that are none.
 
     Example:
         >>> import peft, torch
@@ -129,9 +129,8 @@ class LiFT(ChainSetup):
         **options: Any,
     ) -> None:
         options = current_names(LiFTSettings, options)
-        known = [f.name for f in fields(LiFTSettings)]
         for name in options:
-            check_choice("setting", name, known)
+            check_choice("setting", name, [f.name for f in fields(LiFTSettings)])
         if seed is not None:
             check_number("seed", seed, open_below=False, whole=True)
         adapter = _adapter(backbone, peft_config, seed)
@@ -140,7 +139,8 @@ class LiFT(ChainSetup):
                 adapter = adapter.beginning_at(adapter.initial)
             check_device(device)
             adapter.to(device)
-        super().__init__(adapter, replace(settings or LiFTSettings(), **options), adapt or AdaptSettings(), seed)
+        settings = replace(settings_of("settings", settings, LiFTSettings), **options)
+        super().__init__(adapter, settings, settings_of("adapt", adapt, AdaptSettings), seed)
         if self.settings.stop_patience != LiFTSettings.stop_patience and not self.settings.stop_every:
             log.warning(
                 "stop_patience=%d does nothing without stop_every: no held-out tasks are looked at. Give "

@@ -65,7 +65,7 @@ class AdaptSettings:
         default=None,
         metadata={
             "help": "the same for tasks of fewer than 100 rows where unmoved is left open; none: what a default run "
-            "finds on tasks of classes, else half where heads are solved, else 0"
+            "finds on tasks of classes or tokens, else half where heads are solved, else 0"
         },
     )
     untouched: float = field(

@@ -108,3 +108,9 @@ def test_stop_patience_without_stop_every_is_warned_of(caplog: pytest.LogCapture
     assert not caplog.records
     lift(stop_patience=1)
     assert "stop_patience=1 does nothing without stop_every" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["adapt", "settings"])
+def test_settings_that_are_none_are_refused_at_the_door(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name} is a dict; expected (Adapt|LiFT)Settings\("):
+        lift(**{name: {"steps": 20}})

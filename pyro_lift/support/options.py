@@ -19,6 +19,7 @@ __all__ = [
     "current_names",
     "named_options",
     "renamed_keywords",
+    "settings_of",
 ]
 
 P = ParamSpec("P")
@@ -141,6 +142,19 @@ def check_number(name: str, value: float, *, least: float = 0.0, open_below: boo
         raise ValueError(
             f"{name}={value!r}: expected a finite number {'above' if open_below else 'of at least'} {least:g}."
         )
+
+
+def settings_of(name: str, value: T | None, kind: type[T]) -> T:
+    """Return settings as they were given, and the defaults of their kind where they are None.
+
+    Raises:
+        TypeError: something else than settings of that kind, a dictionary of them, say.
+    """
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected {kind.__name__}(...), of pyro_lift.")
+    return value
 
 
 def check_ordered(what: str, names: object) -> None:

@@ -24,7 +24,7 @@ the untouched network; from there and on all of their rows nothing is exaggerate
 all tasks stand here around that of the other half.
 
 **Draws that stay.** How many draws of an adaptation stay at its start is found from the same predictions, before the
-temperature: :mod:`~pyro_lift.tuning.unmoved_share`.
+temperature: :mod:`~pyro_lift.tuning.unmoved_share`; of tokens :mod:`~pyro_lift.tuning.share_of_tokens`.
 
 **Heads of few rows.** On features where the chain of the other half arrives, tasks say what prior they have
 (:mod:`~pyro_lift.tuning.usual_priors`).
@@ -66,6 +66,7 @@ from pyro_lift.tuning.held_out import dealt, has_unseen_rows, judged
 from pyro_lift.tuning.joint_run import Standing
 from pyro_lift.tuning.noise import EXAGGERATED, Noise, fitted_noise, less_exaggerated
 from pyro_lift.tuning.predictions import least_losses, loss_of
+from pyro_lift.tuning.share_of_tokens import TokenLogProbs, share_of_tokens
 from pyro_lift.tuning.strength import TASKS as STRENGTH_TASKS
 from pyro_lift.tuning.strength import stronger_where_better
 
@@ -106,6 +107,7 @@ class Judge(NamedTuple):
             None leaves it to the untouched network.
         powers: on the likelihood in adaptation to classes, tried beside 1; none in runs of before.
         fades: whether a temperature above 1 holds less for many more rows; in runs of before it did not.
+        token_log_probs: of tokens at one vector, where the share of draws that stay is found by them; None finds none.
         dispersed: whether regressions say how unevenly they vary; in runs of before all are alike.
         few_values: asks regressions what prior heads of few rows have, at the vectors that each half of the tasks has
             not trained, under the noise that was found; None in runs of before, and of classes.
@@ -125,6 +127,7 @@ class Judge(NamedTuple):
     dispersed: bool = True
     powers: Sequence[float] = ()
     fades: bool = True
+    token_log_probs: TokenLogProbs | None = None
 
     def log_probs(self, vectors: Sequence[Tensor], halves: Sequence[Sequence[Task]]) -> Tensor:
         """Compute each task's mean log probability a row, classes at the best temperature for all.
@@ -211,9 +214,9 @@ class CrossFit(NamedTuple):
             sure += f" of tasks of {self.rows.rows:.0f} rows or more: they were right more often than they were sure"
         if self.temperature == 1.0:
             sure = "predictions stay as they are: they are about as sure as they are right"
-        if self.unmoved is not None:
-            sure = f"{self.unmoved:.0%} of the draws stay at the start of an adaptation to few rows; {sure}"
-        parts = [*([length] if self.looks else []), *([sure] if tempered else [])]
+        share = "" if self.unmoved is None else f"{self.unmoved:.0%} of the draws stay at the start of an adaptation "
+        stay = [f"{share}to few rows"] if share else []
+        parts = [*([length] if self.looks else []), *stay, *([sure] if tempered else [])]
         return f"{'; '.join(parts)}." if parts else ""
 
 
@@ -280,7 +283,8 @@ def _sureness(
     adapt = judge.adapt
     if adapt is None:
         return found
-    few = judge.strength and judge.noise is None
+    tokens = judge.token_log_probs
+    few = tokens is not None or (judge.strength and judge.noise is None)
     unseen = [_split(half, min(STRENGTH_TASKS, len(half))) if few else rows_apart(half, ADAPTED) for half in halves]
 
     apart = all(any(has_unseen_rows(task) for task in half) for half in halves)
@@ -296,7 +300,15 @@ def _sureness(
             yield from zip(adapt(standing, some, noise, power), some, strict=True)
 
     if few:
-        return found._replace(power=stronger_where_better(lambda power: list(adapted(None, power)), judge.score))
+        made: dict[float, list[tuple[Any, Task]]] = {}
+
+        def at(power: float) -> list[tuple[Any, Task]]:
+            made[power] = list(adapted(None, power))
+            return made[power]
+
+        power = stronger_where_better(at, judge.score) if judge.strength else 1.0
+        share = None if tokens is None else share_of_tokens(made.get(power) or at(power), tokens)
+        return found._replace(power=power, unmoved=share)
     if judge.noise is not None:
         sure = 1.0 if exact else EXAGGERATED
         asked = {"stronger": judge.strength, "dispersed": judge.dispersed}
