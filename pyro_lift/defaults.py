@@ -255,14 +255,15 @@ def inherited(adapt: AdaptSettings, settings: LiFTSettings, options: Mapping[str
     Args:
         adapt: of all tasks.
         settings: of meta-training, filled in.
-        options: fields of :class:`AdaptSettings` to change for one.
+        options: fields of :class:`AdaptSettings` to change for one; None leaves them as they were found.
 
     Raises:
         ValueError: no such field.
     """
     for name in options:
         check_choice("setting", name, [f.name for f in fields(AdaptSettings)])
-    a = replace(adapt, **options)
+    found = {name: getattr(adapt, name) for name in ("many_rows", "unmoved_few") if options.get(name) is None}
+    a = replace(adapt, **{**options, **found})
     names = [name for name in ("temperature", "n_inflate", "learning_rate") if getattr(a, name) is None]
     return replace(a, **{name: getattr(settings, name) for name in names})
 

@@ -219,6 +219,12 @@ def test_a_posterior_is_of_the_layer_alone_where_that_is_asked_for(options: dict
     assert prior().adapt(new, **{**QUICK, **options}).heads is None
 
 
+def test_none_leaves_it_as_it_was_found() -> None:
+    new, none = task(43, 6 * ROWS), {**QUICK, "many_rows": None}
+    told, left = prior().adapt(new, seed=0, **none), prior().adapt(new, seed=0, **QUICK)
+    assert told.heads is not None and left.heads is not None and torch.equal(told.heads, left.heads)
+
+
 def test_other_classes_than_the_network_has_and_shared_heads_have_none() -> None:
     fewer = task(41, 6 * ROWS, CLASSES - 1)
     assert prior().adapt(fewer, **QUICK).heads is None

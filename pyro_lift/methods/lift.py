@@ -153,6 +153,7 @@ class LiFTMethod:
             n_inflate=None if self.power == 1.0 else self.power * (self.settings.n_inflate or 1.0),
             batch_size=self.budget.batch_size,
             draws=self.budget.draws,
+            many_rows=0,  # methods that are compared have the same heads
             **{} if stopping is None else {"dev_every": stopping.every, "patience": stopping.patience},
         )
 
