@@ -28,6 +28,7 @@ __all__ = [
     "probabilities",
     "shift_left",
     "shift_right",
+    "token_log_probs",
 ]
 
 LossKind = Literal["classification", "matching", "regression", "tokens"]
@@ -71,8 +72,13 @@ def log_likelihood(kind: LossKind, output: Tensor, target: Tensor, scale: float 
     if kind == "regression":
         density = torch.as_tensor(dist.Normal(output, scale, validate_args=False).log_prob(target))
         return density.flatten(1).sum(-1) if density.dim() > 1 else density
+    return token_log_probs(output, target).sum(-1)
+
+
+def token_log_probs(output: Tensor, target: Tensor) -> Tensor:
+    """Compute the log probability of each token ``[b, L]``, zero where it does not count; output ``[b, L, V]``."""
     losses = cross_entropy(output.flatten(0, -2), target.flatten(), ignore_index=IGNORED, reduction="none")
-    return -losses.view(target.shape).sum(-1)
+    return -losses.view(target.shape)
 
 
 def shaped_as(values: Tensor, target: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from pyro_lift.models.lora_factors import aligned
 from pyro_lift.saving.library import COMMON_START, common_start, read_library
 from pyro_lift.saving.parts import PriorParts
 from pyro_lift.settings import LiFTSettings
-from pyro_lift.support.options import check_choice, check_literal, check_number
+from pyro_lift.support.options import check_choice, check_literal, check_number, settings_of
 
 __all__ = ["LibraryMethod", "prior_from_adapters"]
 
@@ -125,7 +125,7 @@ def prior_from_adapters(
             "the adapters are all the same, so beta cannot be told from them. Please pass a value for beta."
         )
     s = replace(
-        settings or LiFTSettings(),
+        settings_of("settings", settings, LiFTSettings),
         beta=spread if way.beta is None else way.beta,
         components=way.components,
         prior_mean="zero",

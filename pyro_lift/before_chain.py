@@ -62,7 +62,7 @@ from pyro_lift.tuning.joint_run import JointRun, Standing, few_passes, passes
 from pyro_lift.tuning.lost_chain import Slower
 from pyro_lift.tuning.matching_biases import matching_biases
 from pyro_lift.tuning.noise import Noise
-from pyro_lift.tuning.share_of_tokens import token_log_probs
+from pyro_lift.tuning.share_of_tokens import log_probs_of_tokens
 from pyro_lift.tuning.usual_priors import Asked, few_rows
 from pyro_lift.tuning.whose_heads import (
     asks_dispersion,
@@ -337,7 +337,7 @@ class ChainSetup:
             dispersed=asks_dispersion(session),
             powers=POWERS if finds and says_at_start else (),
             fades=fades_temperature(session),
-            token_log_probs=partial(token_log_probs, self.adapter) if tokens and may_stay else None,
+            token_log_probs=partial(log_probs_of_tokens, self.adapter) if tokens and may_stay else None,
         )
         return cross_fit(tasks, self.adapter.initial, joint, begin, judge, kept)
 

@@ -24,6 +24,7 @@ from pyro_lift.models.conventions import DECODER, base_of, writes_answers
 from pyro_lift.models.features import all_features
 from pyro_lift.models.observation import network_output
 from pyro_lift.models.out_of_proportion import InputSize, sizes_of_inputs, warn_of_other_sizes
+from pyro_lift.models.rows import ENCODE
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.models.value_spread import ValueSpread
 from pyro_lift.saving.folders import export_posterior, load_posterior, save_posterior
@@ -204,8 +205,8 @@ class TaskPosterior:
             raise TypeError(f"inputs: strings, and {_WRITES.format(self.task.name)}")
         if self.encoding is None:
             raise TypeError(
-                'inputs: strings; encode them first: tokenizer(texts, padding=True, return_tensors="pt"). The task '
-                f"{self.task.name!r} was given in tensors; one that pyro_lift.data.encode made takes strings."
+                f"inputs: strings; {ENCODE}. The task {self.task.name!r} was given in tensors; one that "
+                "pyro_lift.data.encode made takes strings."
             )
         if self.task.kind == "matching" and self.task.label_texts is None:
             raise TypeError(

@@ -23,6 +23,7 @@ from pyro_lift.models.likelihoods import LossKind, among_classes, probabilities,
 from pyro_lift.models.observation import head_inputs_of, naming_inputs, outputs, shapes_of
 from pyro_lift.models.plain import plain, refuse_items
 from pyro_lift.models.readouts import LabelScoring
+from pyro_lift.models.rows import ENCODE
 from pyro_lift.models.task import Rows, Task, as_rows
 
 __all__ = ["Ensemble", "label_probabilities", "predict", "predict_inputs", "rows_of"]
@@ -293,7 +294,7 @@ def _as_trained(name: str, x: Tensor, trained: Tensor | None) -> Tensor:
 def _check_form(where: str, value: Any) -> None:
     first = value[0] if isinstance(value, (list, tuple)) and value else value
     if isinstance(first, str):
-        raise TypeError(f'{where}: strings; encode them first: tokenizer(texts, padding=True, return_tensors="pt").')
+        raise TypeError(f"{where}: strings; {ENCODE}.")
     if not hasattr(value, "__len__") or isinstance(value, (bytes, set)):
         raise TypeError(f"{where}: a {type(value).__name__}; expected a tensor, an array or lists of numbers.")
     if getattr(value, "shape", None) == ():

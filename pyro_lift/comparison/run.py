@@ -53,7 +53,7 @@ from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.archive import reason_of_failure, write_file, write_json
 from pyro_lift.support.durations import format_duration
 from pyro_lift.support.folder_lock import only_run_in
-from pyro_lift.support.options import check_choice
+from pyro_lift.support.options import check_choice, settings_of
 from pyro_lift.support.said_once import said_once
 from pyro_lift.tuning.whose_heads import heads_settled
 
@@ -134,7 +134,8 @@ def compare(
         ValueError: nothing to learn from beside what is held out; tasks of several kinds; a folder with another
             comparison, or with one at work in it; before any training.
     """
-    lift, adapt = options.pop("settings", None) or LiFTSettings(), options.pop("adapt", None) or AdaptSettings()
+    lift = settings_of("settings", options.pop("settings", None), LiFTSettings)
+    adapt = settings_of("adapt", options.pop("adapt", None), AdaptSettings)
     known = [f.name for f in fields(CompareSettings)] + ["settings", "adapt"]
     for name in options:
         check_choice("option", name, known)

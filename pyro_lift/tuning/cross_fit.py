@@ -46,6 +46,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -214,9 +215,11 @@ class CrossFit(NamedTuple):
             sure += f" of tasks of {self.rows.rows:.0f} rows or more: they were right more often than they were sure"
         if self.temperature == 1.0:
             sure = "predictions stay as they are: they are about as sure as they are right"
-        share = "" if self.unmoved is None else f"{self.unmoved:.0%} of the draws stay at the start of an adaptation "
-        stay = [f"{share}to few rows"] if share else []
-        parts = [*([length] if self.looks else []), *stay, *([sure] if tempered else [])]
+        parts = [length] if self.looks else []
+        if self.unmoved is not None:
+            parts.append(f"{self.unmoved:.0%} of the draws stay at the start of an adaptation to few rows")
+        if tempered:
+            parts.append(sure)
         return f"{'; '.join(parts)}." if parts else ""
 
 
@@ -300,14 +303,9 @@ def _sureness(
             yield from zip(adapt(standing, some, noise, power), some, strict=True)
 
     if few:
-        made: dict[float, list[tuple[Any, Task]]] = {}
-
-        def at(power: float) -> list[tuple[Any, Task]]:
-            made[power] = list(adapted(None, power))
-            return made[power]
-
+        at = cache(lambda power: list(adapted(None, power)))
         power = stronger_where_better(at, judge.score) if judge.strength else 1.0
-        share = None if tokens is None else share_of_tokens(made.get(power) or at(power), tokens)
+        share = None if tokens is None else share_of_tokens(at(power), tokens)
         return found._replace(power=power, unmoved=share)
     if judge.noise is not None:
         sure = 1.0 if exact else EXAGGERATED

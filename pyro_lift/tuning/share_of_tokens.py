@@ -21,18 +21,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from pyro_lift.inference.adaptation.unmoved import STACKED_FROM, unmoved_draws
+from pyro_lift.inference.adaptation.unmoved import STACKED_FROM
 from pyro_lift.models.adapters import RandomAdapter
-from pyro_lift.models.likelihoods import IGNORED
+from pyro_lift.models.features import all_features
+from pyro_lift.models.likelihoods import IGNORED, token_log_probs
 from pyro_lift.models.observation import outputs
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.tuning.halves import is_above_zero, paired
 from pyro_lift.tuning.strength import LEAST
-from pyro_lift.tuning.unmoved_share import SHARES
+from pyro_lift.tuning.unmoved_share import SHARES, with_share
 
-__all__ = ["TokenLogProbs", "share_of_tokens", "token_log_probs"]
+__all__ = ["TokenLogProbs", "log_probs_of_tokens", "share_of_tokens"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -72,22 +72,15 @@ def share_of_tokens(adapted: Sequence[tuple[Any, Task]], log_probs: TokenLogProb
 
 
 def _mixed(told: Tensor, share: float) -> Tensor:
-    """Predict tokens with a share of the draws at the start, where the first one is: ``[S, M]`` to ``[M]``.
-
-    With none of them, that one is left out: it would have moved.
-    """
-    stay = unmoved_draws(len(told), share)
-    mixed = torch.cat([told[:1].expand(stay, -1), told[max(stay, 1) :]])
-    return mixed.logsumexp(0) - math.log(len(mixed))
+    """Predict tokens with a share of the draws at the start, where the first one is: ``[S, M]`` to ``[M]``."""
+    draws = with_share(told, share)
+    return draws.logsumexp(0) - math.log(len(draws))
 
 
-@torch.no_grad()
-def token_log_probs(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
+def log_probs_of_tokens(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
     """Compute the log probability of each token that counts, ``[M]``, at weights ``[D]``."""
-    told = []
-    for begin in range(0, len(rows), PASS):
-        some = rows.take(slice(begin, begin + PASS))
-        target = some.target.flatten()
-        scores = outputs(adapter, some, theta, None).flatten(0, -2).float()
-        told.append(-cross_entropy(scores, target, ignore_index=IGNORED, reduction="none")[target != IGNORED])
-    return torch.cat(told)
+
+    def read(adapter: RandomAdapter, rows: Rows, theta: Tensor) -> Tensor:
+        return token_log_probs(outputs(adapter, rows, theta, None), rows.target)[rows.target != IGNORED]
+
+    return all_features(adapter, rows, theta, read, batch_size=PASS)

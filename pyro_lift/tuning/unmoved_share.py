@@ -26,7 +26,7 @@ from pyro_lift.inference.adaptation.unmoved import STACKED_FROM, unmoved_draws
 from pyro_lift.models.task import Task
 from pyro_lift.tuning.predictions import least_losses
 
-__all__ = ["Apart", "apart", "chosen_share"]
+__all__ = ["SHARES", "Apart", "apart", "chosen_share", "with_share"]
 
 #: Shares that are tried.
 SHARES = tuple(k / 10 for k in range(10))
@@ -45,10 +45,17 @@ class Apart(NamedTuple):
 
     def mixed(self, share: float) -> Predicted:
         """Predict as a posterior does with this share of S draws at the start: the first of them make room."""
-        draws = len(self.moved) + 1
-        stay = unmoved_draws(draws, share)
-        p = torch.cat([self.start.probabilities.expand(stay, -1, -1), self.moved[max(stay - 1, 0) :]]).mean(0)
-        return self.start._replace(probabilities=p)
+        each = torch.cat([self.start.probabilities.unsqueeze(0), self.moved])
+        return self.start._replace(probabilities=with_share(each, share).mean(0))
+
+
+def with_share(each: Tensor, share: float) -> Tensor:
+    """Put what the first of S draws says, ``[S, ...]``, in the place of as many as stay there with it.
+
+    With none of them, the first is left out: it would have moved.
+    """
+    stay = unmoved_draws(len(each), share)
+    return torch.cat([each[:1].expand(stay, *each.shape[1:]), each[max(stay, 1) :]])
 
 
 def apart(posterior: Any, task: Task) -> Apart | None:

@@ -20,7 +20,7 @@ from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.task import Rows
 from pyro_lift.settings import AdaptSettings
-from pyro_lift.tuning.share_of_tokens import share_of_tokens, token_log_probs
+from pyro_lift.tuning.share_of_tokens import log_probs_of_tokens, share_of_tokens
 from pyro_lift.tuning.whose_heads import RULES, run_config
 
 V = 6
@@ -92,7 +92,7 @@ def test_tokens_are_as_likely_as_the_posterior_says_at_every_share() -> None:
     prior = LiFT(adapter(), **{**OPTIONS, "sgd_steps": 20}).meta_train(texts(3, 12), progress=False)
     posterior = prior.adapt(task, unmoved_few=0.1, draws=10, steps=20)
     rows, counts = task.train, task.train.target != -100
-    told = torch.stack([token_log_probs(prior.adapter, rows, theta) for theta in posterior.thetas])
+    told = torch.stack([log_probs_of_tokens(prior.adapter, rows, theta) for theta in posterior.thetas])
     assert told.shape == (10, int(counts.sum()))
     for share in (0.1, 0.5, 0.9):
         there = posterior.of_draws(slice(None))
