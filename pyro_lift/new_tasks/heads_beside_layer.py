@@ -69,7 +69,11 @@ def draws_of_heads(rows: int, since: int, draws: int) -> int:
 def adapt_alone(adaptation: Adaptation, task: Task, source: Source, shown: Shown) -> TaskPosterior:
     """Adapt to one task (:meth:`.Adaptation.alone`), with heads or noise of its own where it has rows for that."""
     posteriors: list[TaskPosterior | None] = [adaptation.alone(task, source, shown)]
-    _go_by_own_rows(adaptation, [task], posteriors, lambda of_heads, some: [of_heads.alone(some[0], source, shown)])
+
+    def run(other: Adaptation, some: Sequence[Task]) -> Sequence[TaskPosterior]:
+        return [other.alone(some[0], source, shown._replace(tasks=some))]
+
+    _go_by_own_rows(adaptation, [task], posteriors, run)
     return _all(posteriors)[0]
 
 
@@ -82,8 +86,8 @@ def adapt_together(
         LostTasksError: chains of some tasks diverged under the network's own classes; it has the others' posteriors.
     """
 
-    def run(of_heads: Adaptation, some: Sequence[Task]) -> Sequence[TaskPosterior]:
-        return of_heads.many(some, block_size, seed, shown._replace(tasks=some))
+    def run(other: Adaptation, some: Sequence[Task]) -> Sequence[TaskPosterior]:
+        return other.many(some, block_size, seed, shown._replace(tasks=some))
 
     try:
         posteriors: list[TaskPosterior | None] = list(adaptation.many(tasks, block_size, seed, shown))
@@ -112,8 +116,7 @@ def _go_by_own_rows(
         posteriors: of each, None where it was lost; those of tasks with heads are replaced.
         run: makes posteriors of some tasks by another adaptation.
     """
-    for posterior in _all(posteriors):
-        set_own_noise(posterior, adaptation.how.many_rows or 0)
+    set_own_noise(_all(posteriors), adaptation.how.many_rows or 0, lambda cut: _found(run, adaptation, cut)[0])
     places = [k for k, task in enumerate(tasks) if posteriors[k] is not None and _has_rows(adaptation, task)]
     adapter = _before_layer(adaptation.adapter, tasks[places[0]]) if places else None
     if adapter is None:
@@ -124,12 +127,7 @@ def _go_by_own_rows(
     if not some:
         return
     _tell(adaptation, some)
-    try:
-        found = run(_of_heads(adaptation, adapter, layer), some)
-    except LostTasksError as lost:
-        found, error = lost.posteriors, lost.errors[0]
-    except DivergedError as lost:
-        found, error = [None], lost
+    found, error = _found(run, _of_heads(adaptation, adapter, layer), some)
     for k, of_heads in zip(places, found, strict=True):
         of_layer = posteriors[k]
         assert of_layer is not None
@@ -140,6 +138,20 @@ def _go_by_own_rows(
             "task %r: the chain of heads of its own, beside the network's classes, was lost; its posterior is of these "
             "alone, as with many_rows=0. %s", tasks[k].name, error,
         )  # fmt: skip
+
+
+def _found(
+    run: Callable[[Adaptation, Sequence[Task]], Sequence[TaskPosterior | None]],
+    adaptation: Adaptation,
+    tasks: Sequence[Task],
+) -> tuple[Sequence[TaskPosterior | None], Exception | None]:
+    """Run a second chain of some tasks: posteriors, None where one was lost, and the error of the first of these."""
+    try:
+        return run(adaptation, tasks), None
+    except LostTasksError as lost:
+        return lost.posteriors, lost.errors[0]
+    except DivergedError as lost:
+        return [None], lost
 
 
 def _draws_of_heads(adaptation: Adaptation, task: Task) -> int:
