@@ -18,7 +18,7 @@ from pyro_lift.defaults import for_targets, resolved
 from pyro_lift.inference.baselines.protocol import Baseline, Budget
 from pyro_lift.inference.lost import ChainLostError
 from pyro_lift.inference.sgld import DivergedError
-from pyro_lift.methods.lift import regress
+from pyro_lift.methods.lift import asks_unseen
 from pyro_lift.methods.registry import BASELINES, CHOOSING
 from pyro_lift.metrics.probabilities import class_scores
 from pyro_lift.models.adapters import RandomAdapter
@@ -112,8 +112,8 @@ def method_of(
     warm_up = min(round(joint * sizes.gradients), sizes.gradients - 1)
     visits = sizes.gradients - warm_up
     on_trial = name == REFERENCE and problem.settings.sgd_learning_rate is None
-    if on_trial and problem.settings.noise_scale is None and regress(problem.train):
-        warm_up = max(warm_up // 2, 1)  # the rest goes to halves of the tasks, which say how large the noise is
+    if on_trial and problem.settings.noise_scale is None and asks_unseen(problem.train):
+        warm_up = max(warm_up // 2, 1)  # the rest goes to halves of the tasks, which say what others cannot
     values: dict[str, Any] = {
         "warm_up": warm_up,
         "visits": visits,

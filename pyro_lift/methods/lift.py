@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from pyro_lift.defaults import resolved
 from pyro_lift.inference.adaptation.meta_testing import best_start, meta_test_program
 from pyro_lift.inference.adaptation.predict import Ensemble
+from pyro_lift.inference.adaptation.unmoved import STACKED_FROM
 from pyro_lift.inference.adaptation.update_rules import langevin
 from pyro_lift.inference.baselines.finetune import finetune
 from pyro_lift.inference.baselines.protocol import Budget, Posterior
@@ -32,7 +33,7 @@ from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.support.options import check_literal, check_number
 from pyro_lift.tuning.candidates import META, adaptations, times, told
 
-__all__ = ["LiFTMethod", "LiFTState", "regress"]
+__all__ = ["LiFTMethod", "LiFTState", "asks_unseen"]
 
 Ablation = Literal["none", "reg", "noise"]
 
@@ -48,9 +49,14 @@ class LiFTState(NamedTuple):
     meta_steps: int
 
 
-def regress(tasks: Sequence[Task]) -> bool:
-    """Whether all tasks are regressions."""
-    return all(task.kind == "regression" for task in tasks)
+def asks_unseen(tasks: Sequence[Task]) -> bool:
+    """Whether tasks that joint training has not seen are asked, as they are by default: what no one else can say.
+
+    Regressions for their noise, and tokens of few rows for the draws that stay. Of classes all methods have their
+    temperature from the same place.
+    """
+    few = all(len(task.train) < STACKED_FROM for task in tasks)
+    return all(task.kind == "regression" or (task.kind == "tokens" and few) for task in tasks)
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,8 @@ class LiFTMethod:
     def meta_train(self, tasks: Sequence[Task], *, on_step: Callable[[], None] | None = None) -> LiFTState:
         """Run the chain; ``on_step`` is called after each transition."""
         lift = LiFT(self.adapter, settings=self.chain_settings(), adapt=self.adapt_settings(), seed=self.budget.seed)
-        # Where LiFT chooses for itself it finds the noise of regressions, as it does by default.
-        crossed = lift.settings.noise_scale is None and regress(tasks)
+        # Where LiFT chooses for itself it asks tasks that it has not seen, as it does by default.
+        crossed = lift.settings.noise_scale is None and asks_unseen(tasks)
         shown: dict[str, Any] = {"progress": False, "on_step": on_step, "crossed": crossed}
         prior = lift.meta_train_many(tasks, [lift.settings.components], start=self.budget.warm_start, **shown)[0]
         return LiFTState(prior, self.budget.warm_up + self.budget.visits)

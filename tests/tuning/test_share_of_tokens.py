@@ -15,7 +15,9 @@ from torch import Tensor
 
 from pyro_lift import LiFT, LiFTPrior, Task
 from pyro_lift.inference.adaptation.unmoved import with_unmoved
+from pyro_lift.inference.baselines.protocol import Budget
 from pyro_lift.inference.checkpoint.session import Session
+from pyro_lift.methods.lift import LiFTMethod, asks_unseen
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.backbones import adapt_backbone
 from pyro_lift.models.task import Rows
@@ -128,3 +130,26 @@ def test_a_share_that_is_given_stays_and_a_run_of_before_finds_none(tmp_path: Pa
     run = LiFT(adapter(), **OPTIONS)
     config = run_config(run.settings, run.seed, run.adapter, tasks, rules=then)
     assert run.before_chain(tasks, Session(tmp_path / "then", config=config)).adapt.unmoved_few is None
+
+
+def test_the_comparison_finds_it_as_well() -> None:
+    tasks, budget = texts(8, 12, noise=0.6), Budget(warm_up=200, visits=30, draws=10, steps=20, seed=0)
+    state = LiFTMethod(adapter(), budget, on_trial=True).meta_train(tasks)
+    share = state.prior.adapt_settings.unmoved_few
+    assert share is not None and share > 0.0
+    posterior: Any = LiFTMethod(adapter(), budget, on_trial=True).adapt(state, texts(9, 12, noise=0.6)[-1])
+    assert sum(torch.equal(theta, posterior.thetas[0]) for theta in posterior.thetas) == round(10 * share)
+    assert LiFTMethod(adapter(), budget).meta_train(tasks).prior.adapt_settings.unmoved_few is None
+
+
+@pytest.mark.parametrize(
+    ("tasks", "asked"),
+    [
+        (texts(2, 99), True),
+        (texts(2, 100), False),  # they say it themselves
+        ([Task("r", (torch.randn(200, 2), torch.randn(200)), kind="regression")], True),
+        ([Task("c", (torch.randn(20, 2), torch.arange(20) % 2))], False),
+    ],
+)
+def test_the_comparison_asks_tasks_of_what_no_other_can_say(tasks: Sequence[Task], asked: bool) -> None:
+    assert asks_unseen(tasks) == asked
