@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
 from pyro_lift.support import distributed
+from pyro_lift.support.durations import format_duration
 from pyro_lift.watching.steps import Run
 from pyro_lift.watching.watch import Watchers
 
 __all__ = ["chain_bar"]
+
+log = logging.getLogger("pyro_lift")
+
+#: Seconds between lines in the log, where no bar is shown.
+LOGGED_EVERY = 60.0
 
 
 @contextmanager
@@ -21,6 +29,8 @@ def chain_bar(
     total: int, description: str, show: bool = True, done: int = 0, on_step: Callable[[], None] | None = None
 ) -> Iterator[Callable[..., None]]:
     """A bar on stderr, moved by the hook it gives; hidden, as Pyro's, under CI and xdist, and where not process 0.
+
+    Where it is hidden the log of process 0 has a line a minute.
 
     Its loss is a row's where ``on_step`` knows the rows of the tasks, else the sum over the visited rows.
 
@@ -37,6 +47,7 @@ def chain_bar(
     """
     hidden = not show or "CI" in os.environ or "PYTEST_XDIST_WORKER" in os.environ
     hidden = hidden or not distributed.is_first()
+    lines = _Lines(description, total, done) if hidden and distributed.is_first() else None
     watchers = on_step if isinstance(on_step, Watchers) else Watchers((), Run(description), on_step=on_step)
     with (
         watchers.running(total, done),
@@ -47,15 +58,45 @@ def chain_bar(
         def hook(kernel: Any, samples: Any, stage: str, i: int) -> None:
             nonlocal looked
             del samples, i
-            log = kernel.logging()
+            told = kernel.logging()
             at = getattr(kernel, "logged_at", None)
             if at is None or at != looked:  # a sum over the rows of this visit; later visits have other rows
                 looked = at
-                if "loglik" in log:  # what is known everywhere as a loss, a row where rows are known
+                if "loglik" in told:  # what is known everywhere as a loss, a row where rows are known
                     rows = watchers.rows_of(getattr(kernel, "last_visit", None)) or 1
-                    log = {"loss": f"{-float(log.pop('loglik')) / rows:.3e}", **log}
-                bar.set_postfix(log, refresh=False)
+                    told = {"loss": f"{-float(told.pop('loglik')) / rows:.3e}", **told}
+                bar.set_postfix(told, refresh=False)
             bar.update()
+            if lines is not None:
+                lines.step(told)
             watchers.see(kernel, stage)
 
         yield hook
+
+
+class _Lines:
+    """Lines in the log in place of a bar: a run of hours is not silent.
+
+    Args:
+        description: of the chain.
+        total: its transitions.
+        done: made before.
+    """
+
+    def __init__(self, description: str, total: int, done: int) -> None:
+        self.description, self.total, self.before, self.done = description, total, done, done
+        self.began = self.told = time.monotonic()
+        self.loss = ""
+
+    def step(self, told: Mapping[str, Any]) -> None:
+        """Count a transition, and say how far the chain is if a minute has gone by."""
+        self.done += 1
+        self.loss = f", loss {told['loss']}" if "loss" in told else self.loss
+        now = time.monotonic()
+        if now - self.told < LOGGED_EVERY or self.done >= self.total:
+            return
+        self.told = now
+        left = (now - self.began) / (self.done - self.before) * (self.total - self.done)
+        log.info(
+            "%s: step %d of %d%s, %s left", self.description, self.done, self.total, self.loss, format_duration(left)
+        )

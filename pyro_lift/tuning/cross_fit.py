@@ -199,8 +199,9 @@ class CrossFit(NamedTuple):
         """Say it in words; of the temperature only where one was looked for (``tempered``)."""
         tried = ", ".join(f"{steps}: {gain:+.3f} ± {error:.3f}" for steps, gain, error in self.looks)
         length = (
-            f"joint training gets {self.steps} steps (nats a row over the first, on unseen tasks: {tried}; of those "
-            "above the best the best that is not worse by more than chance: halves overfit sooner than all tasks)"
+            f"joint training gets {self.steps} steps (tasks that it has not seen, nats a row over the fewest steps: "
+            f"{tried}; more steps than the best are taken where they are not worse than it by more than chance, since "
+            "halves of the tasks, which this is of, overfit sooner than all of them)"
         )
         if self.noise is not None:
             return (

@@ -38,6 +38,26 @@ def test_a_hidden_bar_prints_nothing(capsys: Any) -> None:
     assert capsys.readouterr().err == ""
 
 
+def test_in_place_of_a_bar_the_log_says_how_far_a_long_chain_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter([0.0, 30.0, 61.0, 90.0, 400.0])
+    monkeypatch.setattr("pyro_lift.inference.progress.time.monotonic", lambda: next(clock))
+    with caplog.at_level("INFO", "pyro_lift"):
+        run(show=False)
+    # After two of four steps in 61 seconds; not before a minute has gone by, nor at the end.
+    assert [record.getMessage() for record in caplog.records] == ["chain: step 2 of 4, loss 2.500e+01, 1 min 1 s left"]
+
+
+def test_beside_a_bar_the_log_says_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr("pyro_lift.inference.progress.LOGGED_EVERY", 0.0)
+    with caplog.at_level("INFO", "pyro_lift"):
+        run(show=True)
+    assert not caplog.records
+
+
 class Visit(NamedTuple):
     tasks: tuple[int, ...]
 
