@@ -25,6 +25,7 @@ from pyro_lift.models.task import Rows, Task, undeclared
 from pyro_lift.saving.base_model import check_base, describe_base
 from pyro_lift.saving.before_head import described_reading, read_as_saved
 from pyro_lift.saving.choices import described_choices, head_tensors, saved_choices, saved_input_sizes
+from pyro_lift.saving.copies import digests_of_copies, warn_of_copies
 from pyro_lift.saving.destination import check_destination
 from pyro_lift.saving.hub import local_folder
 from pyro_lift.saving.model_card import posterior_card, prior_card
@@ -65,16 +66,7 @@ __all__ = [
 
 #: Newest format that is read; written is always the newest.
 PRIOR_FORMAT = POSTERIOR_FORMAT = 1
-MIXTURE_OPTIONS = (
-    "components",
-    "covariance",
-    "schedule",
-    "power",
-    "count",
-    "buffer_size",
-    "variance_floor",
-    "seed",
-)
+MIXTURE_OPTIONS = ("components", "covariance", "schedule", "power", "count", "buffer_size", "variance_floor", "seed")
 #: Of a PEFT configuration, what does not change what the adapter's tensors do: names, the start, and which layers have
 #: tensors, which the tensors tell.
 NO_PART_OF_THE_FUNCTION = frozenset(
@@ -148,6 +140,7 @@ def save_prior(prior: SavablePrior, folder: Path) -> Path:
             "encoding": save_encoding(prior.encoding, new),
             **described_choices(prior),
             "files": {PRIOR: write_tensors(new / PRIOR, tensors)},
+            "copies": digests_of_copies(new),
         }
         write_json(new / CONFIG, sealed(config))
         write_file(new / CARD, prior_card(prior, config).encode())
@@ -179,6 +172,7 @@ def load_prior(
     path = folder / CONFIG
     config = read_json(path)
     check_format(path, config, "pyro_lift.prior", PRIOR_FORMAT, _PRIOR_KEYS)
+    warn_of_copies(folder, config)
     settings = from_dict(LiFTSettings, complete_settings(config["settings"]), f"{path}: settings")
     adapt_settings = from_dict(AdaptSettings, complete_adapt_settings(config["adapt"]), f"{path}: adapt")
     mixture = _mixture(path, config["mixture"])
@@ -277,6 +271,7 @@ def save_posterior(posterior: SavablePosterior, folder: Path) -> Path:
             "declares_classes": task.train.classes is not None,
             "input_sizes": {name: list(size) for name, size in posterior.input_sizes.items()},
             "files": {POSTERIOR: write_tensors(new / POSTERIOR, tensors)},
+            "copies": digests_of_copies(new),
         }
         write_json(new / CONFIG, sealed(config))
         write_file(new / CARD, posterior_card(posterior, config).encode())
@@ -307,6 +302,7 @@ def load_posterior(
     path = folder / CONFIG
     config = read_json(path)
     check_format(path, config, "pyro_lift.posterior", POSTERIOR_FORMAT, _POSTERIOR_KEYS)
+    warn_of_copies(folder, config)
     adapter = _adapter(path, config, backbone, check, options or {})
     file = folder / POSTERIOR
     tensors = read_tensors(file, config["files"].get(POSTERIOR), adapter.initial.device, {"theta": (-1, adapter.dim)})

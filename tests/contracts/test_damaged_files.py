@@ -224,6 +224,31 @@ def test_a_damaged_folder_is_refused_with_its_file_and_tensor(case: Case, good: 
         load(tmp_path / case.kind, copy.deepcopy(trained("bert").backbone))
 
 
+def test_copies_for_other_programs_are_missed_and_hinder_nothing(
+    good: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone = copy.deepcopy(trained("bert").backbone)
+    for kind, load in (("prior", LiFTPrior.from_pretrained), ("posterior", TaskPosterior.from_pretrained)):
+        folder = tmp_path / kind
+        shutil.copytree(good / kind, folder)
+        caplog.clear()
+        load(folder, backbone)
+        assert "PEFT and servers do" not in caplog.text
+        weights = folder / "adapter_model.safetensors"
+        weights.write_bytes(flipped(weights.read_bytes()))
+        load(folder, backbone)
+        assert f"{weights} is not as it was written" in caplog.text
+        weights.unlink()
+        load(folder, backbone)
+        assert f"{weights} is missing" in caplog.text
+        caplog.clear()
+        values = json.loads((folder / "config.json").read_text())
+        del values["copies"]  # as a folder of before
+        (folder / "config.json").write_text(json.dumps(sealed(values)))
+        load(folder, backbone)
+        assert "PEFT and servers do" not in caplog.text
+
+
 def deeper() -> nn.Module:
     model = bert()
     model.config.num_hidden_layers = 2  # type: ignore[union-attr]
