@@ -11,7 +11,7 @@ import logging
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,16 +21,18 @@ from torch import Tensor
 from pyro_lift.config import RunConfig, read_config
 from pyro_lift.data.layout import RECORD_FILES, TENSOR_FILES
 from pyro_lift.data.new_rows import choice_rows, new_pictures, new_tensor_rows, new_text_rows, rows_file
-from pyro_lift.data.text import TextForm
+from pyro_lift.data.text import TextForm, TextRow
 from pyro_lift.generation.options import Writing
 from pyro_lift.generation.predictions import text_measures, text_predictions, token_predictions
 from pyro_lift.inference.adaptation.meta_testing import Untouched
 from pyro_lift.lift import LiFT
+from pyro_lift.metrics.predicted_rows import records_of_rows
 from pyro_lift.metrics.task import scores
 from pyro_lift.metrics.text import METRICS
 from pyro_lift.models.architecture import architecture_of, changed_settings
 from pyro_lift.models.conventions import base_of
 from pyro_lift.models.digest import digest
+from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
@@ -275,6 +277,7 @@ def adapt(
         if untrained:
             prior = _untrained(prior)
         task = task_of(config, task_folder)
+        warn_of_what_is_given_away([task])
         with named_callbacks(log_to, config.log.every) as callbacks:
             posterior = prior.adapt(task, seed=seed, progress=progress, callbacks=callbacks)
         record: dict[str, Any] = {
@@ -351,7 +354,7 @@ def predict(
 
     Of a folder these are its test rows, its train rows where there are no others. Where answers are written, a line has
     the text, its log probability and how sure the draws are of it
-    (:func:`~pyro_lift.generation.predictions.text_predictions`).
+    (:func:`~pyro_lift.generation.predictions.text_predictions`). Where every row has its answer the scores are printed.
 
     Args:
         folder: what :func:`adapt` wrote.
@@ -383,52 +386,68 @@ def predict(
     posterior = TaskPosterior.from_pretrained(folder, adapter)
     # All lines before the first is written: a file of predictions is whole, or is not there.
     place = task_folder or Path(record["task_folder"])
-    lines = _predicted(posterior, config, place, writing or Writing())
+    lines, measures = _predicted(posterior, config, place, writing or Writing())
     content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
     write_or_rescue(lambda place: write_file(place / out.name, content), out.parent, "the predictions")
-    measures = text_measures(lines, posterior.task.metric)
     for name, value in measures.items():
-        print(f"{name} ({posterior.task.metric}): {value:.4f}")
+        print(f"{name} ({posterior.task.metric}): {value:.4f}" if name.startswith("score") else f"{name}: {value:.4f}")
     print(f"{len(lines)} predictions written: {out}")
     return out
 
 
-def _predicted(posterior: TaskPosterior, config: RunConfig, place: Path, writing: Writing) -> list[dict[str, Any]]:
-    """Predict the rows of a folder or a file, as records."""
-    encoding, file = posterior.encoding, rows_file(place)
+def _predicted(
+    posterior: TaskPosterior, config: RunConfig, place: Path, writing: Writing
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Predict the rows of a folder or a file, as records; and score them where every row has its answer."""
+    task, encoding, file = posterior.task, posterior.encoding, rows_file(place)
     if file is not None and file.name.casefold().endswith(TENSOR_FILES):
-        rows = new_tensor_rows(file, posterior.task)
+        rows, labelled = new_tensor_rows(file, task)
         decoder = getattr(getattr(posterior.adapter.backbone, "config", None), "is_encoder_decoder", False)
-        if posterior.task.kind == "tokens" and decoder and "decoder_input_ids" not in rows.inputs:
-            return token_predictions(posterior, rows, writing.which, writing.options())
-        return list(_predictions(posterior.task, posterior.predict(rows)))
-    if file is None and posterior.task.kind == "classification":
+        if task.kind == "tokens" and decoder and "decoder_input_ids" not in rows.inputs:
+            return token_predictions(posterior, rows, writing.which, writing.options()), {}
+        p = posterior.predict(rows)
+        return records_of_rows(task, p), _scored(p, rows, task) if labelled else {}
+    if file is None and task.kind == "classification" and encoding is None:
         pictures = new_pictures(place)
-        rows = encoder_of(config).rows(posterior.task.name, pictures)
+        rows = encoder_of(config).rows(task.name, pictures)
         paths = () if isinstance(pictures.pictures, Tensor) else pictures.pictures
         files = [{"file": str(path.relative_to(place) if place.is_dir() else path.name)} for path in paths]
-        lines = _predictions(posterior.task, posterior.predict(rows))
-        return [line | about for line, about in zip(lines, files or [{}] * len(rows), strict=True)]
+        lines = records_of_rows(task, posterior.predict(rows))
+        return [line | about for line, about in zip(lines, files or [{}] * len(rows), strict=True)], {}
+    if file is None and encoding is not None:
+        there = "no rows to predict here" if place.exists() else "no such file or folder"
+        raise ValueError(
+            f"{place}: {there}. Expected a file of rows, or a folder with test.*, dev.* or train.*, each a "
+            f"{', '.join(RECORD_FILES)}."
+        )
     if file is None or encoding is None:  # of an earlier version, which has no tokenizer
-        task = task_of(config, place)
+        read = task_of(config, place)
         whole = TaskPosterior(
             posterior.adapter,
-            task,
+            read,
             posterior.thetas,
             posterior.heads,
             posterior.component,
             prediction_temperature=posterior.prediction_temperature,
             class_counts=posterior.class_counts,
         )
-        return list(_predictions(task, whole.predict(task.test or task.train)))
+        return records_of_rows(read, whole.predict(read.test or read.train)), {}
     texts = new_text_rows(file, cast(TextForm, encoding.form), encoding.labels)
-    if posterior.task.kind == "tokens":
-        return text_predictions(posterior, texts, writing.which, writing.options())
-    p = posterior.predict(choice_rows(encoding, texts, encoding.labels))
-    return [
-        line | ({"option": row.options[int(q[: len(row.options)].argmax())]} if row.options else {})
-        for line, row, q in zip(_predictions(posterior.task, p), texts, p, strict=True)
-    ]
+    if task.kind == "tokens":
+        lines = text_predictions(posterior, texts, writing.which, writing.options())
+        return lines, text_measures(lines, task.metric)
+    rows = choice_rows(encoding, texts, encoding.labels)
+    p = posterior.predict(rows)
+    return records_of_rows(task, p, texts), _scored(p, rows, task, texts) if all(row.outputs for row in texts) else {}
+
+
+def _scored(p: Tensor, rows: Rows, task: Task, texts: Sequence[TextRow] | None = None) -> dict[str, float]:
+    """Score predictions of rows that have answers; of answers that no prediction could give, say so."""
+    try:
+        return scores(p, rows, task, texts)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        log.warning("the predictions are not scored: %s", error)
+        return {}
 
 
 def _check_apart(folder: Path, config: RunConfig) -> None:
@@ -466,21 +485,6 @@ def _text_scores(posterior: TaskPosterior, place: Path) -> dict[str, float]:
         return {}
     rows = new_text_rows(file, cast(TextForm, encoding.form), encoding.labels)
     return text_measures(text_predictions(posterior, rows), posterior.task.metric)
-
-
-def _predictions(task: Task, p: Tensor) -> Iterator[dict[str, Any]]:
-    for number, probabilities in enumerate(p.cpu()):
-        line: dict[str, Any] = {"row": number}
-        if task.kind == "regression":
-            line["mean"] = probabilities.tolist()
-        elif task.kind == "tokens":
-            line |= {"tokens": probabilities.argmax(-1).tolist(), "probabilities": probabilities.amax(-1).tolist()}
-        else:
-            best = int(probabilities.argmax())
-            named = best < len(task.labels or ())  # a shared head may be wider than the task
-            label = task.labels[best] if task.labels and named else best
-            line |= {"label": label, "probabilities": probabilities.tolist()}
-        yield line
 
 
 if not TYPE_CHECKING:

@@ -134,6 +134,40 @@ def test_rows_without_labels_have_their_classes_predicted(tmp_path: Path) -> Non
         commands.predict(tmp_path / "adapted", file.with_suffix(".jsonl"), tmp_path / "out.jsonl")
 
 
+def test_rows_with_answers_are_scored_and_bring_them_and_others_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    commands.train(prepare("bert", "classification", tmp_path), progress=False)
+    record = commands.adapt(tmp_path / "prior", tmp_path / "new", tmp_path / "adapted", progress=False).results
+    known = read(commands.predict(tmp_path / "adapted"))
+    printed = capsys.readouterr().out
+    for name, title in (("score", "score (ACC)"), ("accuracy", "accuracy"), ("nll", "nll")):
+        assert f"{title}: {record[name]:.4f}" in printed
+    assert [line["accepted"] for line in known] == [[row_of("classification", k)["output"]] for k in range(3)]
+    inputs = [row_of("classification", k)["input"] for k in range(3)]
+    for text in ("\n".join(inputs), "\n".join(["text", *inputs])):  # a table of one column, with and without its name
+        (tmp_path / "rows.tsv").write_text(text)
+        new = read(commands.predict(tmp_path / "adapted", tmp_path / "rows.tsv", tmp_path / "out.jsonl"))
+        assert [line["label"] for line in new] == [line["label"] for line in known]
+        assert not any("accepted" in line for line in new) and "accuracy" not in capsys.readouterr().out
+    (tmp_path / "rows.tsv").write_text("red cat\nred cat\tblue\n")
+    with pytest.raises(ValueError, match=r"rows\.tsv:1: no tab"):
+        commands.predict(tmp_path / "adapted", tmp_path / "rows.tsv", tmp_path / "out.jsonl")
+    (tmp_path / "rows.jsonl").write_text(lines([{"input": " ".join(WORDS * 3)}, {"input": "red cat"}]))
+    commands.predict(tmp_path / "adapted", tmp_path / "rows.jsonl", tmp_path / "out.jsonl")
+    assert "1 of 2 inputs are longer than 16 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "message"), [("gone.jsonl", "no such file"), ("empty", "no rows"), ("x.csv", "no r")])
+def test_a_place_without_rows_to_predict_is_named(name: str, message: str, tmp_path: Path) -> None:
+    commands.train(prepare("bert", "classification", tmp_path), progress=False)
+    commands.adapt(tmp_path / "prior", tmp_path / "new", tmp_path / "adapted", progress=False)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.csv").write_text("a,b\n")
+    with pytest.raises(ValueError, match=rf"{name}: {message}.*Expected a file of rows"):
+        commands.predict(tmp_path / "adapted", tmp_path / name, tmp_path / "out.jsonl")
+
+
 def test_options_of_rows_without_answers_are_chosen_from(tmp_path: Path) -> None:
     commands.train(prepare("bert", "multiple_choice", tmp_path), progress=False)
     commands.adapt(tmp_path / "prior", tmp_path / "new", tmp_path / "adapted", progress=False)
@@ -145,16 +179,23 @@ def test_options_of_rows_without_answers_are_chosen_from(tmp_path: Path) -> None
     assert all(line["option"] == row["options"][line["label"]] for line, row in zip(new, rows, strict=True))
 
 
-def test_tensors_without_labels_and_without_training_rows_are_predicted(tmp_path: Path) -> None:
-
+def test_tensors_without_labels_and_without_training_rows_are_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     commands.train(prepare_tensors("bert", tmp_path), progress=False)
     commands.adapt(tmp_path / "prior", tmp_path / "new", tmp_path / "adapted", progress=False)
     known = read(commands.predict(tmp_path / "adapted"))
+    assert "accuracy: " in capsys.readouterr().out
     tensors = load_file(tmp_path / "new" / "test.safetensors")
     (tmp_path / "later").mkdir()
     unlabelled = {name: x for name, x in tensors.items() if not name.startswith("label")}
     save_file(unlabelled, tmp_path / "later" / "test.safetensors")
     assert read(commands.predict(tmp_path / "adapted", tmp_path / "later", tmp_path / "out.jsonl")) == known
+    assert "accuracy" not in capsys.readouterr().out
+    wrong = {**tensors, "labels": tensors["labels"] + 7}
+    save_file(wrong, tmp_path / "later" / "test.safetensors")
+    assert read(commands.predict(tmp_path / "adapted", tmp_path / "later", tmp_path / "out.jsonl")) == known
+    assert "the predictions are not scored" in caplog.text
     save_file({"labels": tensors["labels"]}, tmp_path / "later" / "test.safetensors")
     with pytest.raises(ValueError, match=r"test\.safetensors: no inputs among labels"):
         commands.predict(tmp_path / "adapted", tmp_path / "later", tmp_path / "out.jsonl")

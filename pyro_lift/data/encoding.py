@@ -78,17 +78,17 @@ class TextEncoding:
 
     def new_prompts(self, texts: Sequence[Given]) -> dict[str, Tensor]:
         """Encode inputs that are not the task's own, as :meth:`prompts`; the log says how many were cut."""
-        with self._said("inputs", len(texts)):
+        with self.telling_of_cut("inputs", len(texts)):
             return self.prompts(texts)
 
     def new_answers(self, texts: Sequence[str]) -> Tensor:
         """Encode answers that are not the task's own, as :meth:`answers`; the log says how many were cut."""
-        with self._said("outputs", len(texts)):
+        with self.telling_of_cut("outputs", len(texts)):
             return self.answers(texts)
 
     @contextmanager
-    def _said(self, what: str, number: int) -> Iterator[None]:
-        """Say how many texts were cut inside the context, and leave the count of the task's own as it was."""
+    def telling_of_cut(self, what: str, number: int) -> Iterator[None]:
+        """Tell the log how many texts were cut inside the context, and leave the count of the task's own as it was."""
         encoder, known = self.encoder, dict(self.encoder.cut)
         try:
             yield

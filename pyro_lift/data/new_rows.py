@@ -67,7 +67,7 @@ def new_text_rows(file: Path, form: TextForm, labels: Sequence[str] = ()) -> lis
     Raises:
         ValueError: no row, or a bad record; names file and line.
     """
-    rows = [text_row(record, form, labels or None, answered=False) for record in read_records(file)]
+    rows = [text_row(record, form, labels or None, answered=False) for record in read_records(file, answered=False)]
     if not rows:
         raise ValueError(f"{file}: no rows to predict.")
     return rows
@@ -81,11 +81,12 @@ def choice_rows(encoding: TextEncoding, rows: Sequence[TextRow], labels: Sequenc
     )
     assert encoding.form in CHOICES
     task = TextTask(encoding.task, filled, form=encoding.form, labels=tuple(labels), system=encoding.system)  # type: ignore[arg-type]
-    return encoding.encoder(task).train  # type: ignore[operator, no-any-return]
+    with encoding.telling_of_cut("inputs", len(rows)):
+        return encoding.encoder(task).train  # type: ignore[operator, no-any-return]
 
 
-def new_tensor_rows(file: Path, task: Task) -> Rows:
-    """Read rows from a safetensors file, with or without ``labels``.
+def new_tensor_rows(file: Path, task: Task) -> tuple[Rows, bool]:
+    """Read rows from a safetensors file, and whether they have ``labels``; zeros stand for those of rows without.
 
     Args:
         file: with inputs by the backbone's keyword.
@@ -103,4 +104,4 @@ def new_tensor_rows(file: Path, task: Task) -> Rows:
         first = next(iter(named.values()))
         target = torch.zeros(len(first) if first.dim() else 0, dtype=torch.long)
     rows = as_rows((named, target), str(file))
-    return Rows(rows.inputs, rows.target, task.train.shared)
+    return Rows(rows.inputs, rows.target, task.train.shared), "labels" in tensors

@@ -115,10 +115,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(text, str(path))
 
 
-def read_records(path: Path) -> Iterator[Record]:
+def read_records(path: Path, *, answered: bool = True) -> Iterator[Record]:
     """Read the records of a JSONL, TSV (both plain or gzip) or Parquet file; blank lines are passed over.
 
     A TSV line is CrossFit's (:mod:`pyro_lift.data.tsv`): the input, a tab, and one or more outputs with tabs between.
+    Where no answers are needed (``answered=False``) it may be the input alone.
 
     Raises:
         ValueError: a name with another ending, a line that is not JSON, not an object, not UTF-8, or without a tab; a
@@ -130,8 +131,8 @@ def read_records(path: Path) -> Iterator[Record]:
     if name.endswith((".jsonl", ".jsonl.gz")):
         return (_json_record(place, line) for place, line in _lines(path))
     if name.endswith((".tsv", ".tsv.gz")):
-        rows = tsv_rows(list(_lines(path)))
-        return (Record(place, {"input": cells[0], "output": cells[1:]}) for place, cells in rows)
+        rows = tsv_rows(list(_lines(path)), answered=answered)
+        return (Record(p, {"input": cells[0]} | ({"output": cells[1:]} if cells[1:] else {})) for p, cells in rows)
     raise ValueError(f"{path}: cannot read this kind of file; expected one of {', '.join(RECORD_FILES)}.")
 
 
@@ -214,7 +215,7 @@ def text_row(
     if not answered and all(record.fields.get(name) is None for name in OUTPUTS):
         outputs: tuple[str, ...] = ()
     else:
-        name = _present(record, *OUTPUTS)
+        name = _present(record, *OUTPUTS, form=form)
         outputs = _strings(record, name, record.fields[name], form)
         outputs += _strings(record, "answers", record.fields.get("answers") or (), form)
     options = record.fields.get("options")
@@ -233,9 +234,9 @@ def text_row(
 
 def _check_fields(record: Record) -> None:
     """Refuse columns that stand for the same, and those of layouts whose other columns would be passed over."""
-    for *names, newest in (INPUTS, OUTPUTS):
-        given = [name for name in (newest, *names) if record.fields.get(name) is not None]
-        if len(given) > 1 and newest in given:
+    for names in (INPUTS, OUTPUTS):
+        given = [name for name in reversed(names) if record.fields.get(name) is not None]
+        if len(given) > 1:
             raise ValueError(
                 f"{record.place}: both {given[0]!r} and {given[1]!r}; they mean the same. Keep one of them."
             )
@@ -285,21 +286,23 @@ def _field(record: Record, *names: str) -> Any:
     return record.fields[_present(record, *names)]
 
 
-def _present(record: Record, *names: str) -> str:
-    """Return the first of some names that the record has.
+def _present(record: Record, *names: str, form: TextForm | None = None) -> str:
+    """Return the name, of some, that the record has a value by, else one that it has.
 
     Raises:
         ValueError: it has none; says what it may be meant by.
     """
-    for name in names:
-        if name in record.fields:
-            return name
+    known = [name for name in names if name in record.fields]
+    for name in (*(name for name in known if record.fields[name] is not None), *known):
+        return name
     wanted = "completion" if names == OUTPUTS and "prompt" in record.fields else names[0]
     near = {name.strip().casefold(): name for name in record.fields}
     hint = next((f" {near[name]!r} is {name!r} in small letters." for name in names if name in near), "")
-    other = next((f" {why[0].upper()}{why[1:]}." for key, why in _OTHER_COLUMNS.items() if key in record.fields), "")
+    others = {key: why for key, why in _OTHER_COLUMNS.items() if not (key == "text" and form in CHOICES)}
+    other = next((f" {why[0].upper()}{why[1:]}." for key, why in others.items() if key in record.fields), "")
     there = ", ".join(map(repr, record.fields))
-    raise ValueError(f"{record.place}: no field {wanted!r}; the record has {there}.{hint or other}")
+    called = f" It is called {', '.join(map(repr, names[:-1]))} or {names[-1]!r}." if len(names) > 1 else ""
+    raise ValueError(f"{record.place}: no field {wanted!r}; the record has {there}.{hint or other or called}")
 
 
 def _strings(record: Record, name: str, value: Any, form: TextForm | None) -> tuple[str, ...]:

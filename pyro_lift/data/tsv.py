@@ -32,23 +32,29 @@ PLAIN_HEADERS = tuple((a, b) for a in ("input", "text") for b in ("output", "lab
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
-def tsv_rows(lines: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+def tsv_rows(lines: Sequence[tuple[str, str]], *, answered: bool = True) -> list[tuple[str, list[str]]]:
     """Split the lines into cells, the answers without blanks at their ends and blank ones left out.
 
     A header with the fields' own names (``input`` or ``text``, ``output`` or ``label``) is left out.
 
     Args:
         lines: place and text of each line that is not blank.
+        answered: whether there must be answers; else lines without any tab are inputs alone.
 
     Raises:
         ValueError: another header, or what looks like one; cells quoted as CSV has them, a first column that counts the
             lines, a line without a tab, or a carriage return inside a line; the message begins with the line's place.
     """
-    rows = [(place, _cells(place, line)) for place, line in lines]
+    alone = not answered and not any("\t" in line for _, line in lines)
+    if alone and lines and lines[0][1].strip().casefold() in {names[0] for names in PLAIN_HEADERS}:
+        lines = lines[1:]
+    rows = [(place, [line] if alone else _cells(place, line)) for place, line in lines]
     for place, cells in rows:
         _check_quotes(place, cells)
     if rows and all(_QUOTED.fullmatch(cell) for _, cells in rows for cell in cells):
         raise ValueError(f"{rows[0][0]}: every cell is quoted. {_UNQUOTED}")
+    if alone:
+        return rows
     if rows and tuple(cell.strip().casefold() for cell in rows[0][1]) in PLAIN_HEADERS:
         rows = rows[1:]
     elif rows and (_is_header(rows[0][1]) or _stands_out([cells for _, cells in rows])):
