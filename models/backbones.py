@@ -371,6 +371,9 @@ def _wrapped(network: nn.Module, config: peft.PeftConfig) -> Any:
             raise
         layers = dict.fromkeys(name.rsplit(".", 1)[-1] for name, m in network.named_modules() if hasattr(m, "weight"))
         known = " recipe(backbone) chooses among them." if _family(network) in RECIPES else ""
+        numbers = [int(n) for name, _ in network.named_modules() for n in re.findall(r"\.(\d+)\.", name)]
+        if getattr(config, "layers_to_transform", None) is not None and numbers:
+            known += f" Its layers, which layers_to_transform chooses from, are numbered 0 to {max(numbers)}."
         raise ValueError(f"{error} Its layers with weights are called {some_names(list(layers))}.{known}") from error
 
 

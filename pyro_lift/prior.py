@@ -30,6 +30,7 @@ from pyro_lift.models.common_classes import with_classes_of_prior
 from pyro_lift.models.dispersion import Dispersion
 from pyro_lift.models.door import check_rows
 from pyro_lift.models.given_away import warn_of_what_is_given_away
+from pyro_lift.models.one_class import warn_of_one_class
 from pyro_lift.models.out_of_proportion import InputSize, warn_of_tasks_of_other_sizes
 from pyro_lift.models.target_units import warn_of_new_units
 from pyro_lift.models.task import Task, check_kinds, check_tasks, undeclared
@@ -320,6 +321,7 @@ class LiFTPrior:
         if self.tasks:
             own_heads = new_head_scale(self.adapter, self.settings, tasks) is not None
             mean, noise = self.mixture.get().mean, self.settings.noise_sd
+            warn_of_one_class(tasks)
             warn_of_new_units(self.adapter, tasks, mean, noise, own_heads=own_heads)
         return tasks if self.masks else [undeclared(task) for task in tasks]
 

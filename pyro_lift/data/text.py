@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ __all__ = [
     "infer_labels",
     "tidy",
 ]
+
+log = logging.getLogger("pyro_lift")
+
+#: Rows from which on it is told that each has a label of its own: fewer may be one of each class.
+OWN_LABELS_FROM = 6
 
 TextForm = Literal["classification", "multiple_choice", "text_to_text", "next_token", "completion", "chat"]
 #: Forms whose answers are names: of one set of labels, or of a row's own options.
@@ -144,13 +150,19 @@ def check_labels(labels: Iterable[str], where: str) -> tuple[str, ...]:
 
 
 def infer_labels(answers: Iterable[str], where: str) -> tuple[str, ...]:
-    """Take the distinct answers in order as labels, which nobody has named.
+    """Take the distinct answers in order as labels, which nobody has named; warn where each row has one of its own.
 
     Raises:
         ValueError: two of them that differ in letter case, inner blanks or Unicode form alone: an uncased tokenizer and
             the accuracy of strings take them for one, so they are a slip more often than two classes.
     """
+    answers = list(answers)
     labels = tuple(sorted(set(answers)))
+    if len(labels) == len(answers) >= OWN_LABELS_FROM:
+        log.warning(
+            "%s: each of the %d rows has a label of its own, such as %r. Is the label's column in the place of the "
+            "text's?", where, len(labels), answers[0],
+        )  # fmt: skip
     alike: dict[str, str] = {}
     for label in labels:
         key = " ".join(unicodedata.normalize("NFKC", label).casefold().split())

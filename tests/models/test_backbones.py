@@ -254,5 +254,10 @@ def test_unknown_kinds_and_dtypes_are_refused() -> None:
 
 def test_where_no_layer_has_the_names_that_peft_is_told_the_layers_are_named() -> None:
     network = nn.Sequential(OrderedDict(first=nn.Linear(2, 3), act=nn.Tanh(), last=nn.Linear(3, 2)))
-    with pytest.raises(ValueError, match=r"nope.*Its layers with weights are called 'first', 'last'\."):
+    with pytest.raises(ValueError, match=r"nope.*Its layers with weights are called 'first', 'last'\.$"):
         adapt_backbone(network, peft.LoraConfig(r=1, target_modules=["nope"]))
+
+
+def test_where_no_layer_has_the_number_that_peft_is_told_the_numbers_are_named() -> None:
+    with pytest.raises(ValueError, match="layers_to_transform chooses from, are numbered 0 to 1"):
+        adapt_backbone(bert(2), peft.LoraConfig(r=1, target_modules=["query"], layers_to_transform=[2]))
