@@ -73,6 +73,7 @@ from pyro_lift.tuning.whose_heads import (
     fades_with_rows,
     finds_class_power,
     finds_matching_biases,
+    finds_sureness_of_matching,
     finds_share_of_tokens,
     finds_unmoved,
     grows_heads,
@@ -265,7 +266,8 @@ class ChainSetup:
             joint = None
         if saved_without or s.ranks_block_size or (joint is None and noise is None) or len(tasks) < 2:
             return None
-        classes = all(task.kind == "classification" for task in tasks)
+        known = all(task.kind == "classification" for task in tasks)
+        classes = known or (finds_sureness_of_matching(session) and all(task.kind == "matching" for task in tasks))
         sure, tokens = noise is not None or classes, all(task.kind == "tokens" for task in tasks)
         strength = self.leaves_power_open and (noise is not None or tokens)
         says_at_start = heads or not any(has_head(task, program.head_scale) for task in tasks)
@@ -299,7 +301,7 @@ class ChainSetup:
             moments = {name: rescaled * moment for name, moment in standing.moments.items()}
             rows = rows_of_moments(tasks, alike=s.task_steps == "tasks")
             mean = None if self.head_mean is None else self.head_mean.unseen_by(unseen)
-            if classes and mean is not None and mean.few and standing.tasks:
+            if known and mean is not None and mean.few and standing.tasks:
                 seen = {task.name for task in standing.tasks}
                 others = [task for task in tasks if task.name not in seen]
                 asked.extend(asked_at(self.adapter, others, at.mean[0], mean))
@@ -323,7 +325,7 @@ class ChainSetup:
         values = None
         if self.head_mean is not None and tasks[0].kind == "regression" and asks_few_values(session):
             values = partial(said_by_unseen, self.adapter, tasks)
-        finds = classes and not heads and self.leaves_power_open and finds_class_power(session)
+        finds = known and not heads and self.leaves_power_open and finds_class_power(session)
         judge = Judge(
             score,
             predict,

@@ -33,6 +33,7 @@ __all__ = [
     "fades_with_rows",
     "finds_class_power",
     "finds_matching_biases",
+    "finds_sureness_of_matching",
     "finds_share_of_tokens",
     "finds_unmoved",
     "grows_heads",
@@ -70,7 +71,8 @@ __all__ = [
 #: heads of classes stand around a share of that of all tasks, which four fifths of them are asked about; classes that
 #: a network has itself choose the power in adaptation; a temperature above 1 holds less for tasks of many more rows;
 #: tasks say how free the biases of heads beside their label texts are; new tasks of many more rows have heads of their
-#: own beside a network's classes; tasks of tokens say together how many draws stay at the start of an adaptation.
+#: own beside a network's classes; tasks of tokens say together how many draws stay at the start of an adaptation; tasks
+#: under label matching how sure their predictions may be, and how many draws stay.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -98,6 +100,7 @@ RULES = {
     "matching biases": "of all tasks",
     "heads of many rows": "beside the layer",
     "unmoved draws of tokens": "of all tasks",
+    "sureness of matching": "of unseen tasks",
 }
 
 
@@ -253,6 +256,11 @@ def finds_class_power(session: Session | None) -> bool:
 def finds_matching_biases(session: Session | None) -> bool:
     """Whether tasks say how free biases are under label matching: in a run of before they were as free as can be."""
     return _has_rule(session, "matching biases")
+
+
+def finds_sureness_of_matching(session: Session | None) -> bool:
+    """Whether unseen tasks say how sure label matching may be: in a run of before its predictions are as they come."""
+    return _has_rule(session, "sureness of matching")
 
 
 def finds_share_of_tokens(session: Session | None) -> bool:
