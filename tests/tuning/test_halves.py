@@ -335,7 +335,9 @@ def test_the_log_says_which_rates_were_tried_and_why_one_was_taken(caplog: pytes
         assert joint.helps != ("sgd_learning_rate=" in caplog.messages[-1])
 
 
-def test_a_run_that_goes_on_has_the_verdict_and_the_vectors_of_before(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_has_the_verdict_and_the_vectors_of_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     made, config = tasks(shared=True), {"seed": 0}
     first = Halves({0.1: 0.5, 0.1 * 3.0: 0.7})
     begun = joint_on_trial(made, torch.zeros(2), 0.1, 300, first.begin, first.score, WorkBefore(tmp_path, config))
@@ -343,9 +345,11 @@ def test_a_run_that_goes_on_has_the_verdict_and_the_vectors_of_before(tmp_path: 
     again = Halves({})
     gone_on = joint_on_trial(made, torch.zeros(2), 0.1, 300, again.begin, again.score, WorkBefore(tmp_path, config))
     assert again.trained == [] and gone_on == begun
+    assert "done anew" not in caplog.text
     other = Halves({0.1: 0.5, 0.1 * 3.0: 0.7})  # another run in the same folder computes anew
     joint_on_trial(made, torch.zeros(2), 0.1, 300, other.begin, other.score, WorkBefore(tmp_path, {"seed": 1}))
     assert len(other.trained) == 4
+    assert caplog.text.count(f"{tmp_path / 'joint'} is of other settings, tasks or data than this run has") == 1
 
 
 @pytest.mark.parametrize(
