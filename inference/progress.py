@@ -45,13 +45,13 @@ def chain_bar(
     Yields:
         A ``hook_fn`` for Pyro's MCMC.
     """
-    hidden = not show or "CI" in os.environ or "PYTEST_XDIST_WORKER" in os.environ
-    hidden = hidden or not distributed.is_first()
-    lines = _Lines(description, total, done) if hidden and distributed.is_first() else None
+    unseen = not show or "CI" in os.environ or "PYTEST_XDIST_WORKER" in os.environ
+    first = distributed.is_first()
+    lines = _Lines(description, total, done) if unseen and first else None
     watchers = on_step if isinstance(on_step, Watchers) else Watchers((), Run(description), on_step=on_step)
     with (
         watchers.running(total, done),
-        tqdm(total=total, initial=done, desc=description, disable=hidden, dynamic_ncols=True) as bar,
+        tqdm(total=total, initial=done, desc=description, disable=unseen or not first, dynamic_ncols=True) as bar,
     ):
         looked: int | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Task, shares_classes
 from pyro_lift.support.wording import some_names
 
 __all__ = ["warn_of_one_class"]
@@ -27,6 +27,4 @@ def warn_of_one_class(tasks: Sequence[Task]) -> None:
 
 
 def _has_one(task: Task) -> bool:
-    if task.kind not in ("classification", "matching") or "option_input_ids" in task.train.inputs:
-        return False
-    return len(task.train) >= FROM and len(task.train.target.unique()) == 1
+    return shares_classes(task) and len(task.train) >= FROM and len(task.train.target.unique()) == 1

@@ -26,6 +26,7 @@ __all__ = [
     "check_to_learn_from",
     "head_outputs",
     "mean_rows",
+    "shares_classes",
     "undeclared",
 ]
 
@@ -160,6 +161,11 @@ class Task:
             encoding=self.encoding,
             dev_answers=self.dev_answers,
         )
+
+
+def shares_classes(task: Task) -> bool:
+    """Whether the task has classes that all its rows share: not the options of each row, nor values or tokens."""
+    return task.kind == "classification" or (task.kind == "matching" and task.label_texts is not None)
 
 
 def _classes(

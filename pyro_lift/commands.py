@@ -414,13 +414,7 @@ def _predicted(
         files = [{"file": str(path.relative_to(place) if place.is_dir() else path.name)} for path in paths]
         lines = records_of_rows(task, posterior.predict(rows))
         return [line | about for line, about in zip(lines, files or [{}] * len(rows), strict=True)], {}
-    if file is None and encoding is not None:
-        there = "no rows to predict here" if place.exists() else "no such file or folder"
-        raise ValueError(
-            f"{place}: {there}. Expected a file of rows, or a folder with test.*, dev.* or train.*, each a "
-            f"{', '.join(RECORD_FILES)}."
-        )
-    if file is None or encoding is None:  # of an earlier version, which has no tokenizer
+    if encoding is None:  # of an earlier version, which has no tokenizer
         read = task_of(config, place)
         whole = TaskPosterior(
             posterior.adapter,
@@ -432,6 +426,12 @@ def _predicted(
             class_counts=posterior.class_counts,
         )
         return records_of_rows(read, whole.predict(read.test or read.train)), {}
+    if file is None:
+        there = "no rows to predict here" if place.exists() else "no such file or folder"
+        raise ValueError(
+            f"{place}: {there}. Expected a file of rows, or a folder with test.*, dev.* or train.*, each a "
+            f"{', '.join(RECORD_FILES)}."
+        )
     texts = new_text_rows(file, cast(TextForm, encoding.form), encoding.labels)
     if task.kind == "tokens":
         lines = text_predictions(posterior, texts, writing.which, writing.options())

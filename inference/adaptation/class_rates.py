@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_lift.models.task import Task
+from pyro_lift.models.task import Task, shares_classes
 
 __all__ = ["EVIDENCE", "class_counts", "class_rates"]
 
@@ -31,8 +31,9 @@ EVIDENCE = 3.0
 
 def class_counts(task: Task) -> Tensor | None:
     """Count the rows of each class, ``[C]``; None of a task whose rows do not share their classes."""
-    shared = task.kind == "classification" or (task.kind == "matching" and task.label_texts is not None)
-    return torch.bincount(task.train.target.cpu(), minlength=task.num_classes or 0) if shared else None
+    if not shares_classes(task):
+        return None
+    return torch.bincount(task.train.target.cpu(), minlength=task.num_classes or 0)
 
 
 def class_rates(counts: Tensor | None, width: int) -> Tensor | None:

@@ -37,7 +37,7 @@ from pyro_lift.models.features import Reader, all_features, features, head_featu
 from pyro_lift.models.heads import BIAS_SD, folds, scaling_of, standard_widths, width_penalty
 from pyro_lift.models.likelihoods import shaped_as
 from pyro_lift.models.observation import has_head, network_output
-from pyro_lift.models.task import Rows, Task
+from pyro_lift.models.task import Rows, Task, shares_classes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -153,9 +153,7 @@ class LinearProbe:
 
 def has_probe(task: Task) -> bool:
     """Whether the task has classes that all its rows share, or numbers to predict."""
-    if task.kind == "regression":
-        return True
-    return task.num_classes is not None and (task.kind != "matching" or task.label_texts is not None)
+    return task.kind == "regression" or shares_classes(task)
 
 
 def check_probed(task: Task) -> None:

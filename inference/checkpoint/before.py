@@ -45,7 +45,6 @@ class WorkBefore:
 
     def __init__(self, folder: Path | None, config: Mapping[str, Any] | None = None) -> None:
         self.folder, self.config = folder, jsonable(dict(config or {}))
-        self._told: set[str] = set()
 
     @classmethod
     def of(
@@ -114,9 +113,7 @@ class WorkBefore:
             return None
         if self._is_of(work["config"]):
             return vector, work["data"]
-        if name not in self._told:
-            self._told.add(name)
-            log.warning("%s is of other settings, tasks or data than this run has; it is done anew", path.parent)
+        log.warning("%s is of other settings, tasks or data than this run has; it is done anew", path.parent)
         return None
 
     def _is_of(self, kept: Mapping[str, Any]) -> bool:

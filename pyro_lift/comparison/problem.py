@@ -15,7 +15,7 @@ from pyro_lift.inference.baselines.linear_probe import has_probe
 from pyro_lift.inference.baselines.pooled_probe import why_not_pooled
 from pyro_lift.models.adapters import RandomAdapter
 from pyro_lift.models.common_classes import with_common_classes
-from pyro_lift.models.task import Task, check_task_names
+from pyro_lift.models.task import Task, check_task_names, shares_classes
 from pyro_lift.settings import AdaptSettings, LiFTSettings
 from pyro_lift.tuning.held_out import can_be_judged, dealt, told_unjudged
 
@@ -211,11 +211,7 @@ def told_of_one_class(tasks: Sequence[Task]) -> tuple[str | None, str | None]:
         Advice in the place of one that follows from the losses, where no task can tell; and else a note on the tasks
         that cannot. Both None where all can.
     """
-    with_classes = [
-        task
-        for task in tasks
-        if task.kind in ("classification", "matching") and "option_input_ids" not in task.train.inputs
-    ]
+    with_classes = [task for task in tasks if shares_classes(task)]
     if not with_classes or len(with_classes) < len(tasks):
         return None, None
     judged_by = {label for task in tasks if task.test is not None for label in task.test.target.unique().tolist()}

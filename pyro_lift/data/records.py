@@ -292,16 +292,15 @@ def _present(record: Record, *names: str, form: TextForm | None = None) -> str:
     Raises:
         ValueError: it has none; says what it may be meant by.
     """
-    known = [name for name in names if name in record.fields]
-    for name in (*(name for name in known if record.fields[name] is not None), *known):
-        return name
+    if known := [name for name in names if name in record.fields]:
+        return next((name for name in known if record.fields[name] is not None), known[0])
     wanted = "completion" if names == OUTPUTS and "prompt" in record.fields else names[0]
     near = {name.strip().casefold(): name for name in record.fields}
     hint = next((f" {near[name]!r} is {name!r} in small letters." for name in names if name in near), "")
-    others = {key: why for key, why in _OTHER_COLUMNS.items() if not (key == "text" and form in CHOICES)}
-    other = next((f" {why[0].upper()}{why[1:]}." for key, why in others.items() if key in record.fields), "")
+    others = record.fields.keys() - ({"text"} if form in CHOICES else set())
+    other = next((f" {why[0].upper()}{why[1:]}." for key, why in _OTHER_COLUMNS.items() if key in others), "")
     there = ", ".join(map(repr, record.fields))
-    called = f" It is called {', '.join(map(repr, names[:-1]))} or {names[-1]!r}." if len(names) > 1 else ""
+    called = f" It is called {', '.join(map(repr, names[:-1]))} or {names[-1]!r}."
     raise ValueError(f"{record.place}: no field {wanted!r}; the record has {there}.{hint or other or called}")
 
 

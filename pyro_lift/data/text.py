@@ -149,14 +149,13 @@ def check_labels(labels: Iterable[str], where: str) -> tuple[str, ...]:
     return stripped
 
 
-def infer_labels(answers: Iterable[str], where: str) -> tuple[str, ...]:
+def infer_labels(answers: Sequence[str], where: str) -> tuple[str, ...]:
     """Take the distinct answers in order as labels, which nobody has named; warn where each row has one of its own.
 
     Raises:
         ValueError: two of them that differ in letter case, inner blanks or Unicode form alone: an uncased tokenizer and
             the accuracy of strings take them for one, so they are a slip more often than two classes.
     """
-    answers = list(answers)
     labels = tuple(sorted(set(answers)))
     if len(labels) == len(answers) >= OWN_LABELS_FROM:
         log.warning(

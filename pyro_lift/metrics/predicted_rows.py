@@ -25,8 +25,9 @@ def records_of_rows(task: Task, p: Tensor, texts: Sequence[TextRow] = ()) -> lis
         A record a row: ``row`` and ``mean``; or ``tokens`` and ``probabilities`` of these; or ``label`` and
         ``probabilities``, with ``option`` and ``accepted`` where the row has any.
     """
-    records = [{"row": number} | _predicted(task, of_row) for number, of_row in enumerate(p.cpu())]
-    for record, row, of_row in zip(records, texts, p.cpu(), strict=False):
+    p = p.cpu()
+    records = [{"row": number} | _predicted(task, of_row) for number, of_row in enumerate(p)]
+    for record, row, of_row in zip(records, texts, p, strict=False):
         if row.options:
             record["option"] = row.options[int(of_row[: len(row.options)].argmax())]
         if row.outputs:
@@ -39,6 +40,6 @@ def _predicted(task: Task, p: Tensor) -> dict[str, Any]:
         return {"mean": p.tolist()}
     if task.kind == "tokens":
         return {"tokens": p.argmax(-1).tolist(), "probabilities": p.amax(-1).tolist()}
-    best = int(p.argmax())
-    named = task.labels is not None and best < len(task.labels)  # a shared head may be wider than the task
-    return {"label": task.labels[best] if task.labels and named else best, "probabilities": p.tolist()}
+    best, labels = int(p.argmax()), task.labels or ()
+    label = labels[best] if best < len(labels) else best  # a shared head may be wider than the task
+    return {"label": label, "probabilities": p.tolist()}

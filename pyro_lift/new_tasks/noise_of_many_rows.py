@@ -50,7 +50,7 @@ def set_own_noise(
         since: rows from which on; 0: never.
         run: adapts to some tasks as the posteriors' chains were; None where a chain was lost.
     """
-    some = [posterior for posterior in posteriors if since and _is_asked(posterior, since)]
+    some = [posterior for posterior in posteriors if _is_asked(posterior, since)]
     if not some:
         return
     for posterior in some:
@@ -59,25 +59,29 @@ def set_own_noise(
             "runs without every fifth row, and is asked for it. many_rows=0 in its adaptation leaves it out.",
             posterior.task.name, len(posterior.task.train), since,
         )  # fmt: skip
-    cut = [replace(p.task, train=p.task.train.take(torch.nonzero(~_kept(p.task)).flatten())) for p in some]
-    for posterior, without in zip(some, run(cut), strict=True):
+    parts = [_in_two(posterior.task) for posterior in some]
+    found = run([cut for cut, _ in parts])
+    for posterior, (_, kept), without in zip(some, parts, found, strict=True):
         if without is None:
             log.warning(
                 "task %r: the chain that was to say the noise of its own was lost; it has that of all tasks, as with "
                 "many_rows=0.", posterior.task.name,
             )  # fmt: skip
             continue
-        posterior.dispersion = _factor(without, posterior.task.train.take(torch.nonzero(_kept(posterior.task))[:, 0]))
+        posterior.dispersion = _factor(without, kept)
 
 
 def _is_asked(posterior: TaskPosterior, since: int) -> bool:
     task, rows = posterior.task, len(posterior.task.train)
-    return task.kind == "regression" and posterior.heads is None and rows > since and rows >= ASKED_FROM
+    own = task.kind == "regression" and posterior.heads is None
+    return own and since > 0 and rows > since and rows >= ASKED_FROM
 
 
-def _kept(task: Task) -> Tensor:
-    """Choose the rows ``[n]`` that the second chain does not see: every fifth."""
-    return torch.arange(len(task.train)) % ONE_OF == ONE_OF // 2
+def _in_two(task: Task) -> tuple[Task, Rows]:
+    """Keep every fifth row from the task that the second chain is of."""
+    rows = torch.arange(len(task.train))
+    is_kept = rows % ONE_OF == ONE_OF // 2
+    return replace(task, train=task.train.take(rows[~is_kept])), task.train.take(rows[is_kept])
 
 
 @torch.no_grad()
