@@ -100,7 +100,6 @@ class Comparison:
 
 
 @at_top_level()
-@said_once()
 def compare(
     tasks: Sequence[Task] | TaskCollection[Task],
     backbone: nn.Module,
@@ -153,6 +152,7 @@ def compare(
     return run(problem, settings, None if out is None else Path(out))
 
 
+@said_once()
 def run(
     problem: Problem,
     settings: CompareSettings,

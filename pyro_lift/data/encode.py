@@ -17,7 +17,7 @@ from pyro_lift.data.chats import Conversation, Message, chat_segments, with_syst
 from pyro_lift.data.encoding import Given, TextEncoding
 from pyro_lift.data.images import Images, ImageTask
 from pyro_lift.data.pixels import read_pixels
-from pyro_lift.data.text import TextRow, TextTask
+from pyro_lift.data.text import CHOICES, TextRow, TextTask, read_as_classes
 from pyro_lift.models.likelihoods import IGNORED, shift_right
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.options import check_number
@@ -51,6 +51,8 @@ class _TextEncoder:
         self.alike: dict[str, int] = {}
         #: Pairs of labels of the same tokens, by task.
         self.same_labels: dict[str, list[str]] = {}
+        #: Classes of a task that does not say it has some, by task.
+        self.inferred: dict[str, int] = {}
 
     def prompts(self, texts: Sequence[Given], encoding: TextEncoding) -> dict[str, Tensor]:
         """Encode inputs without their answers."""
@@ -70,6 +72,11 @@ class _TextEncoder:
             notes.append(
                 f"{_total(self.alike)} rows have another option with the tokens of their answer ({_most(self.alike)})"
             )
+        if self.inferred:
+            notes.append(
+                f"{len(self.inferred)} tasks name no classes: their distinct answers are read as such "
+                f"({_most(self.inferred)})"
+            )
         notes += [
             f"{name}: the tokenizer does not tell these labels apart, only a head of the task's own can: "
             + ", ".join(pairs[:3])
@@ -83,6 +90,7 @@ class _TextEncoder:
         self.cut.pop(task.name, None)
         self.alike.pop(task.name, None)
         self.same_labels.pop(task.name, None)
+        self.inferred.pop(task.name, None)
 
     def tokens(self, texts: Sequence[str], task: str) -> list[list[int]]:
         """Tokenize texts, special tokens included, cut to the limit."""
@@ -146,12 +154,15 @@ def _task(task: TextTask, parts: Mapping[str, Rows], kind: Any, encoding: TextEn
 class LabelMatching(_TextEncoder):
     """Classification and multiple choice for one encoder, by similarity to label texts: no head.
 
+    A text-to-text task, as rows without a form are, is read as a classification where its answers come again
+    (:func:`~pyro_lift.data.text.read_as_classes`): an encoder cannot write them.
+
     Args:
         tokenizer: of the backbone.
         max_length: longest input in tokens.
 
     Raises:
-        ValueError: when called with a task of another form.
+        ValueError: when called with a task of another form, or whose answers do not come again.
     """
 
     def __init__(self, tokenizer: Any, max_length: int = 128) -> None:
@@ -159,12 +170,10 @@ class LabelMatching(_TextEncoder):
 
     def __call__(self, task: TextTask) -> Task:
         """Encode the task as a ``matching`` one."""
-        if task.form not in ("classification", "multiple_choice"):
-            raise ValueError(
-                f"task {task.name!r} is {task.form}: label matching needs labels or options to match. If its answers "
-                'are classes, say "form": "classification" in its task.json, or TextTask(form="classification").'
-            )
         self._begin(task)
+        if task.form not in CHOICES:
+            task = read_as_classes(task)
+            self.inferred[task.name] = len(task.labels)
         parts = {part: self._rows(task, rows) for part, rows in task.parts.items() if rows}
         if task.form == "classification":
             texts = self.inputs(task.labels, task.name)

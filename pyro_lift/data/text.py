@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from pyro_lift.data.chats import Conversation
@@ -19,6 +19,7 @@ __all__ = [
     "check_answer",
     "check_text",
     "infer_labels",
+    "read_as_classes",
     "tidy",
 ]
 
@@ -174,6 +175,32 @@ def infer_labels(answers: Sequence[str], where: str) -> tuple[str, ...]:
     return labels
 
 
+def read_as_classes(task: TextTask) -> TextTask:
+    """Read a text-to-text task as a classification, where its answers are few and come again.
+
+    Only for what can read nothing else (label matching): at least two distinct answers, at most one for two training
+    rows, each row with one. Labels are those answers in order (:func:`infer_labels`); the metric of strings, EM,
+    becomes ACC.
+
+    Raises:
+        ValueError: another form; one answer, or more than one for two rows; several accepted answers; a dev or test
+            row's answer that no training row has.
+    """
+    answers = [row.outputs[0].strip() for row in task.train]
+    distinct = len(set(answers))
+    several = any(len(row.outputs) > 1 for row in task.train)
+    if task.form != "text_to_text" or several or not 2 <= distinct <= len(answers) / 2:
+        raise ValueError(
+            f"task {task.name!r} is {task.form}: label matching needs labels or options to match, or answers that come "
+            f"again; its {len(answers)} training rows have {distinct} distinct ones. If these are classes, say "
+            '"form": "classification" in its task.json, or TextTask(form="classification", labels=[...]).'
+        )
+    labels = infer_labels(answers, f"task {task.name!r}")
+    log.info("task %r: its %d distinct answers are read as classes: %s", task.name, distinct, _shown(labels))
+    metric = "ACC" if task.metric == "EM" else task.metric
+    return replace(task, form="classification", labels=labels, metric=metric)
+
+
 def tidy(row: TextRow, form: TextForm) -> TextRow:
     """Drop blank further answers of a row; of a choice strip the names, and keep each option once."""
     outputs, options = tuple(row.outputs), tuple(row.options)
@@ -221,5 +248,9 @@ def check_answer(row: TextRow, form: str, labels: Sequence[str] | None, where: s
 def _check_known(name: str, strings: Sequence[str], known: Sequence[str], where: str) -> None:
     for text in strings:
         if text not in known:
-            shown = ", ".join(map(repr, known[:8])) + (f", ... ({len(known)} in all)" if len(known) > 8 else "")
-            raise ValueError(f"{where}: {name} {text!r} is not one of {shown}.")
+            raise ValueError(f"{where}: {name} {text!r} is not one of {_shown(known)}.")
+
+
+def _shown(names: Sequence[str]) -> str:
+    """Write the first eight of some names, and how many there are."""
+    return ", ".join(map(repr, names[:8])) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

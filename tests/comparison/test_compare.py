@@ -248,7 +248,9 @@ def test_of_tokens_there_is_no_probe_and_it_says_so() -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])
-def test_the_command_compares_a_folder_of_tasks(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_compares_a_folder_of_tasks(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     config = prepare(family, tmp_path)
     torch.manual_seed(1)
     for name in ("tasks/c", "tasks/d"):
@@ -263,6 +265,8 @@ def test_the_command_compares_a_folder_of_tasks(family: str, tmp_path: Path, mon
     assert result.exit_code == 0, result.output
     assert entrant(bar).title in result.output and "LiFT" in result.output and "guess" in result.output
     assert (tmp_path / "out" / "comparison.png").is_file()
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == len(set(said))  # what holds in every part is said once
 
 
 def test_what_cannot_be_compared_is_refused_before_any_training() -> None:

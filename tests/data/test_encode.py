@@ -115,6 +115,48 @@ def test_what_does_not_fit_is_refused(tokenizer: Any) -> None:
         check_tokenizer(tokenizer, 14)
 
 
+def test_an_encoder_reads_answers_that_come_again_as_classes(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody has to write a task.json for each of a dozen tasks whose answers are plainly classes."""
+    rows = tuple(TextRow(text, (answer,)) for text, answer in zip("abcd", ("no", "yes", "no", "yes "), strict=True))
+    named = TextTask("t", rows, test=rows[:1], form="classification", metric="ACC", labels=("no", "yes"))
+    with caplog.at_level("INFO", "pyro_lift"):
+        task = (encode := LabelMatching(tokenizer))(TextTask("t", rows, test=rows[:1]))
+    assert encode.notes == ("1 tasks name no classes: their distinct answers are read as such (most: t 2)",)
+    assert "task 't': its 2 distinct answers are read as classes: 'no', 'yes'" in caplog.text
+    expected = LabelMatching(tokenizer)(named)
+    assert (task.labels, task.kind, task.metric) == (expected.labels, "matching", "ACC")
+    assert torch.equal(task.train.target, expected.train.target)
+    assert task.encoding.form == "classification" and task.encoding.labels == ("no", "yes")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (("no", "no", "no", "no"), "its 4 training rows have 1 distinct"),
+        (("1.5", "2.5", "3.0", "1.5"), "its 4 training rows have 3 distinct"),
+        (("no", "yes", "no", "yes", "maybe"), "its 5 training rows have 3 distinct"),
+    ],
+)
+def test_answers_that_may_be_other_than_classes_are_refused(
+    tokenizer: Any, answers: tuple[str, ...], message: str
+) -> None:
+    rows = tuple(TextRow("a", (answer,)) for answer in answers)
+    with pytest.raises(ValueError, match=message):
+        LabelMatching(tokenizer)(TextTask("t", rows))
+
+
+def test_answers_read_as_classes_hold_for_all_parts_and_are_one_a_row(tokenizer: Any) -> None:
+    rows = tuple(TextRow("a", (answer,)) for answer in ("no", "yes", "no", "yes"))
+    with pytest.raises(ValueError, match=r"task 't', test row 0: label 'maybe' is not one of 'no', 'yes'\."):
+        LabelMatching(tokenizer)(TextTask("t", rows, test=(TextRow("b", ("maybe",)),)))
+    several = (TextRow("b", ("no", "nope")), *rows)
+    with pytest.raises(ValueError, match="label matching needs"):
+        LabelMatching(tokenizer)(TextTask("t", several))
+    alike = (*rows, TextRow("b", ("No",)), TextRow("b", ("No",)))
+    with pytest.raises(ValueError, match="labels 'No' and 'no' differ in letter case"):
+        LabelMatching(tokenizer)(TextTask("t", alike))
+
+
 @pytest.mark.parametrize("form", ["text_to_text", "classification", "multiple_choice"])
 def test_a_tokenizer_without_a_padding_token_encodes_what_counts_alike(tokenizer: Any, form: Any) -> None:
     rows = (TextRow("a b c", ("yes",), ("yes", "no", "b c")), TextRow("d", ("no",), ("no", "yes")))
