@@ -1,4 +1,4 @@
-"""Answers that are given away: rows to be judged by among training rows, and tasks that stand twice."""
+"""Answers that are given away: rows to be judged by among training rows, tasks that stand twice, copies of rows."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ log = logging.getLogger("pyro_lift")
 SHARE = 0.1
 #: Share of a task's rows that another task has from which on they are one task.
 SAME = 0.9
+#: Tokens of a text from which on it does not meet another by chance.
+LONG = 12
 #: Numbers of an input that rows are compared by, at most: more say no more, and take their time.
 NUMBERS = 4096
 
@@ -28,8 +30,14 @@ Digests = NDArray[np.uint64]
 
 
 def warn_of_what_is_given_away(tasks: Sequence[Task]) -> None:
-    """Say in the log which tasks have training rows among their test or dev rows, and which have another's rows."""
+    """Say in the log which tasks have training rows among their test or dev rows, another's rows, or rows again."""
     known = [_digests(task.train) for task in tasks]
+    if copied := [task.name for task, mine in zip(tasks, known, strict=True) if _has_copies(task.train, mine)]:
+        log.warning(
+            "training rows of %s stand more than once, inputs and targets: each counts as a row of its own, and where "
+            "rows are left out to choose by, their copies give the answers away, so that predictions become too sure. "
+            "Keep each row once.", some_names(copied),
+        )  # fmt: skip
     for part in ("test", "dev"):
         parts = [getattr(task, part) for task in tasks]
         names = [task.name for task, mine, rows in zip(tasks, known, parts, strict=True) if _among(mine, rows)]
@@ -73,6 +81,18 @@ def _among(known: Digests, others: Rows | None) -> bool:
     rate = min((met + 3.0 + 2.0 * math.sqrt(met)) / max(pairs, 1), 1.0)
     expected = len(seen) * (1.0 - (1.0 - rate) ** len(known))
     return both > expected + 2.0 * math.sqrt(expected)
+
+
+def _has_copies(rows: Rows, known: Digests) -> bool:
+    """Whether many rows are copies of others, and are not such as meet by themselves: of measured numbers, or texts."""
+    copies = len(known) - len(np.unique(known))
+    return copies > SHARE * len(known) and (_has_fractions(rows) or _is_text(rows))
+
+
+def _is_text(rows: Rows) -> bool:
+    """Whether inputs are texts of some length, as most rows' are."""
+    mask = rows.inputs.get("attention_mask")
+    return mask is not None and float(mask.reshape(len(rows), -1).sum(-1).float().median()) >= LONG
 
 
 def _has_fractions(rows: Rows) -> bool:

@@ -389,7 +389,8 @@ def naming_inputs(saying: str, rows: Rows, adapter: RandomAdapter, hint: str = "
         reason = (str(error) or type(error).__name__).splitlines()[0]
         reason = _layer_of_another_width(error, adapter) or reason
         types = _way_out_of_types(reason, rows, adapter)
-        raise ValueError(f"{saying} ({shapes_of(rows)}): {reason}{types}{hint}") from error
+        stop = "." if hint and not types and not reason.endswith((".", "!", "?")) else ""
+        raise ValueError(f"{saying} ({shapes_of(rows)}): {reason}{types}{stop}{hint}") from error
 
 
 def _layer_of_another_width(error: BaseException, adapter: RandomAdapter) -> str:

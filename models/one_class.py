@@ -21,8 +21,8 @@ def warn_of_one_class(tasks: Sequence[Task]) -> None:
     named = [task.name for task in tasks if _has_one(task)]
     if named:
         log.warning(
-            "all rows of %s are of one class: an adaptation learns that it is always this one. Give rows of "
-            "others too, or do not ask for a prediction.", some_names(named),
+            "all rows of %s are of one class: they say nothing of the others, and an adaptation moves towards this one "
+            "alone. Give rows of others too, or do not ask for a prediction.", some_names(named),
         )  # fmt: skip
 
 

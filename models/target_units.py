@@ -334,8 +334,9 @@ def warn_of_new_units(
             log.warning(
                 "task %r: its targets lie around %.3g and vary by %.3g; the network that the prior was learned with "
                 "gives %.3g, varying by %.3g, with noise %.2g. They are in another unit than the tasks of "
-                "meta-training, and predictions and their widths will be wrong. Bring the targets to the unit of "
-                "those, or leave the task out.",
+                "meta-training, or these were in another than the network, as meta-training says then; predictions and "
+                "their widths will be wrong. Bring all targets to the unit of the network's outputs, or leave the task "
+                "out.",
                 task.name, units.target, units.spread, units.output, units.varies, noise,
             )  # fmt: skip
 

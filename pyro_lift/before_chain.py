@@ -68,6 +68,7 @@ from pyro_lift.tuning.whose_heads import (
     asks_dispersion,
     asks_few_classes,
     asks_few_values,
+    asks_kept_rows,
     counts_rounds,
     fades_temperature,
     fades_with_rows,
@@ -164,8 +165,9 @@ class ChainSetup:
         program = run.program(tasks)
         s = run._fitted(program, leave_out=leaves_outliers_out(session))
         adapt = resolved_adaptation(self.adapt_settings, self.settings, s, program.solved is not None)
-        shared = program.solved is None and tasks[0].kind in ("classification", "regression")
-        if shared and adapt.many_rows is None and grows_heads(session):
+        kinds = ("classification", "regression") if program.solved is None else ("regression",)
+        grows = grows_heads(session) if program.solved is None else asks_kept_rows(session)
+        if tasks[0].kind in kinds and adapt.many_rows is None and grows:
             adapt = replace(adapt, many_rows=many_rows(tasks))
         if not crossed:
             return BeforeChain(run, program, self._widened(s, program, joint), adapt, joint, None)

@@ -32,7 +32,6 @@ from pyro_lift.metrics.text import METRICS
 from pyro_lift.models.architecture import architecture_of, changed_settings
 from pyro_lift.models.conventions import base_of
 from pyro_lift.models.digest import digest
-from pyro_lift.models.given_away import warn_of_what_is_given_away
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.posterior import TaskPosterior
 from pyro_lift.prior import LiFTPrior
@@ -277,7 +276,6 @@ def adapt(
         if untrained:
             prior = _untrained(prior)
         task = task_of(config, task_folder)
-        warn_of_what_is_given_away([task])
         with named_callbacks(log_to, config.log.every) as callbacks:
             posterior = prior.adapt(task, seed=seed, progress=progress, callbacks=callbacks)
         record: dict[str, Any] = {

@@ -238,7 +238,6 @@ class LiFTPrior:
                 "(test= or dev=).",
                 some_names(seen),
             )
-        warn_of_what_is_given_away(tasks)
         adapt = partial(self.adapt_many, seed=seed, **options)
         self.prediction_temperature = fitted_on_held_out(tasks, adapt, most_rows)
         self.tempered_rows = tempered_rows(tasks)
@@ -322,6 +321,7 @@ class LiFTPrior:
             own_heads = new_head_scale(self.adapter, self.settings, tasks) is not None
             mean, noise = self.mixture.get().mean, self.settings.noise_sd
             warn_of_one_class(tasks)
+            warn_of_what_is_given_away(tasks)
             warn_of_new_units(self.adapter, tasks, mean, noise, own_heads=own_heads)
         return tasks if self.masks else [undeclared(task) for task in tasks]
 

@@ -77,7 +77,8 @@ class AdaptSettings:
         default=None,
         metadata={
             "help": "rows from which on a task of classes that the network has itself has heads of its own too, and a "
-            "regression on its outputs a noise of its own; 0: never; none: twice what meta-training's tasks have"
+            "regression a noise by rows kept from a second chain, with a head from five eighths as many on; 0: never; "
+            "none: twice what meta-training's tasks have"
         },
     )
     dev_every: int = field(

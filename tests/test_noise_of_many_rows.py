@@ -1,7 +1,8 @@
-"""A regression on the network's outputs has a noise of its own where it has many more rows than the prior's tasks."""
+"""A regression has a noise of its own where it has many more rows than the prior's tasks, with a head or without."""
 
 from __future__ import annotations
 
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import torch
 from torch import nn
 
 from pyro_lift import LiFT, LiFTPrior, Task, TaskPosterior
+from pyro_lift.inference.checkpoint.session import Session
+from pyro_lift.models.dispersion import Dispersion
 from pyro_lift.new_tasks.noise_of_many_rows import set_own_noise
+from pyro_lift.tuning.whose_heads import RULES, run_config
 
 ROWS = 10
 SHORT: dict[str, Any] = {"sgd_steps": 10, "burn_in": 5, "samples": 10, "sgd_learning_rate": 1e-3, "seed": 0}
@@ -118,3 +122,75 @@ def test_it_is_saved(tmp_path: Path) -> None:
     posterior.save_pretrained(tmp_path)
     read = TaskPosterior.from_pretrained(tmp_path, network(1))
     torch.testing.assert_close(read.predict_sd(new.test.inputs), posterior.predict_sd(new.test.inputs))
+
+
+def features() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 12), nn.Tanh())
+
+
+def curved(seed: int, rows: int) -> Task:
+    """What the features only nearly know, so that a task's few rows miss each other by more than the noise."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows + 400, 4, generator=generator)
+    turned = 0.5 * torch.randn(4, 12, generator=generator)
+    with torch.no_grad():
+        hidden = torch.tanh(x @ (next(features().parameters()).T + turned))
+    y = hidden @ torch.randn(12, 1, generator=generator) + 0.3 * torch.randn(rows + 400, 1, generator=generator)
+    return Task(f"c{seed}", (x[:rows], y[:rows]), test=(x[rows:], y[rows:]), kind="regression")
+
+
+def of_heads() -> LiFT:
+    return LiFT(features(), peft.LoraConfig(r=2, target_modules=["0"]), **SHORT)
+
+
+@cache
+def prior_of_heads() -> LiFTPrior:
+    return of_heads().meta_train([curved(k, ROWS) for k in range(8)], progress=False)
+
+
+def test_beside_heads_kept_rows_say_it_in_their_place_from_a_quarter_more_rows_on() -> None:
+    assert prior_of_heads().adapt_settings.many_rows == 2 * ROWS
+    new = curved(50, 60)
+    own, by_heads = prior_of_heads().adapt(new, **QUICK), prior_of_heads().adapt(new, many_rows=0, **QUICK)
+    kept = torch.arange(60) % 5 == 2
+    cut = Task(new.name, (new.train.positional[0][~kept], new.train.target[~kept]), kind="regression")
+    without = prior_of_heads().adapt(cut, many_rows=0, **QUICK)
+    without.dispersion = None
+    rows = new.train.take(torch.nonzero(kept)[:, 0])
+    missed = (rows.target - without.predict(rows.inputs)) / without.predict_sd(rows.inputs)
+    assert own.dispersion is not None and own.heads is not None
+    torch.testing.assert_close(own.dispersion, (8 + missed.square().sum(0).double()) / 20, rtol=1e-5, atol=0.0)
+    few = prior_of_heads().adapt(curved(51, ROWS), **QUICK)
+    assert by_heads.dispersion is not None and few.dispersion is not None  # what their heads say
+    again = prior_of_heads().adapt(curved(51, ROWS), many_rows=0, **QUICK)
+    assert again.dispersion is not None and torch.equal(few.dispersion, again.dispersion)
+
+
+def test_intervals_of_many_rows_hold_what_they_say_whatever_few_rows_have_said() -> None:
+    """Where tasks of few rows missed each by four times the expected square, those of many are taken for quieter."""
+    prior = copy(prior_of_heads())
+    prior.dispersion = Dispersion(rows=100.0, usual=(4.0,), values=(1.0,))
+    held: dict[int | None, list[float]] = {None: [], 0: []}
+    for k in range(6):
+        new = curved(60 + k, 80)
+        assert new.test is not None
+        for many_rows, shares in held.items():
+            posterior = prior.adapt(new, many_rows=many_rows, **QUICK)
+            off = (new.test.target - posterior.predict(new.test.inputs)).abs()
+            shares.append(float((off < 1.645 * posterior.predict_sd(new.test.inputs)).float().mean()))
+    (mean, error), (by_heads, _) = (
+        (float(torch.tensor(shares).mean()), float(torch.tensor(shares).std()) / 6**0.5) for shares in held.values()
+    )
+    assert abs(mean - 0.9) < 4.0 * error, held
+    assert by_heads < 0.75, held
+
+
+def test_a_run_of_before_asks_its_heads_alone(tmp_path: Path) -> None:
+    then = {name: rule for name, rule in RULES.items() if name != "noise of many rows"}
+    tasks = [curved(k, ROWS) for k in range(4)]
+    for name, rules, since in (("then", then, None), ("today", RULES, 2 * ROWS)):
+        run = of_heads()
+        config = run_config(run.settings, run.seed, run.adapter, tasks, rules=rules)
+        found = run.before_chain(tasks, Session(tmp_path / name, config=config))
+        assert found.adapt.many_rows == since

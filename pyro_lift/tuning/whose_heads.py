@@ -26,6 +26,7 @@ __all__ = [
     "asks_dispersion",
     "asks_few_classes",
     "asks_few_values",
+    "asks_kept_rows",
     "counts_rounds",
     "counts_together",
     "counts_width",
@@ -72,7 +73,8 @@ __all__ = [
 #: a network has itself choose the power in adaptation; a temperature above 1 holds less for tasks of many more rows;
 #: tasks say how free the biases of heads beside their label texts are; new tasks of many more rows have heads of their
 #: own beside a network's classes; tasks of tokens say together how many draws stay at the start of an adaptation; tasks
-#: under label matching how sure their predictions may be, and how many draws stay.
+#: under label matching how sure their predictions may be, and how many draws stay; rows that a second chain has not
+#: seen say how noisy new regressions of many more rows are, where they have heads of their own too.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -101,6 +103,7 @@ RULES = {
     "heads of many rows": "beside the layer",
     "unmoved draws of tokens": "of all tasks",
     "sureness of matching": "of unseen tasks",
+    "noise of many rows": "beside heads too",
 }
 
 
@@ -276,6 +279,11 @@ def finds_unmoved(session: Session | None) -> bool:
 def grows_heads(session: Session | None) -> bool:
     """Whether new tasks of many more rows have heads of their own beside a network's classes, or noise: before not."""
     return _has_rule(session, "heads of many rows")
+
+
+def asks_kept_rows(session: Session | None) -> bool:
+    """Whether kept rows say the noise of new regressions of many more rows with heads: in a run of before heads do."""
+    return _has_rule(session, "noise of many rows")
 
 
 def tests_classes(session: Session | None) -> bool:

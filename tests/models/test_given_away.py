@@ -98,6 +98,43 @@ def test_the_same_inputs_under_other_questions_are_other_tasks(caplog: pytest.Lo
     assert not caplog.messages
 
 
+def test_rows_that_stand_more_than_once_are_told_where_they_do_not_meet_by_themselves(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    once = task("once", 8)
+    copied = replace(once, name="copied", train=once.train.take(torch.arange(8).repeat(2)))
+    labels_differ = replace(copied, name="by hand", train=replace_target(copied.train))
+    one_of_nine = replace(once, name="one", train=once.train.take(torch.tensor([*range(8), 0])))
+    warn_of_what_is_given_away([once])
+    warn_of_what_is_given_away([labels_differ])
+    assert not caplog.messages
+    warn_of_what_is_given_away([copied])
+    (said,) = caplog.messages
+    assert said.startswith("training rows of 'copied' stand more than once") and "Keep each row once" in said
+    caplog.clear()
+    counted = Rows({"": torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(8, 1)}, torch.zeros(16, dtype=torch.long))
+    warn_of_what_is_given_away([Task("counted", counted, num_classes=2)])
+    assert not caplog.messages  # such rows meet by themselves
+    warn_of_what_is_given_away([one_of_nine])
+    assert len(caplog.messages) == 1
+
+
+def replace_target(rows: Rows) -> Rows:
+    """The second half of the rows has the other label: the same inputs, judged by two people."""
+    half = len(rows) // 2
+    return Rows(rows.inputs, torch.cat([rows.target[:half], 1 - rows.target[half:]]))
+
+
+@pytest.mark.parametrize(("length", "told"), [(20, True), (6, False)])
+def test_long_texts_that_stand_twice_are_told_and_short_ones_are_not(
+    length: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = torch.randint(5, 50, (6, length), generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    rows = Rows({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.tensor([0, 1]).repeat(6))
+    warn_of_what_is_given_away([Task("texts", rows, num_classes=2)])
+    assert bool(caplog.messages) is told
+
+
 def test_meta_training_and_calibration_say_it(caplog: pytest.LogCaptureFixture) -> None:
     tasks = [task(f"t{k}", 8, seed=k) for k in range(3)]
     torch.manual_seed(0)
@@ -109,5 +146,9 @@ def test_meta_training_and_calibration_say_it(caplog: pytest.LogCaptureFixture) 
     lift.meta_train(seen, progress=False)
     assert "test rows of 't0' are training rows too" in caplog.text
     caplog.clear()
-    prior.calibrate([replace(seen[0], name="new")], steps=4, draws=2)
+    new = replace(seen[0], name="new")
+    prior.calibrate([new], steps=4, draws=2)
     assert "test rows of 'new' are training rows too" in caplog.text
+    caplog.clear()
+    prior.adapt(replace(new, test=None, train=new.train.take(torch.arange(8).repeat(2))), steps=4, draws=2)
+    assert "training rows of 'new' stand more than once" in caplog.text
