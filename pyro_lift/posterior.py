@@ -59,7 +59,7 @@ class TaskPosterior:
             and the noise expect (:mod:`~pyro_lift.models.dispersion`); None where nobody has asked, and in one that was
             loaded.
         dispersion: factors on the variance of a regression's predictions, one a value ``[M]``, where the prior's tasks
-            say how unevenly they vary; None is one for all.
+            say how unevenly they vary, or rows kept from a second chain what is missed; None is one for all.
         class_counts: rows of each class, ``[C]``, around whose rates predictions are tempered where these are plainly
             uneven (:mod:`~pyro_lift.inference.adaptation.class_rates`); or None.
     """

@@ -38,7 +38,7 @@ __all__ = ["set_own_noise"]
 
 log = logging.getLogger("pyro_lift")
 
-#: Share of the rows from which on others are asked, from which on those with heads are.
+#: Share of ``many_rows`` from which on tasks with heads are asked; of twice the usual rows, a quarter more than these.
 HEADS_FROM = 0.625
 #: Rows from which on a task is asked (a fifth of fewer says nothing), and kept rows that stand against those of a task.
 ASKED_FROM, AGAINST = 20, 8
@@ -61,9 +61,10 @@ def set_own_noise(
         return
     for posterior in some:
         log.info(
-            "task %r has %d rows, more than the %d from which on a regression has a noise of its own: a second chain "
+            "task %r has %d rows, more than the %g from which on a regression %s has its own noise: a second chain "
             "runs without every fifth row, and is asked for it. many_rows=0 in its adaptation leaves it out.",
-            posterior.task.name, len(posterior.task.train), since,
+            posterior.task.name, len(posterior.task.train), _least(posterior, since),
+            "on the network's outputs" if posterior.heads is None else "with a head",
         )  # fmt: skip
     parts = [_in_two(posterior.task) for posterior in some]
     found = run([cut for cut, _ in parts])
@@ -79,8 +80,13 @@ def set_own_noise(
 
 
 def _is_asked(posterior: TaskPosterior, since: int) -> bool:
-    rows, least = len(posterior.task.train), since if posterior.heads is None else HEADS_FROM * since
-    return posterior.task.kind == "regression" and since > 0 and rows > least and rows >= ASKED_FROM
+    is_regression, rows = posterior.task.kind == "regression", len(posterior.task.train)
+    return is_regression and since > 0 and rows > _least(posterior, since) and rows >= ASKED_FROM
+
+
+def _least(posterior: TaskPosterior, since: int) -> float:
+    """Return the rows from which on a task is asked: with a head fewer, as its rows are held against others'."""
+    return since if posterior.heads is None else HEADS_FROM * since
 
 
 def _in_two(task: Task) -> tuple[Task, Rows]:
