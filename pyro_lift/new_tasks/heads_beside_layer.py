@@ -116,7 +116,8 @@ def _go_by_own_rows(
         posteriors: of each, None where it was lost; those of tasks with heads are replaced.
         run: makes posteriors of some tasks by another adaptation.
     """
-    set_own_noise(_all(posteriors), adaptation.how.many_rows or 0, lambda cut: _found(run, adaptation, cut)[0])
+    since = adaptation.how.many_rows or 0
+    set_own_noise(_all(posteriors), since, lambda cut: _found(run, adaptation, cut)[0], adaptation.dispersion)
     places = [k for k, task in enumerate(tasks) if posteriors[k] is not None and _has_rows(adaptation, task)]
     adapter = _before_layer(adaptation.adapter, tasks[places[0]]) if places else None
     if adapter is None:

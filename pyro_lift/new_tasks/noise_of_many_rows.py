@@ -17,7 +17,9 @@ that were kept 0.89 to 0.95, under the common noise 0.87 to 0.97.
 Heads of a task's own say it too (:mod:`~pyro_lift.models.dispersion`), against what those of meta-training's tasks say,
 and that is of as many rows as these have. Of 15 rows, tasks of a family missed each by 4.1 times the expected square,
 since the network did not yet fit them, of 60 by about as much as expected, and were taken for a quarter as noisy as
-they are. So from a quarter more rows on kept rows say it there as well, in the place of heads.
+they are. So from a quarter more rows on kept rows say it there as well, in the place of heads, and against them stand
+as many rows as all tasks count for there (:math:`m_0 = \min(8, \nu)`: few where tasks are unevenly noisy), with the
+width that values have beside one another.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor
 
 from pyro_lift.inference.adaptation.unmoved import ONE_OF
+from pyro_lift.models.dispersion import Dispersion
 from pyro_lift.models.rows import Rows
 from pyro_lift.models.task import Task
 from pyro_lift.posterior import TaskPosterior
@@ -48,6 +51,7 @@ def set_own_noise(
     posteriors: Sequence[TaskPosterior],
     since: int,
     run: Callable[[Sequence[Task]], Sequence[TaskPosterior | None]],
+    dispersion: Dispersion | None = None,
 ) -> None:
     """Give posteriors of regressions of many rows the noise that these say; any others stay as they are.
 
@@ -55,7 +59,9 @@ def set_own_noise(
         posteriors: the ``dispersion`` of some is set, in the place of what heads have said.
         since: rows from which on; 0: never.
         run: adapts to some tasks as the posteriors' chains were; None where a chain was lost.
+        dispersion: what tasks of meta-training with heads say of how unevenly they vary.
     """
+    against = AGAINST if dispersion is None else min(AGAINST, dispersion.rows)
     some = [posterior for posterior in posteriors if _is_asked(posterior, since)]
     if not some:
         return
@@ -75,8 +81,9 @@ def set_own_noise(
                 posterior.task.name,
             )  # fmt: skip
             continue
-        without.dispersion = None  # what heads say, of so many rows
-        posterior.dispersion = _factor(without, kept)
+        without.dispersion = usual = _usual(posterior, dispersion)  # not what its heads say
+        factor = _factor(without, kept, against)
+        posterior.dispersion = factor if usual is None else usual * factor
 
 
 def _is_asked(posterior: TaskPosterior, since: int) -> bool:
@@ -97,8 +104,16 @@ def _in_two(task: Task) -> tuple[Task, Rows]:
 
 
 @torch.no_grad()
-def _factor(posterior: TaskPosterior, kept: Rows) -> Tensor:
+def _factor(posterior: TaskPosterior, kept: Rows, against: float) -> Tensor:
     """Return c of a posterior's predictions by rows that its chain has not seen, one factor for each value."""
     missed = kept.target - posterior.predict(kept).to(kept.target)
     ratio = (missed / posterior.predict_sd(kept).to(missed)).square().reshape(len(kept), -1).double()
-    return (AGAINST + ratio.sum(0)) / (AGAINST + len(kept))
+    return (against + ratio.sum(0)) / (against + len(kept))
+
+
+def _usual(posterior: TaskPosterior, dispersion: Dispersion | None) -> Tensor | None:
+    """Return the factors of each value that all tasks have, ``[M]``; None where there are no heads to have said it."""
+    said = posterior.dispersion
+    if said is None or dispersion is None:
+        return None
+    return torch.as_tensor(dispersion.values, dtype=torch.float64).expand(len(said))

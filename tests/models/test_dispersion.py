@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -140,17 +141,18 @@ def prior() -> LiFTPrior:
 def test_predictions_are_as_wide_as_the_task_s_own_rows_say(prior: LiFTPrior, tmp_path: Path) -> None:
     assert prior.dispersion is not None and prior.dispersion.rows < 100.0
     new = torch.randn(40, 5)
-    quiet, noisy = prior.adapt_many([regression(31, 0.05, 48), regression(32, 2.0, 48)], seed=0)
+    by_heads: dict[str, Any] = {"seed": 0, "many_rows": 0}  # of so many rows, those that are kept say it else
+    quiet, noisy = prior.adapt_many([regression(31, 0.05, 48), regression(32, 2.0, 48)], **by_heads)
     assert float(noisy.predict_sd(new).mean()) > 4.0 * float(quiet.predict_sd(new).mean())
     alike = LiFTPrior(prior.adapter, prior.mixture, prior.settings, prior.adapt_settings, prior.second_moment)
-    (one,) = alike.adapt_many([regression(31, 0.05, 48)], seed=0)
+    (one,) = alike.adapt_many([regression(31, 0.05, 48)], **by_heads)
     assert one.dispersion is None and float(one.predict_sd(new).mean()) > 2.0 * float(quiet.predict_sd(new).mean())
     folder = quiet.save_pretrained(tmp_path / "posterior")
     again = TaskPosterior.from_pretrained(folder, network())
     assert torch.equal(again.predict_sd(new), quiet.predict_sd(new))
     saved = LiFTPrior.from_pretrained(prior.save_pretrained(tmp_path / "prior"), network())
     assert saved.dispersion == prior.dispersion
-    _, same = saved.adapt_many([regression(31, 0.05, 48), regression(32, 2.0, 48)], seed=0)
+    _, same = saved.adapt_many([regression(31, 0.05, 48), regression(32, 2.0, 48)], **by_heads)
     assert torch.equal(same.predict_sd(new), noisy.predict_sd(new))
 
 
