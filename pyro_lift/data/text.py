@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from pyro_lift.data.chats import Conversation
 from pyro_lift.support.options import check_choice, check_distinct, check_literal, check_ordered
+from pyro_lift.support.wording import some_names
 
 __all__ = [
     "TEXT_METRICS",
@@ -196,7 +197,7 @@ def read_as_classes(task: TextTask) -> TextTask:
             '"form": "classification" in its task.json, or TextTask(form="classification", labels=[...]).'
         )
     labels = infer_labels(answers, f"task {task.name!r}")
-    log.info("task %r: its %d distinct answers are read as classes: %s", task.name, distinct, _shown(labels))
+    log.info("task %r: its %d distinct answers are read as classes: %s", task.name, distinct, some_names(labels))
     metric = "ACC" if task.metric == "EM" else task.metric
     return replace(task, form="classification", labels=labels, metric=metric)
 
@@ -248,9 +249,5 @@ def check_answer(row: TextRow, form: str, labels: Sequence[str] | None, where: s
 def _check_known(name: str, strings: Sequence[str], known: Sequence[str], where: str) -> None:
     for text in strings:
         if text not in known:
-            raise ValueError(f"{where}: {name} {text!r} is not one of {_shown(known)}.")
-
-
-def _shown(names: Sequence[str]) -> str:
-    """Write the first eight of some names, and how many there are."""
-    return ", ".join(map(repr, names[:8])) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+            shown = ", ".join(map(repr, known[:8])) + (f", ... ({len(known)} in all)" if len(known) > 8 else "")
+            raise ValueError(f"{where}: {name} {text!r} is not one of {shown}.")
