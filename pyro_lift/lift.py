@@ -51,8 +51,8 @@ from pyro_lift.support.moved import names_moved_from
 from pyro_lift.support.options import check_choice, check_number, current_names, settings_of
 from pyro_lift.support.said_of import said_of
 from pyro_lift.support.said_once import said_once
+from pyro_lift.tuning.both_ways import loses_to
 from pyro_lift.tuning.candidates import LiFTContender, lift_candidates, shortened
-from pyro_lift.tuning.class_layer import loses_to
 from pyro_lift.tuning.early_stopping import HeldOutLooks, mean_loss, with_held_out
 from pyro_lift.tuning.held_out import has_unseen_rows
 from pyro_lift.tuning.joint_run import moments_of
@@ -63,15 +63,13 @@ from pyro_lift.tuning.whose_heads import (
     RULES,
     as_saved,
     counts_together,
-    counts_width,
     fades_temperature,
     heads_settled,
     leaves_units_out,
+    rules_of_heads,
     run_config,
     sharpens_by_rows,
     tempers_around_rates,
-    tests_classes,
-    tries_known_classes,
 )
 from pyro_lift.watching.steps import Run
 from pyro_lift.watching.watch import Watchers
@@ -352,7 +350,7 @@ class LiFT(ChainSetup):
         with said_of("" if self._beside is None else "on trial, heads of the tasks' own"):
             found = self._found or self.before_chain(tasks, session, start, crossed=crossed, **shown)
         if self._beside is not None:
-            with said_of("on trial, the network's own classes"):
+            with said_of("on trial, the network as it stands"):
                 beside = self._beside.before_chain(tasks, session, start, crossed=crossed, **shown)
             if loses_to(found.halves, beside.halves):
                 self._beside._found = beside
@@ -475,9 +473,8 @@ class LiFT(ChainSetup):
         """Return itself, or what it is with its heads settled, beside it what it is with the network's last layer."""
         if self._heads_are_settled:
             return self
-        by = {"by_width": counts_width(session), "by_rows": tests_classes(session), "trial": crossed}
-        by["known_too"] = tries_known_classes(session)
-        settings, adapter, layer = heads_settled(self.settings, self.adapter, tasks, **by)
+        by = rules_of_heads(session)
+        settings, adapter, layer = heads_settled(self.settings, self.adapter, tasks, trial=crossed, **by)
         if settings == self.settings and adapter is self.adapter:
             return self
         lift, beside = copy(self), copy(self)

@@ -204,7 +204,7 @@ class LiFTSettings:
         default="solve",
         metadata={
             "help": "a task's own head: solved on its rows, in adaptation drawn around that, or moved step by step; or "
-            "shared: the network's classes are all tasks', even where they have fewer"
+            "shared: the network's own output is all tasks' classes, even where they have fewer, or value"
         },
     )
     head_lr_scale: float = field(default=10.0, metadata={"help": "a head's step size over the adapter's"})

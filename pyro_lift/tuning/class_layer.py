@@ -13,7 +13,7 @@ head of the other half of the tasks where these share their classes. The layer i
 the one-sided test at 5 %, and g is less than a quarter of h. Of a larger part it is not known which is better: what
 the network knows of the classes it is often better adapted with, though heads alone do more at first, and often not.
 So both ways are gone before the chain, and the one whose adaptations predict unseen tasks better
-(:mod:`~pyro_lift.tuning.cross_fit`) is taken.
+(:mod:`~pyro_lift.tuning.both_ways`) is taken.
 
 A new layer may come to know classes that all tasks share: joint training moves it and the features together, which
 heads on features do not. So where one head of half of the tasks serves the other half, both ways are gone too. Where
@@ -44,13 +44,12 @@ from pyro_lift.models.features import all_features, before_head
 from pyro_lift.models.observation import AUTOMATIC_SCALE, first_output, naming_inputs, outputs
 from pyro_lift.models.task import Rows, Task
 from pyro_lift.support.evenly import spread_evenly
-from pyro_lift.tuning.cross_fit import CrossFit
 from pyro_lift.tuning.halves import FEWEST_TASKS, LEVEL, PLAIN, is_above_zero, log_probs_at
 from pyro_lift.tuning.head_mean import head_mean
 from pyro_lift.tuning.held_out import drawn_rows
 from pyro_lift.tuning.predictions import least_losses
 
-__all__ = ["Apart", "loses_to", "without_foreign_classes"]
+__all__ = ["Apart", "read_before_layer", "without_foreign_classes"]
 
 log = logging.getLogger("pyro_lift")
 
@@ -101,7 +100,7 @@ def without_foreign_classes(
         return None
     device = adapter.initial.device
     some = [replace(task, train=drawn_rows(task.train, ROWS)).to(device) for task in spread_evenly(tasks, ASKED)]
-    apart = _apart(adapter, some[0].train)
+    apart = read_before_layer(adapter, some[0].train)
     if head_scale is None:
         scores = [_scores(adapter, task) for task in some]
         if any(of_task.shape[-1] < (task.num_classes or 0) for of_task, task in zip(scores, some, strict=True)):
@@ -131,27 +130,6 @@ def without_foreign_classes(
     return Apart(read, doubtful)
 
 
-def loses_to(heads: CrossFit | None, layer: CrossFit | None) -> bool:
-    """Whether unseen tasks are predicted worse with heads on features than with the layer, once it has been trained.
-
-    Args:
-        heads: what unseen tasks said where each has a head of its own on the features before the network's last layer.
-        layer: the same of the network with that layer.
-    """
-    if heads is None or layer is None or not heads.losses or len(heads.losses) != len(layer.losses):
-        return False
-    with_heads, with_layer = (sum(found.losses) / len(found.losses) for found in (heads, layer))
-    kept = with_layer < with_heads
-    log.info(
-        "the network was tried as it stands too, its scores the tasks' classes: unseen tasks then have %.3g nats a "
-        "row, with heads of their own %.3g. %s",
-        with_layer,
-        with_heads,
-        "Its classes stay." if kept else "The heads stay.",
-    )
-    return kept
-
-
 def _tell(losses: Sequence[float], head_scale: float | None, before: bool, doubtful: bool) -> None:
     scores = "scores say less of the tasks' classes" if head_scale is None else "output says less than what it is of"
     where = "on the features before its last layer" if before else "on these scores, nothing before them being readable"
@@ -168,7 +146,7 @@ def _tell(losses: Sequence[float], head_scale: float | None, before: bool, doubt
     )
 
 
-def _apart(adapter: RandomAdapter, rows: Rows) -> RandomAdapter | None:
+def read_before_layer(adapter: RandomAdapter, rows: Rows) -> RandomAdapter | None:
     """Read the network before its own last layer; None where it cannot be, or theta has no effect there."""
     if adapter.postprocess is not None or adapter.readout is not None:
         return None

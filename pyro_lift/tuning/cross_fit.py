@@ -155,7 +155,8 @@ class CrossFit(NamedTuple):
         noise: of regressions, standard deviation; None where it was not to be found.
         power: on the likelihood in adaptation, over meta-training's.
         unmoved: share of the draws that stay at the start of an adaptation; None leaves it as it is.
-        losses: of the tasks that were adapted to, at that temperature and share, nats a row; of classes alone.
+        losses: of the tasks that were adapted to, at that temperature and share, nats a row; of regressions as of
+            :class:`~pyro_lift.tuning.noise.Noise`.
         few_rows: numbers of rows and the prior of heads of so many, where joint training goes on.
         rows: of the tasks that the temperature was found at, and below 1 holds for; None holds for all.
         dispersion: how unevenly regressions vary around the noise; None where they were not asked.
@@ -314,6 +315,7 @@ def _sureness(
         noise = fitted_noise(judge.noise, adapted, sure, **asked) or Noise(judge.noise, 1.0)
         found = found._replace(temperature=noise.temperature, noise=noise.scale, power=noise.power)
         found = found._replace(dispersion=(noise.dispersion or UNKNOWN) if judge.dispersed else None)
+        found = found._replace(losses=noise.losses)
         if judge.few_values is None or not found.looks:  # without joint training all vectors are the start
             return found
         return found._replace(few_rows=judge.few_values([standing.vector for standing in standings], noise.scale))

@@ -67,12 +67,14 @@ class Noise(NamedTuple):
         temperature: factor on the variance of predictions.
         power: on the likelihood in adaptation, over meta-training's.
         dispersion: how unevenly tasks vary around the noise; None where that was not asked, or cannot be.
+        losses: of the tasks that were adapted to, half the logarithm of the mean square error of rows left out.
     """
 
     scale: float
     temperature: float
     power: float = 1.0
     dispersion: Dispersion | None = None
+    losses: tuple[float, ...] = ()
 
 
 def fitted_noise(
@@ -109,7 +111,8 @@ def fitted_noise(
     if best is None:
         return None
     best = _with_power(best, first, adapt, exaggerated) if stronger else best
-    return best.dispersed(exaggerated) if dispersed else best.noise
+    noise = best.dispersed(exaggerated) if dispersed else best.noise
+    return noise._replace(losses=tuple(each.log_miss for each in best.judged))
 
 
 def _judged(adapt: Adapt, scale: float) -> list[_Judged]:
@@ -197,6 +200,11 @@ class _Judged(NamedTuple):
     variance: Tensor
     rows: int
     left_out: Tensor | None
+
+    @property
+    def log_miss(self) -> float:
+        """Half the logarithm of the mean square error of the rows left out: their loss at the variance best for it."""
+        return 0.5 * math.log(max(float(self.miss.mean()), torch.finfo(torch.float64).tiny))
 
     def widths(self, before: float, scale: float) -> Widths | None:
         """Return what was predicted as if under another noise than that of the adaptation."""

@@ -18,6 +18,7 @@ from pyro_lift.models.observation import AUTOMATIC_SCALE, is_narrower, own_head_
 from pyro_lift.models.task import Task
 from pyro_lift.settings import LiFTSettings, upgraded_run
 from pyro_lift.tuning.class_layer import without_foreign_classes
+from pyro_lift.tuning.value_layer import without_value_layer
 
 __all__ = [
     "RULES",
@@ -47,11 +48,11 @@ __all__ = [
     "leaves_outliers_out",
     "leaves_units_out",
     "lets_one_task_lose",
+    "rules_of_heads",
     "run_config",
     "sharpens_by_rows",
     "takes_a_share",
     "tempers_around_rates",
-    "tests_classes",
     "trains_through_mean",
     "tries_known_classes",
     "with_heads_settled",
@@ -74,7 +75,8 @@ __all__ = [
 #: tasks say how free the biases of heads beside their label texts are; new tasks of many more rows have heads of their
 #: own beside a network's classes; tasks of tokens say together how many draws stay at the start of an adaptation; tasks
 #: under label matching how sure their predictions may be, and how many draws stay; rows that a second chain has not
-#: seen say how noisy new regressions of many more rows are, where they have heads of their own too.
+#: seen say how noisy new regressions of many more rows are, where they have heads of their own too; a network whose
+#: output is a regression's value is tried beside heads on the features before its last layer.
 RULES = {
     "heads": "by width",
     "translation": "by rounds",
@@ -104,6 +106,7 @@ RULES = {
     "unmoved draws of tokens": "of all tasks",
     "sureness of matching": "of unseen tasks",
     "noise of many rows": "beside heads too",
+    "value layer": "on trial",
 }
 
 
@@ -113,7 +116,8 @@ class Settled(NamedTuple):
     Attributes:
         settings: of meta-training.
         adapter: the network, read where the heads stand.
-        layer: settings with the network's scores as the tasks' classes, where that is worth a trial too; else None.
+        layer: settings with the network's output as the tasks' classes or value, where that is worth a trial too; else
+            None.
     """
 
     settings: LiFTSettings
@@ -129,6 +133,7 @@ def heads_settled(
     by_width: bool = True,
     by_rows: bool = True,
     known_too: bool = True,
+    values: bool = True,
     trial: bool = False,
 ) -> Settled:
     """Settle whose the heads are (:func:`with_heads_settled`), and what they stand on.
@@ -140,6 +145,8 @@ def heads_settled(
         by_width: see :func:`with_heads_settled`.
         by_rows: whether a network's own classes are put to the test (:mod:`~pyro_lift.tuning.class_layer`).
         known_too: whether that is also asked of classes that the network knows.
+        values: whether a network whose output is the tasks' value may be read before its last layer
+            (:mod:`~pyro_lift.tuning.value_layer`).
         trial: whether both ways can be gone where it is doubtful which is better; else the network stays as it is.
 
     Raises:
@@ -148,6 +155,10 @@ def heads_settled(
     settled = with_heads_settled(settings, adapter, tasks, by_width=by_width)
     if not by_rows or settings.head_scale is not None or settings.head in ("langevin", "shared"):
         return Settled(settled, adapter)
+    if trial and values and settled.head_scale is None and settings.noise_scale is None:
+        before = without_value_layer(adapter, tasks)
+        if before is not None:
+            return Settled(replace(settings, head_scale=AUTOMATIC_SCALE), before, settled)
     apart = without_foreign_classes(adapter, tasks, settled.head_scale, known_too=known_too)
     if apart is None or (apart.doubtful and not trial):
         return Settled(settled, adapter)
@@ -181,6 +192,12 @@ def with_heads_settled(
         return replace(settings, head_scale=scale)
     varied = len({task.num_classes for task in tasks}) > 1 or not by_width
     return replace(settings, head="shared") if varied and is_narrower(adapter, tasks) else settings
+
+
+def rules_of_heads(session: Session | None) -> dict[str, bool]:
+    """Return by which rules a run's heads are settled, for :func:`heads_settled`."""
+    by = {"by_width": counts_width(session), "by_rows": _has_rule(session, "class layer")}
+    return by | {"known_too": tries_known_classes(session), "values": _has_rule(session, "value layer")}
 
 
 def counts_width(session: Session | None) -> bool:
@@ -284,11 +301,6 @@ def grows_heads(session: Session | None) -> bool:
 def asks_kept_rows(session: Session | None) -> bool:
     """Whether kept rows say the noise of new regressions of many more rows with heads: in a run of before heads do."""
     return _has_rule(session, "noise of many rows")
-
-
-def tests_classes(session: Session | None) -> bool:
-    """Whether rows say if a network's own classes are the tasks': in a run of before they are taken to be."""
-    return _has_rule(session, "class layer")
 
 
 def tries_known_classes(session: Session | None) -> bool:
