@@ -62,6 +62,7 @@ from pyro_lift.tuning.search import Candidate, Tuning, search, trial_bar
 from pyro_lift.tuning.whose_heads import (
     RULES,
     as_saved,
+    asks_value_layer,
     counts_together,
     fades_temperature,
     heads_settled,
@@ -402,6 +403,7 @@ class LiFT(ChainSetup):
                 head_mean=run.head_of_new(summary.mixtures[k].get().mean, program, session),
                 input_sizes=sizes,
                 dispersion=dispersion,
+                value_heads=asks_value_layer(session),
                 common_classes=classes_in_common(all_tasks) if own_heads else 0,
                 around_rates=tempers_around_rates(session),
                 tempered_rows=at_rows,

@@ -69,6 +69,7 @@ _OF_THE_TASKS = (
     "input_sizes",
     "common_classes",
     "dispersion",
+    "value_heads",
 )
 
 
@@ -109,6 +110,8 @@ class LiFTPrior:
         dispersion: how unevenly its regressions vary around the noise (:mod:`~pyro_lift.models.dispersion`): a new
             task's predictions are as wide as its own rows say, against that. None, as of a prior saved before and where
             the noise was given, takes tasks for alike.
+        value_heads: whether regressions of many more rows than its tasks, on the network's own output, have heads
+            (:mod:`~pyro_lift.new_tasks.heads_beside_layer`); False of one saved before.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class LiFTPrior:
         input_sizes: Mapping[str, InputSize] | None = None,
         common_classes: int | None = None,
         dispersion: Dispersion | None = None,
+        value_heads: bool = True,
     ) -> None:
         self.adapter, self.mixture, self.settings = adapter, mixture, resolved(settings, adapter)
         self.matching_scale, self.rescales, self.rows = matching_scale, rescales, rows
@@ -146,6 +150,7 @@ class LiFTPrior:
         self.adapt_settings = adapt_settings or AdaptSettings()
         self.second_moment = second_moment or {}
         self.mcmc, self.seed, self.encoding, self.masks = mcmc, seed, encoding, masks
+        self.value_heads = value_heads
         self.around_rates, self.tempered_rows, self.dispersion = around_rates, tempered_rows, dispersion
         self.head_mean, self.input_sizes, self.common_classes = head_mean, dict(input_sizes or {}), common_classes
 
@@ -349,6 +354,7 @@ class LiFTPrior:
             around_rates=self.around_rates,
             tempered_rows=self.tempered_rows,
             dispersion=self.dispersion,
+            value_heads=self.value_heads,
         )
 
     def theta(self, task: str) -> Tensor:

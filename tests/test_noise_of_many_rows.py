@@ -39,7 +39,7 @@ def task(seed: int, rows: int, noise: tuple[float, ...]) -> Task:
 
 @cache
 def prior(values: int) -> LiFTPrior:
-    lift = LiFT(network(values), peft.LoraConfig(r=1, target_modules=["0"]), noise_scale=0.5, **SHORT)
+    lift = LiFT(network(values), peft.LoraConfig(r=1, target_modules=["0"]), noise_scale=0.5, head="shared", **SHORT)
     return lift.meta_train([task(k, ROWS, (0.5,) * values) for k in range(3)], progress=False)
 
 
@@ -80,7 +80,9 @@ def test_it_is_the_ratio_of_what_is_missed_to_what_is_expected_of_rows_that_a_se
 
 def test_an_adapter_that_fits_its_rows_by_heart_is_not_surer_than_of_others() -> None:
     """Forty rows without anything to learn, and weights that can follow each: others are missed by far more."""
-    lift = LiFT(network(1), peft.LoraConfig(r=4, target_modules=["0", "2"]), noise_scale=0.5, beta=0.3, **SHORT)
+    lift = LiFT(
+        network(1), peft.LoraConfig(r=4, target_modules=["0", "2"]), noise_scale=0.5, head="shared", beta=0.3, **SHORT
+    )
     wide = lift.meta_train([task(k, ROWS, (0.5,)) for k in range(3)], progress=False)
     seen, others, sd = [], [], []
     for k in range(4):

@@ -86,6 +86,7 @@ class Adaptation:
         tempered_rows: that tasks had from which the temperature was found, where below 1 it holds for such; None for
             all.
         dispersion: how unevenly regressions vary around the noise; None takes them for alike.
+        value_heads: whether regressions on a network's own output have heads where they have rows for that.
     """
 
     adapter: RandomAdapter
@@ -101,6 +102,7 @@ class Adaptation:
     around_rates: bool = True
     tempered_rows: TemperedRows | None = None
     dispersion: Dispersion | None = None
+    value_heads: bool = True
 
     def alone(self, task: Task, source: Source, shown: Shown) -> TaskPosterior:
         """Adapt to one task, by a chain of its own."""

@@ -42,6 +42,7 @@ def described_choices(prior: SavablePrior) -> dict[str, Any]:
         "moment_rows": prior.rows,
         "masks": prior.masks,
         "around_rates": prior.around_rates,
+        "value_heads": prior.value_heads,
         "tempered_rows": None if prior.tempered_rows is None else list(prior.tempered_rows),
         "dispersion": None if prior.dispersion is None else list(prior.dispersion),
         "common_classes": prior.common_classes,
@@ -92,6 +93,7 @@ def saved_choices(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     choices |= {"input_sizes": saved_input_sizes(path, config), "head_mean": _saved_head_mean(path, config, tensors)}
     choices["dispersion"] = _saved_dispersion(path, config)
     choices["common_classes"] = _saved_classes(path, config)
+    choices["value_heads"] = config.get("value_heads") is True
     choices |= {"masks": masks, "around_rates": around_rates, "tempered_rows": _saved_rows(path, config)}
     return {**choices, "rows": rows, "kinds": tuple(kinds), "classes": classes}
 

@@ -49,6 +49,7 @@ class PriorParts(NamedTuple):
         input_sizes: of most of its tasks' inputs, by name.
         dispersion: how unevenly its regressions vary around the noise; None takes them for alike.
         common_classes: that each of its tasks has, 0 where there is no such number; None where nobody has said.
+        value_heads: whether regressions of many more rows on the network's own output have heads.
     """
 
     adapter: RandomAdapter
@@ -74,6 +75,7 @@ class PriorParts(NamedTuple):
     input_sizes: dict[str, InputSize] | None = None
     common_classes: int | None = None
     dispersion: Dispersion | None = None
+    value_heads: bool = True
 
 
 class PosteriorParts(NamedTuple):
@@ -136,6 +138,7 @@ class SavablePrior(Protocol):
     input_sizes: dict[str, InputSize]
     common_classes: int | None
     dispersion: Dispersion | None
+    value_heads: bool
     mcmc: Any
 
     def theta(self, task: str) -> Tensor:

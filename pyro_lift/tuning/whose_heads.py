@@ -28,6 +28,7 @@ __all__ = [
     "asks_few_classes",
     "asks_few_values",
     "asks_kept_rows",
+    "asks_value_layer",
     "counts_rounds",
     "counts_together",
     "counts_width",
@@ -197,7 +198,12 @@ def with_heads_settled(
 def rules_of_heads(session: Session | None) -> dict[str, bool]:
     """Return by which rules a run's heads are settled, for :func:`heads_settled`."""
     by = {"by_width": counts_width(session), "by_rows": _has_rule(session, "class layer")}
-    return by | {"known_too": tries_known_classes(session), "values": _has_rule(session, "value layer")}
+    return by | {"known_too": tries_known_classes(session), "values": asks_value_layer(session)}
+
+
+def asks_value_layer(session: Session | None) -> bool:
+    """Whether regressions may have heads before the layer that says their value: in a run of before they do not."""
+    return _has_rule(session, "value layer")
 
 
 def counts_width(session: Session | None) -> bool:
