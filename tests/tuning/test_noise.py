@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import peft
 import pytest
@@ -171,7 +171,8 @@ def test_tasks_that_the_network_knows_nothing_of_are_let_go_further_and_the_prio
     net = torch.nn.Sequential(torch.nn.Linear(1, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
     made = waves(10)
     *tasks, new = (replace(task, test=None) if k < 9 else task for k, task in enumerate(made))
-    lift = LiFT(net, peft.LoraConfig(r=2, target_modules=["0", "2"]), sgd_steps=0, burn_in=2, samples=4, seed=0)
+    settings: dict[str, Any] = {"head": "shared", "sgd_steps": 0, "burn_in": 2, "samples": 4, "seed": 0}
+    lift = LiFT(net, peft.LoraConfig(r=2, target_modules=["0", "2"]), **settings)
     prior = lift.meta_train(tasks, progress=False)
     found = prior.results["power in adaptation, over meta-training's"]
     assert found > 10.0 and prior.adapt_settings.n_inflate == pytest.approx(found * (prior.settings.n_inflate or 1.0))
