@@ -76,9 +76,9 @@ class AdaptSettings:
     many_rows: int | None = field(
         default=None,
         metadata={
-            "help": "rows from which on a task of classes that the network has itself has heads of its own too, and a "
-            "regression a noise by rows kept from a second chain, with a head from five eighths as many on; 0: never; "
-            "none: twice what meta-training's tasks have"
+            "help": "rows from which on a task of classes that the network has itself has heads of its own too, a "
+            "regression on the network's own output a head in its place, and a noise by rows kept from a second chain, "
+            "with a head from five eighths as many on; 0: never; none: twice what meta-training's tasks have"
         },
     )
     dev_every: int = field(
