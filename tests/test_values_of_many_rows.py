@@ -91,6 +91,14 @@ def test_noise_of_its_own_is_found_by_the_chain_with_heads() -> None:
     assert float(noisy.dispersion) > 20.0 * float(quiet.dispersion)
 
 
+def test_their_widths_do_not_begin_at_the_noise_of_a_layer_that_misses_rows_by_more() -> None:
+    of_layer = lift(noise_scale=10 * NOISE).meta_train([task(k, ROWS) for k in range(6)], progress=False)
+    new = [task(k, 4 * ROWS) for k in range(100, 110)]
+    posteriors = of_layer.adapt_many(new, seed=0, **QUICK)
+    held = torch.stack([(misses(p, t).abs() < 1.645).double().mean() for p, t in zip(posteriors, new, strict=True)])
+    assert abs(float(held.mean()) - 0.9) < 0.05 + 3.0 * float(held.std()) / len(held) ** 0.5  # else all of them
+
+
 def test_tasks_of_a_block_have_them_too() -> None:
     new = [task(60, 6 * ROWS), task(61, ROWS), task(62, 4 * ROWS)]
     together = prior().adapt_many(new, block_size=3, seed=0, **QUICK)

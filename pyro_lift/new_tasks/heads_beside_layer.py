@@ -127,7 +127,7 @@ def _go_by_own_rows(
     set_own_noise(_all(stay), since, lambda cut: _found(run, adaptation, cut)[0], adaptation.dispersion)
     if by_heads is not None:
         of_heads = _all([posteriors[k] for k in replaced])
-        set_own_noise(of_heads, since, lambda cut: _found(run, by_heads, cut)[0])
+        set_own_noise(of_heads, since, lambda cut: _found(run, by_heads, cut)[0], by_rows=True)
 
 
 def _with_heads(

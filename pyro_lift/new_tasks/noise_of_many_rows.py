@@ -20,6 +20,10 @@ since the network did not yet fit them, of 60 by about as much as expected, and 
 they are. So from a quarter more rows on kept rows say it there as well, in the place of heads, and against them stand
 as many rows as all tasks count for there (:math:`m_0 = \min(8, \nu)`: few where tasks are unevenly noisy), with the
 width that values have beside one another.
+
+A head in the place of a network's own layer (:mod:`~pyro_lift.new_tasks.heads_beside_layer`) may miss rows by far less
+than that layer, by which the common noise was found. There what stands against the kept rows is what the task's rows
+miss of one another at the start, where that is less, :math:`\min(r, 1)` times the square of the common noise.
 """
 
 from __future__ import annotations
@@ -52,6 +56,8 @@ def set_own_noise(
     since: int,
     run: Callable[[Sequence[Task]], Sequence[TaskPosterior | None]],
     dispersion: Dispersion | None = None,
+    *,
+    by_rows: bool = False,
 ) -> None:
     """Give posteriors of regressions of many rows the noise that these say; any others stay as they are.
 
@@ -60,6 +66,7 @@ def set_own_noise(
         since: rows from which on; 0: never.
         run: adapts to some tasks as the posteriors' chains were; None where a chain was lost.
         dispersion: what tasks of meta-training with heads say of how unevenly they vary.
+        by_rows: whether the common noise is of predictions without heads, so that rows of a task with one may say less.
     """
     against = AGAINST if dispersion is None else min(AGAINST, dispersion.rows)
     some = [posterior for posterior in posteriors if _is_asked(posterior, since)]
@@ -81,7 +88,8 @@ def set_own_noise(
                 posterior.task.name,
             )  # fmt: skip
             continue
-        without.dispersion = usual = _usual(posterior, dispersion)  # not what its heads say
+        usual = _at_most_common(posterior) if by_rows else _usual(posterior, dispersion)
+        without.dispersion = usual  # not what its heads say
         factor = _factor(without, kept, against)
         posterior.dispersion = factor if usual is None else usual * factor
 
@@ -109,6 +117,11 @@ def _factor(posterior: TaskPosterior, kept: Rows, against: float) -> Tensor:
     missed = kept.target - posterior.predict(kept).to(kept.target)
     ratio = (missed / posterior.predict_sd(kept).to(missed)).square().reshape(len(kept), -1).double()
     return (against + ratio.sum(0)) / (against + len(kept))
+
+
+def _at_most_common(posterior: TaskPosterior) -> Tensor | None:
+    """Return what a task's rows miss of one another over the common noise's square, ``[M]``, 1 at most."""
+    return None if posterior.left_out is None else posterior.left_out.double().clamp(max=1.0)
 
 
 def _usual(posterior: TaskPosterior, dispersion: Dispersion | None) -> Tensor | None:
