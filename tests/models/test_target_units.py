@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import peft
 import pytest
@@ -30,10 +31,14 @@ def tasks(offset: float, unit: float) -> list[Task]:
     ]
 
 
-def lift(net: torch.nn.Module) -> LiFT:
-    return LiFT(
-        net, peft.LoraConfig(r=1, target_modules=["0", "2"]), adapt=FEW, sgd_steps=4, burn_in=2, samples=4, seed=0
-    )
+def lift(net: torch.nn.Module, **options: Any) -> LiFT:
+    config = peft.LoraConfig(r=1, target_modules=["0", "2"])
+    return LiFT(net, config, adapt=FEW, sgd_steps=4, burn_in=2, samples=4, seed=0, **options)
+
+
+def as_it_stands(values: int = 1) -> LiFT:
+    """A network whose output stays the tasks' value, with its unit; heads before it would have any."""
+    return lift(network(values), head="shared")
 
 
 def test_units_are_read_off_targets_and_outputs() -> None:
@@ -76,7 +81,7 @@ def test_of_several_outputs_the_furthest_is_told() -> None:
 def test_targets_of_another_unit_are_warned_of(
     offset: float, unit: float, differ: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lift(network()).meta_train(tasks(offset, unit), progress=False)
+    as_it_stands().meta_train(tasks(offset, unit), progress=False)
     said = [record.getMessage() for record in caplog.records if "the targets lie around" in record.getMessage()]
     assert len(said) == differ
     if differ:
@@ -92,7 +97,7 @@ def test_targets_of_another_unit_are_warned_of(
 def test_a_new_task_in_another_unit_is_warned_of(
     offset: float, unit: float, differ: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    learned = lift(network()).meta_train(tasks(0.0, 1.0), progress=False)
+    learned = as_it_stands().meta_train(tasks(0.0, 1.0), progress=False)
     caplog.clear()
     learned.adapt(tasks(offset, unit)[0], steps=4, draws=2)
     said = [record.getMessage() for record in caplog.records if "another unit than" in record.getMessage()]
@@ -106,7 +111,7 @@ def test_columns_of_different_units_are_warned_of(caplog: pytest.LogCaptureFixtu
             Task(task.name, (task.train.inputs[""], task.train.target * torch.tensor([1.0, factor])), "regression")
             for task in tasks(0.0, 1.0)
         ]
-        lift(network(2)).meta_train(two, progress=False)
+        as_it_stands(2).meta_train(two, progress=False)
         assert any("share one noise" in record.getMessage() for record in caplog.records) == differ
 
 
